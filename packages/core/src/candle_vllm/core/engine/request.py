@@ -1,0 +1,242 @@
+"""What crosses the engine's boundary: small frozen structs, so that the engine can move to its own process.
+
+A caller hands in a `GenerationRequest`; the engine hands back `TokenOutput`s, one per sequence and step in which
+the sequence has something new to say; `GenerationOutput` is their sum, made by `OutputCollector`.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from candle_vllm.core.sampling.params import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # end-of-sequence token, stop token or stop string
+    LENGTH = "length"  # max_tokens or the context length
+    ABORT = "abort"  # the caller went away, or the engine shut down
+    ERROR = "error"  # the engine failed on this request
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and how to continue it.
+
+    Attributes:
+        request_id: unique among the engine's live requests.
+        prompt_token_ids: at least one id.
+        params: how the tokens are chosen.
+        prompt: the text behind the ids, where there is one; only echoed in the output.
+        priority: lower runs first; equal priorities run in order of arrival.
+        arrival_time: seconds, `time.monotonic()`.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0
+    arrival_time: float = msgspec.field(default_factory=time.monotonic)
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """The log-probability of one token, before penalties, bias and temperature.
+
+    Attributes:
+        token_id: the token.
+        logprob: natural logarithm of its probability, at most 0.
+        rank: 1 for the likeliest token of the vocabulary.
+        text: the token alone as text ("\\ufffd" where its bytes are no complete character).
+        bytes: the token's bytes.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    text: str
+    bytes: bytes
+
+
+class PositionLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position: the token that stands there, and the likeliest ones in falling order."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+class RequestMetrics(msgspec.Struct, frozen=True):
+    """Times of one request, `time.monotonic()` seconds; None while not reached."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one sequence has to say after one step.
+
+    `text` is the new text that is safe to show: never half a character, never part of a possible stop string. It
+    may be empty while tokens arrive, and the last piece may carry text of earlier tokens. Concatenated over a
+    sequence, `text` is exactly the text of the whole output.
+
+    Attributes:
+        request_id: the request.
+        index: which of its `n` sequences.
+        text: new text.
+        token_ids: new tokens.
+        logprobs: one entry per new token when asked for.
+        prompt_logprobs: on the first piece of sequence 0 when asked for; one per prompt token, None for the first.
+        finish_reason: set on the last piece of the sequence.
+        stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
+        num_prompt_tokens: length of the prompt.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+        metrics: set on the last piece.
+        error: the message when `finish_reason` is ERROR.
+    """
+
+    request_id: str
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True on the last piece of this sequence."""
+        return self.finish_reason is not None
+
+
+class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished sequence of a request."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the chosen tokens' log-probabilities, where they were asked for."""
+        return None if self.logprobs is None else sum(entry.chosen.logprob for entry in self.logprobs)
+
+
+class GenerationOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished request: its prompt and its `n` sequences in order of index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    metrics: RequestMetrics | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first sequence."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Tokens of the first sequence."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first sequence ended."""
+        return self.outputs[0].finish_reason
+
+
+class OutputCollector:
+    """Adds up the `TokenOutput`s of one request until every sequence has finished."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self._pieces: dict[int, list[TokenOutput]] = {index: [] for index in range(request.params.n)}
+        self._unfinished = request.params.n
+
+    def add(self, piece: TokenOutput) -> bool:
+        """Takes one piece; True once the request is complete."""
+        self._pieces[piece.index].append(piece)
+        self._unfinished -= piece.finished
+        return self._unfinished == 0
+
+    def result(self) -> GenerationOutput:
+        """The whole output; every sequence must have finished."""
+        assert self._unfinished == 0
+        first, last = self._pieces[0], [pieces[-1] for pieces in self._pieces.values()]
+        return GenerationOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=tuple(self.request.prompt_token_ids),
+            outputs=tuple(_completion(index, pieces) for index, pieces in self._pieces.items()),
+            num_cached_tokens=first[-1].num_cached_tokens,
+            prompt_logprobs=next((p.prompt_logprobs for p in first if p.prompt_logprobs is not None), None),
+            metrics=max((piece.metrics for piece in last if piece.metrics), key=_end_time, default=None),
+        )
+
+
+def _end_time(metrics: RequestMetrics) -> float:
+    return metrics.finished_time or 0.0
+
+
+def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
+    last = pieces[-1]
+    assert last.finish_reason is not None
+    asked = any(piece.logprobs is not None for piece in pieces)
+    return CompletionOutput(
+        index=index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs or ()) if asked else None,
+    )
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is served, for people and for `/v1/models`."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    device: str
+    quantization: str | None
+    weight_bytes: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    default_sampling: Mapping[str, float | int]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine's counters; counts grow from start, gauges are of now."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generation_tokens: int
+    requests_finished: Mapping[str, int]
+    preemptions: int
+    steps: int

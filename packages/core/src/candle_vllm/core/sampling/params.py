@@ -1,0 +1,171 @@
+"""SamplingParams: how the tokens of one request are chosen. Field names and meanings are vLLM's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from candle_vllm.core.errors import InvalidParameterError
+
+MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024  # characters of one stop string
+MAX_LOGPROBS = 20  # alternatives reported per token
+MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
+MAX_ALLOWED_TOKENS = 1_000_000
+MAX_TOKENS = 1 << 24
+MAX_TOP_K = 1 << 24
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of one request are chosen.
+
+    Attributes:
+        n: sequences generated for the prompt, 1 to 128.
+        temperature: 0 is greedy; up to 100.
+        top_p: keep the smallest set of tokens whose probability reaches it, (0, 1].
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        min_p: drop tokens less likely than `min_p` times the likeliest, [0, 1].
+        presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
+        frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
+        seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
+        max_tokens: most tokens to generate; None means up to the context length.
+        min_tokens: no end-of-sequence or stop before this many tokens.
+        stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
+        stop_token_ids: token ids that end the sequence, besides the model's own.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: report the log-probability of each chosen token and of this many likeliest ones, 0 to 20.
+        prompt_logprobs: the same for the tokens of the prompt.
+        logit_bias: token id -> value added to its logit, [-100, 100].
+        allowed_token_ids: only these tokens may be chosen.
+        bad_words: texts that must not be produced.
+        cache_salt: prefix-cache blocks are shared only between requests with the same salt.
+        skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    cache_salt: str | None = None
+    skip_reading_prefix_cache: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_lists()
+
+    def _check_numbers(self) -> None:
+        _integer("n", self.n, 1, MAX_SEQUENCES)
+        _number("temperature", self.temperature, 0, 100)
+        _number("top_p", self.top_p, 0, 1, above_low=True)
+        _integer("top_k", self.top_k, -1, MAX_TOP_K)
+        _number("min_p", self.min_p, 0, 1)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParameterError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameterError(f"{name} must be true or false", name)
+
+    def _check_lists(self) -> None:
+        _count("stop", self.stop_strings, MAX_STOP_STRINGS)
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise InvalidParameterError(f"stop strings must be texts of 1 to {MAX_STOP_LENGTH} characters", "stop")
+        _token_ids("stop_token_ids", self.stop_token_ids, MAX_TOKEN_LIST)
+        _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidParameterError("allowed_token_ids must not be empty", "allowed_token_ids")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidParameterError("logit_bias must map token ids to numbers", "logit_bias")
+            _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
+            for value in self.logit_bias.values():
+                _number("logit_bias", value, -100, 100)
+        if self.bad_words is not None:
+            if isinstance(self.bad_words, str):
+                raise InvalidParameterError("bad_words must be a list of texts", "bad_words")
+            _count("bad_words", self.bad_words, MAX_TOKEN_LIST)
+            if not all(isinstance(word, str) and 0 < len(word) <= MAX_STOP_LENGTH for word in self.bad_words):
+                raise InvalidParameterError(
+                    f"bad_words must be texts of 1 to {MAX_STOP_LENGTH} characters", "bad_words"
+                )
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
+            raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def greedy(self) -> bool:
+        """True when the likeliest token is always taken."""
+        return self.temperature < 1e-5
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidParameterError(f"{name} must be an integer, not {value!r:.60}", name)
+    if not low <= value <= high:
+        raise InvalidParameterError(f"{name} must be between {low} and {high}, not {value}", name)
+
+
+def _number(name: str, value: Any, low: float, high: float, *, above_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidParameterError(f"{name} must be a number, not {value!r:.60}", name)
+    if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
+        bound = "above" if above_low else "at least"
+        raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {value}", name)
+
+
+def _count(name: str, values: Any, most: int) -> None:
+    if not isinstance(values, Sequence) or len(values) > most:
+        raise InvalidParameterError(f"{name} must be a list of at most {most} entries", name)
+
+
+def _token_ids(name: str, values: Any, most: int) -> None:
+    if values is None:
+        return
+    if isinstance(values, (str, bytes)):
+        raise InvalidParameterError(f"{name} must be a list of token ids", name)
+    _count(name, values, most)
+    for value in values:
+        _integer(name, value, 0, (1 << 31) - 1)
