@@ -1,1 +1,52 @@
-"""x"""
+"""The OpenAI API over a candle-vllm engine, without HTTP: requests, answers, streams and errors."""
+
+from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.engine import EngineLike, TokenStream
+from candle_vllm.openai.errors import (
+    ErrorResponse,
+    GenerationFailedError,
+    InvalidBodyError,
+    ModelNotServedError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+    to_error,
+)
+from candle_vllm.openai.piece_streams import ChunkStream
+from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
+from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
+from candle_vllm.openai.protocol.fields import ADVISORY_FIELDS, REFUSED_FIELDS
+from candle_vllm.openai.protocol.models import ModelCard, ModelList
+from candle_vllm.openai.protocol.usage import Usage
+from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, to_sampling_params
+from candle_vllm.openai.streaming import to_json_bytes
+
+__all__ = [
+    "ADVISORY_FIELDS",
+    "REFUSED_FIELDS",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatCompletionRequest",
+    "ChunkStream",
+    "Completion",
+    "CompletionRequest",
+    "EngineLike",
+    "ErrorBody",
+    "ErrorEnvelope",
+    "ErrorResponse",
+    "GenerationFailedError",
+    "InvalidBodyError",
+    "ModelCard",
+    "ModelList",
+    "ModelNotServedError",
+    "OpenAIAdapter",
+    "TokenStream",
+    "UnknownParameterError",
+    "UnsupportedParameterError",
+    "Usage",
+    "parse_chat_request",
+    "parse_completion_request",
+    "to_error",
+    "to_json_bytes",
+    "to_sampling_params",
+]

@@ -1,1 +1,26 @@
-"""x"""
+"""The HTTP server and the command line: step 1 and the last half of step 10 of a request's life.
+
+`Settings` and `create_app` are imported on first use, so that `candle-vllm --help` loads no web framework.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from candle_vllm.server.app import create_app
+    from candle_vllm.server.settings import Settings, load_settings
+
+__all__ = ["Settings", "create_app", "load_settings"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "create_app":
+        from candle_vllm.server.app import create_app
+
+        return create_app
+    if name in ("Settings", "load_settings"):
+        from candle_vllm.server import settings
+
+        return getattr(settings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

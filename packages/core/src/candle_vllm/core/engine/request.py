@@ -227,7 +227,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine's counters; counts grow from start, gauges are of now."""
+    """A snapshot of the engine's counters.
+
+    Attributes:
+        num_running, num_waiting: sequences, now.
+        num_blocks, num_free_blocks, block_size: the KV cache, now.
+        prompt_tokens, cached_prompt_tokens: of every request whose prompt has been run, since the start.
+        generation_tokens: tokens sampled, since the start.
+        finished: sequences by finish reason, since the start.
+        preemptions, steps: since the start.
+    """
 
     num_running: int
     num_waiting: int
@@ -237,6 +246,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_prompt_tokens: int
     generation_tokens: int
-    requests_finished: Mapping[str, int]
+    finished: Mapping[str, int]
     preemptions: int
     steps: int

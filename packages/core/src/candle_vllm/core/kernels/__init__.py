@@ -1,0 +1,1 @@
+"""Step 6, innermost: one folder per operation, with its contract and dispatch, its reference, and its backends."""

@@ -1,0 +1,2 @@
+"""Step 6: the parts that models are wired from. Shape letters: T tokens, H heads, K key-value heads, D head size,
+E hidden, F feed-forward, V vocabulary, B blocks, S block size."""

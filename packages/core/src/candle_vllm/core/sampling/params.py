@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +102,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
     def _check_lists(self) -> None:
+        if self.stop is not None and (not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes)):
+            raise InvalidParameterError("stop must be a text or a list of texts", "stop")
         _count("stop", self.stop_strings, MAX_STOP_STRINGS)
         for text in self.stop_strings:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
@@ -145,15 +146,20 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidParameterError(f"{name} must be an integer, not {value!r:.60}", name)
     if not low <= value <= high:
-        raise InvalidParameterError(f"{name} must be between {low} and {high}, not {value}", name)
+        raise InvalidParameterError(f"{name} must be between {low} and {high}, not {_shown(value)}", name)
 
 
 def _number(name: str, value: Any, low: float, high: float, *, above_low: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidParameterError(f"{name} must be a number, not {value!r:.60}", name)
-    if not math.isfinite(value) or value > high or value < low or (above_low and value == low):
+    if not low <= value <= high or (above_low and value == low):  # NaN is not within either
         bound = "above" if above_low else "at least"
-        raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {value}", name)
+        raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {_shown(value)}", name)
+
+
+def _shown(value: float) -> str:
+    """A number for a message, however long it is."""
+    return f"{value:.20}" if isinstance(value, float) else f"{value:d}" if abs(value) < 10**20 else "a larger number"
 
 
 def _count(name: str, values: Any, most: int) -> None:

@@ -1,0 +1,91 @@
+"""EngineConfig: every setting of one engine, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+from candle_vllm.core.errors import ConfigError
+
+DType = Literal["auto", "f32", "bf16", "f16"]
+
+DTYPES = ("auto", "f32", "bf16", "f16")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does.
+
+    Attributes:
+        model: a Hugging Face id, a folder, or a `.gguf` file.
+        weight_file: which weight file of the folder or repository, where there are several.
+        revision: branch, tag or commit of a Hugging Face repository.
+        hf_token: access token for Hugging Face; None uses the one of `hf auth login`.
+        download_dir: where downloads are kept; None is Hugging Face's own cache.
+        offline: never use the network.
+        tokenizer: folder with a `tokenizer.json` to use instead of the model's own.
+        chat_template: Jinja source to use instead of the model's own template.
+        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+        dtype: of activations and plain weights; "auto" is f32 on the CPU and bf16 on CUDA.
+        max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step, prompts included; None is 512 on the CPU, 8192 on CUDA.
+        block_size: tokens in one KV-cache block.
+        kv_cache_memory: bytes for the KV cache; None takes `kv_fraction` of what is free after loading.
+        kv_fraction: share of the free memory that the KV cache may take, (0, 1).
+        enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        max_queued_requests: most requests waiting or running before new ones are refused.
+        threads: CPU threads; None is one per physical core that the process may use.
+        seed: makes requests without a seed of their own reproducible, in order of arrival.
+    """
+
+    model: str
+    weight_file: str | None = None
+    revision: str | None = None
+    hf_token: str | None = dataclasses.field(default=None, repr=False)
+    download_dir: Path | None = None
+    offline: bool = False
+    tokenizer: Path | None = None
+    chat_template: str | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    block_size: int = 32
+    kv_cache_memory: int | None = None
+    kv_fraction: float = 0.4
+    enable_prefix_caching: bool = True
+    max_queued_requests: int = 1024
+    threads: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device {self.device!r} is not one of auto, cpu, cuda, cuda:N", "device")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}", "dtype")
+        self._within("max_model_len", 1, 1 << 24)
+        self._within("max_num_seqs", 1, 4096)
+        self._within("max_num_batched_tokens", 1, 1 << 20)
+        self._within("block_size", 1, 1024)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size {self.block_size} is not a power of two: try 32", "block_size")
+        self._within("kv_cache_memory", 1 << 10, 1 << 50)
+        self._within("max_queued_requests", 1, 1 << 20)
+        self._within("threads", 1, 1024)
+        self._within("seed", -(1 << 63), (1 << 64) - 1)
+        if not 0 < self.kv_fraction < 1:
+            raise ConfigError(f"kv_fraction {self.kv_fraction} is not between 0 and 1: try 0.4", "kv_fraction")
+
+    def _within(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{name} {value!r} is not a whole number between {low} and {high}", name)

@@ -1,0 +1,122 @@
+"""Step 4: which KV-cache blocks belong to whom. No torch here: blocks are numbers.
+
+The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its
+blocks in order. A full block has a hash chained over everything before it (salt, then the tokens of each block), so
+equal hashes mean equal contents and a later prompt can share the block. Shared blocks are counted and never written:
+only a full block is published, and a sequence writes only behind its last full block.
+
+A block whose count falls to zero keeps its contents and hash while it waits in the free queue, least recently used
+first; taking it for something new forgets them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+def block_hashes(
+    tokens: Sequence[int], block_size: int, salt: str | None, parents: Sequence[bytes] = ()
+) -> list[bytes]:
+    """Chained SHA-256 hashes of the full blocks of `tokens`, those in `parents` taken as known.
+
+    SHA-256 rather than a fast hash: a collision would show one user another's context.
+    """
+    hashes = list(parents)
+    parent = hashes[-1] if hashes else hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        parent = hashlib.sha256(parent + array("q", tokens[start : start + block_size]).tobytes()).digest()
+        hashes.append(parent)
+    return hashes
+
+
+class BlockManager:
+    """Hands out the blocks of the KV cache and remembers what the free ones still hold.
+
+    Args:
+        num_blocks: blocks in the cache.
+        block_size: token positions in a block.
+        enable_prefix_caching: keep and find published blocks.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._owners = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence holds; some may still be of use to the prefix cache."""
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks `num_tokens` positions take."""
+        return -(-num_tokens // self.block_size)
+
+    def lookup(self, hashes: Sequence[bytes]) -> list[int]:
+        """The longest run of published blocks for `hashes`, from the first on. Takes nothing."""
+        found: list[int] = []
+        if self.enable_prefix_caching:
+            for digest in hashes:
+                block = self._published.get(digest)
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
+        """How many blocks stay free once `blocks` have been taken by `share`."""
+        return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Adds an owner to each published block."""
+        for block in blocks:
+            if self._owners[block] == 0:
+                del self._free[block]
+            self._owners[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Takes `count` blocks for writing, least recently used first; None, and nothing taken, if there are fewer."""
+        if count > len(self._free):
+            return None
+        taken = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._owners[block] = 1
+            taken.append(block)
+        return taken
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Makes a full block findable. The first block with a given content wins; a twin stays private."""
+        if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
+            self._hash_of[block] = digest
+            self._published[digest] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drops one owner of each block of a table; the tail is reused before the head, which others may share."""
+        for block in reversed(blocks):
+            self._owners[block] -= 1
+            assert self._owners[block] >= 0, f"block {block} released twice"
+            if self._owners[block] == 0:
+                self._free[block] = None
+                if self._hash_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every published block; tables in use stay valid."""
+        for digest, block in list(self._published.items()):
+            del self._published[digest]
+            self._hash_of[block] = None
+
+    def _forget(self, block: int) -> None:
+        digest = self._hash_of[block]
+        if digest is not None:
+            del self._published[digest]
+            self._hash_of[block] = None

@@ -1,0 +1,235 @@
+"""One step of the engine: schedule, run, sample, settle. Single-threaded; `EngineThread` drives it.
+
+`prepare` does all work that needs no engine state (checks, sampling state) and may run in any thread; everything else
+belongs to the thread that runs the steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import msgspec
+import torch
+
+from candle_vllm.core.engine.batch import Batch, build_batch
+from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.core.sampling.sampler import SampledToken, Sampler
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_SCORED_ROWS = 64  # prompt positions whose logits are held at a time
+
+
+class Engine:
+    """Scheduler, model, sampler and the live sequences.
+
+    Args:
+        runner: model and cache.
+        scheduler: queues and blocks.
+        tokenizer: tokens to text.
+        eos_token_ids: the model's end-of-sequence tokens.
+        max_model_len: longest prompt plus output.
+        seed: makes requests without a seed reproducible, in order of preparation.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        eos_token_ids: Seq[int],
+        max_model_len: int,
+        seed: int | None = None,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_model_len = max_model_len
+        self.vocab_size = runner.decoder.config.vocab_size
+        self.sampler = Sampler()
+        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
+        self._live: dict[Sequence, LiveSequence] = {}
+        self._requests: dict[str, list[LiveSequence]] = {}
+        self._arrivals = 0
+        self._counts: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence is unfinished."""
+        return bool(self._live)
+
+    def prepare(self, request: GenerationRequest) -> list[LiveSequence]:
+        """Checks a request and makes its sequences. Thread-safe.
+
+        Raises:
+            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+        """
+        max_length = self._check(request)
+        if request.params.seed is None:
+            seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
+            request = msgspec.structs.replace(request, params=seeded)
+        bad_words = self._bad_words(request.params.bad_words or ())
+        made = []
+        for index in range(request.params.n):
+            sequence = Sequence(request, index, order=-1)
+            state = SamplingState(
+                request.params,
+                request.prompt_token_ids,
+                vocab_size=self.vocab_size,
+                eos_token_ids=self.eos_token_ids,
+                index=index,
+                bad_word_token_ids=bad_words,
+            )
+            made.append(LiveSequence(sequence, state, self.tokenizer, self.eos_token_ids, max_length))
+        return made
+
+    def add(self, prepared: Seq[LiveSequence]) -> None:
+        """Queues a prepared request."""
+        self._requests[prepared[0].request.request_id] = list(prepared)
+        for live in prepared:
+            live.sequence.order = self._arrivals
+            self._arrivals += 1
+            self._live[live.sequence] = live
+            self.scheduler.add(live.sequence)
+
+    def abort(self, request_id: str) -> list[TokenOutput]:
+        """Ends a request now; its blocks are free before the next step. Unknown ids are ignored."""
+        pieces = []
+        for live in self._requests.get(request_id, ())[:]:
+            if live.sequence in self._live:
+                pieces.append(self._finish(live, live.end(FinishReason.ABORT)))
+        return pieces
+
+    def step(self) -> list[TokenOutput]:
+        """Runs one step; one piece for every sequence that got a token or ended."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        try:
+            batch = build_batch(scheduled, self.scheduler.blocks.block_size, self.runner.device)
+            hidden = self.runner.forward(batch)
+            self._score_prompts(scheduled, batch, hidden)
+            return self._settle(scheduled, batch, self._sample(batch, hidden))
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(scheduled))
+            return self._fail(scheduled, error)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        blocks = self.scheduler.blocks
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free,
+            block_size=blocks.block_size,
+            prompt_tokens=self._counts["prompt"],
+            cached_prompt_tokens=self._counts["cached"],
+            generation_tokens=self._counts["generation"],
+            finished=dict(self._finished),
+            preemptions=self.scheduler.num_preemptions,
+            steps=self._counts["steps"],
+        )
+
+    def _sample(self, batch: Batch, hidden: torch.Tensor) -> list[SampledToken]:
+        if not batch.samples:
+            return []
+        logits = self.runner.logits(hidden[batch.sample_rows])  # [R, V]
+        return self.sampler.sample(logits, [self._live[item.sequence].state for item in batch.samples])
+
+    def _settle(self, scheduled: Seq[ScheduledSequence], batch: Batch, sampled: Seq[SampledToken]) -> list[TokenOutput]:
+        """Books the step, then appends, stops, frees and publishes."""
+        self._counts["steps"] += 1
+        for item in scheduled:
+            self.scheduler.settle(item)
+        pieces = []
+        for item, token in zip(batch.samples, sampled, strict=True):
+            live = self._live[item.sequence]
+            if live.num_output_tokens == 0 and item.sequence.index == 0:
+                self._counts["prompt"] += item.sequence.num_prompt_tokens
+                self._counts["cached"] += item.sequence.num_cached_tokens or 0
+            piece = live.accept(token)
+            self._counts["generation"] += len(piece.token_ids)
+            pieces.append(self._finish(live, piece) if piece.finished else piece)
+        return pieces
+
+    def _finish(self, live: LiveSequence, piece: TokenOutput) -> TokenOutput:
+        """Takes an ended sequence out of the engine."""
+        self.scheduler.remove(live.sequence)
+        del self._live[live.sequence]
+        siblings = self._requests[piece.request_id]
+        siblings.remove(live)
+        if not siblings:
+            del self._requests[piece.request_id]
+        assert piece.finish_reason is not None
+        self._finished[piece.finish_reason.value] += 1
+        return piece
+
+    def _fail(self, scheduled: Seq[ScheduledSequence], error: Exception) -> list[TokenOutput]:
+        """Ends the sequences of a step that failed; all others go on."""
+        message = f"the engine failed on this request: {type(error).__name__}: {error}"
+        failed = [self._live[item.sequence] for item in scheduled if item.sequence in self._live]
+        return [self._finish(live, live.end(FinishReason.ERROR, error=message)) for live in failed]
+
+    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch, hidden: torch.Tensor) -> None:
+        """Log-probabilities of prompt tokens, where asked for, from the rows of this step."""
+        now = time.monotonic()
+        for item, offset in zip(scheduled, batch.rows.query_start):
+            live = self._live[item.sequence]
+            live.first_scheduled_time = live.first_scheduled_time or now
+            top = live.request.params.prompt_logprobs
+            if top is None or item.sequence.index:
+                continue
+            known = len(live.prompt_logprobs) - 1  # after a preemption the first positions are known already
+            last = min(item.start + item.count, item.sequence.num_prompt_tokens - 1)
+            for first in range(max(item.start, known), last, _SCORED_ROWS):
+                end = min(first + _SCORED_ROWS, last)
+                rows = slice(offset + first - item.start, offset + end - item.start)
+                following = item.sequence.tokens[first + 1 : end + 1]
+                scored = self.sampler.prompt_logprobs(self.runner.logits(hidden[rows]), following, top)
+                live.prompt_logprobs += [live.describe(row) for row in scored]
+
+    def _check(self, request: GenerationRequest) -> int:
+        """Refuses what cannot be served; returns the length at which the request's sequences end."""
+        prompt, params, most = request.prompt_token_ids, request.params, self.max_model_len
+        if not prompt:
+            raise InvalidParameterError("the prompt is empty: it needs at least one token", "prompt")
+        if not all(0 <= token < self.vocab_size for token in prompt):
+            raise InvalidParameterError(f"the prompt has token ids outside 0..{self.vocab_size - 1}", "prompt")
+        if len(prompt) >= most:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and the context is {most}: shorten the prompt, or start with a "
+                "larger --max-model-len where the model and the memory allow it",
+                "prompt",
+            )
+        if params.max_tokens is None:
+            return most
+        if len(prompt) + params.max_tokens > most:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they exceed the "
+                f"context of {most}; ask for at most {most - len(prompt)}, or leave max_tokens out",
+                "max_tokens",
+            )
+        return len(prompt) + params.max_tokens
+
+    def _bad_words(self, words: Seq[str]) -> list[list[int]]:
+        """Token sequences of each word, at the start of a text and behind a space."""
+        found = []
+        for word in words:
+            plain = self.tokenizer.encode(word, add_special_tokens=False)
+            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            found += [ids for ids in (plain, spaced) if ids]
+        return found

@@ -1,0 +1,151 @@
+"""Steps 8 and 9 for one sequence: append the sampled token, decide whether it ends, and turn it into text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from candle_vllm.core.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    PositionLogprobs,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.sampling.logprobs import LogprobRow
+from candle_vllm.core.sampling.sampler import SampledToken
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.text.detokenizer import Detokenizer
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+class LiveSequence:
+    """One sequence from admission to its last piece: scheduler's view, sampling state, detokenizer and times.
+
+    Args:
+        sequence: the scheduler's view.
+        state: how its tokens are chosen.
+        tokenizer: for text and for the texts of log-probabilities.
+        eos_token_ids: tokens that end it, unless the request ignores them.
+        max_tokens: total length, prompt included, at which it ends.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        state: SamplingState,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        max_length: int,
+    ) -> None:
+        params = sequence.request.params
+        self.sequence = sequence
+        self.state = state
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            prompt_token_ids=sequence.request.prompt_token_ids,
+            stop_strings=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+        )
+        self.prompt_logprobs: list[PositionLogprobs | None] = [None]
+        self.first_scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The request it belongs to."""
+        return self.sequence.request
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.sequence.num_tokens - self.sequence.num_prompt_tokens
+
+    def accept(self, sampled: SampledToken) -> TokenOutput:
+        """Appends a sampled token; the piece has a finish reason when it was the last."""
+        if sampled.error is not None:
+            return self.end(FinishReason.ERROR, error=sampled.error)
+        token, params = sampled.token_id, self.request.params
+        first = self.num_output_tokens == 0
+        self.sequence.tokens.append(token)
+        self.state.append(token)
+        self.first_token_time = self.first_token_time or time.monotonic()
+        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
+        reason, stop_reason, text = self._ending(token, params.include_stop_str_in_output)
+        return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> TokenOutput:
+        """The last piece of a sequence that stops without a token of its own: aborted or failed."""
+        return self._piece(self.detokenizer.finish(), (), None, reason, None, error=error)
+
+    def describe(self, row: LogprobRow) -> PositionLogprobs:
+        """Log-probabilities with the texts of their tokens."""
+        top = tuple(
+            self._logprob(token, value, rank)
+            for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)
+        )
+        return PositionLogprobs(self._logprob(row.token_id, row.logprob, row.rank), top)
+
+    def _ending(self, token: int, include_stop: bool) -> tuple[FinishReason | None, str | int | None, str]:
+        """Finish reason, stop reason and new text after `token`."""
+        enough = self.num_output_tokens >= self.request.params.min_tokens
+        if enough and (token in self.eos_token_ids or token in self.stop_token_ids):
+            text = self.detokenizer.add(token) if include_stop else ""
+            stop_reason = token if token in self.stop_token_ids else None
+            return FinishReason.STOP, stop_reason, text + self.detokenizer.finish()
+        text = self.detokenizer.add(token)
+        if self.detokenizer.stopped_by is not None:
+            return FinishReason.STOP, self.detokenizer.stopped_by, text
+        if self.sequence.num_tokens >= self.max_length:
+            text += self.detokenizer.finish()
+            if self.detokenizer.stopped_by is not None:
+                return FinishReason.STOP, self.detokenizer.stopped_by, text
+            return FinishReason.LENGTH, None, text
+        return None, None, text
+
+    def _piece(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[PositionLogprobs, ...] | None,
+        reason: FinishReason | None,
+        stop_reason: str | int | None,
+        *,
+        first: bool = False,
+        error: str | None = None,
+    ) -> TokenOutput:
+        asked = first and self.sequence.index == 0 and self.request.params.prompt_logprobs is not None
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=self.sequence.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self.prompt_logprobs) if asked else None,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached_tokens or 0,
+            metrics=self._metrics() if reason is not None else None,
+            error=error,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival_time=self.request.arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time,
+            finished_time=time.monotonic(),
+        )
+
+    def _logprob(self, token: int, value: float, rank: int) -> TokenLogprob:
+        data = self.tokenizer.token_bytes(token)
+        return TokenLogprob(token, value, rank, data.decode("utf-8", "replace"), data)

@@ -1,0 +1,186 @@
+"""Step 4: who runs in the next step, and how many tokens of each. No torch here.
+
+Every step has a budget of tokens. Sequences that decode come first with one token each, then prompts that have begun,
+then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds.
+
+- A prompt is admitted when the blocks for all of it are free, so one that has begun never waits for memory.
+- A waiting prompt whose next block is being computed by a running one waits for that block and shares it: the `n`
+  sequences of one request, or a burst with a common beginning, compute it once.
+- When a decoding sequence needs a block and none is free, the last in order (lowest priority, youngest) is preempted:
+  its blocks are released and it is recomputed later, with the tokens that it already has.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Run `count` tokens of `sequence` from position `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the step computes the last known token, so that the next one can be sampled."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+class Scheduler:
+    """Decides what runs; owns the queues.
+
+    Args:
+        blocks: the cache's block manager.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Sequence] = []  # both in order of rank
+        self.waiting: list[Sequence] = []
+        self.num_preemptions = 0
+        self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence."""
+        _insert(self.waiting, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a finished or aborted sequence out and releases its blocks."""
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """What the next step runs; empty when there is nothing to do."""
+        scheduled = self._schedule_decodes()
+        budget = self.max_num_batched_tokens - len(scheduled)
+        for sequence in self.running:
+            if budget and sequence.num_uncomputed_tokens > 1:
+                count = min(sequence.num_uncomputed_tokens, budget)
+                scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, count))
+                budget -= count
+        for sequence in self._admit(budget):
+            count = min(sequence.num_uncomputed_tokens, budget)
+            scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, count))
+            budget -= count
+            if not budget:
+                break
+        return scheduled
+
+    def settle(self, item: ScheduledSequence) -> None:
+        """Books a step that has run: its positions are in the cache, and full blocks are published."""
+        sequence, size = item.sequence, self.blocks.block_size
+        sequence.num_computed_tokens = item.start + item.count
+        first, last = item.start // size, sequence.num_computed_tokens // size
+        if last > first:
+            hashes = sequence.hashes(size)
+            for position in range(first, last):
+                self.blocks.publish(sequence.block_table[position], hashes[position])
+                self._computed(hashes[position])
+
+    def _schedule_decodes(self) -> list[ScheduledSequence]:
+        """One token for every running sequence that has only one to run, preempting from the end where blocks lack."""
+        scheduled = []
+        position = 0
+        while position < len(self.running):
+            sequence = self.running[position]
+            if sequence.num_uncomputed_tokens == 1:
+                if not self._grow(sequence):
+                    self._preempt(self.running[-1])
+                    continue
+                scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, 1))
+            position += 1
+        return scheduled
+
+    def _grow(self, sequence: Sequence) -> bool:
+        missing = self.blocks.blocks_for(sequence.num_computed_tokens + 1) - len(sequence.block_table)
+        if missing > 0:
+            taken = self.blocks.allocate(missing)
+            if taken is None:
+                return False
+            sequence.block_table += taken
+        return True
+
+    def _admit(self, budget: int) -> Iterator[Sequence]:
+        """Moves waiting sequences to running, in order, while blocks, places and budget last."""
+        deferred = 0
+        while budget and len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[deferred]
+            hashes = self._shareable(sequence)
+            shared = self.blocks.lookup(hashes)
+            if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
+                deferred += 1
+                continue
+            fresh = self.blocks.blocks_for(sequence.num_tokens) - len(shared)
+            reserve = len(self.running)  # each running sequence may soon need a block
+            if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
+                return
+            self.waiting.pop(deferred)
+            self._start(sequence, shared, fresh)
+            yield sequence
+
+    def _shareable(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the blocks that could come from the cache; the last token is always computed."""
+        params = sequence.request.params
+        if not self.blocks.enable_prefix_caching or params.skip_reading_prefix_cache:
+            return []
+        if params.prompt_logprobs is not None and sequence.index == 0:
+            return []  # every position of the prompt has to be run
+        size = self.blocks.block_size
+        return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
+
+    def _start(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
+        self.blocks.share(shared)
+        taken = self.blocks.allocate(fresh)
+        assert taken is not None
+        sequence.block_table = shared + taken
+        sequence.num_computed_tokens = len(shared) * self.blocks.block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        _insert(self.running, sequence)
+        if self.blocks.enable_prefix_caching:
+            self._computing.update(self._unpublished(sequence))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self.num_preemptions += 1
+        _insert(self.waiting, sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes a sequence out of `running`, back to where nothing of it is computed."""
+        self.running.remove(sequence)
+        for digest in self._unpublished(sequence):
+            self._computed(digest)
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+    def _unpublished(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the sequence's full blocks that are not in the cache yet."""
+        size = self.blocks.block_size
+        return sequence.hashes(size)[sequence.num_computed_tokens // size :]
+
+    def _computed(self, digest: bytes) -> None:
+        if self._computing[digest] > 1:
+            self._computing[digest] -= 1
+        else:
+            del self._computing[digest]
+
+
+def _insert(queue: list[Sequence], sequence: Sequence) -> None:
+    bisect.insort(queue, sequence, key=lambda entry: entry.rank)

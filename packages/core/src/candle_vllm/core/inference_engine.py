@@ -1,0 +1,410 @@
+"""InferenceEngine: the library's front door. Loads a model, owns the engine thread, and takes prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import queue
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.request import (
+    EngineStats,
+    GenerationOutput,
+    GenerationRequest,
+    ModelInfo,
+    OutputCollector,
+    TokenOutput,
+)
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.stream import Inbox, TokenStream
+from candle_vllm.core.engine.thread import EngineThread
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    ChatTemplateError,
+    ConfigError,
+    EngineDeadError,
+    InvalidParameterError,
+)
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.memory import available_memory, physical_cores, plan_cache
+from candle_vllm.core.sampling.params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_CPU_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS = 512, 8192
+
+
+class InferenceEngine:
+    """A loaded model that continues prompts, many at a time.
+
+    Args:
+        model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
+        settings: fields of `EngineConfig`, where `model` is not one.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+
+    The engine runs in a thread of its own from the first request on. `close` (or leaving the `with` block) ends the
+    thread and lets go of the memory. For a loop of your own use `add_request`, `step` and `abort` instead; an engine is
+    driven one way or the other, not both.
+    """
+
+    def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=str(model), **settings)
+        if isinstance(model, EngineConfig) and settings:
+            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        self.config = config
+        placement = _placement(config)
+        if config.threads is not None or placement.device.type == "cpu":
+            torch.set_num_threads(config.threads or physical_cores())
+        with _progress_bar() as progress:
+            self._loaded: LoadedModel | None = load_model(config, placement, progress)
+        self._engine: Engine | None = _build_engine(config, self._loaded, placement)
+        self._thread: EngineThread | None = None
+        self._manual = False
+        self._info = _model_info(self._loaded, placement, self._engine.max_model_len)
+
+    # ---- what is loaded ----------------------------------------------------------------------------------------------
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """Name, architecture, size, context, and the sampling defaults that the model itself brings."""
+        return self._info
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the defaults of the model's generation config."""
+        return msgspec.convert(self._info.default_sampling, SamplingParams)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine is closed or has failed for good."""
+        return self._engine is not None and (self._thread is None or self._thread.is_alive)
+
+    def stats(self) -> EngineStats:
+        """Counters since the start and gauges of now."""
+        return self._require()[0].stats()
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, by default with the beginning token that the model asks for."""
+        return self._require()[1].tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The conversation as one prompt text, by the model's own template.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, and anything that the
+                template itself understands (`enable_thinking`, ...).
+
+        Raises:
+            ChatTemplateError: the model has no template, or it refused the conversation.
+        """
+        template = self._require()[1].template
+        if template is None:
+            raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (--chat-template)", "messages")
+        return template.render([dict(message) for message in messages], **options)
+
+    # ---- whole answers -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Continues every prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list; a prompt is a text or a list of token ids.
+            sampling_params: one for all, or one each; None is the model's defaults.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            RequestError: a prompt or its parameters are wrong; nothing has run then.
+            CandleVllmError: the engine failed on a request.
+        """
+        todo = self._requests(_as_list(prompts), sampling_params)
+        return [output for _, output in sorted(self._run_all(todo, use_tqdm))]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> GenerationOutput:
+        """Answers one conversation; `options` go to `apply_chat_template`."""
+        tokens = self.tokenize(self.apply_chat_template(messages, **options), add_special_tokens=False)
+        return self.generate([tokens], sampling_params, use_tqdm=False)[0]
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationOutput:
+        """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
+        stream = self.stream(
+            prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        )
+        collector = OutputCollector(stream.request)
+        try:
+            async for piece in stream:
+                _raise_failure(piece)
+                collector.add(piece)
+        finally:
+            await stream.aclose()
+        return collector.result()
+
+    # ---- pieces as they come -----------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> TokenStream:
+        """Submits a prompt and returns its pieces as an async iterator; call it inside an event loop.
+
+        The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
+        it aborts the request.
+
+        Raises:
+            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+        """
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        prepared = self._require()[0].prepare(request)
+        thread = self._running_thread()
+        inbox = Inbox(asyncio.get_running_loop())
+        thread.submit(prepared, inbox)
+        return TokenStream(request, inbox, thread.abort)
+
+    # ---- a loop of your own ------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> str:
+        """Queues a prompt for `step`; returns its request id."""
+        engine = self._own_loop()
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        engine.add(engine.prepare(request))
+        return request.request_id
+
+    def step(self) -> list[TokenOutput]:
+        """Runs one step of the requests added with `add_request`; an empty list when there is nothing to do."""
+        return self._own_loop().step()
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """True while `step` has something to do."""
+        return self._require()[0].has_work
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
+        if self._thread is not None:
+            self._thread.abort(request_id)
+        else:
+            self._require()[0].abort(request_id)
+
+    # ---- lifetime ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Aborts what is running, ends the thread, and lets go of model and cache. Closing twice is fine."""
+        if self._thread is not None:
+            self._thread.close()
+        self._engine = self._loaded = self._thread = None
+        gc.collect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _require(self) -> tuple[Engine, LoadedModel]:
+        if self._engine is None or self._loaded is None:
+            raise EngineDeadError("the engine is closed")
+        return self._engine, self._loaded
+
+    def _running_thread(self) -> EngineThread:
+        engine = self._require()[0]
+        if self._manual:
+            raise EngineDeadError("this engine is driven by add_request and step: use those, or another engine")
+        if self._thread is None:
+            self._thread = EngineThread(engine, self.config.max_queued_requests)
+        return self._thread
+
+    def _own_loop(self) -> Engine:
+        if self._thread is not None:
+            raise EngineDeadError("this engine runs in its own thread: use generate or stream, or another engine")
+        self._manual = True
+        return self._require()[0]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationRequest:
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt")
+        return GenerationRequest(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt=text,
+            prompt_token_ids=ids,
+            params=params or self.default_sampling_params,
+            priority=priority,
+        )
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[GenerationRequest, list[LiveSequence]]]:
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
+        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
+        return [(request, self._require()[0].prepare(request)) for request in requests]
+
+    def _run_all(
+        self, todo: Sequence[tuple[GenerationRequest, list[LiveSequence]]], use_tqdm: bool
+    ) -> Iterator[tuple[int, GenerationOutput]]:
+        """Runs the requests with no more in the engine at a time than its queue takes."""
+        thread = self._running_thread()
+        sink = _QueueSink()
+        collectors: dict[str, tuple[int, OutputCollector]] = {}
+        ahead = iter(enumerate(todo))
+        try:
+            with tqdm(total=len(todo), disable=not use_tqdm, desc="prompts", dynamic_ncols=True) as bar:
+                for _ in todo:
+                    while len(collectors) < self.config.max_queued_requests and (entry := next(ahead, None)):
+                        position, (request, prepared) = entry
+                        collectors[request.request_id] = position, OutputCollector(request)
+                        thread.submit(prepared, sink)
+                    yield sink.next_finished(collectors)
+                    bar.update()
+        finally:
+            for request_id in collectors:
+                thread.abort(request_id)
+
+
+class _QueueSink:
+    """Pieces for a caller that waits in its own thread."""
+
+    loop = None
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[TokenOutput | EngineDeadError] = queue.SimpleQueue()
+        self.put = self._items.put
+
+    def next_finished(self, collectors: dict[str, tuple[int, OutputCollector]]) -> tuple[int, GenerationOutput]:
+        """Waits until one request is complete, and takes it out of `collectors`."""
+        while True:
+            item = self._items.get()
+            if isinstance(item, EngineDeadError):
+                raise item
+            _raise_failure(item)
+            position, collector = collectors[item.request_id]
+            if collector.add(item):
+                del collectors[item.request_id]
+                return position, collector.result()
+
+
+def _raise_failure(piece: TokenOutput) -> None:
+    if piece.error is not None:
+        raise CandleVllmError(piece.error)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    return [items] if items and all(isinstance(item, int) for item in items) else items  # type: ignore[list-item]
+
+
+def _placement(config: EngineConfig) -> Placement:
+    if config.device.startswith("cuda"):
+        raise ConfigError(f"device {config.device!r} is not supported yet: set --device cpu", "device")
+    return Placement(torch.device("cpu"), _DTYPES.get(config.dtype, torch.float32))
+
+
+def _build_engine(config: EngineConfig, loaded: LoadedModel, placement: Placement) -> Engine:
+    plan = plan_cache(config, loaded.config, placement.dtype.itemsize, available_memory())
+    logger.info(plan.message)
+    default = _CPU_BATCHED_TOKENS if placement.device.type == "cpu" else _CUDA_BATCHED_TOKENS
+    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
+    if budget < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}, so not every sequence could "
+            f"take a step: set --prefill-chunk-size {config.max_num_seqs} or --max-num-seqs {budget}",
+            "max_num_batched_tokens",
+        )
+    blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+    runner = ModelRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
+    scheduler = Scheduler(blocks, config.max_num_seqs, budget)
+    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
+
+
+def _model_info(loaded: LoadedModel, placement: Placement, max_model_len: int) -> ModelInfo:
+    return ModelInfo(
+        name=loaded.name,
+        architecture=loaded.config.model_type,
+        num_parameters=loaded.num_parameters,
+        max_model_len=max_model_len,
+        vocab_size=loaded.config.vocab_size,
+        dtype=next(name for name, dtype in _DTYPES.items() if dtype == placement.dtype),
+        device=str(placement.device),
+        quantization=loaded.quantization,
+        weight_bytes=loaded.weight_bytes,
+        eos_token_ids=loaded.eos_token_ids,
+        has_chat_template=loaded.template is not None,
+        default_sampling=loaded.default_sampling,
+    )
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    """A bar for loading that stays silent unless loading takes longer than a second."""
+    with tqdm(desc="loading", unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

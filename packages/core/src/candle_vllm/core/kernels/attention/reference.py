@@ -1,0 +1,53 @@
+"""Paged attention in plain torch, one sequence after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.attention import AttentionRows
+
+_QUERIES = 256  # queries at a time, so that the scores of a long prompt stay small
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: AttentionRows,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    out = torch.empty_like(q)
+    size = key_cache.shape[1]
+    for row, context in enumerate(rows.context_lens):
+        start, end = rows.query_start[row], rows.query_start[row + 1]
+        table = rows.block_tables[row, : -(-context // size)]
+        k = key_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()  # [K, C, D]
+        v = value_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()
+        for first in range(start, end, _QUERIES):
+            last = min(first + _QUERIES, end)
+            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window)
+    return out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, scale: float, window: int | None
+) -> torch.Tensor:
+    """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; returns [Q, H, D]."""
+    queries, heads, dim = q.shape
+    kv_heads, context, _ = k.shape
+    grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [K, G, Q, D]
+    scores = torch.matmul(grouped.flatten(1, 2), k.transpose(1, 2)).mul_(scale)  # [K, G * Q, C]
+    at = torch.arange(position, position + queries, device=q.device).unsqueeze(1)  # [Q, 1]
+    seen = torch.arange(context, device=q.device).unsqueeze(0)  # [1, C]
+    hidden = seen > at
+    if window is not None:
+        hidden |= seen <= at - window
+    scores.view(kv_heads, -1, queries, context).masked_fill_(hidden, float("-inf"))
+    mixed = torch.matmul(scores.softmax(-1), v)  # [K, G * Q, D]
+    return mixed.view(kv_heads, -1, queries, dim).permute(2, 0, 1, 3).reshape(queries, heads, dim).to(q.dtype)

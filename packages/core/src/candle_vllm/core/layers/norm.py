@@ -1,0 +1,25 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from candle_vllm.core.kernels.rms_norm import rms_norm
+from candle_vllm.core.layers.parameters import Placement
+
+
+class RMSNorm:
+    """RMSNorm over the last dimension of x [T, ..., size]."""
+
+    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+        self.eps = eps
+        self.weight = torch.empty(size, device=placement.device, dtype=torch.float32)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def parts(self) -> Mapping[str, torch.Tensor]:
+        """Every part that must be loaded, with the tensor that it is copied into."""
+        return {"weight": self.weight}

@@ -1,0 +1,94 @@
+"""Rotary position embedding: the frequencies of every scaling kind, and the tables made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+
+from candle_vllm.core.kernels.rotary import rotary
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import RopeConfig
+
+
+class Rotary:
+    """Rotates queries and keys by position; one per model, shared by its layers.
+
+    A GGUF file of Llama 3 carries its scaling as divisors of the frequencies; they are the optional part "factors".
+    """
+
+    def __init__(self, rope: RopeConfig, max_position: int, placement: Placement, *, factors: bool = False) -> None:
+        self.rope = rope
+        self.max_position = max_position
+        self.device = placement.device
+        self._factors = torch.ones(rope.dim // 2) if factors else None
+
+    @cached_property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [P, R/2] in fp32, made when the weights are there."""
+        frequencies = inverse_frequencies(self.rope, self.max_position)
+        if self._factors is not None:
+            frequencies = frequencies / self._factors
+        angles = torch.arange(self.max_position, dtype=torch.float32).unsqueeze(1) * frequencies
+        scale = attention_scale(self.rope)
+        return (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device)
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return rotary(x, positions, *self.tables)
+
+    def parts(self) -> Mapping[str, torch.Tensor]:
+        """Every part that must be loaded, with the tensor that it is copied into."""
+        return {} if self._factors is None else {"factors": self._factors}
+
+
+def attention_scale(rope: RopeConfig) -> float:
+    """The factor on cos and sin: yarn's 0.1 ln(factor) + 1, else 1."""
+    if rope.kind != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+
+def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
+    """Angle per position [R/2] in fp32, for a context of `max_position` tokens.
+
+    Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, taken at the longest context from the start, so
+    that cached keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071.
+    """
+    theta = rope.theta
+    if rope.kind == "dynamic" and max_position > rope.original_max_position:
+        stretch = rope.factor * max_position / rope.original_max_position - (rope.factor - 1)
+        theta *= stretch ** (rope.dim / (rope.dim - 2))
+    plain = 1.0 / theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(plain, rope)
+    if rope.kind == "yarn":
+        return _yarn(plain, rope)
+    return plain
+
+
+def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Slow dimensions are stretched, fast ones kept, those between blended."""
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / rope.factor
+
+
+def _yarn(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, between on a ramp."""
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    stretch = ramp.clamp(0, 1)
+    return plain * (1 - stretch) + plain / rope.factor * stretch

@@ -1,0 +1,395 @@
+"""Reads GGUF files, v2 and v3, little-endian: metadata and tensor table, every number checked before it is used.
+
+Stands before step 1 of a request's life. No count, length or offset of the file is trusted: each is held against the
+file's size before anything is read or allocated, so that a damaged or hostile file costs an error and no more.
+
+Source: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's naming of split files.
+
+Texts: keys and tensor names must be valid UTF-8. In a single text value bad bytes become U+FFFD. In lists of texts
+they become lone surrogates (`surrogateescape`): some vocabularies hold raw bytes, two tokens must not become one, and
+`text.encode("utf-8", "surrogateescape")` gives the bytes back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor
+from candle_vllm.core.quantization import ggml
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
+MAX_HEADER_BYTES = 128 << 20
+"""Metadata and tensor table together; the largest vocabularies take about 20 MB."""
+MAX_PAIRS = 1 << 16
+MAX_TENSORS = 1 << 20
+MAX_KEY_BYTES = (1 << 16) - 1
+MAX_TENSOR_NAME_BYTES = 256
+MAX_ARRAY_DEPTH = 4
+MAX_DIMENSIONS = 4
+MAX_ELEMENTS = (1 << 63) - 1
+LIST_LENGTH = 1024
+"""Arrays of numbers up to this length are lists, longer ones numpy arrays."""
+
+MetadataValue = str | int | float | bool | list | np.ndarray
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_STRING, _ARRAY = 8, 9  # codes of value types, as are the keys below
+_NUMBERS = MappingProxyType(
+    {code: np.dtype(name) for code, name in enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"])}
+    | {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
+)
+_SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
+_SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, rank, one dimension, type, offset
+_PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GgufTensor(StoredTensor):
+    """A tensor of a GGUF file.
+
+    Attributes:
+        ggml_type: how its elements are stored.
+    """
+
+    ggml_type: GGMLQuantizationType
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`; a quantised type is computed in float32, and None means float32 for it.
+
+        Raises:
+            UnsupportedModelError: nothing decodes the type.
+        """
+        try:
+            return ggml.dequantize(self.raw(), self.ggml_type, self.shape, dtype or self.dtype or torch.float32)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.file.path}: tensor {self.name!r}: {error}") from error
+
+
+class _Header:
+    """A cursor over the header: reads a value, or says what is wrong with it and where."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.position = 0
+        self.end = min(file.size, MAX_HEADER_BYTES)
+
+    def error(self, what: str) -> InvalidFileError:
+        return InvalidFileError(f"{self.file.path}: {what} (at byte {self.position} of {self.file.size})")
+
+    def need(self, count: int, what: str) -> None:
+        if count > self.end - self.position:
+            limit = f"the file's end at byte {self.end}"
+            if self.end < self.file.size:
+                limit = f"the header limit of {MAX_HEADER_BYTES} bytes"
+            raise self.error(f"{what} takes {count} bytes and would pass {limit}; the file is damaged or incomplete")
+
+    def take(self, count: int, what: str) -> bytes:
+        self.need(count, what)
+        start, self.position = self.position, self.position + count
+        return self.file.buffer[start : self.position]
+
+    def u32(self, what: str) -> int:
+        return _U32.unpack(self.take(4, what))[0]
+
+    def u64(self, what: str) -> int:
+        return _U64.unpack(self.take(8, what))[0]
+
+    def count(self, what: str, smallest: int, most: int) -> int:
+        """A number of things that take at least `smallest` bytes each."""
+        count = self.u64(f"the number of {what}")
+        if count > most:
+            raise self.error(f"{count} {what}, at most {most} are allowed")
+        self.need(count * smallest, f"{count} {what}")
+        return count
+
+    def name(self, what: str, most: int) -> str:
+        length = self.u64(f"the length of {what}")
+        if not 0 < length <= most:
+            raise self.error(f"{what} has {length} bytes, allowed are 1 to {most}")
+        data = self.take(length, what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise self.error(f"{what} is not valid UTF-8: {error.reason} in {data[:60]!r}") from error
+
+    def value(self, type_code: int, what: str, depth: int = 0) -> MetadataValue:
+        if type_code in _NUMBERS:
+            return self.numbers(_NUMBERS[type_code], 1, what).item()
+        if type_code == _STRING:
+            return self.take(self.u64(f"the length of {what}"), what).decode(errors="replace")
+        if type_code == _ARRAY:
+            return self.array(what, depth + 1)
+        raise self.error(f"{what} has the unknown value type {type_code}")
+
+    def numbers(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
+        data = np.frombuffer(self.take(count * dtype.itemsize, what), dtype=dtype)
+        if dtype.kind == "b" and (data.view(np.uint8) > 1).any():
+            raise self.error(f"{what} holds a truth value that is neither 0 nor 1")
+        return data
+
+    def array(self, what: str, depth: int) -> list | np.ndarray:
+        if depth > MAX_ARRAY_DEPTH:
+            raise self.error(f"{what} nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        type_code = self.u32(f"the element type of {what}")
+        count = self.u64(f"the length of {what}")
+        if type_code in _NUMBERS:
+            numbers = self.numbers(_NUMBERS[type_code], count, what)
+            return numbers.tolist() if count <= LIST_LENGTH else numbers
+        if type_code == _STRING:
+            return self.strings(count, what)
+        if type_code == _ARRAY:
+            self.need(count * 12, what)  # an element type and a length each
+            return [self.array(what, depth + 1) for _ in range(count)]
+        raise self.error(f"{what} is an array of the unknown value type {type_code}")
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """One tight loop: vocabularies have hundreds of thousands of entries."""
+        self.need(count * 8, what)
+        buffer, position, end, read_length = self.file.buffer, self.position, self.end, _U64.unpack_from
+        texts: list[str] = []
+        for index in range(count):
+            start = position + 8
+            stop = start + (read_length(buffer, position)[0] if start <= end else 8)
+            if stop > end:
+                self.position = position
+                self.need(stop - position, f"entry {index} of {what}")
+            texts.append(buffer[start:stop].decode("utf-8", "surrogateescape"))
+            position = stop
+        self.position = position
+        return texts
+
+
+class GgufFile:
+    """One GGUF file, mapped.
+
+    Attributes:
+        path: the file.
+        version: 2 or 3.
+        metadata: texts, numbers, truth values and lists; long arrays of numbers are read-only numpy arrays.
+        tensors: by name, in the order of the file's table.
+        alignment: bytes; every tensor begins at a multiple of it.
+        file: the mapping behind the tensors.
+    """
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.path = file.path
+        header = _Header(file)
+        self.version = _read_version(header)
+        num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
+        num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
+        self.metadata = _read_metadata(header, num_pairs)
+        self.alignment = _alignment(header, self.metadata)
+        self.tensors = _read_tensors(header, num_tensors, self.alignment)
+
+    @classmethod
+    def open(cls, path: Path | str) -> GgufFile:
+        """Maps a file and reads its header.
+
+        Raises:
+            ModelNotFoundError: there is no such file.
+            InvalidFileError: it is damaged; the message says where.
+            UnsupportedModelError: version 1, big-endian, or a tensor type that this library does not know.
+        """
+        file = MappedFile(Path(path))
+        try:
+            return cls(file)
+        except BaseException:
+            file.close()
+            raise
+
+    def close(self) -> None:
+        """Unmaps the file; loaded tensors stay valid."""
+        self.file.close()
+
+
+def _read_version(header: _Header) -> int:
+    path, magic = header.file.path, header.take(4, "the magic")
+    if magic != MAGIC:
+        raise InvalidFileError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+    version = header.u32("the version")
+    if version and version & 0xFFFF == 0:
+        raise UnsupportedModelError(f"{path} is a big-endian GGUF file; convert the model to little-endian")
+    if version not in VERSIONS:
+        raise UnsupportedModelError(
+            f"{path} is GGUF version {version}; versions 2 and 3 are supported: convert the model with a current tool"
+        )
+    return version
+
+
+def _read_metadata(header: _Header, count: int) -> dict[str, MetadataValue]:
+    metadata: dict[str, MetadataValue] = {}
+    for index in range(count):
+        key = header.name(f"metadata key {index}", MAX_KEY_BYTES)
+        if key in metadata:
+            raise header.error(f"metadata key {key!r} appears twice")
+        metadata[key] = header.value(header.u32(f"the type of {key!r}"), f"the value of {key!r}")
+    return metadata
+
+
+def _alignment(header: _Header, metadata: dict[str, MetadataValue]) -> int:
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value & (value - 1):
+        raise header.error(f"general.alignment is {value!r:.60}, it must be a power of two")
+    if value > MAX_ALIGNMENT:
+        raise header.error(f"general.alignment is {value}, at most {MAX_ALIGNMENT} is allowed")
+    return value
+
+
+def _read_tensors(header: _Header, count: int, alignment: int) -> dict[str, StoredTensor]:
+    entries = [_read_tensor_entry(header, index) for index in range(count)]
+    data_start = -(-header.position // alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    for name, shape, ggml_type, offset in entries:
+        if name in tensors:
+            raise header.error(f"tensor {name!r} appears twice")
+        tensor = _place_tensor(header, name, shape, ggml_type, data_start, offset)
+        if offset % alignment:
+            raise header.error(f"tensor {name!r} begins at offset {offset}, no multiple of the alignment {alignment}")
+        tensors[name] = tensor
+    _check_overlaps(header, tensors)
+    return tensors
+
+
+def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    name = header.name(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
+    rank = header.u32(f"the number of dimensions of {name!r}")
+    if not 1 <= rank <= MAX_DIMENSIONS:
+        raise header.error(f"tensor {name!r} has {rank} dimensions, allowed are 1 to {MAX_DIMENSIONS}")
+    dimensions = struct.unpack(f"<{rank}Q", header.take(8 * rank, f"the shape of {name!r}"))
+    if min(dimensions) == 0 or math.prod(dimensions) > MAX_ELEMENTS:
+        raise header.error(f"tensor {name!r} has the dimensions {dimensions}: 1 to {MAX_ELEMENTS} elements are allowed")
+    code = header.u32(f"the type of {name!r}")
+    try:
+        ggml_type = GGMLQuantizationType(code)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{header.file.path}: tensor {name!r} has the unknown ggml type {code}; convert the model with a current "
+            "tool, to one of the usual types"
+        ) from error
+    return name, dimensions[::-1], ggml_type, header.u64(f"the offset of {name!r}")
+
+
+def _place_tensor(
+    header: _Header, name: str, shape: tuple[int, ...], ggml_type: GGMLQuantizationType, data_start: int, offset: int
+) -> GgufTensor:
+    size, width = ggml.block_layout(ggml_type)
+    if shape[-1] % size:
+        raise header.error(
+            f"tensor {name!r} has rows of {shape[-1]} elements, {ggml_type.name} needs a multiple of {size}"
+        )
+    nbytes, start = math.prod(shape) // size * width, data_start + offset
+    if start + nbytes > header.file.size:
+        raise header.error(
+            f"tensor {name!r} takes bytes {start} to {start + nbytes} and would pass the file's end at byte "
+            f"{header.file.size}; the file is damaged or its download is incomplete"
+        )
+    plain = ggml.PLAIN_TYPES.get(ggml_type)
+    return GgufTensor(name, shape, ggml_type.name, plain, nbytes, header.file, start, ggml_type)
+
+
+def _check_overlaps(header: _Header, tensors: dict[str, StoredTensor]) -> None:
+    previous: StoredTensor | None = None
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+        if previous is not None and tensor.start < previous.start + previous.nbytes:
+            raise header.error(
+                f"tensors {previous.name!r} and {tensor.name!r} overlap: the first ends at byte "
+                f"{previous.start + previous.nbytes}, the second begins at byte {tensor.start}"
+            )
+        previous = tensor
+
+
+def split_names(name: str) -> tuple[str, ...]:
+    """File names of all parts of the model that `name` is a part of: `x-00002-of-00003.gguf` gives three.
+
+    A name of another form stands for itself.
+    """
+    match = _PART_NAME.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return (name,)
+    return tuple(f"{match[1]}-{part:05d}-of-{match[3]}.gguf" for part in range(1, int(match[3]) + 1))
+
+
+def open_gguf(path: Path | str) -> Checkpoint:
+    """Opens a GGUF model: one file, or all the parts of a split one, given any of them.
+
+    The metadata is that of the first part, which alone has all of it.
+
+    Raises:
+        ModelNotFoundError: a file or a part is missing; the message names it.
+        InvalidFileError: a part is damaged, or the parts do not belong together.
+        UnsupportedModelError: see `GgufFile.open`.
+    """
+    path = Path(path)
+    names = split_names(path.name)
+    paths = [path.with_name(name) for name in names]
+    for number, part in enumerate(paths, start=1):
+        if len(paths) > 1 and not part.is_file():
+            raise ModelNotFoundError(
+                f"{part} is missing: it is part {number} of the {len(paths)} that the model consists of; "
+                "put all parts into one folder"
+            )
+    parts: list[GgufFile] = []
+    try:
+        for part in paths:
+            parts.append(GgufFile.open(part))
+            _check_part(parts[-1], len(parts) - 1, len(paths))
+        tensors = _merge(parts)
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    return Checkpoint(paths[0], "gguf", [part.file for part in parts], tensors, parts[0].metadata)
+
+
+def _check_part(part: GgufFile, number: int, count: int) -> None:
+    said_number, said_count = _split_field(part, "split.no"), _split_field(part, "split.count")
+    if count == 1 and said_count is not None and said_count > 1:
+        raise ModelNotFoundError(
+            f"{part.path} is one of {said_count} parts of a split model and does not bear a part's name; "
+            f"name the parts <model>-00001-of-{said_count:05d}.gguf and so on, in one folder"
+        )
+    if count > 1 and (said_number, said_count) != (number, count):
+        raise InvalidFileError(
+            f"{part.path} is named as part {number + 1} of {count}, but its metadata has split.no {said_number} and "
+            f"split.count {said_count} where {number} and {count} belong"
+        )
+
+
+def _split_field(part: GgufFile, key: str) -> int | None:
+    value = part.metadata.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | None):
+        raise InvalidFileError(f"{part.path}: {key} is {value!r:.60}, it must be an integer")
+    return value
+
+
+def _merge(parts: list[GgufFile]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].file.path} and in {part.path}")
+            tensors[name] = tensor
+    expected = _split_field(parts[0], "split.tensors.count")
+    if len(parts) > 1 and expected not in (None, len(tensors)):
+        raise InvalidFileError(
+            f"{parts[0].path}: split.tensors.count is {expected}, but the {len(parts)} parts hold "
+            f"{len(tensors)} tensors"
+        )
+    return tensors
+
+
+__all__ = ["GgufFile", "GgufTensor", "MetadataValue", "open_gguf", "split_names"]

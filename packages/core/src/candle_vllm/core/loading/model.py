@@ -1,0 +1,189 @@
+"""From resolved files to a model that is ready to run, with its tokenizer and chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
+from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.source import ModelFiles, resolve
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import load_weights
+from candle_vllm.core.models.registry import Decoder, Family, family_from_gguf, family_from_hf, gguf_heads
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# generation_config.json keys that are sampling defaults; their names are SamplingParams' own
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Everything that comes out of a model's files.
+
+    Attributes:
+        name: the model's name as its source gives it.
+        decoder: the model with its weights.
+        config: its configuration, the context cut to what was asked for.
+        tokenizer: words to tokens.
+        template: the chat template, where the model has one.
+        eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
+        default_sampling: sampling defaults of the model's generation config.
+        quantization: stored tensor types and how many tensors of each, where they are not plain.
+        num_parameters: stored numbers.
+        weight_bytes: stored bytes.
+    """
+
+    name: str
+    decoder: Decoder
+    config: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, float | int]
+    quantization: str | None
+    num_parameters: int
+    weight_bytes: int
+
+
+def load_model(config: EngineConfig, placement: Placement, progress: Callable[[int, int], object]) -> LoadedModel:
+    """Resolves `config.model`, downloads it where needed, and loads it.
+
+    Args:
+        config: the engine's settings.
+        placement: device and dtype of the weights.
+        progress: called with bytes done and bytes in all.
+    """
+    files = resolve(
+        config.model,
+        weight_file=config.weight_file,
+        revision=config.revision,
+        token=config.hf_token,
+        cache_dir=config.download_dir,
+        offline=config.offline,
+    )
+    started = time.perf_counter()
+    checkpoint, metadata = _open(files)
+    try:
+        family, model_config, heads = _describe(files, checkpoint, metadata)
+        limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
+        model_config = dataclasses.replace(model_config, max_position=limit)
+        decoder = family.build(model_config, placement, checkpoint)
+        _fill(decoder, family, model_config, checkpoint, heads, progress)
+        tokenizer = _tokenizer(config, files, metadata)
+        tokenizer.cover(model_config.vocab_size)
+        generation = _generation_config(files)
+        source = config.chat_template or tokenizer.chat_template
+        loaded = LoadedModel(
+            name=files.name,
+            decoder=decoder,
+            config=model_config,
+            tokenizer=tokenizer,
+            template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
+            eos_token_ids=_eos(model_config, tokenizer, generation),
+            default_sampling=_default_sampling(generation),
+            quantization=_quantization(checkpoint),
+            num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
+            weight_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+        )
+    finally:
+        checkpoint.close()
+    seconds = time.perf_counter() - started
+    logger.info("loaded %s: %.1f MB in %.2f s", files.name, loaded.weight_bytes / 1e6, seconds)
+    return loaded
+
+
+def _open(files: ModelFiles) -> tuple[Checkpoint, Mapping[str, Any]]:
+    if files.format == "gguf":
+        gguf = open_gguf(files.weights[0])
+        return gguf, gguf.metadata
+    return open_safetensors(files.folder), {}
+
+
+def _describe(
+    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]
+) -> tuple[Family, ModelConfig, Mapping[str, int]]:
+    if files.format == "gguf":
+        family, config = family_from_gguf(metadata, checkpoint)
+        return family, config, gguf_heads(metadata, config)
+    if files.config is None:
+        raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
+    family, config = family_from_hf(read_json(files.config), files.config)
+    return family, config, {}
+
+
+def _fill(
+    decoder: Decoder,
+    family: Family,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    heads: Mapping[str, int],
+    progress: Callable[[int, int], object],
+) -> None:
+    done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    load_weights(
+        decoder,
+        family.weights,
+        checkpoint,
+        num_layers=config.num_layers,
+        heads=heads,
+        ignored=family.ignored(config),
+        progress=report,
+    )
+
+
+def _tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:
+    if config.tokenizer is not None:
+        return Tokenizer.from_folder(config.tokenizer)
+    if files.format == "gguf":
+        return Tokenizer.from_gguf(metadata)
+    return Tokenizer.from_folder(files.tokenizer_folder or files.folder)
+
+
+def _generation_config(files: ModelFiles) -> Fields:
+    path = files.generation_config
+    return Fields(read_json(path) if path else {}, path or files.folder)
+
+
+def _default_sampling(generation: Fields) -> dict[str, float | int]:
+    """Sampling defaults; a config that says do_sample false asks for greedy decoding."""
+    values = {key: generation.values[key] for key in _SAMPLING_KEYS if key in generation}
+    if not generation.get("do_sample", bool, True):
+        values["temperature"] = 0.0
+    return values
+
+
+def _eos(config: ModelConfig, tokenizer: Tokenizer, generation: Fields) -> tuple[int, ...]:
+    ids = (*generation.token_ids("eos_token_id"), *config.eos_token_ids, *tokenizer.eos_token_ids)
+    return tuple(dict.fromkeys(ids))
+
+
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    """Stored types with their counts, most frequent first, where any is not a plain float."""
+    kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
+    if set(kinds) <= {"F32", "F16", "BF16", "F64"}:
+        return None
+    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

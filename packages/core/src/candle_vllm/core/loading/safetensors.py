@@ -1,0 +1,232 @@
+"""Reads safetensors checkpoints: one file, or the shards of a folder, with headers checked before data is touched.
+
+Stands before step 1 of a request's life. The header's JSON is checked against the file's size and against itself:
+known dtypes, shapes that fill their bytes, and, as the format demands, data without holes or overlaps.
+
+Source: the format section of the safetensors README; the index is that of Hugging Face's sharded checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor, load_plain
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+MAX_INDEX_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
+MAX_ELEMENTS = (1 << 63) - 1
+MAX_NAME_BYTES = 1024
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+"""The dtypes that are read; those of less than a byte are not."""
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SafetensorsTensor(StoredTensor):
+    """A tensor of a safetensors file; `dtype` is always set."""
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`."""
+        assert self.dtype is not None
+        return load_plain(self.raw(), self.dtype, self.shape, dtype or self.dtype)
+
+
+def open_safetensors(source: Path | str) -> Checkpoint:
+    """Opens a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
+
+    Raises:
+        ModelNotFoundError: nothing is there, or a shard is missing.
+        InvalidFileError: a header or the index is damaged, or two shards hold the same tensor.
+        UnsupportedModelError: a tensor has a dtype that is not read.
+    """
+    source = Path(source)
+    index = _index_of(source)
+    weight_map = _read_index(index) if index is not None else {}
+    paths = safetensors_files(source)
+    files: list[MappedFile] = []
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    try:
+        for path in paths:
+            files.append(MappedFile(path))
+            found, notes = _read_header(files[-1])
+            for name in found.keys() & tensors.keys():
+                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].file.path} and in {path}")
+            tensors.update(found)
+            metadata.update(notes)
+        for name, shard in weight_map.items():
+            if name not in tensors or tensors[name].file.path.name != shard:
+                raise InvalidFileError(f"{index} places tensor {name!r} in {shard}, which does not hold it")
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(source, "safetensors", files, tensors, metadata)
+
+
+def safetensors_files(source: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint, in order of name.
+
+    A `.safetensors` file stands for itself, an index file for its shards. In a folder it is `model.safetensors`,
+    else the shards of `model.safetensors.index.json`, else every `*.safetensors`.
+
+    Raises:
+        ModelNotFoundError: there are none, or one that the index names is missing.
+        InvalidFileError: the index is damaged, or names a file outside its folder.
+    """
+    index = _index_of(source)
+    if index is not None:
+        shards = sorted(set(_read_index(index).values()))
+        paths = tuple(index.with_name(shard) for shard in shards)
+        for path in paths:
+            if not path.is_file():
+                raise ModelNotFoundError(f"{path} is missing: {index} names it; put all shards into one folder")
+        return paths
+    if not source.is_dir():
+        return (source,)
+    if (source / SINGLE_FILE).is_file():
+        return (source / SINGLE_FILE,)
+    paths = tuple(sorted(source.glob("*.safetensors")))
+    if not paths:
+        raise ModelNotFoundError(f"{source} holds no *.safetensors file")
+    return paths
+
+
+def _index_of(source: Path) -> Path | None:
+    if source.name.endswith(".safetensors.index.json") and not source.is_dir():
+        return source
+    index = source / INDEX_FILE
+    return index if index.is_file() and not (source / SINGLE_FILE).is_file() else None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name; a shard's name is a plain file name, though the file may be a link."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_INDEX_BYTES:
+            raise InvalidFileError(f"{path} has {size} bytes, at most {MAX_INDEX_BYTES} are allowed")
+        weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidFileError(f"{path} is not an index of a sharded checkpoint: {error}") from error
+    if not weight_map:
+        raise InvalidFileError(f"{path} names no tensors")
+    for shard in set(weight_map.values()):
+        if not shard.endswith(".safetensors") or any(sign in shard for sign in "/\\:\0"):
+            raise InvalidFileError(
+                f"{path} names the shard {shard!r:.200}; a shard is a .safetensors file beside the index"
+            )
+    return weight_map
+
+
+def _read_header(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    if file.size < 8:
+        raise InvalidFileError(f"{file.path} has {file.size} bytes, a safetensors file at least 8")
+    length = int.from_bytes(file.buffer[:8], "little")
+    if length > min(MAX_HEADER_BYTES, file.size - 8):
+        raise InvalidFileError(
+            f"{file.path} announces a header of {length} bytes; the file has {file.size - 8} after its first 8 and "
+            f"at most {MAX_HEADER_BYTES} are allowed: it is damaged, incomplete or no safetensors file"
+        )
+    entries, notes = _decode_header(file.path, file.buffer[8 : 8 + length])
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in entries.items():
+        tensors[name] = _place_tensor(file, 8 + length, name, entry)
+    _check_coverage(file, 8 + length, tensors)
+    return tensors, notes
+
+
+def _decode_header(path: Path, header: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
+    try:
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        notes = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str] | None)
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidFileError(f"{path}: the header is not that of a safetensors file: {error}") from error
+    return entries, notes or {}
+
+
+def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -> SafetensorsTensor:
+    what = f"{file.path}: tensor {name!r:.200}"
+    if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        raise InvalidFileError(f"{what} has a name of {len(name)} characters, allowed are 1 to {MAX_NAME_BYTES} bytes")
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise UnsupportedModelError(f"{what} has the dtype {entry.dtype!r:.60}; read are {', '.join(DTYPES)}")
+    too_many = len(entry.shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in entry.shape) > MAX_ELEMENTS
+    if too_many or min(entry.shape, default=0) < 0:
+        raise InvalidFileError(
+            f"{what} has the shape {entry.shape!r:.200}; allowed are up to {MAX_DIMENSIONS} sizes of at least 0 and "
+            f"at most {MAX_ELEMENTS} elements"
+        )
+    begin, end = entry.data_offsets
+    if not 0 <= begin <= end <= file.size - data_start:
+        raise InvalidFileError(
+            f"{what} has the data offsets {begin} to {end}, the file has {file.size - data_start} bytes of data; "
+            "it is damaged or its download is incomplete"
+        )
+    if math.prod(entry.shape) * dtype.itemsize != end - begin:
+        raise InvalidFileError(
+            f"{what} has the shape {entry.shape} of {entry.dtype}, which takes {math.prod(entry.shape)} x "
+            f"{dtype.itemsize} bytes, but the data offsets {begin} to {end}"
+        )
+    return SafetensorsTensor(name, tuple(entry.shape), entry.dtype, dtype, end - begin, file, data_start + begin)
+
+
+def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, StoredTensor]) -> None:
+    """No byte of the data may belong to two tensors or to none; a name that is given twice shows here as a hole."""
+    position = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != position:
+            trouble = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            raise InvalidFileError(
+                f"{file.path}: tensor {tensor.name!r:.200} begins at byte {tensor.start}, expected was {position}: "
+                f"it {trouble}"
+            )
+        position += tensor.nbytes
+    if position != file.size:
+        raise InvalidFileError(f"{file.path}: the tensors end at byte {position}, the file at byte {file.size}")

@@ -1,0 +1,305 @@
+"""Finds a model's files: from a path, a folder or a Hugging Face id to the weights and what lies beside them.
+
+Stands before step 1 of a request's life: the first thing that loading a model does. A path never reaches the network;
+only weights, JSON, templates and tokenizer files are downloaded, never code or pickles.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+
+from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.gguf import split_names
+from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
+
+logger = logging.getLogger(__name__)
+
+_ID_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
+HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_ID_PART}/{_ID_PART}", re.ASCII)
+COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
+"""Files of a repository's top folder that are fetched beside the weights."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+HUB_TIMEOUT_S = 10.0
+LISTED = 20
+"""File names that a message lists at most."""
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model's files are.
+
+    Attributes:
+        name: what the model is served as unless told otherwise: its id, its folder's name or its file's stem.
+        folder: where the files are.
+        weights: the weight files; all parts or shards, in order.
+        format: of the weights.
+        config: `config.json`, where there is one; always for safetensors.
+        generation_config: `generation_config.json`, where there is one.
+        tokenizer_folder: the folder, if it holds a tokenizer; None where the GGUF file has to have it.
+    """
+
+    name: str
+    folder: Path
+    weights: tuple[Path, ...]
+    format: Literal["gguf", "safetensors"]
+    config: Path | None = None
+    generation_config: Path | None = None
+    tokenizer_folder: Path | None = None
+
+
+def resolve(
+    model: str,
+    *,
+    weight_file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+) -> ModelFiles:
+    """Finds, and where need be downloads, the files of a model.
+
+    Args:
+        model: a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF model; else a Hugging
+            Face id, `organisation/name`.
+        weight_file: which GGUF file of a folder or repository, as a path inside it or a pattern such as `*Q4_K_M*`.
+        revision: branch, tag or commit of the repository.
+        token: access token for the hub; by default the one that `hf auth login` stored.
+        cache_dir: where downloads are kept; by default the hub's own cache.
+        offline: use what is in the cache and do not ask the hub.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or it cannot be fetched; the message says what to do.
+        UnsupportedModelError: the weights are in a format that is not read, such as pickles.
+        InvalidFileError: the index of a sharded checkpoint is damaged.
+    """
+    if not model.strip() or "\0" in model:
+        raise ModelNotFoundError(
+            "no model is given: pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
+        )
+    path = _existing(model)
+    if path is not None:
+        return _from_folder(path, path.resolve().name, weight_file) if path.is_dir() else _from_file(path, weight_file)
+    if model.startswith(("/", "./", "../", "~")) or "\\" in model or model.endswith(".gguf"):
+        raise ModelNotFoundError(f"there is no file or folder {model!r}; check the path, and the folder you are in")
+    if not HUB_ID.fullmatch(model):
+        raise ModelNotFoundError(
+            f"{model!r:.200} is neither a file or folder here nor a Hugging Face id of the form organisation/name"
+        )
+    folder = (
+        _cached(model, revision, cache_dir) if offline else _download(model, weight_file, revision, token, cache_dir)
+    )
+    return _from_folder(folder, model, weight_file, subfolders=True)
+
+
+def _existing(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser() if model.startswith("~") else Path(model)
+        return path if path.exists() else None
+    except (OSError, RuntimeError) as error:  # too long for a path, an unreadable folder, an unknown ~user
+        raise ModelNotFoundError(f"{model!r:.200} cannot be looked up: {error}") from error
+
+
+def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
+    if path.suffix in PICKLES:
+        raise _pickle_error(str(path))
+    if path.suffix != ".gguf":
+        raise UnsupportedModelError(
+            f"{path} is not a .gguf file; for safetensors pass the folder that also holds config.json"
+        )
+    if weight_file is not None:
+        raise ModelNotFoundError(f"{path} is itself a file: leave out weight_file ({weight_file!r})")
+    names = split_names(path.name)
+    stem = path.stem if len(names) == 1 else names[0].removesuffix(f"-00001-of-{len(names):05d}.gguf")
+    return ModelFiles(name=stem, folder=path.parent, weights=tuple(path.with_name(n) for n in names), format="gguf")
+
+
+def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
+    """`subfolders` looks for GGUF files below the folder as well, as a repository's listing does."""
+    deep = subfolders or weight_file is not None
+    files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    chosen = choose_weights(names, weight_file, str(folder))
+    if chosen:
+        weights, format = tuple(folder / part for part in chosen), "gguf"
+    else:
+        weights, format = safetensors_files(folder), "safetensors"
+    config, generation = folder / "config.json", folder / "generation_config.json"
+    return ModelFiles(
+        name=name,
+        folder=folder,
+        weights=weights,
+        format=format,
+        config=config if config.is_file() else None,
+        generation_config=generation if generation.is_file() else None,
+        tokenizer_folder=folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else None,
+    )
+
+
+def choose_weights(names: Sequence[str], weight_file: str | None, where: str) -> tuple[str, ...]:
+    """Which of a folder's files are the weights: the parts of one GGUF model, or () for its safetensors.
+
+    Args:
+        names: paths inside the folder, with forward slashes.
+        weight_file: see `resolve`.
+        where: the folder or repository, for messages.
+    """
+    top = [name for name in names if "/" not in name]
+    if weight_file is None and "config.json" in top and any(name.endswith(".safetensors") for name in top):
+        return ()
+    models = _gguf_models(names)
+    if weight_file is not None:
+        models = _matching(models, weight_file, where)
+    if len(models) == 1:
+        return next(iter(models.values()))
+    if models:
+        raise ModelNotFoundError(
+            f"{where} holds {len(models)} GGUF models: {_listed(models)}; name one with weight_file (--f)"
+        )
+    if any(name.endswith(".safetensors") for name in top):
+        raise ModelNotFoundError(f"{where} holds safetensors but no config.json, which says what model they are")
+    if any(name.endswith(PICKLES) for name in top):
+        raise _pickle_error(where)
+    raise ModelNotFoundError(f"{where} holds neither config.json with *.safetensors nor a *.gguf file")
+
+
+def _gguf_models(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """First part -> all parts, of every GGUF model; vision projectors and importance matrices are none."""
+    models: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix == ".gguf" and "mmproj" not in path.name.lower() and not path.name.startswith("imatrix"):
+            parts = tuple(path.with_name(part).as_posix() for part in split_names(path.name))
+            models[parts[0]] = parts
+    return models
+
+
+def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) -> dict[str, tuple[str, ...]]:
+    if not weight_file.endswith(".gguf") and not re.search(r"[*?\[]", weight_file):
+        raise ModelNotFoundError(
+            f"weight_file {weight_file!r:.200} is neither the name of a .gguf file nor a pattern such as *Q4_K_M*"
+        )
+    exact = {first: parts for first, parts in models.items() if weight_file in parts}
+    found = exact or {
+        first: parts
+        for first, parts in models.items()
+        if any(fnmatch.fnmatchcase(name, weight_file) for part in parts for name in (part, PurePosixPath(part).name))
+    }
+    if not found:
+        raise ModelNotFoundError(
+            f"weight_file {weight_file!r:.200} matches no GGUF model in {where}; it holds {_listed(models) or 'none'}"
+        )
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _pickle_error(where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where} holds the weights as pickles, which can run any code when read; convert them to safetensors, or use "
+        "a repository that has them"
+    )
+
+
+def _download(
+    model: str, weight_file: str | None, revision: str | None, token: str | None, cache_dir: Path | None
+) -> Path:
+    import huggingface_hub  # takes half a second to import, and most models are files
+    from huggingface_hub.errors import HTTPError
+
+    names = _listing(model, revision, token)
+    if names is None:
+        return _cached(model, revision, cache_dir)
+    wanted = _wanted(names, choose_weights(names, weight_file, f"{model} on the hub"))
+    try:
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted
+        )
+    except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
+        raise _hub_refusal(model, revision, error) or ModelNotFoundError(
+            f"the download of {model} did not finish: {error}; run it again to go on where it stopped, and look at the "
+            "network and at the free space of the cache (cache_dir)"
+        ) from error
+    return Path(folder)
+
+
+def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
+    """The repository's files; None when the hub gives no answer."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        info = huggingface_hub.model_info(model, revision=revision, token=token, timeout=HUB_TIMEOUT_S)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        refusal = _hub_refusal(model, revision, error)
+        if refusal is not None:
+            raise refusal from error
+        logger.warning("the hub cannot be reached (%s); looking for %s in the cache", error, model)
+        return None
+    return sorted(sibling.rfilename for sibling in info.siblings or ())
+
+
+def _wanted(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
+    """What to fetch, as patterns: file names, with the signs that patterns use escaped."""
+    top = [name for name in names if "/" not in name]
+    companions = [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)]
+    if gguf_parts:
+        weights = list(gguf_parts)
+    elif SINGLE_FILE in top:
+        weights = [SINGLE_FILE]
+    elif INDEX_FILE in top:
+        weights = [name for name in top if fnmatch.fnmatchcase(name, "model*.safetensors")]
+    else:
+        weights = [name for name in top if name.endswith(".safetensors")]
+    return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in companions + weights]
+
+
+def _hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
+    """What the hub's answer means; None when there was no answer."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return ModelNotFoundError(
+            f"{model} is gated: accept its terms on the hub, then pass a token (or run `hf auth login`)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"the hub has no model {model!r}, or it is private: check the spelling, pass a token for a private one, "
+            "or pass a folder"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFoundError(f"{model} has no revision {revision!r}: check the branch, tag or commit")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return ModelNotFoundError(f"the hub refuses access to {model} (status {status}): pass a valid token")
+        if status < 500 and status != 429:
+            return ModelNotFoundError(f"the hub answered {status} when asked for {model}: {error}")
+    return None
+
+
+def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # One file's pattern: the cache holds what was wanted, never the whole repository.
+        folder = huggingface_hub.snapshot_download(
+            model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{model} (revision {revision or 'main'}) is not in the cache and the hub was not reached: connect and "
+            "leave out offline, or pass a folder or .gguf file"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,188 @@
+"""What a checkpoint is to the loader: named tensors that stay in a mapped file until they are asked for.
+
+Stands before step 1 of a request's life: `gguf.py` and `safetensors.py` fill a `Checkpoint`, the weight loader reads
+it tensor by tensor. Both formats are little-endian, and so is every machine that this library runs on.
+
+A mapped file must not be shortened while it is open; the operating system ends a process that reads past its end.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError
+
+COPY_CHUNK = 1 << 18
+"""Elements that are converted at a time: the scratch stays in the cache, and small beside the result."""
+
+SERIAL_ELEMENTS = 1 << 15
+"""Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
+
+
+class MappedFile:
+    """A file mapped read-only.
+
+    Attributes:
+        path: the file, as it was named.
+        size: bytes, more than 0.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        InvalidFileError: it is empty.
+        ModelLoadError: it cannot be read, or was closed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path} is not a file; check the spelling of the path")
+        try:
+            with path.open("rb") as stream:
+                self.size = stream.seek(0, 2)
+                if self.size == 0:
+                    raise InvalidFileError(f"{path} is empty (0 bytes); download or convert it again")
+                self._map = mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
+        self.path = path
+        self._bytes: np.ndarray | None = np.frombuffer(self._map, dtype=np.uint8)
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The mapping itself, for parsing a header; the caller keeps within `size`."""
+        return self._map
+
+    def view(self, start: int, count: int) -> np.ndarray:
+        """`count` bytes from `start` as a read-only uint8 array [count] without a copy."""
+        if self._bytes is None:
+            raise ModelLoadError(f"{self.path} was closed; open the checkpoint again to read its tensors")
+        assert 0 <= start <= start + count <= self.size
+        return self._bytes[start : start + count]
+
+    def close(self) -> None:
+        """Gives the mapping back; views that are still held keep it alive until they go."""
+        self._bytes = None
+        try:
+            self._map.close()
+        except BufferError:  # a caller still holds a view: the mapping is released with the last of them
+            return
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor(ABC):
+    """One tensor of a checkpoint, still in its file.
+
+    Attributes:
+        name: as the file has it.
+        shape: torch order, outermost first: a linear weight is [out, in]. () for a single number.
+        type_name: how it is stored: "Q4_1", "F32", "BF16", "F16", "I8", ...
+        dtype: the torch dtype of the stored elements; None for a type stored in quantised blocks.
+        nbytes: bytes in the file.
+        file: the mapped file.
+        start: byte in the file where the data begins.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    dtype: torch.dtype | None
+    nbytes: int
+    file: MappedFile
+    start: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def raw(self) -> np.ndarray:
+        """The stored bytes, uint8 [rows, bytes per row]: a read-only view into the mapped file.
+
+        A row is one run along the innermost dimension; the outer dimensions are flattened.
+        """
+        data = self.file.view(self.start, self.nbytes)
+        rows = math.prod(self.shape[:-1])
+        return data.reshape(rows, self.nbytes // rows if rows else 0)
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
+
+
+class Checkpoint:
+    """The tensors of a model, from one file or several.
+
+    Attributes:
+        path: what was opened: a file (the first, where there are several) or a folder.
+        format: "gguf" or "safetensors".
+        tensors: by name, in file order.
+        metadata: what the file says about the model; texts only for safetensors.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: Literal["gguf", "safetensors"],
+        files: Iterable[MappedFile],
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, object],
+    ) -> None:
+        self.path = path
+        self.format: Literal["gguf", "safetensors"] = format
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(dict(tensors))
+        self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata))
+        self._files = tuple(files)
+
+    def close(self) -> None:
+        """Unmaps the files; loaded tensors stay valid."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_plain(raw: np.ndarray, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Copies unquantised elements out of a file, converting them where the dtypes differ.
+
+    Args:
+        raw: the bytes, uint8, contiguous; need not be aligned.
+        stored: dtype of the elements in the file.
+        shape: of the result.
+        dtype: of the result; a narrower one rounds as torch does.
+    """
+    out = torch.empty(shape, dtype=dtype)
+    flat, data = out.view(-1), raw.reshape(-1)
+    if dtype == stored:
+        flat.view(torch.uint8).numpy()[:] = data
+        return out
+    scratch = torch.empty(min(COPY_CHUNK, flat.numel()), dtype=stored)
+    scratch_bytes = scratch.view(torch.uint8).numpy()
+    for first in range(0, flat.numel(), COPY_CHUNK):
+        part = flat[first : first + COPY_CHUNK]
+        count, start = part.numel() * stored.itemsize, first * stored.itemsize
+        scratch_bytes[:count] = data[start : start + count]
+        convert(scratch[: part.numel()], part)
+    return out
+
+
+def convert(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies a flat tensor into one of another dtype, on the calling thread alone.
+
+    In pieces so small that torch does not share them among threads: meeting at a barrier each time costs more than
+    it gains, on a busy machine a hundred times as much.
+    """
+    for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
+        part.copy_(piece)

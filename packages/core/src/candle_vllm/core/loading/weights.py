@@ -1,0 +1,138 @@
+"""Filling a model from a checkpoint through the family's table of weight names.
+
+The table has one line per tensor: where it goes in the model, its Hugging Face name and its GGUF name, with `{i}` for
+the layer. Loading ends by naming everything that is missing, unexpected, or half of a merged layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.layers.parameters import Loadable
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+
+_SHOWN = 8  # names listed in an error message
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightName:
+    """One line of a family's table.
+
+    Attributes:
+        target: attribute path of the layer and the part, "layers.{i}.attention.qkv:q.weight".
+        hf, gguf: the stored names; None where the format has no such tensor.
+        gguf_heads: the model's config attribute that counts heads, for matrices whose rows GGUF's llama converter
+            stores in interleaved rotary order; the loader brings them back to half-split order.
+    """
+
+    target: str
+    hf: str | None
+    gguf: str | None
+    gguf_heads: str | None = None
+
+
+def load_weights(
+    model: object,
+    table: Sequence[WeightName],
+    checkpoint: Checkpoint,
+    *,
+    num_layers: int,
+    heads: Mapping[str, int],
+    ignored: Sequence[str] = (),
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Copies every tensor of `checkpoint` into `model`.
+
+    Args:
+        model: the object whose attribute paths the table names.
+        table: the family's names.
+        checkpoint: the stored tensors.
+        num_layers: how often the `{i}` lines repeat.
+        heads: head counts for `gguf_heads`; empty where the family's GGUF files keep the half-split order.
+        ignored: patterns of stored names that carry nothing (buffers that old checkpoints saved).
+        progress: called with the bytes of each tensor as it is done.
+
+    Raises:
+        WeightsError: with all names that do not match.
+    """
+    jobs: list[tuple[StoredTensor, torch.Tensor, int | None]] = []
+    missing: list[str] = []
+    used: set[str] = set()
+    for line in _expand(table, num_layers):
+        name = line.hf if checkpoint.format == "safetensors" else line.gguf
+        path, part = line.target.split(":")
+        layer = _resolve(model, path)
+        parts = layer.parts() if layer is not None else {}
+        if name is None or part not in parts:
+            continue
+        if name not in checkpoint.tensors:
+            missing.append(name)
+            continue
+        used.add(name)
+        stored, place = checkpoint.tensors[name], parts[part]
+        if tuple(stored.shape) != tuple(place.shape):
+            raise WeightsError(
+                f"{checkpoint.path}: tensor {name} has shape {list(stored.shape)}; "
+                f"the model's config asks for {list(place.shape)}"
+            )
+        jobs.append((stored, place, heads.get(line.gguf_heads or "") if checkpoint.format == "gguf" else None))
+    unexpected = [name for name in checkpoint.tensors if name not in used and not _matches(name, ignored)]
+    if missing or unexpected:
+        raise WeightsError(f"{checkpoint.path}: {_mismatch(missing, unexpected)}")
+
+    def run(job: tuple[StoredTensor, torch.Tensor, int | None]) -> int:
+        stored, place, interleaved = job
+        tensor = stored.load(torch.float32)
+        place.copy_(tensor if interleaved is None else half_split_rows(tensor, interleaved))
+        return stored.nbytes
+
+    with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
+        for count in pool.map(run, jobs):
+            progress(count)
+
+
+def half_split_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows [H * D, ...] from interleaved rotary order (pair i is rows 2i, 2i + 1) to half-split (i, i + D/2)."""
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:
+    for line in table:
+        if "{i}" not in line.target:
+            yield line
+            continue
+        for i in range(num_layers):
+            names = {key: value and value.replace("{i}", str(i)) for key, value in _names(line).items()}
+            yield dataclasses.replace(line, **names)
+
+
+def _resolve(model: object, path: str) -> Loadable | None:
+    """The layer behind a path like "layers.3.attention.qkv"; None where the model has none there (a tied head)."""
+    found: Any = model
+    for name in path.split("."):
+        found = found[int(name)] if name.isdigit() else getattr(found, name)
+    return found
+
+
+def _names(line: WeightName) -> dict[str, str | None]:
+    return {"target": line.target, "hf": line.hf, "gguf": line.gguf}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _mismatch(missing: list[str], unexpected: list[str]) -> str:
+    lines = []
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            lines.append(f"{len(names)} tensors are {what}: {', '.join(names[:_SHOWN])}{more}")
+    return "; ".join(lines)

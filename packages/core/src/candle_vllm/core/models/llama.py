@@ -1,0 +1,218 @@
+"""The Llama wiring and the families that differ from it by flags.
+
+Llama 1 to 3.x, SmolLM and Yi as they are; Mistral adds a sliding window; Qwen2 biases on q, k, v; Qwen3 a norm on every
+head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
+Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.attention import PagedAttention, StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import (
+    Fields,
+    ModelConfig,
+    rope_from_gguf,
+    rope_from_hf,
+    stretched_context,
+)
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields) -> ModelConfig:
+    """Reads `config.json` of llama, mistral, qwen2 and qwen3."""
+    model_type = fields.get("model_type", str)
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    layers, position = fields.get("num_hidden_layers", int), fields.get("max_position_embeddings", int)
+    head_dim = fields.get("head_dim", int, hidden // heads)
+    rope = rope_from_hf(fields, head_dim, position)
+    attention_bias = fields.get("attention_bias", bool, False)
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=fields.get("vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=fields.get("intermediate_size", int),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.get("num_key_value_heads", int, heads),
+        head_dim=head_dim,
+        max_position=stretched_context(rope, position),
+        norm_eps=fields.get("rms_norm_eps", float),
+        rope=rope,
+        tie_embeddings=fields.get("tie_word_embeddings", bool, False),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        output_bias=model_type != "qwen2" and attention_bias,
+        mlp_bias=fields.get("mlp_bias", bool, False),
+        qk_norm=model_type == "qwen3",
+        sliding_windows=_windows(fields, model_type, layers),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+        bos_token_id=fields.get("bos_token_id", int, None),
+    )
+
+
+def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
+    """Which layers look back only so far; Qwen says so by flag and layer, Mistral for all layers at once."""
+    window = fields.get("sliding_window", int, None)
+    if model_type == "llama" or window is None:
+        return (None,) * layers
+    if "layer_types" in fields:
+        kinds = fields.get("layer_types", list)
+        if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+            raise UnsupportedModelError(f"{fields.path}: layer_types must name full or sliding attention per layer")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if model_type == "mistral":
+        return (window,) * layers
+    if not fields.get("use_sliding_window", bool, False):
+        return (None,) * layers
+    first = fields.get("max_window_layers", int, layers)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModelConfig:
+    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), qwen2 and qwen3."""
+    architecture = Fields(fields.values, fields.path).get("general.architecture", str)
+    hidden, heads = fields.get("embedding_length", int), fields.get("attention.head_count", int)
+    layers, position = fields.get("block_count", int), fields.get("context_length", int)
+    head_dim = fields.get("attention.key_length", int, hidden // heads)
+    rope = rope_from_gguf(fields, head_dim, position)
+    embedding = checkpoint.tensors.get("token_embd.weight")
+    return ModelConfig(
+        model_type=architecture,
+        vocab_size=embedding.shape[0] if embedding else fields.get("vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=fields.get("feed_forward_length", int),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=fields.get("attention.head_count_kv", int, heads),
+        head_dim=head_dim,
+        max_position=stretched_context(rope, position) if rope.kind == "yarn" else position,
+        norm_eps=fields.get("attention.layer_norm_rms_epsilon", float),
+        rope=rope,
+        tie_embeddings="output.weight" not in checkpoint.tensors,
+        qkv_bias="blk.0.attn_q.bias" in checkpoint.tensors,
+        output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in checkpoint.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in checkpoint.tensors,
+        sliding_windows=(fields.get("attention.sliding_window", int, None) or None,) * layers,
+    )
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Grouped-query attention with rotary positions: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
+        self.head_dim = dim
+        shards = dict(zip("qkv", self.sizes, strict=True))
+        self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
+        self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
+        self.q_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
+        self.rotary = rotary
+        self.attend = PagedAttention(layer, dim, window=config.sliding_windows[layer])
+
+    def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotary(q, step.positions), self.rotary(k, step.positions)  # [T, H, D], [T, K, D]
+        return self.output(self.attend(q, k, v, step).flatten(1))
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One decoder layer: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.attention = Attention(config, layer, rotary, placement)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
+
+    def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), step)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Llama:
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    def __init__(self, config: ModelConfig, placement: Placement, checkpoint: Checkpoint) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
+        factors = "rope_freqs.weight" in checkpoint.tensors
+        self.rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        tied = config.tie_embeddings
+        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+
+    def forward(self, token_ids: torch.Tensor, step: StepInput) -> torch.Tensor:
+        """Hidden states [T, E] behind the last norm."""
+        x = self.embed(token_ids)
+        for layer in self.layers:
+            x = layer(x, step)
+        return self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores [T, V] in fp32."""
+        return (self.embed if self.head is None else self.head).logits(hidden)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_HF, _GG = "model.layers.{i}.", "blk.{i}."
+
+
+def _pair(target: str, hf: str, gguf: str, heads: str | None = None) -> list[WeightName]:
+    """A matrix and its optional bias."""
+    return [
+        WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}", heads)
+        for kind in ("weight", "bias")
+    ]
+
+
+WEIGHTS = [
+    WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
+    WeightName("rotary:factors", None, "rope_freqs.weight"),
+    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    *_pair("attention.qkv:q.", "self_attn.q_proj", "attn_q", "num_heads"),
+    *_pair("attention.qkv:k.", "self_attn.k_proj", "attn_k", "num_kv_heads"),
+    *_pair("attention.qkv:v.", "self_attn.v_proj", "attn_v"),
+    WeightName("layers.{i}.attention.q_norm:weight", _HF + "self_attn.q_norm.weight", _GG + "attn_q_norm.weight"),
+    WeightName("layers.{i}.attention.k_norm:weight", _HF + "self_attn.k_norm.weight", _GG + "attn_k_norm.weight"),
+    *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
+    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
+    *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
+    *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
+    *_pair("mlp.down:", "mlp.down_proj", "ffn_down"),
+    WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
+    WeightName("head:weight", "lm_head.weight", "output.weight"),
+]
+
+
+def ignored(config: ModelConfig) -> list[str]:
+    """Stored names that carry nothing: buffers that old converters saved, and the second copy of a tied head."""
+    buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight"]
+    return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers

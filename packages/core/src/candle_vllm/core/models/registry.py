@@ -1,0 +1,89 @@
+"""Which family serves which architecture. One row per name that a checkpoint may carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import Fields, ModelConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+
+
+class Decoder(Protocol):
+    """What the engine needs of a model."""
+
+    config: ModelConfig
+
+    def forward(self, token_ids: torch.Tensor, step: StepInput) -> torch.Tensor:
+        """Token ids [T] to hidden states [T, E]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, E] to scores [T, V] in fp32."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How to read, build and fill the models of one file in this folder."""
+
+    config_from_hf: Callable[[Fields], ModelConfig]
+    config_from_gguf: Callable[[Fields, Checkpoint], ModelConfig]
+    build: Callable[[ModelConfig, Placement, Checkpoint], Decoder]
+    weights: Sequence[WeightName]
+    ignored: Callable[[ModelConfig], Sequence[str]]
+
+
+_LLAMA = Family(llama.config_from_hf, llama.config_from_gguf, llama.Llama, llama.WEIGHTS, llama.ignored)
+
+HF_FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _LLAMA,
+}
+GGUF_FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+GGUF_INTERLEAVED = frozenset({"llama"})  # architectures whose q and k rows GGUF stores in interleaved rotary order
+
+
+def family_from_hf(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+    """The family and configuration of a `config.json`."""
+    names = Fields(config, path).get("architectures", list)
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
+    family = _find(names[0], HF_FAMILIES, path)
+    return family, family.config_from_hf(Fields(config, path))
+
+
+def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    """The family and configuration of GGUF metadata."""
+    name = Fields(metadata, checkpoint.path).get("general.architecture", str)
+    family = _find(name, GGUF_FAMILIES, checkpoint.path)
+    return family, family.config_from_gguf(Fields(metadata, checkpoint.path, prefix=f"{name}."), checkpoint)
+
+
+def gguf_heads(metadata: Mapping[str, Any], config: ModelConfig) -> Mapping[str, int]:
+    """Head counts by which q and k rows must be brought back to half-split order; empty where they already are."""
+    if metadata.get("general.architecture") not in GGUF_INTERLEAVED:
+        return {}
+    return {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+
+
+def _find(name: str, families: Mapping[str, Family], path: Path) -> Family:
+    if name in families:
+        return families[name]
+    near = difflib.get_close_matches(name, families, n=1)
+    hint = f" (the nearest is {near[0]})" if near else ""
+    raise UnsupportedModelError(
+        f"{path}: architecture {name!r:.80} is not implemented{hint}; implemented: {', '.join(families)}"
+    )

@@ -1,0 +1,81 @@
+"""Counter-based random numbers: one uniform per (seed, sequence, position), with no state to save (step 7 of ten).
+
+Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Its output is
+a pure function of a 128-bit counter and a 64-bit key, so a request's draws do not depend on the rest of the batch, on
+preemption, or on how prompts are cut into chunks. The counter's layout, which is part of the promise that a seed
+gives the same text:
+
+    key      seed mod 2**64, low word first
+    counter  [position, sequence index, 1 where the seed is negative else 0, 0]
+
+The sign has a word of its own because -1 and 2**64 - 1 are different seeds that share a key. Word 3 is kept for
+further streams of the same request.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)  # of counter words 0 and 2
+_KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], np.uint32)
+_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def fresh_seed() -> int:
+    """64 bits from the operating system, for a request that names no seed."""
+    return secrets.randbits(64)
+
+
+def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
+    """The words of one sequence that do not change: (key low, key high, sequence index, sign).
+
+    Args:
+        seed: -2**63 to 2**64 - 1.
+        index: which of the request's `n` sequences, below 2**32.
+    """
+    key = seed & 0xFFFF_FFFF_FFFF_FFFF
+    return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)
+
+
+def uniforms(words: tuple[int, int, int, int], first: int, count: int) -> NDArray[np.float64]:
+    """The numbers of one sequence at the positions `first` to `first + count - 1`.
+
+    Args:
+        words: `seed_words` of the sequence.
+        first: how many tokens the sequence has generated when the first number is used; below 2**32 - `count`.
+
+    Returns:
+        [count] float64, uniform on the open interval (0, 1): odd multiples of 2**-53, made of 52 random bits.
+    """
+    counter = np.zeros((count, 4), np.uint32)
+    counter[:, 0] = np.arange(first, first + count)
+    counter[:, 1:3] = words[2:]
+    block = philox4x32(counter, np.broadcast_to(np.array(words[:2], np.uint32), (count, 2)))
+    bits = (block[:, 0].astype(np.uint64) << np.uint64(20)) | (block[:, 1] >> np.uint32(12))
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Philox4x32-10.
+
+    Args:
+        counter: [N, 4] uint32.
+        key: [N, 2] uint32.
+
+    Returns:
+        [N, 4] uint32.
+    """
+    turns = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None]
+    keys = (key + turns * _KEY_STEPS).astype(np.uint64)  # [rounds, N, 2]; the uint32 sum wraps, as it should
+    wide = counter.astype(np.uint64)
+    even, odd = wide[:, ::2], wide[:, 1::2]
+    for turn in range(_ROUNDS):
+        product = even * _MULTIPLIERS
+        even = (product >> _SHIFT)[:, ::-1] ^ odd ^ keys[turn]
+        odd = (product & _LOW)[:, ::-1]
+    return np.stack((even, odd), axis=2).reshape(-1, 4).astype(np.uint32)

@@ -1,0 +1,213 @@
+"""SamplingState: what the sampler remembers of one sequence, from admission to its last token (step 7 of ten).
+
+It is made once, when the sequence is admitted, and outlives preemption: the engine may drop the sequence's cache and
+compute it again, the tokens and counts here stay. Everything a step needs is prepared here, so that a step does no
+work that could be done once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
+
+_UNIFORMS = 64  # random numbers made at a time
+
+
+class Drawing(enum.Enum):
+    """The cheapest way to draw a sequence's tokens."""
+
+    GREEDY = enum.auto()
+    PLAIN = enum.auto()  # temperature, and perhaps min_p
+    TOP_K = enum.auto()  # and perhaps the others
+    TOP_P = enum.auto()  # without top_k
+
+
+class SamplingState:
+    """One sequence's parameters, its output tokens, and what follows from both.
+
+    Attributes:
+        params: how the tokens are chosen.
+        vocab_size: V, the width of the logits.
+        index: which of the request's `n` sequences this is.
+        seed: the request's, or 64 fresh bits.
+        drawing: the cheapest way to draw.
+        top_k: as in `params`, and 0 where it would keep every token.
+        allowed: [N] distinct token ids, or None.
+        bias_ids, bias_values: `logit_bias` as parallel arrays.
+        counts: occurrences for the penalties, or None where there is no penalty.
+        output_token_ids: tokens generated so far; grows by `append` only.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        index: int = 0,
+        bad_word_token_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Checks what depends on the vocabulary.
+
+        Args:
+            params: how the tokens are chosen.
+            prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
+            vocab_size: V, the width of the logits.
+            eos_token_ids: the model's end-of-sequence tokens. Those outside the vocabulary cannot be produced and
+                need no mask.
+            index: which of the request's `n` sequences this is.
+            bad_word_token_ids: `params.bad_words` as tokens, each at least one.
+
+        Raises:
+            InvalidParameterError: a token id lies outside the vocabulary.
+        """
+        self.params = params
+        self.vocab_size = vocab_size
+        self.index = index
+        self.seed = fresh_seed() if params.seed is None else params.seed
+        self._uniforms = (-1, [0.0])  # which run of positions, and its numbers
+        self.output_token_ids: list[int] = []
+        self.allowed = self._allowed_ids()
+        self.bias_ids, self.bias_values = self._bias()
+        stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
+        eos_ids = [token for token in eos_token_ids if 0 <= token < vocab_size]
+        self._stop_ids = np.union1d(stop_ids, np.array(eos_ids, np.int64))
+        self.bad_words = BadWords(bad_word_token_ids, vocab_size)
+        prompt_ids = _checked("prompt_token_ids", prompt_token_ids, vocab_size)
+        self.counts = _penalty_counts(params, prompt_ids)
+        self.top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+        self.drawing = _drawing(params, self.top_k)
+        self._always_masks = self.allowed is not None or bool(bad_word_token_ids)
+
+    def uniform(self) -> float:
+        """The random number in (0, 1) of the next token: a function of seed, index and position alone."""
+        run, offset = divmod(len(self.output_token_ids), _UNIFORMS)
+        if run != self._uniforms[0]:
+            numbers = uniforms(seed_words(self.seed, self.index), run * _UNIFORMS, _UNIFORMS)
+            self._uniforms = (run, numbers.tolist())
+        return self._uniforms[1][offset]
+
+    def append(self, token_id: int) -> None:
+        """Takes note of the token that was chosen."""
+        assert 0 <= token_id < self.vocab_size
+        self.output_token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether the next token may not be just any of the vocabulary."""
+        return self._always_masks or len(self.output_token_ids) < self.params.min_tokens
+
+    def forbidden_ids(self) -> NDArray[np.int64]:
+        """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
+
+        As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too.
+        """
+        words = self.bad_words.completions(self.output_token_ids)
+        if len(self.output_token_ids) >= self.params.min_tokens:
+            return words
+        return np.concatenate((words, self._stop_ids))
+
+    def _allowed_ids(self) -> NDArray[np.int64] | None:
+        if self.params.allowed_token_ids is None:
+            return None
+        return np.unique(_checked("allowed_token_ids", self.params.allowed_token_ids, self.vocab_size))
+
+    def _bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        bias = self.params.logit_bias or {}
+        ids = _checked("logit_bias", list(bias), self.vocab_size)
+        return ids, np.array(list(bias.values()), np.float32)
+
+
+class TokenCounts:
+    """How often each token was generated, kept sparse: parallel arrays of ids and counts.
+
+    A token of the prompt that was not generated has a count of 0.
+    """
+
+    def __init__(self, prompt_token_ids: NDArray[np.int64]) -> None:
+        ids = np.unique(prompt_token_ids)
+        self._size = len(ids)
+        self._slots = dict(zip(ids.tolist(), range(len(ids))))
+        self._ids = np.concatenate((ids, np.zeros(64, np.int64)))
+        self._counts = np.zeros(len(self._ids), np.float32)
+
+    def add(self, token_id: int) -> None:
+        """Counts one more occurrence in the output."""
+        slot = self._slots.setdefault(token_id, self._size)
+        if slot == self._size:
+            if slot == len(self._ids):  # doubling keeps the cost per token constant
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[slot] = token_id
+            self._size += 1
+        self._counts[slot] += 1
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[N] distinct token ids; valid until the next `add`."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """[N] occurrences in the output; valid until the next `add`."""
+        return self._counts[: self._size]
+
+
+class BadWords:
+    """Token sequences that must not be produced, indexed by the token before the last one."""
+
+    def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
+        singles: list[int] = []
+        self._by_previous: dict[int, list[tuple[list[int], int]]] = {}
+        for word in words:
+            ids = _checked("bad_words", word, vocab_size).tolist()
+            if not ids:
+                raise InvalidParameterError("bad_words has an entry that is no token; remove it", "bad_words")
+            if len(ids) == 1:
+                singles.append(ids[0])
+            else:
+                self._by_previous.setdefault(ids[-2], []).append((ids[:-1], ids[-1]))
+        self._singles = np.array(singles, np.int64)
+
+    def completions(self, output: list[int]) -> NDArray[np.int64]:
+        """Tokens that would complete a word after `output`."""
+        if not output or output[-1] not in self._by_previous:
+            return self._singles
+        ends = [last for prefix, last in self._by_previous[output[-1]] if output[-len(prefix) :] == prefix]
+        return np.concatenate((self._singles, np.array(ends, np.int64)))
+
+
+def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int64]:
+    ids = np.array(list(token_ids), np.int64)
+    if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise InvalidParameterError(
+            f"{name} holds token id {wrong}, but this model's vocabulary has the ids 0 to {vocab_size - 1}", name
+        )
+    return ids
+
+
+def _drawing(params: SamplingParams, top_k: int) -> Drawing:
+    if params.greedy:
+        return Drawing.GREEDY
+    if top_k:
+        return Drawing.TOP_K
+    return Drawing.TOP_P if params.top_p < 1 else Drawing.PLAIN
+
+
+def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> TokenCounts | None:
+    if params.repetition_penalty != 1.0:
+        return TokenCounts(prompt_ids)
+    if params.frequency_penalty or params.presence_penalty:
+        return TokenCounts(prompt_ids[:0])  # these two look at the output only
+    return None

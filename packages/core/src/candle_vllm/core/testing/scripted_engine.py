@@ -1,0 +1,243 @@
+"""An engine that says what it is told, for tests of code that uses the engine.
+
+`ScriptedEngine` has `InferenceEngine`'s surface and needs no model and no torch. It answers at once, keeps to the same
+contract (`TokenOutput`), and remembers what it was asked.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from candle_vllm.core.engine.request import (
+    EngineStats,
+    GenerationOutput,
+    GenerationRequest,
+    ModelInfo,
+    OutputCollector,
+    TokenOutput,
+)
+from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
+from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, ScriptedStream
+
+Pieces = str | Sequence[str | bytes]
+Script = Pieces | Callable[[str], Pieces]
+
+
+class TemplateCall(NamedTuple):
+    """Arguments of one `apply_chat_template`."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+class ScriptedEngine:
+    """An engine that answers every prompt with a script.
+
+    Args:
+        script: the answer: a text (a character per step), pieces of one (a piece per step, cut anywhere, as bytes also
+            inside a character), or a function of the prompt's text (without the beginning token) that returns either. A
+            function is called once per sequence, so it can answer each one differently. After the script the end token
+            follows; with `ignore_eos` the script begins again.
+        name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
+        submit_error: raised by `stream`, as a full queue or a dead engine would.
+        fail_after: after this many pieces of a request, `failure` happens.
+        failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
+        num_cached_tokens: what every answer reports.
+
+    Attributes:
+        requests: every request taken, in order.
+        aborted: ids of requests whose stream was closed before its end.
+        template_calls: every conversation rendered.
+    """
+
+    def __init__(
+        self,
+        script: Script = "Hello!",
+        *,
+        name: str = "scripted",
+        max_model_len: int = 4096,
+        default_sampling: Mapping[str, Any] | None = None,
+        has_chat_template: bool = True,
+        submit_error: Exception | None = None,
+        fail_after: int | None = None,
+        failure: Exception | str = "scripted failure",
+        num_cached_tokens: int = 0,
+    ) -> None:
+        self.tokenizer = ByteTokenizer()
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[str] = []
+        self.template_calls: list[TemplateCall] = []
+        self.submit_error = submit_error
+        self.fail_after = fail_after
+        self.failure = failure
+        self.num_cached_tokens = num_cached_tokens
+        self._script = script
+        self._default_sampling = dict(default_sampling or {})
+        self._live: set[str] = set()
+        self._finished: dict[str, int] = {}
+        self._generated = 0
+        self._info = ModelInfo(
+            name=name,
+            architecture="scripted",
+            num_parameters=0,
+            max_model_len=max_model_len,
+            vocab_size=self.tokenizer.vocab_size,
+            dtype="none",
+            device="none",
+            quantization=None,
+            weight_bytes=0,
+            eos_token_ids=(self.tokenizer.eos_token_id,),
+            has_chat_template=has_chat_template,
+            default_sampling=self._default_sampling,
+        )
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """A model of no size with the byte tokenizer's vocabulary."""
+        return self._info
+
+    @property
+    def is_alive(self) -> bool:
+        """Always: it has nothing to die of."""
+        return True
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Bytes as token ids."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """ChatML; tool calls are appended to their message as JSON, other options are only remembered."""
+        if not self._info.has_chat_template:
+            raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
+        self.template_calls.append(TemplateCall([dict(message) for message in messages], options))
+        text = "".join(map(_chatml, messages))
+        if options.get("continue_final_message"):
+            return text.removesuffix("<|im_end|>\n")
+        return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> ScriptedStream:
+        """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
+        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
+        request = GenerationRequest(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=ids,
+            params=sampling_params or SamplingParams(**self._default_sampling),
+            priority=priority,
+        )
+        self._check(request)
+        self.requests.append(request)
+        self._live.add(request.request_id)
+        return ScriptedStream(self, request, [self._sequence(request, index) for index in range(request.params.n)])
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationOutput:
+        """The whole answer. Cancelling it aborts the request."""
+        stream = self.stream(
+            prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        )
+        collector = OutputCollector(stream.request)
+        try:
+            async for piece in stream:
+                if piece.error is not None:
+                    raise CandleVllmError(piece.error)
+                collector.add(piece)
+        finally:
+            await stream.aclose()
+        return collector.result()
+
+    def stats(self) -> EngineStats:
+        """Counts of requests and tokens; there are no blocks."""
+        return EngineStats(
+            num_running=len(self._live),
+            num_waiting=0,
+            num_blocks=0,
+            num_free_blocks=0,
+            block_size=16,
+            prompt_tokens=sum(len(request.prompt_token_ids) for request in self.requests),
+            cached_prompt_tokens=self.num_cached_tokens * len(self.requests),
+            generation_tokens=self._generated,
+            finished=dict(self._finished),
+            preemptions=0,
+            steps=self._generated,
+        )
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _check(self, request: GenerationRequest) -> None:
+        if self.submit_error is not None:
+            raise self.submit_error
+        ids, limit = request.prompt_token_ids, self._info.max_model_len
+        if not ids or not all(0 <= token < self.tokenizer.vocab_size for token in ids):
+            raise InvalidParameterError("the prompt needs at least one token, all of them in the vocabulary", "prompt")
+        if len(ids) + (request.params.max_tokens or 1) > limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens and max_tokens is {request.params.max_tokens}; "
+                f"together they must not exceed the context of {limit}",
+                "max_tokens",
+            )
+        if request.request_id in self._live:
+            raise InvalidParameterError(f"a request with id {request.request_id!r} is running", "request_id")
+
+    def _sequence(self, request: GenerationRequest, index: int) -> ScriptedSequence:
+        script = self._script
+        if callable(script):
+            ids = request.prompt_token_ids
+            bare = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids
+            script = script(self.detokenize(bare, skip_special_tokens=False))
+        room = self._info.max_model_len - len(request.prompt_token_ids)
+        return ScriptedSequence(
+            request,
+            index,
+            [_step_tokens(piece, self.tokenizer) for piece in script],
+            eos_token_id=self.tokenizer.eos_token_id,
+            token_bytes=self.tokenizer.token_bytes,
+            max_tokens=min(request.params.max_tokens or room, room),
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def note_piece(self, piece: TokenOutput) -> None:
+        """Counts a piece that a stream hands out."""
+        self._generated += len(piece.token_ids)
+        if piece.finish_reason is not None:
+            self._finished[piece.finish_reason] = self._finished.get(piece.finish_reason, 0) + 1
+
+    def note_end(self, request_id: str, *, aborted: bool) -> None:
+        """Forgets a request whose stream has ended."""
+        self._live.discard(request_id)
+        if aborted:
+            self.aborted.append(request_id)
+
+
+def _chatml(message: Mapping[str, Any]) -> str:
+    calls = "".join("\n" + json.dumps(call["function"]) for call in message.get("tool_calls", ()))
+    return f"<|im_start|>{message['role']}\n{message.get('content') or ''}{calls}<|im_end|>\n"
+
+
+def _step_tokens(piece: str | bytes, tokenizer: ByteTokenizer) -> list[int]:
+    return list(piece) if isinstance(piece, bytes) else tokenizer.encode(piece, add_special_tokens=False)

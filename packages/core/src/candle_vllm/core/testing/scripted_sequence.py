@@ -1,0 +1,229 @@
+"""What a `ScriptedEngine` says: its sequences and streams, by the contract of the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from candle_vllm.core.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    PositionLogprobs,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
+
+if TYPE_CHECKING:
+    from candle_vllm.core.testing import ScriptedEngine
+
+TokenBytes = Callable[[int], bytes]
+
+
+def made_up_logprobs(token_id: int, top: int, token_bytes: TokenBytes) -> PositionLogprobs:
+    """Log-probabilities that differ between tokens and fall from rank to rank; together they stay below 1."""
+    chosen = 0.5 + (token_id % 16) / 64
+    tokens = [(token_id, chosen)] + [((token_id + rank) % 256, (1 - chosen) * 0.5**rank) for rank in range(1, top)]
+    entries = tuple(
+        TokenLogprob(
+            token, math.log(probability), rank, token_bytes(token).decode("utf-8", "replace"), token_bytes(token)
+        )
+        for rank, (token, probability) in enumerate(tokens, 1)
+    )
+    return PositionLogprobs(entries[0], entries[:top])
+
+
+class ScriptedSequence:
+    """Plays `steps`, each a list of token ids, then the end token.
+
+    Text is held back while it is half a character or might be the beginning of a stop string.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        index: int,
+        steps: Sequence[Sequence[int]],
+        *,
+        eos_token_id: int,
+        token_bytes: TokenBytes,
+        max_tokens: int,
+        num_cached_tokens: int = 0,
+    ) -> None:
+        self._request = request
+        self._index = index
+        self._script = steps
+        self._steps = deque(steps)
+        self._eos = eos_token_id
+        self._token_bytes = token_bytes
+        self._max_tokens = max_tokens
+        self._num_cached = num_cached_tokens
+        self._num_tokens = 0
+        self._held = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._finish: FinishReason | None = None
+        self._stop_reason: str | int | None = None
+
+    def next_piece(self, prompt_logprobs: tuple[PositionLogprobs | None, ...] | None) -> TokenOutput:
+        """What the next step makes."""
+        taken: list[int] = []
+        for token in self._next_step():
+            taken.append(token)
+            self._take(token)
+            if self._finish is not None:
+                break
+        count = self._request.params.logprobs
+        return self._output(
+            text=self._shown(),
+            token_ids=tuple(taken),
+            logprobs=None
+            if count is None
+            else tuple(made_up_logprobs(token, count, self._token_bytes) for token in taken),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def failed(self, message: str) -> TokenOutput:
+        """The last piece of a sequence that the engine gives up."""
+        self._finish = FinishReason.ERROR
+        return self._output(error=message)
+
+    def _next_step(self) -> Sequence[int]:
+        if self._steps:
+            return self._steps.popleft()
+        if self._request.params.ignore_eos:
+            self._steps.extend(self._script)
+        return [self._eos]
+
+    def _take(self, token: int) -> None:
+        params = self._request.params
+        self._num_tokens += 1
+        may_stop = self._num_tokens >= params.min_tokens
+        ends = token == self._eos and not params.ignore_eos
+        stops = token in (params.stop_token_ids or ())
+        if may_stop and (ends or stops):
+            self._finish, self._stop_reason = FinishReason.STOP, token if stops else None
+        silent = (self._finish and not params.include_stop_str_in_output) or (
+            token >= 256 and params.skip_special_tokens
+        )
+        if not silent:
+            self._held += self._decoder.decode(self._token_bytes(token))
+        if self._finish is None and may_stop:
+            self._find_stop_string()
+        if self._finish is None and self._num_tokens >= self._max_tokens:
+            self._finish = FinishReason.LENGTH
+
+    def _find_stop_string(self) -> None:
+        params = self._request.params
+        found = [(self._held.index(stop), stop) for stop in params.stop_strings if stop in self._held]
+        if found:
+            at, stop = min(found)
+            self._held = self._held[: at + len(stop) if params.include_stop_str_in_output else at]
+            self._finish, self._stop_reason = FinishReason.STOP, stop
+            self._decoder.reset()
+
+    def _shown(self) -> str:
+        """Takes the text that is safe to show out of what is held."""
+        if self._finish is not None:
+            self._held += self._decoder.decode(b"", final=True)
+            unsafe = 0
+        else:
+            unsafe = max((self._overlap(stop) for stop in self._request.params.stop_strings), default=0)
+        keep = len(self._held) - unsafe
+        text, self._held = self._held[:keep], self._held[keep:]
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that `stop` begins with."""
+        most = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(most, 0, -1) if stop.startswith(self._held[-size:])), 0)
+
+    def _output(
+        self,
+        *,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[PositionLogprobs, ...] | None = None,
+        prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None,
+        error: str | None = None,
+    ) -> TokenOutput:
+        arrival = self._request.arrival_time
+        times = RequestMetrics(arrival, arrival, arrival + 0.25, arrival + 1.0)  # seconds, made up
+        return TokenOutput(
+            request_id=self._request.request_id,
+            index=self._index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=self._finish,
+            stop_reason=self._stop_reason,
+            num_prompt_tokens=len(self._request.prompt_token_ids),
+            num_cached_tokens=self._num_cached,
+            metrics=times if self._finish is not None else None,
+            error=error,
+        )
+
+
+class ScriptedStream:
+    """The pieces of one request, its sequences in turn; closing it early aborts."""
+
+    def __init__(
+        self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
+    ) -> None:
+        self.request = request
+        self._engine = engine
+        self._waiting = deque(sequences)
+        self._given = 0
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        if self._ended or not self._waiting:
+            self._end(aborted=False)
+            raise StopAsyncIteration
+        try:
+            await asyncio.sleep(0)  # as the real one, it lets the loop go on between pieces
+        except asyncio.CancelledError:
+            self._end(aborted=True)
+            raise
+        piece = self._next_piece()
+        self._given += 1
+        self._engine.note_piece(piece)
+        if not self._waiting:
+            self._end(aborted=False)
+        return piece
+
+    async def aclose(self) -> None:
+        """Aborts the request unless it has finished."""
+        self._end(aborted=True)
+
+    def _next_piece(self) -> TokenOutput:
+        sequence = self._waiting.popleft()
+        if self._engine.fail_after is not None and self._given >= self._engine.fail_after:
+            failure = self._engine.failure
+            if isinstance(failure, Exception):
+                self._end(aborted=False)
+                raise failure
+            return sequence.failed(failure)
+        piece = sequence.next_piece(self._prompt_logprobs() if self._given == 0 else None)
+        if not piece.finished:
+            self._waiting.append(sequence)
+        return piece
+
+    def _prompt_logprobs(self) -> tuple[Any, ...] | None:
+        params, ids = self.request.params, self.request.prompt_token_ids
+        if params.prompt_logprobs is None:
+            return None
+        token_bytes = self._engine.tokenizer.token_bytes
+        return (None, *(made_up_logprobs(token, params.prompt_logprobs, token_bytes) for token in ids[1:]))
+
+    def _end(self, *, aborted: bool) -> None:
+        if not self._ended:
+            self._ended = True
+            self._engine.note_end(self.request.request_id, aborted=aborted)

@@ -1,0 +1,213 @@
+"""A conversation as the text that the model was trained on (step 3 of a request).
+
+The rules are those of transformers' `apply_chat_template`, so that a template renders here as it does there. Templates
+come with model files: they run in a sandbox with limits (`template_sandbox`), and whatever goes wrong in one is a
+`ChatTemplateError` of the request that used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.exceptions import TemplateError
+
+from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
+from candle_vllm.core.text.template_budget import MAX_TEXT, Budget, BudgetExceededError, current_budget
+from candle_vllm.core.text.template_sandbox import Sandbox
+
+MAX_TEMPLATE = 128 << 10  # characters; the largest known template has 17 thousand
+MAX_DEPTH = 64  # of lists and objects in messages, tools and documents
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """The chat template of a model: one text, or several by name.
+
+    "tool_use" is used when tools are given, "rag" when documents are, otherwise "default".
+
+    Attributes:
+        supports_tools: the template reads `tools`.
+
+    Raises:
+        UnsupportedModelError: a template is too long or has a syntax error.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self._sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._special_tokens = dict(special_tokens)
+        self._templates: dict[str, Any] = {}
+        self.supports_tools = "tool_use" in self._sources
+        sandbox = Sandbox()
+        for name, text in self._sources.items():
+            self._compile(sandbox, name, text)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt for a conversation.
+
+        Args:
+            messages: objects with `role` and `content` and whatever else the template reads; left as they are.
+            tools: function descriptions as JSON schema objects.
+            documents: objects with `title` and `text`.
+            add_generation_prompt: end with the words that open the assistant's answer.
+            continue_final_message: leave the last message open, for the model to go on with it.
+            kwargs: further variables of the template.
+
+        Raises:
+            InvalidParameterError: an argument is of the wrong kind, or the last two flags are both set.
+            ChatTemplateError: the template refused the conversation, failed, or went beyond its limits.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidParameterError(
+                "continue_final_message and add_generation_prompt exclude each other: set add_generation_prompt to "
+                "false to continue the last message",
+                "continue_final_message",
+            )
+        name = self._choose(tools, documents)
+        conversation = _conversation(messages)
+        ending = _mark_ending(conversation, self._sources[name]) if continue_final_message else None
+        variables = {
+            **self._special_tokens,
+            **_plain("chat_template_kwargs", kwargs),
+            "messages": conversation,
+            "tools": None if tools is None else _objects("tools", tools),
+            "documents": None if documents is None else _objects("documents", documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._run(name, variables)
+        return text if ending is None else _cut_at_tag(text, ending)
+
+    def _compile(self, sandbox: Sandbox, name: str, text: str) -> None:
+        if not isinstance(text, str) or len(text) > MAX_TEMPLATE:
+            size = f"{len(text)} characters" if isinstance(text, str) else type(text).__name__
+            raise UnsupportedModelError(
+                f"the chat template {name!r:.60} has {size}; it must be a text of at most {MAX_TEMPLATE} characters"
+            )
+        token = current_budget.set(Budget())
+        try:
+            tree = sandbox.parse(text)
+            self.supports_tools = self.supports_tools or "tools" in meta.find_undeclared_variables(tree)
+            self._templates[name] = sandbox.compile_template(tree)
+        except TemplateSyntaxError as error:
+            raise UnsupportedModelError(
+                f"the chat template {name!r:.60} has an error in line {error.lineno}: {error.message}"
+            ) from None
+        except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            raise UnsupportedModelError(
+                f"the chat template {name!r:.60} cannot be compiled: {type(error).__name__}: {error}"
+            ) from None
+        finally:
+            current_budget.reset(token)
+
+    def _choose(self, tools: object, documents: object) -> str:
+        for name, wanted in (("tool_use", tools), ("rag", documents)):
+            if wanted is not None and name in self._sources:
+                return name
+        if "default" not in self._sources:
+            names = ", ".join(sorted(self._sources)) or "none"
+            raise ChatTemplateError(f"the model's chat templates are {names}; none of them fits a plain conversation")
+        return "default"
+
+    def _run(self, name: str, variables: dict[str, Any]) -> str:
+        token = current_budget.set(Budget())
+        try:
+            pieces, length = [], 0
+            for piece in self._templates[name].generate(variables):
+                length += len(piece)
+                if length > MAX_TEXT:
+                    raise BudgetExceededError(f"the prompt has more than {MAX_TEXT} characters")
+                pieces.append(piece)
+            return "".join(pieces)
+        except BudgetExceededError as error:
+            raise ChatTemplateError(f"the model's chat template was stopped: {error}", "messages") from None
+        except TemplateError as error:
+            raise ChatTemplateError(f"the model's chat template refused the messages: {error}", "messages") from None
+        except Exception as error:  # whatever a template does wrong is its own error, never the server's
+            reason = f"{type(error).__name__}: {error}"
+            raise ChatTemplateError(f"the model's chat template failed: {reason:.500}", "messages") from error
+        finally:
+            current_budget.reset(token)
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A copy for the template: plain data, no keys without a value, and reasoning under each name in use."""
+    if not messages:
+        raise InvalidParameterError("messages must hold at least one message", "messages")
+    conversation = []
+    for message in _objects("messages", messages):
+        kept = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((kept[key] for key in _REASONING if key in kept), None)
+        if reasoning is not None:
+            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        conversation.append(kept)
+    return conversation
+
+
+def _objects(name: str, values: object) -> list[dict[str, Any]]:
+    plain = _plain(name, values)
+    if not isinstance(plain, list) or not all(isinstance(value, dict) for value in plain):
+        raise InvalidParameterError(f"{name} must be a list of objects", name)
+    return plain
+
+
+def _plain(name: str, value: Any, depth: int = 0) -> Any:
+    """A deep copy of JSON-like data; nothing with methods of its own reaches a template."""
+    if depth > MAX_DEPTH:
+        raise InvalidParameterError(f"{name} is nested more than {MAX_DEPTH} deep", name)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(name, key, depth + 1): _plain(name, item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, item, depth + 1) for item in value]
+    raise InvalidParameterError(f"{name} must be JSON data; it has a {type(value).__name__}", name)
+
+
+def _mark_ending(conversation: list[dict[str, Any]], template: str) -> str:
+    """Puts a tag behind the last message's text and returns that text."""
+    last = conversation[-1]
+    content = last.get("content")
+    if isinstance(content, list):
+        block = next((b for b in reversed(content) if isinstance(b, dict) and isinstance(b.get("text"), str)), None)
+        if block is not None:
+            ending = block["text"]
+            block["text"] = ending + _TAG
+            return ending
+    elif isinstance(content, str) and "content" in template:
+        last["content"] = content + _TAG
+        return content
+    raise ChatTemplateError(
+        "continue_final_message needs a last message with text that the template writes; this one has none", "messages"
+    )
+
+
+def _cut_at_tag(text: str, ending: str) -> str:
+    tag = _TAG.strip()
+    if tag not in text or ending.strip() not in text:
+        raise ChatTemplateError(
+            "continue_final_message: the model's template does not write the last message as it is, so it cannot be "
+            "continued; send the conversation without the flag",
+            "continue_final_message",
+        )
+    place = text.rindex(tag)
+    # A template that trims the message has also eaten the tag's last space; then the text before it is trimmed too.
+    return text[:place] if text[place : place + len(_TAG)] == _TAG else text[:place].rstrip()

@@ -1,0 +1,80 @@
+"""One sequence's tokens as text, piece by piece (step 9 of a request).
+
+Every token stands for bytes (`Tokenizer.token_bytes`), and text is those bytes as UTF-8. Decoding bytes as they come
+gives the same characters as decoding them all at once, so nothing is ever decoded twice and the pieces add up to
+`Tokenizer.decode` of the whole output.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from candle_vllm.core.text.stop_scanner import StopScanner
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Turns the tokens of one sequence into text that is safe to show.
+
+    Tokenizers of SentencePiece's kind write a space before every word and leave it out at the very start of a text.
+    Whether an output is at the start depends on the prompt: after a prompt with visible text the space is kept
+    (prompt and output then join as in one text), after none, or one of special tokens only, it is left out, and the
+    pieces add up to `tokenizer.decode(output)`.
+
+    Attributes:
+        stopped_by: the stop string that ended the text, or None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_token_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._decoder = _utf8_decoder("replace")
+        self._scanner = StopScanner(stop_strings, include_stop=include_stop)
+        self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._scanner.found
+
+    def add(self, token_id: int) -> str:
+        """Takes one token and returns the text that became safe to show; "" once a stop string was found.
+
+        Raises:
+            InvalidParameterError: the vocabulary has no such token.
+        """
+        self._num_tokens += 1
+        data = self._tokenizer.token_bytes(token_id)
+        if not data or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+            return ""
+        if self._strip_space:
+            self._strip_space = False
+            data = data.removeprefix(b" ")
+        return self._scanner.feed(self._decoder.decode(data), armed=self._num_tokens > self._min_tokens)
+
+    def finish(self) -> str:
+        """Returns what was held back: the sequence has ended. Half a character becomes U+FFFD."""
+        tail = self._decoder.decode(b"", True)
+        shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
+        return shown + self._scanner.flush()
+
+    def _any_visible(self, token_ids: Sequence[int]) -> bool:
+        # From the end: the last token of a prompt is nearly always visible.
+        return any(
+            self._tokenizer.token_bytes(token_id)
+            and not (self._skip_special_tokens and self._tokenizer.is_special(token_id))
+            for token_id in reversed(token_ids)
+        )

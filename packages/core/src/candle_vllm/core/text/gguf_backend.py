@@ -1,0 +1,202 @@
+"""A `tokenizers.Tokenizer` rebuilt from a GGUF vocabulary (loading, before step 3 of a request can run).
+
+Four kinds of model, each rebuilt so that the ids are llama.cpp's:
+
+- gpt2: byte-pair merges over GPT-2's byte alphabet, after a cut named by `tokenizer.ggml.pre`;
+- gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for what is missing;
+- llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the sum of two tokens is
+  one, and its score is its rank;
+- t5: SentencePiece's unigram model;
+- bert: WordPiece. The file writes a word's first piece with U+2581 and the others bare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.text.gguf_vocab import CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED, GgufVocab
+from candle_vllm.core.text.special_tokens import END_OF_TURN, VISIBLE_FRAME, end_of_turn_ids
+
+SPACE = "\u2581"
+_LONGEST_WORD = 100  # WordPiece's search is quadratic in the length of a word; BERT's own limit
+
+
+def build_backend(vocab: GgufVocab) -> Tokenizer:
+    """The tokenizer of a checked vocabulary.
+
+    Raises:
+        InvalidFileError: the parts do not make a working tokenizer.
+    """
+    builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
+    build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]
+    with refusing_panics(f"the vocabulary ({PREFIX}*)"):
+        backend = build(vocab)
+        backend.add_special_tokens(_added(vocab, special=True))
+        backend.add_tokens(_added(vocab, special=False))
+        _frame(backend, vocab)
+    return backend
+
+
+@contextmanager
+def refusing_panics(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises on bad data, its panics included, into an InvalidFileError."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the library is a BaseException whose class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, MemoryError):
+            raise
+        raise InvalidFileError(f"{what} cannot be used as a tokenizer: {error}") from error
+
+
+def special_ids(vocab: GgufVocab) -> set[int]:
+    """Ids that are hidden from the text: control and unknown tokens, and whatever ends a turn."""
+    hidden = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)}
+    texts = {text: index for index, text in enumerate(vocab.tokens)}
+    ends = end_of_turn_ids(texts)
+    shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
+    return (hidden | ends) - shown
+
+
+def _added(vocab: GgufVocab, *, special: bool) -> list[AddedToken]:
+    hidden = special_ids(vocab)
+    visible = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)} - hidden
+    phi3 = "phi-3" in vocab.general_name or "phi3" in vocab.general_name
+    added = []
+    for index in sorted(hidden if special else visible):
+        text = vocab.tokens[index]
+        # Phi-3's own tokenizer swallows the line break behind its role tokens; GGUF has no field for it.
+        rstrip = phi3 and text not in ("<unk>", "<s>", "<|endoftext|>")
+        added.append(AddedToken(text, rstrip=rstrip, normalized=False, special=special))
+    return added
+
+
+def _frame(backend: Tokenizer, vocab: GgufVocab) -> None:
+    """BOS before and EOS behind a prompt, as the file asks."""
+    before = [vocab.ids["bos"]] if vocab.add_bos else []
+    behind = [vocab.ids["eos"]] if vocab.add_eos else []
+    if before or behind:
+        set_frame(backend, [(vocab.tokens[i], i) for i in before], [(vocab.tokens[i], i) for i in behind])
+
+
+def set_frame(backend: Tokenizer, before: list[tuple[str, int]], behind: list[tuple[str, int]]) -> None:
+    """Makes `backend` put the (text, id) pairs of `before` and `behind` around every prompt."""
+    # The template's grammar splits at spaces and colons, so the tokens go under names of ours.
+    head = [f"HEAD{i}" for i in range(len(before))]
+    tail = [f"TAIL{i}" for i in range(len(behind))]
+    tokens = [
+        {"id": name, "ids": [index], "tokens": [text]}
+        for name, (text, index) in zip((*head, *tail), (*before, *behind))
+    ]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*head, "$A", *tail], pair=[*head, "$A", *tail, *head, "$B", *tail], special_tokens=tokens
+    )
+
+
+def _byte_level(vocab: GgufVocab) -> Tokenizer:
+    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    backend = Tokenizer(models.BPE(ids, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _raw_bpe(vocab: GgufVocab) -> Tokenizer:
+    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
+    backend = Tokenizer(models.BPE(ids, vocab.merges, unk_token=unknown, byte_fallback=True))
+    backend.normalizer = _spm_normalizer(vocab)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
+    )
+    backend.decoder = _spm_decoder(vocab)
+    return backend
+
+
+def _spm(vocab: GgufVocab) -> Tokenizer:
+    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
+    merges = _merges_by_score(vocab, ids)
+    backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = _spm_normalizer(vocab)
+    backend.decoder = _spm_decoder(vocab)
+    return backend
+
+
+def _merges_by_score(vocab: GgufVocab, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, the likeliest token first; equal ones in order of id."""
+    mergeable = (NORMAL, USER_DEFINED, UNUSED)
+    types, scores = vocab.types, vocab.scores
+    parts = {text for text, index in ids.items() if types[index] in mergeable}
+    ranked = []
+    for text in parts:
+        index = ids[text]
+        for cut in range(1, len(text)):
+            left = text[:cut]
+            if left in parts and text[cut:] in parts:
+                ranked.append((-scores[index], index, cut, left, text[cut:]))
+    ranked.sort(key=lambda entry: entry[:3])
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _spm_normalizer(vocab: GgufVocab) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    if vocab.add_space_prefix:
+        steps.insert(0, normalizers.Prepend(SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _spm_decoder(vocab: GgufVocab) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocab.add_space_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+def _unigram(vocab: GgufVocab) -> Tokenizer:
+    # The model has no types of its own: a hidden token scored like a word could be read out of plain text, so
+    # everything but words gets a score that no segmentation can afford.
+    unaffordable = min(vocab.scores) - 1000.0
+    usable = (NORMAL, USER_DEFINED, UNUSED)
+    pieces = [
+        (text, score if kind in usable else unaffordable)
+        for text, score, kind in zip(vocab.tokens, vocab.scores, vocab.types)
+    ]
+    backend = Tokenizer(models.Unigram(pieces, vocab.ids.get("unknown", 0), byte_fallback=False))
+    steps: list[normalizers.Normalizer] = []
+    if vocab.charsmap:
+        steps.append(normalizers.Precompiled(vocab.charsmap))
+    if vocab.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if vocab.add_space_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+    return backend
+
+
+def _wordpiece(vocab: GgufVocab) -> Tokenizer:
+    ids: dict[str, int] = {}
+    for index, (text, kind) in enumerate(zip(vocab.tokens, vocab.types)):
+        name = text[1:] if text.startswith(SPACE) else f"##{text}"
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            name = text
+        if ids.setdefault(name, index) != index:
+            raise InvalidFileError(f"{PREFIX}tokens has {text!r:.80} at {index}, which is the word at {ids[name]}")
+    unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else "[UNK]"
+    backend = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=_LONGEST_WORD))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=vocab.strip_accents, lowercase=vocab.lowercase
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece("##", cleanup=True)
+    return backend

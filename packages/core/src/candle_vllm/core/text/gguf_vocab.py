@@ -1,0 +1,296 @@
+"""The vocabulary that a GGUF file carries, checked and typed (loading, before step 3 of a request can run).
+
+Metadata comes from a file that anyone may have written: every key is checked for type, length and range here, so
+that what follows may trust it. Keys: the GGUF specification, section "Tokenizer"; defaults: llama.cpp.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "tokenizer.ggml."
+MAX_TOKENS = 1 << 22
+MAX_MERGES = 1 << 23
+MAX_TOKEN_LENGTH = 1 << 16  # characters
+MAX_CHARSMAP = 1 << 26  # bytes
+
+# Values of `tokenizer.ggml.token_type`.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+SUPPORTED_MODELS = ("gpt2", "llama", "bert", "t5", "gemma4")
+
+# Ids that a model kind implies when the file does not give them.
+_DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "bert": {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103},
+    "t5": {"eos": 1, "unknown": 2, "padding": 0},
+    "gpt2": {},
+    "gemma4": {},
+}
+# "seperator": the specification spells it so.
+_ID_NAMES = (
+    "bos",
+    "eos",
+    "unknown",
+    "padding",
+    "seperator",
+    "mask",
+    "cls",
+    "eot",
+    "eom",
+    "fim_pad",
+    "fim_rep",
+    "fim_sep",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class GgufVocab:
+    """A GGUF vocabulary whose parts agree with each other.
+
+    Attributes:
+        model: kind of tokenizer, one of SUPPORTED_MODELS.
+        tokens: one text per id, no two alike.
+        types: one of the token types per id.
+        scores: log-probability per id; empty where the file has none.
+        merges: pairs of token texts, the first merges first; both parts and their sum are tokens.
+        ids: special token ids by name ("bos", "eos", "unknown", ...).
+        pre: how text is cut into words; for byte-pair models.
+        add_bos, add_eos: put BOS before, EOS behind a prompt.
+        add_space_prefix: text starts with a space that the caller did not write.
+        charsmap: SentencePiece's precompiled normalisation, or empty.
+        general_name: `general.name`, lower case; some rules hang on it.
+    """
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[tuple[str, str]] = field(default_factory=list)
+    ids: Mapping[str, int] = field(default_factory=dict)
+    pre: PreTokenizer = DEFAULT
+    add_bos: bool = False
+    add_eos: bool = False
+    add_space_prefix: bool = False
+    remove_extra_whitespaces: bool = False
+    lowercase: bool = True
+    strip_accents: bool = True
+    charsmap: bytes = b""
+    general_name: str = ""
+
+
+def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
+    """Checks the tokenizer keys of a GGUF file's metadata.
+
+    Raises:
+        InvalidFileError: a key is missing, of the wrong type, or at odds with another; the message names it.
+        UnsupportedModelError: the file asks for a kind of tokenizer that is not implemented.
+    """
+    reader = _Reader(metadata)
+    model = reader.text("model")
+    if model is None:
+        raise InvalidFileError(f"the GGUF metadata has no {PREFIX}model: the file carries no tokenizer")
+    if model not in SUPPORTED_MODELS:
+        supported = ", ".join(SUPPORTED_MODELS)
+        raise UnsupportedModelError(f"{PREFIX}model {model!r:.80} is not implemented; supported are {supported}")
+    tokens = _read_tokens(reader)
+    pre = _read_pre(reader, model)
+    ids = _read_ids(reader, model, len(tokens))
+    lowercase = reader.flag("normalizer.lowercase", True)
+    spm_like = model in ("llama", "t5")
+    add_bos = reader.flag("add_bos_token", pre.add_bos or model in ("llama", "bert"))
+    return GgufVocab(
+        model=model,
+        tokens=tokens,
+        types=_read_types(reader, len(tokens)),
+        scores=_read_scores(reader, len(tokens), required=spm_like),
+        merges=_read_merges(reader, tokens) if model in ("gpt2", "gemma4") else [],
+        ids=ids,
+        pre=pre,
+        # A Gemma 4 file may say otherwise by mistake; the model does not work without its BOS.
+        add_bos=(add_bos or pre is PRE_TOKENIZERS["gemma4"]) and "bos" in ids,
+        add_eos=reader.flag("add_eos_token", model in ("t5", "bert")) and "eos" in ids,
+        add_space_prefix=reader.flag("add_space_prefix", spm_like),
+        remove_extra_whitespaces=reader.flag("remove_extra_whitespaces", False),
+        lowercase=lowercase,
+        strip_accents=reader.flag("normalizer.strip_accents", lowercase),
+        charsmap=_read_charsmap(reader),
+        general_name=str(metadata.get("general.name", ""))[:200].lower(),
+    )
+
+
+class _Reader:
+    """Typed access to the metadata; numpy scalars and arrays become Python's own."""
+
+    def __init__(self, metadata: Mapping[str, object]) -> None:
+        self._metadata = metadata
+
+    def _get(self, key: str) -> Any:
+        value: Any = self._metadata.get(PREFIX + key)
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def text(self, key: str) -> str | None:
+        value = self._get(key)
+        if value is not None and not isinstance(value, str):
+            raise _wrong(key, "a string", value)
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise _wrong(key, "a boolean", value)
+        return value
+
+    def index(self, key: str, size: int) -> int | None:
+        value = self._get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _wrong(key, "an integer", value)
+        # Writers store "no such token" as -1 in an unsigned field.
+        if value in (-1, (1 << 32) - 1):
+            return None
+        if not 0 <= value < size:
+            raise InvalidFileError(f"{PREFIX}{key} is {value}; the vocabulary has the ids 0 to {size - 1}")
+        return value
+
+    def array(self, key: str, most: int) -> list[Any] | None:
+        value = self._get(key)
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(key, "an array", value)
+        if len(value) > most:
+            raise InvalidFileError(f"{PREFIX}{key} has {len(value)} entries; at most {most} are allowed")
+        return list(value)
+
+    def raw(self, key: str) -> Any:
+        return self._metadata.get(PREFIX + key)
+
+
+def _wrong(key: str, expected: str, value: object) -> InvalidFileError:
+    return InvalidFileError(f"{PREFIX}{key} must be {expected}, not {type(value).__name__}")
+
+
+def _texts(key: str, values: list[Any]) -> None:
+    for index, value in enumerate(values):
+        if type(value) is not str:
+            raise InvalidFileError(f"{PREFIX}{key}[{index}] must be a string, not {type(value).__name__}")
+        if len(value) > MAX_TOKEN_LENGTH:
+            raise InvalidFileError(f"{PREFIX}{key}[{index}] has {len(value)} characters; most are {MAX_TOKEN_LENGTH}")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        raise InvalidFileError(f"{PREFIX}{key} has a string that is not valid UTF-8") from None
+
+
+def _read_tokens(reader: _Reader) -> list[str]:
+    tokens = reader.array("tokens", MAX_TOKENS)
+    if not tokens:
+        raise InvalidFileError(f"{PREFIX}tokens is missing or empty: the file has no vocabulary")
+    _texts("tokens", tokens)
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    if len(set(tokens)) != len(tokens):
+        seen: set[str] = set()
+        twice = next(index for index, token in enumerate(tokens) if token in seen or seen.add(token))
+        raise InvalidFileError(f"{PREFIX}tokens has {tokens[twice]!r:.80} twice, the second time at {twice}")
+    return tokens
+
+
+def _read_types(reader: _Reader, size: int) -> list[int]:
+    types = reader.array("token_type", MAX_TOKENS)
+    if types is None:
+        return [NORMAL] * size
+    if len(types) != size:
+        raise InvalidFileError(f"{PREFIX}token_type has {len(types)} entries for {size} tokens")
+    for index, value in enumerate(types):
+        if type(value) is not int:
+            raise InvalidFileError(f"{PREFIX}token_type[{index}] must be an integer, not {type(value).__name__}")
+    return types
+
+
+def _read_scores(reader: _Reader, size: int, *, required: bool) -> list[float]:
+    scores = reader.array("scores", MAX_TOKENS)
+    if scores is None:
+        if required:
+            raise InvalidFileError(f"{PREFIX}scores is missing; this kind of tokenizer cannot work without it")
+        return []
+    if len(scores) != size:
+        raise InvalidFileError(f"{PREFIX}scores has {len(scores)} entries for {size} tokens")
+    for index, value in enumerate(scores):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise InvalidFileError(f"{PREFIX}scores[{index}] must be a finite number, not {value!r:.60}")
+    return [float(value) for value in scores]
+
+
+def _read_merges(reader: _Reader, tokens: list[str]) -> list[tuple[str, str]]:
+    lines = reader.array("merges", MAX_MERGES)
+    if lines is None:
+        raise InvalidFileError(f"{PREFIX}merges is missing; a byte-pair tokenizer cannot work without it")
+    _texts("merges", lines)
+    known = set(tokens)
+    merges = []
+    for index, line in enumerate(lines):
+        cut = line.find(" ", 1)  # from 1: the first part may itself be a space
+        left, right = line[:cut], line[cut + 1 :]
+        if cut < 0 or not right:
+            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; it must be two tokens and a space")
+        if left not in known or right not in known or left + right not in known:
+            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}, which names texts that are no tokens")
+        merges.append((left, right))
+    return merges
+
+
+def _read_pre(reader: _Reader, model: str) -> PreTokenizer:
+    name = reader.text("pre")
+    if model == "gemma4":
+        return PRE_TOKENIZERS["gemma4"]
+    if model != "gpt2":
+        return DEFAULT
+    if name is None or name not in PRE_TOKENIZERS:
+        shown = "missing" if name is None else f"{name!r:.80}, which is not known"
+        logger.warning("%spre is %s: the default is used, and the output may be worse than the model's", PREFIX, shown)
+        return DEFAULT
+    return PRE_TOKENIZERS[name]
+
+
+def _read_ids(reader: _Reader, model: str, size: int) -> dict[str, int]:
+    ids = {name: value for name, value in _DEFAULT_IDS[model].items() if value < size}
+    for name in _ID_NAMES:
+        value = reader.index(f"{name}_token_id", size)
+        if value is not None:
+            ids[name] = value
+    if model == "bert":
+        ids["bos"] = ids.get("cls", ids.get("bos", 0))
+        ids["eos"] = ids.get("seperator", ids.get("eos", 0))
+    return ids
+
+
+def _read_charsmap(reader: _Reader) -> bytes:
+    value = reader.raw("precompiled_charsmap")
+    if value is None:
+        return b""
+    if not isinstance(value, (bytes, bytearray)):
+        entries = reader.array("precompiled_charsmap", MAX_CHARSMAP) or []
+        try:
+            value = bytes(entry & 0xFF for entry in entries)
+        except TypeError:
+            raise _wrong("precompiled_charsmap", "an array of bytes", value) from None
+    if len(value) > MAX_CHARSMAP:
+        raise InvalidFileError(f"{PREFIX}precompiled_charsmap has {len(value)} bytes; at most {MAX_CHARSMAP} allowed")
+    # Little-endian size of the trie, the trie, then the replacement texts.
+    size = int.from_bytes(value[:4], "little")
+    if value and (len(value) < 4 or size % 4 or size + 4 >= len(value)):
+        raise InvalidFileError(f"{PREFIX}precompiled_charsmap says {size} bytes of trie; it has {len(value)} in all")
+    return bytes(value)

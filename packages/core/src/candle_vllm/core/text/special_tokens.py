@@ -1,0 +1,69 @@
+"""Which tokens end a turn and which are never shown (step 3 and 9 of a request).
+
+Files name one end-of-sequence token; chat models stop at others as well. The texts and the exceptions among them are
+those llama.cpp settled on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Texts that end a turn wherever a vocabulary has them as a token of its own.
+END_OF_TURN = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[e~[",
+)
+
+# Fill-in-the-middle tokens after which another file begins.
+END_OF_FILE = (
+    ("fim_pad", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
+    ("fim_rep", ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>")),
+    ("fim_sep", ("<|file_sep|>",)),
+)
+
+# Parts of gpt-oss's message frame: the reader of the text needs them, so they are no hidden tokens.
+VISIBLE_FRAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+
+
+def end_of_turn_ids(ids: Mapping[str, int]) -> set[int]:
+    """Ids among `ids` (token text -> id) at which a turn ends."""
+    found = {text for text in END_OF_TURN if text in ids}
+    # Where a frame has its own end of turn, <|end|> only closes one message of several.
+    harmony = {"<|return|>", "<|call|>"} <= found
+    solar = "<|flush|>" in found and bool(found & {"<|call|>", "<|calls|>"})
+    if harmony or solar:
+        found.discard("<|end|>")
+    # Gemma 4 has </s> as the HTML tag, PLaMo as plain text.
+    if "<|tool_response>" in found or "<|plamo:eos|>" in ids:
+        found.discard("</s>")
+    return {ids[text] for text in found}
+
+
+def end_of_file_ids(ids: Mapping[str, int], given: Mapping[str, int]) -> set[int]:
+    """Ids of padding, repository and file separators: those the file gives, else those found by their text."""
+    found = set()
+    for name, texts in END_OF_FILE:
+        index = given.get(name, next((ids[text] for text in texts if text in ids), None))
+        if index is not None:
+            found.add(index)
+    return found

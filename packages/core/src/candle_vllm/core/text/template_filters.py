@@ -1,0 +1,159 @@
+"""The filters and functions that chat templates may use (step 3 of a request).
+
+Jinja's own filters, each measured before it runs, and the three helpers that transformers adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from types import GeneratorType
+from typing import Any
+
+from jinja2 import filters
+from jinja2.exceptions import TemplateError, TemplateRuntimeError
+
+from candle_vllm.core.text.template_budget import BudgetExceededError, budget
+from candle_vllm.core.text.template_guards import check_join, check_needle, check_percent, check_replace, check_width
+
+MAX_LIST = 100_000  # rows or columns that a list may be cut into, and entries that may be sorted
+MAX_SLOW_TEXT = 1 << 20  # characters for filters that take a text apart in Python
+_REFUSED_FILTERS = ("pprint", "urlize", "xmlattr", "wordwrap")
+_SORTING = ("sort", "unique", "groupby", "dictsort", "min", "max")
+_SLOW = ("title", "wordcount", "urlencode", "striptags", "list", "batch", "slice", "filesizeformat")
+_CALENDAR = re.compile(r"(?:%-?[A-Za-z%]|[^%])*")
+
+
+def raise_exception(message: object) -> None:
+    """Lets a template refuse a conversation."""
+    raise TemplateError(str(message)[:2000])
+
+
+def strftime_now(pattern: str) -> str:
+    """The local time, as transformers offers it to templates."""
+    if not isinstance(pattern, str) or len(pattern) > 256 or not _CALENDAR.fullmatch(pattern):
+        raise TemplateRuntimeError(f"strftime_now cannot take {pattern!r:.60}: use plain fields such as %d %B %Y")
+    return datetime.now().strftime(pattern)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's escaping for HTML; the parameters are those of `json.dumps`."""
+    margin = len(indent) if isinstance(indent, str) else indent or 0
+    if margin > 64 or any(len(part) > 64 for part in separators or ()):
+        raise BudgetExceededError("tojson takes at most 64 characters of indent and separators")
+    size = budget().measure(value)
+    if margin or separators:
+        size += _nodes(value, 1) * (margin + 1)
+    budget().spend_text(size, ascii_only=True)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    budget().spend_value(text)
+    return text
+
+
+def _nodes(value: Any, depth: int) -> int:
+    """Lines of indented JSON, each counted as often as it is deep."""
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    else:
+        return depth
+    return 2 * depth + sum(_nodes(part, depth + 1) for part in parts)
+
+
+def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    values = (*args, *kwargs.values())
+    first = values[0] if values else None
+    _check_length(name, value)
+    if name in ("center", "truncate", "round"):
+        check_width(first)
+        if name == "round" and isinstance(first, int) and abs(first) > 100:
+            raise BudgetExceededError(f"round to {first} digits is not allowed; at most 100")
+    elif name in ("batch", "slice"):
+        if isinstance(first, int) and first > MAX_LIST:
+            raise BudgetExceededError(f"{name} of {first}; at most {MAX_LIST} is allowed")
+    elif name == "indent":
+        width = kwargs.get("width", args[0] if args else 4)
+        columns = len(width) if isinstance(width, str) else width if isinstance(width, int) else 0
+        text = str(value)
+        budget().spend_text(len(text) + (text.count("\n") + 1) * max(0, columns))
+    elif name == "replace":
+        check_replace(
+            value, *(kwargs.get(key, args[i] if len(args) > i else "") for i, key in enumerate(("old", "new")))
+        )
+    elif name == "format":
+        check_percent(str(value), kwargs or args)
+    elif name == "trim":
+        check_needle(first)
+    elif name == "sum":
+        start = kwargs.get("start", args[1] if len(args) > 1 else 0)
+        if not isinstance(start, (int, float)):
+            raise BudgetExceededError("the sum filter adds numbers only")
+    elif name in ("string", "escape", "e", "forceescape", "urlencode"):
+        budget().spend_text(budget().measure(value))
+
+
+def _check_length(name: str, value: Any) -> None:
+    length = len(value) if isinstance(value, (str, list, tuple, dict)) else 0
+    if name in _SORTING and length > MAX_LIST:
+        raise BudgetExceededError(f"the {name} filter is given {length} entries; at most {MAX_LIST} are allowed")
+    if name in _SLOW and isinstance(value, str) and length > MAX_SLOW_TEXT:
+        raise BudgetExceededError(
+            f"the {name} filter is given {length} characters; at most {MAX_SLOW_TEXT} are allowed"
+        )
+
+
+def _ticking(items: Iterator[Any]) -> Iterator[Any]:
+    for item in items:
+        budget().check_time()
+        yield item
+
+
+def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The join filter, which may be handed a generator: it is made a list first, so that it can be measured."""
+
+    @functools.wraps(original)
+    def join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
+        parts = value if isinstance(value, (str, list, tuple, dict)) else list(_ticking(iter(value)))
+        check_join(parts, d)
+        return original(eval_ctx, parts, d, attribute)
+
+    return join
+
+
+def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    # A marked filter takes the context, the environment or the evaluation context first, and then the value.
+    marked = hasattr(original, "jinja_pass_arg")
+
+    @functools.wraps(original)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        budget().check_time()
+        rest = args[1:] if marked else args
+        if rest:
+            _check_filter(name, rest[0], rest[1:], kwargs)
+        result = original(*args, **kwargs)
+        if isinstance(result, GeneratorType):
+            return _ticking(result)
+        budget().spend_value(result)
+        return result
+
+    return guarded
+
+
+def guarded_filters() -> dict[str, Callable[..., Any]]:
+    """Jinja's own filters with their checks, and transformers' `tojson`."""
+    guarded = {
+        name: _guarded(name, _joined(original) if name == "join" else original)
+        for name, original in filters.FILTERS.items()
+        if name not in _REFUSED_FILTERS
+    }
+    return guarded | {"tojson": tojson}

@@ -1,0 +1,176 @@
+"""Size checks around the operators, formats and methods that a chat template may use (step 3 of a request).
+
+Everything that can make a large value out of small ones is measured before it runs, because Python cannot be stopped
+in the middle of one operation. What templates have no use for and what cannot be measured is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2.exceptions import SecurityError
+
+from candle_vllm.core.text.template_budget import (
+    MAX_INTEGER_BITS,
+    BudgetExceededError,
+    budget,
+)
+
+MAX_WIDTH = 10_000  # columns that text may be filled up to
+MAX_NEEDLE = 1024  # characters of a set to strip, or of a text sought from the right
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+def check_operator(operator: str, left: Any, right: Any) -> None:
+    """Measures `left operator right` for the operators + * ** %."""
+    spent = budget()
+    spent.check_time()
+    if operator == "%" and isinstance(left, str):
+        check_percent(left, right)
+    elif operator == "**":
+        _check_power(left, right)
+    elif _is_number(left) and _is_number(right):
+        bits = _bits(left) + _bits(right)
+        if bits > MAX_INTEGER_BITS:
+            raise BudgetExceededError(f"it computes with an integer of {bits} bits; at most {MAX_INTEGER_BITS}")
+    elif operator == "*":
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                _spend(value, len(value) * max(0, times))
+    elif isinstance(left, str) and isinstance(right, str):
+        spent.spend_text(len(left) + len(right), ascii_only=left.isascii() and right.isascii())
+    elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        spent.spend(8 * (len(left) + len(right)))
+
+
+def _spend(value: object, length: int) -> None:
+    if isinstance(value, str):
+        budget().spend_text(length, ascii_only=value.isascii())
+    else:
+        budget().spend(8 * length)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 64
+
+
+def _check_power(base: Any, exponent: Any) -> None:
+    if isinstance(base, int) and isinstance(exponent, int) and _bits(base) * abs(exponent) > MAX_INTEGER_BITS:
+        raise BudgetExceededError(f"{exponent} as an exponent makes an integer of more than {MAX_INTEGER_BITS} bits")
+
+
+# --- formatting -----------------------------------------------------------------------------------------------------
+
+
+def _width(digits: str | None) -> int:
+    if digits == "*" or (digits and (len(digits) > 5 or int(digits) > MAX_WIDTH)):
+        raise BudgetExceededError(f"a format asks for a width of {digits}; at most {MAX_WIDTH} is allowed")
+    return int(digits or 0)
+
+
+def check_percent(pattern: str, values: Any) -> None:
+    fields = [max(_width(match[1]), _width(match[2])) for match in _PERCENT.finditer(pattern)]
+    longest = budget().measure(values)
+    budget().spend_text(len(pattern) + sum(fields) + len(fields) * longest * 2)
+
+
+def check_format(pattern: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Measures `pattern.format(*args, **kwargs)`."""
+    longest = budget().measure([*args, *kwargs.values()])
+    total = len(pattern)
+    for _, name, spec, _ in string.Formatter().parse(pattern):
+        if name is None:
+            continue
+        if "{" in (spec or ""):
+            raise BudgetExceededError("a format takes its width from a value, which is not allowed")
+        total += 2 * longest + sum(_width(digits) for digits in re.findall(r"\d+", spec or ""))
+    budget().spend_text(total)
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+# fmt: off
+_TEXT_METHODS = frozenset((
+    "capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha",
+    "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace",
+    "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix",
+    "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines",
+    "startswith", "strip", "striptags", "swapcase", "title", "unescape", "upper", "zfill",
+))
+# fmt: on
+_METHODS: tuple[tuple[type, frozenset[str]], ...] = (
+    (str, _TEXT_METHODS),
+    (dict, frozenset(("get", "items", "keys", "values", "copy"))),
+    (list, frozenset(("index", "count", "copy"))),
+    (tuple, frozenset(("index", "count"))),
+    (bool, frozenset()),
+    (int, frozenset(("bit_length", "is_integer"))),
+    (float, frozenset(("is_integer",))),
+    (bytes, frozenset()),
+)
+
+
+def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Measures a call of a built-in method before it is made."""
+    budget().check_time()
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    for kind, allowed in _METHODS:
+        if isinstance(owner, kind):
+            if name not in allowed:
+                raise SecurityError(f"{kind.__name__}.{name} is not available in chat templates")
+            if isinstance(owner, str):
+                _check_text_method(owner, name, args, kwargs)
+            return
+
+
+def _check_text_method(owner: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    values = (*args, *kwargs.values())
+    first = values[0] if values else None
+    if name == "replace" and len(values) > 1:
+        check_replace(owner, values[0], values[1])
+    elif name == "join":
+        check_join(first, owner)
+    elif name in ("center", "ljust", "rjust", "zfill"):
+        check_width(first)
+    elif name in ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"):
+        check_needle(first)
+    if name in ("split", "rsplit"):
+        pieces = owner.count(first) if isinstance(first, str) and first else len(owner) // 2
+        budget().spend(64 * (pieces + 1))
+    elif name == "splitlines":
+        budget().spend(64 * len(owner) // 2)
+    elif name in ("upper", "lower", "title", "capitalize", "casefold", "swapcase"):
+        budget().spend_text(len(owner), ascii_only=owner.isascii())
+
+
+def check_width(width: object) -> None:
+    if isinstance(width, int) and abs(width) > MAX_WIDTH:
+        raise BudgetExceededError(f"a text is to be filled up to {width} columns; at most {MAX_WIDTH} are allowed")
+
+
+def check_needle(needle: object) -> None:
+    if isinstance(needle, str) and len(needle) > MAX_NEEDLE:
+        raise BudgetExceededError(f"it seeks or strips a text of {len(needle)} characters; at most {MAX_NEEDLE}")
+
+
+def check_replace(text: object, old: object, new: object) -> None:
+    text, old, new = str(text), str(old), str(new)
+    found = text.count(old) if len(new) > len(old) else 0
+    budget().spend_text(len(text) + found * max(0, len(new) - len(old)), ascii_only=text.isascii() and new.isascii())
+
+
+def check_join(parts: object, separator: object) -> None:
+    if isinstance(parts, str):
+        budget().spend_text(len(parts) * (1 + len(str(separator))))
+    elif isinstance(parts, (list, tuple, dict)):
+        budget().spend_text(sum(map(budget().measure, parts)) + len(parts) * len(str(separator)))

@@ -1,0 +1,194 @@
+"""The Jinja environment in which chat templates run (step 3 of a request).
+
+Jinja's immutable sandbox keeps a template from reaching into Python. This one also keeps it from running on for ever
+and from filling the memory: the parsed template is rewritten so that every loop turn, macro body, output, `~` and
+slice calls into `Limits`, and operators, calls and filters pass through `template_guards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from candle_vllm.core.text.template_budget import CONTAINERS, budget
+from candle_vllm.core.text.template_filters import guarded_filters, raise_exception, strftime_now
+from candle_vllm.core.text.template_guards import check_format, check_method, check_operator
+
+
+class Generation(Extension):
+    """`{% generation %}`, which marks the assistant's part for training; rendering passes it through."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Limits(Extension):
+    """What the rewritten template calls. A template cannot name an extension, so it cannot get round these."""
+
+    def tick(self, size: int = 0) -> bool:
+        """Counts `size` characters of fixed text; True, so that it can stand in a condition."""
+        budget().spend(size)
+        return True
+
+    def emit(self, value: Any, size: int) -> Any:
+        """Counts a value that is about to be written, and `size` characters of fixed text beside it."""
+        spent = budget()
+        spent.spend(size)
+        if isinstance(value, str):
+            spent.spend_text(len(value), ascii_only=value.isascii())
+        elif isinstance(value, CONTAINERS):
+            spent.spend_text(spent.measure(value))
+        return value
+
+    def concat(self, *values: Any) -> str:
+        """`a ~ b`."""
+        spent = budget()
+        spent.spend_text(sum(map(spent.measure, values)), ascii_only=all(str(v).isascii() for v in values[:2]))
+        return "".join(map(str, values))
+
+    def cut(self, value: Any, start: Any = None, stop: Any = None, step: Any = None) -> Any:
+        """`value[start:stop:step]`."""
+        piece = value[start:stop:step]
+        budget().spend_value(piece)
+        return piece
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment; make templates with `compile_template`."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols, Limits])
+        self.filters = guarded_filters()  # type: ignore[assignment]
+        self.globals.pop("lipsum")
+        self.globals |= {
+            "raise_exception": raise_exception,
+            "strftime_now": strftime_now,
+            "dict": _make_dict,
+            "namespace": TemplateNamespace,
+        }
+
+    def compile_template(self, tree: nodes.Template) -> Any:
+        """The template of a parsed tree, rewritten."""
+        rewritten = _Rewriter().visit(tree)
+        rewritten.set_environment(self)
+        return self.from_string(rewritten)
+
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        check_method(obj, args, kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        check_operator(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        if value.__name__ != "format":
+            raise SecurityError(f"str.{value.__name__} is not available in chat templates")
+        pattern: str = value.__self__
+
+        def format_checked(*args: Any, **kwargs: Any) -> str:
+            check_format(pattern, args, kwargs)
+            return wrapped(*args, **kwargs)
+
+        return format_checked
+
+
+class TemplateNamespace(Namespace):
+    """Jinja's namespace without underscored names, behind which Python's internals lie, and without contents in its
+    text."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # the odd signature leaves the name `self` to templates
+        self, rest = args[0], args[1:]
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or name.startswith("_"):
+        raise SecurityError(f"a namespace cannot have an attribute {name!r:.60}")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
+    target = nodes.ExtensionAttribute(Limits.identifier, name)
+    return nodes.Call(target, arguments, [], None, None).set_lineno(lineno, override=True)  # type: ignore[return-value]
+
+
+class _Rewriter(NodeTransformer):
+    """Puts the calls to `Limits` into a parsed template."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _statement(node.lineno))
+        if node.test is not None:
+            node.test = nodes.And(_call("tick", [], node.lineno), node.test).set_lineno(node.lineno)
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _statement(node.lineno))
+        return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _statement(node.lineno))
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node | list[nodes.Node]:
+        self.generic_visit(node)
+        size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
+        for index, part in enumerate(node.nodes):
+            if not isinstance(part, nodes.TemplateData):
+                node.nodes[index] = _call("emit", [part, nodes.Const(size)], node.lineno)
+                return self._emit_rest(node, index + 1)
+        return [_statement(node.lineno, size), node]
+
+    def _emit_rest(self, node: nodes.Output, start: int) -> nodes.Node:
+        for index in range(start, len(node.nodes)):
+            if not isinstance(node.nodes[index], nodes.TemplateData):
+                node.nodes[index] = _call("emit", [node.nodes[index], nodes.Const(0)], node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("concat", node.nodes, node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        bounds = [part or nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
+        return _call("cut", [node.node, *bounds], node.lineno)
+
+
+def _statement(lineno: int, size: int = 0) -> nodes.Node:
+    return nodes.ExprStmt(_call("tick", [nodes.Const(size)], lineno)).set_lineno(lineno)

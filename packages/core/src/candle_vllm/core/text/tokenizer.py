@@ -1,0 +1,209 @@
+"""Words to token ids and back (step 3 of a request; the detokenizer of step 9 reads the token bytes from here)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
+from candle_vllm.core.text.gguf_backend import build_backend
+from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
+from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
+from candle_vllm.core.text.token_bytes import byte_rule
+
+ChatTemplateSource = str | dict[str, str]
+_CHAT_TEMPLATE = "tokenizer.chat_template"
+_MAX_NAMED_TEMPLATES = 64
+
+
+class Tokenizer:
+    """A vocabulary with its rules; made by `from_folder` or `from_gguf`, and safe to share between threads.
+
+    Attributes:
+        backend: the `tokenizers.Tokenizer` that does the work.
+        vocab_size: one more than the highest token id.
+        bos_token_id: the token that begins a text, or None.
+        eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
+        special_tokens: texts of `bos_token`, `eos_token`, `pad_token` and `unk_token` as far as known, for templates.
+        chat_template: the template that came with the vocabulary, several by name, or None.
+        strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: ChatTemplateSource | None = None,
+    ) -> None:
+        self.backend = backend
+        added = backend.get_added_tokens_decoder()
+        self.vocab_size: int = max([backend.get_vocab_size(), *(index + 1 for index in added)])
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
+        self.chat_template = chat_template
+        self._special = frozenset(index for index, token in added.items() if token.special)
+        self._added = {index: token.content for index, token in added.items()}
+        rule = byte_rule(backend)
+        self.strips_leading_space: bool = rule.strips_leading_space
+        self._convert = rule.convert
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
+        self._literal: Backend | None = None
+        self._literal_lock = threading.Lock()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face model folder (tokenizer.json and the files beside it).
+
+        Raises:
+            UnsupportedModelError: the folder has no tokenizer.json, or one with parts that are not supported.
+            InvalidFileError: a file is damaged.
+        """
+        from candle_vllm.core.text.tokenizer_folder import load_folder
+
+        parts = load_folder(Path(folder))
+        return cls(
+            parts.backend,
+            bos_token_id=parts.bos_token_id,
+            eos_token_ids=parts.eos_token_ids,
+            special_tokens=parts.special_tokens,
+            chat_template=parts.chat_template,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
+        """The tokenizer that a GGUF file carries in its metadata (key -> value; arrays as lists or numpy arrays).
+
+        Raises:
+            InvalidFileError: a key is missing, wrong or at odds with another.
+            UnsupportedModelError: a kind of tokenizer that is not implemented.
+        """
+        vocab = read_gguf_vocab(metadata)
+        names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+        return cls(
+            build_backend(vocab),
+            bos_token_id=vocab.ids.get("bos"),
+            eos_token_ids=_gguf_eos_ids(vocab),
+            special_tokens={names[name]: vocab.tokens[index] for name, index in vocab.ids.items() if name in names},
+            chat_template=_gguf_chat_template(metadata),
+        )
+
+    def cover(self, num_ids: int) -> None:
+        """Makes every id below `num_ids` known, without text where the vocabulary has no token for it.
+
+        Models often have more rows in their embedding table than their tokenizer has tokens.
+        """
+        self._bytes += [None] * (num_ids - self.vocab_size)
+        self.vocab_size = max(self.vocab_size, num_ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: any text that UTF-8 can carry.
+            add_special_tokens: add BOS and EOS where the model wants them; not for rendered chat templates, which
+                write them themselves.
+            parse_special: read the text of a special token in `text` as that token, not as plain words.
+
+        Raises:
+            InvalidParameterError: the text has half a surrogate pair.
+        """
+        return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = True, *, parse_special: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text, as `encode`."""
+        for text in texts:
+            _check_text(text)
+        backend = self.backend if parse_special else self._literal_backend()
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            InvalidParameterError: an id outside the vocabulary.
+        """
+        pieces = [self.token_bytes(index) for index in ids if not (skip_special_tokens and index in self._special)]
+        data = b"".join(pieces)
+        if self.strips_leading_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text; a special token's are its name.
+
+        Raises:
+            InvalidParameterError: an id outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidParameterError(f"there is no token {token_id}; ids run from 0 to {self.vocab_size - 1}")
+        data = self._bytes[token_id]
+        if data is None:
+            data = self._bytes[token_id] = self._make_bytes(token_id)
+        return data
+
+    def token_text(self, token_id: int) -> str:
+        """One token alone as text; U+FFFD where its bytes are no complete character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def is_special(self, token_id: int) -> bool:
+        """True for tokens that structure the text and are not part of it."""
+        return token_id in self._special
+
+    def _make_bytes(self, token_id: int) -> bytes:
+        name = self._added.get(token_id)
+        if name is not None:
+            return name.encode()
+        text = self.backend.id_to_token(token_id)
+        return b"" if text is None else self._convert(text)  # None: an id that the vocabulary skips
+
+    def _literal_backend(self) -> Backend:
+        """A twin that reads the names of special tokens as plain text; made when first wanted."""
+        with self._literal_lock:
+            if self._literal is None:
+                twin = Backend.from_str(self.backend.to_str())
+                twin.encode_special_tokens = True
+                self._literal = twin
+            return self._literal
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidParameterError(f"a text to tokenize must be a string, not {type(text).__name__}", "prompt")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameterError(
+            f"the text has half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, which "
+            "UTF-8 cannot carry; send whole characters",
+            "prompt",
+        ) from None
+
+
+def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
+    texts = {text: index for index, text in enumerate(vocab.tokens)}
+    named = [vocab.ids[name] for name in ("eos", "eot", "eom") if name in vocab.ids]
+    return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
+
+
+def _gguf_chat_template(metadata: Mapping[str, object]) -> ChatTemplateSource | None:
+    templates: dict[str, str] = {}
+    for key, value in metadata.items():
+        if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}."):
+            if not isinstance(value, str):
+                raise InvalidFileError(f"{key} must be a string, not {type(value).__name__}")
+            templates[key.removeprefix(_CHAT_TEMPLATE).removeprefix(".") or "default"] = value
+    if len(templates) > _MAX_NAMED_TEMPLATES:
+        raise InvalidFileError(f"the file has {len(templates)} chat templates; at most {_MAX_NAMED_TEMPLATES} allowed")
+    if not templates:
+        return None
+    return templates["default"] if list(templates) == ["default"] else templates

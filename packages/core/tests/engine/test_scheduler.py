@@ -1,0 +1,176 @@
+"""The scheduler against a simulated engine: every request ends, no block leaks, nobody writes into a shared block."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.sampling.params import SamplingParams
+
+
+def make(
+    tokens: list[int], order: int, *, max_tokens: int = 4, priority: int = 0, index: int = 0, skip: bool = False
+) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, skip_reading_prefix_cache=skip)
+    request = GenerationRequest(request_id=str(order), prompt_token_ids=tokens, params=params, priority=priority)
+    return Sequence(request, index, order)
+
+
+def scheduler(blocks: int = 64, size: int = 4, seqs: int = 8, budget: int = 16, cache: bool = True) -> Scheduler:
+    return Scheduler(BlockManager(blocks, size, enable_prefix_caching=cache), seqs, budget)
+
+
+def run_step(engine: Scheduler, next_token: int = 7) -> list[tuple[str, int, int]]:
+    """One step of a pretend model; returns (request id, start, count) and ends sequences at their length."""
+    items = engine.schedule()
+    for item in items:
+        engine.settle(item)
+    for item in items:
+        if item.samples:
+            item.sequence.tokens.append(next_token)
+            params = item.sequence.request.params
+            if item.sequence.num_tokens - item.sequence.num_prompt_tokens >= (params.max_tokens or 0):
+                engine.remove(item.sequence)
+    return [(item.sequence.request.request_id, item.start, item.count) for item in items]
+
+
+def test_decodes_go_before_prompts_and_the_budget_holds() -> None:
+    engine = scheduler(budget=10)
+    engine.add(make([1] * 6, 0))
+    assert run_step(engine) == [("0", 0, 6)]
+    engine.add(make([2] * 30, 1))
+    assert run_step(engine) == [("0", 6, 1), ("1", 0, 9)]
+    assert run_step(engine) == [("0", 7, 1), ("1", 9, 9)]
+
+
+def test_equal_priorities_run_in_order_of_arrival_and_lower_values_first() -> None:
+    engine = scheduler(seqs=1)
+    engine.add(make([1], 0, priority=1, max_tokens=1))
+    engine.add(make([2], 1, priority=0, max_tokens=1))
+    engine.add(make([3], 2, priority=0, max_tokens=1))
+    assert [run_step(engine)[0][0] for _ in range(3)] == ["1", "2", "0"]
+
+
+def test_a_cached_prefix_is_not_computed_again_but_its_last_token_is() -> None:
+    engine = scheduler()
+    engine.add(make(list(range(8)), 0, max_tokens=1))
+    run_step(engine)
+    engine.add(make(list(range(8)), 1, max_tokens=1))
+    assert run_step(engine) == [("1", 4, 4)]
+    engine.add(make([*range(8), 9], 2, max_tokens=1))
+    assert run_step(engine) == [("2", 8, 1)]
+    engine.add(make(list(range(8)), 3, max_tokens=1, skip=True))
+    assert run_step(engine) == [("3", 0, 8)]
+
+
+def test_a_burst_with_one_beginning_computes_it_once() -> None:
+    engine = scheduler(budget=64)
+    for order in range(3):
+        engine.add(make([*range(16), order], order, max_tokens=1))
+    assert run_step(engine) == [("0", 0, 17)]
+    assert run_step(engine) == [("1", 16, 1), ("2", 16, 1)]
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
+    engine = scheduler(blocks=5, size=2, cache=False)
+    engine.add(make([1, 1, 1], 0, max_tokens=5))
+    engine.add(make([2, 2, 2], 1, max_tokens=5))
+    for _ in range(40):
+        run_step(engine)
+    assert engine.num_preemptions > 0
+    assert not engine.running
+    assert not engine.waiting
+    assert engine.blocks.num_free == 5
+
+
+def test_a_prompt_waits_until_all_of_it_fits() -> None:
+    engine = scheduler(blocks=4, size=4, budget=8, cache=False)
+    engine.add(make([1] * 8, 0, max_tokens=3))
+    engine.add(make([2] * 12, 1, max_tokens=1))
+    assert [entry[0] for entry in run_step(engine)] == ["0"]
+    assert [entry[0] for entry in run_step(engine)] == ["0"]
+    assert [entry[0] for entry in run_step(engine)] == ["0"]
+    assert run_step(engine) == [("1", 0, 8)]
+
+
+def test_removing_a_waiting_sequence_touches_no_block() -> None:
+    engine = scheduler()
+    sequence = make([1, 2, 3], 0)
+    engine.add(sequence)
+    engine.remove(sequence)
+    assert not engine.waiting
+    assert engine.blocks.num_free == 64
+
+
+def test_a_sequence_that_waits_for_an_aborted_one_runs_itself() -> None:
+    engine = scheduler(budget=8)
+    first = make(list(range(32)), 0)
+    engine.add(first)
+    engine.add(make(list(range(32)), 1, max_tokens=1))
+    assert run_step(engine) == [("0", 0, 8)]
+    engine.remove(first)
+    assert run_step(engine) == [("1", 8, 8)], "the finished blocks are shared, the rest is computed"
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    blocks=st.integers(6, 24),
+    size=st.sampled_from([1, 2, 4]),
+    seqs=st.integers(1, 6),
+    extra=st.integers(0, 12),
+    cache=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
+    seed: int, blocks: int, size: int, seqs: int, extra: int, cache: bool
+) -> None:
+    rng = random.Random(seed)
+    engine = scheduler(blocks, size, seqs, seqs + extra, cache)
+    longest = blocks * size
+    pending, alive, order = rng.randrange(1, 14), [], 0
+    for _ in range(3000):
+        if pending and rng.random() < 0.5:
+            length = rng.randrange(1, longest)
+            prompt = [rng.randrange(2) for _ in range(length)]
+            most = rng.randrange(1, longest - length + 1)
+            sequence = make(prompt, order, max_tokens=most, priority=rng.randrange(3), skip=rng.random() < 0.2)
+            engine.add(sequence)
+            alive.append(sequence)
+            pending, order = pending - 1, order + 1
+        if alive and rng.random() < 0.03:
+            victim = alive.pop(rng.randrange(len(alive)))
+            engine.remove(victim)
+        items = engine.schedule()
+        assert sum(item.count for item in items) <= engine.max_num_batched_tokens
+        assert len({id(item.sequence) for item in items}) == len(items) <= seqs
+        assert items or not alive, "work is waiting and nothing runs"
+        for item in items:
+            sequence, start, count = item.sequence, item.start, item.count
+            assert count > 0
+            assert start == sequence.num_computed_tokens
+            written = sequence.block_table[start // size : (start + count - 1) // size + 1]
+            assert len(written) == (start + count - 1) // size - start // size + 1
+            others = [b for other in engine.running if other is not sequence for b in other.block_table]
+            assert not set(written) & set(others), "a block is written while another sequence holds it"
+        for item in items:
+            engine.settle(item)
+            if item.samples:
+                item.sequence.tokens.append(rng.randrange(2))
+                params = item.sequence.request.params
+                if item.sequence.num_tokens - item.sequence.num_prompt_tokens == params.max_tokens:
+                    engine.remove(item.sequence)
+                    alive.remove(item.sequence)
+        held = {block for sequence in engine.running for block in sequence.block_table}
+        assert engine.blocks.num_free == blocks - len(held)
+        if not pending and not alive:
+            break
+    assert not pending
+    assert not alive
+    assert engine.blocks.num_free == blocks
+    assert not +engine._computing

@@ -1,0 +1,137 @@
+"""The references against torch's own operators or a loop that is literal enough to check by eye."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from candle_vllm.core.kernels.attention import AttentionRows, paged_attention
+from candle_vllm.core.kernels.embedding import embedding
+from candle_vllm.core.kernels.kv_write import kv_write
+from candle_vllm.core.kernels.linear import linear
+from candle_vllm.core.kernels.rms_norm import rms_norm
+from candle_vllm.core.kernels.rotary import rotary
+from candle_vllm.core.kernels.silu_mul import silu_mul
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+DTYPES = list(TOLERANCE)
+ROWS = [1, 63, 123]
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """RMS(error) / RMS(wanted)."""
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [1, 64, 4097])
+def test_rms_norm(dtype: torch.dtype, rows: int, size: int) -> None:
+    x, weight = random(rows, size, dtype=dtype), random(size, seed=1)
+    wanted = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+    got = rms_norm(x, weight, 1e-5)
+    assert got.dtype == dtype
+    assert error(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_silu_mul(dtype: torch.dtype, rows: int) -> None:
+    x = random(rows, 2 * 123, dtype=dtype)
+    gate, up = x.double().chunk(2, -1)
+    assert error(silu_mul(x), gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    x, weight = random(rows, 63, dtype=dtype), random(123, 63, dtype=dtype, seed=1)
+    b = random(123, dtype=dtype, seed=2) if bias else None
+    wanted = x.double() @ weight.double().T + (0 if b is None else b.double())
+    assert error(linear(x, weight, b), wanted) < TOLERANCE[dtype]
+
+
+def test_embedding_copies_rows() -> None:
+    table = random(10, 7)
+    assert torch.equal(embedding(torch.tensor([3, 3, 9]), table), table[[3, 3, 9]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotated", [16, 10])
+def test_rotary_turns_each_pair_by_its_angle(dtype: torch.dtype, rotated: int) -> None:
+    x = random(5, 3, 16, dtype=dtype)
+    positions = torch.tensor([0, 1, 7, 2, 30])
+    angles = torch.arange(31).unsqueeze(1) * torch.logspace(0, -2, rotated // 2)
+    wanted = x.double().clone()
+    for token, position in enumerate(positions.tolist()):
+        for pair in range(rotated // 2):
+            turn = complex(math.cos(angles[position, pair]), math.sin(angles[position, pair]))
+            for head in range(3):
+                z = complex(x[token, head, pair], x[token, head, pair + rotated // 2]) * turn
+                wanted[token, head, pair], wanted[token, head, pair + rotated // 2] = z.real, z.imag
+    got = rotary(x, positions, angles.cos(), angles.sin())
+    assert error(got, wanted) < TOLERANCE[dtype]
+    assert torch.equal(got[0], x[0]), "position 0 does not turn"
+    assert torch.equal(got[..., rotated:], x[..., rotated:])
+
+
+def test_kv_write_touches_its_slots_only() -> None:
+    key_cache, value_cache = (torch.full((4, 8, 2, 5), math.nan) for _ in range(2))
+    key, value = random(3, 2, 5), random(3, 2, 5, seed=1)
+    slots = torch.tensor([0, 13, 31])
+    kv_write(key, value, key_cache, value_cache, slots)
+    for cache, new in ((key_cache, key), (value_cache, value)):
+        assert torch.equal(cache[[0, 1, 3], [0, 5, 7]], new)
+        assert int(cache.isnan().all(-1).all(-1).sum()) == 4 * 8 - 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+def test_attention_sees_what_it_may_and_nothing_else(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int
+) -> None:
+    """Several sequences in one step, scattered over pages; every slot that must not be read is NaN."""
+    dim, size = 16, 8
+    contexts, queries = (1, 21, 300, 40), (1, 4, 300, 1)
+    total = sum(-(-context // size) for context in contexts)
+    order = torch.randperm(total + 3, generator=torch.Generator().manual_seed(1))
+    key_cache, value_cache = (torch.full((total + 3, size, kv_heads, dim), math.nan, dtype=dtype) for _ in range(2))
+    tables = torch.full((len(contexts), -(-max(contexts) // size)), 10**6)
+    keys, values, used = [], [], 0
+    for row, context in enumerate(contexts):
+        count = -(-context // size)
+        tables[row, :count] = order[used : used + count]
+        used += count
+        k, v = (random(context, kv_heads, dim, dtype=dtype, seed=10 * row + i) for i in (1, 2))
+        at = torch.arange(context)
+        slots = tables[row, at // size] * size + at % size
+        kv_write(k, v, key_cache, value_cache, slots)
+        keys.append(k)
+        values.append(v)
+    starts = [0]
+    for count in queries:
+        starts.append(starts[-1] + count)
+    q = random(starts[-1], heads, dim, dtype=dtype, seed=99)
+    rows = AttentionRows(tuple(starts), contexts, tables)
+    got = paged_attention(q, key_cache, value_cache, rows, scale=0.3, window=window)
+    wanted = torch.full(q.shape, math.nan, dtype=torch.float64)
+    for row, context in enumerate(contexts):
+        for i in range(queries[row]):
+            position = context - queries[row] + i
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(heads):
+                k = keys[row][first : position + 1, head // (heads // kv_heads)].double()
+                v = values[row][first : position + 1, head // (heads // kv_heads)].double()
+                weights = (k @ q[starts[row] + i, head].double() * 0.3).softmax(0)
+                wanted[starts[row] + i, head] = weights @ v
+    assert got.dtype == dtype
+    assert error(got, wanted) < TOLERANCE[dtype]

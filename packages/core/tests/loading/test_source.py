@@ -1,0 +1,322 @@
+"""Finding a model's files: paths, folders, and the hub (a fake one: nothing here reaches a network)."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.source import choose_weights, resolve
+
+SAFETENSORS = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
+SPLIT = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"]
+
+
+def fill(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return folder
+
+
+REAL_DOWNLOAD = huggingface_hub.snapshot_download
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("this must not reach the network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+# ---- files and folders ----
+
+
+def test_a_gguf_file_stands_alone(tmp_path: Path) -> None:
+    fill(tmp_path, ["SmolLM2.Q4_1.gguf", "other.gguf", "config.json", "tokenizer.json"])
+    files = resolve(str(tmp_path / "SmolLM2.Q4_1.gguf"))
+    assert (files.name, files.format, files.folder) == ("SmolLM2.Q4_1", "gguf", tmp_path)
+    assert files.weights == (tmp_path / "SmolLM2.Q4_1.gguf",)
+    assert files.config is files.generation_config is files.tokenizer_folder is None
+
+
+def test_any_part_of_a_split_file_is_the_model(tmp_path: Path) -> None:
+    fill(tmp_path, ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])
+    files = resolve(str(tmp_path / "m-00002-of-00002.gguf"))
+    assert files.name == "m"
+    assert [path.name for path in files.weights] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+
+
+def test_a_folder_with_safetensors(tmp_path: Path) -> None:
+    files = resolve(str(fill(tmp_path / "smol", [*SAFETENSORS, "also.gguf"])))
+    folder = tmp_path / "smol"
+    assert (files.name, files.format, files.folder) == ("smol", "safetensors", folder)
+    assert files.weights == (folder / "model.safetensors",)
+    assert files.config == folder / "config.json"
+    assert files.generation_config == folder / "generation_config.json"
+    assert files.tokenizer_folder == folder
+
+
+def test_a_folder_with_one_gguf_model(tmp_path: Path) -> None:
+    fill(tmp_path / "g", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m-f16.gguf", "imatrix.gguf"])
+    files = resolve(str(tmp_path / "g"))
+    assert (files.name, files.format, len(files.weights), files.tokenizer_folder) == ("g", "gguf", 2, None)
+
+
+def test_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, ["a.gguf", "org/name/b.gguf"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("~/a.gguf").weights == (tmp_path / "a.gguf",)
+    assert resolve("a.gguf").name == "a"
+    assert resolve("org/name").weights == (Path("org/name/b.gguf"),)  # a folder that is there wins over an id
+    assert resolve("./org/name").name == "name"
+
+
+def test_several_models_are_listed_with_the_option_that_chooses(tmp_path: Path) -> None:
+    fill(tmp_path, ["m.Q4_0.gguf", "m.Q8_0.gguf"])
+    with pytest.raises(ModelNotFoundError, match=r"2 GGUF models: m\.Q4_0\.gguf, m\.Q8_0\.gguf; .*weight_file \(--f\)"):
+        resolve(str(tmp_path))
+    assert resolve(str(tmp_path), weight_file="m.Q8_0.gguf").weights == (tmp_path / "m.Q8_0.gguf",)
+    assert resolve(str(tmp_path), weight_file="*Q4*").weights == (tmp_path / "m.Q4_0.gguf",)
+
+
+@pytest.mark.parametrize("weight_file", [SPLIT[0], SPLIT[1], "*Q8_0*", "Q8_0/*"])
+def test_a_weight_file_in_a_subfolder(tmp_path: Path, weight_file: str) -> None:
+    fill(tmp_path, [*SPLIT, "Q4_0/m-Q4_0.gguf", *SAFETENSORS])
+    files = resolve(str(tmp_path), weight_file=weight_file)
+    assert files.format == "gguf"
+    assert files.weights == tuple(tmp_path / name for name in SPLIT)
+
+
+@pytest.mark.parametrize("weight_file", ["absent.gguf", "*Q2*", "../m.gguf", "/m.gguf", "Q4_0"])
+def test_a_weight_file_that_is_not_there(tmp_path: Path, weight_file: str) -> None:
+    fill(tmp_path, ["m.gguf", "in/m.gguf"])
+    with pytest.raises(ModelNotFoundError, match="weight_file"):
+        resolve(str(tmp_path / "in"), weight_file=weight_file)
+
+
+def test_a_weight_file_beside_a_file(tmp_path: Path) -> None:
+    fill(tmp_path, ["m.gguf"])
+    with pytest.raises(ModelNotFoundError, match="leave out weight_file"):
+        resolve(str(tmp_path / "m.gguf"), weight_file="n.gguf")
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["config.json", "pytorch_model.bin"], UnsupportedModelError, "convert them to safetensors"),
+        (["consolidated.00.pth"], UnsupportedModelError, "pickles"),
+        (["model.safetensors"], ModelNotFoundError, "no config.json"),
+        (["mmproj.gguf"], ModelNotFoundError, "neither config.json"),
+        (["readme.md"], ModelNotFoundError, "neither config.json"),
+    ],
+)
+def test_folders_that_hold_no_model(tmp_path: Path, names: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolve(str(fill(tmp_path, names)))
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.pt", "m.pth", "m.safetensors", "m.onnx"])
+def test_files_of_other_formats(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, [name])
+    with pytest.raises(UnsupportedModelError, match="safetensors"):
+        resolve(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "", "  ", "a\0b", "a/b.", "/absent/model", "./absent", "../absent", "~/absent", "~nobody-of-this-name/x",
+        "absent.gguf", "org/absent.gguf", "models\\absent", "C:\\m", "name", "a/b/c", "-a/b", "a/-b", "a--b/c",
+        "a/b..c", "a/.b", "a/b.git", "org/näme", "org/na me", "x" * 5000, "o/" + "x" * 97, "https://host/org/name",
+        "org/name\n",
+    ],
+)  # fmt: skip
+def test_what_is_neither_there_nor_an_id_never_reaches_the_network(model: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        resolve(model)
+
+
+def test_long_lists_are_cut_with_their_count() -> None:
+    with pytest.raises(ModelNotFoundError, match="and 30 more"):
+        choose_weights([f"m{i:02}.gguf" for i in range(50)], None, "here")
+
+
+# ---- the hub ----
+
+
+class FakeHub:
+    """A hub with one repository, whose downloads land in a folder."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder = folder
+        self.names = names
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.listing_error: Exception | None = None
+        self.download_error: Exception | None = None
+
+    def model_info(self, model: str, **options: Any) -> Any:
+        self.calls.append(("info", {"model": model, **options}))
+        if self.listing_error is not None:
+            raise self.listing_error
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+
+    def snapshot_download(self, model: str, *, allow_patterns: list[str], **options: Any) -> str:
+        self.calls.append(("download", {"model": model, "allow_patterns": allow_patterns, **options}))
+        if options.get("local_files_only"):
+            if not self.folder.is_dir():
+                raise LocalEntryNotFoundError("not cached")
+            return str(self.folder)
+        if self.download_error is not None:
+            raise self.download_error
+        fill(self.folder, [n for n in self.names if any(fnmatch.fnmatch(n, p) for p in allow_patterns)])
+        return str(self.folder)
+
+    def downloaded(self) -> list[str]:
+        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], FakeHub]:
+    def make(names: list[str]) -> FakeHub:
+        fake = FakeHub(tmp_path / "snapshot", names)
+        monkeypatch.setattr(huggingface_hub, "model_info", fake.model_info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+        return fake
+
+    return make
+
+
+def refusal(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind("no", response=SimpleNamespace(status_code=status, headers={}, request=None))  # type: ignore[arg-type]
+
+
+Hub = Callable[[list[str]], FakeHub]
+
+
+def test_an_id_fetches_safetensors_and_what_lies_beside(hub: Hub, tmp_path: Path) -> None:
+    fake = hub([*SAFETENSORS, "chat_template.jinja", "README.md", "modeling.py", "pytorch_model.bin", "onnx/m.onnx",
+                "original/model.safetensors", "onnx/config.json", "consolidated.safetensors"])  # fmt: skip
+    files = resolve("org/name", revision="v1", token="secret", cache_dir=tmp_path / "cache")
+    assert fake.downloaded() == sorted([*SAFETENSORS, "chat_template.jinja"])
+    assert (files.name, files.format, files.folder) == ("org/name", "safetensors", fake.folder)
+    assert files.tokenizer_folder == fake.folder
+    for _, call in fake.calls:
+        assert (call["model"], call["revision"], call["token"]) == ("org/name", "v1", "secret")
+    assert fake.calls[1][1]["cache_dir"] == tmp_path / "cache"
+
+
+def test_shards_are_fetched_with_their_index(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    fake = hub(["config.json", "model.safetensors.index.json", *shards, "consolidated.safetensors"])
+    with pytest.raises(Exception, match="index"):  # the fake's files are empty of sense
+        resolve("org/name")
+    assert fake.downloaded() == sorted(["config.json", "model.safetensors.index.json", *shards])
+
+
+def test_one_gguf_of_a_repository(hub: Hub) -> None:
+    fake = hub([*SPLIT, "m-Q4_0.gguf", "mmproj-f16.gguf", "config.json", "README.md"])
+    files = resolve("org/name-GGUF", weight_file="*Q8_0*")
+    assert fake.downloaded() == sorted([*SPLIT, "config.json"])
+    assert files.weights == tuple(fake.folder / name for name in SPLIT)
+    assert files.name == "org/name-GGUF"
+
+
+def test_several_gguf_in_a_repository_are_listed_before_anything_is_fetched(hub: Hub) -> None:
+    fake = hub([*SPLIT, "m-Q4_0.gguf"])
+    with pytest.raises(ModelNotFoundError, match=r"org/name on the hub holds 2 GGUF models: .*--f"):
+        resolve("org/name")
+    assert [kind for kind, _ in fake.calls] == ["info"]
+
+
+def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(hub: Hub) -> None:
+    fake = hub(["config.json", "pytorch_model.bin"])
+    with pytest.raises(UnsupportedModelError, match="convert them to safetensors"):
+        resolve("org/name")
+    assert [kind for kind, _ in fake.calls] == ["info"]
+
+
+def test_names_with_pattern_signs_are_fetched_literally(hub: Hub) -> None:
+    fake = hub(["m[1]-Q4.gguf", "m1-Q8.gguf"])
+    resolve("org/name", weight_file="m[1]-Q4.gguf")
+    assert fake.downloaded() == ["m[1]-Q4.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (refusal(GatedRepoError, 403), "is gated: accept its terms"),
+        (refusal(RepositoryNotFoundError, 404), "check the spelling"),
+        (refusal(RevisionNotFoundError, 404), "no revision 'v9'"),
+        (refusal(HfHubHTTPError, 401), "pass a valid token"),
+        (refusal(HfHubHTTPError, 400), "answered 400"),
+    ],
+)
+def test_the_hubs_refusals_say_what_to_do(hub: Hub, error: Exception, message: str) -> None:
+    fake = hub(SAFETENSORS)
+    fake.listing_error = error
+    with pytest.raises(ModelNotFoundError, match=message) as raised:
+        resolve("org/name", revision="v9", token="secret")
+    assert "secret" not in str(raised.value)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPError("no route"), OfflineModeIsEnabled("off"), refusal(HfHubHTTPError, 503)], ids=lambda e: type(e)
+)
+def test_without_an_answer_the_cache_is_used(hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    fake = hub(SAFETENSORS)
+    fake.listing_error = error
+    with pytest.raises(ModelNotFoundError, match="not in the cache and the hub was not reached"):
+        resolve("org/name")
+    fill(fake.folder, SAFETENSORS)
+    with caplog.at_level(logging.WARNING):
+        assert resolve("org/name").folder == fake.folder
+    assert "cannot be reached" in caplog.text
+
+
+def test_offline_asks_the_cache_alone(hub: Hub) -> None:
+    fake = hub(SAFETENSORS)
+    with pytest.raises(ModelNotFoundError, match="not in the cache"):
+        resolve("org/name", offline=True)
+    fill(fake.folder, [*SPLIT, "m-Q4_0.gguf"])
+    files = resolve("org/name", weight_file="*Q8_0*", offline=True)
+    assert files.weights == tuple(fake.folder / name for name in SPLIT)
+    assert all(kind == "download" and call["local_files_only"] for kind, call in fake.calls)
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPError("reset"), OSError(28, "No space left on device"), RuntimeError("transfer")]
+)
+def test_a_download_that_breaks_off(hub: Hub, error: Exception) -> None:
+    fake = hub(SAFETENSORS)
+    fake.download_error = error
+    with pytest.raises(ModelNotFoundError, match="did not finish"):
+        resolve("org/name")
+
+
+def test_access_that_ends_with_the_listing(hub: Hub) -> None:
+    fake = hub(SAFETENSORS)
+    fake.download_error = refusal(GatedRepoError, 403)
+    with pytest.raises(ModelNotFoundError, match="gated"):
+        resolve("org/name")

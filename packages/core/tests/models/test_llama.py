@@ -1,0 +1,163 @@
+"""The Llama wiring and its flags against transformers, on small random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
+from candle_vllm.core.engine.batch import build_batch
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import ScheduledSequence
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.model import load_model
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+CPU = torch.device("cpu")
+LENGTH, BLOCK = 150, 8
+
+
+def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> torch.Tensor:
+    """Logits [T, V] of every position, the prompt run in chunks over a paged cache."""
+    loaded = load_model(EngineConfig(model=str(folder), **settings), Placement(CPU, torch.float32), lambda *_: None)
+    blocks = -(-len(tokens) // BLOCK)
+    runner = ModelRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32)
+    sequence = Sequence(GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)
+    sequence.block_table = list(reversed(range(blocks)))
+    rows = []
+    for start in range(0, len(tokens), chunk):
+        item = ScheduledSequence(sequence, start, min(chunk, len(tokens) - start))
+        rows.append(runner.logits(runner.forward(build_batch([item], BLOCK, CPU))))
+    return torch.cat(rows)
+
+
+def their_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0]
+
+
+def some_tokens(count: int = LENGTH) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": toy_config(),
+    "tied": toy_config(tie_word_embeddings=True),
+    "all heads": toy_config(num_key_value_heads=4),
+    "wide heads": toy_config(head_dim=32),
+    "biases": toy_config(attention_bias=True),
+    "linear rope": toy_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama 3 rope": toy_config(
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "yarn": toy_config(
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    ),
+    "rope parameters": toy_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}),
+    "mistral": toy_config("mistral", sliding_window=None),
+    "mistral window": toy_config("mistral", sliding_window=16),
+    "qwen2": toy_config("qwen2"),
+    "qwen2 window": toy_config("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "qwen3": toy_config("qwen3", head_dim=24),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    folder, tokens = write_toy_model(tmp_path, VARIANTS[name]), some_tokens()
+    theirs = their_logits(folder, tokens)
+    for chunk in (LENGTH, 7):
+        ours = our_logits(folder, tokens, chunk)
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4, (name, chunk)
+
+
+def test_dynamic_rope_is_taken_at_the_longest_context(tmp_path: Path) -> None:
+    """transformers stretches as a text grows; at the full length both agree."""
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    folder = write_toy_model(tmp_path, toy_config(max_position_embeddings=64, rope_scaling=scaling))
+    tokens = some_tokens(128)
+    ours, theirs = our_logits(folder, tokens, 128), their_logits(folder, tokens)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def test_saved_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path, toy_config(tie_word_embeddings=True))
+    before = our_logits(folder, some_tokens(), LENGTH)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors")
+    assert torch.equal(before, our_logits(folder, some_tokens(), LENGTH))
+
+
+def _edited(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del weights[name]
+        else:
+            weights[name] = tensor
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    _edited(folder, **{"model.layers.1.self_attn.k_proj.weight": None, "model.extra": torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"missing: model\.layers\.1\.self_attn\.k_proj.*unexpected: model\.extra"):
+        our_logits(folder, [1], 1)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    _edited(folder, **{"model.norm.weight": torch.ones(63)})
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight has shape \[63\].*\[64\]"):
+        our_logits(folder, [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLN"]}, "the nearest is LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type is 'spiral'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        our_logits(write_toy_model(tmp_path, toy_config() | change), [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64', not a int"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
+        ({"num_hidden_layers": 0}, "num_layers = 0"),
+        ({"head_dim": 15}, "head size 15"),
+        ({"architectures": ["A", "B"]}, "architectures must name one"),
+    ],
+)
+def test_a_wrong_config_names_file_and_key(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    from candle_vllm.core import InvalidFileError
+
+    folder = write_toy_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps(toy_config() | change))
+    with pytest.raises(InvalidFileError, match=message):
+        our_logits(folder, [1], 1)

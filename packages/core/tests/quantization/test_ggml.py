@@ -1,0 +1,136 @@
+"""Every ggml tensor type decodes bit for bit as the `gguf` package decodes it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.quantization import ggml
+
+T = GGMLQuantizationType
+UNDECODABLE = {T.Q8_1, T.Q8_K, *(t for t in T if t.name == "Q1_0")}
+DECODABLE = [t for t in T if t not in UNDECODABLE and t not in ggml.PLAIN_TYPES]
+DIRECT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+def random_bytes(ggml_type: T, blocks: int, seed: int = 0) -> np.ndarray:
+    width = ggml.block_layout(ggml_type)[1]
+    return np.random.default_rng(seed).integers(0, 256, (blocks, width), dtype=np.uint8)
+
+
+def library(raw: np.ndarray, ggml_type: T) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return quants.dequantize(raw, ggml_type)
+
+
+def assert_same_bits(ours: torch.Tensor, theirs: np.ndarray) -> None:
+    mine, other = ours.numpy().reshape(-1), theirs.reshape(-1)
+    assert mine.dtype == other.dtype == np.float32
+    same = mine.view(np.uint32) == other.view(np.uint32)
+    assert (same | (np.isnan(mine) & np.isnan(other))).all()
+
+
+@pytest.mark.parametrize("ggml_type", DECODABLE, ids=lambda t: t.name)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_random_blocks_decode_as_the_library_decodes_them(ggml_type: T, rows: int) -> None:
+    raw = random_bytes(ggml_type, rows * 3)
+    shape = (rows, 3 * ggml.block_layout(ggml_type)[0])
+    ours = ggml.dequantize(raw, ggml_type, shape)
+    assert ours.shape == shape
+    assert ours.is_contiguous()
+    assert_same_bits(ours, library(raw, ggml_type))
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_many_chunks_join_without_a_seam(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "CHUNK", 1024)
+    ggml_type = T[name]
+    raw = random_bytes(ggml_type, 123, seed=3)
+    ours = ggml.dequantize(raw, ggml_type, (123, ggml.block_layout(ggml_type)[0]))
+    assert_same_bits(ours, library(raw, ggml_type))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_a_large_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = random_bytes(T.Q4_0, 123, seed=4)
+    alone = ggml.dequantize(raw, T.Q4_0, (123, 32), dtype)
+    monkeypatch.setattr(ggml, "THREAD_ELEMENTS", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    shared = ggml.dequantize(raw, T.Q4_0, (123, 32), dtype)
+    assert torch.equal(shared.nan_to_num(7), alone.nan_to_num(7))
+
+
+def test_the_library_path_is_chunked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "CHUNK", 64)
+    raw = random_bytes(T.IQ4_NL, 33)
+    assert_same_bits(ggml.dequantize(raw, T.IQ4_NL, (33, 32)), library(raw, T.IQ4_NL))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_plain_floats(name: str) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, (5, 64), dtype=np.uint8)
+    ours = ggml.dequantize(raw, T[name], (5, 64 // ggml.block_layout(T[name])[1]))
+    assert_same_bits(ours, library(raw, T[name]))
+
+
+@pytest.mark.parametrize(("name", "numpy_type"), [("I8", "i1"), ("I16", "<i2"), ("I32", "<i4"), ("I64", "<i8")])
+def test_integers_keep_their_value_in_their_own_dtype(name: str, numpy_type: str) -> None:
+    numbers = np.array([[-128, 127], [0, 5]]).astype(numpy_type)
+    if numbers.itemsize == 8:
+        numbers[0, 0] = -(2**62) - 1  # would be rounded on a way over float32
+    stored = ggml.PLAIN_TYPES[T[name]]
+    ours = ggml.dequantize(numbers.view(np.uint8), T[name], (2, 2), stored)
+    assert ours.dtype == stored
+    assert (ours.numpy() == numbers).all()
+
+
+def test_float64() -> None:
+    numbers = np.array([1.1, -2.5e300])
+    assert (ggml.dequantize(numbers.view(np.uint8), T.F64, (2,), torch.float64).numpy() == numbers).all()
+    assert ggml.dequantize(numbers[:1].view(np.uint8), T.F64, (1,)).item() == np.float32(1.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "F32", "F16", "IQ4_XS"])
+def test_narrow_results_are_rounded_from_float32(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ggml, "CHUNK", 512)
+    raw = random_bytes(T[name], 64 * 9, seed=2)
+    shape = (9, 64 * ggml.block_layout(T[name])[0])
+    narrow = ggml.dequantize(raw, T[name], shape, dtype)
+    expected = ggml.dequantize(raw, T[name], shape).to(dtype)
+    assert narrow.dtype == dtype
+    assert torch.equal(narrow.nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_bytes_may_be_unaligned_and_read_only() -> None:
+    raw = random_bytes(T.Q4_1, 10)
+    shifted = np.frombuffer(b"x" + raw.tobytes(), dtype=np.uint8)[1:]
+    assert not shifted.flags.writeable
+    assert_same_bits(ggml.dequantize(shifted, T.Q4_1, (10, 32)), library(raw, T.Q4_1))
+
+
+def test_the_result_has_its_own_memory() -> None:
+    raw = np.ones(16, dtype=np.uint8)
+    ours = ggml.dequantize(raw, T.F32, (4,))
+    before = ours.clone()
+    raw[:] = 0
+    assert torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("ggml_type", sorted(UNDECODABLE), ids=lambda t: t.name)
+def test_a_type_that_nothing_decodes_is_refused_by_name(ggml_type: T) -> None:
+    size, width = ggml.block_layout(ggml_type)
+    with pytest.raises(UnsupportedModelError, match=ggml_type.name):
+        ggml.dequantize(np.zeros(width, np.uint8), ggml_type, (size,))
+    with pytest.raises(UnsupportedModelError, match=ggml_type.name):
+        ggml.check_decodable(ggml_type)
+
+
+def test_decodable_types_pass_the_check() -> None:
+    for ggml_type in [*DECODABLE, *ggml.PLAIN_TYPES]:
+        ggml.check_decodable(ggml_type)

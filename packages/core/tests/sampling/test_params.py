@@ -1,0 +1,135 @@
+"""Every field of SamplingParams: its bounds, its types, and the field that the error names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.params import (
+    MAX_ALLOWED_TOKENS,
+    MAX_LOGPROBS,
+    MAX_SEQUENCES,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_TOKEN_LIST,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    SamplingParams,
+)
+
+GOOD: dict[str, list[Any]] = {
+    "n": [1, MAX_SEQUENCES],
+    "temperature": [0, 0.0, 1, 100.0],
+    "top_p": [1e-9, 1, 1.0],
+    "top_k": [-1, 0, 1, MAX_TOP_K],
+    "min_p": [0, 1, 0.5],
+    "presence_penalty": [-2, 0, 2.0],
+    "frequency_penalty": [-2.0, 2],
+    "repetition_penalty": [1e-6, 1, 100],
+    "seed": [None, 0, -1, -(1 << 63), (1 << 64) - 1],
+    "max_tokens": [None, 1, MAX_TOKENS],
+    "min_tokens": [0, 16],
+    "stop": [None, "x", ["x", "y" * MAX_STOP_LENGTH], ["x"] * MAX_STOP_STRINGS, ("a",), []],
+    "stop_token_ids": [None, [], [0, (1 << 31) - 1], (3,), [0] * MAX_TOKEN_LIST],
+    "ignore_eos": [True, False],
+    "include_stop_str_in_output": [True, False],
+    "skip_special_tokens": [True, False],
+    "skip_reading_prefix_cache": [True, False],
+    "logprobs": [None, 0, MAX_LOGPROBS],
+    "prompt_logprobs": [None, 0, MAX_LOGPROBS],
+    "logit_bias": [None, {}, {0: -100, 5: 100.0}],
+    "allowed_token_ids": [None, [0], (1, 2)],
+    "bad_words": [None, [], ["x", "y" * MAX_STOP_LENGTH]],
+    "cache_salt": [None, "s", "s" * 256],
+}
+
+NO_INTEGER: list[Any] = ["1", 1.0, True, [1], None]
+NO_NUMBER: list[Any] = ["1", True, [1.0], None, math.nan, math.inf, -math.inf]
+NO_BOOL: list[Any] = [1, 0, "true", None]
+NO_IDS: list[Any] = ["12", b"12", 5, [-1], [1 << 31], [1.0], [True], ["1"], {1, 2}]
+
+BAD: dict[str, list[Any]] = {
+    "n": [0, MAX_SEQUENCES + 1, *NO_INTEGER],
+    "temperature": [-0.01, 100.01, *NO_NUMBER],
+    "top_p": [0, 0.0, -0.1, 1.0001, *NO_NUMBER],
+    "top_k": [-2, MAX_TOP_K + 1, *NO_INTEGER],
+    "min_p": [-0.1, 1.1, *NO_NUMBER],
+    "presence_penalty": [-2.1, 2.1, *NO_NUMBER],
+    "frequency_penalty": [-2.1, 2.1, *NO_NUMBER],
+    "repetition_penalty": [0, -1, 100.1, *NO_NUMBER],
+    "seed": [-(1 << 63) - 1, 1 << 64, "1", 1.0, True],
+    "max_tokens": [0, -1, MAX_TOKENS + 1, "1", 1.5, True],
+    "min_tokens": [-1, 17, MAX_TOKENS + 1, *NO_INTEGER],
+    "stop": ["", "y" * (MAX_STOP_LENGTH + 1), ["x", ""], ["x", 1], ["x"] * (MAX_STOP_STRINGS + 1), [None]],
+    "stop_token_ids": [[0] * (MAX_TOKEN_LIST + 1), *NO_IDS],
+    "ignore_eos": NO_BOOL,
+    "include_stop_str_in_output": NO_BOOL,
+    "skip_special_tokens": NO_BOOL,
+    "skip_reading_prefix_cache": NO_BOOL,
+    "logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
+    "prompt_logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
+    "logit_bias": [{0: 101}, {0: -101}, {0: math.nan}, {0: "1"}, {-1: 1}, {"0": 1}, {1 << 31: 1}, [1], "x"],
+    "allowed_token_ids": [[], *NO_IDS],
+    "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
+    "cache_salt": ["", "s" * 257, 5],
+}
+
+
+def _cases(table: dict[str, list[Any]]) -> list[Any]:
+    return [pytest.param(name, value, id=f"{name}-{repr(value)[:30]}") for name, row in table.items() for value in row]
+
+
+def test_every_field_is_covered() -> None:
+    fields = set(SamplingParams.__struct_fields__)
+    assert fields == set(GOOD) == set(BAD)
+
+
+@pytest.mark.parametrize(("name", "value"), _cases(GOOD))
+def test_allowed(name: str, value: Any) -> None:
+    assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), _cases(BAD))
+def test_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+    assert name in str(caught.value)
+    assert len(str(caught.value)) < 300  # a message never echoes a whole input
+
+
+def test_lists_have_caps() -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        SamplingParams(allowed_token_ids=[0] * (MAX_ALLOWED_TOKENS + 1))
+    assert caught.value.param == "allowed_token_ids"
+    with pytest.raises(InvalidParameterError) as caught:
+        SamplingParams(logit_bias=dict.fromkeys(range(MAX_TOKEN_LIST + 1), 1.0))
+    assert caught.value.param == "logit_bias"
+
+
+def test_min_tokens_against_max_tokens() -> None:
+    assert SamplingParams(min_tokens=1000, max_tokens=None).min_tokens == 1000
+    with pytest.raises(InvalidParameterError, match="must not exceed max_tokens") as caught:
+        SamplingParams(min_tokens=5, max_tokens=4)
+    assert caught.value.param == "min_tokens"
+
+
+def test_stop_strings_and_greedy() -> None:
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
+    assert SamplingParams(temperature=0).greedy
+    assert not SamplingParams(temperature=1e-5).greedy
+
+
+def test_unknown_fields_and_changes_are_refused() -> None:
+    with pytest.raises(TypeError):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"best_of": 2}, SamplingParams)
+    with pytest.raises(AttributeError):
+        SamplingParams().n = 2  # type: ignore[misc]

@@ -1,0 +1,387 @@
+"""The library's front door on a tiny random model: same tokens however a request is batched, cached or cut."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import (
+    ConfigError,
+    EngineDeadError,
+    EngineOverloadedError,
+    FinishReason,
+    InferenceEngine,
+    InvalidParameterError,
+    PromptTooLongError,
+    SamplingParams,
+)
+from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def make(folder: Path, **settings: Any) -> InferenceEngine:
+    return InferenceEngine(str(folder), threads=1, **settings)
+
+
+@pytest.fixture(scope="module")
+def engine(toy_model: Path) -> Iterator[InferenceEngine]:
+    with make(toy_model, block_size=8) as made:
+        yield made
+
+
+def prompts() -> list[list[int]]:
+    """32 prompts of different lengths; some share a beginning."""
+    shared = [(7 * i) % 256 for i in range(40)]
+    return [shared[: 10 + i] + [(i * 31 + j) % 256 for j in range(i)] for i in range(32)]
+
+
+def params(index: int) -> SamplingParams:
+    """A mix of greedy and seeded requests with all kinds of settings."""
+    if index % 3 == 0:
+        return GREEDY
+    return SamplingParams(
+        temperature=0.5 + index / 20,
+        top_p=0.9 if index % 2 else 1.0,
+        top_k=30 if index % 5 == 1 else 0,
+        repetition_penalty=1.2 if index % 4 == 1 else 1.0,
+        seed=index,
+        max_tokens=20 + index % 5,
+        ignore_eos=True,
+    )
+
+
+def tokens(outputs: list[GenerationOutput]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(toy_model: Path) -> list[tuple[int, ...]]:
+    """Every prompt by itself, without a prefix cache."""
+    with make(toy_model, enable_prefix_caching=False) as engine:
+        return [engine.generate([prompt], params(i), use_tqdm=False)[0].token_ids for i, prompt in enumerate(prompts())]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"enable_prefix_caching": False, "block_size": 1},
+        {"max_num_batched_tokens": 8, "max_num_seqs": 8},
+        {"max_num_batched_tokens": 33, "max_num_seqs": 32, "block_size": 4},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1},
+    ],
+    ids=str,
+)
+def test_batching_caching_and_chunking_change_no_token(
+    toy_model: Path, alone: list[tuple[int, ...]], settings: dict[str, Any]
+) -> None:
+    every = [params(i) for i in range(32)]
+    with make(toy_model, **settings) as engine:
+        cold = engine.generate(prompts(), every, use_tqdm=False)
+        warm = engine.generate(prompts(), every, use_tqdm=False)
+        stats = engine.stats()
+    assert tokens(cold) == alone
+    assert tokens(warm) == alone
+    assert stats.num_free_blocks == stats.num_blocks
+    if settings.get("enable_prefix_caching", True):
+        assert stats.cached_prompt_tokens > 0
+        size = settings.get("block_size", 32)
+    if settings.get("enable_prefix_caching", True) and stats.num_blocks > 16:  # room to keep every prompt
+        assert all(o.num_cached_tokens == (len(o.prompt_token_ids) - 1) // size * size for o in warm)
+
+
+def test_preemption_changes_no_token(toy_model: Path, alone: list[tuple[int, ...]]) -> None:
+    config = toy_config()
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
+    memory = per_token * 120
+    with make(toy_model, block_size=4, kv_cache_memory=memory, max_model_len=120) as engine:
+        outputs = engine.generate(prompts(), [params(i) for i in range(32)], use_tqdm=False)
+        assert engine.stats().preemptions > 0
+    assert tokens(outputs) == alone
+
+
+def test_streamed_pieces_add_up_to_the_whole(engine: InferenceEngine) -> None:
+    asked = SamplingParams(temperature=0.9, seed=3, max_tokens=40, n=3, logprobs=2, ignore_eos=True)
+    whole = engine.generate(["hello"], asked, use_tqdm=False)[0]
+
+    async def pieces() -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+        async for piece in engine.stream("hello", asked):
+            found[piece.index].append(piece)
+        return found
+
+    for index, parts in asyncio.run(pieces()).items():
+        output = whole.outputs[index]
+        assert "".join(part.text for part in parts) == output.text
+        assert tuple(token for part in parts for token in part.token_ids) == output.token_ids
+        assert tuple(entry for part in parts for entry in part.logprobs or ()) == output.logprobs
+        assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1].finish_reason == output.finish_reason == FinishReason.LENGTH
+    assert len({output.token_ids for output in whole.outputs}) == 3
+
+
+def test_agenerate_equals_generate(engine: InferenceEngine) -> None:
+    async def both() -> list[GenerationOutput]:
+        return await asyncio.gather(*(engine.agenerate(prompt, params(i)) for i, prompt in enumerate(prompts()[:6])))
+
+    wanted = engine.generate(prompts()[:6], [params(i) for i in range(6)], use_tqdm=False)
+    assert tokens(asyncio.run(both())) == tokens(wanted)
+
+
+def test_a_loop_of_your_own(toy_model: Path) -> None:
+    with make(toy_model) as engine:
+        wanted = engine.add_request([1, 2, 3], GREEDY)
+        gone = engine.add_request([4, 5], GREEDY, priority=1)
+        seen: list[int] = []
+        while engine.has_unfinished_requests:
+            for piece in engine.step():
+                if piece.request_id == wanted:
+                    seen += piece.token_ids
+                else:
+                    engine.abort(gone)
+        with pytest.raises(EngineDeadError, match="add_request and step"):
+            engine.generate([[1]], use_tqdm=False)
+    with make(toy_model) as engine:
+        assert engine.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].token_ids == tuple(seen)
+        with pytest.raises(EngineDeadError, match="own thread"):
+            engine.step()
+
+
+def test_stop_strings_and_stop_tokens(engine: InferenceEngine) -> None:
+    plain = engine.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0]
+    assert plain.finish_reason == FinishReason.LENGTH
+    middle = plain.token_ids[9]
+    first = plain.token_ids.index(middle)
+    asked = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop_token_ids=[middle])
+    stopped = engine.generate([[1, 2, 3]], asked, use_tqdm=False)[0]
+    assert stopped.token_ids == plain.token_ids[: first + 1]
+    assert stopped.outputs[0].stop_reason == middle
+    assert stopped.finish_reason == FinishReason.STOP
+    text = plain.text
+    stop = text[3:6]
+    asked = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=stop)
+    cut = engine.generate([[1, 2, 3]], asked, use_tqdm=False)[0]
+    assert cut.text == text[: text.index(stop)]
+    assert cut.outputs[0].stop_reason == stop
+    asked = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=stop, include_stop_str_in_output=True)
+    assert engine.generate([[1, 2, 3]], asked, use_tqdm=False)[0].text == text[: text.index(stop) + len(stop)]
+
+
+def test_prompt_logprobs_cover_the_prompt_whatever_the_cache_holds(toy_model: Path) -> None:
+    prompt = list(range(100, 140))
+    asked = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=3, logprobs=1, ignore_eos=True)
+    with make(toy_model, block_size=4, max_num_batched_tokens=64) as engine:
+        whole = engine.generate([prompt], asked, use_tqdm=False)[0]
+        again = engine.generate([prompt], asked, use_tqdm=False)[0]
+    with make(toy_model, block_size=4, max_num_batched_tokens=7, max_num_seqs=1) as engine:
+        cut = engine.generate([prompt], asked, use_tqdm=False)[0]
+    for output in (whole, again, cut):
+        scores = output.prompt_logprobs
+        assert scores is not None
+        assert scores[0] is None
+        assert len(scores) == len(prompt)
+        assert [entry.chosen.token_id for entry in scores[1:] if entry] == prompt[1:]
+        assert all(len(entry.top) == 3 for entry in scores[1:] if entry)
+    last = [[round(e.chosen.logprob, 4) for e in (o.prompt_logprobs or ())[1:] if e] for o in (whole, again, cut)]
+    assert last[0] == last[1] == last[2]
+
+
+def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
+    async def run() -> None:
+        endless = SamplingParams(max_tokens=400, ignore_eos=True)
+        async for _ in (closed := engine.stream([1, 2, 3], endless)):
+            break
+        await closed.aclose()
+        never = engine.stream([1, 2, 3], endless)
+        del never
+        task = asyncio.create_task(engine.agenerate([5, 6], endless))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    deadline = time.monotonic() + 20
+    while engine.stats().num_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stats = engine.stats()
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks == stats.num_blocks
+    assert stats.finished["abort"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "error", "message"),
+    [
+        ([], GREEDY, InvalidParameterError, "empty"),
+        ([272], GREEDY, InvalidParameterError, "outside 0..271"),
+        ([-1], GREEDY, InvalidParameterError, "outside"),
+        ([1] * 512, GREEDY, PromptTooLongError, "512 tokens and the context is 512"),
+        ([1] * 500, GREEDY, PromptTooLongError, "ask for at most 12"),
+        ([1], SamplingParams(allowed_token_ids=[999]), InvalidParameterError, "allowed_token_ids"),
+        ([1.5], GREEDY, InvalidParameterError, "list of token ids"),
+    ],
+)
+def test_wrong_requests_are_refused_and_the_neighbours_live_on(
+    engine: InferenceEngine, prompt: Any, asked: SamplingParams, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        engine.generate([[1], prompt], asked, use_tqdm=False)
+    assert engine.is_alive
+    assert len(engine.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].token_ids) == 24
+
+
+def test_a_full_queue_refuses_and_generate_feeds_it_slowly(toy_model: Path) -> None:
+    with make(toy_model, max_queued_requests=2) as engine:
+        assert len(engine.generate([[i] for i in range(7)], GREEDY, use_tqdm=False)) == 7
+
+        async def crowd() -> None:
+            streams = [engine.stream([1], SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(2)]
+            with pytest.raises(EngineOverloadedError, match="--max-queued-requests"):
+                engine.stream([1], GREEDY)
+            for stream in streams:
+                await stream.aclose()
+
+        asyncio.run(crowd())
+
+
+def test_a_request_id_in_use_is_refused(engine: InferenceEngine) -> None:
+    async def run() -> None:
+        first = engine.stream([1], SamplingParams(max_tokens=300, ignore_eos=True), request_id="same")
+        with pytest.raises(InvalidParameterError, match="'same' is in use"):
+            engine.stream([1], GREEDY, request_id="same")
+        await first.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from candle_vllm.core import CandleVllmError
+    from candle_vllm.core.engine.model_runner import ModelRunner
+
+    with make(toy_model) as engine:
+        real = ModelRunner.forward
+
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(ModelRunner, "forward", fail)
+        with pytest.raises(CandleVllmError, match="out of luck"):
+            engine.generate([[1]], GREEDY, use_tqdm=False)
+        monkeypatch.setattr(ModelRunner, "forward", real)
+        assert len(engine.generate([[1]], GREEDY, use_tqdm=False)[0].token_ids) == 24
+        stats = engine.stats()
+        assert stats.num_free_blocks == stats.num_blocks
+        assert stats.finished["error"] == 1
+
+
+def test_closing_leaves_no_thread_and_no_model(toy_model: Path) -> None:
+    before = threading.active_count()
+    engine = make(toy_model)
+    engine.generate([[1]], GREEDY, use_tqdm=False)
+    decoder = weakref.ref(engine._require()[1].decoder)
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert threading.active_count() == before
+    assert decoder() is None
+    assert not engine.is_alive
+    with pytest.raises(EngineDeadError):
+        engine.generate([[1]], use_tqdm=False)
+
+
+def test_closing_ends_running_streams(toy_model: Path) -> None:
+    async def run() -> FinishReason | None:
+        engine = make(toy_model)
+        stream = engine.stream([1], SamplingParams(max_tokens=400, ignore_eos=True))
+        await anext(stream)
+        await asyncio.to_thread(engine.close)
+        last = None
+        async for piece in stream:
+            last = piece
+        return last.finish_reason if last else None
+
+    assert asyncio.run(run()) == FinishReason.ABORT
+
+
+def test_a_seed_makes_unseeded_requests_reproducible(toy_model: Path) -> None:
+    asked = SamplingParams(max_tokens=12, ignore_eos=True)
+    runs = []
+    for seed in (1, 1, 2):
+        with make(toy_model, seed=seed) as engine:
+            runs.append(tokens(engine.generate([[1], [1]], asked, use_tqdm=False)))
+    assert runs[0] == runs[1] != runs[2]
+    assert runs[0][0] != runs[0][1]
+
+
+def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
+    prompt = list(range(64))
+    with make(toy_model, block_size=8) as engine:
+
+        def cached(salt: str | None) -> int:
+            asked = SamplingParams(temperature=0.0, max_tokens=1, cache_salt=salt)
+            return engine.generate([prompt], asked, use_tqdm=False)[0].num_cached_tokens
+
+        assert [cached(None), cached("a"), cached("b"), cached("a"), cached(None)] == [0, 0, 0, 56, 56]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 513}, "--max-model-len 512"),
+        ({"kv_cache_memory": 65536, "max_model_len": 512}, r"--max-model-len 128 or --mem 1"),
+        ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "--prefill-chunk-size 8 or --max-num-seqs 4"),
+        ({"block_size": 24}, "power of two"),
+        ({"device": "cuda"}, "--device cpu"),
+        ({"kv_fraction": 1.5}, "between 0 and 1"),
+        ({"dtype": "f64"}, "auto, f32, bf16, f16"),
+        ({"max_num_seqs": 0}, "between 1 and 4096"),
+    ],
+)
+def test_settings_that_cannot_work_name_a_value_that_does(
+    toy_model: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(toy_model, **settings)
+
+
+def test_little_memory_shortens_an_open_context(toy_model: Path) -> None:
+    with make(toy_model, kv_cache_memory=64 << 10, block_size=8) as engine:
+        assert engine.model_info.max_model_len == 128
+        with pytest.raises(PromptTooLongError, match="context is 128"):
+            engine.generate([[1] * 128], use_tqdm=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_half_precision_runs(toy_model: Path, dtype: str) -> None:
+    with make(toy_model, dtype=dtype) as engine:
+        assert engine.model_info.dtype == dtype
+        assert len(engine.generate([[1, 2]], GREEDY, use_tqdm=False)[0].token_ids) == 24
+
+
+def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    (folder / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7, "eos_token_id": [258, 256]}')
+    with make(folder) as engine:
+        assert dict(engine.model_info.default_sampling) == {"temperature": 0.3, "top_k": 7}
+        assert engine.default_sampling_params.top_k == 7
+        assert set(engine.model_info.eos_token_ids) >= {256, 258}
+
+
+def test_chat_renders_the_models_template(engine: InferenceEngine) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    text = engine.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    output = engine.chat(messages, GREEDY)
+    assert output.prompt_token_ids[0] == 257
+    assert engine.detokenize(engine.tokenize(text), skip_special_tokens=False) == text

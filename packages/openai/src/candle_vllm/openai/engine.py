@@ -1,0 +1,69 @@
+"""EngineLike: what the adapter needs of an engine. `InferenceEngine` and `ScriptedEngine` both have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from candle_vllm.core.engine.request import EngineStats, GenerationOutput, ModelInfo, TokenOutput
+from candle_vllm.core.sampling.params import SamplingParams
+
+
+class TokenStream(Protocol):
+    """The pieces of one request, its sequences interleaved; ends when all have finished.
+
+    `aclose` aborts what has not finished. It must work before the first piece was asked for: the body of a bare
+    async generator, and so its `finally`, does not run in that case.
+    """
+
+    def __aiter__(self) -> TokenStream: ...
+
+    async def __anext__(self) -> TokenOutput: ...
+
+    async def aclose(self) -> None: ...
+
+
+class EngineLike(Protocol):
+    """An engine, called from the event loop's thread."""
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str: ...
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> TokenStream:
+        """Validates and submits before it returns."""
+        ...
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationOutput: ...
+
+    def stats(self) -> EngineStats: ...

@@ -1,0 +1,91 @@
+"""The one table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved.
+
+Reached from every step of a request's life; `server` sends what `to_error` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestAbortedError,
+    RequestError,
+)
+from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
+
+
+class InvalidBodyError(RequestError):
+    """The request body is not one JSON object in UTF-8."""
+
+
+class UnknownParameterError(InvalidParameterError):
+    """The request has a field that nobody defines, most often a misspelt one."""
+
+
+class UnsupportedParameterError(InvalidParameterError):
+    """The request asks for something that exists elsewhere and is not implemented here."""
+
+
+class ModelNotServedError(RequestError):
+    """The request names a model that this server does not serve."""
+
+
+class GenerationFailedError(CandleVllmError):
+    """The engine failed on this request; `str()` has its message, which is for the log and not for the client."""
+
+
+class ErrorResponse(NamedTuple):
+    """What to answer to a failed request."""
+
+    status: int
+    body: ErrorEnvelope
+    headers: Mapping[str, str]
+
+
+class _Row(NamedTuple):
+    exception: type[Exception]
+    status: int
+    type: str
+    code: str
+    headers: Mapping[str, str] = {}
+    public_message: str | None = None  # None: the exception's own message, written for the client
+
+
+# The first row whose class matches counts, so subclasses stand above their bases.
+_TABLE = (
+    _Row(InvalidBodyError, 400, "invalid_request_error", "invalid_body"),
+    _Row(UnknownParameterError, 400, "invalid_request_error", "unknown_parameter"),
+    _Row(UnsupportedParameterError, 400, "invalid_request_error", "unsupported_parameter"),
+    _Row(InvalidParameterError, 400, "invalid_request_error", "invalid_value"),
+    _Row(PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
+    _Row(ModelNotServedError, 404, "invalid_request_error", "model_not_found"),
+    _Row(RequestError, 400, "invalid_request_error", "invalid_request"),
+    _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
+    _Row(EngineDeadError, 503, "server_error", "engine_dead", {}, "The engine has stopped; restart the server."),
+    # The caller of an aborted request is gone; whoever still reads this lost it to a shutdown, and may try again.
+    _Row(RequestAbortedError, 503, "server_error", "request_aborted"),
+    _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),
+    _Row(Exception, 500, "server_error", "internal_error", {}, "The server failed on this request."),
+)
+
+
+def to_error(exception: Exception) -> ErrorResponse:
+    """The answer to a request that ended in `exception`.
+
+    Messages of `RequestError` and of overload reach the client; every other message may hold paths, addresses or
+    other people's data, so a fixed text goes out instead. Log the exception before it is turned into an answer.
+    """
+    row = next(row for row in _TABLE if isinstance(exception, row.exception))
+    body = ErrorBody(
+        message=row.public_message or str(exception) or "The request failed.",
+        type=row.type,
+        param=exception.param if isinstance(exception, RequestError) else None,
+        code=row.code,
+    )
+    return ErrorResponse(row.status, ErrorEnvelope(error=body), row.headers)

@@ -1,0 +1,76 @@
+"""Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life).
+
+Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, and nesting beyond `MAX_DEPTH`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from candle_vllm.openai.errors import InvalidBodyError
+
+MAX_DEPTH = 64  # arrays and objects inside each other
+
+
+def decode_json(body: bytes | str, name: str = "The body") -> Any:
+    """The JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and says where the fault is."""
+    text = _decode_utf8(body) if isinstance(body, bytes) else body
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        raise InvalidBodyError(
+            f"{name} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise _too_deep(name) from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise InvalidBodyError(f"{name} holds a number with thousands of digits.") from None
+    _check_depth(value, name)
+    if "\\ud" in text or "\\uD" in text:
+        _check_surrogates(value, name)
+    return value
+
+
+def _decode_utf8(body: bytes) -> str:
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidBodyError(f"The body is not valid UTF-8: byte {error.start} ({error.reason}).") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise InvalidBodyError(f"The name {twice!r:.80} stands twice in one JSON object.")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise InvalidBodyError(f"{name} is not a JSON number.")
+
+
+def _too_deep(name: str) -> InvalidBodyError:
+    return InvalidBodyError(f"{name} is nested too deeply: at most {MAX_DEPTH} levels are allowed.")
+
+
+def _check_depth(value: Any, name: str) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            members = item.values() if isinstance(item, dict) else item
+            inner.extend(member for member in members if isinstance(member, (dict, list)))
+        level = inner
+        if not level:
+            return
+    raise _too_deep(name)
+
+
+def _check_surrogates(value: Any, name: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidBodyError(f"{name} has half of a surrogate pair (\\ud800 to \\udfff) without its twin.") from None

@@ -1,0 +1,1 @@
+"""Wire types: requests are pydantic models (strict, nothing unknown), answers are msgspec structs (fast to encode)."""

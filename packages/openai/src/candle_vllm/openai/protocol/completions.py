@@ -1,0 +1,111 @@
+"""Wire types of `/v1/completions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self, cast
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from candle_vllm.core.sampling.params import MAX_TOKENS
+from candle_vllm.openai.protocol.chat import PromptLogprobs
+from candle_vllm.openai.protocol.fields import MAX_CHOICES, MAX_PROMPTS, TokenId, invalid
+from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
+from candle_vllm.openai.protocol.usage import Usage
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _prompt_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<token lists>"
+    return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<strings>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
+    Discriminator(_prompt_form),
+]
+
+
+class CompletionRequest(GenerationFields):
+    """Prompts to continue: a text, several, token ids, or several lists of them.
+
+    Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and adds nothing.
+    """
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: Logprobs | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _number_not_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise invalid("", "is a number here: how many likely tokens to report, 0 to 20")
+        return value
+
+    @model_validator(mode="after")
+    def _completion_rules(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
+        if len(self.prompts) * self.sequences > MAX_CHOICES:
+            raise invalid("n", f"times the number of prompts must be at most {MAX_CHOICES}")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one entry each."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [cast("list[int]", self.prompt)]
+        return cast("list[str | list[int]]", self.prompt)
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's older form: four lists with one entry per token.
+
+    Attributes:
+        tokens: texts; `bytes:\\xe2\\x82` where the bytes are not whole characters.
+        token_logprobs: null for the first token of an echoed prompt.
+        top_logprobs: text -> log-probability of the likeliest tokens and the chosen one.
+        text_offset: where each token begins, in characters of the choice's text.
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
+    text_offset: tuple[int, ...]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One continuation, or its news in a stream; `finish_reason` is null until the last piece."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a completion request, whole or as one event of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    system_fingerprint: str
+    object: str = "text_completion"
+    usage: Usage | UnsetType | None = UNSET

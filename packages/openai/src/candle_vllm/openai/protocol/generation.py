@@ -1,0 +1,157 @@
+"""The fields that chat and completion requests share: OpenAI's, and vLLM's extra ones that the engine has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.openai.protocol.fields import (
+    MAX_NAME,
+    MAX_PRIORITY,
+    REFUSED_FIELDS,
+    Name,
+    Refusal,
+    TokenId,
+    WireModel,
+    invalid,
+    unsupported,
+)
+
+Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
+MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
+Logprobs = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def _stop_form(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<string>"
+
+
+Stop = Annotated[
+    Annotated[Text, Tag("<string>")]
+    | Annotated[list[Text], Field(max_length=caps.MAX_STOP_STRINGS, fail_fast=True), Tag("<list>")],
+    Discriminator(_stop_form),
+]
+
+
+class StreamOptions(WireModel):
+    """What a stream carries beside the text.
+
+    Attributes:
+        include_usage: a last chunk without choices has the token counts; every other chunk has `usage: null`.
+        continuous_usage_stats: every chunk has the counts so far; needs `include_usage`.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "include_obfuscation": Refusal("chunks are never padded with random characters", (False,)),
+    }
+
+    @model_validator(mode="after")
+    def _continuous_needs_usage(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise invalid("continuous_usage_stats", "needs include_usage: true")
+        return self
+
+
+class GenerationFields(WireModel):
+    """How to generate. None always means absent: the model's own default counts, then ours."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
+
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=caps.MAX_TOKENS)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Logprobs | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
+    ) = None
+    bad_words: Annotated[list[Text], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    request_id: str | None = None
+
+    # ADVISORY_FIELDS: checked and without effect.
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_NAME)] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _token_id_keys(cls, bias: Any) -> Any:
+        if not isinstance(bias, dict):
+            return bias
+        if len(bias) > caps.MAX_TOKEN_LIST:
+            raise invalid("", f"must have at most {caps.MAX_TOKEN_LIST} entries, not {len(bias)}")
+        for key in bias:
+            if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
+                raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
+        return bias
+
+    @field_validator("request_id")
+    @classmethod
+    def _plain_id(cls, value: str | None) -> str | None:
+        if value is not None and not _REQUEST_ID.fullmatch(value):
+            raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
+        return value
+
+    @model_validator(mode="after")
+    def _shared_rules(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise unsupported("best_of", "every sequence is returned, so it can only equal n")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "needs stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """`n` with its default."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """True when the stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True when every chunk has the counts so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)

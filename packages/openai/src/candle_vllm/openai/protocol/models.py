@@ -1,0 +1,32 @@
+"""Answer of `/v1/models`."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One served name.
+
+    Attributes:
+        id: the name to put into a request's `model`.
+        created: Unix seconds.
+        root: the model's own name, which `id` may be an alias of.
+        max_model_len: most tokens of prompt and output together.
+        modalities: what the model takes and gives.
+    """
+
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "candle-vllm"
+    modalities: tuple[str, ...] = ("text",)
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every served name."""
+
+    data: tuple[ModelCard, ...]
+    object: str = "list"

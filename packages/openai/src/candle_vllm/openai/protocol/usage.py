@@ -1,0 +1,28 @@
+"""Token counts of an answer."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Where the prompt's tokens came from: `cached_tokens` were found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of the whole request: each prompt counted once, the output of every choice.
+
+    Attributes:
+        prompt_time_costs: milliseconds from first work on the prompt to the first token; in final counts only.
+        completion_time_costs: milliseconds from the first token to the last; in final counts only.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    prompt_time_costs: int | UnsetType = UNSET
+    completion_time_costs: int | UnsetType = UNSET

@@ -1,0 +1,78 @@
+"""pydantic's errors -> one `InvalidParameterError` in plain words, with the field as a dotted path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.errors import UnknownParameterError, UnsupportedParameterError
+
+_CLASSES = {"unknown_field": UnknownParameterError, "unsupported_field": UnsupportedParameterError}
+_SHOWN = 60  # characters of a wrong value in a message
+_PARAM = 256  # characters of a path
+
+_SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "greater_than_equal": lambda ctx: f"must be at least {ctx['ge']}",
+    "greater_than": lambda ctx: f"must be above {ctx['gt']}",
+    "less_than_equal": lambda ctx: f"must be at most {ctx['le']}",
+    "finite_number": lambda _: "must be a finite number",
+    "int_type": lambda _: "must be an integer",
+    "int_parsing_size": lambda _: "must be a smaller integer",
+    "float_type": lambda _: "must be a number",
+    "bool_type": lambda _: "must be true or false",
+    "string_type": lambda _: "must be a string",
+    "list_type": lambda _: "must be a list",
+    "dict_type": lambda _: "must be an object",
+    "model_type": lambda _: "must be an object",
+    "model_attributes_type": lambda _: "must be an object",
+    "literal_error": lambda ctx: f"must be one of {ctx['expected']}",
+    "string_too_long": lambda ctx: f"must have at most {ctx['max_length']} characters",
+    "too_long": lambda ctx: f"must have at most {ctx['max_length']} entries",
+}
+
+
+def to_request_error(error: ValidationError) -> InvalidParameterError:
+    """The first thing that is wrong, blamed on its field.
+
+    Rules of our own carry the rest of their path and their text in the error's context (`rule_error`).
+    """
+    first = error.errors(include_url=False)[0]
+    context = first.get("ctx", {})
+    path = _path(first["loc"], context.get("field", ""))
+    kind = first["type"]
+    text = context.get("text") or _sentence(kind, context, first)
+    place = path or "the request body"
+    return _CLASSES.get(kind, InvalidParameterError)(f"{place} {text}", path or None)
+
+
+def _path(location: tuple[int | str, ...], below: str) -> str:
+    steps = [str(step) for step in location if not (isinstance(step, str) and step.startswith("<"))]
+    return ".".join([*steps, below] if below else steps)[:_PARAM]
+
+
+def _sentence(kind: str, context: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    if kind == "missing":
+        return "is required"
+    if kind == "string_type" and first["loc"] and first["loc"][-1] == "<string>":
+        return f"must be a string or a list, not {_shown(first['input'])}"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty"
+    make = _SENTENCES.get(kind)
+    text = make(context) if make else f"is wrong: {first['msg']}"
+    return f"{text}, not {_shown(first['input'])}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters" if len(value) > _SHOWN else json.dumps(value, ensure_ascii=False)
+    return (
+        json.dumps(value)[:_SHOWN] if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
+    )

@@ -1,0 +1,117 @@
+"""Messages: content forms, template form, and calls tied to their results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletionMessage
+
+from candle_vllm.core.errors import RequestError
+from candle_vllm.openai import UnsupportedParameterError, parse_chat_request
+from candle_vllm.openai.conversation import template_messages
+
+USER = {"role": "user", "content": "hi"}
+
+
+def call(call_id: str, arguments: str = '{"city": "Ulm"}') -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def calls(*ids: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [call(one) for one in ids]}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "sunny"}
+
+
+def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:
+    return template_messages(parse_chat_request({"messages": list(messages)}).messages)
+
+
+def test_template_form() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    assert rendered(
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": parts, "name": "Ann"},
+        {"role": "assistant", "content": "ok", "reasoning": "hm"},
+        calls("x", "y"),
+        result("y"),
+        result("x"),
+        {"role": "system", "content": "later"},
+    ) == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "a\nb", "name": "Ann"},
+        {"role": "assistant", "content": "ok", "reasoning_content": "hm"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": one, "type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+                for one in ("x", "y")
+            ],
+        },
+        {"role": "tool", "content": "sunny", "tool_call_id": "y"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "x"},
+        {"role": "system", "content": "later"},
+    ]
+
+
+def test_empty_arguments_are_no_arguments() -> None:
+    message = {"role": "assistant", "tool_calls": [call("x", "")]}
+    assert rendered(USER, message, result("x"))[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello", annotations=[]).model_dump()
+    assert rendered(USER, answer, USER)[1] == {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([calls("x")], "messages", "without a tool message: 'x'"),
+        ([calls("x", "y"), result("x")], "messages", "'y'"),
+        ([calls("x"), USER, result("x")], "messages.1.role", "'x'"),
+        ([calls("x", "x"), result("x")], "messages.0.tool_calls.1.id", "already"),
+        ([calls("x"), result("x"), calls("x"), result("x")], "messages.2.tool_calls.0.id", "already"),
+        ([result("x")], "messages.0.tool_call_id", "answers no call"),
+        ([calls("x"), result("x"), result("x")], "messages.2.tool_call_id", "answers no call"),
+        ([calls("")], "messages.0.tool_calls.0.id", "must not be empty"),
+        ([{**result("x"), "tool_calls": []}], "messages.0.tool_calls", "not a known field"),
+        ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id", "is required"),
+        ([{"role": "assistant"}], "messages.0.content", "is required"),
+        ([{"role": "user"}], "messages.0.content", "is required"),
+        ([{"role": "user", "content": None}], "messages.0.content", "must be a string or a list, not null"),
+        ([{"role": "user", "content": []}], "messages.0.content", "must not be empty"),
+        ([{"role": "function", "content": "x"}], "messages.0.role", "must be one of system, developer"),
+        ([{"content": "x"}], "messages.0.role", "must be one of"),
+        (["hi"], "messages.0.role", "must be one of"),
+        ([{"role": ["user"], "content": "x"}], "messages.0.role", "must be one of"),
+        ([{**USER, "contents": "x"}], "messages.0.contents", "did you mean 'content'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text", "is required"),
+        ([{"role": "user", "content": ["x"]}], "messages.0.content.0", "must be an object"),
+        ([{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}],
+         "messages.0.reasoning", "must be equal"),
+        ([{"role": "assistant", "tool_calls": [call("x", "[1]")]}, result("x")],
+         "messages.0.tool_calls.0.function.arguments", "one JSON object"),
+        ([{"role": "assistant", "tool_calls": [call("x", "{")]}, result("x")],
+         "messages.0.tool_calls.0.function.arguments", "not valid JSON"),
+        ([{"role": "assistant", "tool_calls": [{**call("x"), "type": "custom"}]}, result("x")],
+         "messages.0.tool_calls.0.type", "'function'"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_place(messages: list[Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat_request({"messages": messages})
+    assert caught.value.param == param
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "image_base64", "video_url"])
+def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
+    parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://x"}}]
+    with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts cannot be read") as caught:
+        parse_chat_request({"messages": [{"role": "user", "content": parts}]})
+    assert caught.value.param == "messages.0.content.1.type"

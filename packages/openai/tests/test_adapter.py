@@ -1,0 +1,338 @@
+"""Whole answers and streams over a scripted engine, judged by the official client's types."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import msgspec
+import openai.types as official
+import openai.types.chat as official_chat
+import pytest
+
+from candle_vllm.core.errors import (
+    ChatTemplateError,
+    ConfigError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    PromptTooLongError,
+)
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.openai import (
+    GenerationFailedError,
+    ModelNotServedError,
+    OpenAIAdapter,
+    parse_chat_request,
+    parse_completion_request,
+    to_json_bytes,
+)
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def wire(value: msgspec.Struct) -> dict[str, Any]:
+    return json.loads(to_json_bytes(value))
+
+
+async def chat(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    answer = await OpenAIAdapter(engine).chat(parse_chat_request({"messages": HI, **fields}))
+    body = to_json_bytes(answer)
+    official_chat.ChatCompletion.model_validate_json(body, strict=True)
+    return json.loads(body)
+
+
+async def chat_chunks(engine: ScriptedEngine, **fields: Any) -> list[dict[str, Any]]:
+    request = parse_chat_request({"messages": HI, "stream": True, **fields})
+    bodies = [to_json_bytes(chunk) async for chunk in await OpenAIAdapter(engine).chat_stream(request)]
+    for body in bodies:
+        official_chat.ChatCompletionChunk.model_validate_json(body, strict=True)
+    return [json.loads(body) for body in bodies]
+
+
+async def complete(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    answer = await OpenAIAdapter(engine).complete(parse_completion_request({"prompt": "ab", **fields}))
+    return wire(answer)
+
+
+async def completion_chunks(engine: ScriptedEngine, **fields: Any) -> list[dict[str, Any]]:
+    request = parse_completion_request({"prompt": "ab", "stream": True, **fields})
+    return [wire(chunk) async for chunk in await OpenAIAdapter(engine).complete_stream(request)]
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+async def test_chat_answer() -> None:
+    answer = await chat(ScriptedEngine("hello", num_cached_tokens=2), model="default")
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    assert len(answer["id"]) == len("chatcmpl-") + 32
+    assert answer["model"] == "scripted"
+    assert answer["system_fingerprint"].startswith("fp_")
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "hello", "refusal": None},
+            "finish_reason": "stop",
+            "logprobs": None,
+            "stop_reason": None,
+        }
+    ]
+    prompt = len(ScriptedEngine().tokenize("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False))
+    assert answer["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 6,
+        "total_tokens": prompt + 6,
+        "prompt_tokens_details": {"cached_tokens": 2},
+        "prompt_time_costs": 250,
+        "completion_time_costs": 750,
+    }
+
+
+async def test_chat_stream_has_openais_shape() -> None:
+    chunks = await chat_chunks(ScriptedEngine(["he", "llo"]), stream_options={"include_usage": True})
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "he"},
+        {"content": "llo"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, None, "stop"]
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == 6
+    assert {(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks} == {
+        (chunks[0]["id"], chunks[0]["created"], "scripted")
+    }
+
+
+async def test_chat_stream_without_usage_has_no_usage_key_and_no_empty_chunks() -> None:
+    chunks = await chat_chunks(ScriptedEngine("héllo"))
+    assert not any("usage" in chunk for chunk in chunks)
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks] == ["", "h", "é", "l", "l", "o", None]
+
+
+async def test_continuous_usage_counts_up() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await chat_chunks(ScriptedEngine("abc"), stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3, 4, 4]
+
+
+async def test_sequences_keep_their_own_text() -> None:
+    texts = iter(["abc", "uvwxyz"])
+    answer = await chat(ScriptedEngine(lambda _: next(texts)), n=2)
+    assert [(c["index"], c["message"]["content"]) for c in answer["choices"]] == [(0, "abc"), (1, "uvwxyz")]
+    texts = iter(["abc", "uvwxyz"])
+    chunks = await chat_chunks(ScriptedEngine(lambda _: next(texts)), n=2)
+    firsts = [c["choices"][0] for c in chunks if "role" in c["choices"][0]["delta"]]
+    assert [choice["index"] for choice in firsts] == [0, 1]
+
+
+async def test_chat_logprobs_stop_and_token_ids() -> None:
+    answer = await chat(ScriptedEngine("abcd"), logprobs=True, top_logprobs=2, stop="cd", return_token_ids=True)
+    choice = answer["choices"][0]
+    assert choice["message"]["content"] == "ab"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "cd")
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["a", "b", "c", "d"]
+    assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [2] * 4
+    assert choice["logprobs"]["content"][0]["bytes"] == [97]
+    assert choice["token_ids"] == [97, 98, 99, 100]
+    assert answer["prompt_token_ids"][0] == 258
+
+
+async def test_prompt_logprobs_are_keyed_by_token_id() -> None:
+    shown = (await chat(ScriptedEngine("a"), prompt_logprobs=0))["prompt_logprobs"]
+    assert shown[0] is None
+    assert list(shown[1]) == [str(ord("u"))]
+    assert set(shown[1][str(ord("u"))]) == {"logprob", "rank", "decoded_token"}
+
+
+async def test_length_is_reported() -> None:
+    assert (await chat(ScriptedEngine("abc"), max_completion_tokens=2))["choices"][0]["finish_reason"] == "length"
+
+
+async def test_template_gets_everything() -> None:
+    engine = ScriptedEngine()
+    history = [*HI, {"role": "assistant", "content": "Sure, "}]
+    options = {"documents": [{"text": "d"}], "enable_thinking": False, "continue_final_message": True, "echo": True}
+    answer = await chat(engine, messages=history, **options)
+    call = engine.template_calls[0]
+    assert call.messages == history
+    assert call.options == {
+        "documents": [{"text": "d"}],
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "enable_thinking": False,
+        "thinking": False,
+    }
+    assert answer["choices"][0]["message"]["content"] == "Sure, Hello!"
+    assert engine.requests[0].prompt_token_ids[0] != engine.tokenizer.bos_token_id
+
+
+async def test_request_id_priority_and_special_tokens_reach_the_engine() -> None:
+    engine = ScriptedEngine()
+    answer = await chat(engine, request_id="mine", priority=-3, add_special_tokens=True)
+    assert answer["id"] == engine.requests[0].request_id == "chatcmpl-mine"
+    assert engine.requests[0].priority == -3
+    assert engine.requests[0].prompt_token_ids[0] == engine.tokenizer.bos_token_id
+
+
+# ---- completions -----------------------------------------------------------------------------------------------------
+
+
+async def test_completion_answer() -> None:
+    engine = ScriptedEngine(lambda prompt: prompt.upper())
+    answer = await complete(engine, prompt=["ab", "cd"], n=2)
+    official.Completion.model_validate(answer, strict=True)
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, "AB"), (1, "AB"), (2, "CD"), (3, "CD")]
+    assert answer["usage"]["prompt_tokens"] == 6
+    assert answer["usage"]["completion_tokens"] == 12
+    assert [request.request_id for request in engine.requests] == [f"{answer['id']}-0", f"{answer['id']}-1"]
+
+
+@pytest.mark.parametrize("prompt", [[256, 97], [[256, 97]], "a", ["a"]])
+async def test_every_form_of_prompt(prompt: object) -> None:
+    engine = ScriptedEngine("x")
+    assert (await complete(engine, prompt=prompt, echo=True))["choices"][0]["text"].endswith("ax")
+    assert list(engine.requests[0].prompt_token_ids) == [256, 97]
+    assert engine.requests[0].params.max_tokens == 16
+
+
+async def test_completion_logprobs_have_the_older_form() -> None:
+    answer = await complete(ScriptedEngine(["a", "é".encode()[:1], "é".encode()[1:], "b"]), logprobs=1)
+    official.Completion.model_validate(answer, strict=True)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "b", "<|eos|>"]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+    assert all(value < 0 for value in logprobs["token_logprobs"])
+    assert [list(entry) for entry in logprobs["top_logprobs"]] == [[token] for token in logprobs["tokens"]]
+
+
+async def test_echo_with_logprobs_covers_the_prompt() -> None:
+    choice = (await complete(ScriptedEngine("x"), echo=True, logprobs=0))["choices"][0]
+    assert choice["text"] == "abx"
+    assert choice["logprobs"]["tokens"] == ["<|bos|>", "a", "b", "x", "<|eos|>"]
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 3]
+
+
+async def test_scoring_a_prompt_adds_nothing() -> None:
+    answer = await complete(ScriptedEngine("x"), echo=True, logprobs=0, max_tokens=0)
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
+    assert choice["logprobs"]["tokens"] == ["<|bos|>", "a", "b"]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_completion_stream() -> None:
+    chunks = await completion_chunks(ScriptedEngine("xy"), stream_options={"include_usage": True}, echo=True)
+    assert [[c["text"] for c in chunk["choices"]] for chunk in chunks] == [["ab"], ["x"], ["y"], [""], []]
+    assert [chunk["usage"] is None for chunk in chunks] == [True] * 4 + [False]
+    assert chunks[3]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_return_token_ids_of_completions() -> None:
+    choice = (await complete(ScriptedEngine("xy"), return_token_ids=True))["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([256, 97, 98], [120, 121, 257])
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+async def test_served_names() -> None:
+    adapter = OpenAIAdapter(ScriptedEngine(name="org/model"), served_model_names=["small", "alias"])
+    models = wire(adapter.models())
+    for card in models["data"]:
+        official.Model.model_validate(card, strict=True)
+    assert [(card["id"], card["root"], card["max_model_len"]) for card in models["data"]] == [
+        ("small", "org/model", 4096),
+        ("alias", "org/model", 4096),
+    ]
+    assert models["data"][0]["owned_by"] == "candle-vllm"
+    for given, used in ((None, "small"), ("default", "small"), ("alias", "alias")):
+        request = parse_chat_request({"messages": HI, "model": given})
+        assert (await adapter.chat(request)).model == used
+    with pytest.raises(ModelNotServedError, match=r"'org/model' is not served here; served are: small, alias"):
+        await adapter.chat(parse_chat_request({"messages": HI, "model": "org/model"}))
+
+
+async def test_the_models_own_defaults_are_used_and_checked() -> None:
+    engine = ScriptedEngine(default_sampling={"temperature": 0.3})
+    await chat(engine)
+    assert engine.requests[0].params.temperature == 0.3
+    for wrong in ({"temprature": 1}, {"temperature": -1}, {"n": 2}):
+        with pytest.raises(ConfigError):
+            OpenAIAdapter(ScriptedEngine(default_sampling=wrong))
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+async def test_submission_errors_come_before_the_stream() -> None:
+    adapter = OpenAIAdapter(ScriptedEngine(max_model_len=64, submit_error=EngineOverloadedError("full")))
+    with pytest.raises(EngineOverloadedError):
+        await adapter.chat_stream(parse_chat_request({"messages": HI}))
+    adapter = OpenAIAdapter(ScriptedEngine(max_model_len=64))
+    with pytest.raises(PromptTooLongError):
+        await adapter.chat_stream(parse_chat_request({"messages": HI, "max_tokens": 60}))
+    with pytest.raises(ChatTemplateError):
+        await OpenAIAdapter(ScriptedEngine(has_chat_template=False)).chat(parse_chat_request({"messages": HI}))
+    with pytest.raises(InvalidParameterError, match="vocabulary ends at 259"):
+        await adapter.complete(parse_completion_request({"prompt": [260], "echo": True}))
+    with pytest.raises(InvalidParameterError, match="empty prompt"):
+        await adapter.complete(parse_completion_request({"prompt": "", "add_special_tokens": False}))
+
+
+async def test_one_wrong_prompt_aborts_the_others() -> None:
+    engine = ScriptedEngine(max_model_len=30)
+    request = parse_completion_request({"prompt": ["a", "b" * 40], "max_tokens": 2, "request_id": "x"})
+    with pytest.raises(PromptTooLongError):
+        await OpenAIAdapter(engine).complete(request)
+    assert engine.aborted == ["cmpl-x-0"]
+    assert engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+async def test_failures_of_the_engine(prompt: object) -> None:
+    for failure, expected in (("boom", GenerationFailedError), (EngineDeadError("dead"), EngineDeadError)):
+        engine = ScriptedEngine("abc", fail_after=2, failure=failure)
+        with pytest.raises(expected):
+            await complete(engine, prompt=prompt)
+        stream = await OpenAIAdapter(engine).complete_stream(parse_completion_request({"prompt": prompt}))
+        with pytest.raises(expected):
+            assert [chunk async for chunk in stream]
+        assert engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+async def test_closing_a_stream_aborts_begun_or_not(prompt: object) -> None:
+    engine = ScriptedEngine("abc")
+    adapter = OpenAIAdapter(engine)
+    endless = {"prompt": prompt, "ignore_eos": True, "max_tokens": 4000}
+    for read in (0, 1):
+        stream = await adapter.complete_stream(parse_completion_request(endless))
+        for _ in range(read):
+            await anext(stream)
+        await stream.aclose()
+        await stream.aclose()
+        assert engine.stats().num_running == 0
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    assert len(engine.aborted) == len(engine.requests) > 1
+
+
+async def test_cancelling_a_whole_answer_aborts() -> None:
+    engine = ScriptedEngine("abc")
+    request = parse_chat_request({"messages": HI, "ignore_eos": True, "max_tokens": 4000})
+    task = asyncio.create_task(OpenAIAdapter(engine).chat(request))
+    while not engine.requests:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.aborted == [engine.requests[0].request_id]

@@ -1,0 +1,74 @@
+"""Only strict JSON gets in, and every fault is a RequestError that says where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import MAX_DEPTH, decode_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(JSON)
+def test_every_json_value_gets_through(value: object) -> None:
+    assert decode_json(json.dumps(value).encode()) == value
+    assert decode_json(json.dumps(value, ensure_ascii=False).encode()) == value
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary() | st.text(alphabet='{}[]",:\\u0d8c1e-tn ').map(str.encode))
+def test_any_bytes_give_a_value_or_a_request_error(body: bytes) -> None:
+    with contextlib.suppress(InvalidBodyError):
+        decode_json(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"a": 1,}', "line 1, column 9"),
+        (b'{\n"a" 1}', "line 2, column 5"),
+        (b"", "line 1, column 1"),
+        (b'{"a": "\xff"}', "byte 7"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": -Infinity}', "-Infinity"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "'b' stands twice"),
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"\\uDC00": 1}', "surrogate"),
+        (b"9" * 5000, "digits"),
+        (b'{"a": "\n"}', "control character"),
+        (b"[1] 2", "Extra data"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_faults_are_named(body: bytes, message: str) -> None:
+    with pytest.raises(InvalidBodyError, match=message):
+        decode_json(body)
+
+
+def test_surrogate_pairs_are_characters() -> None:
+    assert decode_json(b'"\\ud83d\\ude00"') == "😀"
+
+
+def test_depth_is_capped_exactly() -> None:
+    assert decode_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    with pytest.raises(InvalidBodyError, match=f"at most {MAX_DEPTH}"):
+        decode_json("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
+
+
+def test_duplicate_search_is_linear() -> None:
+    body = "{" + ",".join(f'"{number}":1' for number in range(200_000)) + ',"0":2}'
+    with pytest.raises(InvalidBodyError, match="'0' stands twice"):
+        decode_json(body)

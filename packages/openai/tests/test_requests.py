@@ -1,0 +1,298 @@
+"""Bodies -> requests: what is accepted, and how each refusal names its field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.core.errors import RequestError
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.openai import (
+    ADVISORY_FIELDS,
+    REFUSED_FIELDS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    UnknownParameterError,
+    UnsupportedParameterError,
+    parse_chat_request,
+    parse_completion_request,
+    to_error,
+    to_sampling_params,
+)
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PROMPTS
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return parse_chat_request(json.dumps({"messages": HI, **fields}).encode())
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse_completion_request(json.dumps({"prompt": "hi", **fields}).encode())
+
+
+def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
+    with pytest.raises(RequestError) as caught:
+        parse(**fields)
+    return caught.value.param, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"temperature": "1"}, "temperature", 'must be a number, not "1"'),
+        ({"temperature": True}, "temperature", "must be a number, not true"),
+        ({"temperature": 10**400}, "temperature", "must be a number"),
+        ({"temperature": -0.1}, "temperature", "must be at least 0"),
+        ({"temperature": 100.5}, "temperature", "must be at most 100"),
+        ({"top_p": 0}, "top_p", "must be above 0"),
+        ({"n": 1.0}, "n", "must be an integer, not 1.0"),
+        ({"n": True}, "n", "must be an integer, not true"),
+        ({"n": 129}, "n", "must be at most 128, not 129"),
+        ({"n": 10**400}, "n", "must be at most 128"),
+        ({"seed": 1 << 64}, "seed", "must be at most"),
+        ({"max_tokens": 0}, "max_tokens", "must be at least 1"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "older name"),
+        ({"min_tokens": -1}, "min_tokens", "must be at least 0"),
+        ({"stop": 3}, "stop", "must be a string or a list, not 3"),
+        ({"stop": ["a", 3]}, "stop.1", "must be a string"),
+        ({"stop": ["a"] * 65}, "stop", "at most 64"),
+        ({"stop": ""}, "stop", "must not be empty"),
+        ({"logit_bias": {"01": 1}}, "logit_bias", "'01' is no token id"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "must be at most 100"),
+        ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias", "at most 4096"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "must be at least 0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "must not be empty"),
+        ({"stream": "yes"}, "stream", "must be true or false"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
+        ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag", "include_usage"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
+         "stream_options.continuous_usage_stats", "include_usage"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}},
+         "stream_options.include_obfuscation", "padded"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without stream"),
+        ({"logprobs": 3}, "logprobs", "must be true or false, not 3"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "not implemented"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type", "not implemented"),
+        ({"response_format": "text"}, "response_format", '{"type": "text"}'),
+        ({"modalities": ["text", "audio"]}, "modalities", '["text"]'),
+        ({"tools": [{"type": "function"}]}, "tools", "not implemented yet"),
+        ({"tools": [{"type": "function"}], "tool_choice": "none"}, "tools", "not implemented yet"),
+        ({"tool_choice": "required"}, "tool_choice", "not implemented yet"),
+        ({"best_of": 2}, "best_of", "equal n"),
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ({"xyzzy": None}, "xyzzy", "not a known field"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "'low'"),
+        ({"thinking": True, "enable_thinking": False}, "enable_thinking", "contradicts"),
+        ({"thinking": True, "reasoning_effort": "none"}, "reasoning_effort", "contradicts"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "cannot be set"),
+        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs", "'a b' cannot be one"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message", "exclude"),
+        ({"echo": True}, "echo", "role assistant"),
+        ({"request_id": "a\nb"}, "request_id", "letters, digits"),
+        ({"request_id": ""}, "request_id", "letters, digits"),
+        ({"metadata": {"a": 1}}, "metadata.a", "must be a string"),
+        ({"service_tier": "gold"}, "service_tier", "must be one of"),
+        ({"priority": 1 << 31}, "priority", "must be at most"),
+        ({"documents": ["a"]}, "documents.0", "must be an object"),
+        ({"messages": []}, "messages", "must not be empty"),
+        ({"messages": HI * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES}"),
+        ({"messages": "hi"}, "messages", "must be a list"),
+        ({"messages": None}, "messages", "must be a list"),
+    ],
+)  # fmt: skip
+def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str, message: str) -> None:
+    blamed, text = refusal(chat, **fields)
+    assert blamed == param
+    assert message in text
+    assert text.startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": []}, "prompt", "must not be empty"),
+        ({"prompt": [[]]}, "prompt.0", "must not be empty"),
+        ({"prompt": [[1], []]}, "prompt.1", "must not be empty"),
+        ({"prompt": ["a", 1]}, "prompt.1", "must be a string"),
+        ({"prompt": [1, "a"]}, "prompt.1", "must be an integer"),
+        ({"prompt": [1, True]}, "prompt.1", "must be an integer"),
+        ({"prompt": [1, 1 << 31]}, "prompt.1", "must be at most"),
+        ({"prompt": {"a": 1}}, "prompt", "must be a string or a list, not an object"),
+        ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt", f"at most {MAX_PROMPTS}"),
+        ({"prompt": ["a"] * 100, "n": 3}, "n", "at most 256"),
+        ({"logprobs": True}, "logprobs", "is a number here"),
+        ({"logprobs": 21}, "logprobs", "must be at most 20"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"suffix": "x"}, "suffix", "not implemented"),
+        ({"best_of": 3, "n": 2}, "best_of", "equal n"),
+        ({"max_completion_tokens": 3}, "max_completion_tokens", "not a known field"),
+    ],
+)
+def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str, message: str) -> None:
+    blamed, text = refusal(completion, **fields)
+    assert blamed == param
+    assert message in text
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b'"a"', b"3"])
+def test_body_must_be_an_object(body: bytes) -> None:
+    with pytest.raises(RequestError, match="one JSON object"):
+        parse_chat_request(body)
+
+
+def test_required_fields() -> None:
+    assert refusal(lambda: parse_chat_request(b"{}")) == ("messages", "messages is required")
+    assert refusal(lambda: parse_completion_request(b"{}")) == ("prompt", "prompt is required")
+
+
+def test_null_is_absent_everywhere() -> None:
+    for kind, given_fields in ((ChatCompletionRequest, {"messages": HI}), (CompletionRequest, {"prompt": "hi"})):
+        parse = parse_chat_request if kind is ChatCompletionRequest else parse_completion_request
+        nulls = {name: None for name in [*kind.model_fields, *REFUSED_FIELDS] if name not in given_fields}
+        assert parse({**nulls, **given_fields}) == parse(given_fields)
+
+
+def test_every_refused_field_is_refused_by_name_and_its_neutral_values_are_not() -> None:
+    for name, entry in REFUSED_FIELDS.items():
+        with pytest.raises(UnsupportedParameterError) as caught:
+            chat(**{name: {"asks": "something"}})
+        assert caught.value.param == name
+        for neutral in entry.neutral:
+            assert chat(**{name: neutral}) == chat()
+    assert refusal(chat, use_beam_search=0)[0] == "use_beam_search"  # 0 is not false
+
+
+def test_advisory_fields_are_declared_and_change_nothing() -> None:
+    values: dict[str, Any] = {
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "flex",
+        "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"mode": "implicit"},
+        "parallel_tool_calls": False,
+        "verbosity": "low",
+    }
+    for name in ADVISORY_FIELDS:
+        request = chat(**{name: values.get(name, "some text")})
+        assert to_sampling_params(request, {}) == to_sampling_params(chat(), {})
+        assert request.template_kwargs() == {}
+    assert set(ADVISORY_FIELDS) <= set(ChatCompletionRequest.model_fields) & set(CompletionRequest.model_fields)
+    assert not set(REFUSED_FIELDS) & set(ChatCompletionRequest.model_fields) & set(CompletionRequest.model_fields)
+
+
+def test_unknown_and_unsupported_have_their_own_codes() -> None:
+    for fields, kind, code in (
+        ({"foo": 1}, UnknownParameterError, "unknown_parameter"),
+        ({"tools": [1]}, UnsupportedParameterError, "unsupported_parameter"),
+    ):
+        with pytest.raises(kind) as caught:
+            chat(**fields)
+        assert to_error(caught.value).body.error.code == code
+
+
+def test_sampling_values_of_the_request_win_over_the_models_and_those_over_ours() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    params = to_sampling_params(chat(temperature=0, max_completion_tokens=7), defaults)
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0, 20, 1.0, 7)
+    assert to_sampling_params(chat(), {}).max_tokens is None
+    assert to_sampling_params(completion(), {}).max_tokens == 16
+    assert to_sampling_params(completion(), {"max_tokens": 50}).max_tokens == 50
+    assert to_sampling_params(chat(max_tokens=5), {"max_tokens": 50}).max_tokens == 5
+
+
+def test_every_sampling_field_arrives() -> None:
+    fields = {
+        "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 1.5, "seed": -3, "max_tokens": 9, "min_tokens": 2,
+        "stop": ["x"], "stop_token_ids": [4], "ignore_eos": True, "include_stop_str_in_output": True,
+        "skip_special_tokens": False, "prompt_logprobs": 2, "allowed_token_ids": [1, 2], "bad_words": ["no"],
+        "cache_salt": "salt",
+    }  # fmt: skip
+    expected = SamplingParams(**fields, logprobs=3, logit_bias={7: -5.0})
+    bias = {"logit_bias": {"7": -5}}
+    assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
+    assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
+    # skip_reading_prefix_cache is the engine's own switch and no request field
+    assert set(SamplingParams.__struct_fields__) == {*fields, "logprobs", "logit_bias", "skip_reading_prefix_cache"}
+
+
+def test_logprob_counts() -> None:
+    assert to_sampling_params(chat(logprobs=True), {}).logprobs == 0
+    assert to_sampling_params(chat(logprobs=False), {}).logprobs is None
+    assert to_sampling_params(completion(logprobs=0), {}).logprobs == 0
+    scored = to_sampling_params(completion(logprobs=2, echo=True, max_tokens=0, prompt_logprobs=1), {})
+    assert (scored.logprobs, scored.prompt_logprobs, scored.max_tokens) == (2, 2, 1)
+
+
+def test_template_variables() -> None:
+    assert chat(thinking=False).template_kwargs() == {"thinking": False, "enable_thinking": False}
+    assert chat(enable_thinking=True, chat_template_kwargs={"enable_thinking": True, "x": [1]}).template_kwargs() == {
+        "enable_thinking": True,
+        "x": [1],
+        "thinking": True,
+    }
+    assert chat(reasoning_effort="high").template_kwargs() == {"reasoning_effort": "high"}
+    assert chat(reasoning_effort="none").template_kwargs()["enable_thinking"] is False
+
+
+KEYS = st.sampled_from([
+    *sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *REFUSED_FIELDS}),
+    *("role", "content", "type", "text", "tool_calls", "tool_call_id", "function", "name", "arguments", "id"),
+])  # fmt: skip
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from([0, 1, -1, 0.5, 2**31, 2**64, 10**400, 1e308, "", "a", "user", "text", "default", "none"])
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]) | ODD, "content": ODD},
+    optional={"tool_calls": ODD, "tool_call_id": ODD, "name": ODD, "reasoning": ODD, "refusal": ODD},
+)
+
+
+def check_any(parse: Any, body: object) -> None:
+    try:
+        to_sampling_params(parse(json.dumps(body).encode()), {})
+    except RequestError as error:
+        answer = to_error(error)
+    else:
+        return
+    assert answer.status == 400
+    assert answer.body.error.message
+    assert answer.body.error.type == "invalid_request_error"
+
+
+@settings(deadline=None, max_examples=150)
+@given(ODD | st.dictionaries(KEYS, ODD, max_size=6))
+def test_any_json_is_a_request_or_a_request_error(body: object) -> None:
+    check_any(parse_chat_request, body)
+    check_any(parse_completion_request, body)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(MESSAGE | ODD, max_size=4), st.dictionaries(KEYS, ODD, max_size=2))
+def test_any_messages_are_a_request_or_a_request_error(messages: list[object], more: dict[str, object]) -> None:
+    check_any(parse_chat_request, {**more, "messages": messages})
+
+
+@settings(deadline=None, max_examples=150)
+@given(KEYS, ODD)
+def test_one_odd_field_in_a_right_request(name: str, value: object) -> None:
+    check_any(parse_chat_request, {"messages": HI, name: value})
+    check_any(parse_completion_request, {"prompt": "hi", name: value})
+
+
+def test_a_million_wrong_entries_cost_one_error() -> None:
+    blamed, text = refusal(completion, prompt=[1] + ["x"] * 300_000)
+    assert (blamed, len(text) < 200) == ("prompt.1", True)

@@ -1,0 +1,174 @@
+"""Streamed output is identical to whole output, however the engine's text is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.testing.scripted_sequence import made_up_logprobs
+from candle_vllm.openai import (
+    GenerationFailedError,
+    OpenAIAdapter,
+    parse_chat_request,
+    parse_completion_request,
+    to_json_bytes,
+)
+from candle_vllm.openai.completion_streaming import CompletionChunker, EchoedPrompt, join_completion
+from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.streaming import ChatChunker, Head, TokenCounts
+
+OWN = ("id", "created", "object")  # differ between a stream and a whole answer, or between two requests
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> list[bytes]:
+    data = draw(st.text(alphabet="ab <>é€😀\n", max_size=16)).encode()
+    points = sorted(draw(st.lists(st.integers(0, len(data)), max_size=6)))
+    return [data[low:high] for low, high in itertools.pairwise([0, *points, len(data)])]
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "stop": st.sampled_from(["b", "ab", "😀", ["<", "a "]]),
+        "max_tokens": st.integers(1, 12),
+        "return_token_ids": st.booleans(),
+        "include_stop_str_in_output": st.booleans(),
+        "skip_special_tokens": st.booleans(),
+    },
+)
+
+
+def added_up(chunks: list[dict[str, Any]], field: str) -> dict[str, Any]:
+    """What a client that knows OpenAI's stream format makes of the chunks."""
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            whole = choices.setdefault(choice["index"], {"text": "", "logprobs": None, "token_ids": None})
+            whole["text"] += choice[field] if field == "text" else choice[field].get("content", "")
+            if choice["logprobs"] is not None:
+                known = whole["logprobs"] or {}
+                whole["logprobs"] = {k: (known.get(k) or []) + v if v else v for k, v in choice["logprobs"].items()}
+            if "token_ids" in choice:
+                whole["token_ids"] = (whole["token_ids"] or []) + choice["token_ids"]
+            whole["finish_reason"], whole["stop_reason"] = choice["finish_reason"], choice.get("stop_reason")
+    return {"choices": choices, "usage": chunks[-1]["usage"]}
+
+
+def reduced(answer: dict[str, Any], field: str) -> dict[str, Any]:
+    choices = {
+        choice["index"]: {
+            "text": choice["text"] if field == "text" else choice["message"]["content"],
+            "logprobs": choice["logprobs"],
+            "token_ids": choice.get("token_ids"),
+            "finish_reason": choice["finish_reason"],
+            "stop_reason": choice["stop_reason"],
+        }
+        for choice in answer["choices"]
+    }
+    return {"choices": choices, "usage": answer["usage"]}
+
+
+async def both_ways(script: list[bytes], body: dict[str, Any], *, chat: bool) -> None:
+    def prepare() -> OpenAIAdapter:
+        order = itertools.cycle([script, [*reversed(script)]])
+        return OpenAIAdapter(ScriptedEngine(lambda _: next(order)))
+
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    if chat:
+        field = "delta"
+        answer = await prepare().chat(parse_chat_request(body))
+        stream = await prepare().chat_stream(parse_chat_request(streamed))
+    else:
+        field = "text"
+        answer = await prepare().complete(parse_completion_request(body))
+        stream = await prepare().complete_stream(parse_completion_request(streamed))
+    chunks = [json.loads(to_json_bytes(chunk)) async for chunk in stream]
+    assert added_up(chunks, field) == reduced(json.loads(to_json_bytes(answer)), field)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scripts(), OPTIONS, st.integers(1, 3), st.sampled_from([None, 0, 2]))
+async def test_chat_streams_equal_whole_answers(
+    script: list[bytes], options: dict[str, Any], n: int, logprobs: int | None
+) -> None:
+    more = {} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs}
+    await both_ways(script, {"messages": [{"role": "user", "content": "é"}], "n": n, **options, **more}, chat=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    scripts(), OPTIONS, st.integers(1, 2), st.sampled_from(["a", ["ab", "é", "x"]]), st.none() | st.integers(0, 2),
+    st.booleans(),
+)  # fmt: skip
+async def test_completion_streams_equal_whole_answers(
+    script: list[bytes], options: dict[str, Any], n: int, prompt: object, logprobs: int | None, echo: bool
+) -> None:
+    body = {"prompt": prompt, "n": n, "logprobs": logprobs, "echo": echo, **options}
+    await both_ways(script, body, chat=False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scripts(), OPTIONS, st.booleans())
+async def test_answers_do_not_depend_on_the_cuts(script: list[bytes], options: dict[str, Any], chat: bool) -> None:
+    answers = []
+    for pieces in (script, [b"".join(script)]):
+        adapter = OpenAIAdapter(ScriptedEngine(pieces))
+        if chat:
+            body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1, **options}
+            answer = await adapter.chat(parse_chat_request(body))
+        else:
+            answer = await adapter.complete(parse_completion_request({"prompt": "a", "logprobs": 1, **options}))
+        data = json.loads(to_json_bytes(answer))
+        answers.append({name: value for name, value in data.items() if name not in OWN})
+    assert answers[0] == answers[1]
+
+
+def chunker() -> ChatChunker:
+    request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}]})
+    return ChatChunker(Head("id", 1, "m", "fp"), request, [1])
+
+
+def test_errors_and_aborts_of_the_engine_are_raised() -> None:
+    with pytest.raises(GenerationFailedError, match="boom"):
+        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error="boom"))
+    with pytest.raises(RequestAbortedError):
+        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ABORT))
+
+
+def test_a_stream_that_ends_early_is_a_failure() -> None:
+    started = chunker()
+    started.add(0, TokenOutput(request_id="r", text="a", token_ids=(1,)))
+    with pytest.raises(GenerationFailedError, match="1 sequences unfinished"):
+        started.end()
+
+
+def test_times_are_of_the_slowest_prompt() -> None:
+    counts = TokenCounts()
+    for prompt, (scheduled, first, end) in enumerate([(1.0, 1.5, 2.0), (2.0, 2.1, 4.1)]):
+        times = RequestMetrics(0.0, scheduled, first, end)
+        counts.add(prompt, TokenOutput(request_id="r", num_prompt_tokens=3, metrics=times), 2)
+    usage = counts.usage(final=True)
+    assert (usage.prompt_time_costs, usage.completion_time_costs) == (500, 2000)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (6, 4, 10)
+
+
+def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None:
+    request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2})
+    made = CompletionChunker(Head("id", 1, "m", "fp"), request, [EchoedPrompt("pq", "p", (112, 113))], whole=True)
+    entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
+    end = {"request_id": "r", "token_ids": (113,), "logprobs": (entry,), "finish_reason": FinishReason.LENGTH}
+    early = made.add(0, TokenOutput(index=1, text="one", **end))
+    assert early == []
+    chunks = made.add(0, TokenOutput(index=0, text="zero", prompt_logprobs=(None, entry), **end))
+    answer = join_completion([*chunks, *made.end()])
+    assert [choice.text for choice in answer.choices] == ["pqzero", "pqone"]
+    assert all(choice.logprobs and choice.logprobs.text_offset == (0, 1, 2) for choice in answer.choices)

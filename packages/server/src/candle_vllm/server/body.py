@@ -1,0 +1,79 @@
+"""Reading a request's body with a limit, and waiting for an answer while watching the connection.
+
+Step 1 of a request's life, and the client-gone edge of the picture: a disconnect cancels the waiting, which aborts
+the request in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from starlette.types import Receive, Scope
+
+from candle_vllm.server.errors import ClientGone, HttpError
+
+T = TypeVar("T")
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The JSON body of a request, at most `limit` bytes; more is refused before it is held in memory.
+
+    Raises:
+        HttpError: 415 for another content type, 400 for a broken length, 413 when too large.
+        ClientGone: the client left while sending.
+    """
+    headers = dict(scope["headers"])
+    media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if media_type != b"application/json":
+        raise HttpError(415, "The body must be JSON: send the header `Content-Type: application/json`.",
+                        "unsupported_media_type")  # fmt: skip
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit():
+        raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
+    if len(length) > 15 or int(length) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(answer: Awaitable[T], receive: Receive) -> T:
+    """The answer; a disconnect cancels it and raises ClientGone."""
+    working = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
+
+
+def _too_large(limit: int) -> HttpError:
+    return HttpError(
+        413, f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.", "request_too_large"
+    )

@@ -1,0 +1,1 @@
+"""Commands besides `serve`; they call the engine in this process, without HTTP."""

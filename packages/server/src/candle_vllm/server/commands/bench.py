@@ -1,0 +1,176 @@
+"""`candle-vllm bench`: how fast a model is on this machine, without HTTP.
+
+Calls the engine at step 3 of a request's life. After one short request (start-up) and one unmeasured round, every
+round submits `concurrency` requests at once; the median of each figure over the rounds is reported. Prompts are
+random valid token ids, never repeated, and the prefix cache is off, so that nothing is measured twice.
+
+    ttft_s          from submission to the first token; median over the streams
+    prefill_tok_s   prompt tokens of all streams / time until every stream has its first token
+    decode_tok_s    tokens of one stream after its first / time they took; median over the streams
+    output_tok_s    output tokens of all streams / whole time of the round, prompts included
+    load_s          making the engine: reading, repacking, compiling
+    start_s         from the start of this process to the first token of the short request (Linux; else null)
+    peak_rss_mb     largest resident memory of this process so far, in MB of 2^20 bytes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
+from candle_vllm.server.engine_setup import load_engine
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+_PROBE_TOKENS = 8  # length of the request that start_s is measured with
+
+
+@dataclass(frozen=True)
+class _Times:
+    """One request: seconds since its round began, and how many tokens came."""
+
+    first: float
+    last: float
+    tokens: int
+    first_tokens: int  # tokens that came with the first piece
+
+
+def bench(
+    settings: Settings,
+    prompt_tokens: int = 1024,
+    output_tokens: int = 128,
+    concurrency: int = 1,
+    repeat: int = 3,
+    as_json: bool = False,
+) -> int:
+    """Measures and prints one JSON object, or a table for people."""
+    began = time.perf_counter()
+    with load_engine(settings, enable_prefix_caching=False) as engine:
+        load_s = time.perf_counter() - began
+        longest = engine.model_info.max_model_len
+        if prompt_tokens + output_tokens > longest:
+            raise UsageError(
+                f"{prompt_tokens} prompt and {output_tokens} output tokens exceed the longest request of {longest}:"
+                " lower --prompt-tokens or --output-tokens"
+            )
+        shape = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "concurrency": concurrency}
+        start_s, rounds = asyncio.run(_measure(engine, repeat, **shape))
+        report = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        report |= {"load_s": load_s, "start_s": start_s, "peak_rss_mb": peak_rss_mb()}
+        result = {name: round_figure(value) for name, value in report.items()} | _description(engine, shape, repeat)
+    sys.stdout.write(_as_json(result) if as_json else _as_table(result))
+    return 0
+
+
+async def _measure(
+    engine: InferenceEngine, repeat: int, prompt_tokens: int, output_tokens: int, concurrency: int
+) -> tuple[float | None, list[dict[str, float]]]:
+    numbers = random.Random(0)  # noqa: S311 - the same prompts in every run, for comparison
+    await _request(engine, _prompt(engine, numbers, _PROBE_TOKENS), 1, time.perf_counter())
+    start_s = process_age()
+    rounds = []
+    for _ in range(1 + repeat):
+        prompts = [_prompt(engine, numbers, prompt_tokens) for _ in range(concurrency)]
+        began = time.perf_counter()
+        times = await asyncio.gather(*(_request(engine, prompt, output_tokens, began) for prompt in prompts))
+        rounds.append(figures(times, prompt_tokens))
+    return start_s, rounds[1:]
+
+
+def _prompt(engine: InferenceEngine, numbers: random.Random, length: int) -> list[int]:
+    info = engine.model_info
+    ends = set(info.eos_token_ids)
+    return [_other(numbers.randrange(info.vocab_size), ends, info.vocab_size) for _ in range(length)]
+
+
+def _other(token: int, avoided: set[int], vocab_size: int) -> int:
+    while token in avoided:
+        token = (token + 1) % vocab_size
+    return token
+
+
+async def _request(engine: InferenceEngine, prompt: list[int], output_tokens: int, began: float) -> _Times:
+    params = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
+    first, first_tokens, tokens = 0.0, 0, 0
+    async for piece in engine.stream(prompt, params):
+        if piece.error is not None:
+            raise CandleVllmError(f"the engine failed: {piece.error}")
+        if not tokens and piece.token_ids:
+            first, first_tokens = time.perf_counter() - began, len(piece.token_ids)
+        tokens += len(piece.token_ids)
+    if tokens != output_tokens:
+        raise CandleVllmError(f"the engine stopped after {tokens} of {output_tokens} tokens: nothing to compare")
+    return _Times(first, time.perf_counter() - began, tokens, first_tokens)
+
+
+def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
+    """The figures of one round. A decode rate needs two tokens; of one, it is 0."""
+    rates = [(each.tokens - each.first_tokens) / max(each.last - each.first, 1e-9) for each in times]
+    return {
+        "prefill_tok_s": prompt_tokens * len(times) / max(each.first for each in times),
+        "decode_tok_s": statistics.median(rates),
+        "output_tok_s": sum(each.tokens for each in times) / max(each.last for each in times),
+        "ttft_s": statistics.median(each.first for each in times),
+    }
+
+
+def process_age() -> float | None:
+    """Seconds since this process was started, to the kernel's clock tick (10 ms); None where /proc is missing."""
+    try:
+        # The name in field 2 may hold spaces and parentheses; field 22 is the start in ticks since boot.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process; None on systems without it."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
+
+
+def round_figure(value: float | None) -> float | None:
+    """Four significant digits: more would be noise."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) -> dict[str, Any]:
+    info = engine.model_info
+    return {
+        **shape,
+        "repeat": repeat,
+        "model": info.name,
+        "architecture": info.architecture,
+        "quantization": info.quantization,
+        "dtype": info.dtype,
+        "device": info.device,
+        "weight_mb": round_figure(info.weight_bytes / (1 << 20)),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("candle-vllm-core", "torch")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result) + "\n"
+
+
+def _as_table(result: dict[str, Any]) -> str:
+    return "".join(f"{name:16} {value}\n" for name, value in result.items() if name != "versions")

@@ -1,0 +1,79 @@
+"""`candle-vllm generate`: continue one prompt, streamed to standard output.
+
+Enters the life of a request at step 2 (with `--chat`, through the adapter) or 3 (without).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
+from candle_vllm.server.commands.terminal import answer_text, conversation, terminal_safe
+from candle_vllm.server.engine_setup import load_engine
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+DEFAULT_MAX_TOKENS = 256
+_MAX_PROMPT = 64 << 20  # bytes read from standard input
+
+
+def generate(
+    settings: Settings,
+    prompt: str,
+    chat: bool = False,
+    system: str | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    stop: tuple[str, ...] = (),
+) -> int:
+    """Writes the continuation of `prompt` ("-" reads it from standard input), and a newline."""
+    if system is not None and not chat:
+        raise UsageError("--system needs --chat: a plain prompt has no system message")
+    text = _read_stdin() if prompt == "-" else prompt
+    if not text:
+        raise UsageError("the prompt is empty")
+    with load_engine(settings) as engine:
+        if chat:
+            messages = conversation(system, text)
+            pieces = answer_text(engine, messages, settings.default_sampling, max_tokens, stop)
+        else:
+            pieces = _continuation(engine, text, settings, max_tokens, stop)
+        asyncio.run(_write(pieces))
+    return 0
+
+
+async def _continuation(
+    engine: InferenceEngine, prompt: str, settings: Settings, max_tokens: int, stop: tuple[str, ...]
+) -> AsyncGenerator[str, None]:
+    sampling: dict[str, Any] = {**engine.model_info.default_sampling, **settings.default_sampling}
+    sampling |= {"max_tokens": max_tokens, "stop": stop or None}
+    stream = engine.stream(prompt, SamplingParams(**sampling))
+    try:
+        async for piece in stream:
+            if piece.error is not None:
+                raise CandleVllmError(f"the engine failed on this prompt: {piece.error}")
+            yield piece.text
+    finally:
+        await stream.aclose()
+
+
+async def _write(pieces: AsyncGenerator[str, None]) -> None:
+    async with contextlib.aclosing(pieces) as texts:
+        async for text in texts:
+            sys.stdout.write(terminal_safe(text))
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read(_MAX_PROMPT + 1)
+    if len(data) > _MAX_PROMPT:
+        raise UsageError(f"the prompt on standard input is larger than {_MAX_PROMPT >> 20} MB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on standard input is not UTF-8: byte {error.start}") from None

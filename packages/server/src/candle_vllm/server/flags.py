@@ -1,0 +1,177 @@
+"""The one table of settings: flags, environment variables, models.yaml keys and help all come from it.
+
+Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the
+variable `CANDLE_VLLM_BLOCK_SIZE` and, where `in_yaml`, a key of `params` in models.yaml. The short names with two
+dashes (`--m`, `--p`) are candle-vllm's; the long ones are those that users of other servers know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, Integer, Kind, Number, Secret, Text
+
+ENV_PREFIX = "CANDLE_VLLM_"
+COMMANDS = {
+    "serve": "serve the model over HTTP (what happens without a command)",
+    "generate": "continue one prompt on the terminal",
+    "chat": "talk with the model on the terminal",
+    "bench": "measure the model on this machine",
+}
+MODEL, DEVICE, LIMITS, SAMPLING, HTTP, LOGGING = (
+    "model", "device and memory", "scheduling", "default sampling", "HTTP server", "logging",
+)  # fmt: skip
+GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, HTTP, LOGGING)
+COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "serve": GROUPS,
+    "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "bench": (MODEL, DEVICE, LIMITS, LOGGING),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Attributes:
+        name: field of `Settings`; upper-cased after `CANDLE_VLLM_`, the environment variable.
+        group: heading in the help.
+        flags: flags that take a value, in the order of the help.
+        kind: how its values are read and checked.
+        help: what it does, for `--help`.
+        metavar: what stands for the value in the help.
+        constants: flags without a value, and the value that each means.
+        repeat: the flag may be given several times; in the environment, values are separated by commas.
+        in_yaml: may stand among `params` of a model in models.yaml.
+        rivals: name of the set of settings of which one source may give only one.
+    """
+
+    name: str
+    group: str
+    flags: tuple[str, ...]
+    kind: Kind
+    help: str
+    metavar: str = ""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    repeat: bool = False
+    in_yaml: bool = False
+    rivals: str | None = None
+
+    @property
+    def env(self) -> str:
+        """The environment variable."""
+        return ENV_PREFIX + self.name.upper()
+
+
+def _switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more: Any) -> Option:
+    flag = "--" + name.replace("_", "-")
+    constants = {flag: True, **dict.fromkeys(off or (f"--no-{flag[2:]}",), False)}
+    return Option(name, group, (), Boolean(), text, constants=constants, **more)
+
+
+_TOKENS = Integer(1, 1 << 24)
+_DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
+_LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
+
+OPTIONS: tuple[Option, ...] = (
+    Option("model", MODEL, ("--m", "--model"), Text(),
+           "Hugging Face id, folder, .gguf file, or name in models.yaml; without it, the demo model", "MODEL",
+           rivals="model source"),
+    Option("weight_path", MODEL, ("--w", "--weight-path"), FilePath(), "folder with the model's files", "DIR",
+           rivals="model source"),
+    Option("weight_file", MODEL, ("--f", "--weight-file"), Text(),
+           "weight file inside the model's folder or repository; alone, a .gguf file", "FILE"),
+    Option("revision", MODEL, ("--revision",), Text(), "branch, tag or commit on Hugging Face", "REV", in_yaml=True),
+    Option("tokenizer", MODEL, ("--tokenizer",), FilePath(), "folder with the tokenizer.json to use instead", "DIR",
+           in_yaml=True),
+    Option("chat_template", MODEL, ("--chat-template",), FilePath(), "file with the Jinja chat template to use instead",
+           "FILE", in_yaml=True),
+    Option("served_model_name", MODEL, ("--served-model-name",), Text(512),
+           "name of the model for clients; repeatable, the first is reported", "NAME", repeat=True, in_yaml=True),
+    Option("models_config", MODEL, ("--models-config",), FilePath(),
+           "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE"),
+    Option("hf_token", MODEL, ("--hf-token",), Secret(),
+           "name of the environment variable that holds the Hugging Face token, or the token itself (hf_...)",
+           "NAME|TOKEN", rivals="Hugging Face token"),
+    Option("hf_token_path", MODEL, ("--hf-token-path",), FilePath(), "file that holds the Hugging Face token", "FILE",
+           rivals="Hugging Face token"),
+    Option("download_dir", MODEL, ("--download-dir",), FilePath(), "where downloads are kept", "DIR", in_yaml=True),
+    _switch("offline", MODEL, "never use the network to find the model"),
+    Option("device", DEVICE, ("--d", "--device"), Device(), "auto, cpu, cuda, cuda:N, or N; --cpu is --device cpu",
+           "DEVICE", constants={"--cpu": "cpu"}, in_yaml=True),
+    Option("dtype", DEVICE, ("--dtype",), _DTYPES, "auto, f32, bf16 or f16", "TYPE", in_yaml=True),
+    Option("mem", DEVICE, ("--mem",), Integer(1, 1 << 30), "memory of the KV cache, in MB of 2^20 bytes", "MB",
+           in_yaml=True, rivals="KV cache size"),
+    Option("kv_cache_memory_bytes", DEVICE, ("--kv-cache-memory-bytes",), Integer(1 << 10, 1 << 50),
+           "the same in bytes; 4G is 4 * 2^30", "BYTES", in_yaml=True, rivals="KV cache size"),
+    Option("kv_fraction", DEVICE, ("--kv-fraction",), Number(0, 1, open_low=True, open_high=True),
+           "share of the memory left after loading that the KV cache takes", "SHARE", in_yaml=True,
+           rivals="KV cache size"),
+    Option("block_size", DEVICE, ("--block-size",), Integer(1, 1024), "tokens in one KV block, a power of two", "N",
+           in_yaml=True),
+    Option("threads", DEVICE, ("--threads",), Integer(1, 1024), "CPU threads; without it, one per physical core", "N",
+           in_yaml=True),
+    Option("max_model_len", LIMITS, ("--max-model-len",), _TOKENS, "longest prompt plus answer, in tokens", "N",
+           in_yaml=True),
+    Option("max_num_seqs", LIMITS, ("--max-num-seqs",), Integer(1, 4096), "most sequences in one step", "N",
+           in_yaml=True),
+    Option("prefill_chunk_size", LIMITS, ("--prefill-chunk-size", "--max-num-batched-tokens"), Integer(1, 1 << 20),
+           "most tokens in one step, prompts included", "N", in_yaml=True),
+    _switch("enable_prefix_caching", LIMITS, "reuse the KV blocks of equal prompt beginnings (on unless disabled)",
+            off=("--disable-prefix-cache", "--no-enable-prefix-caching"), in_yaml=True),
+    Option("max_queued_requests", LIMITS, ("--max-queued-requests",), Integer(1, 1 << 20),
+           "most unfinished requests before new ones are refused with 503", "N", in_yaml=True),
+    Option("seed", LIMITS, ("--seed",), Integer(-(1 << 63), (1 << 64) - 1, units=False),
+           "makes requests without a seed reproducible, in order of arrival", "N", in_yaml=True),
+    Option("temperature", SAMPLING, ("--temperature",), Number(0, 100), "0 is greedy", "X", in_yaml=True),
+    Option("top_p", SAMPLING, ("--top-p",), Number(0, 1, open_low=True), "keep the likeliest tokens up to this sum",
+           "X", in_yaml=True),
+    Option("top_k", SAMPLING, ("--top-k",), Integer(-1, 1 << 24), "keep the K likeliest tokens; 0 or -1 keeps all", "K",
+           in_yaml=True),
+    Option("min_p", SAMPLING, ("--min-p",), Number(0, 1), "drop tokens less likely than this share of the likeliest",
+           "X", in_yaml=True),
+    Option("frequency_penalty", SAMPLING, ("--frequency-penalty",), Number(-2, 2), "penalty per earlier occurrence",
+           "X", in_yaml=True),
+    Option("presence_penalty", SAMPLING, ("--presence-penalty",), Number(-2, 2), "penalty for having occurred", "X",
+           in_yaml=True),
+    Option("host", HTTP, ("--h", "--host"), Text(512),
+           "address to listen on: host, host:port, [v6]:port, tcp://, http:// or unix:///path", "HOST"),
+    Option("port", HTTP, ("--p", "--port"), Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT"),
+    Option("api_key", HTTP, ("--api-key",), Secret(),
+           "key that clients must send as `Authorization: Bearer`; repeatable", "KEY", repeat=True),
+    Option("cors_origin", HTTP, ("--cors-origin",), Text(512),
+           "web origin whose pages may call this server, or *; repeatable", "ORIGIN", repeat=True),
+    Option("max_body_mb", HTTP, ("--max-body-mb",), Integer(1, 1024), "largest request body, in MB of 2^20 bytes",
+           "MB"),
+    Option("shutdown_timeout", HTTP, ("--shutdown-timeout",), Integer(0, 86400),
+           "seconds that running requests get to finish on shutdown", "SECONDS"),
+    _switch("log_requests", HTTP, "log one line per HTTP request, without its content"),
+    Option("log_level", LOGGING, ("--log-level",), _LEVELS, "debug, info, warning or error", "LEVEL"),
+)  # fmt: skip
+
+_SYSTEM = Option("system", "command", ("--system",), Text(1 << 20), "system message of the conversation", "TEXT")
+_MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
+
+COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    "serve": (),
+    "generate": (
+        _switch("chat", "command", "put the prompt into the model's chat template as a user message"),
+        _SYSTEM,
+        _MAX_TOKENS,
+        Option(
+            "stop", "command", ("--stop",), Text(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
+        ),
+    ),
+    "chat": (_SYSTEM, _MAX_TOKENS),
+    "bench": (
+        Option("prompt_tokens", "command", ("--prompt-tokens",), _TOKENS, "length of each prompt", "N"),
+        Option("output_tokens", "command", ("--output-tokens",), _TOKENS, "length of each answer", "N"),
+        Option("concurrency", "command", ("--concurrency",), Integer(1, 4096), "requests at the same time", "N"),
+        Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
+        Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True}),
+    ),
+}
+"""Options of single commands; they have no environment variable and no models.yaml key."""

@@ -1,0 +1,152 @@
+"""The command line's grammar, made from the table in `flags.py`.
+
+Read before step 1 of a request's life. argparse splits the line; the values are converted by the same kinds as
+those of the environment and of models.yaml, so that every source refuses the same things in the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from candle_vllm.server.flags import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option
+from candle_vllm.server.kinds import UsageError, nearest
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.sources import Source, convert
+
+_EPILOG = """\
+Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
+Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
+"""
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(Settings)}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and its arguments; without a command it is `serve`."""
+    if not argv or argv[0].startswith("-"):
+        return "serve", list(argv)
+    if argv[0] not in COMMANDS:
+        raise UsageError(
+            f"unknown command {argv[0]!r:.60}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"
+        )
+    return argv[0], list(argv[1:])
+
+
+def parse(command: str, argv: Sequence[str]) -> tuple[Source, dict[str, Any]]:
+    """Settings given on the command line, and the command's own values (`prompt`, `max_tokens`, ...).
+
+    Raises:
+        UsageError: an unknown flag, a missing or a refused value.
+        SystemExit: after `--help` or `--version`.
+    """
+    parser = build_parser(command)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UsageError(_unknown(command, rest[0]))
+    arguments = vars(given)
+    settings: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for option in _options(command):
+        if option.name in arguments:
+            settings[option.name] = _value(option, arguments[option.name])
+            spelled[option.name] = _flag(option)
+    own = {option.name: _value(option, arguments[option.name])
+           for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
+    if command == "generate":
+        own["prompt"] = arguments["prompt"]
+    return Source("the command line", settings, spelled), own
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The argparse parser of one command."""
+    parser = _Parser(
+        prog="candle-vllm" if command == "serve" else f"candle-vllm {command}",
+        description=COMMANDS[command],
+        usage=_usage(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    general = parser.add_argument_group("commands" if command == "serve" else "general")
+    if command == "serve":
+        general.description = "\n".join(f"{name:20}  {text}" for name, text in COMMANDS.items())
+    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    general.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    if command == "generate":
+        parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    if COMMAND_OPTIONS[command]:
+        own = parser.add_argument_group(command)
+        for option in COMMAND_OPTIONS[command]:
+            _add(own, option)
+    for name in COMMAND_GROUPS[command]:
+        group = parser.add_argument_group(name)
+        for option in OPTIONS:
+            if option.group == name:
+                _add(group, option)
+    return parser
+
+
+def _usage(command: str) -> str:
+    if command == "serve":
+        return "candle-vllm [serve | generate | chat | bench] [options]"
+    return f"candle-vllm {command} [options]" + (" PROMPT" if command == "generate" else "")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"candle-vllm {version('candle-vllm-server')}\n")
+        parser.exit(0)
+
+
+def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+    default = _DEFAULTS.get(option.name)
+    text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
+    if option.flags:
+        action = "append" if option.repeat else "store"
+        group.add_argument(*option.flags, dest=option.name, action=action, metavar=option.metavar, help=text)
+    for value in dict.fromkeys(option.constants.values()):
+        flags = [flag for flag, meaning in option.constants.items() if meaning == value]
+        shown = text if value is True else f"the opposite of {_flag(option)}"
+        if option.flags or flags == [f"--no{_flag(option)[1:]}"]:
+            shown = argparse.SUPPRESS
+        group.add_argument(*flags, dest=option.name, action="store_const", const=value, help=shown)
+
+
+def _options(command: str) -> list[Option]:
+    return [option for option in OPTIONS if option.group in COMMAND_GROUPS[command]]
+
+
+def _flag(option: Option) -> str:
+    return option.flags[0] if option.flags else next(iter(option.constants))
+
+
+def _value(option: Option, given: Any) -> Any:
+    spelled = "/".join(option.flags) or _flag(option)
+    if option.repeat:
+        return tuple(convert(option.kind, item, spelled) for item in given)
+    return convert(option.kind, given, spelled)
+
+
+def _unknown(command: str, text: str) -> str:
+    if not text.startswith("-"):
+        hint = f": the command comes first (candle-vllm {text} ...)" if text in COMMANDS else ""
+        return f"unexpected argument {text!r:.60}{hint}"
+    flag = text.split("=", 1)[0]
+    elsewhere = [option for option in OPTIONS if flag in (*option.flags, *option.constants)]
+    if elsewhere:
+        return f"{flag} does not apply to `candle-vllm {command}`"
+    options = (*_options(command), *COMMAND_OPTIONS[command])
+    known = [name for option in options for name in (*option.flags, *option.constants)]
+    return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"

@@ -1,0 +1,52 @@
+"""Request ids and the request log: the outermost ASGI layer.
+
+Steps 1 and 10 of a request's life. A client's own `x-request-id` is kept when it is harmless; every response
+carries one. The log has method, path, status, time and id, never content or headers.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+logger = logging.getLogger("candle_vllm.server.requests")
+
+
+class RequestIdMiddleware:
+    """Adds `x-request-id` to every response, and a log line per request when `log` is set."""
+
+    def __init__(self, app: ASGIApp, log: bool) -> None:
+        self._app = app
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given if _HARMLESS.fullmatch(given) else uuid.uuid4().hex.encode()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        start = time.perf_counter()
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            if self._log:
+                logger.info(
+                    "%s %r %s %.3f s %s",
+                    scope["method"], scope["path"][:200], status or "no answer", time.perf_counter() - start,
+                    request_id.decode(),
+                )  # fmt: skip

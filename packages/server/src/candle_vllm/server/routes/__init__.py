@@ -1,0 +1,1 @@
+"""HTTP routes, one module per family: step 1 of a request's life."""

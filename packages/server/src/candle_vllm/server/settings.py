@@ -1,0 +1,239 @@
+"""Settings: every setting of the server and the commands in one frozen object.
+
+Made before step 1 of a request's life. Precedence: command line > environment > `.env` > models.yaml > the default
+below. The names, flags and ranges stand in `flags.py`; a field whose default is None leaves the choice to the
+engine, the model or the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.server.flags import OPTIONS, SAMPLING
+from candle_vllm.server.kinds import Integer, UsageError
+from candle_vllm.server.sources import ModelsFile, Source, environment_source, find_models_file, read_dotenv
+
+_OPTIONS = {option.name: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `docs/configuration.md` lists; each field is checked when the object is made (UsageError)."""
+
+    model: str | None = None
+    weight_path: Path | None = None
+    weight_file: str | None = None
+    revision: str | None = None
+    tokenizer: Path | None = None
+    chat_template: Path | None = None
+    served_model_name: tuple[str, ...] = ()
+    models_config: Path | None = None
+    hf_token: str | None = field(default=None, repr=False)
+    hf_token_path: Path | None = None
+    download_dir: Path | None = None
+    offline: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    mem: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    kv_fraction: float | None = None
+    block_size: int | None = None
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    prefill_chunk_size: int | None = None
+    enable_prefix_caching: bool | None = None
+    max_queued_requests: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    host: str = "127.0.0.1"
+    port: int = 2000
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    cors_origin: tuple[str, ...] = ()
+    max_body_mb: int = 32
+    shutdown_timeout: int = 30
+    log_level: str = "info"
+    log_requests: bool = False
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            option = _OPTIONS[item.name]
+            if value is None or value == item.default:
+                continue
+            try:
+                for single in value if option.repeat else (value,):
+                    option.kind.check(single)
+            except ValueError as error:
+                raise UsageError(f"{item.name} {error}") from None
+        parse_address(self.host, self.port)
+
+    @property
+    def address(self) -> Address:
+        """Where to listen: `host` and `port` together."""
+        return parse_address(self.host, self.port)
+
+    @property
+    def default_sampling(self) -> dict[str, float | int]:
+        """The sampling settings that were given, by their request names."""
+        names = [option.name for option in OPTIONS if option.group == SAMPLING]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class Address:
+    """A TCP address, or the path of a Unix socket."""
+
+    host: str
+    port: int
+    unix_path: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """The address for people; a server that listens everywhere is reached at 127.0.0.1."""
+        if self.unix_path is not None:
+            return f"unix://{self.unix_path}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def parse_address(host: str, port: int) -> Address:
+    """Reads the forms of `--host`; a port inside `host` wins over `port`."""
+    if host.startswith("unix://"):
+        path = Path(host.removeprefix("unix://"))
+        if not path.is_absolute() or len(str(path).encode()) > 100:
+            raise UsageError(f"host {host!r} must be unix:///absolute/path of at most 100 bytes")
+        return Address("", 0, path)
+    name, inner = split_host(host)
+    return Address(name, port if inner is None else inner)
+
+
+def split_host(host: str) -> tuple[str, int | None]:
+    """Host name or address, and the port that stands in it, if any."""
+    match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
+    if match is None or match["scheme"] not in (None, "tcp", "http"):
+        hint = ": HTTPS needs a reverse proxy in front" if host.startswith("https:") else ""
+        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path{hint}")
+    rest = match["rest"]
+    if re.fullmatch(r"[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(%\w+)?", rest):
+        return rest, None  # an IPv6 address without brackets
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+(?:%\w+)?)\]|(?P<name>[\w.-]+))(?::(?P<port>.*))?", rest, re.ASCII)
+    if match is None:
+        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path")
+    name = match["v6"] or match["name"]
+    if match["port"] is None:
+        return name, None
+    try:
+        return name, Integer(0, 65535, units=False).from_text(match["port"])
+    except ValueError as error:
+        raise UsageError(f"the port in host {host!r} {error}") from None
+
+
+def load_settings(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
+    """Merges all sources.
+
+    Args:
+        command_line: values of the flags that were given.
+        environ: the process's environment.
+        folder: the working folder, where `.env` and models.yaml may lie.
+        home: the home folder, where `.candle-vllm/models.yaml` may lie.
+    """
+    dotenv = read_dotenv(folder / ".env")
+    upper = [
+        command_line,
+        environment_source(environ, "the environment"),
+        environment_source(dotenv, str(folder / ".env")),
+    ]
+    merged = merge(upper)
+    models_file = find_models_file(merged.get("models_config"), home, folder)
+    entry = _entry(models_file, merged)
+    if entry is not None:
+        upper = [dataclasses.replace(source, values=_without(source.values, "model")) for source in upper]
+        merged = merge([*upper, entry])
+    _settle_port(merged, upper)
+    merged["hf_token"] = _token(merged, {**dotenv, **environ}, folder)
+    return Settings(**merged)
+
+
+def merge(sources: Sequence[Source]) -> dict[str, Any]:
+    """One value per setting, from the first source that has it; of rival settings, only the first source's."""
+    merged: dict[str, Any] = {}
+    taken: set[str] = set()
+    for source in sources:
+        rivals: dict[str, str] = {}
+        for name, value in source.values.items():
+            group = _OPTIONS[name].rivals or name
+            if group in rivals:
+                spelled = [source.given_as.get(each, each) for each in (rivals[group], name)]
+                raise UsageError(f"{spelled[0]} and {spelled[1]} both set the {group}: give one ({source.title})")
+            rivals[group] = name
+            if group not in taken:
+                merged[name] = value
+        taken.update(rivals)
+    return merged
+
+
+def _entry(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> Source | None:
+    if models_file is None:
+        if merged.get("model") == "default":
+            raise UsageError("model 'default' needs a models.yaml with a default_model")
+        return None
+    name = merged.get("model")
+    if name is None and ("weight_path" in merged or "weight_file" in merged):
+        return None
+    if name in (None, "default") and "default" not in models_file.models:
+        if name == "default" and models_file.default_model is None:
+            raise UsageError(f"model 'default' needs a default_model in {models_file.path}")
+        name = models_file.default_model
+    return models_file.models.get(name) if name is not None else None
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
+    """Of a port inside `host` and a `port`, the one from the stronger source counts."""
+    if "host" not in merged or "port" not in merged or merged["host"].startswith("unix:"):
+        return
+    name, inner = split_host(merged["host"])
+    if inner is None or inner == merged["port"]:
+        return
+    rank = {key: next(i for i, source in enumerate(sources) if key in source.values) for key in ("host", "port")}
+    if rank["host"] == rank["port"]:
+        raise UsageError(f"host {merged['host']!r} and port {merged['port']} name two ports: give one")
+    if rank["port"] < rank["host"]:
+        merged["host"] = f"[{name}]" if ":" in name else name
+
+
+def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
+    """The Hugging Face token: itself, by the name of a variable, from a file, or from HF_TOKEN."""
+    if merged.get("hf_token_path") is not None:
+        path = folder / merged["hf_token_path"]
+        try:
+            token = path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            raise UsageError(f"cannot read the Hugging Face token from {path}") from None
+        if not token:
+            raise UsageError(f"the Hugging Face token file {path} is empty")
+        return token
+    given = merged.get("hf_token")
+    if given is None:
+        return variables.get("HF_TOKEN") or None
+    if given.startswith("hf_"):
+        return given
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", given):
+        raise UsageError("--hf-token must be a token that begins with hf_, or the name of an environment variable")
+    if not variables.get(given):
+        raise UsageError(f"--hf-token names the environment variable {given}, which is not set")
+    return variables[given]

@@ -1,0 +1,305 @@
+"""The application over real connections: answers, streams, errors in the OpenAI envelope, limits, disconnects."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from server_fakes import PacedEngine
+
+from candle_vllm.core.errors import EngineOverloadedError
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+CHAT = {"model": "scripted", "messages": MESSAGES}
+ENDLESS = {**CHAT, "max_tokens": 1_000_000, "ignore_eos": True}
+PIECES = ["Hel", "lo ", "wörld", "!"]
+
+
+def _events(text: str) -> list[str]:
+    return [part.removeprefix("data: ") for part in text.split("\n\n") if part]
+
+
+def test_chat_whole_and_streamed_say_the_same(start) -> None:
+    client = start(PacedEngine(PIECES)).openai()
+    whole = client.chat.completions.create(model="scripted", messages=MESSAGES)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == ("Hello wörld!", "stop")
+    chunks = list(
+        client.chat.completions.create(
+            model="scripted", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "Hello wörld!"
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={
+            name: getattr(chunks[-1].usage, name)
+            for name in ("prompt_time_costs", "completion_time_costs")
+            if hasattr(chunks[-1].usage, name)
+        }
+    )
+
+
+def test_completions_whole_and_streamed_say_the_same(start) -> None:
+    client = start(PacedEngine(PIECES)).openai()
+    whole = client.completions.create(model="scripted", prompt="Hi", max_tokens=50)
+    chunks = client.completions.create(model="scripted", prompt="Hi", max_tokens=50, stream=True)
+    assert whole.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks) == "Hello wörld!"
+
+
+def test_a_stream_on_the_wire(start) -> None:
+    with start(PacedEngine(PIECES)).http() as client:
+        response = client.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = _events(response.text)
+    assert events[-1] == "[DONE]"
+    assert {json.loads(event)["object"] for event in events[:-1]} == {"chat.completion.chunk"}
+
+
+def test_models(start) -> None:
+    running = start(served_model_name=("org/name", "second"))
+    client = running.openai()
+    assert [model.id for model in client.models.list()] == ["org/name", "second"]
+    assert client.models.retrieve("org/name").id == "org/name"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("third")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="third", messages=MESSAGES)
+
+
+def test_root_and_version(start) -> None:
+    with start().http() as client:
+        assert client.get("/").json()["models"] == ["scripted"]
+        assert set(client.get("/version").json()) == {"version"}
+
+
+def test_health_follows_the_engine(start) -> None:
+    running = start()
+    with running.http() as client:
+        assert client.get("/health").status_code == 200
+        running.engine.alive = False
+        assert client.get("/health").status_code == 503
+
+
+def test_default_sampling_of_the_server_applies_where_the_request_says_nothing(start) -> None:
+    running = start(PacedEngine("x", default_sampling={"temperature": 0.9, "min_p": 0.3}), temperature=0.5, top_k=7)
+    client = running.openai()
+    client.chat.completions.create(model="scripted", messages=MESSAGES)
+    client.chat.completions.create(model="scripted", messages=MESSAGES, temperature=0.1)
+    silent, spoken = (request.params for request in running.engine.requests)
+    assert (silent.temperature, silent.top_k, silent.min_p) == (0.5, 7, 0.3)
+    assert (spoken.temperature, spoken.top_k) == (0.1, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b"{", {}, 400, "invalid_body"),
+        (b"[]", {}, 400, "invalid_body"),
+        (b"", {}, 400, "invalid_body"),
+        (b'{"model": "\xff"}', {}, 400, "invalid_body"),
+        (b'{"messages": [], "temprature": 1}', {}, 400, None),
+        (b"{}", {"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        (b"x" * ((1 << 20) + 1), {}, 413, "request_too_large"),
+    ],
+)
+def test_bad_bodies(start, content: bytes, headers: dict[str, str], status: int, code: str | None) -> None:
+    with start(max_body_mb=1).http(headers={"content-type": "application/json", **headers}) as client:
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            response = client.post(path, content=content)
+            error = response.json()["error"]
+            assert response.status_code == status
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["type"] == "invalid_request_error"
+            assert code is None or error["code"] == code
+
+
+def test_a_missing_content_type_is_refused(start) -> None:
+    with start().http() as client:
+        assert client.post("/v1/completions", content=b"{}").status_code == 415
+
+
+def test_a_big_body_is_parsed(start) -> None:
+    running = start(PacedEngine("ok", max_model_len=1 << 20))
+    with running.http() as client:
+        response = client.post("/v1/completions", json={"prompt": "x" * 200_000, "max_tokens": 2})
+    assert response.status_code == 200
+    assert len(running.engine.requests[0].prompt_token_ids) > 200_000
+
+
+def test_a_chunked_body_is_cut_off_at_the_limit(start) -> None:
+    """The server answers after a little more than the limit, though the client would go on for ever."""
+    running = start(max_body_mb=1)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        piece = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        sent, answer = 0, b""
+        connection.settimeout(0.05)
+        while not answer and sent < 64:
+            with_timeout = connection.send(piece)
+            assert with_timeout == len(piece)
+            sent += 1
+            try:
+                answer = connection.recv(4096)
+            except TimeoutError:
+                continue
+    assert b" 413 " in answer.split(b"\r\n")[0]
+    assert 16 <= sent <= 20
+
+
+def test_an_endless_head_is_cut_off(start) -> None:
+    running = start()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        answer = b""
+        with pytest.raises((ConnectionError, BrokenPipeError, StopIteration)):  # noqa: PT012
+            for number in range(2000):
+                connection.sendall(b"X-%d: " % number + b"a" * 1000 + b"\r\n")
+                time.sleep(0.0005)
+            raise AssertionError("2 MB of headers were taken")
+        assert not answer
+    with running.http() as client:
+        assert client.get("/health").status_code == 200
+
+
+def test_a_long_body_on_a_kept_connection_is_no_head(start) -> None:
+    running = start(PacedEngine("ok", max_model_len=1 << 21))
+    with running.http() as client:
+        for _ in range(3):
+            response = client.post("/v1/completions", json={"prompt": "x" * 300_000, "max_tokens": 2})
+            assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("POST", "/health/", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ],
+)
+def test_wrong_routes_and_methods(start, method: str, path: str, status: int, code: str) -> None:
+    with start().http() as client:
+        response = client.request(method, path)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    if status == 405:
+        assert response.headers["allow"]
+
+
+def test_unknown_query_parameters_are_ignored(start) -> None:
+    with start().http() as client:
+        assert client.get("/v1/models?api-version=1").status_code == 200
+
+
+def test_overload_says_when_to_come_back(start) -> None:
+    running = start(PacedEngine(submit_error=EngineOverloadedError("the queue is full")))
+    with running.http() as client:
+        response = client.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("secret path /root"), "secret path /root"])
+def test_a_failure_in_mid_stream_is_an_event(start, failure: Exception | str) -> None:
+    running = start(PacedEngine(PIECES, fail_after=2, failure=failure))
+    with running.http() as client:
+        events = _events(client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text)
+        whole = client.post("/v1/chat/completions", json=CHAT)
+    assert json.loads(events[-1])["error"]["type"] == "server_error"
+    assert "[DONE]" not in events
+    assert whole.status_code == 500
+    assert "secret" not in events[-1] + whole.text
+    with pytest.raises(openai.APIError):
+        list(running.openai().chat.completions.create(model="scripted", messages=MESSAGES, stream=True))
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.01])
+def test_leaving_a_stream_aborts_it(start, pause: float) -> None:
+    running = start(PacedEngine("abc", pause=pause, max_model_len=1 << 21))
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as r:
+        chunks = r.iter_bytes()
+        next(chunks)
+        assert not running.engine.aborted
+    running.wait_for(lambda: running.engine.aborted)
+    assert running.engine.stats().num_running == 0
+
+
+def test_a_slow_reader_stops_its_own_stream(start) -> None:
+    """A client that stops reading fills the sockets and 1 MB here; then no more pieces are taken for it."""
+    running = start(PacedEngine("abc" * 50, max_model_len=1 << 24))
+    body = {**ENDLESS, "max_tokens": 10_000_000, "stream": True}
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as r:
+        chunks = r.iter_bytes()
+        next(chunks)
+        counts = [-1, 0]
+        while counts[-1] != counts[-2] or not counts[-1]:
+            time.sleep(0.2)
+            counts.append(running.engine.stats().generation_tokens)
+            assert len(counts) < 50
+        assert not running.engine.aborted
+        while running.engine.stats().generation_tokens == counts[-1]:
+            assert next(chunks)
+    running.wait_for(lambda: running.engine.aborted)
+
+
+def test_leaving_before_a_whole_answer_aborts_it(start) -> None:
+    running = start(PacedEngine("abc", pause=0.001, max_model_len=1 << 21))
+    with running.http() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=ENDLESS, timeout=0.3)
+    running.wait_for(lambda: running.engine.aborted)
+    assert running.engine.stats().num_running == 0
+
+
+def test_streams_run_side_by_side(start) -> None:
+    running = start(PacedEngine(["a"] * 20, pause=0.01))
+    texts: list[str] = []
+
+    def read() -> None:
+        stream = running.openai().chat.completions.create(model="scripted", messages=MESSAGES, stream=True)
+        texts.append("".join(chunk.choices[0].delta.content or "" for chunk in stream))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    running.wait_for(lambda: running.engine.stats().num_running >= 4)
+    for thread in threads:
+        thread.join(10)
+    assert texts == ["a" * 20] * 8
+
+
+def test_request_ids(start) -> None:
+    with start().http() as client:
+        assert client.get("/health", headers={"x-request-id": "mine-1.2_3"}).headers["x-request-id"] == "mine-1.2_3"
+        made = [client.get(path, headers={"x-request-id": "a b"}).headers["x-request-id"] for path in ("/health", "/x")]
+    assert all(len(each) == 32 for each in made)
+    assert made[0] != made[1]
+
+
+def test_a_drain_lets_streams_finish_and_then_aborts(start) -> None:
+    running = start(PacedEngine(["a"] * 30, pause=0.01))
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as r:
+        lines = r.iter_lines()
+        next(lines)
+        running.server.should_exit = True
+        rest = "".join(lines)
+    assert rest.endswith("data: [DONE]")
+    running.stop()
+    assert not running.engine.aborted
+
+
+def test_a_drain_ends_after_its_time(start) -> None:
+    running = start(PacedEngine("a", pause=0.01, max_model_len=1 << 21))
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as r:
+        chunks = r.iter_bytes()
+        next(chunks)
+        running.stop()
+        assert len(running.engine.aborted) == 1

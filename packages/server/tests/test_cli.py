@@ -1,0 +1,196 @@
+"""The command line: help, one-line errors, exit statuses, and commands on a scripted engine."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_fakes import PacedEngine
+
+from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.server import engine_setup
+from candle_vllm.server.cli import main
+from candle_vllm.server.commands import chat as chat_module
+from candle_vllm.server.commands import generate as generate_module
+from candle_vllm.server.flags import COMMANDS, OPTIONS
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _empty_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "candle_vllm.server.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "--dtype" in text
+    if command == "serve":
+        assert all(flag in text for option in OPTIONS for flag in option.flags)
+
+
+def test_help_loads_neither_torch_nor_a_web_framework() -> None:
+    code = (
+        "import sys\nfrom candle_vllm.server.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(', '.join(sorted({'torch', 'fastapi', 'uvicorn', 'pydantic', 'yaml'} & set(sys.modules))) or 0)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.perf_counter() - begin < 3  # 0.1 s on an idle machine; torch alone would be above
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modle", "x"], "unknown flag --modle (did you mean --model?); see candle-vllm --help"),
+        (["serv"], "unknown command 'serv' (did you mean serve?)"),
+        (["--m", "x", "chat"], "the command comes first (candle-vllm chat ...)"),
+        (["bench", "--temperature", "1"], "--temperature does not apply to `candle-vllm bench`"),
+        (["generate"], "the following arguments are required: PROMPT"),
+        (["generate", "x", "--system", "y"], "--system needs --chat"),
+        (["generate", ""], "the prompt is empty"),
+        (["--w", "nowhere"], "weight path nowhere is not a folder"),
+        (["--f", "no.gguf"], "weight file no.gguf does not exist"),
+    ],
+)
+def test_a_user_error_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("candle-vllm: error: ")
+    assert message in error
+
+
+def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(settings: Settings) -> None:
+        raise ModelNotFoundError("no such model")
+
+    monkeypatch.setattr(generate_module, "load_engine", fail)
+    assert main(["generate", "x"]) == 2
+    with pytest.raises(ModelNotFoundError):
+        main(["generate", "x", "--log-level", "debug"])
+
+
+def test_without_a_demo_model_the_message_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_setup, "DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(UsageError, match="pass --m with a Hugging Face id"):
+        engine_setup.model_source(Settings())
+
+
+def test_engine_config_gets_what_was_given_and_keeps_its_own_defaults(tmp_path: Path) -> None:
+    from candle_vllm.core import EngineConfig
+
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    settings = Settings(
+        model="m", mem=2, prefill_chunk_size=128, dtype="bf16", chat_template=tmp_path / "t.jinja", threads=3, seed=4
+    )
+    assert engine_setup.engine_config(settings) == EngineConfig(
+        model="m",
+        kv_cache_memory=2 << 20,
+        max_num_batched_tokens=128,
+        dtype="bf16",
+        chat_template="{{ messages }}",
+        threads=3,
+        seed=4,
+    )
+    assert engine_setup.engine_config(Settings(model="m")) == EngineConfig(model="m")
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> PacedEngine:
+    engine = PacedEngine(["Hel", "lo!"])
+    for module in (generate_module, chat_module):
+        monkeypatch.setattr(module, "load_engine", lambda *_: engine)
+    return engine
+
+
+def test_generate(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "Once", "--temperature", "0", "--max-tokens", "20", "--stop", "zzz"]) == 0
+    assert capsys.readouterr().out == "Hello!\n"
+    (request,) = engine.requests
+    assert engine.detokenize(request.prompt_token_ids) == "Once"
+    assert (request.params.temperature, request.params.max_tokens) == (0, 20)
+    assert request.params.stop_strings == ("zzz",)
+    assert engine.closed
+
+
+def test_generate_reads_standard_input_and_applies_the_template(
+    engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüß\n".encode())))
+    assert main(["generate", "-", "--chat", "--system", "Be brief."]) == 0
+    assert capsys.readouterr().out == "Hello!\n"
+    messages = engine.template_calls[0].messages
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("system", "Be brief."),
+        ("user", "Grüß\n"),
+    ]
+
+
+def test_chat_keeps_the_conversation_until_reset(
+    engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One\n\nTwo\n/reset\n/what\nThree\n/exit\nNever\n"))
+    assert main(["chat", "--system", "S"]) == 0
+    turns = [[message["content"] for message in call.messages] for call in engine.template_calls]
+    assert turns == [["S", "One"], ["S", "One", "Hello!", "Two"], ["S", "Three"]]
+    out = capsys.readouterr().out
+    assert out.count("Hello!\n") == 3
+    assert "unknown command /what" in out
+    assert "\x1b" not in out
+
+
+def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
+    engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import _thread
+    import threading
+
+    engine.pause = 0.2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One\nTwo\n"))
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    assert main(["chat"]) == 0
+    timer.join()
+    assert "(stopped)" in capsys.readouterr().out
+    assert len(engine.aborted) == 1
+    assert [message["content"] for message in engine.template_calls[1].messages] == ["One", "Hel", "Two"]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = (
+        "import sys\nfrom candle_vllm.server import cli\n"
+        "def run(*_):\n    [sys.stdout.write('x' * 1_000_000) for _ in range(50)]\n    return 0\n"
+        "cli.run_command = run\nsys.exit(cli.main(['generate', 'x']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(30) == 141
+        assert process.stderr.read() == b""
+
+
+def test_version_from_a_process() -> None:
+    done = _run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("candle-vllm 0.")

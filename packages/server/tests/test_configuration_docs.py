@@ -1,0 +1,81 @@
+"""docs/configuration.md, .example.env and example.models.yaml list exactly what the table of settings has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.server.flags import OPTIONS, SAMPLING
+from candle_vllm.server.settings import Settings, load_settings
+from candle_vllm.server.sources import Source, read_dotenv, read_models_file
+
+ROOT = Path(__file__).parents[3]
+ROW = re.compile(r"\| (`--.*?) \| `(CANDLE_VLLM_\w+)` \| (\S+) \| (.*?) \| (.*) \|")
+
+
+def _rows() -> dict[str, tuple[str, str, str, str]]:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    rows = [match.groups() for line in text.splitlines() if (match := ROW.fullmatch(line))]
+    assert len({env for _, env, *_ in rows}) == len(rows)
+    return {env: (flags, yaml, default, meaning) for flags, env, yaml, default, meaning in rows}
+
+
+def test_the_settings_are_the_table() -> None:
+    assert {field.name for field in dataclasses.fields(Settings)} == {option.name for option in OPTIONS}
+
+
+def test_flags_are_unique() -> None:
+    flags = [flag for option in OPTIONS for flag in (*option.flags, *option.constants)]
+    assert len(flags) == len(set(flags))
+
+
+def test_configuration_page_lists_every_setting() -> None:
+    rows = _rows()
+    assert set(rows) == {option.env for option in OPTIONS}
+    for option in OPTIONS:
+        flags, yaml, _, meaning = rows[option.env]
+        assert flags.split() == [f"`{flag}`" for flag in (*option.flags, *option.constants)]
+        assert yaml == (f"`{option.name}`" if option.in_yaml else "–")
+        assert meaning == option.help
+
+
+def test_configuration_page_has_the_defaults() -> None:
+    rows = _rows()
+    ours = {field.name: field.default for field in dataclasses.fields(Settings)}
+    engines = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    for option in OPTIONS:
+        default = ours[option.name] if ours[option.name] is not None else engines.get(option.name)
+        if default not in (None, (), dataclasses.MISSING):
+            text = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[option.env][2] == f"`{text}`", option.name
+
+
+def test_example_env_lists_every_variable_and_each_value_is_accepted(tmp_path: Path) -> None:
+    lines = (ROOT / ".example.env").read_text().splitlines()
+    assignments = [line.removeprefix("# ") for line in lines if "=" in line]
+    assert [line.split("=")[0] for line in assignments] == [option.env for option in OPTIONS]
+    for line in assignments:
+        path = tmp_path / ".env"
+        path.write_text(line + "\n")
+        if line.split("=")[0] in ("CANDLE_VLLM_MODELS_CONFIG", "CANDLE_VLLM_HF_TOKEN_PATH"):
+            assert read_dotenv(path)  # they name files that need not exist
+            continue
+        load_settings(Source("the command line"), {"HF_TOKEN": "x"}, folder=tmp_path, home=tmp_path)
+
+
+def test_example_models_file_is_accepted() -> None:
+    models = read_models_file(ROOT / "example.models.yaml")
+    assert models.default_model in models.models
+    for source in models.models.values():
+        Settings(**source.values)
+
+
+def test_ranges_of_sampling_settings_are_those_of_the_engine() -> None:
+    for option in OPTIONS:
+        if option.group == SAMPLING:
+            kind = option.kind
+            low = kind.low if not getattr(kind, "open_low", False) else kind.low + 1e-6
+            for value in (low, kind.high):
+                SamplingParams(**{option.name: value})

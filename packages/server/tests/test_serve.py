@@ -1,0 +1,179 @@
+"""serve: addresses are taken before the model loads, signals drain, Unix sockets are cleaned up."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from server_fakes import PacedEngine
+
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.serve import banner, bind, serve
+from candle_vllm.server.settings import Settings
+
+TESTS = str(Path(__file__).parent)
+SCRIPT = """
+import sys
+sys.path.append({tests!r})
+from server_fakes import PacedEngine
+from candle_vllm.server import serve
+from candle_vllm.server.cli import main
+engine = PacedEngine(["a"] * {pieces}, pause=0.02, max_model_len=1 << 21)
+serve.load_engine = lambda settings: engine
+status = main({arguments!r})
+sys.stderr.write("aborted %d closed %s\\n" % (len(engine.aborted), engine.closed))
+sys.exit(status)
+"""
+BODY = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+
+def test_a_port_in_use_is_found_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("candle_vllm.server.serve.load_engine", lambda _: pytest.fail("the model was loaded"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UsageError, match=r"port \d+ on 127.0.0.1 is in use: .* choose another --port"):
+            serve(Settings(port=other.getsockname()[1]))
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(UsageError, match="cannot listen on"):
+        bind(Settings(host="192.0.2.1").address)
+    with pytest.raises(UsageError, match="is no address of this machine"):
+        bind(Settings(host="no-such-host.invalid").address)
+
+
+def test_ipv6() -> None:
+    with bind(Settings(host="[::1]:0").address) as listener:
+        assert listener.family == socket.AF_INET6
+
+
+def test_unix_sockets(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    address = Settings(host=f"unix://{path}").address
+    bind(address).close()  # leaves the file behind, as a crash would
+    assert path.exists()
+    with bind(address) as listener:
+        listener.listen()
+        with pytest.raises(UsageError, match="another server listens"):
+            bind(address)
+    path.unlink()
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="is not a socket"):
+        bind(address)
+    assert path.read_text() == "precious"
+
+
+def test_the_banner_says_where_and_what() -> None:
+    settings = Settings(host="0.0.0.0", api_key=("k",), served_model_name=("n",))
+    text = banner(PacedEngine(), settings, settings.address)
+    for part in ("http://127.0.0.1:2000/v1", "n (scripted", "required", "Ctrl+C to stop", "tokens"):
+        assert part in text
+
+
+@contextmanager
+def _process(*arguments: str, pieces: int = 50, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process on a scripted engine, and its base URL."""
+    script = SCRIPT.format(tests=TESTS, pieces=pieces, arguments=["--p", "0", *arguments])
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
+        try:
+            assert process.stdout is not None
+            url = ""
+            for line in process.stdout:
+                if line.startswith("address"):
+                    url = line.split()[1]
+                if line.startswith("Ctrl+C"):
+                    break
+            assert url, process.stderr.read() if process.stderr else ""
+            yield process, url
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def _client(url: str) -> httpx.Client:
+    transport = httpx.HTTPTransport(uds=url.removeprefix("unix://")) if url.startswith("unix") else None
+    base = "http://unix" if transport else url
+    return httpx.Client(base_url=base, transport=transport, trust_env=False, timeout=20)
+
+
+def _wait_until_served(client: httpx.Client) -> None:
+    for _ in range(200):
+        try:
+            assert client.get("/health").status_code == 200
+            return
+        except httpx.ConnectError:
+            time.sleep(0.02)
+    raise AssertionError("the server does not answer")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals) -> None:
+    with _process(cwd=tmp_path) as (process, url), _client(url) as client:
+        _wait_until_served(client)
+        with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            rest = "".join(lines)
+        assert rest.endswith("data: [DONE]")
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == "aborted 0 closed True\n"
+
+
+def test_the_drain_has_a_limit(tmp_path: Path) -> None:
+    with _process("--shutdown-timeout", "1", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+        _wait_until_served(client)
+        with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
+            chunks = response.iter_bytes()
+            next(chunks)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            rest = b"".join(chunks).decode()
+            assert process.wait(20) == 0
+            assert 0.9 < time.monotonic() - begin < 5
+        assert '"code":"request_aborted"' in rest.split("data: ")[-1]
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert log.endswith("aborted 1 closed True\n")
+        assert "Traceback" not in log
+
+
+def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with _process("--h", f"unix://{path}", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+        _wait_until_served(client)
+        with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
+            chunks = response.iter_bytes()
+            next(chunks)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert time.monotonic() - begin < 5
+    assert not path.exists()
+
+
+def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
+    with _process("--shutdown-timeout", "0", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+        _wait_until_served(client)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.post, "/v1/chat/completions", json={**BODY, "stream": False})
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            response = answer.result(20)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert process.wait(20) == 0

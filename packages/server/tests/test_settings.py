@@ -1,0 +1,272 @@
+"""Settings: precedence of the sources, rivals, models.yaml, addresses, tokens; every mistake is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.parser import parse
+from candle_vllm.server.settings import Settings, load_settings
+
+MODELS = """
+default_model: small
+models:
+  - name: small
+    hf_id: org/small
+    weight_file: small.gguf
+    params: {temperature: 0.25, max_model_len: 4K, mem: 64, chat_template: small.jinja, max_num_batched_tokens: 256}
+  - name: near
+    local_path: weights/near
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Merges a command line, an environment, a .env and a models.yaml; `home` and `folder` are empty otherwise."""
+    folder, home = tmp_path / "folder", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+
+    def load(
+        line: str = "",
+        env: Mapping[str, str] | None = None,
+        dotenv: str | None = None,
+        models: str | None = None,
+        in_home: bool = False,
+    ) -> Settings:
+        if dotenv is not None:
+            (folder / ".env").write_text(dotenv)
+        if models is not None:
+            path = home / ".candle-vllm" / "models.yaml" if in_home else folder / "models.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(models)
+        given, _ = parse("serve", line.split())
+        return load_settings(given, env or {}, folder=folder, home=home)
+
+    return load
+
+
+def test_defaults(load) -> None:
+    settings = load()
+    assert settings == Settings()
+    assert (settings.address.host, settings.address.port) == ("127.0.0.1", 2000)
+
+
+def test_precedence(load) -> None:
+    models = MODELS.replace("temperature: 0.25", "temperature: 0.25, top_k: 4, seed: 4, block_size: 64")
+    env = {"CANDLE_VLLM_TOP_K": "2", "CANDLE_VLLM_TEMPERATURE": "0.2", "PATH": "/bin"}
+    dotenv = "CANDLE_VLLM_TEMPERATURE=0.3\nCANDLE_VLLM_TOP_K=3\nexport CANDLE_VLLM_SEED='3' # three\nOTHER=1\n"
+    settings = load("--temperature 0.1", env, dotenv, models)
+    assert (settings.temperature, settings.top_k, settings.seed, settings.block_size) == (0.1, 2, 3, 64)
+    assert settings.default_sampling == {"temperature": 0.1, "top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "name"),
+    [
+        ("--m x", "--model x", "model"),
+        ("--w x", "--weight-path x", "weight_path"),
+        ("--f x", "--weight-file x", "weight_file"),
+        ("--h x", "--host x", "host"),
+        ("--p 3", "--port 3", "port"),
+        ("--d 0", "--device cuda:0", "device"),
+        ("--cpu", "--device cpu", "device"),
+        ("--dtype float32", "--dtype f32", "dtype"),
+        ("--prefill-chunk-size 1k", "--max-num-batched-tokens 1000", "prefill_chunk_size"),
+        ("--disable-prefix-cache", "--no-enable-prefix-caching", "enable_prefix_caching"),
+    ],
+)
+def test_short_and_long_names_mean_the_same(load, short: str, long: str, name: str) -> None:
+    assert getattr(load(short), name) == getattr(load(long), name)
+    assert load(short) != load()
+
+
+def test_repeatable_flags_and_lists_in_variables(load) -> None:
+    assert load("--api-key a --api-key b").api_key == ("a", "b")
+    assert load(env={"CANDLE_VLLM_API_KEY": "a, b"}).api_key == ("a", "b")
+    assert load("--api-key c", {"CANDLE_VLLM_API_KEY": "a"}).api_key == ("c",)
+
+
+def test_secrets_do_not_show(load) -> None:
+    assert "topsecret" not in repr(load("--api-key topsecret --hf-token hf_topsecret"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--modle x", "unknown flag --modle (did you mean --model?)"),
+        ("--isq q4k", "unknown flag --isq"),
+        ("--mod x", "unknown flag --mod"),
+        ("--p 65536", "--p/--port must be between 0 and 65535, not 65536"),
+        ("--port", "--p/--port: expected one argument"),
+        ("--max-num-seqs 0", "--max-num-seqs must be between 1 and 4096, not 0"),
+        ("--temperature nan", "--temperature must be a number"),
+        ("--dtype fp8", "must be one of auto, f32, bf16, f16, not 'fp8'"),
+        ("x", "unexpected argument 'x'"),
+        ("--mem 1 --kv-fraction 0.2", "--mem and --kv-fraction both set the KV cache size: give one"),
+        ("--m x --w y", "--m and --w both set the model source"),
+        ("--max-tokens 3", "unknown flag --max-tokens"),
+        ("--h http://x:1 --p 2", "name two ports"),
+        ("--m default", "needs a models.yaml"),
+        ("--models-config no.yaml", "no.yaml does not exist"),
+        ("--hf-token NOT_SET_ANYWHERE", "NOT_SET_ANYWHERE, which is not set"),
+        ("--hf-token a-b", "begins with hf_"),
+        ("--hf-token-path no-such", "cannot read the Hugging Face token"),
+    ],
+)
+def test_mistakes_on_the_command_line(load, line: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(line)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            {"CANDLE_VLLM_PROT": "1"},
+            "unknown variable CANDLE_VLLM_PROT in the environment (did you mean CANDLE_VLLM_PORT",
+        ),
+        ({"CANDLE_VLLM_PORT": "x"}, "CANDLE_VLLM_PORT in the environment must be a whole number"),
+        ({"CANDLE_VLLM_API_KEY": ""}, "CANDLE_VLLM_API_KEY in the environment must be"),
+        ({"CANDLE_VLLM_API_KEY": "a,,b"}, "CANDLE_VLLM_API_KEY in the environment must be"),
+        ({"CANDLE_VLLM_OFFLINE": "maybe"}, "must be true or false"),
+        ({"CANDLE_VLLM_PORT": "tcp://10.0.0.1:2000"}, "enableServiceLinks"),
+        ({"CANDLE_VLLM_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks"),
+        ({"CANDLE_VLLM_PORT_2000_TCP": "x"}, "enableServiceLinks"),
+    ],
+)
+def test_mistakes_in_the_environment(load, env: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(env=env)
+
+
+def test_variables_for_tests_are_left_alone(load) -> None:
+    assert load(env={"CANDLE_VLLM_TEST_DEVICE": "cpu"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("CANDLE_VLLM_PROT=1\n", "unknown variable CANDLE_VLLM_PROT"),
+        ("A=1\nCANDLE_VLLM_PORT\n", ".env, line 2: CANDLE_VLLM_PORT has no value"),
+        ("A=1\n'unfinished\n", ".env, line 2: not a line of the form NAME=value"),
+    ],
+)
+def test_mistakes_in_dotenv(load, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(dotenv=text)
+
+
+def test_models_file_by_alias_and_default(load, tmp_path: Path) -> None:
+    for line in ("--m small", "", "--m default"):
+        settings = load(line, models=MODELS)
+        assert (settings.model, settings.weight_file, settings.served_model_name) == (
+            "org/small",
+            "small.gguf",
+            ("small",),
+        )
+        assert (settings.max_model_len, settings.mem, settings.prefill_chunk_size) == (4096, 64, 256)
+        assert settings.chat_template == tmp_path / "folder" / "small.jinja"
+    assert load("--m near", models=MODELS).model == str(tmp_path / "folder" / "weights" / "near")
+    assert load("--m org/other", models=MODELS).temperature is None
+    assert load("--w dir", models=MODELS).model is None
+
+
+def test_a_stronger_source_replaces_rivals(load) -> None:
+    settings = load("--m small --kv-fraction 0.5", models=MODELS)
+    assert (settings.mem, settings.kv_fraction) == (None, 0.5)
+
+
+def test_models_file_search_order(load, tmp_path: Path) -> None:
+    load(models=MODELS)
+    home = MODELS.replace("org/small", "org/home")
+    assert load(models=home, in_home=True).model == "org/home"
+    given = tmp_path / "folder" / "given.yaml"
+    given.write_text(MODELS.replace("org/small", "org/given"))
+    assert load(env={"CANDLE_VLLM_MODELS_CONFIG": "given.yaml"}).model == "org/given"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "default_model: small",
+            "default_model: smal",
+            "default_model 'smal' is not one of its models (did you mean small?)",
+        ),
+        ("default_model", "default_modle", "unknown key 'default_modle' (did you mean default_model?)"),
+        ("temperature", "temprature", "unknown key 'temprature' in params (did you mean temperature?)"),
+        ("temperature: 0.25", "port: 1", "unknown key 'port' in params"),
+        ("temperature: 0.25", "temperature: hot", "temperature must be a number"),
+        ("temperature: 0.25", "temperature: [1]", "temperature must be a number"),
+        ("temperature: 0.25", "seed: true", "seed must be a whole number"),
+        ("mem: 64", "mem: 64, kv_fraction: 0.2", "mem and kv_fraction both set the KV cache size"),
+        ("hf_id: org/small", "local_path: a\n    hf_id: b", "give exactly one of hf_id and local_path"),
+        ("hf_id: org/small", "hf_it: b", "unknown key 'hf_it' (did you mean hf_id?)"),
+        ("name: near", "name: small", "two models are called 'small'"),
+        ("- name: small", "- nam: small", "name of model 1 must be a text"),
+        ("models:", "models: {", "not valid YAML"),
+        ("models:", "model:", "unknown key 'model' (did you mean models?)"),
+    ],
+)
+def test_mistakes_in_the_models_file(load, old: str, new: str, message: str) -> None:
+    assert old in MODELS
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(models=MODELS.replace(old, new))
+
+
+def test_a_models_file_runs_no_code(load) -> None:
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load(models="models: !!python/object/apply:os.system ['true']")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("0.0.0.0", ("0.0.0.0", 2000, "http://127.0.0.1:2000")),
+        ("example.org:80", ("example.org", 80, "http://example.org:80")),
+        ("[::1]:8000", ("::1", 8000, "http://[::1]:8000")),
+        ("[::]", ("::", 2000, "http://[::1]:2000")),
+        ("::1", ("::1", 2000, "http://[::1]:2000")),
+        ("tcp://127.0.0.1", ("127.0.0.1", 2000, "http://127.0.0.1:2000")),
+        ("http://localhost:9/", ("localhost", 9, "http://localhost:9")),
+        ("unix:///run/x.sock", ("", 0, "unix:///run/x.sock")),
+    ],
+)
+def test_host_forms(load, host: str, expected: tuple[str, int, str]) -> None:
+    address = load(f"--h {host}").address
+    assert (address.host, address.port, address.url) == expected
+
+
+@pytest.mark.parametrize(
+    "host", ["https://x", "http://x/path", "x:99999", "x:", "unix://relative", "ftp://x", "a b", "[::1", "x:1:2:z"]
+)
+def test_host_forms_that_are_none(host: str) -> None:
+    with pytest.raises(UsageError, match="host"):
+        Settings(host=host)
+
+
+def test_the_stronger_port_wins(load) -> None:
+    assert load("--h 0.0.0.0:8000", {"CANDLE_VLLM_PORT": "9000"}).address.port == 8000
+    assert load("--p 9000", {"CANDLE_VLLM_HOST": "0.0.0.0:8000"}).address.port == 9000
+    assert load("--p 8000 --h 0.0.0.0:8000").address.port == 8000
+
+
+def test_hugging_face_token(load, tmp_path: Path) -> None:
+    assert load("--hf-token hf_abc").hf_token == "hf_abc"
+    assert load("--hf-token MINE", {"MINE": "xyz", "HF_TOKEN": "other"}).hf_token == "xyz"
+    assert load("--hf-token MINE", dotenv="MINE=from_file\n").hf_token == "from_file"
+    assert load(env={"HF_TOKEN": "plain"}).hf_token == "plain"
+    (tmp_path / "token").write_text("in_file\n")
+    assert load(f"--hf-token-path {tmp_path / 'token'}").hf_token == "in_file"
+
+
+def test_settings_made_in_python_are_checked_too() -> None:
+    with pytest.raises(UsageError, match="max_body_mb must be between 1 and 1024, not 0"):
+        Settings(max_body_mb=0)
+    with pytest.raises(UsageError, match="api_key must be"):
+        Settings(api_key=("",))

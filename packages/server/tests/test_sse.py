@@ -1,0 +1,143 @@
+"""EventStream alone: one write per tick, comments in silence, the end in every case."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from candle_vllm.server.sse import DONE, KEEP_ALIVE, EventStream
+
+
+class Connection:
+    """An ASGI connection that records what is sent and can hang up."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.closed = False
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.body":
+            self.sent.append(message["body"])
+            self.closed = not message["more_body"]
+
+
+async def _run(chunks: AsyncIterator[bytes], connection: Connection, keep_alive: float = 15.0) -> None:
+    stream = EventStream(chunks, lambda chunk: chunk, lambda failure: repr(failure).encode(), keep_alive)
+    await stream({"type": "http"}, connection.receive, connection.send)
+
+
+class Source:
+    """Chunks from a generator, and whether they were closed."""
+
+    def __init__(self, make: Callable[[], AsyncGenerator[bytes, None]]) -> None:
+        self._inner = make()
+        self.closed = False
+
+    def __aiter__(self) -> Source:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await self._inner.__anext__()
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await self._inner.aclose()
+
+
+async def test_chunks_that_are_ready_leave_in_one_write() -> None:
+    async def burst() -> AsyncGenerator[bytes, None]:
+        for number in range(100):
+            yield b"%d" % number
+        await asyncio.sleep(0.01)
+        yield b"last"
+
+    connection = Connection()
+    await _run(burst(), connection)
+    assert len(connection.sent) == 2
+    assert b"".join(connection.sent).count(b"data: ") == 102
+    assert connection.sent[-1] == b"data: last\n\n" + DONE
+    assert connection.closed
+
+
+async def test_silence_is_broken_by_comments() -> None:
+    async def slow() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.1)
+        yield b"x"
+
+    connection = Connection()
+    await _run(slow(), connection, keep_alive=0.02)
+    assert connection.sent[:2] == [KEEP_ALIVE, KEEP_ALIVE]
+    assert connection.sent[-1].endswith(DONE)
+
+
+async def test_a_failure_is_the_last_event() -> None:
+    async def failing() -> AsyncGenerator[bytes, None]:
+        yield b"x"
+        raise ValueError("no")
+
+    connection = Connection()
+    await _run(failing(), connection)
+    assert b"".join(connection.sent) == b"data: x\n\ndata: ValueError('no')\n\n"
+    assert connection.closed
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_disconnect_closes_the_chunks(begun: bool) -> None:
+    async def endless() -> AsyncGenerator[bytes, None]:
+        while True:
+            await asyncio.sleep(0.001 if begun else 10)
+            yield b"x"
+
+    source, connection = Source(endless), Connection()
+    asyncio.get_running_loop().call_later(0.03, connection.gone.set)
+    await asyncio.wait_for(_run(source, connection), 2)
+    assert source.closed
+    assert not connection.closed
+
+
+async def test_a_disconnect_before_the_start_closes_the_chunks() -> None:
+    async def endless() -> AsyncGenerator[bytes, None]:
+        while True:
+            await asyncio.sleep(0)
+            yield b"x"
+
+    source, connection = Source(endless), Connection()
+    connection.gone.set()
+    await asyncio.wait_for(_run(source, connection), 2)
+    assert source.closed
+
+
+async def test_cancellation_closes_the_chunks() -> None:
+    async def silent() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(10)
+        yield b"x"
+
+    source = Source(silent)
+    task = asyncio.create_task(_run(source, Connection()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert source.closed
+
+
+async def test_a_failing_connection_closes_the_chunks() -> None:
+    async def one() -> AsyncGenerator[bytes, None]:
+        yield b"x"
+
+    async def broken(_: Any) -> None:
+        raise OSError("connection lost")
+
+    source = Source(one)
+    stream = EventStream(source, lambda chunk: chunk, lambda failure: b"")
+    with pytest.raises(OSError, match="connection lost"):
+        await stream({"type": "http"}, Connection().receive, broken)
+    assert source.closed
