@@ -228,6 +228,7 @@ def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
         ([-1], GREEDY, InvalidParameterError, "outside"),
         ([1] * 512, GREEDY, PromptTooLongError, "512 tokens and the context is 512"),
         ([1] * 500, GREEDY, PromptTooLongError, "ask for at most 12"),
+        ("x" * 100_000, GREEDY, PromptTooLongError, "100000 characters; a context of 512 tokens holds at most"),
         ([1], SamplingParams(allowed_token_ids=[999]), InvalidParameterError, "allowed_token_ids"),
         ([1.5], GREEDY, InvalidParameterError, "list of token ids"),
     ],

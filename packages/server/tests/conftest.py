@@ -40,9 +40,8 @@ class Running:
         return httpx.Client(base_url=self.url, timeout=10, trust_env=False, **options)
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
-        client = openai.OpenAI(
-            base_url=self.url + "/v1", api_key=api_key, max_retries=0, http_client=httpx.Client(trust_env=False)
-        )
+        http = openai.DefaultHttpxClient(trust_env=False)
+        client = openai.OpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, http_client=http)
         self._clients.append(client)
         return client
 

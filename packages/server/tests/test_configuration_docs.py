@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.server.flags import OPTIONS, SAMPLING
+from candle_vllm.server.kinds import Integer, Number
 from candle_vllm.server.settings import Settings, load_settings
 from candle_vllm.server.sources import Source, read_dotenv, read_models_file
 
@@ -76,6 +78,8 @@ def test_ranges_of_sampling_settings_are_those_of_the_engine() -> None:
     for option in OPTIONS:
         if option.group == SAMPLING:
             kind = option.kind
-            low = kind.low if not getattr(kind, "open_low", False) else kind.low + 1e-6
+            assert isinstance(kind, (Integer, Number))
+            low = kind.low + 1e-6 if isinstance(kind, Number) and kind.open_low else kind.low
             for value in (low, kind.high):
-                SamplingParams(**{option.name: value})
+                given: dict[str, Any] = {option.name: value}
+                SamplingParams(**given)

@@ -10,10 +10,12 @@ from candle_vllm.core.loading.gguf import GgufFile
 from candle_vllm.core.text.detokenizer import Detokenizer
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-WITH_REFERENCE = (
-    "bert-bge command-r deepseek-coder deepseek-llm falcon gemma-4 gpt-2 llama-bpe llama-spm mpt phi-3 qwen2 qwen35 "
-    "refact starcoder"
-).split()
+# fmt: off
+WITH_REFERENCE = [
+    "bert-bge", "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm",
+    "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
+]
+# fmt: on
 WITHOUT_REFERENCE = ["aquila", "baichuan", "gpt-neox", "nomic-bert-moe"]
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
@@ -34,26 +36,16 @@ def cases(folder: Path, name: str) -> list[tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize("name", WITH_REFERENCE)
-def test_same_ids_as_llama_cpp(llama_cpp_models: Path, name: str) -> None:
+def test_same_ids_as_llama_cpp_and_back(llama_cpp_models: Path, name: str) -> None:
     tokenizer = load(llama_cpp_models, name)
     expected = cases(llama_cpp_models, name)
     assert len(expected) >= 46
-    wrong = [
-        (text, ids, got)
-        for text, ids in expected
-        if (got := tokenizer.encode(text, add_special_tokens=False)) != ids
-    ]
-    assert not wrong
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_REFERENCE if name != "bert-bge"])
-def test_text_survives_the_round_trip(llama_cpp_models: Path, name: str) -> None:
-    tokenizer = load(llama_cpp_models, name)
-    for text, _ in cases(llama_cpp_models, name):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    for text, ids in expected:
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, text
         detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-        assert "".join(map(detokenizer.add, ids)) + detokenizer.finish() == text
+        shown = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+        assert shown == tokenizer.decode(ids, skip_special_tokens=False)
+        assert shown == text or name == "bert-bge"  # BERT's normaliser drops case, accents and spaces
 
 
 @pytest.mark.parametrize("name", WITHOUT_REFERENCE)

@@ -109,7 +109,14 @@ def test_wordpiece() -> None:
 
 
 def test_unigram() -> None:
-    pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("\u2581a", -1.0, 1), ("b", -2.0, 1), ("\u2581", -3.0, 1)]
+    pieces = [
+        ("<pad>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        ("<unk>", 0.0, 2),
+        ("\u2581a", -1.0, 1),
+        ("b", -2.0, 1),
+        ("\u2581", -3.0, 1),
+    ]
     metadata = {
         PRE + "model": "t5",
         PRE + "tokens": [text for text, _, _ in pieces],
@@ -121,10 +128,8 @@ def test_unigram() -> None:
     assert tokenizer.decode([3, 4, 3, 1]) == "ab a"
 
 
-@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+@pytest.mark.parametrize("name", sorted(name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level))
 def test_every_pre_tokenizer_compiles_and_loses_nothing(name: str) -> None:
-    if not PRE_TOKENIZERS[name].byte_level:
-        pytest.skip("needs a vocabulary in UTF-8; covered by the reference vocabularies")
     tokenizer = Tokenizer.from_gguf(gpt2(pre=name))
     text = "he HE'll  said: 12345 Größe 世界 かな 한국어\r\n\n\t(x²)  🦙 "
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -157,6 +162,13 @@ def test_end_of_turn_rules() -> None:
     assert ends(1) == {"<|end|>"}
     assert ends(3) == {"<|return|>", "<|call|>"}  # then <|end|> only closes one message
     assert ends(5) == {"<|return|>", "<|call|>", "</s>"}
+
+
+def test_the_html_tag_as_plain_text_ends_nothing() -> None:
+    tokens = [*byte_alphabet(), "</s>", "<|im_end|>"]
+    changes = {"tokens": tokens, "token_type": [1] * 257 + [3], "merges": []}
+    tokenizer = Tokenizer.from_gguf(gpt2(eos_token_id=257, padding_token_id=None, **changes))
+    assert tokenizer.eos_token_ids == (257,)
 
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [
@@ -206,7 +218,7 @@ def test_hostile_metadata_is_refused_by_name(metadata: dict[str, Any], named: st
 
 
 def test_unsupported_model_says_what_is() -> None:
-    with pytest.raises(UnsupportedModelError, match="rwkv.*gpt2, llama, bert"):
+    with pytest.raises(UnsupportedModelError, match=r"rwkv.*gpt2, llama, bert"):
         Tokenizer.from_gguf(gpt2(model="rwkv"))
 
 
@@ -269,7 +281,10 @@ def test_folder(tmp_path: Path) -> None:
         "eos_token": "</s>",
         "add_bos_token": True,
         "chat_template": [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}],
-        "added_tokens_decoder": {"6": {"content": "<|im_end|>", "special": True}},
+        "added_tokens_decoder": {
+            "6": {"content": "<|im_end|>", "special": True},
+            "7": {"content": "\u2581\u2581", "special": False},
+        },
     }
     folder = write_folder(tmp_path, tokenizer_config__json=config, generation_config__json={"eos_token_id": [1, 5]})
     tokenizer = Tokenizer.from_folder(folder)
@@ -280,6 +295,7 @@ def test_folder(tmp_path: Path) -> None:
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.chat_template == {"default": "D", "tool_use": "T"}
     assert tokenizer.decode([0, 2, 2]) == "a a"
+    assert tokenizer.decode([3, 7, 3]) == "a  a"
     (folder / "chat_template.jinja").write_text("J")
     assert Tokenizer.from_folder(folder).chat_template == "J"
 

@@ -37,6 +37,7 @@ from candle_vllm.core.errors import (
     ConfigError,
     EngineDeadError,
     InvalidParameterError,
+    PromptTooLongError,
 )
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.model import LoadedModel, load_model
@@ -103,8 +104,20 @@ class InferenceEngine:
         return self._require()[0].stats()
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, by default with the beginning token that the model asks for."""
-        return self._require()[1].tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        """Token ids of a text, by default with the beginning token that the model asks for.
+
+        Raises:
+            PromptTooLongError: the text is longer than any prompt could be; it is refused before work is spent on it.
+        """
+        tokenizer = self._require()[1].tokenizer
+        most = self._info.max_model_len * tokenizer.longest_token
+        if len(text) > most:
+            raise PromptTooLongError(
+                f"the text has {len(text)} characters; a context of {self._info.max_model_len} tokens holds at most "
+                f"{most} of them",
+                "prompt",
+            )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -400,8 +413,10 @@ def _model_info(loaded: LoadedModel, placement: Placement, max_model_len: int) -
 
 @contextmanager
 def _progress_bar() -> Iterator[Any]:
-    """A bar for loading that stays silent unless loading takes longer than a second."""
-    with tqdm(desc="loading", unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True) as bar:
+    """A bar for loading, on a terminal, when it takes longer than a second."""
+    with tqdm(
+        desc="loading", unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True, disable=None
+    ) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -44,8 +44,14 @@ def create_app(engine: ServedEngine, settings: Settings | None = None) -> FastAP
         settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
     """
     settings = settings or Settings()
-    # A redirect to a path with or without a final slash would be built from the Host header.
-    app = FastAPI(title="candle-vllm", version=version("candle-vllm-server"), redirect_slashes=False)
+    app = FastAPI(
+        title="candle-vllm",
+        version=version("candle-vllm-server"),
+        redirect_slashes=False,  # a redirect would be built from the Host header
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.state.engine = engine
     app.state.adapter = OpenAIAdapter(engine, served_model_names=settings.served_model_name)
     app.state.settings = settings
@@ -90,7 +96,7 @@ async def _failure(request: Request, failure: Exception) -> Response:
 def _routing_error(request: Request, failure: HTTPException) -> Response:
     path, method = request.scope["path"][:200], request.method
     messages = {
-        404: (f"There is no route {path!r} here; the API is under /v1, its description at /docs.", "not_found"),
+        404: (f"There is no route {path!r} here; the API is under /v1.", "not_found"),
         405: (f"{path!r} does not take {method}.", "method_not_allowed"),
     }
     message, code = messages.get(failure.status_code, (failure.detail, "http_error"))

@@ -35,5 +35,4 @@ async def root(request: Request) -> dict[str, object]:
         "version": version("candle-vllm-server"),
         "models": [card.id for card in request.app.state.adapter.models().data],
         "openai_base_url": "/v1",
-        "documentation": "/docs",
     }

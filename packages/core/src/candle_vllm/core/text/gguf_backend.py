@@ -185,18 +185,24 @@ def _unigram(vocab: GgufVocab) -> Tokenizer:
 
 
 def _wordpiece(vocab: GgufVocab) -> Tokenizer:
-    ids: dict[str, int] = {}
-    for index, (text, kind) in enumerate(zip(vocab.tokens, vocab.types)):
-        name = text[1:] if text.startswith(SPACE) else f"##{text}"
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            name = text
-        if ids.setdefault(name, index) != index:
-            raise InvalidFileError(f"{PREFIX}tokens has {text!r:.80} at {index}, which is the word at {ids[name]}")
-    unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else "[UNK]"
-    backend = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=_LONGEST_WORD))
+    if "unknown" not in vocab.ids:
+        raise InvalidFileError(f"{PREFIX}unknown_token_id is missing; WordPiece needs a token for unknown words")
+    names = [_wordpiece_name(text, kind) for text, kind in zip(vocab.tokens, vocab.types)]
+    ids = {name: index for index, name in enumerate(names)}
+    if len(ids) != len(names):
+        twice = next(index for index, name in enumerate(names) if ids[name] != index)
+        raise InvalidFileError(f"{PREFIX}tokens has the same word {names[twice]!r:.80} at {twice} and later")
+    model = models.WordPiece(ids, unk_token=names[vocab.ids["unknown"]], max_input_chars_per_word=_LONGEST_WORD)
+    backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=True, strip_accents=vocab.strip_accents, lowercase=vocab.lowercase
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece("##", cleanup=True)
     return backend
+
+
+def _wordpiece_name(text: str, kind: int) -> str:
+    if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+        return text
+    return text[1:] if text.startswith(SPACE) else f"##{text}"

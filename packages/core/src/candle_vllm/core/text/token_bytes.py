@@ -39,11 +39,13 @@ class ByteRule:
 
     Attributes:
         convert: text of an ordinary token -> its bytes.
+        spells_added: added tokens that are no special ones are spelled like ordinary ones.
         strips_leading_space: a whole text starts without the space of its first token.
     """
 
     convert: Callable[[str], bytes]
     strips_leading_space: bool = False
+    spells_added: bool = False
 
 
 def byte_rule(backend: Backend) -> ByteRule:
@@ -94,7 +96,7 @@ def _sentence_piece(steps: list[dict[str, Any]]) -> ByteRule:
             text = text.replace(old, new)
         return text.encode()
 
-    return ByteRule(convert, strips)
+    return ByteRule(convert, strips, spells_added=True)
 
 
 def _wordpiece(step: dict[str, Any]) -> Callable[[str], bytes]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
-from candle_vllm.core.text.gguf_backend import build_backend
-from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
+from candle_vllm.core.text.gguf_backend import build_backend, refusing_panics
+from candle_vllm.core.text.gguf_vocab import NORMAL, GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
 
@@ -30,6 +30,7 @@ class Tokenizer:
         special_tokens: texts of `bos_token`, `eos_token`, `pad_token` and `unk_token` as far as known, for templates.
         chat_template: the template that came with the vocabulary, several by name, or None.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
+        longest_token: characters of the longest token text.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.chat_template = chat_template
         self._special = frozenset(index for index, token in added.items() if token.special)
-        self._added = {index: token.content for index, token in added.items()}
         rule = byte_rule(backend)
+        self._literals = {i: token.content for i, token in added.items() if token.special or not rule.spells_added}
         self.strips_leading_space: bool = rule.strips_leading_space
         self._convert = rule.convert
         self._bytes: list[bytes | None] = [None] * self.vocab_size
+        self.longest_token = max(map(len, backend.get_vocab()), default=1)
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
 
@@ -113,6 +115,7 @@ class Tokenizer:
 
         Raises:
             InvalidParameterError: the text has half a surrogate pair.
+            InvalidFileError: the vocabulary lacks a token that it needs for this text.
         """
         return self.encode_batch([text], add_special_tokens, parse_special=parse_special)[0]
 
@@ -123,7 +126,8 @@ class Tokenizer:
         for text in texts:
             _check_text(text)
         backend = self.backend if parse_special else self._literal_backend()
-        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        with refusing_panics("the model's vocabulary"):
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -160,7 +164,7 @@ class Tokenizer:
         return token_id in self._special
 
     def _make_bytes(self, token_id: int) -> bytes:
-        name = self._added.get(token_id)
+        name = self._literals.get(token_id)
         if name is not None:
             return name.encode()
         text = self.backend.id_to_token(token_id)
@@ -191,6 +195,8 @@ def _check_text(text: str) -> None:
 
 def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
     texts = {text: index for index, text in enumerate(vocab.tokens)}
+    if "</s>" in texts and vocab.types[texts["</s>"]] == NORMAL:
+        del texts["</s>"]  # the HTML tag: Qwen's vocabulary has it as plain text
     named = [vocab.ids[name] for name in ("eos", "eot", "eom") if name in vocab.ids]
     return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
 
