@@ -268,18 +268,18 @@ def test_a_request_id_in_use_is_refused(engine: InferenceEngine) -> None:
 
 def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from candle_vllm.core import CandleVllmError
-    from candle_vllm.core.engine.model_runner import ModelRunner
+    from candle_vllm.core.engine.model_runner import EagerRunner
 
     with make(toy_model) as engine:
-        real = ModelRunner.forward
+        real = EagerRunner.run
 
         def fail(*_: Any) -> Any:
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(ModelRunner, "forward", fail)
+        monkeypatch.setattr(EagerRunner, "run", fail)
         with pytest.raises(CandleVllmError, match="out of luck"):
             engine.generate([[1]], GREEDY, use_tqdm=False)
-        monkeypatch.setattr(ModelRunner, "forward", real)
+        monkeypatch.setattr(EagerRunner, "run", real)
         assert len(engine.generate([[1]], GREEDY, use_tqdm=False)[0].token_ids) == 24
         stats = engine.stats()
         assert stats.num_free_blocks == stats.num_blocks

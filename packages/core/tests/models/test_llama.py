@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
 from candle_vllm.core.engine.batch import build_batch
-from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -28,15 +28,16 @@ LENGTH, BLOCK = 150, 8
 
 def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> torch.Tensor:
     """Logits [T, V] of every position, the prompt run in chunks over a paged cache."""
-    loaded = load_model(EngineConfig(model=str(folder), **settings), Placement(CPU, torch.float32), lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(folder), **settings), CPU, lambda *_: None)
     blocks = -(-len(tokens) // BLOCK)
-    runner = ModelRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32)
+    runner = EagerRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32)
     sequence = Sequence(GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)
     sequence.block_table = list(reversed(range(blocks)))
     rows = []
     for start in range(0, len(tokens), chunk):
         item = ScheduledSequence(sequence, start, min(chunk, len(tokens) - start))
-        rows.append(runner.logits(runner.forward(build_batch([item], BLOCK, CPU))))
+        runner.run(build_batch([item], BLOCK))
+        rows += [runner.score(np.arange(first, min(first + 64, item.count))) for first in range(0, item.count, 64)]
     return torch.cat(rows)
 
 

@@ -198,6 +198,6 @@ def smollm2_oracle() -> Iterator[Forward]:
 
 
 def test_smollm2_equals_transformers(smollm2_oracle: Forward) -> None:
-    with InferenceEngine(str(demo_model())) as engine:
+    with InferenceEngine(str(demo_model()), dtype="f32") as engine:
         check_greedy(engine, smollm2_oracle, QUESTIONS)
         check_logits(engine, smollm2_oracle, engine.tokenize("The history of computing began with people. " * 20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,13 @@ from candle_vllm.core.errors import ConfigError
 DType = Literal["auto", "f32", "bf16", "f16"]
 
 DTYPES = ("auto", "f32", "bf16", "f16")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and the like are kept: candle-vllm in the user's cache folder. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm"
+
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 

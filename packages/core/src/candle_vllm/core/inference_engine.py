@@ -16,10 +16,9 @@ import torch
 from tqdm import tqdm
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.request import (
     EngineStats,
     GenerationOutput,
@@ -28,7 +27,6 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     TokenOutput,
 )
-from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.stream import Inbox, TokenStream
 from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.errors import (
@@ -39,17 +37,14 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
     PromptTooLongError,
 )
-from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.model import LoadedModel, load_model
-from candle_vllm.core.memory import available_memory, physical_cores, plan_cache
+from candle_vllm.core.loading.placement import DTYPES
+from candle_vllm.core.memory import physical_cores
 from candle_vllm.core.sampling.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_CPU_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS = 512, 8192
 
 
 class InferenceEngine:
@@ -72,15 +67,14 @@ class InferenceEngine:
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
-        placement = _placement(config)
-        if config.threads is not None or placement.device.type == "cpu":
-            torch.set_num_threads(config.threads or physical_cores())
+        device = _device(config)
+        torch.set_num_threads(config.threads or physical_cores())
         with _progress_bar() as progress:
-            self._loaded: LoadedModel | None = load_model(config, placement, progress)
-        self._engine: Engine | None = _build_engine(config, self._loaded, placement)
+            self._loaded: LoadedModel | None = load_model(config, device, progress)
+        self._engine: Engine | None = build_engine(config, self._loaded)
         self._thread: EngineThread | None = None
         self._manual = False
-        self._info = _model_info(self._loaded, placement, self._engine.max_model_len)
+        self._info = _model_info(self._loaded, self._engine.max_model_len)
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
 
@@ -256,6 +250,8 @@ class InferenceEngine:
         """Aborts what is running, ends the thread, and lets go of model and cache. Closing twice is fine."""
         if self._thread is not None:
             self._thread.close()
+        if self._engine is not None:
+            self._engine.runner.close()
         self._engine = self._loaded = self._thread = None
         gc.collect()
 
@@ -371,37 +367,22 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [items] if items and all(isinstance(item, int) for item in items) else items  # type: ignore[list-item]
 
 
-def _placement(config: EngineConfig) -> Placement:
+def _device(config: EngineConfig) -> torch.device:
     if config.device.startswith("cuda"):
         raise ConfigError(f"device {config.device!r} is not supported yet: set --device cpu", "device")
-    return Placement(torch.device("cpu"), _DTYPES.get(config.dtype, torch.float32))
+    return torch.device("cpu")
 
 
-def _build_engine(config: EngineConfig, loaded: LoadedModel, placement: Placement) -> Engine:
-    plan = plan_cache(config, loaded.config, placement.dtype.itemsize, available_memory())
-    logger.info(plan.message)
-    default = _CPU_BATCHED_TOKENS if placement.device.type == "cpu" else _CUDA_BATCHED_TOKENS
-    budget = config.max_num_batched_tokens or max(default, config.max_num_seqs)
-    if budget < config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}, so not every sequence could "
-            f"take a step: set --prefill-chunk-size {config.max_num_seqs} or --max-num-seqs {budget}",
-            "max_num_batched_tokens",
-        )
-    blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-    runner = ModelRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
-    scheduler = Scheduler(blocks, config.max_num_seqs, budget)
-    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
-
-
-def _model_info(loaded: LoadedModel, placement: Placement, max_model_len: int) -> ModelInfo:
+def _model_info(loaded: LoadedModel, max_model_len: int) -> ModelInfo:
+    placement = loaded.placement
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
         num_parameters=loaded.num_parameters,
         max_model_len=max_model_len,
         vocab_size=loaded.config.vocab_size,
-        dtype=next(name for name, dtype in _DTYPES.items() if dtype == placement.dtype),
+        dtype="int8" if placement.packed else dtype,
         device=str(placement.device),
         quantization=loaded.quantization,
         weight_bytes=loaded.weight_bytes,

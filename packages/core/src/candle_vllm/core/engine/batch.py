@@ -1,4 +1,4 @@
-"""Step 5: what was scheduled, as tensors on the device."""
+"""Step 5: what was scheduled, as arrays."""
 
 from __future__ import annotations
 
@@ -6,58 +6,59 @@ import dataclasses
 from collections.abc import Sequence as Seq
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.scheduler import ScheduledSequence
-from candle_vllm.core.kernels.attention import AttentionRows
+
+Ints = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The tensors of one step.
+    """The numbers of one step, all int64.
 
     Attributes:
-        token_ids, positions, slots: [T] int64.
-        rows: which tokens belong together.
+        token_ids, positions, slots: [T]; a slot is block * block size + offset.
+        query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
+        context_lens: [R] tokens of each sequence, the new ones included.
+        block_tables: [R, most blocks]; a row's tail beyond its context is not read.
         sample_rows: indices into T of the tokens whose successor is sampled, one per item of `samples`.
         samples: the scheduled sequences that get a new token.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    rows: AttentionRows
-    sample_rows: torch.Tensor
+    token_ids: Ints
+    positions: Ints
+    slots: Ints
+    query_start: Ints
+    context_lens: Ints
+    block_tables: Ints
+    sample_rows: Ints
     samples: tuple[ScheduledSequence, ...]
 
 
-def build_batch(scheduled: Seq[ScheduledSequence], block_size: int, device: torch.device) -> Batch:
+def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
     """Lays the scheduled tokens of all sequences behind each other."""
     tokens: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
+    positions: list[int] = []
+    slots: list[int] = []
     starts = [0]
-    longest = max(len(item.sequence.block_table) for item in scheduled)
-    tables = np.zeros((len(scheduled), longest), np.int64)
+    tables = np.zeros((len(scheduled), max(len(item.sequence.block_table) for item in scheduled)), np.int64)
     for row, item in enumerate(scheduled):
-        sequence, start, count = item.sequence, item.start, item.count
-        tokens += sequence.tokens[start : start + count]
-        where = np.arange(start, start + count)
-        table = np.asarray(sequence.block_table, np.int64)
+        sequence, start, end = item.sequence, item.start, item.start + item.count
+        table = sequence.block_table
         tables[row, : len(table)] = table
-        positions.append(where)
-        slots.append(table[where // block_size] * block_size + where % block_size)
-        starts.append(starts[-1] + count)
+        tokens += sequence.tokens[start:end]
+        positions += range(start, end)
+        slots += [table[at // block_size] * block_size + at % block_size for at in range(start, end)]
+        starts.append(len(tokens))
     sampled = [row for row, item in enumerate(scheduled) if item.samples]
     return Batch(
-        token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
-        rows=AttentionRows(
-            query_start=tuple(starts),
-            context_lens=tuple(item.start + item.count for item in scheduled),
-            block_tables=torch.from_numpy(tables).to(device),
-        ),
-        sample_rows=torch.tensor([starts[row + 1] - 1 for row in sampled], dtype=torch.int64, device=device),
+        token_ids=np.array(tokens, np.int64),
+        positions=np.array(positions, np.int64),
+        slots=np.array(slots, np.int64),
+        query_start=np.array(starts, np.int64),
+        context_lens=np.array([item.start + item.count for item in scheduled], np.int64),
+        block_tables=tables,
+        sample_rows=np.array([starts[row + 1] - 1 for row in sampled], np.int64),
         samples=tuple(scheduled[row] for row in sampled),
     )

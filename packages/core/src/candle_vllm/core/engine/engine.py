@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 
 import msgspec
+import numpy as np
 import torch
 
 from candle_vllm.core.engine.batch import Batch, build_batch
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
@@ -27,8 +28,6 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_SCORED_ROWS = 64  # prompt positions whose logits are held at a time
 
 
 class Engine:
@@ -119,10 +118,10 @@ class Engine:
         if not scheduled:
             return []
         try:
-            batch = build_batch(scheduled, self.scheduler.blocks.block_size, self.runner.device)
-            hidden = self.runner.forward(batch)
-            self._score_prompts(scheduled, batch, hidden)
-            return self._settle(scheduled, batch, self._sample(batch, hidden))
+            batch = build_batch(scheduled, self.scheduler.blocks.block_size)
+            sampled = self._sample(batch, self.runner.run(batch))
+            self._score_prompts(scheduled, batch)
+            return self._settle(scheduled, batch, sampled)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
             return self._fail(scheduled, error)
@@ -144,10 +143,9 @@ class Engine:
             steps=self._counts["steps"],
         )
 
-    def _sample(self, batch: Batch, hidden: torch.Tensor) -> list[SampledToken]:
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken]:
         if not batch.samples:
             return []
-        logits = self.runner.logits(hidden[batch.sample_rows])  # [R, V]
         return self.sampler.sample(logits, [self._live[item.sequence].state for item in batch.samples])
 
     def _settle(self, scheduled: Seq[ScheduledSequence], batch: Batch, sampled: Seq[SampledToken]) -> list[TokenOutput]:
@@ -184,10 +182,10 @@ class Engine:
         failed = [self._live[item.sequence] for item in scheduled if item.sequence in self._live]
         return [self._finish(live, live.end(FinishReason.ERROR, error=message)) for live in failed]
 
-    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch, hidden: torch.Tensor) -> None:
+    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> None:
         """Log-probabilities of prompt tokens, where asked for, from the rows of this step."""
         now = time.monotonic()
-        for item, offset in zip(scheduled, batch.rows.query_start):
+        for item, offset in zip(scheduled, batch.query_start.tolist()):
             live = self._live[item.sequence]
             live.first_scheduled_time = live.first_scheduled_time or now
             top = live.request.params.prompt_logprobs
@@ -195,11 +193,11 @@ class Engine:
                 continue
             known = len(live.prompt_logprobs) - 1  # after a preemption the first positions are known already
             last = min(item.start + item.count, item.sequence.num_prompt_tokens - 1)
-            for first in range(max(item.start, known), last, _SCORED_ROWS):
-                end = min(first + _SCORED_ROWS, last)
-                rows = slice(offset + first - item.start, offset + end - item.start)
+            for first in range(max(item.start, known), last, MAX_SCORED_ROWS):
+                end = min(first + MAX_SCORED_ROWS, last)
+                rows = np.arange(offset + first - item.start, offset + end - item.start)
                 following = item.sequence.tokens[first + 1 : end + 1]
-                scored = self.sampler.prompt_logprobs(self.runner.logits(hidden[rows]), following, top)
+                scored = self.sampler.prompt_logprobs(self.runner.score(rows), following, top)
                 live.prompt_logprobs += [live.describe(row) for row in scored]
 
     def _check(self, request: GenerationRequest) -> int:

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from candle_vllm.core.kernels.embedding import embedding
 from candle_vllm.core.kernels.linear import linear
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
+from candle_vllm.core.layers.parameters import PackedPart, Part, Placement, TensorPart
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 
 
 class Embedding:
     """Rows [T, E] of a table [V, E] for token ids [T]; as a head, logits [T, V] of hidden states [T, E]."""
 
     def __init__(self, vocab_size: int, size: int, placement: Placement) -> None:
-        self.weight = torch.empty(vocab_size, size, device=placement.device, dtype=placement.dtype)
+        self.shape = (vocab_size, size)
+        self.matrices: dict[str, PackedMatrix] = {}
+        self.weight = (
+            None if placement.packed else torch.empty(self.shape, device=placement.device, dtype=placement.dtype)
+        )
 
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, token_ids: Value) -> Value:
+        if isinstance(token_ids, RecordedTokens):
+            return token_ids.embedding(self.matrices["weight"])
+        assert self.weight is not None
         return embedding(token_ids, self.weight)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Value) -> Value:
         """Scores [T, V] in fp32 of every token of the vocabulary."""
+        if isinstance(hidden, Recorded):
+            return hidden.logits(self.matrices["weight"])
+        assert self.weight is not None
         return linear(hidden, self.weight).float()
 
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """Every part that must be loaded, with the tensor that it is copied into."""
-        return {"weight": self.weight}
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        if self.weight is not None:
+            return {"weight": TensorPart(self.weight)}
+        return {"weight": PackedPart(self.matrices, "weight", self.shape)}

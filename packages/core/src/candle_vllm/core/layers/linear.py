@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from candle_vllm.core.kernels.linear import linear
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.layers.parameters import PackedPart, Part, Placement, TensorPart
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 
 
 class Linear:
@@ -17,7 +22,7 @@ class Linear:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
         bias: whether there is one.
-        placement: device and dtype.
+        placement: device and dtype, or packed.
     """
 
     def __init__(
@@ -31,15 +36,26 @@ class Linear:
             prefix = f"{name}." if name else ""
             self._rows[prefix] = slice(end, end + size)
             end += size
-        self.weight = torch.empty(end, in_features, device=placement.device, dtype=placement.dtype)
-        self.bias = torch.empty(end, device=placement.device, dtype=placement.dtype) if bias else None
+        device, dtype = placement.device, torch.float32 if placement.packed else placement.dtype
+        self.matrices: dict[str, PackedMatrix] = {}
+        self.weight = None if placement.packed else torch.empty(end, in_features, device=device, dtype=dtype)
+        self.bias = torch.empty(end, device=device, dtype=dtype) if bias else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Value) -> Value:
+        if isinstance(x, Recorded):
+            return x.packed_linear({name: self.matrices[name] for name in self._rows}, self.bias)
+        assert self.weight is not None
         return linear(x, self.weight, self.bias)
 
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """Every part that must be loaded, with the tensor that it is copied into."""
-        found = {prefix + "weight": self.weight[rows] for prefix, rows in self._rows.items()}
-        if self.bias is not None:
-            found |= {prefix + "bias": self.bias[rows] for prefix, rows in self._rows.items()}
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        found: dict[str, Part] = {}
+        for prefix, rows in self._rows.items():
+            if self.weight is not None:
+                found[prefix + "weight"] = TensorPart(self.weight[rows])
+            else:
+                shape = (rows.stop - rows.start, self.in_features)
+                found[prefix + "weight"] = PackedPart(self.matrices, prefix, shape)
+            if self.bias is not None:
+                found[prefix + "bias"] = TensorPart(self.bias[rows])
         return found

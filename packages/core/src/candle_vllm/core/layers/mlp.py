@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.silu_mul import silu_mul
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
@@ -17,5 +16,5 @@ class GatedMLP:
         self.gate_up = Linear(hidden_size, shards, placement, bias=bias)
         self.down = Linear(intermediate_size, hidden_size, placement, bias=bias)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Value) -> Value:
         return self.down(silu_mul(self.gate_up(x)))

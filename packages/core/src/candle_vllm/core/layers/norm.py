@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import rms_norm
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 
 
 class RMSNorm:
@@ -17,9 +18,9 @@ class RMSNorm:
         self.eps = eps
         self.weight = torch.empty(size, device=placement.device, dtype=torch.float32)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Value) -> Value:
         return rms_norm(x, self.weight, self.eps)
 
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """Every part that must be loaded, with the tensor that it is copied into."""
-        return {"weight": self.weight}
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        return {"weight": TensorPart(self.weight)}

@@ -8,8 +8,9 @@ from functools import cached_property
 
 import torch
 
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 from candle_vllm.core.loading.config import RopeConfig
 
 
@@ -35,12 +36,12 @@ class Rotary:
         scale = attention_scale(self.rope)
         return (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device)
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Value, positions: torch.Tensor) -> Value:
         return rotary(x, positions, *self.tables)
 
-    def parts(self) -> Mapping[str, torch.Tensor]:
-        """Every part that must be loaded, with the tensor that it is copied into."""
-        return {} if self._factors is None else {"factors": self._factors}
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        return {} if self._factors is None else {"factors": TensorPart(self._factors)}
 
 
 def attention_scale(rope: RopeConfig) -> float:

@@ -16,6 +16,7 @@ from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
 from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.placement import choose_placement
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -37,6 +38,7 @@ class LoadedModel:
     Attributes:
         name: the model's name as its source gives it.
         decoder: the model with its weights.
+        placement: where they are, and whether they are packed.
         config: its configuration, the context cut to what was asked for.
         tokenizer: words to tokens.
         template: the chat template, where the model has one.
@@ -49,6 +51,7 @@ class LoadedModel:
 
     name: str
     decoder: Decoder
+    placement: Placement
     config: ModelConfig
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -59,12 +62,12 @@ class LoadedModel:
     weight_bytes: int
 
 
-def load_model(config: EngineConfig, placement: Placement, progress: Callable[[int, int], object]) -> LoadedModel:
+def load_model(config: EngineConfig, device: torch.device, progress: Callable[[int, int], object]) -> LoadedModel:
     """Resolves `config.model`, downloads it where needed, and loads it.
 
     Args:
         config: the engine's settings.
-        placement: device and dtype of the weights.
+        device: where to load it.
         progress: called with bytes done and bytes in all.
     """
     files = resolve(
@@ -81,6 +84,7 @@ def load_model(config: EngineConfig, placement: Placement, progress: Callable[[i
         family, model_config, heads = _describe(files, checkpoint, metadata)
         limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
         model_config = dataclasses.replace(model_config, max_position=limit)
+        placement = choose_placement(config, device, checkpoint, model_config)
         decoder = family.build(model_config, placement, checkpoint)
         _fill(decoder, family, model_config, checkpoint, heads, progress)
         tokenizer = _tokenizer(config, files, metadata)
@@ -90,6 +94,7 @@ def load_model(config: EngineConfig, placement: Placement, progress: Callable[[i
         loaded = LoadedModel(
             name=files.name,
             decoder=decoder,
+            placement=placement,
             config=model_config,
             tokenizer=tokenizer,
             template=ChatTemplate(source, tokenizer.special_tokens) if source else None,

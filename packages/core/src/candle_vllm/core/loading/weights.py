@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.layers.parameters import Loadable
+from candle_vllm.core.layers.parameters import Loadable, Part
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 
 _SHOWN = 8  # names listed in an error message
@@ -62,7 +60,7 @@ def load_weights(
     Raises:
         WeightsError: with all names that do not match.
     """
-    jobs: list[tuple[StoredTensor, torch.Tensor, int | None]] = []
+    jobs: list[tuple[StoredTensor, Part, int | None]] = []
     missing: list[str] = []
     used: set[str] = set()
     for line in _expand(table, num_layers):
@@ -77,7 +75,7 @@ def load_weights(
             continue
         used.add(name)
         stored, place = checkpoint.tensors[name], parts[part]
-        if tuple(stored.shape) != tuple(place.shape):
+        if tuple(stored.shape) != place.shape:
             raise WeightsError(
                 f"{checkpoint.path}: tensor {name} has shape {list(stored.shape)}; "
                 f"the model's config asks for {list(place.shape)}"
@@ -87,20 +85,14 @@ def load_weights(
     if missing or unexpected:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(missing, unexpected)}")
 
-    def run(job: tuple[StoredTensor, torch.Tensor, int | None]) -> int:
+    def run(job: tuple[StoredTensor, Part, int | None]) -> int:
         stored, place, interleaved = job
-        tensor = stored.load(torch.float32)
-        place.copy_(tensor if interleaved is None else half_split_rows(tensor, interleaved))
+        place.fill(stored, interleaved)
         return stored.nbytes
 
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
         for count in pool.map(run, jobs):
             progress(count)
-
-
-def half_split_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows [H * D, ...] from interleaved rotary order (pair i is rows 2i, 2i + 1) to half-split (i, i + D/2)."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:

@@ -7,9 +7,8 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 
 from __future__ import annotations
 
-import torch
-
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
@@ -127,7 +126,7 @@ class Attention:
         self.rotary = rotary
         self.attend = PagedAttention(layer, dim, window=config.sliding_windows[layer])
 
-    def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def __call__(self, x: Value, step: StepInput) -> Value:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -147,7 +146,7 @@ class Block:
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
 
-    def __call__(self, x: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def __call__(self, x: Value, step: StepInput) -> Value:
         x = x + self.attention(self.attention_norm(x), step)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -168,14 +167,14 @@ class Llama:
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
 
-    def forward(self, token_ids: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm."""
         x = self.embed(token_ids)
         for layer in self.layers:
             x = layer(x, step)
         return self.norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Value) -> Value:
         """Scores [T, V] in fp32."""
         return (self.embed if self.head is None else self.head).logits(hidden)
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, ModelConfig
@@ -24,11 +23,11 @@ class Decoder(Protocol):
 
     config: ModelConfig
 
-    def forward(self, token_ids: torch.Tensor, step: StepInput) -> torch.Tensor:
+    def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Token ids [T] to hidden states [T, E]."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Value) -> Value:
         """Hidden states [T, E] to scores [T, V] in fp32."""
         ...
 

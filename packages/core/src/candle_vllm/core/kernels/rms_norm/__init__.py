@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import reference
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Value, weight: torch.Tensor, eps: float) -> Value:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    if isinstance(x, Recorded):
+        return x.rms_norm(weight, eps)
     assert weight.shape == x.shape[-1:]
     return reference.rms_norm(x, weight, eps)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary import reference
 
 
-def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotary(x: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Value:
     """Rotates every head of x by its token's position."""
+    if isinstance(x, Recorded):
+        return x.rotary(cos, sin)
     assert x.dim() == 3
     assert cos.shape == sin.shape
     assert 2 * cos.shape[1] <= x.shape[2]

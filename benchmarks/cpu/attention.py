@@ -1,0 +1,201 @@
+"""Paged attention on the CPU: one JSON line per result.
+
+Decode: microseconds per layer and GB/s of keys and values read, with as many layers as the model has, each with its own
+cache, so that nothing is in the processor's caches that would not be there in a step. Prefill: GFLOP/s of the causal
+work. Every figure is the best of `--rounds`.
+
+    python benchmarks/cpu/attention.py [--shape smollm2|qwen2.5-0.5b|llama-8b] [--threads N] [--depths 128,1024]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from candle_vllm.core.kernels.attention.cpu import (
+    attend_operation,
+    attend_row,
+    key_cache_shape,
+    merge_operation,
+    scratch_bytes,
+    value_cache_shape,
+)
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+
+SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
+BLOCK = 16
+MEMORY = 3 << 30  # most bytes of caches
+
+
+class Bench:
+    """A plan of one model's attention, layer after layer, for `streams` sequences of `context` tokens."""
+
+    def __init__(self, shape: str, streams: int, context: int, new: int, team: ThreadTeam) -> None:
+        self.heads, self.kv_heads, self.dim, layers = SHAPES[shape]
+        self.team, tokens = team, streams * new
+        pages = -(-context // BLOCK)
+        layer_bytes = 4 * streams * pages * BLOCK * self.kv_heads * self.dim
+        self.layers = max(1, min(layers, MEMORY // layer_bytes))
+        random = np.random.default_rng(0)
+        at = (self.layers * streams * pages, BLOCK, self.kv_heads, self.dim)
+        # Small bfloat16 numbers of either sign, made fast.
+        self.keys, self.values = (
+            (random.integers(0, 1 << 16, key_cache_shape(*at), np.uint16) & 0x83FF | 0x3C00).astype(np.uint16).reshape(shape)
+            for shape in (key_cache_shape(*at), value_cache_shape(*at))
+        )
+        self.q = (random.integers(0, 1 << 16, (tokens, self.heads, self.dim), np.uint16) & 0x83FF | 0x3C00).astype(np.uint16)
+        self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
+        self.starts = np.arange(streams + 1, dtype=np.int64) * new
+        self.contexts = np.full(streams, context, np.int64)
+        self.tables = np.stack([random.permutation(streams * pages) for _ in range(self.layers)]).astype(np.int64)
+        self.tables += np.arange(self.layers)[:, None] * streams * pages
+        self.numbers = np.zeros(8, np.int64)
+        self.numbers[:2] = tokens, streams
+        width = (self.heads + 2 * self.kv_heads) * self.dim
+        self.qkv = random.standard_normal((tokens, width), np.float32)
+        self.angles = np.zeros((context, self.dim // 2), np.float32)
+        self.positions = np.tile(np.arange(context - new, context, dtype=np.int64), streams)
+        size = scratch_bytes(
+            max_tokens=tokens,
+            max_seqs=streams,
+            heads=self.heads,
+            head_dim=self.dim,
+            max_context=context,
+            threads=team.threads,
+        )
+        self.scratch = np.zeros(size // 8 + 16, np.int64)
+        self.size = size
+        self.slots = [
+            (table.reshape(streams, pages)[np.arange(tokens) // new, self.positions // BLOCK] * BLOCK)
+            + self.positions % BLOCK
+            for table in self.tables
+        ]
+        self.pages = pages
+
+    def _write_row(self, layer: int) -> list[int]:
+        k_column = self.heads * self.dim
+        return rotate_and_write_row(
+            qkv=address_of(self.qkv),
+            stride=self.qkv.shape[1],
+            q_column=0,
+            k_column=k_column,
+            v_column=k_column + self.kv_heads * self.dim,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            block_size=BLOCK,
+            rotary_dim=self.dim,
+            cos=address_of(self.angles),
+            sin=address_of(self.angles),
+            positions=address_of(self.positions),
+            slots=address_of(self.slots[layer]),
+            q=address_of(self.q),
+            key_cache=address_of(self.keys),
+            value_cache=address_of(self.values),
+            scale=0.18,
+        )
+
+    def _attend_row(self, layer: int) -> list[int]:
+        return attend_row(
+            q=address_of(self.q),
+            out=address_of(self.out),
+            key_cache=address_of(self.keys),
+            value_cache=address_of(self.values),
+            query_start=address_of(self.starts),
+            context_lens=address_of(self.contexts),
+            block_tables=address_of(self.tables[layer]),
+            table_stride=self.pages,
+            block_size=BLOCK,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            scratch=-(-address_of(self.scratch) // 64) * 64,
+            scratch_size=self.size,
+        )
+
+    def seconds(self, rounds: int, *, write: bool, attend: bool) -> float:
+        """Best time of one layer."""
+        isa, words = host_isa(), []
+        for layer in range(self.layers):
+            rows = [(rotate_and_write_operation(isa), self._write_row(layer))] if write else []
+            if attend:
+                row = self._attend_row(layer)
+                rows += [(attend_operation(self.dim, isa), row), (merge_operation(self.dim, isa), row)]
+            for address, arguments in rows:
+                words += [address, BARRIER | (8 * (3 + len(arguments)) << 8), address_of(self.numbers), *arguments]
+        plan, count = np.array(words, np.int64), self.layers * (write + 2 * attend)
+        self.team.run(plan, count)
+        return best(lambda: self.team.run(plan, count), rounds) / self.layers
+
+
+def best(function: Callable[[], None], rounds: int) -> float:
+    """The shortest of `rounds` calls, in seconds."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def read_speed(team: ThreadTeam) -> float:
+    """What numpy reads with one thread, GB/s: a scale for the machine's present mood."""
+    data = np.ones(1 << 25, np.float32)
+    return data.nbytes / best(lambda: data.max(), 3) / 1e9
+
+
+def report(**fields: object) -> None:
+    """One result."""
+    sys.stdout.write(json.dumps({"benchmark": "cpu/attention", "machine": platform.processor(), **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--depths", default="128,1024,7000")
+    parser.add_argument("--streams", default="1,32")
+    parser.add_argument("--prefill", type=int, default=1024)
+    options = parser.parse_args()
+    team = ThreadTeam(options.threads)
+    common = {"shape": options.shape, "threads": options.threads}
+    report(**common, kind="numpy read", gb_per_s=round(read_speed(team), 1))
+    for streams in map(int, options.streams.split(",")):
+        for depth in map(int, options.depths.split(",")):
+            bench = Bench(options.shape, streams, depth, 1, team)
+            seconds = bench.seconds(options.rounds, write=False, attend=True)
+            read = 4 * streams * depth * bench.kv_heads * bench.dim
+            report(
+                **common,
+                kind="decode",
+                streams=streams,
+                depth=depth,
+                us_per_layer=round(seconds * 1e6, 2),
+                gb_per_s=round(read / seconds / 1e9, 1),
+                write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 2),
+            )
+    bench = Bench(options.shape, 1, options.prefill, options.prefill, team)
+    seconds = bench.seconds(options.rounds, write=False, attend=True)
+    flop = 2 * options.prefill * (options.prefill + 1) * bench.heads * bench.dim
+    report(
+        **common,
+        kind="prefill",
+        tokens=options.prefill,
+        us_per_layer=round(seconds * 1e6, 1),
+        gflop_per_s=round(flop / seconds / 1e9),
+        write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 1),
+    )
+    team.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Speed of the packed linear layer: one JSON line per type and number of rows.
+
+    python benchmarks/cpu/packed_linear.py --kinds Q4_1 Q4_K --shape 1536 576 --rows 1 8 32 512
+
+A plan of as many different matrices as fill `--megabytes` is run several times; the fastest and the median round count.
+`gops` are multiplications and additions, `gbps` the packed bytes of the weights. With `--pack`, the time to pack a GGUF
+matrix of 16 million weights of each type as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
+from candle_vllm.core.kernels.packed_linear.cpu import linear_operation, linear_row
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
+from candle_vllm.core.kernels.packed_linear.reference import quantise
+from candle_vllm.core.quantization import ggml
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=[kind.name for kind in PackedKind], help="types to measure")
+    parser.add_argument("--shape", nargs=2, type=int, default=(1536, 768), metavar=("N", "K"))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 512], help="rows of activations")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--megabytes", type=int, default=128, help="weights per round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pack", action="store_true", help="measure packing too")
+    options = parser.parse_args()
+    team = ThreadTeam(options.threads)
+    for name in options.kinds:
+        kind = PackedKind[name]
+        start = time.perf_counter()
+        operation = linear_operation(kind, host_isa())
+        compiled = time.perf_counter() - start
+        report = {"kernel": "packed_linear", "kind": name, "compile_s": round(compiled, 2)}
+        if options.pack:
+            report["pack_s_per_16M"] = round(_pack_time(kind), 4)
+        for rows in options.rows:
+            figures = _measure(team, operation, kind, rows, options)
+            print(json.dumps(report | {"threads": team.threads} | figures), flush=True)
+    team.close()
+
+
+def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, options: argparse.Namespace) -> dict:
+    n, k = options.shape
+    size = -(-n // ROWS) * LAYOUTS[kind].tile_bytes(k)
+    copies = max(1, (options.megabytes << 20) // size // max(1, rows // 8))
+    matrices = [_random_matrix(kind, n, k) for _ in range(copies)]
+    xq, xs, xsum = quantise(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
+    out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
+    addresses = {"xq": address_of(xq), "xs": address_of(xs), "xsum": address_of(xsum), "out": address_of(out)}
+    plan = []
+    for matrix in matrices:
+        row = [operation, 0, *linear_row(matrix, step=address_of(numbers), out_stride=n, **addresses)]
+        row[1] = 8 * len(row) << 8 | 1
+        plan += row
+    table, times = np.array(plan, np.int64), []
+    for _ in range(options.rounds + 1):
+        start = time.perf_counter()
+        team.run(table, copies)
+        times.append((time.perf_counter() - start) / copies)
+    best, median = min(times[1:]), statistics.median(times[1:])
+    return {
+        "n": n,
+        "k": k,
+        "rows": rows,
+        "us": round(best * 1e6, 1),
+        "median_us": round(median * 1e6, 1),
+        "gops": round(2e-9 * rows * n * k / best, 1),
+        "gbps": round(1e-9 * size / best, 1),
+        "bits_per_weight": size * 8 / (-(-n // ROWS) * ROWS * k),
+    }
+
+
+def _random_matrix(kind: PackedKind, n: int, k: int) -> PackedMatrix:
+    """Random codes under plain scales, without the detour over GGUF bytes."""
+    layout, tiles = LAYOUTS[kind], -(-n // ROWS)
+    memory = np.empty(tiles * layout.tile_bytes(k) + 64, np.uint8)
+    data = memory[-memory.ctypes.data % 64 :][: tiles * layout.tile_bytes(k)].reshape(tiles, -1)
+    data[:] = np.random.default_rng(1).integers(0, 256, layout.tile_bytes(k), dtype=np.uint8)
+    blocks = data.reshape(tiles, -1, layout.block_bytes)
+    blocks[:, :, : layout.floats_bytes] = np.full(layout.floats_bytes // 2, 0.01, np.float16).view(np.uint8)
+    return PackedMatrix(n, k, kind, data)
+
+
+def _pack_time(kind: PackedKind) -> float:
+    """Seconds to pack 4096 x 4096 weights, best of three."""
+    ggml_type = GGMLQuantizationType[kind.name]
+    size, width = ggml.block_layout(ggml_type)
+    raw = np.zeros(4096 * 4096 // size * width, np.uint8)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        pack(raw, ggml_type, 4096, 4096)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()

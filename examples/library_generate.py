@@ -1,0 +1,23 @@
+"""Continue several prompts at once.
+
+    python examples/library_generate.py MODEL
+
+MODEL is a Hugging Face id, a folder or a .gguf file.
+"""
+
+import sys
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+
+PROMPTS = ["The capital of France is", "Once upon a time", "Water is made of"]
+
+
+def main(model: str) -> None:
+    with InferenceEngine(model) as engine:
+        outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24))
+        for output in outputs:
+            print(f"{output.prompt!r} -> {output.text!r} ({output.finish_reason})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

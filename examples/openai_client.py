@@ -1,0 +1,34 @@
+"""Talk to a running server with OpenAI's own client (`pip install openai`).
+
+    candle-vllm &
+    python examples/openai_client.py [MODEL [BASE_URL]]
+
+MODEL is a name that the server lists, or `default`, which always means the served model.
+"""
+
+import sys
+
+from openai import OpenAI
+
+
+def main(model: str = "default", base_url: str = "http://127.0.0.1:2000/v1") -> None:
+    with OpenAI(base_url=base_url, api_key="none") as client:
+        print("models:", ", ".join(each.id for each in client.models.list()))
+
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=32,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for chunk in stream:
+            if chunk.choices:
+                print(chunk.choices[0].delta.content or "", end="", flush=True)
+            elif chunk.usage:
+                print(f"\n{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

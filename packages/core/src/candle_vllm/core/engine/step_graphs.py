@@ -1,0 +1,83 @@
+"""Steps that are recorded once and replayed: the layers run on recorded values, and later steps replay the plan.
+
+On the CPU a plan is a table of operations over fixed buffers, walked by the threads of a `ThreadTeam` in one call. One
+plan serves every step up to its limits: what varies (tokens, positions, tables) is read from arrays when it runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.kernels.attention import AttentionRows
+from candle_vllm.core.kernels.attention.cpu import key_cache_shape, value_cache_shape
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.models.registry import Decoder
+
+CACHE_DTYPE_BYTES = 2  # bfloat16
+
+
+class RecordedRunner:
+    """Replays a decoder with packed weights on the CPU; see `ModelRunner`.
+
+    Args:
+        decoder: the model with packed weights.
+        num_blocks: blocks of the cache.
+        limits: the largest step.
+        isa: instructions that the kernels may use; None is what the CPU has.
+    """
+
+    def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
+        config = decoder.config
+        shape = (num_blocks, limits.block_size, config.num_kv_heads, config.head_dim)
+        # Zeroed: masked positions of a last block are read. The system hands out zero pages as they are first touched.
+        keys = tuple(np.zeros(key_cache_shape(*shape), np.int16) for _ in range(config.num_layers))
+        values = tuple(np.zeros(value_cache_shape(*shape), np.int16) for _ in range(config.num_layers))
+        self.decoder = decoder
+        self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
+        nothing = torch.empty(0)
+        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
+        self._caches = (keys, values)
+        hidden = decoder.forward(recorder.tokens(), step)
+        layers, layer_rows = len(recorder.plan), recorder.num_rows
+        decoder.logits(hidden)
+        assert recorder.logits is not None
+        self._plan = np.array(recorder.plan, np.int64)
+        self._num_rows = recorder.num_rows
+        self._head, self._head_rows = self._plan[layers:], recorder.num_rows - layer_rows
+        self._logits = torch.from_numpy(recorder.logits)
+        self._team = ThreadTeam(limits.threads)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """See `ModelRunner`."""
+        arrays, count, sequences = self._recorder.arrays, len(batch.token_ids), len(batch.context_lens)
+        arrays.token_ids[:count] = batch.token_ids
+        arrays.positions[:count] = batch.positions
+        arrays.slots[:count] = batch.slots
+        arrays.query_start[: sequences + 1] = batch.query_start
+        arrays.context_lens[:sequences] = batch.context_lens
+        arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
+        arrays.numbers[StepNumber.TOKENS] = count
+        arrays.numbers[StepNumber.SEQUENCES] = sequences
+        return self._with_rows(batch.sample_rows, self._plan, self._num_rows)
+
+    def score(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+        return self._with_rows(rows, self._head, self._head_rows)
+
+    def close(self) -> None:
+        """Ends the team's threads."""
+        self._team.close()
+
+    def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> torch.Tensor:
+        arrays = self._recorder.arrays
+        arrays.logit_rows[: len(rows)] = rows
+        arrays.numbers[StepNumber.LOGIT_ROWS] = len(rows)
+        assert address_of(plan) % 8 == 0
+        self._team.run(plan, num_rows)
+        return self._logits[: len(rows)]

@@ -1,0 +1,24 @@
+"""Quantising activations to 8 bits, with what comes right before it.
+
+Contract: x float32 [T, C]; first a prologue makes y [T, K]:
+    NONE    y = x, K = C
+    NORM    y = RMSNorm(x) * weight, K = C (see `kernels/rms_norm`)
+    SILU    y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
+then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
+and q = round(y / s) to nearest even. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
+which weights with an offset need. All in fp32. This is the step that GGML calls Q8_1.
+"""
+
+from __future__ import annotations
+
+import enum
+
+GROUP = 32
+
+
+class Prologue(enum.IntEnum):
+    """What is computed on the way."""
+
+    NONE = 0
+    NORM = 1
+    SILU = 2

@@ -1,0 +1,243 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Quantising activations on the CPU, the prologue fused into the same pass.
+
+With at least as many rows as threads each thread takes whole rows, else every thread takes a share of each row's groups
+(the sum of squares of a norm is then computed by each). Either way every number is made by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+
+# ---- emitted code ----------------------------------------------------------------------------------------------------
+
+
+def emit_exp(e: Emitter, x: Any) -> Any:
+    """exp of 16 floats, relative error below 2e-7; inputs are held to [-87, 88]."""
+    b = e.b
+    x = e.call("llvm.minnum.v16f32", vector(F32), [x, e.constant(F32, 88.0)])
+    x = e.call("llvm.maxnum.v16f32", vector(F32), [x, e.constant(F32, -87.0)])
+    whole = e.call("llvm.rint.v16f32", vector(F32), [b.fmul(x, e.constant(F32, math.log2(math.e)))])
+    # x - whole * ln 2 in two steps, then a Taylor polynomial on [-0.35, 0.35]
+    rest = e.fma(whole, e.constant(F32, -0.693359375), x)
+    rest = e.fma(whole, e.constant(F32, 2.12194440e-4), rest)
+    total = e.constant(F32, 1 / math.factorial(7))
+    for power in range(6, -1, -1):
+        total = e.fma(total, rest, e.constant(F32, 1 / math.factorial(power)))
+    exponent = b.shl(b.add(b.fptosi(whole, vector(I32)), e.constant(I32, 127)), e.constant(I32, 23))
+    return b.fmul(total, b.bitcast(exponent, vector(F32)))
+
+
+def _emit_group(e: Emitter, halves: list[Any], q: Any, scale: Any, total: Any) -> None:
+    """Quantises 32 floats, two vectors, and stores bytes, scale and scaled sum at three addresses."""
+    b = e.b
+    sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves]
+    largest = e.call("llvm.maxnum.v16f32", vector(F32), sizes)
+    largest = e.call("llvm.vector.reduce.fmax.v16f32", F32, [largest])
+    s = b.fdiv(largest, ir.Constant(F32, 127.0))
+    some = b.fcmp_ordered(">", s, ir.Constant(F32, 0.0))
+    inverse = b.select(some, b.fdiv(ir.Constant(F32, 1.0), s), ir.Constant(F32, 0.0))
+    count = ir.Constant(I32, 0)
+    for part, half in enumerate(halves):
+        rounded = e.call("llvm.rint.v16f32", vector(F32), [b.fmul(half, e.splat(inverse))])
+        whole = b.fptosi(rounded, vector(I32))
+        e.store(q, b.trunc(whole, vector(I8)), part * LANES)
+        count = b.add(count, e.call("llvm.vector.reduce.add.v16i32", I32, [whole]))
+    e.store(scale, s)
+    e.store(total, b.fmul(s, b.sitofp(count, F32)))
+
+
+def _groups_code(e: Emitter, args: Any, halves_of: Callable[[Any], list[Any]]) -> None:
+    """A loop over groups first .. first + count: args are q, scales, sums, first, count."""
+    q, scales, sums, first, count = args
+
+    def body(index: Any, state: list[Any]) -> list[Any]:
+        group = e.b.add(first, index)
+        four = e.b.mul(group, e.int64(4))
+        _emit_group(
+            e,
+            halves_of(group),
+            e.b.add(q, e.b.mul(group, e.int64(GROUP))),
+            e.b.add(scales, four),
+            e.b.add(sums, four),
+        )
+        return state
+
+    e.loop(count, [], body)
+
+
+def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
+    at = e.b.add(base, e.b.mul(group, e.int64(4 * GROUP)))
+    return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
+
+
+@intrinsic
+def quantise_plain(_: Any, x: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any) -> Any:
+    """Groups of a row as they are."""
+    signature = types.void(*[types.int64] * 6)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        _groups_code(e, args[1:], lambda group: _two(e, args[0], group))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def quantise_scaled(
+    _: Any, x: Any, weight: Any, scale: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any
+) -> Any:
+    """Groups of a row times `scale`, times a weight for each column."""
+    signature = types.void(types.int64, types.int64, types.float32, *[types.int64] * 5)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        factor = e.splat(args[2])
+
+        def halves(group: Any) -> list[Any]:
+            pairs = zip(_two(e, args[0], group), _two(e, args[1], group))
+            return [b.fmul(b.fmul(value, factor), weight) for value, weight in pairs]
+
+        _groups_code(e, args[3:], halves)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def quantise_silu(_: Any, gate: Any, up: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any) -> Any:
+    """Groups of silu(gate) * up."""
+    signature = types.void(*[types.int64] * 7)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        one = e.constant(F32, 1.0)
+
+        def halves(group: Any) -> list[Any]:
+            pairs = zip(_two(e, args[0], group), _two(e, args[1], group))
+            return [b.fmul(b.fdiv(g, b.fadd(one, emit_exp(e, b.fneg(g)))), up) for g, up in pairs]
+
+        _groups_code(e, args[2:], halves)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
+    """1 / sqrt(mean(x^2) + eps) of a row; columns is a multiple of 32."""
+    signature = types.float32(types.int64, types.int64, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(group: Any, totals: list[Any]) -> list[Any]:
+            return [e.fma(v, v, total) for v, total in zip(_two(e, args[0], group), totals)]
+
+        groups = b.sdiv(args[1], e.int64(GROUP))
+        totals = e.loop(groups, [e.zeros(F32), e.zeros(F32)], body)
+        mean = b.fdiv(e.sum_lanes(b.fadd(*totals)), b.sitofp(args[1], F32))
+        return b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [b.fadd(mean, args[2])]))
+
+    return signature, code
+
+
+@intrinsic
+def float_from_bits(_: Any, bits: Any) -> Any:
+    """The float32 whose bits are the low half of an int64."""
+    signature = types.float32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.bitcast(b.trunc(args[0], I32), F32)
+
+    return signature, code
+
+
+# ---- the operation ---------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _share(total: int, thread: int, threads: int) -> tuple[int, int]:
+    """First and count of a thread's part of `total` things."""
+    first = total * thread // threads
+    return first, total * (thread + 1) // threads - first
+
+
+def make_quantise(prologue: int) -> Callable[..., None]:
+    """The operation for one prologue. Arguments: see `quantise_row`."""
+
+    def quantise(a, thread, threads):
+        numbers = int64_at(a[2])
+        x, stride, weight, columns, q, scales, sums, picked = a[3], a[4], a[5], a[7], a[8], a[9], a[10], a[11]
+        rows = numbers[a[12]]
+        eps = float_from_bits(a[6])
+        groups = columns // GROUP
+        first_row, row_count, first_group, group_count = 0, rows, 0, groups
+        if rows >= threads:
+            first_row, row_count = _share(rows, thread, threads)
+        else:
+            first_group, group_count = _share(groups, thread, threads)
+        if group_count == 0:
+            return
+        for t in range(first_row, first_row + row_count):
+            source = t
+            if picked != 0:
+                source = int64_at(picked)[t]
+            at = x + source * stride * 4
+            to, to_s, to_m = q + t * columns, scales + t * groups * 4, sums + t * groups * 4
+            if prologue == 1:
+                scale = rms_scale(at, columns, eps)
+                quantise_scaled(at, weight, scale, to, to_s, to_m, first_group, group_count)
+            elif prologue == 2:
+                quantise_silu(at, at + columns * 4, to, to_s, to_m, first_group, group_count)
+            else:
+                quantise_plain(at, to, to_s, to_m, first_group, group_count)
+
+    return quantise
+
+
+@cache
+def quantise_operation(prologue: Prologue) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_quantise(int(prologue)))
+
+
+def quantise_row(
+    *,
+    x: int,
+    stride: int,
+    columns: int,
+    q: int,
+    scales: int,
+    sums: int,
+    weight: int = 0,
+    eps: float = 0.0,
+    picked: int = 0,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The operation's arguments.
+
+    Args:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K, a multiple of 32.
+        q, scales, sums: addresses of the results.
+        weight, eps: of a norm.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+    bits = struct.unpack("<i", struct.pack("<f", eps))[0]
+    return [x, stride, weight, bits, columns, q, scales, sums, picked, int(rows_from)]

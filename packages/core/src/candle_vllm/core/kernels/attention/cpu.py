@@ -1,0 +1,411 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Paged attention on the CPU: `attend` and, behind a barrier, `merge` (step 6 of a request's life).
+
+Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`), queries bfloat16 [T, H, D] already times
+softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D].
+
+Same bits whatever else is in the step: the positions are cut into fixed chunks (`_chunk_start`), every chunk gives a
+partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
+it when is free: the query rows of one KV head (tokens x heads of the group) are taken in tiles of `_ROW_TILE`, and a
+unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work,
+one chunk of it, whose partial results go to scratch memory and are merged by the second operation.
+
+Units are handed out by an atomic counter, the longest of a sequence first, so that a slow thread does less; `merge`
+sets the counter back to 0, and the barriers around it keep that apart from the next use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from numba import njit
+
+from candle_vllm.core.kernels.attention.cpu_tiles import (
+    CHUNK,
+    PROBABILITY_STRIDE,
+    ROWS,
+    SCORE_STRIDE,
+    TILES,
+    clear_partial,
+    copy_lines,
+    finish_partial,
+    merge_partial,
+    partial_floats,
+    score_tiles,
+    softmax_row,
+    value_tiles,
+)
+from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
+
+_SEQUENCES = int(StepNumber.SEQUENCES)
+_ROW_TILE = 64  # query rows of a unit
+_UNITS_PER_THREAD = 8  # a unit larger than this part of a thread's share of the step is split by chunks
+_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+_HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
+_OFFSETS = 8 * (CHUNK // LANES)  # bytes of the tile offsets of a chunk
+
+
+def supported(head_dim: int, block_size: int) -> bool:
+    """Whether these kernels can compute it: D a multiple of 32 up to 256, S a power of two from 16."""
+    return head_dim % 32 == 0 and 32 <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
+
+
+def key_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of a layer's key cache, 16-bit numbers, to be made of zeros."""
+    return (num_blocks, kv_heads, block_size // LANES, head_dim // 2, LANES, 2)
+
+
+def value_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of a layer's value cache, 16-bit numbers, to be made of zeros."""
+    return (num_blocks, kv_heads, block_size // 2, head_dim, 2)
+
+
+# ---- how the work is cut ---------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _chunk_start(chunk: int) -> int:
+    """Position where a chunk begins: 8 of 64, 12 of 128, then 256 each; short ones first, to share a short context."""
+    return 64 * chunk + 64 * max(chunk - 8, 0) + 128 * max(chunk - 20, 0)
+
+
+@njit(inline="always")
+def _chunk_of(position: int) -> int:
+    """The chunk that a position belongs to."""
+    if position < 512:
+        return position >> 6
+    if position < 2048:
+        return 4 + (position >> 7)
+    return 12 + (position >> 8)
+
+
+@njit(inline="always")
+def _first_seen(position: int, window: int) -> int:
+    """The first position that a token sees; window 0 is none."""
+    return max(0, position - window + 1) if window > 0 else 0
+
+
+@njit(inline="always")
+def _total_cost(starts, contexts, sequences: int, window: int) -> int:
+    """Query rows times keys, of all sequences."""
+    total = 0
+    for r in range(sequences):
+        total += _cost(starts[r + 1] - starts[r], contexts[r], window)
+    return total
+
+
+@njit(inline="always")
+def _cost(tokens: int, context: int, window: int) -> int:
+    return tokens * (min(context, tokens + window) if window > 0 else context)
+
+
+@njit(inline="always")
+def _row_tiles(rows: int) -> int:
+    return (rows + _ROW_TILE - 1) // _ROW_TILE
+
+
+@njit(inline="always")
+def _split_bytes(
+    tokens: int, context: int, window: int, heads: int, kv_heads: int, total: int, threads: int, free: int, row: int
+) -> int:
+    """Bytes of partial results if a sequence is split by chunks, 0 if it is not. Both operations ask this."""
+    chunks = _chunk_of(context - 1) - _chunk_of(_first_seen(context - tokens, window)) + 1
+    units = _row_tiles(tokens * (heads // kv_heads)) * kv_heads
+    size = tokens * heads * chunks * row
+    large = _cost(tokens, context, window) * threads * _UNITS_PER_THREAD > total * units
+    return size if chunks > 1 and large and size <= free else 0
+
+
+def _thread_bytes(head_dim: int) -> int:
+    """Scratch memory of one thread: tile offsets, positions, queries, scores, probabilities, partials, states."""
+    row = 4 * partial_floats(head_dim)
+    rows = _ROW_TILE * (8 + 2 * head_dim + row) + ROWS * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
+    return -(-(_OFFSETS + rows) // 128) * 128
+
+
+def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
+    """Size of the scratch memory that all layers share, in bytes; it begins zeroed, at a multiple of 64.
+
+    Args:
+        max_tokens, max_seqs, max_context: most tokens and sequences of a step, longest sequence.
+        heads, head_dim: H and D.
+        threads: of the team.
+    """
+    chunks = _chunk_of.py_func(max_context) + 1
+    stream = heads * chunks * 4 * partial_floats(head_dim)
+    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
+    return _HEADER + threads * _thread_bytes(head_dim) + max(stream, min(streams * stream, _MOST_PARTIALS))
+
+
+# ---- attend ----------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _find_tiles(offsets: int, table, start: int, end: int, head: int, kv_heads: int, shift: int, size: int) -> int:
+    """Writes the offsets of the tiles that hold positions start..end - 1; returns their number.
+
+    The last group of `TILES` is filled up with its last tile.
+    """
+    to = int64_at(offsets)
+    count = (end - start + LANES - 1) // LANES
+    at = 0
+    for n in range(count):
+        position = start + n * LANES
+        block = table[position >> shift]
+        at = (((block * kv_heads + head) << (shift - 4)) + ((position & ((1 << shift) - 1)) >> 4)) * size
+        to[n] = at
+    for n in range(count, (count + TILES - 1) // TILES * TILES):
+        to[n] = at
+    return count
+
+
+@njit(inline="always")
+def _scores(q: int, keys: int, offsets: int, scores: int, tiles: int, rows: int, dim: int, isa: int) -> None:
+    """Scores of up to 4 rows with all tiles of a chunk."""
+    for n in range(0, tiles, TILES):
+        at, to = offsets + 8 * n, scores + 4 * LANES * n
+        if rows == 4:
+            score_tiles(q, keys, at, to, 4, dim, isa)
+        elif rows == 3:
+            score_tiles(q, keys, at, to, 3, dim, isa)
+        elif rows == 2:
+            score_tiles(q, keys, at, to, 2, dim, isa)
+        else:
+            score_tiles(q, keys, at, to, 1, dim, isa)
+
+
+@njit(inline="always")
+def _values(probabilities: int, values: int, offsets: int, keys: int, to: int, rows: int, dim: int, isa: int) -> None:
+    """The value product of up to 4 rows."""
+    if rows == 4:
+        value_tiles(probabilities, values, offsets, keys, to, 4, dim, isa)
+    elif rows == 3:
+        value_tiles(probabilities, values, offsets, keys, to, 3, dim, isa)
+    elif rows == 2:
+        value_tiles(probabilities, values, offsets, keys, to, 2, dim, isa)
+    else:
+        value_tiles(probabilities, values, offsets, keys, to, 1, dim, isa)
+
+
+@njit(inline="always")
+def _gather_queries(
+    q: int, to: int, positions: int, first: int, rows: int, group: int, token: int, position: int, stride: int, dim: int
+) -> None:
+    """Copies a tile's query rows beside each other and notes their positions.
+
+    q is the first token's and the KV head's; row number first + i is head (first + i) % group of a token.
+    """
+    at = int64_at(positions)
+    t, h = first // group, first % group
+    for i in range(rows):
+        at[i] = position + t
+        copy_lines(to + i * 2 * dim, q + (token + t) * stride + h * 2 * dim, dim // 32)
+        h += 1
+        if h == group:
+            h = 0
+            t += 1
+
+
+def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
+    """The operation for one head size. Arguments: see `attend_row`."""
+    row_bytes = 4 * partial_floats(head_dim)
+    thread_bytes = _thread_bytes(head_dim)
+    tile_bytes = 32 * head_dim
+    query_bytes = 2 * head_dim
+
+    def attend(a, thread, threads):
+        q, out, key_cache, value_cache = a[3], a[4], a[5], a[6]
+        starts, contexts = int64_at(a[7]), int64_at(a[8])
+        shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
+        group = heads // kv_heads
+        offsets = scratch + _HEADER + thread * thread_bytes
+        positions = offsets + _OFFSETS
+        queries = positions + 8 * _ROW_TILE
+        states = queries + _ROW_TILE * query_bytes
+        parts = states + _ROW_TILE * row_bytes
+        scores = parts + ROWS * row_bytes
+        probabilities = scores + ROWS * SCORE_STRIDE
+        at_position = int64_at(positions)
+
+        partials = scratch + _HEADER + threads * thread_bytes
+        free = a[16] - _HEADER - threads * thread_bytes
+        sequences = int64_at(a[2])[_SEQUENCES]
+        total = _total_cost(starts, contexts, sequences, window)
+        before = 0  # units of the sequences before this one
+        unit = fetch_add(scratch, 1)
+        for r in range(sequences):
+            token, context = starts[r], contexts[r]
+            tokens = starts[r + 1] - token
+            table = int64_at(a[9] + 8 * r * a[10])
+            all_rows = tokens * group
+            row_tiles = _row_tiles(all_rows)
+            first_chunk = _chunk_of(_first_seen(context - tokens, window))
+            last_chunk = _chunk_of(context - 1)
+            size = _split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
+            units = row_tiles * kv_heads
+            if size > 0:
+                units *= last_chunk - first_chunk + 1
+            while unit < before + units:
+                rest = units - 1 - (unit - before)
+                head = rest % kv_heads
+                rest //= kv_heads
+                tile = rest % row_tiles
+                chunk = first_chunk + rest // row_tiles
+                first = tile * _ROW_TILE
+                rows = min(_ROW_TILE, all_rows - first)
+                _gather_queries(
+                    q + head * group * query_bytes,
+                    queries,
+                    positions,
+                    first,
+                    rows,
+                    group,
+                    token,
+                    context - tokens,
+                    heads * query_bytes,
+                    head_dim,
+                )
+                top = chunk
+                to = partials + ((chunk - first_chunk) * kv_heads + head) * all_rows * row_bytes + first * row_bytes
+                seen = _first_seen(at_position[0], window)
+                if size == 0:
+                    chunk, top = _chunk_of(seen), _chunk_of(at_position[rows - 1])
+                    to = parts
+                    for i in range(rows):
+                        clear_partial(states + i * row_bytes, head_dim)
+                for c in range(chunk, top + 1):
+                    start = max(_chunk_start(c), seen & ~(LANES - 1))
+                    keys = min(_chunk_start(c + 1), at_position[rows - 1] + 1) - start
+                    if keys <= 0:
+                        continue
+                    tiles = _find_tiles(offsets, table, start, start + keys, head, kv_heads, shift, tile_bytes)
+                    for i in range(0, rows, ROWS):
+                        some = min(ROWS, rows - i)
+                        target = to
+                        if size > 0:
+                            target = to + i * row_bytes
+                        _scores(queries + i * query_bytes, key_cache, offsets, scores, tiles, some, head_dim, isa)
+                        for j in range(some):
+                            position = at_position[i + j]
+                            low = max(_first_seen(position, window) - start, 0)
+                            softmax_row(
+                                scores + j * SCORE_STRIDE,
+                                probabilities + j * PROBABILITY_STRIDE,
+                                tiles,
+                                low,
+                                max(position + 1 - start - low, 0),
+                                target + j * row_bytes + 4 * head_dim,
+                            )
+                        _values(probabilities, value_cache, offsets, keys, target, some, head_dim, isa)
+                        if size == 0:
+                            for j in range(some):
+                                merge_partial(states + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
+                if size == 0:
+                    t, h = first // group, first % group
+                    for i in range(rows):
+                        result = out + ((token + t) * heads + head * group + h) * 4 * head_dim
+                        finish_partial(states + i * row_bytes, result, head_dim)
+                        h += 1
+                        if h == group:
+                            h = 0
+                            t += 1
+                unit = fetch_add(scratch, 1)
+            before += units
+            partials += size
+            free -= size
+
+    return attend
+
+
+@cache
+def attend_operation(head_dim: int, isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_attend(head_dim, int(isa)))
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def make_merge(head_dim: int) -> Callable[..., None]:
+    """Merges what `attend` left in scratch memory. Arguments: those of `attend`."""
+    row_bytes = 4 * partial_floats(head_dim)
+    thread_bytes = _thread_bytes(head_dim)
+
+    def merge(a, thread, threads):
+        out, starts, contexts = a[4], int64_at(a[7]), int64_at(a[8])
+        heads, kv_heads, window, scratch = a[12], a[13], a[14], a[15]
+        group = heads // kv_heads
+        state = scratch + _HEADER + thread * thread_bytes
+        partials = scratch + _HEADER + threads * thread_bytes
+        free = a[16] - _HEADER - threads * thread_bytes
+        sequences = int64_at(a[2])[_SEQUENCES]
+        total = _total_cost(starts, contexts, sequences, window)
+        turn = thread  # rows go round, so that every thread has its share of each sequence
+        for r in range(sequences):
+            token, context = starts[r], contexts[r]
+            tokens = starts[r + 1] - token
+            first_chunk = _chunk_of(_first_seen(context - tokens, window))
+            size = _split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
+            if size == 0:
+                continue
+            while turn < tokens * heads:
+                t, h = turn // heads, turn % heads
+                position = context - tokens + t
+                step = tokens * heads * row_bytes
+                row = ((h // group) * tokens + t) * group + h % group
+                clear_partial(state, head_dim)
+                first = _chunk_of(_first_seen(position, window))
+                for c in range(first, _chunk_of(position) + 1):
+                    merge_partial(state, partials + (c - first_chunk) * step + row * row_bytes, head_dim)
+                finish_partial(state, out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
+                turn += threads
+            turn -= tokens * heads
+            partials += size
+            free -= size
+        if thread == 0:
+            int64_at(scratch)[0] = 0
+
+    return merge
+
+
+@cache
+def merge_operation(head_dim: int, isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_merge(head_dim))
+
+
+def attend_row(
+    *,
+    q: int,
+    out: int,
+    key_cache: int,
+    value_cache: int,
+    query_start: int,
+    context_lens: int,
+    block_tables: int,
+    table_stride: int,
+    block_size: int,
+    heads: int,
+    kv_heads: int,
+    scratch: int,
+    scratch_size: int,
+    window: int = 0,
+) -> list[int]:
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Args:
+        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
+        out: address of float32 results [T, H, D].
+        key_cache, value_cache: addresses, shapes as `key_cache_shape` and `value_cache_shape` say.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        scratch, scratch_size: address and size of `scratch_bytes`.
+        window: positions that a token sees, its own included; 0 is all.
+    """
+    shift = block_size.bit_length() - 1
+    caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
+    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size]

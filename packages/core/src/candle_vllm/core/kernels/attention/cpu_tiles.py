@@ -1,0 +1,293 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
+
+A tile is 16 key positions of one KV head, 32 * D bytes: of keys [D/2, 16, 2] bfloat16, so that one 64-byte load is the
+same pair of dimensions of 16 keys, and of values [8, D, 2], so that one load is 16 dimensions of a pair of keys. Key and
+value tile of the same positions stand at the same offset of their caches.
+
+A partial result of one query row over some keys is D + 16 floats, `partial_floats(D)`: the unnormalised sum of values,
+then the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's arithmetic is the same
+whatever rows are computed beside it, and a hidden key adds exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, Isa, vector
+
+ROWS = 4  # query rows that share a load
+TILES = 4  # key tiles that share the load of a query pair
+CHUNK = 256  # most keys at a time
+SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
+PROBABILITY_STRIDE = SCORE_STRIDE // 2
+NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
+_DIMENSIONS = 80  # most dimensions of a row whose sums are held in registers
+
+# 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
+_EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
+_SHIFTER = 12582912.0  # 1.5 * 2^23: adding it leaves the rounded number in the low bits
+
+
+def partial_floats(head_dim: int) -> int:
+    """Size of a partial result, in floats."""
+    return head_dim + LANES
+
+
+def emit_exp2(e: Emitter, x: Any) -> Any:
+    """2^x of 16 floats that are not above 0; exactly 1 at 0, exactly 0 below -127."""
+    b = e.b
+    low = e.constant(F32, -127.0)
+    x = b.select(b.fcmp_ordered(">", x, low), x, low)
+    shifted = b.fadd(x, e.constant(F32, _SHIFTER))
+    rest = b.fsub(x, b.fsub(shifted, e.constant(F32, _SHIFTER)))
+    power = e.constant(F32, _EXP2[0])
+    for factor in (*_EXP2[1:], 1.0):
+        power = e.fma(power, rest, e.constant(F32, factor))
+    exponent = b.shl(b.bitcast(shifted, vector(I32)), e.constant(I32, 23))
+    return b.bitcast(b.add(b.bitcast(power, vector(I32)), exponent), vector(F32))
+
+
+def _larger(e: Emitter, x: Any, y: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
+
+
+def _largest_lane(e: Emitter, value: Any) -> Any:
+    """The largest of 16 floats, in every lane."""
+    for step in (8, 4, 2, 1):
+        lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
+        value = _larger(e, value, e.b.shuffle_vector(value, value, lanes))
+    return value
+
+
+def _partial_loop(e: Emitter, count: Any, state: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """`Emitter.loop` that may run zero times."""
+    before = e.b.block
+    inside, after = e.b.append_basic_block("some"), e.b.append_basic_block("done")
+    e.b.cbranch(e.b.icmp_signed(">", count, e.int64(0)), inside, after)
+    e.b.position_at_end(inside)
+    results = e.loop(count, state, body)
+    last = e.b.block
+    e.b.branch(after)
+    e.b.position_at_end(after)
+    merged = []
+    for initial, result in zip(state, results):
+        phi = e.b.phi(initial.type)
+        phi.add_incoming(initial, before)
+        phi.add_incoming(result, last)
+        merged.append(phi)
+    return merged
+
+
+@intrinsic(prefer_literal=True)
+def score_tiles(_: Any, q: Any, keys: Any, offsets: Any, scores: Any, rows: Any, dim: Any, isa: Any) -> Any:
+    """Scores of `rows` query rows (bfloat16, D apart) with the keys of four tiles.
+
+    `offsets` is the address of the tiles' four byte offsets from `keys`; `rows`, `dim` and `isa` are constants.
+    """
+    signature = types.void(*[types.int64] * 4, rows, dim, isa)
+    m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        tiles = [b.add(args[1], e.load(args[2], I64, 8 * n)) for n in range(TILES)]
+
+        def body(pair: Any, totals: list[Any]) -> list[Any]:
+            at = b.add(args[0], b.shl(pair, e.int64(2)))
+            line = b.shl(pair, e.int64(6))
+            k = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
+            queries = [e.splat(e.load(at, I32, 2 * d * row)) for row in range(m)]
+            return [
+                e.dot_bf16(totals[TILES * row + n], k[n], queries[row], features)
+                for row in range(m)
+                for n in range(TILES)
+            ]
+
+        totals = e.loop(e.int64(d // 2), [e.zeros(F32)] * (m * TILES), body)
+        for row in range(m):
+            for n in range(TILES):
+                e.store(args[3], totals[TILES * row + n], SCORE_STRIDE * row + 4 * LANES * n)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def softmax_row(_: Any, scores: Any, probabilities: Any, tiles: Any, first: Any, count: Any, partial: Any) -> Any:
+    """exp2(score - m) as bfloat16 for one row over 16 * tiles keys, of which it sees first .. first + count - 1.
+
+    Hidden keys get 0. `partial` is the address of the partial result's m and s; s sums the rounded probabilities.
+    """
+    signature = types.void(*[types.int64] * 6)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        first, count = (e.splat(b.trunc(value, I32)) for value in args[3:5])
+        lanes = b.sub(ir.Constant(vector(I32), list(range(LANES))), first)
+        step = e.constant(I32, LANES)
+
+        def seen(index: Any) -> Any:
+            return b.icmp_unsigned("<", index, count)
+
+        def largest(tile: Any, state: list[Any]) -> list[Any]:
+            top, index = state
+            score = e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32))
+            return [b.select(seen(index), _larger(e, score, top), top), b.add(index, step)]
+
+        top, _ = e.loop(args[2], [e.constant(F32, NOTHING), lanes], largest)
+        top = _largest_lane(e, top)
+
+        def exponentials(tile: Any, state: list[Any]) -> list[Any]:
+            total, index = state
+            score = e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32))
+            bits = b.bitcast(emit_exp2(e, b.fsub(score, top)), vector(I32))
+            # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
+            bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
+            bits = b.select(seen(index), bits, e.zeros(I32))
+            at = b.add(args[1], b.shl(tile, e.int64(5)))
+            e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)))
+            return [b.fadd(total, b.bitcast(bits, vector(F32))), b.add(index, step)]
+
+        total, _ = e.loop(args[2], [e.zeros(F32), lanes], exponentials)
+        e.store(args[5], b.extract_element(top, ir.Constant(I32, 0)))
+        e.store(args[5], e.sum_lanes(total), 4)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Isa) -> None:
+    """The value product for some dimensions; args as in `value_tiles`."""
+    b = e.b
+    probabilities, values, offsets, keys, partials = args
+    blocks = len(dims) // LANES
+    pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
+    odd = b.trunc(b.and_(keys, e.int64(1)), I32)
+    # Beyond the last key stands whatever was there before, perhaps NaN, which a probability of 0 would not hide.
+    last, all_bits = b.sub(pairs, e.int64(1)), ir.Constant(I32, -1)
+    last_mask = b.select(b.icmp_unsigned("==", odd, ir.Constant(I32, 1)), ir.Constant(I32, 0xFFFF), all_bits)
+
+    def body(pair: Any, totals: list[Any]) -> list[Any]:
+        slot = b.add(offsets, b.shl(b.lshr(pair, e.int64(3)), e.int64(3)))
+        within = b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d))
+        at = b.add(b.add(values, e.load(slot, I64)), within)
+        mask = e.splat(b.select(b.icmp_signed("==", pair, last), last_mask, all_bits))
+        v = [b.and_(e.load(at, vector(I32), 4 * (dims.start + LANES * n)), mask) for n in range(blocks)]
+        p_at = b.add(probabilities, b.shl(pair, e.int64(2)))
+        weights = [e.splat(e.load(p_at, I32, PROBABILITY_STRIDE * row)) for row in range(m)]
+        return [
+            e.dot_bf16(totals[blocks * row + n], v[n], weights[row], features)
+            for row in range(m)
+            for n in range(blocks)
+        ]
+
+    totals = _partial_loop(e, pairs, [e.zeros(F32)] * (m * blocks), body)
+    for row in range(m):
+        for n in range(blocks):
+            e.store(partials, totals[blocks * row + n], 4 * (partial_floats(d) * row + dims.start + LANES * n))
+
+
+@intrinsic(prefer_literal=True)
+def value_tiles(
+    _: Any, probabilities: Any, values: Any, offsets: Any, keys: Any, partials: Any, rows: Any, dim: Any, isa: Any
+) -> Any:
+    """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
+
+    `offsets` is the address of the tiles' byte offsets from `values`; `rows`, `dim` and `isa` are constants.
+    """
+    signature = types.void(*[types.int64] * 5, rows, dim, isa)
+    m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        width = max(width for width in range(LANES, _DIMENSIONS + 1, LANES) if d % width == 0)
+        for start in range(0, d, width):
+            _value_pass(Emitter(b), args[:5], m, d, range(start, start + width), features)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
+    """The partial result of no keys."""
+    signature = types.void(types.int64, dim)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        for n in range(dim.literal_value // LANES):
+            e.store(args[0], e.zeros(F32), 4 * LANES * n)
+        e.store(args[0], ir.Constant(F32, NOTHING), 4 * dim.literal_value)
+        e.store(args[0], ir.Constant(F32, 0.0), 4 * dim.literal_value + 4)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
+    """Adds the partial result of later keys to that of earlier ones. One without keys changes nothing."""
+    signature = types.void(types.int64, types.int64, dim)
+    d = dim.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        state, partial = args[:2]
+        old_top, new_top = (e.splat(e.load(at, F32, 4 * d)) for at in (state, partial))
+        difference = b.fsub(old_top, new_top)
+        power = emit_exp2(e, b.fneg(e.call("llvm.fabs.v16f32", vector(F32), [difference])))
+        rises = b.fcmp_ordered("<", difference, e.zeros(F32))
+        one = e.constant(F32, 1.0)
+        keep, add = b.select(rises, power, one), b.select(rises, one, power)
+
+        def mix(kind: ir.Type, offset: int, keep: Any, add: Any) -> None:
+            old, new = (e.load(at, kind, offset) for at in (state, partial))
+            e.store(state, b.fadd(b.fmul(old, keep), b.fmul(new, add)), offset)
+
+        for n in range(d // LANES):
+            mix(vector(F32), 4 * LANES * n, keep, add)
+        zero = ir.Constant(I32, 0)
+        mix(F32, 4 * d + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
+        e.store(state, b.extract_element(_larger(e, old_top, new_top), zero), 4 * d)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
+    """The attention's result: the sum of values over the sum of probabilities."""
+    signature = types.void(types.int64, types.int64, dim)
+    d = dim.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        total = e.splat(e.load(args[0], F32, 4 * d + 4))
+        for n in range(d // LANES):
+            e.store(args[1], b.fdiv(e.load(args[0], vector(F32), 4 * LANES * n), total), 4 * LANES * n)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def copy_lines(_: Any, to: Any, source: Any, lines: Any) -> Any:
+    """Copies 64-byte lines, at least one."""
+    signature = types.void(*[types.int64] * 3)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            at = b.shl(index, e.int64(6))
+            e.store(b.add(args[0], at), e.load(b.add(args[1], at), vector(I32)))
+            return state
+
+        e.loop(args[2], [], body)
+        return context.get_dummy_value()
+
+    return signature, code

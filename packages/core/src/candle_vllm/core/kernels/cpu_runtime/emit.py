@@ -1,0 +1,169 @@
+# pyright: reportCallIssue=false
+"""Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
+
+Vectors are 16 lanes of 32 bits (512 bits). A CPU with shorter registers gets the same code split by LLVM; only the
+two dot products have an instruction of their own, used where `Isa` says that the CPU has it. Every lane is computed
+in the same order on every path, so integer results are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from llvmlite import ir
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+LANES = 16
+
+
+class Isa(enum.IntFlag):
+    """Instructions beyond the common ground; forced in tests by passing another set."""
+
+    GENERIC = 0
+    VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
+    BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite's IR layer does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BF16 = _BFloat()
+
+
+def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    """A vector type."""
+    return ir.VectorType(element, lanes)
+
+
+class Emitter:
+    """A builder with the handful of vector operations that the kernels are made of.
+
+    Addresses are 64-bit integers; loads and stores need no alignment.
+    """
+
+    def __init__(self, builder: Any) -> None:
+        self.b = builder
+
+    # ---- constants, memory -------------------------------------------------------------------------------------------
+
+    def int64(self, value: int) -> Any:
+        """A 64-bit constant."""
+        return ir.Constant(I64, value)
+
+    def zeros(self, element: ir.Type, lanes: int = LANES) -> Any:
+        """A vector of zeros."""
+        return ir.Constant(vector(element, lanes), None)
+
+    def constant(self, element: ir.Type, value: float, lanes: int = LANES) -> Any:
+        """A vector of one constant."""
+        return ir.Constant(vector(element, lanes), [ir.Constant(element, value)] * lanes)
+
+    def load(self, address: Any, kind: ir.Type, offset: int = 0) -> Any:
+        """Reads a value of `kind` at address + offset (bytes)."""
+        at = self.b.add(address, self.int64(offset)) if offset else address
+        value = self.b.load(self.b.inttoptr(at, kind.as_pointer()), typ=kind)
+        value.align = 1
+        return value
+
+    def store(self, address: Any, value: Any, offset: int = 0) -> None:
+        """Writes a value at address + offset (bytes)."""
+        at = self.b.add(address, self.int64(offset)) if offset else address
+        instruction = self.b.store(value, self.b.inttoptr(at, value.type.as_pointer()))
+        instruction.align = 1
+
+    def splat(self, value: Any, lanes: int = LANES) -> Any:
+        """A scalar in every lane."""
+        empty = ir.Constant(vector(value.type, lanes), ir.Undefined)
+        first = self.b.insert_element(empty, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(first, empty, ir.Constant(vector(I32, lanes), [0] * lanes))
+
+    # ---- arithmetic --------------------------------------------------------------------------------------------------
+
+    def call(self, name: str, result: ir.Type, arguments: list[Any]) -> Any:
+        """Calls an LLVM intrinsic or a C function."""
+        function = self.b.module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(result, [argument.type for argument in arguments])
+            function = ir.Function(self.b.module, kind, name)
+        return self.b.call(function, arguments)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z in each lane, rounded once."""
+        return self.call(f"llvm.fma.v{LANES}f32", vector(F32), [x, y, z])
+
+    def half_to_float(self, value: Any) -> Any:
+        """16 halves as floats."""
+        return self.b.fpext(value, vector(F32))
+
+    def float_to_bf16(self, value: Any) -> Any:
+        """16 floats as 16-bit integers that hold bfloat16, rounded to nearest even. Not for NaN."""
+        bits = self.b.bitcast(value, vector(I32))
+        odd = self.b.and_(self.b.lshr(bits, self.constant(I32, 16)), self.constant(I32, 1))
+        rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
+        return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
+
+    def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
+        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact."""
+        u, s = self.b.bitcast(unsigned, vector(I8, 64)), self.b.bitcast(signed, vector(I8, 64))
+        if isa & Isa.VNNI:
+            return self.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), [total, u, s])
+        products = self.b.mul(self.b.zext(u, vector(I32, 64)), self.b.sext(s, vector(I32, 64)))
+        return self.call("llvm.vector.partial.reduce.add.v16i32.v64i32", vector(I32), [total, products])
+
+    def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
+        """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""
+        if isa & Isa.BF16:
+            pairs = [self.b.bitcast(value, vector(BF16, 32)) for value in (x, y)]
+            return self.call("llvm.x86.avx512bf16.dpbf16ps.512", vector(F32), [total, *pairs])
+        high = self.constant(I32, -65536)
+        for part in (lambda v: self.b.shl(v, self.constant(I32, 16)), lambda v: self.b.and_(v, high)):
+            total = self.fma(*(self.b.bitcast(part(value), vector(F32)) for value in (x, y)), total)
+        return total
+
+    def sum_lanes(self, value: Any) -> Any:
+        """Sum of 16 floats, by halves: lane i with i + 8, then with i + 4, ..."""
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            low, high = (
+                self.b.shuffle_vector(
+                    value, value, ir.Constant(vector(I32, lanes), [ir.Constant(I32, i + start) for i in range(lanes)])
+                )
+                for start in (0, lanes)
+            )
+            value = self.b.fadd(low, high)
+        return self.b.extract_element(value, ir.Constant(I32, 0))
+
+    # ---- loops -------------------------------------------------------------------------------------------------------
+
+    def loop(self, count: Any, state: list[Any], body: Any) -> list[Any]:
+        """Runs body(index, state) -> state for index 0 .. count - 1 (count at least 1); returns the last state."""
+        before = self.b.block
+        head, after = self.b.append_basic_block("loop"), self.b.append_basic_block("after")
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.phi(I64)
+        index.add_incoming(self.int64(0), before)
+        carried = [self.b.phi(value.type) for value in state]
+        for phi, value in zip(carried, state):
+            phi.add_incoming(value, before)
+        results = body(index, carried)
+        following = self.b.add(index, self.int64(1))
+        index.add_incoming(following, self.b.block)
+        for phi, value in zip(carried, results):
+            phi.add_incoming(value, self.b.block)
+        self.b.cbranch(self.b.icmp_signed("<", following, count), head, after)
+        self.b.position_at_end(after)
+        return results

@@ -1,0 +1,152 @@
+"""Intrinsics that several kernels and the thread team need: memory by address, atomics, waiting."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter
+
+
+@intrinsic
+def float32_at(_: Any, address: Any) -> Any:
+    """An address as a pointer to float32, for `carray`."""
+    signature = types.CPointer(types.float32)(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], F32.as_pointer())
+
+    return signature, code
+
+
+@intrinsic
+def int64_at(_: Any, address: Any) -> Any:
+    """An address as a pointer to int64, for `carray` or indexing."""
+    signature = types.CPointer(types.int64)(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], I64.as_pointer())
+
+    return signature, code
+
+
+@intrinsic
+def int8_at(_: Any, address: Any) -> Any:
+    """An address as a pointer to int8, for `carray`."""
+    signature = types.CPointer(types.int8)(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return signature, code
+
+
+@intrinsic
+def load_acquire(_: Any, address: Any) -> Any:
+    """Reads an int64 that another thread writes."""
+    signature = types.int64(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
+
+    return signature, code
+
+
+@intrinsic
+def store_release(_: Any, address: Any, value: Any) -> Any:
+    """Writes an int64 that another thread reads; what was written before is visible with it."""
+    signature = types.void(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def fetch_add(_: Any, address: Any, value: Any) -> Any:
+    """Adds to an int64 and returns what stood there."""
+    signature = types.int64(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return signature, code
+
+
+@intrinsic
+def exchange(_: Any, address: Any, value: Any) -> Any:
+    """Writes an int64 and returns what stood there."""
+    signature = types.int64(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.atomic_rmw("xchg", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def cpu_relax(_: Any, x86: Any) -> Any:
+    """A moment of waiting that leaves the core to its other hyper-thread; x86 is 1 on x86 machines, else 0."""
+    signature = types.void(x86)
+    on_x86 = bool(x86.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        if on_x86:
+            Emitter(b).call("llvm.x86.sse2.pause", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def sched_yield(_: Any) -> Any:
+    """Lets another thread have the core, where one waits for it."""
+    signature = types.int32()
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return Emitter(b).call("sched_yield", I32, [])
+
+    return signature, code
+
+
+@intrinsic
+def sem_wait(_: Any, address: Any) -> Any:
+    """POSIX sem_wait: sleeps until the semaphore at `address` is posted."""
+    signature = types.int32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return Emitter(b).call("sem_wait", I32, [b.inttoptr(args[0], I64.as_pointer())])
+
+    return signature, code
+
+
+@intrinsic
+def sem_post(_: Any, address: Any) -> Any:
+    """POSIX sem_post: wakes the thread that sleeps on the semaphore."""
+    signature = types.int32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return Emitter(b).call("sem_post", I32, [b.inttoptr(args[0], I64.as_pointer())])
+
+    return signature, code
+
+
+@intrinsic
+def call_operation(_: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
+    """Calls a compiled operation by its address: function(int64* arguments, thread, threads)."""
+    signature = types.void(types.int64, types.int64, types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
+        pointer = b.inttoptr(args[0], kind.as_pointer())
+        b.call(pointer, [b.inttoptr(args[1], I64.as_pointer()), args[2], args[3]])
+        return context.get_dummy_value()
+
+    return signature, code

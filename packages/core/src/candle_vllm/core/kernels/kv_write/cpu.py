@@ -1,0 +1,242 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Rotary embedding, cache write and query conversion in one pass on the CPU (step 6 of a request's life).
+
+Reads the fused q/k/v product, rotates q and k in fp32 as `rotary` says, and rounds to bfloat16: q, times a factor, into
+a buffer, k and v into the caches in the tiles that `attention.cpu_tiles` describes. A unit of work is one head of one
+token. Threads may write the two halves of one 32-bit word of the value cache, each with 16-bit stores.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+
+_TOKENS = int(StepNumber.TOKENS)
+_QUERY, _KEY, _VALUE = range(3)
+
+
+# ---- emitted code ----------------------------------------------------------------------------------------------------
+
+
+def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, dim: Any) -> None:
+    """Stores 16 bfloat16 of dimensions dim .. dim + 15 where they belong.
+
+    `to` is the address of a query row, of a key's first pair in its tile, or of a value's first dimension.
+    """
+    b = e.b
+    if kind == _QUERY:
+        e.store(b.add(to, b.shl(dim, e.int64(1))), lanes)
+    elif kind == _KEY:
+        pairs = b.bitcast(lanes, vector(I32, LANES // 2))
+        at = b.add(to, b.shl(dim, e.int64(5)))
+        for n in range(LANES // 2):
+            e.store(at, b.extract_element(pairs, ir.Constant(I32, n)), 4 * LANES * n)
+    else:
+        at = b.add(to, b.shl(dim, e.int64(2)))
+        for n in range(LANES):
+            e.store(at, b.extract_element(lanes, ir.Constant(I32, n)), 4 * n)
+
+
+@intrinsic(prefer_literal=True)
+def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, kind: Any) -> Any:
+    """Dimensions dim .. dim + 15 of the float row x, times a factor, to their place; `kind` is a constant."""
+    signature = types.void(types.int64, types.int64, types.float32, types.int64, kind)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        value = e.load(b.add(args[0], b.shl(args[1], e.int64(2))), vector(F32))
+        scaled = b.fmul(value, e.splat(args[2]))
+        _store_lanes(e, e.float_to_bf16(scaled), kind.literal_value, args[3], args[1])
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def write_rotated(_: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, kind: Any) -> Any:
+    """Dimensions dim .. dim + 15 and their partners, `half` further on, rotated, times a factor, to their places.
+
+    `cos` and `sin` are the addresses of the position's row of the tables; `kind` is a constant.
+    """
+    signature = types.void(*[types.int64] * 5, types.float32, types.int64, kind)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        x, dim, half, cos, sin, factor, to, _ = args
+        at, other = b.shl(dim, e.int64(2)), b.add(dim, half)
+        first, c, s = (e.load(b.add(base, at), vector(F32)) for base in (x, cos, sin))
+        second = e.load(b.add(x, b.shl(other, e.int64(2))), vector(F32))
+        times = e.splat(factor)
+        for place, value in (
+            (dim, b.fsub(b.fmul(first, c), b.fmul(second, s))),
+            (other, b.fadd(b.fmul(second, c), b.fmul(first, s))),
+        ):
+            _store_lanes(e, e.float_to_bf16(b.fmul(value, times)), kind.literal_value, to, place)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def store_bf16(_: Any, to: Any, value: Any) -> Any:
+    """One float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
+    signature = types.void(types.int64, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        bits = b.bitcast(args[1], I32)
+        odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+        rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+        e.store(args[0], b.trunc(b.lshr(rounded, ir.Constant(I32, 16)), I16))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def _float_from_bits(_: Any, bits: Any) -> Any:
+    """The float32 whose bits are the low half of an int64."""
+    signature = types.float32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.bitcast(b.trunc(args[0], I32), F32)
+
+    return signature, code
+
+
+# ---- the operation ---------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _place(to: int, dim: int, kind: int) -> int:
+    """Address of one dimension, as `_store_lanes` has it."""
+    if kind == _QUERY:
+        return to + 2 * dim
+    if kind == _KEY:
+        return to + 64 * (dim >> 1) + 2 * (dim & 1)
+    return to + 4 * dim
+
+
+@njit(inline="always")
+def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, kind: int) -> None:
+    """The rotated dimensions where R / 2 is not a multiple of 16, one pair at a time."""
+    row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
+    for i in range(half):
+        a, b = row[i], row[i + half]
+        store_bf16(_place(to, i, kind), (a * c[i] - b * s[i]) * factor)
+        store_bf16(_place(to, i + half, kind), (b * c[i] + a * s[i]) * factor)
+
+
+@njit(inline="always")
+def _write_rest(x: int, first: int, dim: int, factor: float, to: int, kind: int) -> None:
+    """The dimensions from `first` on, which do not rotate, up to a multiple of 16 one by one."""
+    row = float32_at(x)
+    i = first
+    while i < dim and i % LANES != 0:
+        store_bf16(_place(to, i, kind), row[i] * factor)
+        i += 1
+    while i < dim:
+        write_plain(x, i, factor, to, kind)
+        i += LANES
+
+
+@njit(inline="always")
+def _write_head(x: int, dim: int, half: int, cos: int, sin: int, factor: float, to: int, kind: int) -> None:
+    """One query or key head."""
+    if half % LANES == 0:
+        for i in range(0, half, LANES):
+            write_rotated(x, i, half, cos, sin, factor, to, kind)
+    else:
+        _write_odd(x, half, cos, sin, factor, to, kind)
+    _write_rest(x, 2 * half, dim, factor, to, kind)
+
+
+def make_rotate_and_write() -> Callable[..., None]:
+    """The operation. Arguments: see `rotate_and_write_row`."""
+
+    def rotate_and_write(a, thread, threads):
+        tokens = int64_at(a[2])[_TOKENS]
+        heads, kv_heads, dim, shift, half = a[8], a[9], a[10], a[11], a[12]
+        positions, slots = int64_at(a[15]), int64_at(a[16])
+        scale, one = _float_from_bits(a[20]), _float_from_bits(0x3F800000)
+        each = heads + 2 * kv_heads
+        unit = tokens * each * thread // threads
+        last = tokens * each * (thread + 1) // threads
+        t, h = unit // each, unit % each
+        while unit < last:
+            row = a[3] + 4 * t * a[4]
+            at = 4 * half * positions[t]
+            if h < heads:
+                to = a[17] + 2 * (t * heads + h) * dim
+                _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, _QUERY)
+            else:
+                head = (h - heads) % kv_heads
+                offset = slots[t] & ((1 << shift) - 1)
+                page = ((slots[t] >> shift) * kv_heads + head) << shift  # positions before the page, of one head
+                if h < heads + kv_heads:
+                    to = a[18] + 2 * dim * (page + (offset & ~(LANES - 1))) + 4 * (offset & (LANES - 1))
+                    _write_head(row + 4 * (a[6] + head * dim), dim, half, a[13] + at, a[14] + at, one, to, _KEY)
+                else:
+                    to = a[19] + 2 * dim * (page + (offset & ~1)) + 2 * (offset & 1)
+                    _write_rest(row + 4 * (a[7] + head * dim), 0, dim, one, to, _VALUE)
+            unit += 1
+            h += 1
+            if h == each:
+                h = 0
+                t += 1
+
+    return rotate_and_write
+
+
+@cache
+def rotate_and_write_operation(isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_rotate_and_write())
+
+
+def rotate_and_write_row(
+    *,
+    qkv: int,
+    stride: int,
+    q_column: int,
+    k_column: int,
+    v_column: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    rotary_dim: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    slots: int,
+    q: int,
+    key_cache: int,
+    value_cache: int,
+    scale: float,
+) -> list[int]:
+    """The operation's arguments.
+
+    Args:
+        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
+        rotary_dim: R, even, at most D; 0 rotates nothing, and `cos` and `sin` are then not read.
+        cos, sin: addresses of float32 [P, R/2].
+        positions, slots: addresses of int64 [T]; slot = block * S + offset.
+        q: address of bfloat16 [T, H, D].
+        key_cache, value_cache: addresses, shapes as in `attention.cpu`.
+        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
+    """
+    bits = struct.unpack("<i", struct.pack("<f", scale))[0]
+    columns = [qkv, stride, q_column, k_column, v_column]
+    shape = [heads, kv_heads, head_dim, block_size.bit_length() - 1, rotary_dim // 2]
+    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits]

@@ -1,0 +1,526 @@
+"""The packed linear layer as compiled CPU operations: step 6 of a request's life.
+
+A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
+activations in blocks of 8, 4 or 1. A block's activations are first copied into a **panel** on the stack, in the order
+in which the kernel reads them, with what is needed of their sums; a block that is not full repeats its last row, and
+the repetitions are not written. For each group of the panel the kernel unpacks 8 vectors of codes and multiplies each
+with every row (one instruction of 64 products), so the codes are read and unpacked once for up to 8 rows.
+
+Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0.
+Each variant computes a row by the same operations in the same order (`_add_group`).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.packed_linear.layout import (
+    GROUP,
+    LAYOUTS,
+    ROWS,
+    VECTOR_BYTES,
+    Layout,
+    PackedKind,
+    PackedMatrix,
+)
+
+_CACHED_BYTES = 384 << 10
+"""Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+
+_PREFETCH_BYTES = 4096
+"""How far ahead of a single row the weights are fetched."""
+
+
+# ---- reading packed weights: for 16 rows at once, or for one row (lanes = 1, at its own addresses) --------------------
+
+
+def _words(e: Emitter, value: int, lanes: int) -> Any:
+    """The byte `value` in each byte of the lanes."""
+    return e.constant(I32, value * 0x01010101, lanes)
+
+
+def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: int) -> Any:
+    """The bits from `start` on of each byte, moved to `target`, and nothing else."""
+    if start > target:
+        words = e.b.lshr(words, e.constant(I32, start - target, lanes))
+    elif start < target:
+        words = e.b.shl(words, e.constant(I32, target - start, lanes))
+    return e.b.and_(words, _words(e, ((1 << bits) - 1) << target, lanes))
+
+
+def _quad(e: Emitter, codes: Any, layout: Layout, quad: int, lanes: int = ROWS) -> Any:
+    """Quad `quad` of the group whose codes begin at `codes`: 4 unsigned bytes in each lane."""
+    bits, kind = layout.bits, vector(I32, lanes)
+
+    def words(index: int) -> Any:
+        return e.load(codes, kind, index * VECTOR_BYTES)
+
+    if bits == 8:
+        return words(quad)
+    if bits >= 4:
+        number = _field(e, words(quad % 4), quad // 4 * 4, 0, 4, lanes)
+        if bits == 6:
+            number = e.b.or_(number, _field(e, words(4 + quad // 4), quad % 4 * 2, 4, 2, lanes))
+    else:
+        number = _field(e, words(quad // 4), quad % 4 * 2, 0, 2, lanes)
+    if bits in (3, 5):
+        number = e.b.or_(number, _field(e, words(bits - 1), quad, bits - 1, 1, lanes))
+    return number
+
+
+def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None) -> tuple[list[Any], list[Any]]:
+    """Scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
+    lanes = ROWS if lane is None else 1
+
+    def floats(offset: int) -> Any:
+        at = block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(2)))
+        return e.b.fpext(e.load(at, vector(F16, lanes), offset), vector(F32, lanes))
+
+    scale = floats(0)
+    minimum = floats(2 * ROWS) if layout.minimum else None
+    if not layout.nested:
+        return [scale], [] if minimum is None else [minimum]
+    at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
+    at = at if lane is None else e.b.add(at, lane)
+    small = [
+        e.b.zext(e.load(at, vector(I8, lanes), layout.floats_bytes + half * ROWS), vector(I32, lanes))
+        for half in (0, 1)
+    ]
+
+    def times(factor: Any, numbers: Any) -> Any:
+        return e.b.fmul(factor, e.b.sitofp(numbers, vector(F32, lanes)))
+
+    if minimum is None:
+        up = e.constant(I32, 24, lanes)
+        return [times(scale, e.b.ashr(e.b.shl(numbers, up), up)) for numbers in small], []
+    if layout.width == GROUP:
+        return [times(scale, small[0])], [times(minimum, small[1])]
+    low = [e.b.and_(numbers, e.constant(I32, 15, lanes)) for numbers in small]
+    high = [e.b.lshr(numbers, e.constant(I32, 4, lanes)) for numbers in small]
+    return [times(scale, numbers) for numbers in low], [times(minimum, numbers) for numbers in high]
+
+
+def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any, Any, Any]:
+    """Address of the block that holds group `group` of a row, the group's number in it, and its codes' address."""
+    if not layout.nested:
+        block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
+        return block, e.int64(0), e.b.add(block, e.int64(layout.head_bytes))
+    number = e.b.and_(group, e.int64(layout.groups - 1))
+    block = e.b.add(weights, e.b.mul(e.b.lshr(group, e.int64(3)), e.int64(layout.block_bytes)))
+    inside = e.b.add(e.b.mul(number, e.int64(layout.code_bytes)), e.int64(layout.head_bytes))
+    return block, number, e.b.add(block, inside)
+
+
+def _dot(e: Emitter, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
+    """total[lane] += the four products of the lane's unsigned and signed bytes, exact; all are <16 x i32>."""
+    if isa & Isa.VNNI:
+        return e.dot_u8_i8(total, unsigned, signed, isa)
+    # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
+    lanes, eight = 2 * ROWS, e.constant(I16, 8, 2 * ROWS)
+    u, s = (e.b.bitcast(value, vector(I16, lanes)) for value in (unsigned, signed))
+    even = (e.b.and_(u, e.constant(I16, 255, lanes)), e.b.ashr(e.b.shl(s, eight), eight))
+    odd = (e.b.lshr(u, eight), e.b.ashr(s, eight))
+    for x, y in (even, odd):
+        products = e.b.mul(*(e.b.sext(value, vector(I32, lanes)) for value in (x, y)))
+        for start in (0, 1):
+            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * i + start) for i in range(ROWS)])
+            total = e.b.add(total, e.b.shuffle_vector(products, products, picked))
+    return total
+
+
+# ---- the panel of activations ----------------------------------------------------------------------------------------
+
+
+def _panel_sums(layout: Layout) -> int:
+    """Sums per row and group in a panel."""
+    return GROUP // layout.width
+
+
+def _record_bytes(layout: Layout, block: int) -> int:
+    """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
+    return block * (GROUP + 4 + 4 * _panel_sums(layout))
+
+
+def _sums(e: Emitter, x: Any, layout: Layout, isa: Isa) -> list[Any]:
+    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole."""
+    wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
+    x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
+    fours = _dot(e, e.zeros(I32), _words(e, layout.zero or 1, ROWS), e.b.bitcast(x, vector(I32)), isa)
+    total = fours
+    for step in (1, 2) if layout.width == 16 else (1, 2, 4):
+        order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
+        total = e.b.add(total, e.b.shuffle_vector(total, total, order))
+    parts = [e.b.extract_element(total, ir.Constant(I32, 4 * half)) for half in range(_panel_sums(layout))]
+    if layout.minimum:
+        return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
+    return [e.b.neg(part) for part in parts]
+
+
+@intrinsic(prefer_literal=True)
+def _fill_row(
+    _: Any, kind: Any, block: Any, isa: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
+) -> Any:
+    """Copies one row of activations into a panel of `block` rows."""
+    layout, count, features = LAYOUTS[PackedKind(kind.literal_value)], block.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_panel, at_row, at_xq, at_xs, at_xsum, number = args[3:]
+        of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
+        of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
+
+        def body(group: Any, state: list[Any]) -> list[Any]:
+            record, four = b.mul(group, e.int64(_record_bytes(layout, count))), b.mul(group, e.int64(4))
+            x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
+            e.store(b.add(of_row, record), x)
+            floats = b.add(of_float, record)
+            e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
+            if layout.minimum and layout.width == GROUP:
+                sums = [e.load(b.add(at_xsum, four), I32)]
+            else:
+                sums = _sums(e, x, layout, features)
+            for index, part in enumerate(sums):
+                e.store(floats, part, count * (GROUP + 4 + 4 * index))
+            return state
+
+        e.loop(number, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, block, isa, *[types.int64] * 6), code
+
+
+# ---- one tile times a panel ------------------------------------------------------------------------------------------
+
+
+def _add_group(
+    e: Emitter, layout: Layout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+) -> list[Any]:
+    """Adds one group's share to the totals of the rows; `weights` is what `_block_of` returns."""
+    head, number, codes = weights
+    scales, minima = _scales(e, head, number, layout)
+
+    def splat(row: int, index: int, kind: ir.Type) -> Any:
+        return e.splat(e.load(record, kind, block * (GROUP + 4 * index) + 4 * row))
+
+    scaled: list[Any] = []
+    for half, scale in enumerate(scales):
+        if layout.minimum:
+            sums = [e.zeros(I32)] * block
+        else:
+            sums = [splat(row, 1 + half, I32) for row in range(block)]
+        for quad in range(half * 4, half * 4 + 8 // len(scales)):
+            unsigned = _quad(e, codes, layout, quad)
+            for row in range(block):
+                x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
+                sums[row] = _dot(e, sums[row], unsigned, x, isa)
+        floats = [e.b.sitofp(part, vector(F32)) for part in sums]
+        if layout.width == GROUP:
+            xs = [splat(row, 0, F32) for row in range(block)]
+            totals = [e.fma(floats[row], e.b.fmul(scale, xs[row]), totals[row]) for row in range(block)]
+            if minima:
+                totals = [e.fma(minima[0], splat(row, 1, F32), totals[row]) for row in range(block)]
+        else:
+            scaled = [
+                e.fma(floats[row], scale, scaled[row]) if half else e.b.fmul(floats[row], scale) for row in range(block)
+            ]
+            if minima:
+                scaled = [e.fma(minima[half], splat(row, 1 + half, F32), scaled[row]) for row in range(block)]
+    if layout.width != GROUP:
+        totals = [e.fma(scaled[row], splat(row, 0, F32), totals[row]) for row in range(block)]
+    return totals
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(_: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any, out: Any, groups: Any) -> Any:
+    """A tile times a panel of `block` rows: float32 [block, 16] at `out`."""
+    layout, count, features = LAYOUTS[PackedKind(kind.literal_value)], block.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, at_panel, at_out, number = args[3:]
+
+        def body(group: Any, totals: list[Any]) -> list[Any]:
+            place = _block_of(e, at_weights, group, layout)
+            if count == 1:
+                _prefetch(e, place[2], layout.block_bytes // layout.groups)
+            record = b.add(at_panel, b.mul(group, e.int64(_record_bytes(layout, count))))
+            return _add_group(e, layout, count, features, record, place, totals)
+
+        for row, total in enumerate(e.loop(number, [e.zeros(F32)] * count, body)):
+            e.store(at_out, total, row * 4 * ROWS)
+        return context.get_dummy_value()
+
+    return types.void(kind, block, isa, *[types.int64] * 4), code
+
+
+def _prefetch(e: Emitter, address: Any, count: int) -> None:
+    """Asks for `count` bytes that will be read soon; reading past the end of the weights is no harm."""
+    pointer = ir.PointerType(I8)
+    for offset in range(0, count, VECTOR_BYTES):
+        at = e.b.inttoptr(e.b.add(address, e.int64(_PREFETCH_BYTES + offset)), pointer)
+        numbers = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, keep in all caches, data
+        e.call("llvm.prefetch.p0", ir.VoidType(), [at, *numbers])
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _add_16(_: Any, target: Any, source: Any) -> Any:
+    """target[0:16] += source[0:16], floats."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.store(args[0], b.fadd(e.load(args[0], vector(F32)), e.load(args[1], vector(F32))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@intrinsic
+def _copy_16(_: Any, target: Any, source: Any) -> Any:
+    """target[0:16] = source[0:16], floats."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.store(args[0], e.load(args[1], vector(F32)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@intrinsic
+def _stack(_: Any, count: Any) -> Any:
+    """Address of `count` bytes of the operation's own stack, at a multiple of 64; to be called once, not in a loop."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        memory = b.alloca(I8, size=args[0])
+        memory.align = VECTOR_BYTES
+        return b.ptrtoint(memory, ir.IntType(64))
+
+    return types.int64(types.int64), code
+
+
+@njit
+def _write(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
+    """Writes the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus bias, plus `out`."""
+    for row in range(rows):
+        source, target = sums + row * 4 * ROWS, out + row * row_bytes
+        if lanes == ROWS:
+            if bias:
+                _add_16(source, bias)
+            if accumulate:
+                _add_16(source, target)
+            _copy_16(target, source)
+            continue
+        values, old, added = float32_at(source), float32_at(target), float32_at(bias)
+        for lane in range(lanes):
+            value = values[lane]
+            if bias:
+                value += added[lane]
+            if accumulate:
+                value += old[lane]
+            old[lane] = value
+
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
+    """The linear operation. TILE_BLOCK: bytes of weights gone through at a time; PANEL_GROUP: panel bytes per group."""
+
+    def packed_linear(arguments: Any, thread: int, threads: int) -> None:
+        rows = int64_at(arguments[2])[arguments[3]]
+        weights, tile_bytes, columns, groups = arguments[4], arguments[5], arguments[6], arguments[7]
+        xq, xs, xsum = arguments[8], arguments[9], arguments[10]
+        out, row_bytes, bias, accumulate = arguments[11], arguments[12], arguments[13], arguments[14]
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        panel = _stack(groups * PANEL_GROUP + 512)
+        sums = panel + groups * PANEL_GROUP
+        step = max(TILE_BLOCK // tile_bytes, 1)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            row = 0
+            while row < rows:
+                left = rows - row
+                block = 8 if left > 4 else 4 if left > 1 else 1
+                count = min(block, left)
+                for index in range(block):
+                    source = row + min(index, count - 1)
+                    at_xq, at_xs, at_xsum = (
+                        xq + source * groups * 32,
+                        xs + source * groups * 4,
+                        xsum + source * groups * 4,
+                    )
+                    if block == 8:
+                        _fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                    elif block == 4:
+                        _fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                    else:
+                        _fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                target = out + row * row_bytes
+                for tile in range(begin, end):
+                    if block == 8:
+                        _multiply(KIND, 8, ISA, weights + tile * tile_bytes, panel, sums, groups)
+                    elif block == 4:
+                        _multiply(KIND, 4, ISA, weights + tile * tile_bytes, panel, sums, groups)
+                    else:
+                        _multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups)
+                    lanes = min(columns - tile * 16, 16)
+                    at_bias = bias + tile * 64 if bias else 0
+                    _write(sums, count, lanes, target + tile * 64, row_bytes, at_bias, accumulate)
+                row += count
+
+    return packed_linear
+
+
+@cache
+def linear_operation(kind: PackedKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _record_bytes(LAYOUTS[kind], 8)))
+
+
+def linear_row(
+    matrix: PackedMatrix,
+    *,
+    step: int,
+    xq: int,
+    xs: int,
+    xsum: int,
+    out: int,
+    out_stride: int,
+    column: int = 0,
+    bias: int = 0,
+    accumulate: bool = False,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The arguments of a linear operation, from the step's numbers on; the caller keeps all of the memory alive.
+
+    Args:
+        matrix: the weights [N, K].
+        step: address of the step's numbers.
+        xq, xs, xsum: addresses of the quantised activations.
+        out: address of the result.
+        out_stride: floats from one row of the result to the next.
+        column: first column of the result that is written.
+        bias: address of float32 [N], or 0.
+        accumulate: add to what stands in the result.
+        rows_from: which of the step's numbers is T.
+    """
+    assert out_stride >= column + matrix.rows
+    return [
+        step,
+        int(rows_from),
+        address_of(matrix.data),
+        matrix.layout.tile_bytes(matrix.columns),
+        matrix.rows,
+        matrix.groups,
+        xq,
+        xs,
+        xsum,
+        out + 4 * column,
+        4 * out_stride,
+        bias,
+        int(accumulate),
+    ]
+
+
+@intrinsic(prefer_literal=True)
+def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: Any) -> Any:
+    """Writes row `lane` of a tile as floats, each operation rounded as ggml's routines round it."""
+    layout = LAYOUTS[PackedKind(kind.literal_value)]
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, at_lane, at_out, number = args[1:]
+
+        def body(group: Any, state: list[Any]) -> list[Any]:
+            head, inside, codes = _block_of(e, at_weights, group, layout)
+            scales, minima = _scales(e, head, inside, layout, at_lane)
+            codes = b.add(codes, b.mul(at_lane, e.int64(4)))
+            target = b.add(at_out, b.mul(group, e.int64(4 * GROUP)))
+            for quad in range(8):
+                half = quad * len(scales) // 8
+                scale, *minimum = (
+                    e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
+                )
+                numbers = b.zext(b.bitcast(_quad(e, codes, layout, quad, 1), vector(I8, 4)), vector(I32, 4))
+                numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
+                value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
+                e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)
+            return state
+
+        e.loop(number, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), code
+
+
+def _make_embedding(KIND: int) -> Any:
+    def packed_embedding(arguments: Any, thread: int, threads: int) -> None:
+        rows = int64_at(arguments[2])[arguments[3]]
+        weights, tile_bytes, count, groups = arguments[4], arguments[5], arguments[6], arguments[7]
+        ids, out, row_bytes = int64_at(arguments[8]), arguments[9], arguments[10]
+        for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+            token = ids[row]
+            target = out + row * row_bytes
+            if 0 <= token < count:
+                _unpack_row(KIND, weights + (token >> 4) * tile_bytes, token & 15, target, groups)
+            else:
+                values = float32_at(target)
+                for index in range(groups * 32):
+                    values[index] = float("nan")
+
+    return packed_embedding
+
+
+@cache
+def embedding_rows_operation(kind: PackedKind) -> int:
+    """Address of the compiled operation that reads rows of a packed matrix; its arguments are `embedding_row`'s."""
+    return compile_operation(_make_embedding(int(kind)))
+
+
+def embedding_row(
+    matrix: PackedMatrix,
+    *,
+    step: int,
+    token_ids: int,
+    out: int,
+    out_stride: int,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The arguments of an embedding operation, from the step's numbers on.
+
+    Args:
+        matrix: the table [V, E].
+        step: address of the step's numbers.
+        token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
+        out: address of the result, float32 [T, E].
+        out_stride: floats from one row of the result to the next.
+        rows_from: which of the step's numbers is T.
+    """
+    assert out_stride >= matrix.columns
+    return [
+        step,
+        int(rows_from),
+        address_of(matrix.data),
+        matrix.layout.tile_bytes(matrix.columns),
+        matrix.rows,
+        matrix.groups,
+        token_ids,
+        out,
+        4 * out_stride,
+    ]

@@ -1,0 +1,158 @@
+"""How packed weights lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
+
+Stands inside step 6 of a request's life. 16 rows are a **tile**. A tile is a run of **blocks** along K, each with its
+scales (the head) in front of its codes, so that a thread reads its tiles as one stream. The simple types have blocks of
+one group (32 weights of each row), the K-quants blocks of eight groups with one super-scale.
+
+    simple head   scale f16[16]  (minimum f16[16])
+    K-quant head  super-scale f16[16]  (negated super-minimum f16[16])  then 32 bytes for each group:
+                  scale u8[16], minimum u8[16]             Q4_K, Q5_K (one scale for 32 weights)
+                  scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16: first half, second half)
+                  scale | minimum << 4, twice              Q2_K
+
+A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad** j (0 to 7) of a group is its weights
+4j to 4j + 3, and byte b of a row's 4 bytes belongs to weight 4j + b:
+
+    8 bits        quad j is vector j
+    nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
+    pairs         vector p holds quad 4p + f in bits 2f and 2f + 1, for f = 0 to 3         (2 vectors; 2, 3 and 6 bits)
+    single bits   bit j belongs to quad j                                                  (1 vector; 3 and 5 bits)
+
+More than one of these stand behind each other: low bits first. A code is unsigned; a weight is scale * (code - zero)
+for the types without a minimum, else scale * code + minimum.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+ROWS = 16
+"""Rows of a tile: 32-bit lanes of a vector."""
+
+GROUP = 32
+"""Weights along K that share one scale of the activations."""
+
+SUPER_GROUPS = 8
+"""Groups in a block of a K-quant."""
+
+VECTOR_BYTES = 64
+
+
+class PackedKind(enum.IntEnum):
+    """The packed layouts, by the ggml type whose numbers they keep exactly."""
+
+    Q4_0 = 0
+    Q4_1 = 1
+    Q5_0 = 2
+    Q5_1 = 3
+    Q8_0 = 4
+    Q2_K = 5
+    Q3_K = 6
+    Q4_K = 7
+    Q5_K = 8
+    Q6_K = 9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Facts of a kind.
+
+    Attributes:
+        bits: of a code.
+        width: weights that share a scale, 32 or 16.
+        minimum: whether a minimum is added to the scaled code.
+        nested: whether scales are small integers times a super-scale.
+    """
+
+    bits: int
+    width: int = GROUP
+    minimum: bool = False
+    nested: bool = False
+
+    @property
+    def zero(self) -> int:
+        """The code of weight 0 where there is no minimum."""
+        return 0 if self.minimum else 1 << (self.bits - 1)
+
+    @property
+    def groups(self) -> int:
+        """Groups in a block."""
+        return SUPER_GROUPS if self.nested else 1
+
+    @property
+    def floats_bytes(self) -> int:
+        """Bytes of the float16 numbers at the start of a block."""
+        return 2 * ROWS * (1 + self.minimum)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes in front of a block's codes."""
+        return self.floats_bytes + (2 * ROWS * SUPER_GROUPS if self.nested else 0)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a group's codes."""
+        return self.bits * VECTOR_BYTES
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.head_bytes + self.groups * self.code_bytes
+
+    def tile_bytes(self, columns: int) -> int:
+        """Bytes of a tile of `columns` weights per row."""
+        return columns // (GROUP * self.groups) * self.block_bytes
+
+
+LAYOUTS: Mapping[PackedKind, Layout] = MappingProxyType(
+    {
+        PackedKind.Q4_0: Layout(4),
+        PackedKind.Q4_1: Layout(4, minimum=True),
+        PackedKind.Q5_0: Layout(5),
+        PackedKind.Q5_1: Layout(5, minimum=True),
+        PackedKind.Q8_0: Layout(8),
+        PackedKind.Q2_K: Layout(2, width=16, minimum=True, nested=True),
+        PackedKind.Q3_K: Layout(3, width=16, nested=True),
+        PackedKind.Q4_K: Layout(4, minimum=True, nested=True),
+        PackedKind.Q5_K: Layout(5, minimum=True, nested=True),
+        PackedKind.Q6_K: Layout(6, width=16, nested=True),
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A quantised weight matrix, 16 rows interleaved.
+
+    Attributes:
+        rows: N, outputs.
+        columns: K, inputs.
+        kind: the layout.
+        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes. The rows that fill up the
+            last tile are zero.
+    """
+
+    rows: int
+    columns: int
+    kind: PackedKind
+    data: np.ndarray
+
+    @property
+    def layout(self) -> Layout:
+        """Facts of the kind."""
+        return LAYOUTS[self.kind]
+
+    @property
+    def groups(self) -> int:
+        """Groups of 32 weights in a row."""
+        return self.columns // GROUP
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.data.nbytes

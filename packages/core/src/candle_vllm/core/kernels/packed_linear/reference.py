@@ -1,0 +1,77 @@
+"""The packed linear layer in plain numpy, literal enough to check by eye: step 6, and what the tests compare with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, VECTOR_BYTES, Layout, PackedMatrix
+
+
+def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Activations float32 [T, K] as (xq int8 [T, K], xs float32 [T, K/32], xsum float32 [T, K/32])."""
+    groups = np.asarray(x, np.float32).reshape(len(x), -1, GROUP)
+    xs = np.abs(groups).max(axis=2) / np.float32(127)
+    inverse = np.divide(1, xs, out=np.zeros_like(xs), where=xs > 0)
+    xq = np.rint(groups * inverse[:, :, None]).astype(np.int8)
+    return xq.reshape(x.shape), xs, xs * xq.sum(axis=2, dtype=np.int32).astype(np.float32)
+
+
+def linear(weight: np.ndarray, xq: np.ndarray, xs: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """weight float32 [N, K] times quantised activations, plus bias [N]: float32 [T, N]."""
+    x = (xq.reshape(*xs.shape, GROUP) * xs[:, :, None]).reshape(xq.shape)
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def dequantise(matrix: PackedMatrix) -> np.ndarray:
+    """The weights as float32 [N, K]; for every kind exactly what ggml's own routine gives for the original bytes."""
+    layout = matrix.layout
+    blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]
+    codes = blocks[:, :, layout.head_bytes :].reshape(*blocks.shape[:2], layout.groups, layout.code_bytes)
+    numbers = _numbers(codes, layout).astype(np.float32)  # [tiles, blocks, groups, 8 quads, 16 rows, 4]
+    scale, minimum = _scales(blocks, layout)  # [tiles, blocks, groups, 1 or 2 halves, 16 rows]
+    halves = numbers.reshape(*numbers.shape[:3], scale.shape[3], -1, ROWS, 4)
+    halves = (halves - layout.zero) * scale[:, :, :, :, None, :, None]
+    if minimum is not None:
+        halves += minimum[:, :, :, :, None, :, None]
+    tiles = halves.reshape(len(blocks), -1, ROWS, 4).transpose(0, 2, 1, 3)  # [tiles, 16 rows, K / 4, 4]
+    return np.ascontiguousarray(tiles.reshape(-1, matrix.columns)[: matrix.rows])
+
+
+def _numbers(codes: np.ndarray, layout: Layout) -> np.ndarray:
+    """Codes of groups, uint8 [..., bytes] -> [..., 8 quads, 16 rows, 4]."""
+    vectors = codes.reshape(*codes.shape[:-1], -1, VECTOR_BYTES)
+    if layout.bits == 8:
+        quads = vectors
+    elif layout.bits >= 4:
+        quads = np.concatenate([vectors[..., :4, :] & 15, vectors[..., :4, :] >> 4], axis=-2)
+        if layout.bits == 6:
+            quads |= _pairs(vectors[..., 4:6, :]) << 4
+    else:
+        quads = _pairs(vectors[..., :2, :])
+    if layout.bits in (3, 5):
+        single = np.stack([vectors[..., -1, :] >> j & 1 for j in range(8)], axis=-2)
+        quads |= single << (layout.bits - 1)
+    return quads.reshape(*quads.shape[:-1], ROWS, 4)
+
+
+def _pairs(vectors: np.ndarray) -> np.ndarray:
+    """Two vectors of 2-bit numbers as 8 quads."""
+    fields = [vectors[..., p, :] >> 2 * f & 3 for p in range(2) for f in range(4)]
+    return np.stack(fields, axis=-2)
+
+
+def _scales(blocks: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales, and minima where there are any, float32 [tiles, blocks, groups, halves, 16 rows]."""
+    floats = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes]).view(np.float16).astype(np.float32)
+    floats = floats.reshape(*blocks.shape[:2], 1, 1, -1, ROWS)
+    scale = floats[..., 0, :]
+    minimum = floats[..., 1, :] if layout.minimum else None
+    if not layout.nested:
+        return scale, minimum
+    small = blocks[:, :, layout.floats_bytes : layout.head_bytes].reshape(*blocks.shape[:2], layout.groups, 2, ROWS)
+    if minimum is None:
+        return scale * small.view(np.int8), None
+    if layout.width == GROUP:
+        return scale * small[..., :1, :], minimum * small[..., 1:, :]
+    return scale * (small & 15), minimum * (small >> 4)

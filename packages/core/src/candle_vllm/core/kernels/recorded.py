@@ -1,0 +1,73 @@
+"""Values that stand for the result of a kernel while a step is recorded.
+
+When the layers run on `Recorded` values instead of tensors, every kernel writes an operation into a plan instead of
+computing; later steps replay the plan. Kernels and layers only know this interface; what is recorded, and what is fused
+on the way, is the recorder's business (`kernels/cpu_runtime/recorder.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+# What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
+Value: TypeAlias = Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+
+
+class Recorded(ABC):
+    """A float32 value [T, width], or [T, heads, size] after `unflatten`. T is known only when a step runs."""
+
+    @abstractmethod
+    def split(self, sizes: Sequence[int], dim: int) -> list[Recorded]:
+        """Views of neighbouring columns."""
+
+    @abstractmethod
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
+        """The last dimension as heads."""
+
+    @abstractmethod
+    def flatten(self, start: int) -> Recorded:
+        """The heads side by side again."""
+
+    @abstractmethod
+    def __add__(self, other: Recorded) -> Recorded: ...
+
+    @abstractmethod
+    def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:
+        """See `kernels/rms_norm`."""
+
+    @abstractmethod
+    def rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> Recorded:
+        """See `kernels/rotary`."""
+
+    @abstractmethod
+    def silu_mul(self) -> Recorded:
+        """See `kernels/silu_mul`."""
+
+    @abstractmethod
+    def packed_linear(self, matrices: Mapping[str, PackedMatrix], bias: torch.Tensor | None) -> Recorded:
+        """See `kernels/packed_linear`; the matrices' results stand side by side."""
+
+    @abstractmethod
+    def attend(
+        self, k: Recorded, v: Recorded, key_cache: Any, value_cache: Any, *, scale: float, window: int | None
+    ) -> Recorded:
+        """See `kernels/kv_write` and `kernels/attention`; this value is q."""
+
+    @abstractmethod
+    def logits(self, matrix: PackedMatrix) -> Recorded:
+        """Scores of the rows whose successor is wanted."""
+
+
+class RecordedTokens(ABC):
+    """The token ids of a step while it is recorded."""
+
+    @abstractmethod
+    def embedding(self, matrix: PackedMatrix) -> Recorded:
+        """See `kernels/embedding`."""

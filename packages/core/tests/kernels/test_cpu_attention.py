@@ -1,0 +1,343 @@
+"""Paged attention and cache writes on the CPU, against the torch references on the same bfloat16 numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.attention import AttentionRows
+from candle_vllm.core.kernels.attention import reference as attention_reference
+from candle_vllm.core.kernels.attention.cpu import (
+    attend_operation,
+    attend_row,
+    key_cache_shape,
+    merge_operation,
+    scratch_bytes,
+    supported,
+    value_cache_shape,
+)
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+from candle_vllm.core.kernels.rotary import reference as rotary_reference
+
+# A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; errors of different keys are
+# independent, as the values are, so the ratio stays near 2^-9 / sqrt(3) = 1.1e-3 whatever the number of keys.
+TOLERANCE = 2e-3
+EXACT_ROUNDING = 1e-7
+
+
+@pytest.fixture(scope="module")
+def teams() -> Iterator[dict[int, ThreadTeam]]:
+    made = {threads: ThreadTeam(threads) for threads in (1, 2, 3)}
+    yield made
+    for team in made.values():
+        team.close()
+
+
+def plan_of(numbers: np.ndarray, *rows: tuple[int, list[int]]) -> np.ndarray:
+    words = []
+    for address, arguments in rows:
+        words += [address, BARRIER | (8 * (3 + len(arguments)) << 8), address_of(numbers), *arguments]
+    return np.array(words, np.int64)
+
+
+def to_bf16(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16)
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """RMS(error) / RMS(wanted)."""
+    return float((got.double() - wanted.double()).square().mean().sqrt() / wanted.double().square().mean().sqrt())
+
+
+@dataclasses.dataclass
+class Model:
+    """One layer's shapes and its cache; the cache starts as NaN where `poison` says so."""
+
+    heads: int = 3
+    kv_heads: int = 1
+    dim: int = 64
+    block: int = 16
+    blocks: int = 160
+    window: int = 0
+    rotary: int = -1
+    isa: Isa = dataclasses.field(default_factory=host_isa)
+    threads: int = 1
+    poison: bool = True
+
+    def __post_init__(self) -> None:
+        fill = 0x7FC0 if self.poison else 0
+        shape = (self.blocks, self.block, self.kv_heads, self.dim)
+        self.keys = np.full(key_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
+        self.values = np.full(value_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
+        self.rotary = self.dim if self.rotary < 0 else self.rotary
+        angles = torch.arange(8192).unsqueeze(1) / 10000.0 ** (torch.arange(self.rotary // 2) / max(self.rotary // 2, 1))
+        self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
+        self.scale = self.dim**-0.5 * math.log2(math.e)
+
+    def plain_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The caches as [B, S, K, D]."""
+        keys = torch.from_numpy(self.keys.copy()).view(torch.bfloat16).permute(0, 2, 4, 1, 3, 5)
+        values = torch.from_numpy(self.values.copy()).view(torch.bfloat16).permute(0, 2, 4, 1, 3)
+        shape = (self.blocks, self.block, self.kv_heads, self.dim)
+        return keys.reshape(shape), values.reshape(shape)
+
+
+@dataclasses.dataclass
+class Step:
+    """One step's rows: for each sequence its table, its length before the step, and q, k, v of its new tokens."""
+
+    tables: list[list[int]]
+    before: list[int]
+    qkv: list[torch.Tensor]
+
+    def run(self, model: Model, team: ThreadTeam) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the three operations; returns the result [T, H, D] and the bfloat16 queries [T, H, D]."""
+        lengths = [len(rows) for rows in self.qkv]
+        starts = np.cumsum([0, *lengths]).astype(np.int64)
+        contexts = np.array([n + b for n, b in zip(lengths, self.before)], np.int64)
+        width = max(len(table) for table in self.tables) + 1
+        tables = np.full((len(lengths), width), 1 << 40, np.int64)  # reading the tail of a table would crash
+        for row, table in enumerate(self.tables):
+            tables[row, : len(table)] = table
+        positions = np.concatenate([np.arange(b, b + n) for b, n in zip(self.before, lengths)]).astype(np.int64)
+        slots = np.concatenate(
+            [
+                np.array([table[p // model.block] * model.block + p % model.block for p in range(b, b + n)])
+                for table, b, n in zip(self.tables, self.before, lengths)
+            ]
+        ).astype(np.int64)
+        qkv = torch.cat(self.qkv).contiguous()
+        tokens, stride = qkv.shape
+        q = np.full((tokens, model.heads, model.dim), 0x7FC0, np.int16)
+        out = torch.full((tokens, model.heads, model.dim), math.nan)
+        size = scratch_bytes(
+            max_tokens=tokens,
+            max_seqs=len(lengths),
+            heads=model.heads,
+            head_dim=model.dim,
+            max_context=int(contexts.max()),
+            threads=team.threads,
+        )
+        memory = np.full(size + 128, 0xFF, np.uint8)
+        scratch = -(-address_of(memory) // 64) * 64
+        memory[: scratch - address_of(memory) + 64] = 0
+        numbers = np.zeros(8, np.int64)
+        numbers[:2] = tokens, len(lengths)
+        k_column = model.heads * model.dim
+        write = rotate_and_write_row(
+            qkv=qkv.data_ptr(),
+            stride=stride,
+            q_column=0,
+            k_column=k_column,
+            v_column=k_column + model.kv_heads * model.dim,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.dim,
+            block_size=model.block,
+            rotary_dim=model.rotary,
+            cos=model.cos.data_ptr(),
+            sin=model.sin.data_ptr(),
+            positions=address_of(positions),
+            slots=address_of(slots),
+            q=address_of(q),
+            key_cache=address_of(model.keys),
+            value_cache=address_of(model.values),
+            scale=model.scale,
+        )
+        attend = attend_row(
+            q=address_of(q),
+            out=out.data_ptr(),
+            key_cache=address_of(model.keys),
+            value_cache=address_of(model.values),
+            query_start=address_of(starts),
+            context_lens=address_of(contexts),
+            block_tables=address_of(tables),
+            table_stride=width,
+            block_size=model.block,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            scratch=scratch,
+            scratch_size=size,
+            window=model.window,
+        )
+        both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim, model.isa), attend)]
+        plan = plan_of(numbers, (rotate_and_write_operation(model.isa), write), *both, *both)  # the second pass: a reset
+        team.run(plan, 5)
+        assert memory[scratch - address_of(memory)] == 0
+        assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()
+        return out, torch.from_numpy(q).view(torch.bfloat16)
+
+    def wanted(self, model: Model, q: torch.Tensor) -> torch.Tensor:
+        """The reference's result for these queries and what the cache now holds."""
+        keys, values = model.plain_cache()
+        lengths = [len(rows) for rows in self.qkv]
+        width = max(len(table) for table in self.tables)
+        rows = AttentionRows(
+            tuple(int(n) for n in np.cumsum([0, *lengths])),
+            tuple(n + b for n, b in zip(lengths, self.before)),
+            torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+        )
+        window = model.window or None
+        scale = 1 / math.log2(math.e)
+        return attention_reference.paged_attention(
+            q.float(), keys.float(), values.float(), rows, scale=scale, window=window
+        )
+
+
+class Pages:
+    """Hands out blocks in scattered order, so that neighbours in a sequence are not neighbours in memory."""
+
+    def __init__(self, model: Model, seed: int = 0) -> None:
+        self.block = model.block
+        self.free = np.random.default_rng(seed).permutation(model.blocks).tolist()
+
+    def table(self, tokens: int) -> list[int]:
+        return [self.free.pop() for _ in range(-(-tokens // self.block))]
+
+
+def random_qkv(model: Model, tokens: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, (model.heads + 2 * model.kv_heads) * model.dim, generator=generator)
+
+
+def check(model: Model, team: ThreadTeam, contexts: list[int], new: list[int], seed: int = 0) -> None:
+    """Fills the caches with all but the new tokens, runs them, and compares."""
+    pages = Pages(model, seed)
+    tables = [pages.table(context) for context in contexts]
+    rows = [random_qkv(model, context, 100 * seed + r) for r, context in enumerate(contexts)]
+    old = [(t, x[:-n]) for t, x, n in zip(tables, rows, new) if len(x) > n]
+    if old:
+        Step([t for t, _ in old], [0] * len(old), [x for _, x in old]).run(model, team)
+    step = Step(tables, [c - n for c, n in zip(contexts, new)], [x[-n:] for x, n in zip(rows, new)])
+    got, q = step.run(model, team)
+    assert error(got, step.wanted(model, q)) < TOLERANCE
+
+
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 2305])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_token_at_every_odd_depth(teams: dict[int, ThreadTeam], context: int, threads: int) -> None:
+    check(Model(), teams[threads], [context], [1])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (14, 2), (65, 1), (5, 5)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_head_ratios(teams: dict[int, ThreadTeam], heads: tuple[int, int], threads: int) -> None:
+    model = Model(heads=heads[0], kv_heads=heads[1], block=32)
+    check(model, teams[threads], [33, 300, 70], [1, 40, 70])
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 224, 256])
+def test_head_sizes(teams: dict[int, ThreadTeam], dim: int) -> None:
+    check(Model(dim=dim, heads=4, kv_heads=2), teams[2], [130, 41], [1, 23])
+
+
+@pytest.mark.parametrize("isa", [Isa.GENERIC, Isa.VNNI, host_isa()])
+@pytest.mark.parametrize("window", [0, 50])
+def test_instruction_sets(teams: dict[int, ThreadTeam], isa: Isa, window: int) -> None:
+    check(Model(isa=isa, window=window), teams[2], [700, 90], [30, 1])
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 100, 600, 5000])
+def test_windows(teams: dict[int, ThreadTeam], window: int) -> None:
+    check(Model(window=window, heads=6, kv_heads=2), teams[2], [1, 700, 650, 131, 17], [1, 1, 150, 131, 2])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 90)), min_size=1, max_size=6),
+    window=st.sampled_from([0, 0, 33, 128]),
+    threads=st.sampled_from([1, 2, 3]),
+    block=st.sampled_from([16, 64]),
+    seed=st.integers(0, 99),
+)
+def test_mixed_batches(
+    teams: dict[int, ThreadTeam], rows: list[tuple[int, int]], window: int, threads: int, block: int, seed: int
+) -> None:
+    model = Model(heads=6, kv_heads=2, window=window, block=block)
+    check(model, teams[threads], [c for c, _ in rows], [min(c, n) for c, n in rows], seed)
+
+
+def test_large_scores_and_equal_values(teams: dict[int, ThreadTeam]) -> None:
+    """A row whose scores span hundreds keeps its softmax; equal values come back as they are."""
+    model = Model(rotary=0)
+    qkv = random_qkv(model, 300, 1)
+    qkv[:, : model.dim * (model.heads + 1)] *= 6
+    qkv[:, -model.dim :] = to_bf16(torch.linspace(-3, 3, model.dim)).float()
+    got, _ = Step([Pages(model).table(300)], [0], [qkv]).run(model, teams[2])
+    assert (got - qkv[:, None, -model.dim :]).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(1, 0), (3, 0), (3, 70)])
+def test_same_bits_however_it_is_computed(teams: dict[int, ThreadTeam], kv_heads: int, window: int) -> None:
+    """A token decoded alone, in a batch, as the last of a chunk, on one thread or more: equal to the bit."""
+    contexts = 1100
+    model = Model(heads=3 * kv_heads, kv_heads=kv_heads, window=window, blocks=400)
+    pages = Pages(model)
+    table, qkv = pages.table(contexts), random_qkv(model, contexts, 5)
+    whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
+    assert not whole.isnan().any()
+
+    for cut in (1, 2, 16, 37, 300, 1099):  # as the end of a chunk of this length
+        for threads in (1, 2, 3):
+            last, _ = Step([table], [contexts - cut], [qkv[-cut:]]).run(model, teams[threads])
+            assert torch.equal(last, whole[-cut:])
+
+    start = 0
+    for length in (1, 15, 200, 64, 1, 319, 500):
+        piece, _ = Step([table], [start], [qkv[start : start + length]]).run(model, teams[2])
+        assert torch.equal(piece, whole[start : start + length])
+        start += length
+
+    others = [(pages.table(n), random_qkv(model, n, n)) for n in range(20, 82, 2)]
+    Step([t for t, _ in others], [0] * 31, [x for _, x in others]).run(model, teams[2])
+    for place in (0, 17, 31):  # among 31 other decoding sequences
+        entries = [(t, len(x) - 1, x[-1:]) for t, x in others]
+        entries.insert(place, (table, contexts - 1, qkv[-1:]))
+        batch, _ = Step(*(list(column) for column in zip(*entries))).run(model, teams[2])
+        assert torch.equal(batch[place], whole[-1])
+
+
+def test_sequences_that_do_not_fit_in_scratch_memory_are_not_split(teams: dict[int, ThreadTeam]) -> None:
+    """Fewer bytes than the partial results need: the same bits, computed in place."""
+    model = Model()
+    table, qkv = Pages(model).table(900), random_qkv(model, 900, 3)
+    whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
+    six, _ = Step([table], [894], [qkv[-6:]]).run(model, teams[2])
+    assert torch.equal(six, whole[-6:])
+
+
+@pytest.mark.parametrize("rotary", [0, 2, 16, 20, 32, 64])
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rotate_and_write(teams: dict[int, ThreadTeam], rotary: int, block: int, threads: int) -> None:
+    model = Model(heads=5, kv_heads=5, rotary=rotary, block=block)
+    table, qkv = Pages(model).table(77), random_qkv(model, 77, 4)
+    step = Step([table], [0], [qkv])
+    _, q = step.run(model, teams[threads])
+    wide = qkv.view(77, 15, 64)
+    at = torch.arange(77)
+    rotated = rotary_reference.rotary(wide[:, :10], at, model.cos, model.sin)
+    assert torch.equal(q, to_bf16(rotated[:, :5] * torch.tensor(model.scale, dtype=torch.float32)))
+    keys, values = (cache[table].flatten(0, 1) for cache in model.plain_cache())
+    assert torch.equal(keys[:77], to_bf16(rotated[:, 5:]))
+    assert torch.equal(values[:77], to_bf16(wide[:, 10:]))
+    assert keys[77:].isnan().all()
+    assert values[77:].isnan().all()
+
+
+def test_supported() -> None:
+    assert all(supported(dim, 16) for dim in range(32, 257, 32))
+    assert not any(supported(dim, 16) for dim in (0, 16, 80, 288))
+    assert [supported(64, block) for block in (8, 16, 24, 32, 1024)] == [False, True, False, True, True]

@@ -1,0 +1,138 @@
+"""Servers for the end-to-end tests: in a process of their own, or in a thread of this one; and clients for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import openai
+
+from candle_vllm.server import Settings
+from candle_vllm.server.app import ServedEngine
+from candle_vllm.server.serve import bind, make_server
+
+COMMAND = Path(sys.executable).with_name("candle-vllm")
+PATIENCE = 120  # seconds; a busy machine is slow to import torch
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Polls until `condition` holds; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process's environment without anything that would configure candle-vllm, and with no network for models.
+
+    Caches stay where they are, so that what one process compiled the next one finds.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CANDLE_VLLM_", "HF_"))}
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return kept | {"HOME": str(home), "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
+
+
+def run_command(folder: Path, *arguments: str, text: str = "") -> str:
+    """Runs `candle-vllm` in `folder` to its end and returns its standard output; any other exit status than 0 fails."""
+    done = subprocess.run(
+        [COMMAND, *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=clean_environment(folder),
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextlib.contextmanager
+def openai_client(url: str) -> Iterator[openai.OpenAI]:
+    """The official client, without retries and without the machine's proxy settings."""
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(
+        base_url=url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE, http_client=http
+    ) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(engine: ServedEngine) -> Iterator[str]:
+    """Serves an engine from a thread of this process; gives the server's URL."""
+    settings = Settings(port=0, shutdown_timeout=1)
+    server, listener = make_server(engine, settings), bind(settings.address)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class ServerProcess:
+    """`candle-vllm` serving in a process of its own, on a port that the system chose.
+
+    Args:
+        folder: where it runs and logs; also its home, so that no settings of this machine reach it.
+        flags: added to the command line.
+    """
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.banner: list[str] = []
+        with (folder / "server.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [COMMAND, "--p", "0", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env=clean_environment(folder),
+            )
+        reader = threading.Thread(target=self._read_banner, daemon=True)
+        reader.start()
+        reader.join(PATIENCE)
+        addresses = [line.split()[1] for line in self.banner if line.startswith("address")]
+        if not addresses:
+            self.stop()
+            raise AssertionError(f"the server did not start: {(folder / 'server.log').read_text()}")
+        self.url = addresses[0]
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the server has used, by /proc."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self._process.terminate()
+
+    def stop(self) -> int:
+        """Sends SIGTERM and gives the exit status; a server that hangs is killed, which is status -9."""
+        self.terminate()
+        try:
+            return self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+
+    def _read_banner(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.banner.append(line)
+            if line.startswith("Ctrl+C"):  # the last line
+                return

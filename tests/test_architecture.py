@@ -1,0 +1,110 @@
+"""docs/architecture.md is the tree, the packages import in one direction, and the text of the repository is clean."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PACKAGES = ("core", "openai", "responses", "server")
+LINE = re.compile(r"^- `([\w/]+\.py)`: (\S.*)$", re.MULTILINE)
+FORBIDDEN = re.compile(
+    # brackets, so that this file does not match itself
+    r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs|npmjs[.]org|conda[.]anaconda|download[.]pytorch[.]org"
+    r"|/w[o]rk/|/r[o]ot/|/h[o]me/\w+/|/U[s]ers/\w+/"
+)
+
+
+def modules() -> dict[str, Path]:
+    """Every module with content, by its path below `candle_vllm/`."""
+    found = {}
+    for package in PACKAGES:
+        base = ROOT / "packages" / package / "src" / "candle_vllm"
+        for path in sorted(base.rglob("*.py")):
+            if path.name != "__init__.py" or path.read_text(encoding="utf-8").strip():
+                found[path.relative_to(base).as_posix()] = path
+    return found
+
+
+def listed() -> list[str]:
+    return [name for name, _ in LINE.findall(PAGE)]
+
+
+def test_every_module_has_one_line() -> None:
+    missing = sorted(set(modules()) - set(listed()))
+    assert not missing, f"docs/architecture.md has no line for {', '.join(missing)}"
+    assert len(listed()) == len(set(listed()))
+
+
+def test_every_line_has_a_module() -> None:
+    assert set(listed()) <= set(modules())
+
+
+def test_lines_are_short_and_in_their_packages_section() -> None:
+    sections = re.split(r"^### (\w+)$", PAGE.split("\n## Modules\n")[1], flags=re.MULTILINE)
+    assert tuple(sections[1::2]) == PACKAGES
+    for package, text in zip(sections[1::2], sections[2::2], strict=True):
+        lines = [line for line in text.splitlines() if line.startswith("- ")]
+        assert all(LINE.match(line) and len(line) <= 120 for line in lines), package
+        assert all(line.startswith(f"- `{package}/") for line in lines), package
+
+
+def test_paths_and_names_elsewhere_on_the_page_exist() -> None:
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+    for span in spans:
+        if re.fullmatch(r"(core|openai|responses|server)/[\w/]+\.py", span):
+            assert span in modules(), span
+        elif re.fullmatch(r"(packages|docs|tests)/[\w/.]+", span):
+            assert (ROOT / span).exists(), span
+    named = set(re.findall(r"\b(?:[A-Z]+[a-z]+){2,}\b", PAGE))
+    assert {"InferenceEngine", "OpenAIAdapter", "ModelRunner"} <= named
+    assert named <= defined_names(), named - defined_names()
+
+
+@cache
+def defined_names() -> frozenset[str]:
+    """Classes of all packages."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in modules().values())
+    return frozenset(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+
+
+def test_the_ten_steps_are_numbered_and_stand_in_docstrings() -> None:
+    """The first module of each row says which step it is."""
+    table = re.findall(r"^\| (\d+) \| .* \| `([^`]+)`.* \|$", PAGE, re.MULTILINE)
+    assert [int(number) for number, _ in table] == list(range(1, 11))
+    for number, name in table:
+        docstring = ast.get_docstring(ast.parse(modules()[name].read_text(encoding="utf-8"))) or ""
+        assert re.search(rf"[Ss]teps? ([\w, ]* )?{number}\b", docstring), (number, name)
+
+
+@pytest.mark.timeout(300)
+def test_import_contracts() -> None:
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b0 broken\b", done.stdout)
+
+
+def tracked() -> list[Path]:
+    """Files that git tracks, or would with the next `git add`."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_download_hosts_and_no_paths_of_a_machine() -> None:
+    found = []
+    for path in tracked():
+        data = path.read_bytes()
+        if b"\0" in data:
+            continue
+        text = data.decode("utf-8")  # and every text is UTF-8
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in FORBIDDEN.finditer(text)]
+    assert not found

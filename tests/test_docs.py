@@ -1,0 +1,118 @@
+"""The documents are true: their Python runs, their commands are the ones that work, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import httpx
+import pytest
+from live_server import serving
+
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.server.parser import parse, split_command
+
+ROOT = Path(__file__).parents[1]
+WITH_CODE = sorted([ROOT / "README.md", ROOT / "LIBRARY_API.md", *ROOT.glob("packages/*/README.md")])
+ALL = sorted([*WITH_CODE, *ROOT.glob("docs/*.md"), ROOT / "CHANGELOG.md"])
+FILES = re.compile(r'"(?:SmolLM2-135M-Instruct\.Q4_1|model)\.gguf"')
+SERVER = "http://127.0.0.1:2000"
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def python_blocks() -> list[object]:
+    """Every ```python block with the document and the line that it begins on."""
+    found = []
+    for path in WITH_CODE:
+        text = path.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start()) + 2
+            name = f"{path.relative_to(ROOT)}:{line}"
+            found.append(pytest.param(name, line, match[1], id=name))
+    return found
+
+
+@pytest.mark.parametrize(("name", "line", "code"), python_blocks())
+def test_python_runs(name: str, line: int, code: str, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toy checkpoint stands for the model, and a scripted server for the one at port 2000."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # a client in a document uses the machine's proxies otherwise
+    with serving(ScriptedEngine("Hello!")) as url:
+        code = FILES.sub(repr(str(toy_model)), code).replace(SERVER, url)
+        program = compile("\n" * (line - 1) + code, name, "exec")  # so that a traceback has the document's line
+        exec(program, {"__name__": "__main__", "MODEL": str(toy_model)})
+
+
+def test_there_are_examples_in_every_document_that_promises_them() -> None:
+    documents = {str(path.relative_to(ROOT)) for path in WITH_CODE if "```python" in path.read_text(encoding="utf-8")}
+    packages = {f"packages/{path.parent.name}/README.md" for path in ROOT.glob("packages/*/README.md")}
+    assert documents == {"README.md", "LIBRARY_API.md", *packages}
+
+
+def test_readme_has_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert commands[0] == "pip install uv && uv run candle-vllm\n"
+    assert "uv run pytest\n" in commands
+    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readmes_request_is_answered() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    request = re.search(rf"curl {SERVER}(\S+) -H '([\w-]+): (\S+)' \\\n\s+-d '(.*)'\n", readme)
+    assert request is not None
+    path, header, value, body = request.groups()
+    with serving(ScriptedEngine("Paris.")) as url:
+        answer = httpx.post(url + path, headers={header: value}, content=body, trust_env=False)
+    assert answer.json()["choices"][0]["message"]["content"] == "Paris."
+
+
+def command_lines() -> list[object]:
+    """Every `candle-vllm` command line in a code block of a document."""
+    found = []
+    for path in ALL:
+        blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for line in "".join(blocks).splitlines():
+            if match := re.match(r"(?:pip install uv && )?(?:uv run )?candle-vllm\b(.*)", line):
+                found.append(pytest.param(match[1], id=f"{path.relative_to(ROOT)}:{match[1].strip()[:40]}"))
+    return found
+
+
+@pytest.mark.parametrize("arguments", command_lines())
+def test_command_lines_are_understood(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(arguments, comments=True)
+    command, rest = split_command(words)
+    if "--help" in words:
+        with pytest.raises(SystemExit) as ended:
+            parse(command, rest)
+        assert not ended.value.code
+        assert "usage:" in capsys.readouterr().out
+    else:
+        parse(command, rest)
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(path: Path) -> None:
+    for link in LINK.findall(path.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        target, _, fragment = link.partition("#")
+        file = path.parent / target if target else path
+        assert file.exists(), link
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), link
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path: Path) -> None:
+    """Paths in code spans that begin with a folder of this repository."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"`((?:packages|docs|tests|examples|benchmarks)/[^`\s]*)`", text):
+        assert list(ROOT.glob(name.rstrip("/"))), name

@@ -1,0 +1,64 @@
+"""Every file of `examples/` runs as its head says, on a toy checkpoint."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from live_server import serving
+
+from candle_vllm.core.testing import ScriptedEngine
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`run(name, *arguments)`: what `python examples/NAME.py ARGUMENTS` prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        path = EXAMPLES / f"{name}.py"
+        assert f"python examples/{name}.py" in path.read_text()
+        monkeypatch.setattr("sys.argv", [str(path), *arguments])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_has_a_test() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"library_generate", "library_stream", "openai_client", "custom_loop"}
+
+
+def test_library_generate(run: Callable[..., str], toy_model: Path) -> None:
+    lines = run("library_generate", str(toy_model)).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("'The capital of France is' -> ")
+
+
+def test_library_stream_pieces_add_up(run: Callable[..., str], toy_model: Path) -> None:
+    printed = run("library_stream", str(toy_model))
+    assert "[Name three colours.] " in printed
+    assert "\nWhat is the capital of France?\n" in printed
+
+
+def test_custom_loop_runs_the_urgent_and_drops_the_unwanted(run: Callable[..., str], toy_model: Path) -> None:
+    lines = run("custom_loop", str(toy_model)).splitlines()
+    assert [line.split(": ", 1)[1] for line in lines[:2]] == ["story ends (length)", "urgent ends (length)"]
+    texts = {line.split(": ")[0] for line in lines[2:-1]}
+    assert texts >= {"story", "urgent", "unwanted"}
+    steps, tokens, blocks = lines[-1].split(", ")
+    assert (steps, tokens) == ("19 steps", "35 tokens")  # 16 + 16 + 3; the last began after the third step
+    free, total = blocks.removesuffix(" blocks free").split(" of ")
+    assert free == total
+
+
+def test_openai_client(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(ScriptedEngine("Paris.", name="scripted")) as url:
+        printed = run("openai_client", "default", f"{url}/v1")
+    assert "models: scripted\nParis.\n" in printed
+    assert printed.endswith(" + 7 tokens\n")  # a token per character, and the end
