@@ -1,0 +1,113 @@
+"""Recorded steps on the CPU: the model's own numbers, and the same bits however a request is batched, cached or cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.loading.model import load_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
+
+# Heads of 32, which the kernels have; every row a whole number of groups.
+CONFIG = toy_config(hidden_size=128, head_dim=32, intermediate_size=160)
+QWEN = toy_config("qwen2", hidden_size=128, head_dim=32, intermediate_size=160, tie_word_embeddings=True)
+PROMPTS = [[(7 * i) % 256 for i in range(3 + 11 * n)] for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_gguf(tmp_path_factory.mktemp("gguf") / "toy.gguf", CONFIG)
+
+
+def make(path: Path, **settings: Any) -> InferenceEngine:
+    return InferenceEngine(str(path), **({"threads": 2, "block_size": 16} | settings))
+
+
+def asked(index: int) -> SamplingParams:
+    if index % 2:
+        return SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2)
+    return SamplingParams(temperature=0.9, seed=index, top_p=0.95, max_tokens=18, ignore_eos=True, logprobs=2)
+
+
+def run(engine: InferenceEngine) -> list[GenerationOutput]:
+    return engine.generate(PROMPTS, [asked(i) for i in range(len(PROMPTS))], use_tqdm=False)
+
+
+def numbers(outputs: list[GenerationOutput]) -> list[Any]:
+    """Tokens and the exact log-probabilities behind them."""
+    return [[(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()] for output in outputs]
+
+
+@pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_logits_are_those_of_the_decoded_weights(config: dict[str, Any], quantization: str, tmp_path: Path) -> None:
+    """Against the same file in fp32; what remains is the 8-bit rounding of activations and the 16-bit cache."""
+    path = write_toy_gguf(tmp_path / "toy.gguf", config, quantization=quantization)
+    scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=20)
+    rows = []
+    for settings in ({}, {"dtype": "f32"}):
+        with make(path, **settings) as engine:
+            assert engine.model_info.dtype == settings.get("dtype", "int8")
+            output = engine.generate([PROMPTS[-1]], scored, use_tqdm=False)[0]
+            assert output.prompt_logprobs is not None
+            rows.append([{t.token_id: t.logprob for t in (e.chosen, *e.top)} for e in output.prompt_logprobs[1:] if e])
+    fast, exact = rows
+    gaps = [abs(fast[i][t] - exact[i][t]) for i in range(len(exact)) for t in exact[i].keys() & fast[i].keys()]
+    sizes = [abs(value) for row in exact for value in row.values()]
+    assert np.sqrt(np.mean(np.square(gaps))) < 0.03 * np.sqrt(np.mean(np.square(sizes)))
+
+
+def test_nothing_around_a_request_changes_a_bit_of_it(model: Path) -> None:
+    with make(model, enable_prefix_caching=False, max_num_seqs=1) as engine:
+        alone = numbers(run(engine))
+    for settings in (
+        {"threads": 1},
+        {"threads": 3, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 12, "max_num_seqs": 12},
+        {"max_num_batched_tokens": 37, "block_size": 32, "max_num_seqs": 5},
+    ):
+        with make(model, **settings) as engine:
+            assert numbers(run(engine)) == alone, settings
+            assert numbers(run(engine)) == alone, (settings, "with a warm cache")
+
+
+def test_preemption_changes_no_bit(model: Path) -> None:
+    with make(model, enable_prefix_caching=False, max_num_seqs=1) as engine:
+        alone = numbers(run(engine))
+    per_token = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * 2
+    with make(model, kv_cache_memory=per_token * 16 * 12, max_model_len=160) as engine:
+        assert numbers(run(engine)) == alone
+        assert engine.stats().preemptions > 0
+
+
+def test_prompt_scores_do_not_depend_on_chunks(model: Path) -> None:
+    scored = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1)
+    found = []
+    for chunk in (64, 128, 512):
+        with make(model, max_num_batched_tokens=chunk) as engine:
+            output = engine.generate([PROMPTS[-1]], scored, use_tqdm=False)[0]
+            found.append([entry.chosen.logprob for entry in (output.prompt_logprobs or ())[1:] if entry])
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == len(PROMPTS[-1]) - 1
+
+
+def test_a_model_without_a_kernel_runs_eagerly_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_toy_gguf(tmp_path / "toy.gguf", toy_config(hidden_size=128, head_dim=16))
+    with make(path) as engine:
+        assert engine.model_info.dtype == "f32"
+        assert len(run(engine)) == len(PROMPTS)
+    assert "heads of 16" in caplog.text
+
+
+def test_packed_weights_take_the_memory_of_the_file(model: Path) -> None:
+    loaded = load_model(EngineConfig(model=str(model), block_size=16), torch.device("cpu"), lambda *_: None)
+    layer = loaded.decoder.layers[0]  # type: ignore[attr-defined]
+    assert layer.attention.qkv.weight is None
+    packed = sum(matrix.data.nbytes for matrix in layer.attention.qkv.matrices.values())
+    assert packed == 128 * (4 + 2 + 2) * 32 // 32 * 34
