@@ -48,10 +48,14 @@ class Bench:
         at = (self.layers * streams * pages, BLOCK, self.kv_heads, self.dim)
         # Small bfloat16 numbers of either sign, made fast.
         self.keys, self.values = (
-            (random.integers(0, 1 << 16, key_cache_shape(*at), np.uint16) & 0x83FF | 0x3C00).astype(np.uint16).reshape(shape)
+            (random.integers(0, 1 << 16, key_cache_shape(*at), np.uint16) & 0x83FF | 0x3C00)
+            .astype(np.uint16)
+            .reshape(shape)
             for shape in (key_cache_shape(*at), value_cache_shape(*at))
         )
-        self.q = (random.integers(0, 1 << 16, (tokens, self.heads, self.dim), np.uint16) & 0x83FF | 0x3C00).astype(np.uint16)
+        self.q = (random.integers(0, 1 << 16, (tokens, self.heads, self.dim), np.uint16) & 0x83FF | 0x3C00).astype(
+            np.uint16
+        )
         self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
         self.starts = np.arange(streams + 1, dtype=np.int64) * new
         self.contexts = np.full(streams, context, np.int64)

@@ -59,10 +59,18 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     matrices = [_random_matrix(kind, n, k) for _ in range(copies)]
     xq, xs, xsum = quantise(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
     out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
-    addresses = {"xq": address_of(xq), "xs": address_of(xs), "xsum": address_of(xsum), "out": address_of(out)}
     plan = []
     for matrix in matrices:
-        row = [operation, 0, *linear_row(matrix, step=address_of(numbers), out_stride=n, **addresses)]
+        arguments = linear_row(
+            matrix,
+            step=address_of(numbers),
+            xq=address_of(xq),
+            xs=address_of(xs),
+            xsum=address_of(xsum),
+            out=address_of(out),
+            out_stride=n,
+        )
+        row = [operation, 0, *arguments]
         row[1] = 8 * len(row) << 8 | 1
         plan += row
     table, times = np.array(plan, np.int64), []

@@ -149,6 +149,10 @@ def test_a_loop_of_your_own(toy_model: Path) -> None:
                     seen += piece.token_ids
                 else:
                     engine.abort(gone)
+        engine.add_request([1], GREEDY, request_id="same")
+        with pytest.raises(InvalidParameterError, match="'same' is in use"):
+            engine.add_request([1], GREEDY, request_id="same")
+        engine.abort("same")
         with pytest.raises(EngineDeadError, match="add_request and step"):
             engine.generate([[1]], use_tqdm=False)
     with make(toy_model) as engine:

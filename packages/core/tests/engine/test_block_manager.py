@@ -72,17 +72,6 @@ def test_disabled_cache_finds_nothing() -> None:
     assert blocks.lookup(digest) == []
 
 
-def test_reset_forgets_all_and_keeps_tables() -> None:
-    blocks = BlockManager(2, 1)
-    table = blocks.allocate(1) or []
-    digest = block_hashes([1], 1, None)
-    blocks.publish(table[0], digest[0])
-    blocks.reset_prefix_cache()
-    assert blocks.lookup(digest) == []
-    blocks.release(table)
-    assert blocks.num_free == 2
-
-
 def test_releasing_twice_is_caught() -> None:
     blocks = BlockManager(1, 1)
     table = blocks.allocate(1) or []

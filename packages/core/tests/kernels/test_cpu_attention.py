@@ -82,7 +82,9 @@ class Model:
         self.keys = np.full(key_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
         self.values = np.full(value_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
         self.rotary = self.dim if self.rotary < 0 else self.rotary
-        angles = torch.arange(8192).unsqueeze(1) / 10000.0 ** (torch.arange(self.rotary // 2) / max(self.rotary // 2, 1))
+        angles = torch.arange(8192).unsqueeze(1) / 10000.0 ** (
+            torch.arange(self.rotary // 2) / max(self.rotary // 2, 1)
+        )
         self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
         self.scale = self.dim**-0.5 * math.log2(math.e)
 
@@ -173,7 +175,9 @@ class Step:
             window=model.window,
         )
         both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim, model.isa), attend)]
-        plan = plan_of(numbers, (rotate_and_write_operation(model.isa), write), *both, *both)  # the second pass: a reset
+        plan = plan_of(
+            numbers, (rotate_and_write_operation(model.isa), write), *both, *both
+        )  # the second pass: a reset
         team.run(plan, 5)
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()

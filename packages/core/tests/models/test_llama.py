@@ -120,7 +120,10 @@ def _edited(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path)
     _edited(folder, **{"model.layers.1.self_attn.k_proj.weight": None, "model.extra": torch.ones(1)})
-    with pytest.raises(WeightsError, match=r"missing: model\.layers\.1\.self_attn\.k_proj.*unexpected: model\.extra"):
+    with pytest.raises(
+        WeightsError,
+        match=r"missing tensors \(1\): model\.layers\.1\.self_attn\.k_proj.*unexpected tensors \(1\): model",
+    ):
         our_logits(folder, [1], 1)
 
 
@@ -150,7 +153,11 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict[str, Any], mess
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64', not a int"),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
-        ({"num_hidden_layers": 0}, "num_layers = 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000"),
+        ({"rms_norm_eps": -1}, "epsilon of its norms is -1"),
+        ({"rms_norm_eps": float("nan")}, "epsilon of its norms is nan"),
         ({"head_dim": 15}, "head size 15"),
         ({"architectures": ["A", "B"]}, "architectures must name one"),
     ],

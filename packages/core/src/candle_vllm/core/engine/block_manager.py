@@ -109,12 +109,6 @@ class BlockManager:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets every published block; tables in use stay valid."""
-        for digest, block in list(self._published.items()):
-            del self._published[digest]
-            self._hash_of[block] = None
-
     def _forget(self, block: int) -> None:
         digest = self._hash_of[block]
         if digest is not None:

@@ -96,7 +96,10 @@ class Engine:
         return made
 
     def add(self, prepared: Seq[LiveSequence]) -> None:
-        """Queues a prepared request."""
+        """Queues a prepared request; its id must not be in use."""
+        request_id = prepared[0].request.request_id
+        if request_id in self._requests:
+            raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         self._requests[prepared[0].request.request_id] = list(prepared)
         for live in prepared:
             live.sequence.order = self._arrivals

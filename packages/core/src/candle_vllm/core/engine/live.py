@@ -29,7 +29,7 @@ class LiveSequence:
         state: how its tokens are chosen.
         tokenizer: for text and for the texts of log-probabilities.
         eos_token_ids: tokens that end it, unless the request ignores them.
-        max_tokens: total length, prompt included, at which it ends.
+        max_length: total length, prompt included, at which it ends.
     """
 
     def __init__(

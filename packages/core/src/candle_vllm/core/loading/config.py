@@ -83,9 +83,6 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if not 0 < getattr(self, name) <= 1 << 24:
-                raise InvalidFileError(f"the model's config says {name} = {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise InvalidFileError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
         if not 0 < self.head_dim <= 1024 or not 0 < self.rope.dim <= self.head_dim or self.rope.dim % 2:
@@ -94,6 +91,12 @@ class ModelConfig:
             raise InvalidFileError(f"the model's config says its context is {self.max_position} tokens")
         if not 0 < self.rope.theta < float("inf") or not 0 < self.rope.factor < float("inf"):
             raise InvalidFileError(f"rotary base {self.rope.theta} and factor {self.rope.factor} must be positive")
+        if not 0 < self.norm_eps < 1:
+            raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
+        if any(window is not None and window < 1 for window in self.sliding_windows):
+            raise InvalidFileError(
+                f"the model's config says its sliding window is {min(filter(None, self.sliding_windows))}"
+            )
         assert len(self.sliding_windows) == self.num_layers
 
 
@@ -125,6 +128,13 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not a {kind.__name__}")
+        return value
+
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """A whole number from 1 to 2^24."""
+        value = self.get(key, int, default)
+        if value is not default and not 0 < value <= 1 << 24:
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {1 << 24}")
         return value
 
     def choice(self, key: str, default: str, *allowed: str) -> str:

@@ -126,5 +126,5 @@ def _mismatch(missing: list[str], unexpected: list[str]) -> str:
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"{len(names)} tensors are {what}: {', '.join(names[:_SHOWN])}{more}")
+            lines.append(f"{what} tensors ({len(names)}): {', '.join(names[:_SHOWN])}{more}")
     return "; ".join(lines)

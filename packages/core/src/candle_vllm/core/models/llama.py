@@ -29,23 +29,22 @@ from candle_vllm.core.loading.weights import WeightName
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-def config_from_hf(fields: Fields) -> ModelConfig:
+def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
     """Reads `config.json` of llama, mistral, qwen2 and qwen3."""
-    model_type = fields.get("model_type", str)
     fields.choice("hidden_act", "silu", "silu", "swish")
-    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    layers, position = fields.get("num_hidden_layers", int), fields.get("max_position_embeddings", int)
-    head_dim = fields.get("head_dim", int, hidden // heads)
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    layers, position = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
+    head_dim = fields.count("head_dim", hidden // heads)
     rope = rope_from_hf(fields, head_dim, position)
     attention_bias = fields.get("attention_bias", bool, False)
     return ModelConfig(
         model_type=model_type,
-        vocab_size=fields.get("vocab_size", int),
+        vocab_size=fields.count("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=fields.get("intermediate_size", int),
+        intermediate_size=fields.count("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads", int, heads),
+        num_kv_heads=fields.count("num_key_value_heads", heads),
         head_dim=head_dim,
         max_position=stretched_context(rope, position),
         norm_eps=fields.get("rms_norm_eps", float),
@@ -82,19 +81,19 @@ def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModelConfig:
     """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), qwen2 and qwen3."""
     architecture = Fields(fields.values, fields.path).get("general.architecture", str)
-    hidden, heads = fields.get("embedding_length", int), fields.get("attention.head_count", int)
-    layers, position = fields.get("block_count", int), fields.get("context_length", int)
-    head_dim = fields.get("attention.key_length", int, hidden // heads)
+    hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
+    layers, position = fields.count("block_count"), fields.count("context_length")
+    head_dim = fields.count("attention.key_length", hidden // heads)
     rope = rope_from_gguf(fields, head_dim, position)
     embedding = checkpoint.tensors.get("token_embd.weight")
     return ModelConfig(
         model_type=architecture,
-        vocab_size=embedding.shape[0] if embedding else fields.get("vocab_size", int),
+        vocab_size=embedding.shape[0] if embedding else fields.count("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=fields.get("feed_forward_length", int),
+        intermediate_size=fields.count("feed_forward_length"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.get("attention.head_count_kv", int, heads),
+        num_kv_heads=fields.count("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_position=stretched_context(rope, position) if rope.kind == "yarn" else position,
         norm_eps=fields.get("attention.layer_norm_rms_epsilon", float),

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.kernels.recorded import Value
@@ -16,6 +16,8 @@ from candle_vllm.core.loading.config import Fields, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
+
+Row = TypeVar("Row")
 
 
 class Decoder(Protocol):
@@ -36,7 +38,7 @@ class Decoder(Protocol):
 class Family:
     """How to read, build and fill the models of one file in this folder."""
 
-    config_from_hf: Callable[[Fields], ModelConfig]
+    config_from_hf: Callable[[Fields, str], ModelConfig]
     config_from_gguf: Callable[[Fields, Checkpoint], ModelConfig]
     build: Callable[[ModelConfig, Placement, Checkpoint], Decoder]
     weights: Sequence[WeightName]
@@ -45,11 +47,12 @@ class Family:
 
 _LLAMA = Family(llama.config_from_hf, llama.config_from_gguf, llama.Llama, llama.WEIGHTS, llama.ignored)
 
-HF_FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": _LLAMA,
-    "Qwen3ForCausalLM": _LLAMA,
+# Hugging Face class -> family, and the model_type by whose rules its config.json is read
+HF_FAMILIES: Mapping[str, tuple[Family, str]] = {
+    "LlamaForCausalLM": (_LLAMA, "llama"),
+    "MistralForCausalLM": (_LLAMA, "mistral"),
+    "Qwen2ForCausalLM": (_LLAMA, "qwen2"),
+    "Qwen3ForCausalLM": (_LLAMA, "qwen3"),
 }
 GGUF_FAMILIES: Mapping[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
 GGUF_INTERLEAVED = frozenset({"llama"})  # architectures whose q and k rows GGUF stores in interleaved rotary order
@@ -60,8 +63,8 @@ def family_from_hf(config: Mapping[str, Any], path: Path) -> tuple[Family, Model
     names = Fields(config, path).get("architectures", list)
     if len(names) != 1 or not isinstance(names[0], str):
         raise InvalidFileError(f"{path}: architectures must name one model class, not {names!r:.80}")
-    family = _find(names[0], HF_FAMILIES, path)
-    return family, family.config_from_hf(Fields(config, path))
+    family, model_type = _find(names[0], HF_FAMILIES, path)
+    return family, family.config_from_hf(Fields(config, path), model_type)
 
 
 def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
@@ -78,7 +81,7 @@ def gguf_heads(metadata: Mapping[str, Any], config: ModelConfig) -> Mapping[str,
     return {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
 
 
-def _find(name: str, families: Mapping[str, Family], path: Path) -> Family:
+def _find(name: str, families: Mapping[str, Row], path: Path) -> Row:
     if name in families:
         return families[name]
     near = difflib.get_close_matches(name, families, n=1)

@@ -1,4 +1,4 @@
-"""A real checkpoint of a few kilobytes: random weights, a byte tokenizer and a chat template, for fast tests."""
+"""A real checkpoint of a few hundred kilobytes: random weights, a byte tokenizer and a chat template, for fast tests."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ ADVISORY_FIELDS: Mapping[str, str] = {
     "metadata": "labels stored answers; nothing is stored",
     "store": "asks to keep the answer; nothing is stored",
     "service_tier": "chooses a price; there is one tier",
-    "prompt_cache_key": "routes to a warm cache; there is one prefix cache and it is always on",
+    "prompt_cache_key": "routes to a warm cache; there is one prefix cache for all",
     "prompt_cache_retention": "bounds the cache's life; blocks stay until memory is needed",
     "prompt_cache_options": "sets cache breakpoints; every full block of every prompt is cached",
     "parallel_tool_calls": "without tools there is nothing to allow",

@@ -33,7 +33,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     merge_partial,
     partial_floats,
     score_tiles,
-    softmax_row,
+    softmax_rows,
     value_tiles,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
@@ -69,18 +69,18 @@ def value_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim:
 
 @njit(inline="always")
 def _chunk_start(chunk: int) -> int:
-    """Position where a chunk begins: 8 of 64, 12 of 128, then 256 each; short ones first, to share a short context."""
-    return 64 * chunk + 64 * max(chunk - 8, 0) + 128 * max(chunk - 20, 0)
+    """Position where a chunk begins: 4 of 64, 6 of 128, then 256 each; short ones first, to share a short context."""
+    return 64 * chunk + 64 * max(chunk - 4, 0) + 128 * max(chunk - 10, 0)
 
 
 @njit(inline="always")
 def _chunk_of(position: int) -> int:
     """The chunk that a position belongs to."""
-    if position < 512:
+    if position < 256:
         return position >> 6
-    if position < 2048:
-        return 4 + (position >> 7)
-    return 12 + (position >> 8)
+    if position < 1024:
+        return 2 + (position >> 7)
+    return 6 + (position >> 8)
 
 
 @njit(inline="always")
@@ -176,6 +176,21 @@ def _scores(q: int, keys: int, offsets: int, scores: int, tiles: int, rows: int,
             score_tiles(q, keys, at, to, 2, dim, isa)
         else:
             score_tiles(q, keys, at, to, 1, dim, isa)
+
+
+@njit(inline="always")
+def _softmax(
+    scores: int, to: int, tiles: int, positions: int, start: int, window: int, partials: int, rows: int, dim: int
+) -> None:
+    """Probabilities of up to 4 rows."""
+    if rows == 4:
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim)
+    elif rows == 3:
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim)
+    elif rows == 2:
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim)
+    else:
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim)
 
 
 @njit(inline="always")
@@ -289,17 +304,17 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                         if size > 0:
                             target = to + i * row_bytes
                         _scores(queries + i * query_bytes, key_cache, offsets, scores, tiles, some, head_dim, isa)
-                        for j in range(some):
-                            position = at_position[i + j]
-                            low = max(_first_seen(position, window) - start, 0)
-                            softmax_row(
-                                scores + j * SCORE_STRIDE,
-                                probabilities + j * PROBABILITY_STRIDE,
-                                tiles,
-                                low,
-                                max(position + 1 - start - low, 0),
-                                target + j * row_bytes + 4 * head_dim,
-                            )
+                        _softmax(
+                            scores,
+                            probabilities,
+                            tiles,
+                            positions + 8 * i,
+                            start,
+                            window,
+                            target,
+                            some,
+                            head_dim,
+                        )
                         _values(probabilities, value_cache, offsets, keys, target, some, head_dim, isa)
                         if size == 0:
                             for j in range(some):

@@ -117,45 +117,75 @@ def score_tiles(_: Any, q: Any, keys: Any, offsets: Any, scores: Any, rows: Any,
     return signature, code
 
 
-@intrinsic
-def softmax_row(_: Any, scores: Any, probabilities: Any, tiles: Any, first: Any, count: Any, partial: Any) -> Any:
-    """exp2(score - m) as bfloat16 for one row over 16 * tiles keys, of which it sees first .. first + count - 1.
+def _seen_keys(e: Emitter, position: Any, start: Any, window: Any) -> tuple[Any, Any]:
+    """First and count of the keys from `start` on that a row at `position` sees, as <16 x i32>."""
+    b, zero, one = e.b, e.int64(0), e.int64(1)
 
-    Hidden keys get 0. `partial` is the address of the partial result's m and s; s sums the rounded probabilities.
+    def not_negative(value: Any) -> Any:
+        return b.select(b.icmp_signed(">", value, zero), value, zero)
+
+    end = b.add(b.sub(position, start), one)
+    first = b.select(b.icmp_signed(">", window, zero), not_negative(b.sub(end, window)), zero)
+    return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
+
+
+@intrinsic(prefer_literal=True)
+def softmax_rows(
+    _: Any,
+    scores: Any,
+    probabilities: Any,
+    tiles: Any,
+    positions: Any,
+    start: Any,
+    window: Any,
+    partials: Any,
+    rows: Any,
+    dim: Any,
+) -> Any:
+    """exp2(score - m) as bfloat16 for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
+
+    `positions` is the address of the rows' int64 positions, `partials` that of their partial results, whose m and s are
+    written; s sums the rounded probabilities. `rows` and `dim` are constants.
     """
-    signature = types.void(*[types.int64] * 6)
+    signature = types.void(*[types.int64] * 7, rows, dim)
+    m, d = rows.literal_value, dim.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        first, count = (e.splat(b.trunc(value, I32)) for value in args[3:5])
-        lanes = b.sub(ir.Constant(vector(I32), list(range(LANES))), first)
-        step = e.constant(I32, LANES)
+        bounds = [_seen_keys(e, e.load(args[3], I64, 8 * row), args[4], args[5]) for row in range(m)]
+        numbers = ir.Constant(vector(I32), list(range(LANES)))
+        lanes = [b.sub(numbers, first) for first, _ in bounds]
 
-        def seen(index: Any) -> Any:
-            return b.icmp_unsigned("<", index, count)
+        def seen(tile: Any, row: int) -> Any:
+            index = b.add(lanes[row], e.splat(b.trunc(b.shl(tile, e.int64(4)), I32)))
+            return b.icmp_unsigned("<", index, bounds[row][1])
 
-        def largest(tile: Any, state: list[Any]) -> list[Any]:
-            top, index = state
-            score = e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32))
-            return [b.select(seen(index), _larger(e, score, top), top), b.add(index, step)]
+        def score(tile: Any, row: int) -> Any:
+            return e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32), SCORE_STRIDE * row)
 
-        top, _ = e.loop(args[2], [e.constant(F32, NOTHING), lanes], largest)
-        top = _largest_lane(e, top)
+        def largest(tile: Any, tops: list[Any]) -> list[Any]:
+            nothing = e.constant(F32, NOTHING)
+            return [_larger(e, b.select(seen(tile, row), score(tile, row), nothing), tops[row]) for row in range(m)]
 
-        def exponentials(tile: Any, state: list[Any]) -> list[Any]:
-            total, index = state
-            score = e.load(b.add(args[0], b.shl(tile, e.int64(6))), vector(F32))
-            bits = b.bitcast(emit_exp2(e, b.fsub(score, top)), vector(I32))
-            # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
-            bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
-            bits = b.select(seen(index), bits, e.zeros(I32))
-            at = b.add(args[1], b.shl(tile, e.int64(5)))
-            e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)))
-            return [b.fadd(total, b.bitcast(bits, vector(F32))), b.add(index, step)]
+        tops = e.loop(args[2], [e.constant(F32, NOTHING)] * m, largest)
+        tops = [_largest_lane(e, top) for top in tops]
 
-        total, _ = e.loop(args[2], [e.zeros(F32), lanes], exponentials)
-        e.store(args[5], b.extract_element(top, ir.Constant(I32, 0)))
-        e.store(args[5], e.sum_lanes(total), 4)
+        def exponentials(tile: Any, totals: list[Any]) -> list[Any]:
+            at, results = b.add(args[1], b.shl(tile, e.int64(5))), []
+            for row in range(m):
+                bits = b.bitcast(emit_exp2(e, b.fsub(score(tile, row), tops[row])), vector(I32))
+                # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
+                bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
+                bits = b.select(seen(tile, row), bits, e.zeros(I32))
+                e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)), PROBABILITY_STRIDE * row)
+                results.append(b.fadd(totals[row], b.bitcast(bits, vector(F32))))
+            return results
+
+        totals = e.loop(args[2], [e.zeros(F32)] * m, exponentials)
+        for row in range(m):
+            at = 4 * (partial_floats(d) * row + d)
+            e.store(args[6], b.extract_element(tops[row], ir.Constant(I32, 0)), at)
+            e.store(args[6], e.sum_lanes(totals[row]), at + 4)
         return context.get_dummy_value()
 
     return signature, code

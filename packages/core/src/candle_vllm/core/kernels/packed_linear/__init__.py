@@ -11,7 +11,7 @@ of operations, so that a row's result has the same bits whatever T, the other ro
 instructions are. Nothing else of `out` is written. `out` may not overlap the inputs.
 
 `pack` makes a `PackedMatrix` from a GGUF tensor's bytes, `dequantise` gives its numbers back, both in numpy.
-`reference.py` is the contract in plain numpy; `cpu.py` has the compiled operations and is imported only by a CPU engine.
+`reference.py` is the contract in plain numpy; `cpu.py` has the compiled operations, and only a CPU engine imports it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """GGUF bytes to the packed layout, in numpy: done once, at load, before step 1 of a request's life.
 
-A chunk of rows is turned into **planes**, uint32 [words of a block, blocks of a row, rows]: every step then works on long
-contiguous runs, and one copy at the end puts 16 rows side by side. What the bytes mean: ggml's `ggml-common.h`. Bytes
-of a block that are not whole words are filled up in front for the simple types (whose scale comes first), else behind.
-Chunks are shared among threads that never wait for each other. Shapes: B blocks of a row, R rows, G groups of a block.
+A chunk of rows is turned into **planes**, uint32 [words of a block, blocks of a row, rows]: every step then works
+on long contiguous runs, and one copy at the end puts 16 rows side by side. What the bytes mean: ggml's `ggml-common.h`.
+A block that is not a whole number of words is filled up in front where its scale comes first, else behind. Chunks are shared among threads that never wait for each other. Shapes: B blocks of a row, R rows, G groups of a block.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ def _store(parts: _Parts, layout: Layout, tiles: np.ndarray) -> None:
             small[:, :, 4 * index : 4 * index + 4] = four
 
 
-# ---- words of a group: quads [..., 8, B, R] of one code per byte, or what the file has ---------------------------------
+# ---- words of a group: quads [..., 8, B, R] of one code per byte, or what the file has -------------------------------
 
 
 def _each(value: int) -> np.uint32:
@@ -203,7 +202,7 @@ def _negated(half: np.ndarray) -> np.ndarray:
     return half ^ np.uint16(0x8000)
 
 
-# ---- the types ---------------------------------------------------------------------------------------------------------
+# ---- the types -------------------------------------------------------------------------------------------------------
 
 
 def _q4_0(planes: np.ndarray) -> _Parts:

@@ -1,0 +1,186 @@
+"""candle-vllm side by side with other CPU engines on one GGUF file and one machine, in one run.
+
+    python benchmarks/cpu/compare.py MODEL.gguf [--deep] [--json]
+        [--llama-bench PATH --llama-batched-bench PATH]        llama.cpp's tools
+        [--ik-bench PATH --ik-batched-bench PATH]              ik_llama.cpp's tools
+        [--openvino-python PATH]                               a Python with openvino-genai
+
+Columns, in tokens per second: `prefill_1024` of one prompt; `decode_128`, `decode_1024` and, with --deep, `decode_7000`
+of one stream at that depth; `batch32`, output tokens of 32 streams of 64 + 64 tokens over the whole time. Every engine
+runs the same file on as many threads as there are physical cores. Each row is one engine; the last is candle-vllm's
+figure over the best other of each column. The roofline line says what share of the memory's speed one stream reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from candle_vllm.core.memory import physical_cores
+
+COLUMNS = ("prefill_1024", "decode_128", "decode_1024", "decode_7000", "batch32")
+Row = dict[str, float]
+
+OPENVINO = """
+import json, sys, time
+import numpy as np, openvino as ov, openvino_genai as genai
+config = genai.SchedulerConfig()
+config.cache_size, config.max_num_seqs, config.max_num_batched_tokens = 2, 64, 2048
+config.dynamic_split_fuse, config.enable_prefix_caching = True, False
+pipe = genai.ContinuousBatchingPipeline(sys.argv[1], config, "CPU", {}, {})
+ids = pipe.get_tokenizer().encode("Numbers were written down long before anyone counted with machines. " * 900).input_ids.data
+
+def seconds(prompts, count):
+    options = genai.GenerationConfig()
+    options.max_new_tokens, options.ignore_eos, options.do_sample, options.apply_chat_template = count, True, False, False
+    began = time.perf_counter()
+    pipe.generate([ov.Tensor(np.ascontiguousarray(p)) for p in prompts], [options] * len(prompts))
+    return time.perf_counter() - began
+
+def median(once):
+    return sorted(once() for _ in range(3))[1]
+
+def decode(depth, count=64):
+    return count / (seconds([ids[:, :depth]], count + 1) - seconds([ids[:, :depth]], 1))
+
+seconds([ids[:, :1024]], 4)
+row = {
+    "prefill_1024": median(lambda: 1024 / seconds([ids[:, :1024]], 1)),
+    "decode_128": median(lambda: decode(128)),
+    "decode_1024": median(lambda: decode(1024)),
+    "batch32": median(lambda: 32 * 64 / seconds([ids[:, i : i + 64] for i in range(32)], 64)),
+}
+if sys.argv[2] == "deep":
+    row["decode_7000"] = median(lambda: decode(7000))
+print(json.dumps(row))
+"""
+
+
+def output_of(*command: str) -> str:
+    """Standard output and error of a program that must succeed."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
+    if result.returncode:
+        raise RuntimeError(f"{command[0]} failed: {result.stdout[-300:]}")
+    return result.stdout
+
+
+def ours(model: str, deep: bool) -> Row:
+    """`candle-vllm bench` at each shape."""
+
+    def bench(prompt: int, output: int, streams: int = 1) -> Row:
+        shape = ["--prompt-tokens", str(prompt), "--output-tokens", str(output), "--concurrency", str(streams)]
+        text = output_of(sys.executable, "-m", "candle_vllm.server.cli", "bench", "--m", model, *shape, "--json")
+        return json.loads(text.strip().splitlines()[-1])
+
+    short, middle = bench(128, 128), bench(1024, 64)
+    row = {
+        "prefill_1024": middle["prefill_tok_s"],
+        "decode_128": short["decode_tok_s"],
+        "decode_1024": middle["decode_tok_s"],
+        "batch32": bench(64, 64, 32)["output_tok_s"],
+        "start_s": short["start_s"],
+        "peak_rss_mb": middle["peak_rss_mb"],
+        "weight_mb": short["weight_mb"],
+    }
+    if deep:
+        row["decode_7000"] = bench(7000, 64)["decode_tok_s"]
+    return row
+
+
+def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int], list[str]]) -> Row:
+    """llama-bench and llama-batched-bench; `depth` gives the arguments that measure 64 tokens at a depth."""
+    threads = str(physical_cores())
+
+    def rates(*arguments: str) -> list[float]:
+        text = output_of(bench, "-m", model, "-t", threads, "-r", "3", *arguments)
+        return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± [\d.]+ \|", text)]
+
+    prefill, short = rates("-p", "1024", "-n", "128")
+    text = output_of(
+        *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
+        *("-npp", "64", "-ntg", "64", "-npl", "32"),
+    )
+    cells = re.findall(r"^\|\s+64 \|\s+64 \|\s+32 \|.*$", text, re.MULTILINE)[0].split("|")
+    row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}
+    row["batch32"] = 32 * 64 / float(cells[9])
+    if deep:
+        row["decode_7000"] = rates(*depth(7000))[0]
+    return row
+
+
+def memory_speed() -> float:
+    """Bytes per second that all cores read from memory together, best of five."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    parts = np.zeros((physical_cores(), 1 << 26), np.float32)
+    parts += 1
+    with ThreadPoolExecutor(len(parts)) as pool:
+
+        def once() -> float:
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            return parts.nbytes / (time.perf_counter() - began)
+
+        return max(once() for _ in range(5))
+
+
+def main() -> None:
+    """Runs what it is pointed at and prints a table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    for name in ("llama-bench", "llama-batched-bench", "ik-bench", "ik-batched-bench", "openvino-python"):
+        parser.add_argument(f"--{name}")
+    options = parser.parse_args()
+    model, deep = str(Path(options.model).resolve()), options.deep
+    engines: dict[str, Callable[[], Row]] = {"candle-vllm": lambda: ours(model, deep)}
+    if options.llama_bench:
+        depth = lambda n: ["-p", "0", "-n", "64", "-d", str(n), *(["-fa", "1"] if n > 4096 else [])]  # noqa: E731
+        engines["llama.cpp"] = lambda: llama(model, deep, options.llama_bench, options.llama_batched_bench, depth)
+    if options.ik_bench:
+        depth_ik = lambda n: ["-p", "0", "-n", "0", "-gp", f"{n},64"]  # noqa: E731
+        engines["ik_llama.cpp"] = lambda: llama(model, deep, options.ik_bench, options.ik_batched_bench, depth_ik)
+    if options.openvino_python:
+        mode = "deep" if deep else "short"
+        engines["OpenVINO GenAI"] = lambda: json.loads(
+            output_of(options.openvino_python, "-c", OPENVINO, model, mode).strip().splitlines()[-1]
+        )
+    rows: dict[str, Row] = {}
+    for name, measure in engines.items():
+        try:
+            rows[name] = measure()
+        except (RuntimeError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+            sys.stderr.write(f"{name} is left out: {error}\n")
+            continue
+        print_row(name, rows[name], options.json)
+    others = [row for name, row in rows.items() if name != "candle-vllm"]
+    mine = rows.get("candle-vllm", {})
+    best = {column: max((row.get(column, 0.0) for row in others), default=0.0) for column in COLUMNS}
+    print_row("ratio to best", {c: mine[c] / best[c] for c in COLUMNS if best[c] and c in mine}, options.json)
+    if mine:
+        speed, read = memory_speed(), mine["decode_128"] * mine["weight_mb"] * (1 << 20)
+        print_row(
+            "roofline", {"memory_gb_s": speed / 1e9, "read_gb_s": read / 1e9, "share": read / speed}, options.json
+        )
+
+
+def print_row(name: str, row: Row, as_json: bool) -> None:
+    """One line."""
+    if as_json:
+        print(json.dumps({"engine": name} | {key: round(value, 3) for key, value in row.items()}), flush=True)
+    else:
+        cells = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        print(f"{name:16} {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

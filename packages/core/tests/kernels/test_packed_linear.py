@@ -1,0 +1,296 @@
+"""The packed linear layer: packing keeps every number, and each compiled variant gives the same bits as the others."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as GgmlType
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, dequantise, pack, packed_kind, reference
+from candle_vllm.core.quantization import ggml
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.packed_linear import cpu
+
+# Where a block's float16 scales stand.
+SCALES = {
+    PackedKind.Q4_0: (0,),
+    PackedKind.Q4_1: (0, 2),
+    PackedKind.Q5_0: (0,),
+    PackedKind.Q5_1: (0, 2),
+    PackedKind.Q8_0: (0,),
+    PackedKind.Q2_K: (80, 82),
+    PackedKind.Q3_K: (108,),
+    PackedKind.Q4_K: (0, 2),
+    PackedKind.Q5_K: (0, 2),
+    PackedKind.Q6_K: (208,),
+}
+# The generic path runs everywhere; VNNI only where the CPU has it.
+ISAS = [Isa.GENERIC, Isa.VNNI] if host_isa() & Isa.VNNI else [Isa.GENERIC]
+COLUMNS = 768
+each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
+
+
+def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Blocks with random codes and scales of either sign, uint8 [rows * bytes]."""
+    random = np.random.default_rng(seed)
+    size, width = ggml.block_layout(GgmlType[kind.name])
+    raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
+    for start in SCALES[kind]:
+        scale = random.uniform(0.5, 1.5, raw.shape[:2]) * random.choice([-1, 1], raw.shape[:2])
+        raw[:, :, start : start + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(-1)
+
+
+@functools.cache
+def packed(kind: PackedKind, rows: int, columns: int) -> PackedMatrix:
+    return pack(random_bytes(kind, rows, columns), GgmlType[kind.name], rows, columns)
+
+
+@functools.cache
+def activations(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
+    x[rows // 2, :32] = 0  # a group without a scale
+    return reference.quantise(x)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
+def team(request):
+    team = ThreadTeam(request.param)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="module")
+def lone_thread():
+    team = ThreadTeam(1)
+    yield team
+    team.close()
+
+
+def run_row(team: ThreadTeam, operation: int, arguments: list[int]) -> None:
+    row = [operation, 0, *arguments]
+    row[1] = 8 * len(row) << 8
+    team.run(np.array(row, np.int64), 1)
+
+
+def multiply(
+    team: ThreadTeam,
+    matrix: PackedMatrix,
+    inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    isa: Isa | None = None,
+    bias: np.ndarray | None = None,
+    onto: np.ndarray | None = None,
+) -> np.ndarray:
+    """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N]."""
+    xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
+    rows, columns = len(xq), matrix.rows
+    field = np.full((rows + 2, columns + 24), np.nan, np.float32)
+    view = field[:rows, 5 : 5 + columns]
+    if onto is not None:
+        view[:] = onto
+    numbers = np.full(StepNumber.COUNT, -1, np.int64)
+    numbers[StepNumber.LOGIT_ROWS] = rows
+    arguments = cpu.linear_row(
+        matrix,
+        step=address_of(numbers),
+        xq=address_of(xq),
+        xs=address_of(xs),
+        xsum=address_of(xsum),
+        out=address_of(field),
+        out_stride=field.shape[1],
+        column=5,
+        bias=0 if bias is None else address_of(bias),
+        accumulate=onto is not None,
+        rows_from=StepNumber.LOGIT_ROWS,
+    )
+    run_row(team, cpu.linear_operation(matrix.kind, host_isa() & Isa.VNNI if isa is None else isa), arguments)
+    result = view.copy()
+    view[:] = np.nan
+    assert np.isnan(field).all()
+    return result
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    return x.shape == y.shape and np.array_equal(x.view(np.uint32), y.view(np.uint32))
+
+
+def error(result: np.ndarray, wanted: np.ndarray) -> float:
+    """RMS(error) / RMS(reference)."""
+    return float(np.sqrt(np.mean((result - wanted) ** 2, dtype=np.float64) / np.mean(wanted**2, dtype=np.float64)))
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (17, 768), (63, 512)])
+def test_packing_keeps_every_number(kind, rows, columns):
+    raw = random_bytes(kind, rows, columns)
+    wanted = ggml.dequantize(raw, GgmlType[kind.name], (rows, columns)).numpy()
+    matrix = pack(raw, GgmlType[kind.name], rows, columns)
+    assert np.array_equal(dequantise(matrix), wanted)
+    assert address_of(matrix.data) % 64 == 0
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_odd_number_of_groups(name, lone_thread):
+    matrix = packed(PackedKind[name], 17, 96)
+    inputs = activations(5, 96)
+    wanted = reference.linear(dequantise(matrix), *inputs[:2])
+    assert error(multiply(lone_thread, matrix, inputs), wanted) < 1e-5
+
+
+def test_chunks_are_packed_alike(monkeypatch):
+    raw, whole = random_bytes(PackedKind.Q5_K, 63, 256), packed(PackedKind.Q5_K, 63, 256)
+    module = importlib.import_module(
+        "candle_vllm.core.kernels.packed_linear.pack"
+    )  # the package has a `pack` of its own
+    monkeypatch.setattr(module, "CHUNK", 256 * 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert np.array_equal(pack(raw, GgmlType.Q5_K, 63, 256).data, whole.data)
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0", "IQ2_XXS"])
+def test_other_types_become_eight_bits(name, caplog):
+    ggml_type, rows, columns = GgmlType[name], 18, 512
+    size, width = ggml.block_layout(ggml_type)
+    raw = np.random.default_rng(3).integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
+    start = {"TQ1_0": width - 2, "TQ2_0": width - 2}.get(name, 0)
+    raw[:, :, start : start + (1 if name == "MXFP4" else 2)] = (
+        120 if name == "MXFP4" else np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
+    )
+    wanted = ggml.dequantize(raw.reshape(-1), ggml_type, (rows, columns)).numpy()
+    with caplog.at_level("INFO"):
+        matrix = pack(raw.reshape(-1), ggml_type, rows, columns)
+    assert matrix.kind is packed_kind(ggml_type) is PackedKind.Q8_0
+    assert name in caplog.text
+    groups = np.abs(wanted).reshape(rows, -1, 32).max(axis=2, keepdims=True)
+    off = np.abs(dequantise(matrix) - wanted).reshape(rows, -1, 32)
+    assert (off <= 0.0041 * groups + 1e-7).all()
+
+
+def test_tiny_and_zero_groups_survive_eight_bits():
+    raw = np.full((16, 2, 18), 0x77, np.uint8)  # code 7 is -10 scales
+    raw[:, 0, :2] = 0  # a scale of zero
+    raw[:, 1, :2] = np.frombuffer(np.float16(3e-7).tobytes(), np.uint8)
+    wanted = ggml.dequantize(raw.reshape(-1), GgmlType.IQ4_NL, (16, 64)).numpy()
+    assert wanted.any()
+    off = np.abs(dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 16, 64)) - wanted)
+    assert off.max() < 2**-24  # the smallest scale there is
+
+
+def test_shapes_and_types_that_cannot_be_packed():
+    raw = np.zeros(18 * 3, np.uint8)
+    with pytest.raises(UnsupportedModelError, match="multiple of 32"):
+        pack(raw, GgmlType.Q4_0, 1, 80)
+    with pytest.raises(UnsupportedModelError, match=r"65,536"):
+        pack(raw, GgmlType.Q4_0, 1, 1 << 17)
+    with pytest.raises(UnsupportedModelError, match="F16"):
+        pack(raw, GgmlType.F16, 1, 27)
+    with pytest.raises(ValueError, match="54 bytes"):
+        pack(raw, GgmlType.Q4_0, 2, 96)
+
+
+# ---- multiplying -----------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("outputs", [1, 17, 63])
+def test_linear_matches_the_reference(kind, outputs, team):
+    matrix, inputs = packed(kind, outputs, COLUMNS), activations(63, COLUMNS)
+    wanted = reference.linear(dequantise(matrix), *inputs[:2])
+    for isa in ISAS:
+        for rows in (1, 3, 8, 63):
+            result = multiply(team, matrix, tuple(part[:rows] for part in inputs), isa=isa)
+            assert error(result, wanted[:rows]) < 1e-5
+
+
+@each_kind
+def test_a_row_has_the_same_bits_everywhere(kind, team):
+    matrix, inputs = packed(kind, 63, COLUMNS), activations(63, COLUMNS)
+    whole = multiply(team, matrix, inputs)
+    for isa in ISAS:
+        assert same_bits(multiply(team, matrix, inputs, isa=isa), whole)
+    for cuts in ((0, 1, 3, 11, 63), (0, 4, 6, 36, 37, 63)):
+        for first, last in itertools.pairwise(cuts):
+            part = multiply(team, matrix, tuple(array[first:last] for array in inputs))
+            assert same_bits(part, whole[first:last])
+    lone = ThreadTeam(1)
+    assert same_bits(multiply(lone, matrix, inputs), whole)
+    lone.close()
+
+
+def test_a_tile_has_the_same_bits_in_any_matrix(lone_thread):
+    raw = random_bytes(PackedKind.Q6_K, 48, 512).reshape(48, -1)
+    inputs = activations(9, 512)
+    whole = multiply(lone_thread, pack(raw, GgmlType.Q6_K, 48, 512), inputs)
+    part = multiply(lone_thread, pack(raw[5:22].copy(), GgmlType.Q6_K, 17, 512), inputs)
+    assert same_bits(part, whole[:, 5:22].copy())
+
+
+def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
+    matrix, inputs = packed(PackedKind.Q4_K, 63, COLUMNS), activations(20, COLUMNS)
+    whole = multiply(lone_thread, matrix, inputs)
+    monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
+    cpu.linear_operation.cache_clear()
+    try:
+        assert same_bits(multiply(lone_thread, matrix, inputs), whole)
+    finally:
+        cpu.linear_operation.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_bias_and_what_stands_there_are_added(rows, team):
+    matrix, inputs = packed(PackedKind.Q4_1, 37, 96), tuple(part[:rows] for part in activations(11, 96))
+    random = np.random.default_rng(5)
+    bias, onto = (random.standard_normal(shape).astype(np.float32) for shape in (37, (rows, 37)))
+    plain = multiply(team, matrix, inputs)
+    assert same_bits(multiply(team, matrix, inputs, bias=bias), plain + bias)
+    assert same_bits(multiply(team, matrix, inputs, onto=onto), plain + onto)
+    assert same_bits(multiply(team, matrix, inputs, bias=bias, onto=onto), plain + bias + onto)
+
+
+def test_no_rows_is_no_work(team):
+    matrix, inputs = packed(PackedKind.Q4_0, 17, 96), activations(1, 96)
+    assert multiply(team, matrix, tuple(part[:0] for part in inputs)).shape == (0, 17)
+
+
+def test_extreme_codes_do_not_overflow(lone_thread):
+    raw = random_bytes(PackedKind.Q8_0, 16, 64).reshape(16, 2, 34)
+    raw[:, :, 2:] = 0x80  # -128 in every place
+    inputs = (np.full((1, 64), 127, np.int8), np.ones((1, 2), np.float32), np.full((1, 2), 4064, np.float32))
+    matrix = pack(raw.reshape(-1), GgmlType.Q8_0, 16, 64)
+    for isa in ISAS:
+        result = multiply(lone_thread, matrix, inputs, isa=isa)
+        assert error(result, reference.linear(dequantise(matrix), *inputs[:2])) < 1e-6
+
+
+# ---- embedding rows --------------------------------------------------------------------------------------------------
+
+
+@each_kind
+def test_embedding_rows_are_exact(kind, team):
+    matrix = packed(kind, 63, 512)
+    ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
+    field = np.full((len(ids) + 1, 520), 7, np.float32)
+    numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
+    arguments = cpu.embedding_row(
+        matrix, step=address_of(numbers), token_ids=address_of(ids), out=address_of(field), out_stride=520
+    )
+    run_row(team, cpu.embedding_rows_operation(kind), arguments)
+    assert np.array_equal(field[:4, :512], dequantise(matrix)[ids[:4]])
+    assert np.isnan(field[4:7, :512]).all()  # ids outside of the table
+    assert (field[:, 512:] == 7).all()
+    assert (field[7] == 7).all()
