@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -31,8 +32,20 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
 
 SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
-BLOCK = 16
+BLOCK = 64
+SCATTER = False
 MEMORY = 3 << 30  # most bytes of caches
+
+
+def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
+    """Small bfloat16 numbers of either sign, at a multiple of 64 bytes as a cache has to be."""
+    memory = np.empty(2 * count + 64, np.uint8)
+    start = -address_of(memory) % 64
+    numbers = memory[start : start + 2 * count].view(np.uint16)
+    numbers[:] = random.integers(0, 1 << 16, count, np.uint16)
+    numbers &= 0x83FF
+    numbers |= 0x3C00
+    return numbers
 
 
 class Bench:
@@ -45,21 +58,17 @@ class Bench:
         layer_bytes = 4 * streams * pages * BLOCK * self.kv_heads * self.dim
         self.layers = max(1, min(layers, MEMORY // layer_bytes))
         random = np.random.default_rng(0)
-        at = (self.layers * streams * pages, BLOCK, self.kv_heads, self.dim)
-        # Small bfloat16 numbers of either sign, made fast.
+        self.blocks = self.layers * streams * pages
+        at = (self.blocks, BLOCK, self.kv_heads, self.dim)
         self.keys, self.values = (
-            (random.integers(0, 1 << 16, key_cache_shape(*at), np.uint16) & 0x83FF | 0x3C00)
-            .astype(np.uint16)
-            .reshape(shape)
-            for shape in (key_cache_shape(*at), value_cache_shape(*at))
+            small_bf16(random, math.prod(shape)) for shape in (key_cache_shape(*at), value_cache_shape(*at))
         )
-        self.q = (random.integers(0, 1 << 16, (tokens, self.heads, self.dim), np.uint16) & 0x83FF | 0x3C00).astype(
-            np.uint16
-        )
+        self.q = small_bf16(random, tokens * self.heads * self.dim)
         self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
         self.starts = np.arange(streams + 1, dtype=np.int64) * new
         self.contexts = np.full(streams, context, np.int64)
-        self.tables = np.stack([random.permutation(streams * pages) for _ in range(self.layers)]).astype(np.int64)
+        order = random.permutation if SCATTER else np.arange
+        self.tables = np.stack([order(streams * pages) for _ in range(self.layers)]).astype(np.int64)
         self.tables += np.arange(self.layers)[:, None] * streams * pages
         self.numbers = np.zeros(8, np.int64)
         self.numbers[:2] = tokens, streams
@@ -95,6 +104,7 @@ class Bench:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
+            num_blocks=self.blocks,
             block_size=BLOCK,
             rotary_dim=self.dim,
             cos=address_of(self.angles),
@@ -117,6 +127,7 @@ class Bench:
             context_lens=address_of(self.contexts),
             block_tables=address_of(self.tables[layer]),
             table_stride=self.pages,
+            num_blocks=self.blocks,
             block_size=BLOCK,
             heads=self.heads,
             kv_heads=self.kv_heads,

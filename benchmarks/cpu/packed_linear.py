@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, WeightMemory, pack
 from candle_vllm.core.kernels.packed_linear.cpu import linear_operation, linear_row
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise
@@ -56,21 +56,21 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     n, k = options.shape
     size = -(-n // ROWS) * LAYOUTS[kind].tile_bytes(k)
     copies = max(1, (options.megabytes << 20) // size // max(1, rows // 8))
-    matrices = [_random_matrix(kind, n, k) for _ in range(copies)]
+    memory = WeightMemory()
+    matrices = [_random_matrix(kind, n, k, memory) for _ in range(copies)]
     xq, xs, xsum = quantise(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
     out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
     plan = []
     for matrix in matrices:
         arguments = linear_row(
             matrix,
-            step=address_of(numbers),
             xq=address_of(xq),
             xs=address_of(xs),
             xsum=address_of(xsum),
             out=address_of(out),
             out_stride=n,
         )
-        row = [operation, 0, *arguments]
+        row = [operation, 0, address_of(numbers), *arguments]
         row[1] = 8 * len(row) << 8 | 1
         plan += row
     table, times = np.array(plan, np.int64), []
@@ -91,11 +91,10 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     }
 
 
-def _random_matrix(kind: PackedKind, n: int, k: int) -> PackedMatrix:
+def _random_matrix(kind: PackedKind, n: int, k: int, memory: WeightMemory) -> PackedMatrix:
     """Random codes under plain scales, without the detour over GGUF bytes."""
     layout, tiles = LAYOUTS[kind], -(-n // ROWS)
-    memory = np.empty(tiles * layout.tile_bytes(k) + 64, np.uint8)
-    data = memory[-memory.ctypes.data % 64 :][: tiles * layout.tile_bytes(k)].reshape(tiles, -1)
+    data = memory.take(tiles * layout.tile_bytes(k)).reshape(tiles, -1)
     data[:] = np.random.default_rng(1).integers(0, 256, layout.tile_bytes(k), dtype=np.uint8)
     blocks = data.reshape(tiles, -1, layout.block_bytes)
     blocks[:, :, : layout.floats_bytes] = np.full(layout.floats_bytes // 2, 0.01, np.float16).view(np.uint8)

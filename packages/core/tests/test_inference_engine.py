@@ -8,12 +8,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import (
+    CandleVllmError,
     ConfigError,
     EngineDeadError,
     EngineOverloadedError,
@@ -21,6 +25,8 @@ from candle_vllm.core import (
     InferenceEngine,
     InvalidParameterError,
     PromptTooLongError,
+    RequestAbortedError,
+    RequestError,
     SamplingParams,
 )
 from candle_vllm.core.engine.request import GenerationOutput
@@ -232,6 +238,7 @@ def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
         ([-1], GREEDY, InvalidParameterError, "outside"),
         ([1] * 512, GREEDY, PromptTooLongError, "512 tokens and the context is 512"),
         ([1] * 500, GREEDY, PromptTooLongError, "ask for at most 12"),
+        ([1] * 8, SamplingParams(max_tokens=None, min_tokens=505), InvalidParameterError, "room for 504"),
         ("x" * 100_000, GREEDY, PromptTooLongError, "100000 characters; a context of 512 tokens holds at most"),
         ([1], SamplingParams(allowed_token_ids=[999]), InvalidParameterError, "allowed_token_ids"),
         ([1.5], GREEDY, InvalidParameterError, "list of token ids"),
@@ -290,6 +297,148 @@ def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pyt
         assert stats.finished["error"] == 1
 
 
+@pytest.fixture
+def nan_model(tmp_path: Path) -> Path:
+    """A model whose token 270 turns everything to NaN."""
+    folder = write_toy_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][270] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_one_broken_request_ends_alone(nan_model: Path) -> None:
+    """NaN in one request's prompt scores or logits, and a failure while its token is added, leave others alone."""
+
+    async def run(engine: InferenceEngine) -> None:
+        good = asyncio.create_task(engine.agenerate([1, 2, 3], GREEDY))
+        scored = SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=0)
+        for params in (scored, GREEDY):
+            with pytest.raises(CandleVllmError, match=r"NaN|finite|logits"):
+                await engine.agenerate([270, 2, 3], params)
+        assert len((await good).token_ids) == 24
+
+    with make(nan_model) as engine:
+        asyncio.run(run(engine))
+        stats = engine.stats()
+        assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_a_failure_while_settling_loses_no_piece(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from candle_vllm.core.engine.live import LiveSequence
+
+    accept = LiveSequence.accept
+
+    def fail_one(self: LiveSequence, sampled: Any) -> Any:
+        if self.request.request_id == "bad" and self.num_output_tokens == 2:
+            raise RuntimeError("boom")
+        return accept(self, sampled)
+
+    monkeypatch.setattr(LiveSequence, "accept", fail_one)
+    with make(toy_model) as engine:
+        engine.add_request([1], SamplingParams(max_tokens=3, ignore_eos=True), request_id="ends")
+        engine.add_request([2], SamplingParams(max_tokens=9, ignore_eos=True), request_id="bad")
+        engine.add_request([3], SamplingParams(max_tokens=9, ignore_eos=True), request_id="goes on")
+        last = {}
+        while engine.has_unfinished_requests:
+            last |= {piece.request_id: piece for piece in engine.step() if piece.finished}
+    assert {name: piece.finish_reason for name, piece in last.items()} == {
+        "ends": FinishReason.LENGTH,
+        "bad": FinishReason.ERROR,
+        "goes on": FinishReason.LENGTH,
+    }
+    assert last["bad"].error_kind == "engine"
+
+
+def test_many_threads_may_make_the_first_call(toy_model: Path) -> None:
+    asked = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    for _ in range(3):
+        with make(toy_model) as engine, ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(engine.generate, [[i, 2, 3]], asked, use_tqdm=False) for i in range(8)]
+            assert all(len(job.result()[0].token_ids) == 12 for job in jobs)
+
+
+def test_threads_share_a_short_queue(toy_model: Path) -> None:
+    asked = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    with make(toy_model, max_queued_requests=2) as engine, ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(engine.generate, [[i]] * 5, asked, use_tqdm=False) for i in range(3)]
+        assert [len(job.result()) for job in jobs] == [5, 5, 5]
+
+
+def test_a_reused_request_id_is_not_aborted_by_its_former_owner(engine: InferenceEngine) -> None:
+    async def run() -> None:
+        old = engine.stream([1], SamplingParams(max_tokens=1), request_id="x")
+        while engine.stats().num_running or engine.stats().num_waiting:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        new = asyncio.create_task(engine.agenerate([2], GREEDY, request_id="x"))
+        await asyncio.sleep(0)
+        await old.aclose()
+        assert len((await new).token_ids) == 24
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("wrong", [{"priority": "high"}, {"priority": 10**12}, {"request_id": ""}, {"request_id": 7}])
+def test_a_wrong_priority_or_id_is_refused(engine: InferenceEngine, wrong: dict[str, Any]) -> None:
+    async def run() -> None:
+        with pytest.raises(InvalidParameterError):
+            engine.stream([1], GREEDY, **wrong)
+
+    asyncio.run(run())
+    assert engine.is_alive
+
+
+def test_parameters_that_allow_no_token_are_the_requests_fault(engine: InferenceEngine) -> None:
+    asked = SamplingParams(max_tokens=4, allowed_token_ids=[65], bad_words=["A"])
+    with pytest.raises(RequestError, match="no token may be chosen"):
+        engine.generate("a", asked, use_tqdm=False)
+
+
+def test_times_are_in_order(engine: InferenceEngine) -> None:
+    times = engine.generate([list(range(200))], GREEDY, use_tqdm=False)[0].metrics
+    assert times is not None
+    assert times.first_scheduled_time is not None
+    assert times.first_token_time is not None
+    assert times.finished_time is not None
+    assert times.arrival_time <= times.first_scheduled_time < times.first_token_time < times.finished_time
+
+
+def test_an_aborted_generate_says_so(toy_model: Path) -> None:
+    engine = make(toy_model)
+
+    async def run() -> None:
+        task = asyncio.create_task(engine.agenerate([1], SamplingParams(max_tokens=400, ignore_eos=True)))
+        await asyncio.sleep(0.02)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises((RequestAbortedError, EngineDeadError)):
+            await task
+
+    asyncio.run(run())
+
+
+def test_a_forgotten_engine_is_cleaned_up(toy_model: Path) -> None:
+    before = threading.active_count()
+    engine = make(toy_model)
+    engine.generate([[1]], GREEDY, use_tqdm=False)
+    del engine
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_numpy_prompts_are_welcome_and_nonsense_is_not(engine: InferenceEngine) -> None:
+    wanted = engine.generate([[1, 2]], GREEDY, use_tqdm=False)[0].token_ids
+    assert engine.generate([np.array([1, 2])], GREEDY, use_tqdm=False)[0].token_ids == wanted
+    for wrong in (None, 3.5, {"a": 1}, [b"ab"], [{"a": 1}], [[True]]):
+        with pytest.raises(InvalidParameterError):
+            engine.generate(wrong, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(InvalidParameterError, match="sampling_params"):
+        engine.generate([[1]], [{"temperature": 0}], use_tqdm=False)  # type: ignore[list-item]
+
+
 def test_closing_leaves_no_thread_and_no_model(toy_model: Path) -> None:
     before = threading.active_count()
     engine = make(toy_model)
@@ -344,6 +493,7 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
     ("settings", "message"),
     [
         ({"max_model_len": 513}, "--max-model-len 512"),
+        ({"kv_cache_memory": 1 << 45}, r"set --mem \d+ or less"),
         ({"kv_cache_memory": 65536, "max_model_len": 512}, r"--max-model-len 128 or --mem 1"),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "--prefill-chunk-size 8 or --max-num-seqs 4"),
         ({"block_size": 24}, "power of two"),

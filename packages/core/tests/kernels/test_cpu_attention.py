@@ -31,10 +31,9 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 
-# A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; errors of different keys are
-# independent, as the values are, so the ratio stays near 2^-9 / sqrt(3) = 1.1e-3 whatever the number of keys.
+# A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; the errors of different keys
+# are independent, as the values are, so the ratio stays near 2^-9 / sqrt(3) = 1.1e-3 whatever the number of keys.
 TOLERANCE = 2e-3
-EXACT_ROUNDING = 1e-7
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +78,8 @@ class Model:
     def __post_init__(self) -> None:
         fill = 0x7FC0 if self.poison else 0
         shape = (self.blocks, self.block, self.kv_heads, self.dim)
-        self.keys = np.full(key_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
-        self.values = np.full(value_cache_shape(shape[0], shape[1], shape[2], shape[3]), fill, np.int16)
+        self.keys = np.full(key_cache_shape(*shape), fill, np.int16)
+        self.values = np.full(value_cache_shape(*shape), fill, np.int16)
         self.rotary = self.dim if self.rotary < 0 else self.rotary
         angles = torch.arange(8192).unsqueeze(1) / 10000.0 ** (
             torch.arange(self.rotary // 2) / max(self.rotary // 2, 1)
@@ -90,8 +89,8 @@ class Model:
 
     def plain_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The caches as [B, S, K, D]."""
-        keys = torch.from_numpy(self.keys.copy()).view(torch.bfloat16).permute(0, 2, 4, 1, 3, 5)
-        values = torch.from_numpy(self.values.copy()).view(torch.bfloat16).permute(0, 2, 4, 1, 3)
+        keys = torch.from_numpy(self.keys.copy()).view(torch.bfloat16).permute(1, 2, 4, 0, 3, 5)
+        values = torch.from_numpy(self.values.copy()).view(torch.bfloat16).permute(1, 2, 4, 0, 3)
         shape = (self.blocks, self.block, self.kv_heads, self.dim)
         return keys.reshape(shape), values.reshape(shape)
 
@@ -104,8 +103,11 @@ class Step:
     before: list[int]
     qkv: list[torch.Tensor]
 
-    def run(self, model: Model, team: ThreadTeam) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the three operations; returns the result [T, H, D] and the bfloat16 queries [T, H, D]."""
+    def run(self, model: Model, team: ThreadTeam, max_context: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the three operations; returns the result [T, H, D] and the bfloat16 queries [T, H, D].
+
+        `max_context` is what the scratch memory is made for; 0 is the longest context of the step.
+        """
         lengths = [len(rows) for rows in self.qkv]
         starts = np.cumsum([0, *lengths]).astype(np.int64)
         contexts = np.array([n + b for n, b in zip(lengths, self.before)], np.int64)
@@ -129,7 +131,7 @@ class Step:
             max_seqs=len(lengths),
             heads=model.heads,
             head_dim=model.dim,
-            max_context=int(contexts.max()),
+            max_context=max_context or int(contexts.max()),
             threads=team.threads,
         )
         memory = np.full(size + 128, 0xFF, np.uint8)
@@ -147,6 +149,7 @@ class Step:
             heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.dim,
+            num_blocks=model.blocks,
             block_size=model.block,
             rotary_dim=model.rotary,
             cos=model.cos.data_ptr(),
@@ -167,6 +170,7 @@ class Step:
             context_lens=address_of(contexts),
             block_tables=address_of(tables),
             table_stride=width,
+            num_blocks=model.blocks,
             block_size=model.block,
             heads=model.heads,
             kv_heads=model.kv_heads,
@@ -263,13 +267,13 @@ def test_windows(teams: dict[int, ThreadTeam], window: int) -> None:
     rows=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 90)), min_size=1, max_size=6),
     window=st.sampled_from([0, 0, 33, 128]),
     threads=st.sampled_from([1, 2, 3]),
-    block=st.sampled_from([16, 64]),
+    block=st.sampled_from([16, 32, 64, 128]),
     seed=st.integers(0, 99),
 )
 def test_mixed_batches(
     teams: dict[int, ThreadTeam], rows: list[tuple[int, int]], window: int, threads: int, block: int, seed: int
 ) -> None:
-    model = Model(heads=6, kv_heads=2, window=window, block=block)
+    model = Model(heads=6, kv_heads=2, window=window, block=block, blocks=2560 // block)
     check(model, teams[threads], [c for c, _ in rows], [min(c, n) for c, n in rows], seed)
 
 
@@ -314,16 +318,19 @@ def test_same_bits_however_it_is_computed(teams: dict[int, ThreadTeam], kv_heads
 
 
 def test_sequences_that_do_not_fit_in_scratch_memory_are_not_split(teams: dict[int, ThreadTeam]) -> None:
-    """Fewer bytes than the partial results need: the same bits, computed in place."""
+    """Two long sequences and memory for the partial results of one, or of none: the same bits."""
     model = Model()
-    table, qkv = Pages(model).table(900), random_qkv(model, 900, 3)
-    whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
-    six, _ = Step([table], [894], [qkv[-6:]]).run(model, teams[2])
-    assert torch.equal(six, whole[-6:])
+    pages = Pages(model)
+    tables, rows = [pages.table(900), pages.table(900)], [random_qkv(model, 900, seed) for seed in (3, 4)]
+    whole, _ = Step(tables, [0, 0], rows).run(model, teams[1])
+    last = Step(tables, [899, 899], [x[-1:] for x in rows])
+    for max_context in (900, 450, 1):
+        got, _ = last.run(model, teams[2], max_context)
+        assert torch.equal(got, whole[[899, 1799]])
 
 
 @pytest.mark.parametrize("rotary", [0, 2, 16, 20, 32, 64])
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("block", [16, 32, 128])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rotate_and_write(teams: dict[int, ThreadTeam], rotary: int, block: int, threads: int) -> None:
     model = Model(heads=5, kv_heads=5, rotary=rotary, block=block)

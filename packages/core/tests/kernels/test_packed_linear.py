@@ -12,7 +12,15 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, dequantise, pack, packed_kind, reference
+from candle_vllm.core.kernels.packed_linear import (
+    PackedKind,
+    PackedMatrix,
+    WeightMemory,
+    dequantise,
+    pack,
+    packed_kind,
+    reference,
+)
 from candle_vllm.core.quantization import ggml
 
 pytest.importorskip("numba")
@@ -58,7 +66,7 @@ def packed(kind: PackedKind, rows: int, columns: int) -> PackedMatrix:
 
 
 @functools.cache
-def activations(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def activations(rows: int, columns: int) -> tuple[np.ndarray, ...]:
     x = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
     x[rows // 2, :32] = 0  # a group without a scale
     return reference.quantise(x)
@@ -78,8 +86,8 @@ def lone_thread():
     team.close()
 
 
-def run_row(team: ThreadTeam, operation: int, arguments: list[int]) -> None:
-    row = [operation, 0, *arguments]
+def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
+    row = [operation, 0, address_of(numbers), *arguments]
     row[1] = 8 * len(row) << 8
     team.run(np.array(row, np.int64), 1)
 
@@ -87,7 +95,7 @@ def run_row(team: ThreadTeam, operation: int, arguments: list[int]) -> None:
 def multiply(
     team: ThreadTeam,
     matrix: PackedMatrix,
-    inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
+    inputs: tuple[np.ndarray, ...],
     *,
     isa: Isa | None = None,
     bias: np.ndarray | None = None,
@@ -104,7 +112,6 @@ def multiply(
     numbers[StepNumber.LOGIT_ROWS] = rows
     arguments = cpu.linear_row(
         matrix,
-        step=address_of(numbers),
         xq=address_of(xq),
         xs=address_of(xs),
         xsum=address_of(xsum),
@@ -115,7 +122,7 @@ def multiply(
         accumulate=onto is not None,
         rows_from=StepNumber.LOGIT_ROWS,
     )
-    run_row(team, cpu.linear_operation(matrix.kind, host_isa() & Isa.VNNI if isa is None else isa), arguments)
+    run_row(team, cpu.linear_operation(matrix.kind, host_isa() & Isa.VNNI if isa is None else isa), numbers, arguments)
     result = view.copy()
     view[:] = np.nan
     assert np.isnan(field).all()
@@ -150,6 +157,19 @@ def test_odd_number_of_groups(name, lone_thread):
     inputs = activations(5, 96)
     wanted = reference.linear(dequantise(matrix), *inputs[:2])
     assert error(multiply(lone_thread, matrix, inputs), wanted) < 1e-5
+
+
+def test_matrices_share_memory_without_overlap():
+    memory = WeightMemory(piece_bytes=4096)
+    parts = [memory.take(count) for count in (1, 100, 4096, 3900, 65, 9000, 64)]
+    for number, part in enumerate(parts):
+        part[:] = number
+        assert address_of(part) % 64 == 0
+    assert all((part == number).all() for number, part in enumerate(parts))
+    assert address_of(parts[1]) == address_of(parts[0]) + 64
+    raw = random_bytes(PackedKind.Q4_1, 17, 96)
+    shared = [pack(raw, GgmlType.Q4_1, 17, 96, memory) for _ in range(3)]
+    assert all(np.array_equal(matrix.data, packed(PackedKind.Q4_1, 17, 96).data) for matrix in shared)
 
 
 def test_chunks_are_packed_alike(monkeypatch):
@@ -286,10 +306,8 @@ def test_embedding_rows_are_exact(kind, team):
     ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
     field = np.full((len(ids) + 1, 520), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
-    arguments = cpu.embedding_row(
-        matrix, step=address_of(numbers), token_ids=address_of(ids), out=address_of(field), out_stride=520
-    )
-    run_row(team, cpu.embedding_rows_operation(kind), arguments)
+    arguments = cpu.embedding_row(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=520)
+    run_row(team, cpu.embedding_rows_operation(kind), numbers, arguments)
     assert np.array_equal(field[:4, :512], dequantise(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :512]).all()  # ids outside of the table
     assert (field[:, 512:] == 7).all()

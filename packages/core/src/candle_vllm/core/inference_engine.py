@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import operator
 import queue
+import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Self
 
 import msgspec
@@ -21,6 +26,7 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.request import (
     EngineStats,
+    FinishReason,
     GenerationOutput,
     GenerationRequest,
     ModelInfo,
@@ -34,8 +40,11 @@ from candle_vllm.core.errors import (
     ChatTemplateError,
     ConfigError,
     EngineDeadError,
+    EngineOverloadedError,
     InvalidParameterError,
     PromptTooLongError,
+    RequestAbortedError,
+    RequestError,
 )
 from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.loading.placement import DTYPES
@@ -74,6 +83,9 @@ class InferenceEngine:
         self._engine: Engine | None = build_engine(config, self._loaded)
         self._thread: EngineThread | None = None
         self._manual = False
+        self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps
+        self._lock = threading.Lock()  # guards how the engine is driven
+        self._finalizer = weakref.finalize(self, self._engine.runner.close)
         self._info = _model_info(self._loaded, self._engine.max_model_len)
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
@@ -151,6 +163,7 @@ class InferenceEngine:
 
         Raises:
             RequestError: a prompt or its parameters are wrong; nothing has run then.
+            RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
         todo = self._requests(_as_list(prompts), sampling_params)
@@ -209,7 +222,7 @@ class InferenceEngine:
         thread = self._running_thread()
         inbox = Inbox(asyncio.get_running_loop())
         thread.submit(prepared, inbox)
-        return TokenStream(request, inbox, thread.abort)
+        return TokenStream(request, lambda: thread.abort(request.request_id, inbox), inbox)
 
     # ---- a loop of your own ------------------------------------------------------------------------------------------
 
@@ -229,30 +242,33 @@ class InferenceEngine:
         return request.request_id
 
     def step(self) -> list[TokenOutput]:
-        """Runs one step of the requests added with `add_request`; an empty list when there is nothing to do."""
-        return self._own_loop().step()
+        """Runs one step of the requests added with `add_request`; an empty list when there is nothing to do.
+
+        The last pieces of requests that were aborted since the step before come first.
+        """
+        engine = self._own_loop()
+        ended, self._ended = self._ended, []
+        return ended + engine.step()
 
     @property
     def has_unfinished_requests(self) -> bool:
         """True while `step` has something to do."""
-        return self._require()[0].has_work
+        return bool(self._ended) or self._require()[0].has_work
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
         if self._thread is not None:
             self._thread.abort(request_id)
         else:
-            self._require()[0].abort(request_id)
+            self._ended += self._require()[0].abort(request_id)
 
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Aborts what is running, ends the thread, and lets go of model and cache. Closing twice is fine."""
-        if self._thread is not None:
-            self._thread.close()
-        if self._engine is not None:
-            self._engine.runner.close()
-        self._engine = self._loaded = self._thread = None
+        with self._lock:
+            self._finalizer()
+            self._engine = self._loaded = self._thread = None
         gc.collect()
 
     def __enter__(self) -> Self:
@@ -269,18 +285,22 @@ class InferenceEngine:
         return self._engine, self._loaded
 
     def _running_thread(self) -> EngineThread:
-        engine = self._require()[0]
-        if self._manual:
-            raise EngineDeadError("this engine is driven by add_request and step: use those, or another engine")
-        if self._thread is None:
-            self._thread = EngineThread(engine, self.config.max_queued_requests)
-        return self._thread
+        with self._lock:
+            engine = self._require()[0]
+            if self._manual:
+                raise EngineDeadError("this engine is driven by add_request and step: use those, or another engine")
+            if self._thread is None:
+                self._thread = EngineThread(engine, self.config.max_queued_requests)
+                self._finalizer.detach()
+                self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine)
+            return self._thread
 
     def _own_loop(self) -> Engine:
-        if self._thread is not None:
-            raise EngineDeadError("this engine runs in its own thread: use generate or stream, or another engine")
-        self._manual = True
-        return self._require()[0]
+        with self._lock:
+            if self._thread is not None:
+                raise EngineDeadError("this engine runs in its own thread: use generate or stream, or another engine")
+            self._manual = True
+            return self._require()[0]
 
     def _request(
         self,
@@ -291,21 +311,22 @@ class InferenceEngine:
         add_special_tokens: bool = True,
     ) -> GenerationRequest:
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt")
+        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else _token_ids(prompt)
         return GenerationRequest(
-            request_id=request_id or uuid.uuid4().hex,
+            request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
             prompt_token_ids=ids,
-            params=params or self.default_sampling_params,
+            params=self.default_sampling_params if params is None else params,
             priority=priority,
         )
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[GenerationRequest, list[LiveSequence]]]:
-        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            each = [params] * len(prompts)
+        else:
+            each = list(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
@@ -321,16 +342,33 @@ class InferenceEngine:
         ahead = iter(enumerate(todo))
         try:
             with tqdm(total=len(todo), disable=not use_tqdm, desc="prompts", dynamic_ncols=True) as bar:
-                for _ in todo:
-                    while len(collectors) < self.config.max_queued_requests and (entry := next(ahead, None)):
-                        position, (request, prepared) = entry
-                        collectors[request.request_id] = position, OutputCollector(request)
-                        thread.submit(prepared, sink)
-                    yield sink.next_finished(collectors)
-                    bar.update()
+                waiting = next(ahead, None)
+                while waiting or collectors:
+                    if waiting is not None and self._try_submit(thread, waiting, sink, collectors):
+                        waiting = next(ahead, None)
+                    elif collectors:
+                        yield sink.next_finished(collectors)
+                        bar.update()
+                    else:
+                        time.sleep(0.01)  # other callers fill the queue
         finally:
             for request_id in collectors:
                 thread.abort(request_id)
+
+    @staticmethod
+    def _try_submit(
+        thread: EngineThread,
+        entry: tuple[int, tuple[GenerationRequest, list[LiveSequence]]],
+        sink: _QueueSink,
+        collectors: dict[str, tuple[int, OutputCollector]],
+    ) -> bool:
+        position, (request, prepared) = entry
+        try:
+            thread.submit(prepared, sink)
+        except EngineOverloadedError:
+            return False
+        collectors[request.request_id] = position, OutputCollector(request)
+        return True
 
 
 class _QueueSink:
@@ -357,14 +395,33 @@ class _QueueSink:
 
 def _raise_failure(piece: TokenOutput) -> None:
     if piece.error is not None:
-        raise CandleVllmError(piece.error)
+        raise RequestError(piece.error) if piece.error_kind == "request" else CandleVllmError(piece.error)
+    if piece.finish_reason == FinishReason.ABORT:
+        raise RequestAbortedError(f"request {piece.request_id} was aborted")
+
+
+def _shut_down(thread: EngineThread, engine: Engine) -> None:
+    thread.close()
+    engine.runner.close()
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
+    try:
+        if isinstance(prompt, (bytes, Mapping)) or any(isinstance(token, bool) for token in prompt):
+            raise TypeError
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt") from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InvalidParameterError("prompts are texts or lists of token ids", "prompts")
     items = list(prompts)
-    return [items] if items and all(isinstance(item, int) for item in items) else items  # type: ignore[list-item]
+    return [items] if items and all(isinstance(item, Integral) for item in items) else items  # type: ignore[list-item]
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -53,6 +53,12 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, avail
             f"set --max-model-len {model.max_position} or leave it out",
             "max_model_len",
         )
+    if config.kv_cache_memory is not None and config.kv_cache_memory > available:
+        raise ConfigError(
+            f"the KV cache was given {_size(config.kv_cache_memory)} and {_size(available)} are free: "
+            f"set --mem {int(available * 0.9) // MIB} or less",
+            "kv_cache_memory",
+        )
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype_bytes
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * config.kv_fraction)

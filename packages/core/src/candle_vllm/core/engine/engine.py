@@ -22,7 +22,7 @@ from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -80,20 +80,18 @@ class Engine:
         if request.params.seed is None:
             seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, params=seeded)
-        bad_words = self._bad_words(request.params.bad_words or ())
-        made = []
-        for index in range(request.params.n):
-            sequence = Sequence(request, index, order=-1)
-            state = SamplingState(
-                request.params,
-                request.prompt_token_ids,
-                vocab_size=self.vocab_size,
-                eos_token_ids=self.eos_token_ids,
-                index=index,
-                bad_word_token_ids=bad_words,
-            )
-            made.append(LiveSequence(sequence, state, self.tokenizer, self.eos_token_ids, max_length))
-        return made
+        state = SamplingState(
+            request.params,
+            request.prompt_token_ids,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
+        )
+        states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
+        return [
+            LiveSequence(Sequence(request, index, order=-1), own, self.tokenizer, self.eos_token_ids, max_length)
+            for index, own in enumerate(states)
+        ]
 
     def add(self, prepared: Seq[LiveSequence]) -> None:
         """Queues a prepared request; its id must not be in use."""
@@ -120,14 +118,17 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
+        now = time.monotonic()
+        for item in scheduled:
+            self._live[item.sequence].scheduled(now)
         try:
             batch = build_batch(scheduled, self.scheduler.blocks.block_size)
             sampled = self._sample(batch, self.runner.run(batch))
-            self._score_prompts(scheduled, batch)
-            return self._settle(scheduled, batch, sampled)
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            return self._fail(scheduled, error)
+            return [self._fail(item.sequence, error) for item in scheduled]
+        failed = self._score_prompts(scheduled, batch)
+        return failed + self._settle(scheduled, batch, sampled)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
@@ -158,14 +159,23 @@ class Engine:
             self.scheduler.settle(item)
         pieces = []
         for item, token in zip(batch.samples, sampled, strict=True):
-            live = self._live[item.sequence]
-            if live.num_output_tokens == 0 and item.sequence.index == 0:
-                self._counts["prompt"] += item.sequence.num_prompt_tokens
-                self._counts["cached"] += item.sequence.num_cached_tokens or 0
-            piece = live.accept(token)
-            self._counts["generation"] += len(piece.token_ids)
-            pieces.append(self._finish(live, piece) if piece.finished else piece)
+            if item.sequence in self._live:  # its prompt's scores may have failed
+                pieces.append(self._advance(item.sequence, token))
         return pieces
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
+        """Gives one sequence its token; a failure ends this sequence alone."""
+        live = self._live[sequence]
+        if live.num_output_tokens == 0 and sequence.index == 0:
+            self._counts["prompt"] += sequence.num_prompt_tokens
+            self._counts["cached"] += sequence.num_cached_tokens or 0
+        try:
+            piece = live.accept(token)
+        except Exception as error:
+            logger.exception("a token could not be added to its sequence")
+            return self._fail(sequence, error)
+        self._counts["generation"] += len(piece.token_ids)
+        return self._finish(live, piece) if piece.finished else piece
 
     def _finish(self, live: LiveSequence, piece: TokenOutput) -> TokenOutput:
         """Takes an ended sequence out of the engine."""
@@ -179,29 +189,37 @@ class Engine:
         self._finished[piece.finish_reason.value] += 1
         return piece
 
-    def _fail(self, scheduled: Seq[ScheduledSequence], error: Exception) -> list[TokenOutput]:
-        """Ends the sequences of a step that failed; all others go on."""
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
+        """Ends one sequence that failed; all others go on."""
+        live = self._live[sequence]
+        if isinstance(error, RequestError):
+            return self._finish(live, live.end(FinishReason.ERROR, str(error), "request"))
         message = f"the engine failed on this request: {type(error).__name__}: {error}"
-        failed = [self._live[item.sequence] for item in scheduled if item.sequence in self._live]
-        return [self._finish(live, live.end(FinishReason.ERROR, error=message)) for live in failed]
+        return self._finish(live, live.end(FinishReason.ERROR, message, "engine"))
 
-    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> None:
-        """Log-probabilities of prompt tokens, where asked for, from the rows of this step."""
-        now = time.monotonic()
+    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
+        """Log-probabilities of prompt tokens, where asked for, from the rows of this step; pieces of what failed."""
+        failed = []
         for item, offset in zip(scheduled, batch.query_start.tolist()):
-            live = self._live[item.sequence]
-            live.first_scheduled_time = live.first_scheduled_time or now
-            top = live.request.params.prompt_logprobs
+            top = item.sequence.request.params.prompt_logprobs
             if top is None or item.sequence.index:
                 continue
-            known = len(live.prompt_logprobs) - 1  # after a preemption the first positions are known already
-            last = min(item.start + item.count, item.sequence.num_prompt_tokens - 1)
-            for first in range(max(item.start, known), last, MAX_SCORED_ROWS):
-                end = min(first + MAX_SCORED_ROWS, last)
-                rows = np.arange(offset + first - item.start, offset + end - item.start)
-                following = item.sequence.tokens[first + 1 : end + 1]
-                scored = self.sampler.prompt_logprobs(self.runner.score(rows), following, top)
-                live.prompt_logprobs += [live.describe(row) for row in scored]
+            try:
+                self._score_prompt(item, offset, top)
+            except Exception as error:
+                failed.append(self._fail(item.sequence, error))
+        return failed
+
+    def _score_prompt(self, item: ScheduledSequence, offset: int, top: int) -> None:
+        live = self._live[item.sequence]
+        known = len(live.prompt_logprobs) - 1  # after a preemption the first positions are known already
+        last = min(item.start + item.count, item.sequence.num_prompt_tokens - 1)
+        for first in range(max(item.start, known), last, MAX_SCORED_ROWS):
+            end = min(first + MAX_SCORED_ROWS, last)
+            rows = np.arange(offset + first - item.start, offset + end - item.start)
+            following = item.sequence.tokens[first + 1 : end + 1]
+            scored = self.sampler.prompt_logprobs(self.runner.score(rows), following, top)
+            live.prompt_logprobs += [live.describe(row) for row in scored]
 
     def _check(self, request: GenerationRequest) -> int:
         """Refuses what cannot be served; returns the length at which the request's sequences end."""
@@ -216,21 +234,23 @@ class Engine:
                 "larger --max-model-len where the model and the memory allow it",
                 "prompt",
             )
+        if len(prompt) + params.min_tokens > most:
+            raise InvalidParameterError(
+                f"min_tokens is {params.min_tokens}, and behind {len(prompt)} prompt tokens the context of {most} has "
+                f"room for {most - len(prompt)}",
+                "min_tokens",
+            )
         if params.max_tokens is None:
             return most
         if len(prompt) + params.max_tokens > most:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they exceed the "
-                f"context of {most}; ask for at most {most - len(prompt)}, or leave max_tokens out",
+                f"context of {most}; ask for at most {most - len(prompt)}",
                 "max_tokens",
             )
         return len(prompt) + params.max_tokens
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and behind a space."""
-        found = []
-        for word in words:
-            plain = self.tokenizer.encode(word, add_special_tokens=False)
-            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-            found += [ids for ids in (plain, spaced) if ids]
-        return found
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+        return [ids for ids in self.tokenizer.encode_batch(texts, add_special_tokens=False) if ids]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from typing import Literal
+
+import msgspec
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -59,6 +62,11 @@ class LiveSequence:
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
+    def scheduled(self, now: float) -> None:
+        """Takes note of the first step that runs it."""
+        if self.first_scheduled_time is None:
+            self.first_scheduled_time = now
+
     @property
     def request(self) -> GenerationRequest:
         """The request it belongs to."""
@@ -72,7 +80,7 @@ class LiveSequence:
     def accept(self, sampled: SampledToken) -> TokenOutput:
         """Appends a sampled token; the piece has a finish reason when it was the last."""
         if sampled.error is not None:
-            return self.end(FinishReason.ERROR, error=sampled.error)
+            return self.end(FinishReason.ERROR, sampled.error, "request" if sampled.by_request else "engine")
         token, params = sampled.token_id, self.request.params
         first = self.num_output_tokens == 0
         self.sequence.tokens.append(token)
@@ -82,9 +90,12 @@ class LiveSequence:
         reason, stop_reason, text = self._ending(token, params.include_stop_str_in_output)
         return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
 
-    def end(self, reason: FinishReason, error: str | None = None) -> TokenOutput:
+    def end(
+        self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
+    ) -> TokenOutput:
         """The last piece of a sequence that stops without a token of its own: aborted or failed."""
-        return self._piece(self.detokenizer.finish(), (), None, reason, None, error=error)
+        piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
+        return msgspec.structs.replace(piece, error=error, error_kind=kind)
 
     def describe(self, row: LogprobRow) -> PositionLogprobs:
         """Log-probabilities with the texts of their tokens."""
@@ -120,7 +131,6 @@ class LiveSequence:
         stop_reason: str | int | None,
         *,
         first: bool = False,
-        error: str | None = None,
     ) -> TokenOutput:
         asked = first and self.sequence.index == 0 and self.request.params.prompt_logprobs is not None
         return TokenOutput(
@@ -135,7 +145,6 @@ class LiveSequence:
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_cached_tokens=self.sequence.num_cached_tokens or 0,
             metrics=self._metrics() if reason is not None else None,
-            error=error,
         )
 
     def _metrics(self) -> RequestMetrics:

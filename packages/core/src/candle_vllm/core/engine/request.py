@@ -9,10 +9,15 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
+
+MAX_REQUEST_ID = 256
+MAX_PRIORITY = 1 << 31
 
 
 class FinishReason(enum.StrEnum):
@@ -42,6 +47,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     priority: int = 0
     arrival_time: float = msgspec.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_REQUEST_ID:
+            raise InvalidParameterError(f"request_id must be a text of 1 to {MAX_REQUEST_ID} characters", "request_id")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) > MAX_PRIORITY:
+            raise InvalidParameterError(f"priority must be a whole number within ±{MAX_PRIORITY}", "priority")
+        if not isinstance(self.params, SamplingParams):
+            raise InvalidParameterError("sampling_params must be SamplingParams", "sampling_params")
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -98,6 +111,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
         num_cached_tokens: prompt tokens that came from the prefix cache.
         metrics: set on the last piece.
         error: the message when `finish_reason` is ERROR.
+        error_kind: "request" when the request's own parameters led to the error, "engine" otherwise.
     """
 
     request_id: str
@@ -112,6 +126,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: str | None = None
+    error_kind: Literal["request", "engine"] | None = None
 
     @property
     def finished(self) -> bool:

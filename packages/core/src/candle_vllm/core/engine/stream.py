@@ -30,11 +30,11 @@ class TokenStream(AsyncIterator[TokenOutput]):
 
     Args:
         request: the request it belongs to.
+        abort: called when the consumer goes away early.
         inbox: where the engine puts its pieces.
-        abort: called with the request id when the consumer goes away early.
     """
 
-    def __init__(self, request: GenerationRequest, inbox: Inbox, abort: Callable[[str], None]) -> None:
+    def __init__(self, request: GenerationRequest, abort: Callable[[], None], inbox: Inbox) -> None:
         self.request = request
         self._inbox = inbox
         self._abort = abort
@@ -65,7 +65,7 @@ class TokenStream(AsyncIterator[TokenOutput]):
     def _close(self) -> None:
         if self._unfinished and not self._closed:
             self._closed = True
-            self._abort(self.request.request_id)
+            self._abort()
 
     def __del__(self) -> None:
         self._close()

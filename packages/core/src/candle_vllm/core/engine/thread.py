@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 from collections import defaultdict
@@ -30,20 +31,29 @@ class Sink(Protocol):
         ...
 
 
+@dataclasses.dataclass
+class _Client:
+    """A live request as its caller sees it."""
+
+    sink: Sink
+    unfinished: int
+
+
 class EngineThread:
     """Runs steps while there is work and sleeps otherwise; wakes at once for a new request.
 
     Args:
         engine: the engine, which only this thread touches from now on.
-        max_requests: most live requests before new ones are refused.
+        max_sequences: most live sequences before new requests are refused.
     """
 
-    def __init__(self, engine: Engine, max_requests: int) -> None:
+    def __init__(self, engine: Engine, max_sequences: int) -> None:
         self._engine = engine
-        self._max_requests = max_requests
-        self._sinks: dict[str, tuple[Sink, int]] = {}  # request id -> sink, sequences still running
+        self._max_sequences = max_sequences
+        self._clients: dict[str, _Client] = {}
+        self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # guards everything above that callers touch
         self._closing = False
         self._dead: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="candle-vllm-engine", daemon=True)
@@ -58,7 +68,7 @@ class EngineThread:
         """Hands a prepared request to the engine; its pieces go to `sink`.
 
         Raises:
-            EngineOverloadedError: `max_requests` are live.
+            EngineOverloadedError: too many sequences are live.
             EngineDeadError: the engine has stopped.
             InvalidParameterError: the request id is in use.
         """
@@ -66,22 +76,27 @@ class EngineThread:
         with self._wake:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
-            if request_id in self._sinks:
+            if request_id in self._clients:
                 raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
-            if len(self._sinks) >= self._max_requests:
+            if self._clients and self._live_sequences + len(prepared) > self._max_sequences:
                 raise EngineOverloadedError(
-                    f"{len(self._sinks)} requests are running or waiting, which is the limit (--max-queued-requests): "
-                    "try again later"
+                    f"{self._live_sequences} sequences are running or waiting and {self._max_sequences} may be "
+                    "(--max-queued-requests): try again later"
                 )
-            self._sinks[request_id] = (sink, len(prepared))
+            self._clients[request_id] = _Client(sink, len(prepared))
+            self._live_sequences += len(prepared)
             self._commands.append(lambda: self._engine.add(prepared))
             self._wake.notify()
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request before the next step; unknown or finished ids are ignored."""
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """Ends a request before the next step; unknown or finished ids are ignored.
+
+        With `sink`, only if the request is still the one that `sink` belongs to: an id may be used again.
+        """
         with self._wake:
-            if request_id in self._sinks:
-                self._commands.append(lambda: self._deliver(self._engine.abort(request_id)))
+            client = self._clients.get(request_id)
+            if client is not None and sink in (None, client.sink):
+                self._commands.append(lambda: self._abort(request_id, client))
                 self._wake.notify()
 
     def close(self) -> None:
@@ -89,53 +104,64 @@ class EngineThread:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _run(self) -> None:
+        end = EngineDeadError("the engine is closed")
         try:
             while True:
                 with self._wake:
                     while not (self._commands or self._closing or self._engine.has_work):
                         self._wake.wait()
                     commands, self._commands = self._commands, []
+                    closing = self._closing
                 for command in commands:
                     command()
-                if self._closing:
-                    for request_id in list(self._sinks):
+                if closing:
+                    for request_id in list(self._clients):
                         self._deliver(self._engine.abort(request_id))
                     return
                 self._deliver(self._engine.step())
         except BaseException as error:
             logger.exception("the engine thread failed")
-            self._die(EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}"))
+            end = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
+        finally:
+            self._end(end)
+
+    def _abort(self, request_id: str, client: _Client) -> None:
+        if self._clients.get(request_id) is client:
+            self._deliver(self._engine.abort(request_id))
 
     def _deliver(self, pieces: Iterable[TokenOutput]) -> None:
         """Hands the pieces of a step over; one wake-up per event loop, however many requests it has."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sink, TokenOutput]]] = defaultdict(list)
         for piece in pieces:
-            sink, unfinished = self._sinks[piece.request_id]
+            client = self._clients[piece.request_id]
             if piece.finished:
                 with self._wake:
-                    if unfinished == 1:
-                        del self._sinks[piece.request_id]
-                    else:
-                        self._sinks[piece.request_id] = (sink, unfinished - 1)
-            if sink.loop is None:
-                sink.put(piece)
+                    client.unfinished -= 1
+                    self._live_sequences -= 1
+                    if client.unfinished == 0:
+                        del self._clients[piece.request_id]
+            if client.sink.loop is None:
+                client.sink.put(piece)
             else:
-                by_loop[sink.loop].append((sink, piece))
+                by_loop[client.sink.loop].append((client.sink, piece))
         for loop, items in by_loop.items():
             _call_in(loop, _put_all, items)
 
-    def _die(self, error: EngineDeadError) -> None:
+    def _end(self, error: EngineDeadError) -> None:
+        """Takes no more requests and tells every caller that still waits."""
         with self._wake:
             self._dead = error
-            sinks, self._sinks = list(self._sinks.values()), {}
-        for sink, _ in sinks:
-            if sink.loop is None:
-                sink.put(error)
+            clients, self._clients = list(self._clients.values()), {}
+            self._live_sequences = 0
+        for client in clients:
+            if client.sink.loop is None:
+                client.sink.put(error)
             else:
-                _call_in(sink.loop, sink.put, error)
+                _call_in(client.sink.loop, client.sink.put, error)
 
 
 def _put_all(items: Sequence[tuple[Sink, TokenOutput]]) -> None:

@@ -21,6 +21,7 @@ class Embedding:
 
     def __init__(self, vocab_size: int, size: int, placement: Placement) -> None:
         self.shape = (vocab_size, size)
+        self._memory = placement.weight_memory
         self.matrices: dict[str, PackedMatrix] = {}
         self.weight = (
             None if placement.packed else torch.empty(self.shape, device=placement.device, dtype=placement.dtype)
@@ -41,6 +42,7 @@ class Embedding:
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        if self.weight is not None:
-            return {"weight": TensorPart(self.weight)}
-        return {"weight": PackedPart(self.matrices, "weight", self.shape)}
+        if self._memory is not None:
+            return {"weight": PackedPart(self.matrices, "weight", self.shape, self._memory)}
+        assert self.weight is not None
+        return {"weight": TensorPart(self.weight)}

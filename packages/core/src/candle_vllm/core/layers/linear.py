@@ -36,6 +36,7 @@ class Linear:
             prefix = f"{name}." if name else ""
             self._rows[prefix] = slice(end, end + size)
             end += size
+        self._memory = placement.weight_memory
         device, dtype = placement.device, torch.float32 if placement.packed else placement.dtype
         self.matrices: dict[str, PackedMatrix] = {}
         self.weight = None if placement.packed else torch.empty(end, in_features, device=device, dtype=dtype)
@@ -51,11 +52,11 @@ class Linear:
         """Every part that must be loaded."""
         found: dict[str, Part] = {}
         for prefix, rows in self._rows.items():
-            if self.weight is not None:
-                found[prefix + "weight"] = TensorPart(self.weight[rows])
-            else:
+            if self._memory is not None:
                 shape = (rows.stop - rows.start, self.in_features)
-                found[prefix + "weight"] = PackedPart(self.matrices, prefix, shape)
+                found[prefix + "weight"] = PackedPart(self.matrices, prefix, shape, self._memory)
+            elif self.weight is not None:
+                found[prefix + "weight"] = TensorPart(self.weight[rows])
             if self.bias is not None:
                 found[prefix + "bias"] = TensorPart(self.bias[rows])
         return found

@@ -13,6 +13,7 @@ from candle_vllm.core.loading.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+    from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,17 @@ class Placement:
     Attributes:
         device: of plain weights.
         dtype: of plain weights and of activations.
-        packed: matrices stay quantised, in the layout of the compiled CPU kernels, and steps are recorded.
+        weight_memory: where matrices go that stay quantised, in the layout of the compiled CPU kernels; None elsewhere.
     """
 
     device: torch.device
     dtype: torch.dtype
-    packed: bool = False
+    weight_memory: WeightMemory | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Matrices stay quantised, and steps are recorded."""
+        return self.weight_memory is not None
 
 
 class Part(Protocol):
@@ -71,7 +77,10 @@ class TensorPart:
 class PackedPart:
     """A matrix that stays quantised: its bytes are laid out anew and put under `name` of `matrices`."""
 
-    def __init__(self, matrices: dict[str, PackedMatrix], name: str, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, matrices: dict[str, PackedMatrix], name: str, shape: tuple[int, int], memory: WeightMemory
+    ) -> None:
+        self._memory = memory
         self._matrices = matrices
         self._name = name
         self.shape = shape
@@ -85,7 +94,7 @@ class PackedPart:
         raw = stored.raw()
         if interleaved_heads:
             raw = raw[_row_order(stored, interleaved_heads)]
-        self._matrices[self._name] = pack(raw, GGMLQuantizationType[stored.type_name], *self.shape)
+        self._matrices[self._name] = pack(raw, GGMLQuantizationType[stored.type_name], *self.shape, self._memory)
 
 
 def _row_order(stored: StoredTensor, heads: int) -> np.ndarray:

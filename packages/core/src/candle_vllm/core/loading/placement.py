@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
+from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS, packed_kind
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
@@ -30,7 +31,7 @@ def choose_placement(
         return Placement(device, dtype)
     obstacle = packing_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
-        return Placement(device, dtype, packed=True)
+        return Placement(device, dtype, WeightMemory())
     logger.warning("quantised weights are decoded and computed by torch, which is slow: %s", obstacle)
     return Placement(device, dtype)
 

@@ -40,11 +40,13 @@ class SampledToken(msgspec.Struct, frozen=True):
         token_id: the token, or -1 where there is an error.
         logprobs: where `params.logprobs` asks for them.
         error: why this sequence cannot go on, or None. Its neighbours are not affected.
+        by_request: the error follows from the request's own parameters.
     """
 
     token_id: int
     logprobs: LogprobRow | None = None
     error: str | None = None
+    by_request: bool = False
 
 
 class Sampler:
@@ -144,7 +146,7 @@ def _draw_on_device(
 
 def _token(token_id: int, largest: float) -> SampledToken:
     if largest == -np.inf:
-        return SampledToken(-1, error=_NOTHING)
+        return SampledToken(-1, error=_NOTHING, by_request=True)
     if not np.isfinite(largest):
         return SampledToken(-1, error=_BROKEN)
     return SampledToken(token_id)

@@ -7,6 +7,7 @@ work that could be done once.
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Iterable, Sequence
 
@@ -86,6 +87,16 @@ class SamplingState:
         self.top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.drawing = _drawing(params, self.top_k)
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids)
+
+    def sibling(self, index: int) -> SamplingState:
+        """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
+        assert not self.output_token_ids
+        other = copy.copy(self)
+        other.index = index
+        other.output_token_ids = []
+        other.counts = copy.deepcopy(self.counts)
+        other._uniforms = (-1, [0.0])
+        return other
 
     def uniform(self) -> float:
         """The random number in (0, 1) of the next token: a function of seed, index and position alone."""

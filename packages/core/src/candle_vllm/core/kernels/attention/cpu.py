@@ -26,6 +26,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     PROBABILITY_STRIDE,
     ROWS,
     SCORE_STRIDE,
+    STRIP,
     TILES,
     clear_partial,
     copy_lines,
@@ -43,10 +44,11 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 _SEQUENCES = int(StepNumber.SEQUENCES)
 _ROW_TILE = 64  # query rows of a unit
 _UNITS_PER_THREAD = 8  # a unit larger than this part of a thread's share of the step is split by chunks
+_RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
 _HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
-_OFFSETS = 8 * (CHUNK // LANES)  # bytes of the tile offsets of a chunk
+_TILE_LIST = 16 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles, keys and values
 
 
 def supported(head_dim: int, block_size: int) -> bool:
@@ -55,13 +57,17 @@ def supported(head_dim: int, block_size: int) -> bool:
 
 
 def key_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's key cache, 16-bit numbers, to be made of zeros."""
-    return (num_blocks, kv_heads, block_size // LANES, head_dim // 2, LANES, 2)
+    """Shape of a layer's key cache, 16-bit numbers; it begins at a multiple of 64 bytes and need not be cleared.
+
+    Heads come first, so that blocks that follow each other are read in sequence. For speed S should be 64 or more.
+    """
+    strip = min(block_size, STRIP)
+    return (kv_heads, num_blocks, block_size // strip, head_dim // 2, strip, 2)
 
 
 def value_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's value cache, 16-bit numbers, to be made of zeros."""
-    return (num_blocks, kv_heads, block_size // 2, head_dim, 2)
+    """Shape of a layer's value cache, 16-bit numbers: pairs of positions. See `key_cache_shape`."""
+    return (kv_heads, num_blocks, block_size // 2, head_dim, 2)
 
 
 # ---- how the work is cut ---------------------------------------------------------------------------------------------
@@ -121,10 +127,10 @@ def _split_bytes(
 
 
 def _thread_bytes(head_dim: int) -> int:
-    """Scratch memory of one thread: tile offsets, positions, queries, scores, probabilities, partials, states."""
+    """Scratch memory of one thread: tile addresses, positions, queries, scores, probabilities, partials, states."""
     row = 4 * partial_floats(head_dim)
     rows = _ROW_TILE * (8 + 2 * head_dim + row) + ROWS * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
-    return -(-(_OFFSETS + rows) // 128) * 128
+    return -(-(_TILE_LIST + rows) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
@@ -145,37 +151,34 @@ def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, 
 
 
 @njit(inline="always")
-def _find_tiles(offsets: int, table, start: int, end: int, head: int, kv_heads: int, shift: int, size: int) -> int:
-    """Writes the offsets of the tiles that hold positions start..end - 1; returns their number.
+def _list_tiles(tiles: int, keys: int, values: int, table, start: int, count: int, last: int, shift: int, dim: int):
+    """Writes the addresses of `count` key tiles, then of their value tiles, from position `start` on.
 
-    The last group of `TILES` is filled up with its last tile.
+    `keys` and `values` are the caches of one KV head; behind the tile of position `last` it is repeated.
     """
-    to = int64_at(offsets)
-    count = (end - start + LANES - 1) // LANES
-    at = 0
+    to = int64_at(tiles)
+    strip = min(1 << shift, STRIP)
     for n in range(count):
-        position = start + n * LANES
-        block = table[position >> shift]
-        at = (((block * kv_heads + head) << (shift - 4)) + ((position & ((1 << shift) - 1)) >> 4)) * size
-        to[n] = at
-    for n in range(count, (count + TILES - 1) // TILES * TILES):
-        to[n] = at
-    return count
+        position = min(start + n * LANES, last)
+        offset = position & ((1 << shift) - 1)
+        page = table[position >> shift] << shift
+        to[n] = keys + 2 * dim * (page + (offset & -strip)) + 4 * (offset & (strip - 1) & -LANES)
+        to[count + n] = values + 2 * dim * (page + (offset & -LANES))
 
 
 @njit(inline="always")
-def _scores(q: int, keys: int, offsets: int, scores: int, tiles: int, rows: int, dim: int, isa: int) -> None:
+def _scores(q: int, tiles: int, stride: int, scores: int, count: int, rows: int, dim: int, isa: int) -> None:
     """Scores of up to 4 rows with all tiles of a chunk."""
-    for n in range(0, tiles, TILES):
-        at, to = offsets + 8 * n, scores + 4 * LANES * n
+    for n in range(0, count, TILES):
+        at, to = tiles + 8 * n, scores + 4 * LANES * n
         if rows == 4:
-            score_tiles(q, keys, at, to, 4, dim, isa)
+            score_tiles(q, at, stride, to, 4, dim, isa)
         elif rows == 3:
-            score_tiles(q, keys, at, to, 3, dim, isa)
+            score_tiles(q, at, stride, to, 3, dim, isa)
         elif rows == 2:
-            score_tiles(q, keys, at, to, 2, dim, isa)
+            score_tiles(q, at, stride, to, 2, dim, isa)
         else:
-            score_tiles(q, keys, at, to, 1, dim, isa)
+            score_tiles(q, at, stride, to, 1, dim, isa)
 
 
 @njit(inline="always")
@@ -194,16 +197,16 @@ def _softmax(
 
 
 @njit(inline="always")
-def _values(probabilities: int, values: int, offsets: int, keys: int, to: int, rows: int, dim: int, isa: int) -> None:
+def _values(probabilities: int, tiles: int, keys: int, to: int, rows: int, dim: int, isa: int) -> None:
     """The value product of up to 4 rows."""
     if rows == 4:
-        value_tiles(probabilities, values, offsets, keys, to, 4, dim, isa)
+        value_tiles(probabilities, tiles, keys, to, 4, dim, isa)
     elif rows == 3:
-        value_tiles(probabilities, values, offsets, keys, to, 3, dim, isa)
+        value_tiles(probabilities, tiles, keys, to, 3, dim, isa)
     elif rows == 2:
-        value_tiles(probabilities, values, offsets, keys, to, 2, dim, isa)
+        value_tiles(probabilities, tiles, keys, to, 2, dim, isa)
     else:
-        value_tiles(probabilities, values, offsets, keys, to, 1, dim, isa)
+        value_tiles(probabilities, tiles, keys, to, 1, dim, isa)
 
 
 @njit(inline="always")
@@ -229,7 +232,6 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
     """The operation for one head size. Arguments: see `attend_row`."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = _thread_bytes(head_dim)
-    tile_bytes = 32 * head_dim
     query_bytes = 2 * head_dim
 
     def attend(a, thread, threads):
@@ -237,8 +239,10 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         starts, contexts = int64_at(a[7]), int64_at(a[8])
         shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
         group = heads // kv_heads
-        offsets = scratch + _HEADER + thread * thread_bytes
-        positions = offsets + _OFFSETS
+        head_bytes = (a[17] << shift) * query_bytes
+        stride = 4 * min(1 << shift, STRIP)
+        tiles = scratch + _HEADER + thread * thread_bytes
+        positions = tiles + _TILE_LIST
         queries = positions + 8 * _ROW_TILE
         states = queries + _ROW_TILE * query_bytes
         parts = states + _ROW_TILE * row_bytes
@@ -262,14 +266,18 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
             last_chunk = _chunk_of(context - 1)
             size = _split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
             units = row_tiles * kv_heads
+            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
             if size > 0:
-                units *= last_chunk - first_chunk + 1
+                chunks = last_chunk - first_chunk + 1
+                run = max(1, chunks * units // (threads * _RUNS_PER_THREAD))
+                runs = (chunks + run - 1) // run
+                units *= runs
             while unit < before + units:
                 rest = units - 1 - (unit - before)
+                turn = rest % runs
+                rest //= runs
                 head = rest % kv_heads
-                rest //= kv_heads
-                tile = rest % row_tiles
-                chunk = first_chunk + rest // row_tiles
+                tile = rest // kv_heads
                 first = tile * _ROW_TILE
                 rows = min(_ROW_TILE, all_rows - first)
                 _gather_queries(
@@ -284,30 +292,32 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     heads * query_bytes,
                     head_dim,
                 )
-                top = chunk
-                to = partials + ((chunk - first_chunk) * kv_heads + head) * all_rows * row_bytes + first * row_bytes
                 seen = _first_seen(at_position[0], window)
+                chunk = max(first_chunk + turn * run, _chunk_of(seen))
+                top = min(first_chunk + turn * run + run - 1, _chunk_of(at_position[rows - 1]))
+                to = parts
                 if size == 0:
-                    chunk, top = _chunk_of(seen), _chunk_of(at_position[rows - 1])
-                    to = parts
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
                 for c in range(chunk, top + 1):
                     start = max(_chunk_start(c), seen & ~(LANES - 1))
                     keys = min(_chunk_start(c + 1), at_position[rows - 1] + 1) - start
-                    if keys <= 0:
-                        continue
-                    tiles = _find_tiles(offsets, table, start, start + keys, head, kv_heads, shift, tile_bytes)
+                    count = (keys + LANES - 1) // LANES
+                    filled = (count + TILES - 1) // TILES * TILES
+                    own, end = head * head_bytes, start + keys - 1
+                    _list_tiles(tiles, key_cache + own, value_cache + own, table, start, filled, end, shift, head_dim)
+                    if size > 0:
+                        to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
                     for i in range(0, rows, ROWS):
                         some = min(ROWS, rows - i)
                         target = to
                         if size > 0:
                             target = to + i * row_bytes
-                        _scores(queries + i * query_bytes, key_cache, offsets, scores, tiles, some, head_dim, isa)
+                        _scores(queries + i * query_bytes, tiles, stride, scores, count, some, head_dim, isa)
                         _softmax(
                             scores,
                             probabilities,
-                            tiles,
+                            count,
                             positions + 8 * i,
                             start,
                             window,
@@ -315,7 +325,7 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                             some,
                             head_dim,
                         )
-                        _values(probabilities, value_cache, offsets, keys, target, some, head_dim, isa)
+                        _values(probabilities, tiles + 8 * filled, keys, target, some, head_dim, isa)
                         if size == 0:
                             for j in range(some):
                                 merge_partial(states + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
@@ -403,6 +413,7 @@ def attend_row(
     context_lens: int,
     block_tables: int,
     table_stride: int,
+    num_blocks: int,
     block_size: int,
     heads: int,
     kv_heads: int,
@@ -418,9 +429,10 @@ def attend_row(
         key_cache, value_cache: addresses, shapes as `key_cache_shape` and `value_cache_shape` say.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
+        num_blocks: B, of the caches.
         scratch, scratch_size: address and size of `scratch_bytes`.
         window: positions that a token sees, its own included; 0 is all.
     """
     shift = block_size.bit_length() - 1
     caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
-    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size]
+    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, num_blocks]

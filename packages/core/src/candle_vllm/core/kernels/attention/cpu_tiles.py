@@ -1,13 +1,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
 
-A tile is 16 key positions of one KV head, 32 * D bytes: of keys [D/2, 16, 2] bfloat16, so that one 64-byte load is the
-same pair of dimensions of 16 keys, and of values [8, D, 2], so that one load is 16 dimensions of a pair of keys. Key and
-value tile of the same positions stand at the same offset of their caches.
+A tile is 16 key positions of one KV head. Keys lie in strips of W positions, W = min(S, 64): a strip is [D/2, W, 2]
+bfloat16, so that one 64-byte load is the same pair of dimensions of the 16 keys of a tile, and a strip of 64 is read
+from its beginning to its end: memory read in another order is slower by half, for the processor fetches ahead only what
+goes on in sequence. Values are [8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
 
 A partial result of one query row over some keys is D + 16 floats, `partial_floats(D)`: the unnormalised sum of values,
-then the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's arithmetic is the same
-whatever rows are computed beside it, and a hidden key adds exactly nothing.
+then the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's arithmetic is the
+same whatever rows are computed beside it, and a hidden key adds exactly nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES,
 
 ROWS = 4  # query rows that share a load
 TILES = 4  # key tiles that share the load of a query pair
+STRIP = 64  # most key positions whose pairs of one dimension lie side by side
 CHUNK = 256  # most keys at a time
 SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
 PROBABILITY_STRIDE = SCORE_STRIDE // 2
@@ -85,21 +87,22 @@ def _partial_loop(e: Emitter, count: Any, state: list[Any], body: Callable[[Any,
 
 
 @intrinsic(prefer_literal=True)
-def score_tiles(_: Any, q: Any, keys: Any, offsets: Any, scores: Any, rows: Any, dim: Any, isa: Any) -> Any:
+def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any, dim: Any, isa: Any) -> Any:
     """Scores of `rows` query rows (bfloat16, D apart) with the keys of four tiles.
 
-    `offsets` is the address of the tiles' four byte offsets from `keys`; `rows`, `dim` and `isa` are constants.
+    `tiles` is the address of the four tiles' addresses, `stride` the bytes from one pair of dimensions to the next;
+    `rows`, `dim` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 4, rows, dim, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        tiles = [b.add(args[1], e.load(args[2], I64, 8 * n)) for n in range(TILES)]
+        tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
 
         def body(pair: Any, totals: list[Any]) -> list[Any]:
             at = b.add(args[0], b.shl(pair, e.int64(2)))
-            line = b.shl(pair, e.int64(6))
+            line = b.mul(pair, args[2])
             k = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
             queries = [e.splat(e.load(at, I32, 2 * d * row)) for row in range(m)]
             return [
@@ -194,7 +197,7 @@ def softmax_rows(
 def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Isa) -> None:
     """The value product for some dimensions; args as in `value_tiles`."""
     b = e.b
-    probabilities, values, offsets, keys, partials = args
+    probabilities, tiles, keys, partials = args
     blocks = len(dims) // LANES
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
     odd = b.trunc(b.and_(keys, e.int64(1)), I32)
@@ -203,9 +206,9 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Is
     last_mask = b.select(b.icmp_unsigned("==", odd, ir.Constant(I32, 1)), ir.Constant(I32, 0xFFFF), all_bits)
 
     def body(pair: Any, totals: list[Any]) -> list[Any]:
-        slot = b.add(offsets, b.shl(b.lshr(pair, e.int64(3)), e.int64(3)))
+        slot = b.add(tiles, b.and_(pair, e.int64(-8)))
         within = b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d))
-        at = b.add(b.add(values, e.load(slot, I64)), within)
+        at = b.add(e.load(slot, I64), within)
         mask = e.splat(b.select(b.icmp_signed("==", pair, last), last_mask, all_bits))
         v = [b.and_(e.load(at, vector(I32), 4 * (dims.start + LANES * n)), mask) for n in range(blocks)]
         p_at = b.add(probabilities, b.shl(pair, e.int64(2)))
@@ -223,20 +226,18 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Is
 
 
 @intrinsic(prefer_literal=True)
-def value_tiles(
-    _: Any, probabilities: Any, values: Any, offsets: Any, keys: Any, partials: Any, rows: Any, dim: Any, isa: Any
-) -> Any:
+def value_tiles(_: Any, probabilities: Any, tiles: Any, keys: Any, partials: Any, rows: Any, dim: Any, isa: Any) -> Any:
     """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
 
-    `offsets` is the address of the tiles' byte offsets from `values`; `rows`, `dim` and `isa` are constants.
+    `tiles` is the address of the tiles' addresses; `rows`, `dim` and `isa` are constants.
     """
-    signature = types.void(*[types.int64] * 5, rows, dim, isa)
+    signature = types.void(*[types.int64] * 4, rows, dim, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         width = max(width for width in range(LANES, _DIMENSIONS + 1, LANES) if d % width == 0)
         for start in range(0, d, width):
-            _value_pass(Emitter(b), args[:5], m, d, range(start, start + width), features)
+            _value_pass(Emitter(b), args[:4], m, d, range(start, start + width), features)
         return context.get_dummy_value()
 
     return signature, code

@@ -119,8 +119,17 @@ class Emitter:
         u, s = self.b.bitcast(unsigned, vector(I8, 64)), self.b.bitcast(signed, vector(I8, 64))
         if isa & Isa.VNNI:
             return self.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), [total, u, s])
-        products = self.b.mul(self.b.zext(u, vector(I32, 64)), self.b.sext(s, vector(I32, 64)))
-        return self.call("llvm.vector.partial.reduce.add.v16i32.v64i32", vector(I32), [total, products])
+        # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
+        pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
+        u, s = self.b.bitcast(u, pairs), self.b.bitcast(s, pairs)
+        even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
+        odd = (self.b.lshr(u, eight), self.b.ashr(s, eight))
+        for x, y in (even, odd):
+            products = self.b.mul(*(self.b.sext(value, vector(I32, 2 * LANES)) for value in (x, y)))
+            for start in (0, 1):
+                picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
+                total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
+        return total
 
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""

@@ -103,7 +103,7 @@ def _keep(compiled: Any) -> None:
 def _fingerprint() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
-    for path in sorted([*root.glob("*/cpu.py"), *root.glob("cpu_runtime/*.py")]):
+    for path in sorted(root.glob("*/*.py")):
         digest.update(path.read_bytes())
     cpu, flags = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     digest.update(f"{numba.__version__} {llvmlite.__version__} {cpu} {flags}".encode())

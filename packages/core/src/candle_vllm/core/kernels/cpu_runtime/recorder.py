@@ -164,10 +164,9 @@ class _Tokens(RecordedTokens):
         arguments = embedding_row(
             recorder.keep_matrix(matrix),
             token_ids=address_of(recorder.arrays.token_ids),
-            step=0,
             out=address_of(buffer.array),
             out_stride=buffer.width,
-        )[1:]
+        )
         recorder.add(embedding_rows_operation(matrix.kind), arguments)
         return _Value(recorder, buffer, 0, matrix.columns)
 
@@ -298,7 +297,7 @@ class _Prepared(_Wrapper):
             out_stride=matrix.rows,
             column=0,
             rows_from=StepNumber.LOGIT_ROWS,
-        )[1:]
+        )
         recorder.add(linear_operation(matrix.kind, recorder.isa), arguments)
         return self
 
@@ -359,7 +358,7 @@ class _Product(_Value):
                 column=column,
                 bias=bias and bias + 4 * column,
                 accumulate=accumulate,
-            )[1:]
+            )
             operation = linear_operation(matrix.kind, self.recorder.isa)
             self.recorder.add(operation, arguments, barrier=number == len(self._matrices))
             column += matrix.rows
@@ -414,6 +413,7 @@ def _attend(
         kv_heads=kv_heads,
         head_dim=dim,
         block_size=limits.block_size,
+        num_blocks=len(key_cache),
         rotary_dim=2 * tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
@@ -443,6 +443,7 @@ def _attend(
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
+        num_blocks=len(key_cache),
         block_size=limits.block_size,
         heads=heads,
         kv_heads=kv_heads,
@@ -456,4 +457,4 @@ def _attend(
 
 
 def _inputs(inputs: _Quantised) -> dict[str, Any]:
-    return {"step": 0, "xq": address_of(inputs.q), "xs": address_of(inputs.scales), "xsum": address_of(inputs.sums)}
+    return {"xq": address_of(inputs.q), "xs": address_of(inputs.scales), "xsum": address_of(inputs.sums)}

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
@@ -28,19 +29,21 @@ _QUERY, _KEY, _VALUE = range(3)
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
 
-def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, dim: Any) -> None:
+def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: Any) -> None:
     """Stores 16 bfloat16 of dimensions dim .. dim + 15 where they belong.
 
-    `to` is the address of a query row, of a key's first pair in its tile, or of a value's first dimension.
+    `to` is the address of a query row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a
+    value's first dimension.
     """
     b = e.b
     if kind == _QUERY:
         e.store(b.add(to, b.shl(dim, e.int64(1))), lanes)
     elif kind == _KEY:
         pairs = b.bitcast(lanes, vector(I32, LANES // 2))
-        at = b.add(to, b.shl(dim, e.int64(5)))
+        at = b.add(to, b.mul(b.lshr(dim, e.int64(1)), stride))
         for n in range(LANES // 2):
-            e.store(at, b.extract_element(pairs, ir.Constant(I32, n)), 4 * LANES * n)
+            e.store(at, b.extract_element(pairs, ir.Constant(I32, n)))
+            at = b.add(at, stride)
     else:
         at = b.add(to, b.shl(dim, e.int64(2)))
         for n in range(LANES):
@@ -48,15 +51,15 @@ def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, dim: Any) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, kind: Any) -> Any:
+def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kind: Any) -> Any:
     """Dimensions dim .. dim + 15 of the float row x, times a factor, to their place; `kind` is a constant."""
-    signature = types.void(types.int64, types.int64, types.float32, types.int64, kind)
+    signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         value = e.load(b.add(args[0], b.shl(args[1], e.int64(2))), vector(F32))
         scaled = b.fmul(value, e.splat(args[2]))
-        _store_lanes(e, e.float_to_bf16(scaled), kind.literal_value, args[3], args[1])
+        _store_lanes(e, e.float_to_bf16(scaled), kind.literal_value, args[3], args[4], args[1])
         return context.get_dummy_value()
 
     return signature, code
@@ -68,11 +71,11 @@ def write_rotated(_: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, facto
 
     `cos` and `sin` are the addresses of the position's row of the tables; `kind` is a constant.
     """
-    signature = types.void(*[types.int64] * 5, types.float32, types.int64, kind)
+    signature = types.void(*[types.int64] * 5, types.float32, types.int64, types.int64, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        x, dim, half, cos, sin, factor, to, _ = args
+        x, dim, half, cos, sin, factor, to, stride, _ = args
         at, other = b.shl(dim, e.int64(2)), b.add(dim, half)
         first, c, s = (e.load(b.add(base, at), vector(F32)) for base in (x, cos, sin))
         second = e.load(b.add(x, b.shl(other, e.int64(2))), vector(F32))
@@ -81,7 +84,7 @@ def write_rotated(_: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, facto
             (dim, b.fsub(b.fmul(first, c), b.fmul(second, s))),
             (other, b.fadd(b.fmul(second, c), b.fmul(first, s))),
         ):
-            _store_lanes(e, e.float_to_bf16(b.fmul(value, times)), kind.literal_value, to, place)
+            _store_lanes(e, e.float_to_bf16(b.fmul(value, times)), kind.literal_value, to, stride, place)
         return context.get_dummy_value()
 
     return signature, code
@@ -118,47 +121,49 @@ def _float_from_bits(_: Any, bits: Any) -> Any:
 
 
 @njit(inline="always")
-def _place(to: int, dim: int, kind: int) -> int:
+def _place(to: int, stride: int, dim: int, kind: int) -> int:
     """Address of one dimension, as `_store_lanes` has it."""
     if kind == _QUERY:
         return to + 2 * dim
     if kind == _KEY:
-        return to + 64 * (dim >> 1) + 2 * (dim & 1)
+        return to + stride * (dim >> 1) + 2 * (dim & 1)
     return to + 4 * dim
 
 
 @njit(inline="always")
-def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, kind: int) -> None:
+def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, stride: int, kind: int) -> None:
     """The rotated dimensions where R / 2 is not a multiple of 16, one pair at a time."""
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b = row[i], row[i + half]
-        store_bf16(_place(to, i, kind), (a * c[i] - b * s[i]) * factor)
-        store_bf16(_place(to, i + half, kind), (b * c[i] + a * s[i]) * factor)
+        store_bf16(_place(to, stride, i, kind), (a * c[i] - b * s[i]) * factor)
+        store_bf16(_place(to, stride, i + half, kind), (b * c[i] + a * s[i]) * factor)
 
 
 @njit(inline="always")
-def _write_rest(x: int, first: int, dim: int, factor: float, to: int, kind: int) -> None:
+def _write_rest(x: int, first: int, dim: int, factor: float, to: int, stride: int, kind: int) -> None:
     """The dimensions from `first` on, which do not rotate, up to a multiple of 16 one by one."""
     row = float32_at(x)
     i = first
     while i < dim and i % LANES != 0:
-        store_bf16(_place(to, i, kind), row[i] * factor)
+        store_bf16(_place(to, stride, i, kind), row[i] * factor)
         i += 1
     while i < dim:
-        write_plain(x, i, factor, to, kind)
+        write_plain(x, i, factor, to, stride, kind)
         i += LANES
 
 
 @njit(inline="always")
-def _write_head(x: int, dim: int, half: int, cos: int, sin: int, factor: float, to: int, kind: int) -> None:
+def _write_head(
+    x: int, dim: int, half: int, cos: int, sin: int, factor: float, to: int, stride: int, kind: int
+) -> None:
     """One query or key head."""
     if half % LANES == 0:
         for i in range(0, half, LANES):
-            write_rotated(x, i, half, cos, sin, factor, to, kind)
+            write_rotated(x, i, half, cos, sin, factor, to, stride, kind)
     else:
-        _write_odd(x, half, cos, sin, factor, to, kind)
-    _write_rest(x, 2 * half, dim, factor, to, kind)
+        _write_odd(x, half, cos, sin, factor, to, stride, kind)
+    _write_rest(x, 2 * half, dim, factor, to, stride, kind)
 
 
 def make_rotate_and_write() -> Callable[..., None]:
@@ -169,6 +174,7 @@ def make_rotate_and_write() -> Callable[..., None]:
         heads, kv_heads, dim, shift, half = a[8], a[9], a[10], a[11], a[12]
         positions, slots = int64_at(a[15]), int64_at(a[16])
         scale, one = _float_from_bits(a[20]), _float_from_bits(0x3F800000)
+        strip = min(1 << shift, STRIP)
         each = heads + 2 * kv_heads
         unit = tokens * each * thread // threads
         last = tokens * each * (thread + 1) // threads
@@ -178,17 +184,19 @@ def make_rotate_and_write() -> Callable[..., None]:
             at = 4 * half * positions[t]
             if h < heads:
                 to = a[17] + 2 * (t * heads + h) * dim
-                _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, _QUERY)
+                _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, 0, _QUERY)
             else:
                 head = (h - heads) % kv_heads
                 offset = slots[t] & ((1 << shift) - 1)
-                page = ((slots[t] >> shift) * kv_heads + head) << shift  # positions before the page, of one head
+                page = (head * a[21] + (slots[t] >> shift)) << shift  # positions before the page
                 if h < heads + kv_heads:
-                    to = a[18] + 2 * dim * (page + (offset & ~(LANES - 1))) + 4 * (offset & (LANES - 1))
-                    _write_head(row + 4 * (a[6] + head * dim), dim, half, a[13] + at, a[14] + at, one, to, _KEY)
+                    to = a[18] + 2 * dim * (page + (offset & -strip)) + 4 * (offset & (strip - 1))
+                    _write_head(
+                        row + 4 * (a[6] + head * dim), dim, half, a[13] + at, a[14] + at, one, to, 4 * strip, _KEY
+                    )
                 else:
                     to = a[19] + 2 * dim * (page + (offset & ~1)) + 2 * (offset & 1)
-                    _write_rest(row + 4 * (a[7] + head * dim), 0, dim, one, to, _VALUE)
+                    _write_rest(row + 4 * (a[7] + head * dim), 0, dim, one, to, 0, _VALUE)
             unit += 1
             h += 1
             if h == each:
@@ -214,6 +222,7 @@ def rotate_and_write_row(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    num_blocks: int,
     block_size: int,
     rotary_dim: int,
     cos: int,
@@ -229,6 +238,7 @@ def rotate_and_write_row(
 
     Args:
         qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
+        num_blocks, block_size: B and S, of the caches.
         rotary_dim: R, even, at most D; 0 rotates nothing, and `cos` and `sin` are then not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
@@ -239,4 +249,4 @@ def rotate_and_write_row(
     bits = struct.unpack("<i", struct.pack("<f", scale))[0]
     columns = [qkv, stride, q_column, k_column, v_column]
     shape = [heads, kv_heads, head_dim, block_size.bit_length() - 1, rotary_dim // 2]
-    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits]
+    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits, num_blocks]

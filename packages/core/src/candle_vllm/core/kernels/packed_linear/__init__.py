@@ -10,14 +10,16 @@ A group's dot product is summed in int32, exactly; groups are added in order of 
 of operations, so that a row's result has the same bits whatever T, the other rows, the threads and the CPU's
 instructions are. Nothing else of `out` is written. `out` may not overlap the inputs.
 
-`pack` makes a `PackedMatrix` from a GGUF tensor's bytes, `dequantise` gives its numbers back, both in numpy.
-`reference.py` is the contract in plain numpy; `cpu.py` has the compiled operations, and only a CPU engine imports it.
+`pack` makes a `PackedMatrix` from a GGUF tensor's bytes, in a `WeightMemory` that a model's matrices share;
+`dequantise` gives its numbers back; both are numpy. `reference.py` is the contract in plain numpy. `cpu.py` has the
+compiled operations, and only a CPU engine imports it.
 """
 
 from __future__ import annotations
 
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, PackedKind, PackedMatrix
+from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.pack import pack, packed_kind
 from candle_vllm.core.kernels.packed_linear.reference import dequantise
 
-__all__ = ["GROUP", "PackedKind", "PackedMatrix", "dequantise", "pack", "packed_kind"]
+__all__ = ["GROUP", "PackedKind", "PackedMatrix", "WeightMemory", "dequantise", "pack", "packed_kind"]

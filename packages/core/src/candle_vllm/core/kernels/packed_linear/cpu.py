@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.packed_linear.layout import (
@@ -65,15 +65,15 @@ def _quad(e: Emitter, codes: Any, layout: Layout, quad: int, lanes: int = ROWS) 
 
     if bits == 8:
         return words(quad)
-    if bits >= 4:
-        number = _field(e, words(quad % 4), quad // 4 * 4, 0, 4, lanes)
-        if bits == 6:
-            number = e.b.or_(number, _field(e, words(4 + quad // 4), quad % 4 * 2, 4, 2, lanes))
-    else:
-        number = _field(e, words(quad // 4), quad % 4 * 2, 0, 2, lanes)
     if bits in (3, 5):
-        number = e.b.or_(number, _field(e, words(bits - 1), quad, bits - 1, 1, lanes))
-    return number
+        high = _field(e, words(0), quad, bits - 1, 1, lanes)
+    else:
+        high = _field(e, words(quad // 4), quad % 4 * 2, 4, 2, lanes) if bits == 6 else None
+    if bits >= 4:
+        low = _field(e, words(bits - 4 + quad % 4), quad // 4 * 4, 0, 4, lanes)
+    else:
+        low = _field(e, words(bits - 2 + quad // 4), quad % 4 * 2, 0, 2, lanes)
+    return low if high is None else e.b.or_(low, high)
 
 
 def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None) -> tuple[list[Any], list[Any]]:
@@ -119,23 +119,6 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any
     return block, number, e.b.add(block, inside)
 
 
-def _dot(e: Emitter, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
-    """total[lane] += the four products of the lane's unsigned and signed bytes, exact; all are <16 x i32>."""
-    if isa & Isa.VNNI:
-        return e.dot_u8_i8(total, unsigned, signed, isa)
-    # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
-    lanes, eight = 2 * ROWS, e.constant(I16, 8, 2 * ROWS)
-    u, s = (e.b.bitcast(value, vector(I16, lanes)) for value in (unsigned, signed))
-    even = (e.b.and_(u, e.constant(I16, 255, lanes)), e.b.ashr(e.b.shl(s, eight), eight))
-    odd = (e.b.lshr(u, eight), e.b.ashr(s, eight))
-    for x, y in (even, odd):
-        products = e.b.mul(*(e.b.sext(value, vector(I32, lanes)) for value in (x, y)))
-        for start in (0, 1):
-            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * i + start) for i in range(ROWS)])
-            total = e.b.add(total, e.b.shuffle_vector(products, products, picked))
-    return total
-
-
 # ---- the panel of activations ----------------------------------------------------------------------------------------
 
 
@@ -153,7 +136,7 @@ def _sums(e: Emitter, x: Any, layout: Layout, isa: Isa) -> list[Any]:
     """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole."""
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
-    fours = _dot(e, e.zeros(I32), _words(e, layout.zero or 1, ROWS), e.b.bitcast(x, vector(I32)), isa)
+    fours = e.dot_u8_i8(e.zeros(I32), _words(e, layout.zero or 1, ROWS), e.b.bitcast(x, vector(I32)), isa)
     total = fours
     for step in (1, 2) if layout.width == 16 else (1, 2, 4):
         order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
@@ -217,7 +200,7 @@ def _add_group(
             unsigned = _quad(e, codes, layout, quad)
             for row in range(block):
                 x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
-                sums[row] = _dot(e, sums[row], unsigned, x, isa)
+                sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
         floats = [e.b.sitofp(part, vector(F32)) for part in sums]
         if layout.width == GROUP:
             xs = [splat(row, 0, F32) for row in range(block)]
@@ -380,7 +363,6 @@ def linear_operation(kind: PackedKind, isa: Isa) -> int:
 def linear_row(
     matrix: PackedMatrix,
     *,
-    step: int,
     xq: int,
     xs: int,
     xsum: int,
@@ -391,11 +373,10 @@ def linear_row(
     accumulate: bool = False,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> list[int]:
-    """The arguments of a linear operation, from the step's numbers on; the caller keeps all of the memory alive.
+    """The arguments of a linear operation; the caller keeps all of the memory alive.
 
     Args:
         matrix: the weights [N, K].
-        step: address of the step's numbers.
         xq, xs, xsum: addresses of the quantised activations.
         out: address of the result.
         out_stride: floats from one row of the result to the next.
@@ -406,7 +387,6 @@ def linear_row(
     """
     assert out_stride >= column + matrix.rows
     return [
-        step,
         int(rows_from),
         address_of(matrix.data),
         matrix.layout.tile_bytes(matrix.columns),
@@ -480,17 +460,15 @@ def embedding_rows_operation(kind: PackedKind) -> int:
 def embedding_row(
     matrix: PackedMatrix,
     *,
-    step: int,
     token_ids: int,
     out: int,
     out_stride: int,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> list[int]:
-    """The arguments of an embedding operation, from the step's numbers on.
+    """The arguments of an embedding operation.
 
     Args:
         matrix: the table [V, E].
-        step: address of the step's numbers.
         token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
         out: address of the result, float32 [T, E].
         out_stride: floats from one row of the result to the next.
@@ -498,7 +476,6 @@ def embedding_row(
     """
     assert out_stride >= matrix.columns
     return [
-        step,
         int(rows_from),
         address_of(matrix.data),
         matrix.layout.tile_bytes(matrix.columns),

@@ -44,13 +44,13 @@ def _numbers(codes: np.ndarray, layout: Layout) -> np.ndarray:
     if layout.bits == 8:
         quads = vectors
     elif layout.bits >= 4:
-        quads = np.concatenate([vectors[..., :4, :] & 15, vectors[..., :4, :] >> 4], axis=-2)
+        quads = np.concatenate([vectors[..., -4:, :] & 15, vectors[..., -4:, :] >> 4], axis=-2)
         if layout.bits == 6:
-            quads |= _pairs(vectors[..., 4:6, :]) << 4
+            quads |= _pairs(vectors[..., :2, :]) << 4
     else:
-        quads = _pairs(vectors[..., :2, :])
+        quads = _pairs(vectors[..., -2:, :])
     if layout.bits in (3, 5):
-        single = np.stack([vectors[..., -1, :] >> j & 1 for j in range(8)], axis=-2)
+        single = np.stack([vectors[..., 0, :] >> j & 1 for j in range(8)], axis=-2)
         quads |= single << (layout.bits - 1)
     return quads.reshape(*quads.shape[:-1], ROWS, 4)
 
