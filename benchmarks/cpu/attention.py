@@ -32,8 +32,6 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
 
 SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
-BLOCK = 64
-SCATTER = False
 MEMORY = 3 << 30  # most bytes of caches
 
 
@@ -51,15 +49,17 @@ def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
 class Bench:
     """A plan of one model's attention, layer after layer, for `streams` sequences of `context` tokens."""
 
-    def __init__(self, shape: str, streams: int, context: int, new: int, team: ThreadTeam) -> None:
+    def __init__(
+        self, shape: str, streams: int, context: int, new: int, team: ThreadTeam, block: int = 64, scatter: bool = False
+    ) -> None:
         self.heads, self.kv_heads, self.dim, layers = SHAPES[shape]
-        self.team, tokens = team, streams * new
-        pages = -(-context // BLOCK)
-        layer_bytes = 4 * streams * pages * BLOCK * self.kv_heads * self.dim
+        self.team, self.block, tokens = team, block, streams * new
+        pages = -(-context // block)
+        layer_bytes = 4 * streams * pages * block * self.kv_heads * self.dim
         self.layers = max(1, min(layers, MEMORY // layer_bytes))
         random = np.random.default_rng(0)
         self.blocks = self.layers * streams * pages
-        at = (self.blocks, BLOCK, self.kv_heads, self.dim)
+        at = (self.blocks, block, self.kv_heads, self.dim)
         self.keys, self.values = (
             small_bf16(random, math.prod(shape)) for shape in (key_cache_shape(*at), value_cache_shape(*at))
         )
@@ -67,7 +67,7 @@ class Bench:
         self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
         self.starts = np.arange(streams + 1, dtype=np.int64) * new
         self.contexts = np.full(streams, context, np.int64)
-        order = random.permutation if SCATTER else np.arange
+        order = random.permutation if scatter else np.arange
         self.tables = np.stack([order(streams * pages) for _ in range(self.layers)]).astype(np.int64)
         self.tables += np.arange(self.layers)[:, None] * streams * pages
         self.numbers = np.zeros(8, np.int64)
@@ -87,8 +87,8 @@ class Bench:
         self.scratch = np.zeros(size // 8 + 16, np.int64)
         self.size = size
         self.slots = [
-            (table.reshape(streams, pages)[np.arange(tokens) // new, self.positions // BLOCK] * BLOCK)
-            + self.positions % BLOCK
+            (table.reshape(streams, pages)[np.arange(tokens) // new, self.positions // block] * block)
+            + self.positions % block
             for table in self.tables
         ]
         self.pages = pages
@@ -105,7 +105,7 @@ class Bench:
             kv_heads=self.kv_heads,
             head_dim=self.dim,
             num_blocks=self.blocks,
-            block_size=BLOCK,
+            block_size=self.block,
             rotary_dim=self.dim,
             cos=address_of(self.angles),
             sin=address_of(self.angles),
@@ -128,7 +128,7 @@ class Bench:
             block_tables=address_of(self.tables[layer]),
             table_stride=self.pages,
             num_blocks=self.blocks,
-            block_size=BLOCK,
+            block_size=self.block,
             heads=self.heads,
             kv_heads=self.kv_heads,
             scratch=-(-address_of(self.scratch) // 64) * 64,
@@ -160,8 +160,8 @@ def best(function: Callable[[], None], rounds: int) -> float:
     return min(times)
 
 
-def read_speed(team: ThreadTeam) -> float:
-    """What numpy reads with one thread, GB/s: a scale for the machine's present mood."""
+def read_speed() -> float:
+    """What numpy reads with one thread, GB/s: tells a busy machine from an idle one."""
     data = np.ones(1 << 25, np.float32)
     return data.nbytes / best(lambda: data.max(), 3) / 1e9
 
@@ -173,20 +173,22 @@ def report(**fields: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Paged attention on the CPU: one JSON line per result.")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--depths", default="128,1024,7000")
     parser.add_argument("--streams", default="1,32")
     parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=64, help="block size")
+    parser.add_argument("--scatter", action="store_true", help="blocks in random order instead of one after the other")
     options = parser.parse_args()
     team = ThreadTeam(options.threads)
-    common = {"shape": options.shape, "threads": options.threads}
-    report(**common, kind="numpy read", gb_per_s=round(read_speed(team), 1))
+    common = {"shape": options.shape, "threads": options.threads, "block": options.block, "scatter": options.scatter}
+    report(**common, kind="numpy read", gb_per_s=round(read_speed(), 1))
     for streams in map(int, options.streams.split(",")):
         for depth in map(int, options.depths.split(",")):
-            bench = Bench(options.shape, streams, depth, 1, team)
+            bench = Bench(options.shape, streams, depth, 1, team, options.block, options.scatter)
             seconds = bench.seconds(options.rounds, write=False, attend=True)
             read = 4 * streams * depth * bench.kv_heads * bench.dim
             report(
@@ -198,7 +200,7 @@ def main() -> None:
                 gb_per_s=round(read / seconds / 1e9, 1),
                 write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 2),
             )
-    bench = Bench(options.shape, 1, options.prefill, options.prefill, team)
+    bench = Bench(options.shape, 1, options.prefill, options.prefill, team, options.block, options.scatter)
     seconds = bench.seconds(options.rounds, write=False, attend=True)
     flop = 2 * options.prefill * (options.prefill + 1) * bench.heads * bench.dim
     report(

@@ -24,10 +24,12 @@ from candle_vllm.openai import (
     GenerationFailedError,
     ModelNotServedError,
     OpenAIAdapter,
+    UnsupportedParameterError,
     parse_chat_request,
     parse_completion_request,
     to_json_bytes,
 )
+from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -285,6 +287,67 @@ async def test_submission_errors_come_before_the_stream() -> None:
         await adapter.complete(parse_completion_request({"prompt": [260], "echo": True}))
     with pytest.raises(InvalidParameterError, match="empty prompt"):
         await adapter.complete(parse_completion_request({"prompt": "", "add_special_tokens": False}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "spelled"),
+    [
+        ({}, "prompt", "messages"),
+        ({"max_tokens": 9}, "max_tokens", "max_tokens"),
+        ({"max_completion_tokens": 9}, "max_tokens", "max_completion_tokens"),
+        ({"request_id": "r"}, "request_id", "request_id"),
+    ],
+)
+async def test_errors_of_the_engine_blame_what_the_caller_wrote(
+    fields: dict[str, Any], param: str, spelled: str
+) -> None:
+    adapter = OpenAIAdapter(ScriptedEngine(submit_error=PromptTooLongError("too long", param)))
+    with pytest.raises(PromptTooLongError) as caught:
+        await adapter.chat_stream(parse_chat_request({"messages": HI, **fields}))
+    assert caught.value.param == spelled
+    with pytest.raises(PromptTooLongError) as caught:
+        await OpenAIAdapter(ScriptedEngine(submit_error=PromptTooLongError("too long", "prompt"))).complete(
+            parse_completion_request({"prompt": "a"})
+        )
+    assert caught.value.param == "prompt"
+
+
+async def test_priority_can_be_refused() -> None:
+    engine = ScriptedEngine()
+    adapter = OpenAIAdapter(engine, allow_priority=False)
+    for answer in (
+        adapter.chat(parse_chat_request({"messages": HI, "priority": -1})),
+        adapter.complete(parse_completion_request({"prompt": "a", "priority": 1})),
+    ):
+        with pytest.raises(UnsupportedParameterError, match="--enable-request-priority") as caught:
+            await answer
+        assert caught.value.param == "priority"
+    await adapter.chat(parse_chat_request({"messages": HI, "priority": 0}))
+    assert [request.priority for request in engine.requests] == [0]
+
+
+async def test_allowed_tokens_are_at_most_the_vocabulary() -> None:
+    adapter, vocabulary = OpenAIAdapter(ScriptedEngine("a")), 260
+    await adapter.chat(parse_chat_request({"messages": HI, "allowed_token_ids": list(range(vocabulary))}))
+    with pytest.raises(InvalidParameterError, match="has 261 entries, but the model's vocabulary has 260") as caught:
+        await adapter.chat(parse_chat_request({"messages": HI, "allowed_token_ids": [0] * (vocabulary + 1)}))
+    assert caught.value.param == "allowed_token_ids"
+
+
+async def test_logprobs_of_prompts_are_capped_together() -> None:
+    def fields(tokens: int) -> dict[str, Any]:
+        return {"prompt": [[97] * (tokens // 2)] * 2, "echo": True, "logprobs": 3, "n": 8, "max_tokens": 0}
+
+    most = MAX_PROMPT_LOGPROBS // 8 // 4
+    adapter = OpenAIAdapter(ScriptedEngine("a", max_model_len=1 << 20))
+    await (await adapter.complete_stream(parse_completion_request(fields(most)))).aclose()
+    with pytest.raises(InvalidParameterError, match=rf"tokens x n x .* at most {MAX_PROMPT_LOGPROBS} are") as caught:
+        await adapter.complete(parse_completion_request(fields(most + 2)))
+    assert caught.value.param == "logprobs"
+    with pytest.raises(InvalidParameterError) as caught:
+        await adapter.chat(parse_chat_request({"messages": [{"role": "user", "content": "a" * 20_000}],
+                                               "prompt_logprobs": 20}))  # fmt: skip
+    assert caught.value.param == "prompt_logprobs"
 
 
 async def test_one_wrong_prompt_aborts_the_others() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from candle_vllm.openai import json_body
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import MAX_DEPTH, decode_json
+from candle_vllm.openai.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_ELEMENTS, decode_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -68,7 +71,37 @@ def test_depth_is_capped_exactly() -> None:
         decode_json("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
 
 
+def test_the_number_of_values_is_capped_and_text_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = [1] * MAX_ELEMENTS
+    assert len(decode_json(json.dumps(ones))) == MAX_ELEMENTS  # a bracket and a comma less than values
+    with pytest.raises(InvalidBodyError, match=f"more than {MAX_ELEMENTS} values"):
+        decode_json(json.dumps([*ones, 1]))
+    with pytest.raises(InvalidBodyError, match=f"more than {MAX_CONTAINERS} arrays and objects"):
+        decode_json("[" + "[]," * MAX_CONTAINERS + "[]]")
+    with pytest.raises(InvalidBodyError, match=f"more than {json_body.MAX_NAMES} names"):
+        decode_json("{" + ",".join(f'"{number}":1' for number in range(json_body.MAX_NAMES + 1)) + "}")
+    prose = {"prompt": 'a, "b" [c] {d}: \\' * 300_000}
+    assert decode_json(json.dumps(prose)) == prose
+
+
+@settings(deadline=None, max_examples=100)
+@given(JSON)
+def test_only_what_stands_outside_of_strings_is_counted(value: object) -> None:
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text := json.dumps(value))
+    for characters, pattern, _, _ in json_body._LIMITS:
+        found = sum(match.lastindex == 1 for match in pattern.finditer(text))
+        assert found == sum(map(bare.count, characters))
+
+
+@pytest.mark.parametrize("body", ['"' + "," * 2_000_000, "," * 1_000_001 + " " * 1_000_000, '"' + "\\," * 1_000_001])
+def test_counting_is_linear_in_broken_bodies(body: str) -> None:
+    began = time.process_time()
+    with pytest.raises(InvalidBodyError):
+        decode_json(body)
+    assert time.process_time() - began < 10  # 0.1 s; hours where each place looks through the rest
+
+
 def test_duplicate_search_is_linear() -> None:
-    body = "{" + ",".join(f'"{number}":1' for number in range(200_000)) + ',"0":2}'
+    body = "{" + ",".join(f'"{number}":1' for number in range(90_000)) + ',"0":2}'
     with pytest.raises(InvalidBodyError, match="'0' stands twice"):
         decode_json(body)

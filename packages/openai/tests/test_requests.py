@@ -23,7 +23,7 @@ from candle_vllm.openai import (
     to_error,
     to_sampling_params,
 )
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PROMPTS
+from candle_vllm.openai.protocol.fields import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPTS
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -65,7 +65,8 @@ def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
         ({"stop": ""}, "stop", "must not be empty"),
         ({"logit_bias": {"01": 1}}, "logit_bias", "'01' is no token id"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "must be at most 100"),
-        ({"logit_bias": {str(i): 1 for i in range(4097)}}, "logit_bias", "at most 4096"),
+        ({"logit_bias": {str(i): 1 for i in range(MAX_LOGIT_BIAS + 1)}}, "logit_bias", f"at most {MAX_LOGIT_BIAS}"),
+        ({"bad_words": ["a"] * (MAX_BAD_WORDS + 1)}, "bad_words", f"at most {MAX_BAD_WORDS}"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0", "must be at least 0"),
         ({"allowed_token_ids": []}, "allowed_token_ids", "must not be empty"),
         ({"stream": "yes"}, "stream", "must be true or false"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.scripted_sequence import made_up_logprobs
 from candle_vllm.openai import (
@@ -19,6 +20,7 @@ from candle_vllm.openai import (
     OpenAIAdapter,
     parse_chat_request,
     parse_completion_request,
+    to_error,
     to_json_bytes,
 )
 from candle_vllm.openai.completion_streaming import CompletionChunker, EchoedPrompt, join_completion
@@ -144,6 +146,28 @@ def test_errors_and_aborts_of_the_engine_are_raised() -> None:
         chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ABORT))
 
 
+def test_a_dead_end_of_the_request_is_the_requests_fault() -> None:
+    text = "no token may be chosen: together, allowed_token_ids and bad_words forbid every token"
+    with pytest.raises(RequestError, match="no token may be chosen") as caught:
+        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text))
+    answer = to_error(caught.value)
+    assert (answer.status, answer.body.error.code, answer.body.error.message) == (400, "invalid_request", text)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("request", RequestError), ("engine", GenerationFailedError)])
+def test_the_engine_says_whose_fault_an_error_is(kind: str, expected: type[Exception]) -> None:
+    failed: Any = SimpleNamespace(finish_reason=FinishReason.ERROR, error="no token may be chosen", error_kind=kind)
+    with pytest.raises(expected):
+        chunker().add(0, failed)
+
+
+def test_cached_tokens_are_those_of_the_first_sequence() -> None:
+    counts = TokenCounts()
+    for index, cached in ((1, 64), (0, 16), (1, 64), (0, 48)):
+        counts.add(0, TokenOutput(request_id="r", index=index, num_prompt_tokens=70, num_cached_tokens=cached), 1)
+    assert counts.usage(final=True).prompt_tokens_details.cached_tokens == 16
+
+
 def test_a_stream_that_ends_early_is_a_failure() -> None:
     started = chunker()
     started.add(0, TokenOutput(request_id="r", text="a", token_ids=(1,)))
@@ -172,3 +196,13 @@ def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None
     answer = join_completion([*chunks, *made.end()])
     assert [choice.text for choice in answer.choices] == ["pqzero", "pqone"]
     assert all(choice.logprobs and choice.logprobs.text_offset == (0, 1, 2) for choice in answer.choices)
+
+
+def test_the_logprobs_of_an_echoed_prompt_are_made_once() -> None:
+    request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2, "stream": True})
+    made = CompletionChunker(Head("id", 1, "m", "fp"), request, [EchoedPrompt("pq", "p", (112, 113))])
+    entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
+    first = made.add(0, TokenOutput(request_id="r", index=0, prompt_logprobs=(None, entry)))
+    other = made.add(0, TokenOutput(request_id="r", index=1))
+    assert first[0].choices[0].logprobs is not None
+    assert first[0].choices[0].logprobs is other[0].choices[0].logprobs

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Self
 
-from candle_vllm.core.engine.request import TokenOutput
+import msgspec
+
+from candle_vllm.core.engine.request import EngineStats, TokenOutput
 from candle_vllm.core.testing import ScriptedEngine, ScriptedStream
 
 
@@ -16,12 +18,16 @@ class PacedEngine(ScriptedEngine):
         super().__init__(*args, **options)
         self.pause = pause
         self.first_pause = first_pause
+        self.num_blocks = 1000
         self.alive = True
         self.closed = False
 
     @property
     def is_alive(self) -> bool:
         return self.alive
+
+    def stats(self) -> EngineStats:
+        return msgspec.structs.replace(super().stats(), num_blocks=self.num_blocks)
 
     def stream(self, *args: Any, **options: Any) -> Any:
         return PacedStream(super().stream(*args, **options), self.pause, self.first_pause)

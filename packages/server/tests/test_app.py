@@ -14,6 +14,8 @@ import pytest
 from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.server import body as body_module
+from candle_vllm.server import http_protocol
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}
@@ -177,6 +179,87 @@ def test_a_long_body_on_a_kept_connection_is_no_head(start) -> None:
         for _ in range(3):
             response = client.post("/v1/completions", json={"prompt": "x" * 300_000, "max_tokens": 2})
             assert response.status_code == 200
+
+
+def _until_closed(port: int, *pieces: bytes) -> bytes:
+    """What the server answers, before it closes the connection, to pieces that are sent with pauses."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.1)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"\r\n", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("earlier", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_head_that_does_not_end_ends_the_connection(
+    start, monkeypatch: pytest.MonkeyPatch, data: bytes, earlier: bytes, fast: bool
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
+    if not fast:
+        monkeypatch.setattr(http_protocol.importlib.util, "find_spec", lambda _: None)
+    running = start()
+    running.server.config.timeout_keep_alive = 0.3  # where nothing follows the earlier request
+    answers = _until_closed(running.port, earlier, data), _until_closed(running.port, earlier + data)
+    for answer in answers:
+        assert answer.count(b"HTTP/1.1 200") == (1 if earlier else 0)
+
+
+def test_the_deadline_of_heads_cuts_no_stream_and_no_body(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    running = start(PacedEngine(["a"] * 20, pause=0.03))
+    with running.http() as client:
+        for _ in range(2):
+            assert client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text.endswith("[DONE]\n\n")
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode().ljust(100)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
+        connection.sendall(HEAD + body[:50])
+        time.sleep(0.5)
+        connection.sendall(body[50:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("limit", ["SILENCE_SECONDS", "READING_SECONDS"])
+def test_a_body_that_does_not_come_is_a_408(start, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(body_module, limit, 0.2)
+    head, _, body = _until_closed(start().port, HEAD + b'{"prompt"').partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert json.loads(body)["error"]["code"] == "request_timeout"
+
+
+def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 1)
+    running = start()
+    with running.http() as client:
+        assert client.get("/health").status_code == 200
+        with running.http() as other, pytest.raises(httpx.TransportError):
+            other.get("/health")
+        assert client.get("/health").status_code == 200
+
+
+def test_priority_needs_a_flag(start) -> None:
+    body = {**CHAT, "priority": -5}
+    with start().http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
+    assert "--enable-request-priority" in answer.json()["error"]["message"]
+    running = start(enable_request_priority=True)
+    with running.http() as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert running.engine.requests[0].priority == -5
+
+
+def test_a_request_that_leaves_no_token_is_its_own_fault(start) -> None:
+    running = start(PacedEngine(fail_after=0, failure="no token may be chosen: bad_words forbids them all"))
+    with running.http() as client:
+        whole = client.post("/v1/chat/completions", json=CHAT)
+        events = _events(client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (400, "invalid_request")
+    assert json.loads(events[-1])["error"] == whole.json()["error"]
 
 
 def test_wrong_routes_and_methods(start) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 from server_fakes import PacedEngine
 
+from candle_vllm.core import EngineConfig
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import bench as module
 from candle_vllm.server.commands.bench import _Times, figures, process_age, round_figure
@@ -38,13 +39,20 @@ def test_process_age() -> None:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path) -> PacedEngine:
+def sizes() -> list[dict[str, object]]:
+    """The engine's sizes that bench asked for."""
+    return []
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path, sizes: list[dict[str, object]]) -> PacedEngine:
     engine = PacedEngine("abc", pause=0.001)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def load(_settings: object, **changes: object) -> PacedEngine:
-        assert changes == {"enable_prefix_caching": False}
+        assert changes.pop("enable_prefix_caching") is False
+        sizes.append(changes)
         return engine
 
     monkeypatch.setattr(module, "load_engine", load)
@@ -74,6 +82,27 @@ def test_prompts_are_distinct_and_the_warm_up_is_not_counted(engine: PacedEngine
 def test_a_table_for_people(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(LINE) == 0
     assert "decode_tok_s" in capsys.readouterr().out
+
+
+def test_all_streams_run_at_once(engine: PacedEngine, sizes: list[dict[str, object]]) -> None:
+    engine.num_blocks = 8000
+    small = ["bench", "--prompt-tokens", "8", "--output-tokens", "2", "--repeat", "1"]
+    assert main([*small, "--concurrency", "1500"]) == 0
+    assert main([*small, "--concurrency", "2"]) == 0
+    assert sizes == [
+        {"max_num_seqs": 1500, "max_queued_requests": 1500},
+        {"max_num_seqs": EngineConfig.max_num_seqs, "max_queued_requests": EngineConfig.max_queued_requests},
+    ]
+
+
+def test_streams_that_the_cache_cannot_hold_are_refused(
+    engine: PacedEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.num_blocks = 8
+    assert main(LINE) == 2
+    assert "3 requests of 37 tokens need 9 KV blocks at once, and there are 8" in capsys.readouterr().err
+    engine.num_blocks = 9
+    assert main(LINE) == 0
 
 
 def test_a_shape_that_cannot_fit_is_refused(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,9 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
     assert "--dtype" in text
     if command == "serve":
         assert all(flag in text for option in OPTIONS for flag in option.flags)
+    assert all((command in option.commands) or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
+    assert "CUDA is not in this version" in text
+    assert "cuda:N" not in text
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:
@@ -65,7 +69,21 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["bench", "--temperature", "1"], "--temperature does not apply to `candle-vllm bench`"),
         (["generate"], "the following arguments are required: PROMPT"),
         (["generate", "x", "--system", "y"], "--system needs --chat"),
-        (["generate", ""], "the prompt is empty"),
+        (["generate", ""], "PROMPT must have 1 to"),
+        (["generate", "a\udcff"], "PROMPT must be UTF-8: character 2 is not"),
+        (["generate", "x", "--max-queued-requests", "3"], "does not apply to `candle-vllm generate`"),
+        (["generate", "x", "--max-num-seqs", "3"], "does not apply to `candle-vllm generate`"),
+        (["generate", "x", "--disable-prefix-cache"], "does not apply to `candle-vllm generate`"),
+        (["generate", "x", "--served-model-name", "n"], "does not apply to `candle-vllm generate`"),
+        (["chat", "--served-model-name", "n"], "does not apply to `candle-vllm chat`"),
+        (["bench", "--served-model-name", "n"], "does not apply to `candle-vllm bench`"),
+        (["bench", "--enable-prefix-caching"], "does not apply to `candle-vllm bench`"),
+        (["bench", "--max-num-seqs", "3"], "does not apply to `candle-vllm bench`"),
+        (["bench", "--seed", "3"], "does not apply to `candle-vllm bench`"),
+        (["bench", "--chat-template", "x"], "does not apply to `candle-vllm bench`"),
+        (["bench", "--concurrency", "4097"], "between 1 and 4096"),
+        (["--m", ".", "--revision", "main"], "--revision chooses a version on Hugging Face, but the model is ."),
+        (["--w", ".", "--revision", "main"], "--revision chooses a version on Hugging Face"),
         (["--w", "nowhere"], "weight path nowhere is not a folder"),
         (["--f", "no.gguf"], "weight file no.gguf does not exist"),
     ],
@@ -130,6 +148,24 @@ def test_generate(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> No
     assert (request.params.temperature, request.params.max_tokens) == (0, 20)
     assert request.params.stop_strings == ("zzz",)
     assert engine.closed
+
+
+def test_texts_of_people_are_taken_as_they_are(engine: PacedEngine) -> None:
+    line = ["generate", " a\n", "--stop", "\n", "--stop", " ", "--chat", "--system", "a\nb"]
+    assert main(line) == 0
+    assert engine.requests[0].params.stop_strings == ("\n", " ")
+    assert [message["content"] for message in engine.template_calls[0].messages] == ["a\nb", " a\n"]
+
+
+def test_a_terminal_that_knows_ascii_only_shows_question_marks() -> None:
+    code = (
+        "import sys\nfrom candle_vllm.server import cli\n"
+        "cli.run_command = lambda *_: sys.stdout.write('Gr\\u00fc\\u00dfe') and 0\n"
+        "sys.exit(cli.main(['generate', 'x']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"Gr??e", b"")
 
 
 def test_generate_reads_standard_input_and_applies_the_template(

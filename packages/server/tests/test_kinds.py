@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, Integer, Number, Secret, Text
+from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Number, Secret, Text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,17 @@ def test_a_secret_is_never_repeated() -> None:
 def test_texts_are_short_and_printable(text: str) -> None:
     with pytest.raises(ValueError, match="must"):
         Text().from_text(text)
+
+
+@pytest.mark.parametrize("text", ["\n", " ", "a\nb\t", "\x1b", "é"])
+def test_free_texts_are_taken_as_they_are(text: str) -> None:
+    assert FreeText().from_text(text) == text
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "1 to 9 char"), ("x" * 10, "1 to 9 char"), ("a\udcff", "UTF-8")])
+def test_free_texts_are_something_not_endless_and_utf8(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FreeText(9).from_text(text)
 
 
 def test_paths_know_the_home_folder() -> None:

@@ -45,6 +45,19 @@ def test_a_port_in_use_is_found_before_the_model_loads(monkeypatch: pytest.Monke
             serve(Settings(port=other.getsockname()[1]))
 
 
+def test_a_second_server_on_the_port_is_refused_while_the_first_one_loads() -> None:
+    with bind(Settings(port=0).address) as listener:
+        address = Settings(port=listener.getsockname()[1]).address
+        with pytest.raises(UsageError, match="is in use"):
+            bind(address).close()
+
+
+def test_a_second_server_on_the_unix_socket_is_refused_while_the_first_one_loads(tmp_path: Path) -> None:
+    address = Settings(host=f"unix://{tmp_path / 's.sock'}").address
+    with bind(address), pytest.raises(UsageError, match="another server listens"):
+        bind(address).close()
+
+
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(UsageError, match="cannot listen on"):
         bind(Settings(host="192.0.2.1").address)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
+from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.engine.batch import build_batch
 from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
@@ -157,15 +157,53 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict[str, Any], mess
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"vocab_size": 10**30}, "vocab_size is 1000"),
         ({"rms_norm_eps": -1}, "epsilon of its norms is -1"),
-        ({"rms_norm_eps": float("nan")}, "epsilon of its norms is nan"),
-        ({"head_dim": 15}, "head size 15"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a finite number"),
+        ({"head_dim": 15}, "15 rotary dimensions"),
         ({"architectures": ["A", "B"]}, "architectures must name one"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*not a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*not a finite number"),
+        ({"rope_theta": 1.0}, r"rotary base \(rope_theta\) is 1.0"),
+        ({"partial_rotary_factor": 10**400}, "partial_rotary_factor is 1000.*not a finite number"),
+        ({"partial_rotary_factor": float("nan")}, "partial_rotary_factor is nan, not a finite number"),
+        ({"partial_rotary_factor": float("inf")}, "partial_rotary_factor is inf, not a finite number"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be above 0 and at most 1"),
+        ({"num_hidden_layers": 4097}, "num_hidden_layers is 4097; it must be 1 to 4096"),
+        ({"eos_token_id": 10**30}, "eos_token_id is 1000.*not a token id"),
+        ({"eos_token_id": [-5]}, r"eos_token_id is \[-5\], not a token id"),
+        ({"eos_token_id": 272}, "eos_token_id is 272, and the model has only the tokens 0 to 271"),
     ],
 )
 def test_a_wrong_config_names_file_and_key(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    from candle_vllm.core import InvalidFileError
-
     folder = write_toy_model(tmp_path)
     (folder / "config.json").write_text(json.dumps(toy_config() | change))
-    with pytest.raises(InvalidFileError, match=message):
+    with pytest.raises(InvalidFileError, match=message) as caught:
+        our_logits(folder, [1], 1)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [0, -1, 10**30])
+def test_an_impossible_window_is_refused(window: int, tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path, toy_config("mistral", sliding_window=window))
+    with pytest.raises(InvalidFileError, match=rf"config\.json: .*sliding window is {window} tokens; it must be 1 to"):
+        our_logits(folder, [1], 1)
+
+
+def test_layer_types_may_be_anything_in_a_damaged_file(tmp_path: Path) -> None:
+    config = toy_config("mistral", sliding_window=4, layer_types=[[1], {}])
+    with pytest.raises(UnsupportedModelError, match="layer_types must name"):
+        our_logits(write_toy_model(tmp_path, config), [1], 1)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"])
+def test_a_size_beyond_what_is_stored_takes_no_memory(key: str, tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps(toy_config() | {key: 1 << 24}))
+    with pytest.raises(WeightsError, match=r"has shape .*; the model's config asks for .*16777216|268435456"):
+        our_logits(folder, [1], 1)
+
+
+def test_more_layers_than_tensors_are_refused(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    (folder / "config.json").write_text(json.dumps(toy_config(num_hidden_layers=4096)))
+    with pytest.raises(WeightsError, match="asks for 4096 layers and there are only 21 tensors"):
         our_logits(folder, [1], 1)

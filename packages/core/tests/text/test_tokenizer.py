@@ -290,7 +290,7 @@ def test_folder(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.encode("aaa") == [0, 3, 3, 3]  # the truncation in the file is switched off
     assert tokenizer.bos_token_id == 0
-    assert tokenizer.eos_token_ids == (1, 5, 6)
+    assert tokenizer.eos_token_ids == (1, 6)  # the generation config is the model's, not the tokenizer's
     assert tokenizer.is_special(6)
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.chat_template == {"default": "D", "tool_use": "T"}
@@ -318,7 +318,6 @@ def test_folder_without_tokenizer(tmp_path: Path) -> None:
         {"tokenizer_config__json": {"chat_template": 3}},
         {"tokenizer_config__json": {"chat_template": [{"name": "x"}]}},
         {"tokenizer_config__json": {"added_tokens_decoder": {"x": {}}}},
-        {"generation_config__json": {"eos_token_id": "x"}},
         {"chat_template__json": "nonsense"},
         {"special_tokens_map__json": "[" * 100_000},
     ],

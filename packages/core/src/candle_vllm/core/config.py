@@ -13,6 +13,7 @@ from candle_vllm.core.errors import ConfigError
 DType = Literal["auto", "f32", "bf16", "f16"]
 
 DTYPES = ("auto", "f32", "bf16", "f16")
+_OPTIONAL_NUMBERS = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory", "threads", "seed")
 
 
 def cache_folder() -> Path:
@@ -36,11 +37,12 @@ class EngineConfig:
         offline: never use the network.
         tokenizer: folder with a `tokenizer.json` to use instead of the model's own.
         chat_template: Jinja source to use instead of the model's own template.
-        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda" or "cuda:N".
-        dtype: of activations and plain weights; "auto" is f32 on the CPU and bf16 on CUDA.
+        device: "auto" or "cpu". "cuda" and "cuda:N" are well formed, and refused when the engine starts: this version
+            has no CUDA kernels, and "auto" is the CPU.
+        dtype: of activations and plain weights; "auto" is f32 on the CPU.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step, prompts included; None is 512 on the CPU, 8192 on CUDA.
+        max_num_batched_tokens: most tokens in one step, prompts included; None is 512.
         block_size: tokens in one KV-cache block.
         kv_cache_memory: bytes for the KV cache; None takes `kv_fraction` of what is free after loading.
         kv_fraction: share of the free memory that the KV cache may take, (0, 1).
@@ -72,6 +74,12 @@ class EngineConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        self._take_paths()
+        for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "device", "dtype"):
+            self._text(name)
+        for name in ("offline", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {_shown(getattr(self, name))} is neither True nor False", name)
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
         if not _DEVICE.fullmatch(self.device):
@@ -88,12 +96,38 @@ class EngineConfig:
         self._within("max_queued_requests", 1, 1 << 20)
         self._within("threads", 1, 1024)
         self._within("seed", -(1 << 63), (1 << 64) - 1)
-        if not 0 < self.kv_fraction < 1:
-            raise ConfigError(f"kv_fraction {self.kv_fraction} is not between 0 and 1: try 0.4", "kv_fraction")
+        if not isinstance(self.kv_fraction, float) or not 0 < self.kv_fraction < 1:
+            raise ConfigError(
+                f"kv_fraction {_shown(self.kv_fraction)} is not a number between 0 and 1: try 0.4", "kv_fraction"
+            )
+
+    def _take_paths(self) -> None:
+        """Paths and texts stand for each other: `model` becomes a text, the folders become paths."""
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
+        for name in ("download_dir", "tokenizer"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value:
+                object.__setattr__(self, name, Path(value))
+            elif value is not None and not isinstance(value, Path):
+                raise ConfigError(f"{name} {_shown(value)} is not a folder", name)
+
+    def _text(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) and (value is not None or name in ("model", "device", "dtype")):
+            shown = "" if name == "hf_token" else f" {_shown(value)}"
+            raise ConfigError(f"{name}{shown} is not a text but a {type(value).__name__}", name)
 
     def _within(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and name in _OPTIONAL_NUMBERS:
             return
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{name} {value!r} is not a whole number between {low} and {high}", name)
+            raise ConfigError(f"{name} {_shown(value)} is not a whole number between {low} and {high}", name)
+
+
+def _shown(value: object) -> str:
+    """A value for a message; Python refuses to write out very long numbers."""
+    if isinstance(value, int) and abs(value) >= 10**80:
+        return "with more than 80 digits"
+    return f"{value!r:.80}"

@@ -10,22 +10,23 @@ import hashlib
 import importlib.metadata
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
 
 from candle_vllm.core.engine.request import ModelInfo
-from candle_vllm.core.errors import ConfigError, InvalidParameterError
+from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.openai.completion_streaming import CompletionChunker, EchoedPrompt, join_completion
 from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.engine import EngineLike, TokenStream
-from candle_vllm.openai.errors import ModelNotServedError
+from candle_vllm.openai.errors import ModelNotServedError, UnsupportedParameterError
 from candle_vllm.openai.piece_streams import ChunkStream, PieceStream
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
+from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 from candle_vllm.openai.protocol.generation import GenerationFields
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.requests import to_sampling_params
@@ -42,10 +43,18 @@ class OpenAIAdapter:
     `GenerationFailedError` when it fails on this one; `to_error` turns them into answers.
     """
 
-    def __init__(self, engine: EngineLike, *, served_model_names: Sequence[str] = ()) -> None:
-        """`served_model_names` default to the model's own name; the first one is used where a request names none."""
+    def __init__(
+        self, engine: EngineLike, *, served_model_names: Sequence[str] = (), allow_priority: bool = True
+    ) -> None:
+        """
+        Args:
+            engine: a loaded engine.
+            served_model_names: default to the model's own name; the first one is used where a request names none.
+            allow_priority: whether requests may go before others; False where strangers send them.
+        """
         info = engine.model_info
         self._engine = engine
+        self._allow_priority = allow_priority
         self._names = tuple(served_model_names) or (info.name,)
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
@@ -81,16 +90,19 @@ class OpenAIAdapter:
 
     async def _start_chat(self, request: ChatCompletionRequest, *, whole: bool) -> ChunkStream[ChatCompletionChunk]:
         head = self._head("chatcmpl-", request)
-        params = to_sampling_params(request, self._defaults)
-        # Rendering and tokenizing a long prompt takes long enough to hold up every other stream on the loop.
-        prompt = await asyncio.to_thread(self._chat_prompt, request)
-        source = self._submit(prompt, params, head.id, request, "messages")
+        with _blamed_as_spelled(request):
+            params = self._params(request)
+            # Rendering and tokenizing a long prompt takes long enough to hold up every other stream on the loop.
+            prompt = await asyncio.to_thread(self._chat_prompt, request)
+            _check_prompt_logprobs(request, len(prompt))
+            source = self._submit(prompt, params, head.id, request, "messages")
         return ChunkStream(PieceStream([source]), ChatChunker(head, request, prompt, whole=whole))
 
     async def _start_completion(self, request: CompletionRequest, *, whole: bool) -> ChunkStream[Completion]:
         head = self._head("cmpl-", request)
-        params = to_sampling_params(request, self._defaults)
+        params = self._params(request)
         prompts = await asyncio.to_thread(self._completion_prompts, request)
+        _check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
         sources: list[TokenStream] = []
         try:
             for number, prompt in enumerate(prompts):
@@ -101,6 +113,22 @@ class OpenAIAdapter:
                 await source.aclose()
             raise
         return ChunkStream(PieceStream(sources), CompletionChunker(head, request, prompts, whole=whole))
+
+    def _params(self, request: ChatCompletionRequest | CompletionRequest) -> SamplingParams:
+        """The sampling parameters, and the rules that depend on the model and on this adapter."""
+        if request.priority and not self._allow_priority:
+            raise UnsupportedParameterError(
+                "priority is not supported: this server lets no request go before others, unless it is started with "
+                "--enable-request-priority",
+                "priority",
+            )
+        vocabulary, allowed = self._engine.model_info.vocab_size, request.allowed_token_ids or ()
+        if len(allowed) > vocabulary:
+            raise InvalidParameterError(
+                f"allowed_token_ids has {len(allowed)} entries, but the model's vocabulary has {vocabulary}",
+                "allowed_token_ids",
+            )
+        return to_sampling_params(request, self._defaults)
 
     def _submit(
         self, prompt: Sequence[int], params: SamplingParams, request_id: str, request: GenerationFields, field: str
@@ -159,6 +187,33 @@ class OpenAIAdapter:
             return self._names[0]
         served = ", ".join(self._names)
         raise ModelNotServedError(f"The model {name!r} is not served here; served are: {served}.", "model")
+
+
+@contextmanager
+def _blamed_as_spelled(request: ChatCompletionRequest) -> Iterator[None]:
+    """The engine blames its own names; a chat has `messages` for a prompt, and two names for the limit."""
+    spelled = {"prompt": "messages"}
+    if request.max_completion_tokens is not None:
+        spelled["max_tokens"] = "max_completion_tokens"
+    try:
+        yield
+    except RequestError as error:
+        error.param = spelled.get(error.param or "", error.param)
+        raise
+
+
+def _check_prompt_logprobs(request: ChatCompletionRequest | CompletionRequest, tokens: int) -> None:
+    """Refuses answers that would be made of too many log-probabilities of their `tokens` prompt tokens."""
+    asked = {"prompt_logprobs": 0 if request.prompt_logprobs is None else tokens * (request.prompt_logprobs + 1)}
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        asked["logprobs"] = tokens * request.sequences * (request.logprobs + 1)
+    for field, entries in asked.items():
+        if entries > MAX_PROMPT_LOGPROBS:
+            raise InvalidParameterError(
+                f"{field} asks for {entries} log-probabilities of {tokens} prompt tokens (tokens x n x (logprobs + 1))"
+                f" and at most {MAX_PROMPT_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
+                field,
+            )
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,12 @@ from typing import NamedTuple
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.request import FinishReason, PositionLogprobs, TokenOutput
-from candle_vllm.openai.logprobs import CompletionLogprobsWriter, join_completion_logprobs, prompt_logprobs
+from candle_vllm.openai.logprobs import (
+    CompletionLogprobsWriter,
+    echoed_logprobs,
+    join_completion_logprobs,
+    prompt_logprobs,
+)
 from candle_vllm.openai.protocol.chat import PromptLogprobs
 from candle_vllm.openai.protocol.completions import (
     Completion,
@@ -57,6 +62,7 @@ class CompletionChunker:
         # Sequence 0 of a prompt brings the prompt's log-probabilities; the others wait for them where they echo.
         self._awaits_prompt = bool(request.echo) and request.logprobs is not None
         self._prompt_logprobs: dict[int, Sequence[PositionLogprobs | None]] = {}
+        self._echoes: dict[int, CompletionLogprobs] = {}  # made once per prompt, for all of its choices
         self._held: dict[int, list[TokenOutput]] = {}
 
     def add(self, prompt: int, piece: TokenOutput) -> list[Completion]:
@@ -118,8 +124,8 @@ class CompletionChunker:
         self._writers[index] = writer
         logprobs: CompletionLogprobs | None = None
         if writer is not None and request.echo:
-            entries = [entry for entry in self._prompt_logprobs[prompt] if entry is not None]
-            logprobs = writer.add_prompt(source.first, entries, source.text)
+            logprobs = self._echo(prompt, request.logprobs or 0)
+            writer.skip(len(source.text))
         shown: PromptLogprobs | UnsetType = UNSET
         if request.prompt_logprobs is not None and piece.prompt_logprobs is not None:
             shown = prompt_logprobs(piece.prompt_logprobs, request.prompt_logprobs)
@@ -133,6 +139,13 @@ class CompletionChunker:
             prompt_logprobs=shown,
         )
         return [self._chunk(choice)]
+
+    def _echo(self, prompt: int, top: int) -> CompletionLogprobs:
+        if prompt not in self._echoes:
+            source = self._prompts[prompt]
+            entries = [entry for entry in self._prompt_logprobs[prompt] if entry is not None]
+            self._echoes[prompt] = echoed_logprobs(source.first, entries, source.text, top)
+        return self._echoes[prompt]
 
     def _chunk(self, choice: CompletionChoice) -> Completion:
         head = self._head

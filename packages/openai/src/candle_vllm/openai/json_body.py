@@ -1,21 +1,45 @@
 """Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life).
 
-Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, and nesting beyond `MAX_DEPTH`.
+Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, nesting beyond `MAX_DEPTH`, and more
+values, arrays, objects and names than the caps below, which would cost far more time and memory than their bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from itertools import islice
 from typing import Any, NoReturn
 
 from candle_vllm.openai.errors import InvalidBodyError
 
 MAX_DEPTH = 64  # arrays and objects inside each other
+MAX_ELEMENTS = 1_000_000  # commas and opening brackets outside of strings
+MAX_CONTAINERS = 100_000  # arrays and objects
+MAX_NAMES = 100_000  # in all objects together
+
+
+def _next(structural: str) -> re.Pattern[str]:
+    """Matches up to the end of the next string, or up to the next `structural` character that is in none: group 1.
+
+    It matches at every place, also in broken JSON, and takes nothing back, so that a scan is linear. A match for each
+    string is slower than skipping them all in one, but lets other threads run in between.
+    """
+    string = r'"(?:[^"\\]++|\\(?:.|\Z))*+(?:"|\Z)'
+    return re.compile(rf'[^"{structural}]*+(?:{string}|([{structural}])|\Z)', re.DOTALL)
+
+
+_LIMITS = (
+    (",[{", _next(r",\[\{"), MAX_ELEMENTS, "values"),
+    ("[{", _next(r"\[\{"), MAX_CONTAINERS, "arrays and objects"),
+    (":", _next(":"), MAX_NAMES, "names"),
+)
 
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
     """The JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and says where the fault is."""
     text = _decode_utf8(body) if isinstance(body, bytes) else body
+    _check_size(text, name)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
@@ -37,6 +61,16 @@ def _decode_utf8(body: bytes) -> str:
         return body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidBodyError(f"The body is not valid UTF-8: byte {error.start} ({error.reason}).") from None
+
+
+def _check_size(text: str, name: str) -> None:
+    """Counts before anything is made of the text; what stands in strings is only told apart where that matters."""
+    for characters, pattern, most, what in _LIMITS:
+        if sum(map(text.count, characters)) <= most:
+            continue
+        outside = (match for match in pattern.finditer(text) if match.lastindex)
+        if sum(1 for _ in islice(outside, most + 1)) > most:
+            raise InvalidBodyError(f"{name} has more than {most} {what}; send less at once.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

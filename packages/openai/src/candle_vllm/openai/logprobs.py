@@ -49,25 +49,32 @@ class CompletionLogprobsWriter:
             text_offset=tuple(offsets),
         )
 
-    def add_prompt(self, first: str, entries: Sequence[PositionLogprobs], text: str) -> CompletionLogprobs:
-        """The echoed prompt `text`: its first token, which has no log-probability, and the others."""
-        self._offset = len(first) if text.startswith(first) else 0
-        rest = self.add(entries)
-        self._offset, self._decoder = len(text), _decoder()
-        return CompletionLogprobs(
-            tokens=(first, *rest.tokens),
-            token_logprobs=(None, *rest.token_logprobs),
-            top_logprobs=(None, *rest.top_logprobs),
-            text_offset=(0, *rest.text_offset),
-        )
+    def skip(self, characters: int) -> None:
+        """Goes on behind text that another writer has written: the echoed prompt."""
+        self._offset += characters
 
     def _top_entry(self, entry: PositionLogprobs) -> dict[str, float]:
         likely = {_unique_text(token): _finite(token.logprob) for token in entry.top[: self._top]}
         return likely | {_unique_text(entry.chosen): _finite(entry.chosen.logprob)}
 
 
+def echoed_logprobs(first: str, entries: Sequence[PositionLogprobs], text: str, top: int) -> CompletionLogprobs:
+    """The echoed prompt `text`: its first token, which has no log-probability, and the others."""
+    writer = CompletionLogprobsWriter(top)
+    writer.skip(len(first) if text.startswith(first) else 0)
+    rest = writer.add(entries)
+    return CompletionLogprobs(
+        tokens=(first, *rest.tokens),
+        token_logprobs=(None, *rest.token_logprobs),
+        top_logprobs=(None, *rest.top_logprobs),
+        text_offset=(0, *rest.text_offset),
+    )
+
+
 def join_completion_logprobs(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
     """The parts of one choice as one."""
+    if len(parts) == 1:
+        return parts[0]
     return CompletionLogprobs(
         tokens=tuple(token for part in parts for token in part.tokens),
         token_logprobs=tuple(value for part in parts for value in part.token_logprobs),

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -28,6 +28,8 @@ from candle_vllm.openai.protocol.chat import (
     PromptLogprobs,
 )
 from candle_vllm.openai.protocol.usage import PromptTokensDetails, Usage
+
+_DEAD_END = "no token may be chosen"  # how the sampler's message begins
 
 
 class Head(NamedTuple):
@@ -57,7 +59,8 @@ class TokenCounts:
     def add(self, prompt: int, piece: TokenOutput, new_tokens: int) -> None:
         """Takes the counts of one piece."""
         self._prompts[prompt] = piece.num_prompt_tokens
-        self._cached[prompt] = piece.num_cached_tokens
+        if piece.index == 0:  # the other sequences share its prompt, and find that in the cache when it is run
+            self._cached.setdefault(prompt, piece.num_cached_tokens)
         self._completion += new_tokens
         if piece.metrics is not None:
             self._add_times(piece.metrics)
@@ -86,11 +89,19 @@ def _longer(known: int | UnsetType, start: float | None, end: float | None) -> i
 
 
 def check_piece(piece: TokenOutput) -> None:
-    """Raises when the engine gave the sequence up."""
+    """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame."""
     if piece.finish_reason is FinishReason.ERROR:
+        if _is_the_requests_fault(piece):
+            raise RequestError(piece.error or "the request cannot be continued")
         raise GenerationFailedError(piece.error or "the engine gave no reason")
     if piece.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
+
+
+def _is_the_requests_fault(piece: TokenOutput) -> bool:
+    """True for a dead end: what the request allows and forbids leaves no token to choose."""
+    kind: str | None = getattr(piece, "error_kind", None)
+    return kind == "request" if kind is not None else (piece.error or "").startswith(_DEAD_END)
 
 
 class ChatChunker:

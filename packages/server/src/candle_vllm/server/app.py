@@ -53,7 +53,11 @@ def create_app(engine: ServedEngine, settings: Settings | None = None) -> FastAP
         openapi_url=None,
     )
     app.state.engine = engine
-    app.state.adapter = OpenAIAdapter(engine, served_model_names=settings.served_model_name)
+    app.state.adapter = OpenAIAdapter(
+        engine,
+        served_model_names=settings.served_model_name,
+        allow_priority=settings.enable_request_priority,
+    )
     app.state.settings = settings
     for router in (generation.router, models.router, health.router):
         app.include_router(router)

@@ -15,6 +15,9 @@ from starlette.types import Receive, Scope
 
 from candle_vllm.server.errors import ClientGone, HttpError
 
+SILENCE_SECONDS = 60.0  # between two pieces of a body
+READING_SECONDS = 600.0  # for a whole body
+
 T = TypeVar("T")
 
 
@@ -22,7 +25,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The JSON body of a request, at most `limit` bytes; more is refused before it is held in memory.
 
     Raises:
-        HttpError: 415 for another content type, 400 for a broken length, 413 when too large.
+        HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow.
         ClientGone: the client left while sending.
     """
     headers = dict(scope["headers"])
@@ -35,10 +38,22 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
     if len(length) > 15 or int(length) > limit:
         raise _too_large(limit)
+    try:
+        async with asyncio.timeout(READING_SECONDS):
+            return await _read_parts(receive, limit)
+    except TimeoutError:
+        raise HttpError(
+            408, "The body did not arrive in time; send it without long pauses.", "request_timeout",
+            {"connection": "close"},
+        ) from None  # fmt: skip
+
+
+async def _read_parts(receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        async with asyncio.timeout(SILENCE_SECONDS):
+            message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")

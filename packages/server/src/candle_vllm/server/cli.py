@@ -6,6 +6,7 @@ the traceback is shown only with `--log-level debug`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -25,6 +26,8 @@ EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 2 for a user's error, 130 after Ctrl+C."""
     debug = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         command, rest = split_command(sys.argv[1:] if argv is None else argv)
         given, own = parse(command, rest)

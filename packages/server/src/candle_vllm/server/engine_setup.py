@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
     from candle_vllm.core import EngineConfig
 
     model, weight_file = model_source(settings)
+    if settings.revision is not None and os.path.exists(os.path.expanduser(model)):
+        raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values: dict[str, Any] = {
         "weight_file": weight_file,
         "revision": settings.revision,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, Integer, Kind, Number, Secret, Text
+from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Kind, Number, Secret, Text
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -47,6 +47,7 @@ class Option:
         repeat: the flag may be given several times; in the environment, values are separated by commas.
         in_yaml: may stand among `params` of a model in models.yaml.
         rivals: name of the set of settings of which one source may give only one.
+        commands: those that the setting acts on, among those that have its group; the others do not know its flags.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Option:
     repeat: bool = False
     in_yaml: bool = False
     rivals: str | None = None
+    commands: tuple[str, ...] = tuple(COMMANDS)
 
     @property
     def env(self) -> str:
@@ -72,6 +74,9 @@ def _switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more:
     return Option(name, group, (), Boolean(), text, constants=constants, **more)
 
 
+_SERVE = ("serve",)  # bench sizes the batch itself, and one conversation has no batch
+_WITH_TEXT = ("serve", "generate", "chat")  # bench has no text, and always takes the likeliest token
+_REUSING = ("serve", "chat")  # those with requests that begin alike
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
@@ -88,9 +93,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("tokenizer", MODEL, ("--tokenizer",), FilePath(), "folder with the tokenizer.json to use instead", "DIR",
            in_yaml=True),
     Option("chat_template", MODEL, ("--chat-template",), FilePath(), "file with the Jinja chat template to use instead",
-           "FILE", in_yaml=True),
+           "FILE", in_yaml=True, commands=_WITH_TEXT),
     Option("served_model_name", MODEL, ("--served-model-name",), Text(512),
-           "name of the model for clients; repeatable, the first is reported", "NAME", repeat=True, in_yaml=True),
+           "name of the model for clients; repeatable, the first is reported", "NAME", repeat=True, in_yaml=True,
+           commands=_SERVE),
     Option("models_config", MODEL, ("--models-config",), FilePath(),
            "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE"),
     Option("hf_token", MODEL, ("--hf-token",), Secret(),
@@ -100,8 +106,9 @@ OPTIONS: tuple[Option, ...] = (
            rivals="Hugging Face token"),
     Option("download_dir", MODEL, ("--download-dir",), FilePath(), "where downloads are kept", "DIR", in_yaml=True),
     _switch("offline", MODEL, "never use the network to find the model"),
-    Option("device", DEVICE, ("--d", "--device"), Device(), "auto, cpu, cuda, cuda:N, or N; --cpu is --device cpu",
-           "DEVICE", constants={"--cpu": "cpu"}, in_yaml=True),
+    Option("device", DEVICE, ("--d", "--device"), Device(),
+           "auto or cpu (CUDA is not in this version); --cpu is --device cpu", "DEVICE",
+           constants={"--cpu": "cpu"}, in_yaml=True),
     Option("dtype", DEVICE, ("--dtype",), _DTYPES, "auto, f32, bf16 or f16", "TYPE", in_yaml=True),
     Option("mem", DEVICE, ("--mem",), Integer(1, 1 << 30), "memory of the KV cache, in MB of 2^20 bytes", "MB",
            in_yaml=True, rivals="KV cache size"),
@@ -117,15 +124,15 @@ OPTIONS: tuple[Option, ...] = (
     Option("max_model_len", LIMITS, ("--max-model-len",), _TOKENS, "longest prompt plus answer, in tokens", "N",
            in_yaml=True),
     Option("max_num_seqs", LIMITS, ("--max-num-seqs",), Integer(1, 4096), "most sequences in one step", "N",
-           in_yaml=True),
+           in_yaml=True, commands=_SERVE),
     Option("prefill_chunk_size", LIMITS, ("--prefill-chunk-size", "--max-num-batched-tokens"), Integer(1, 1 << 20),
            "most tokens in one step, prompts included", "N", in_yaml=True),
     _switch("enable_prefix_caching", LIMITS, "reuse the KV blocks of equal prompt beginnings (on unless disabled)",
-            off=("--disable-prefix-cache", "--no-enable-prefix-caching"), in_yaml=True),
+            off=("--disable-prefix-cache", "--no-enable-prefix-caching"), in_yaml=True, commands=_REUSING),
     Option("max_queued_requests", LIMITS, ("--max-queued-requests",), Integer(1, 1 << 20),
-           "most unfinished requests before new ones are refused with 503", "N", in_yaml=True),
+           "most unfinished requests before new ones are refused with 503", "N", in_yaml=True, commands=_SERVE),
     Option("seed", LIMITS, ("--seed",), Integer(-(1 << 63), (1 << 64) - 1, units=False),
-           "makes requests without a seed reproducible, in order of arrival", "N", in_yaml=True),
+           "makes requests without a seed reproducible, in order of arrival", "N", in_yaml=True, commands=_WITH_TEXT),
     Option("temperature", SAMPLING, ("--temperature",), Number(0, 100), "0 is greedy", "X", in_yaml=True),
     Option("top_p", SAMPLING, ("--top-p",), Number(0, 1, open_low=True), "keep the likeliest tokens up to this sum",
            "X", in_yaml=True),
@@ -146,13 +153,14 @@ OPTIONS: tuple[Option, ...] = (
            "web origin whose pages may call this server, or *; repeatable", "ORIGIN", repeat=True),
     Option("max_body_mb", HTTP, ("--max-body-mb",), Integer(1, 1024), "largest request body, in MB of 2^20 bytes",
            "MB"),
+    _switch("enable_request_priority", HTTP, "let clients put their requests before those of others (`priority`)"),
     Option("shutdown_timeout", HTTP, ("--shutdown-timeout",), Integer(0, 86400),
            "seconds that running requests get to finish on shutdown", "SECONDS"),
     _switch("log_requests", HTTP, "log one line per HTTP request, without its content"),
     Option("log_level", LOGGING, ("--log-level",), _LEVELS, "debug, info, warning or error", "LEVEL"),
 )  # fmt: skip
 
-_SYSTEM = Option("system", "command", ("--system",), Text(1 << 20), "system message of the conversation", "TEXT")
+_SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
 _MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
 
 COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
@@ -162,7 +170,7 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _SYSTEM,
         _MAX_TOKENS,
         Option(
-            "stop", "command", ("--stop",), Text(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
+            "stop", "command", ("--stop",), FreeText(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
         ),
     ),
     "chat": (_SYSTEM, _MAX_TOKENS),
@@ -175,3 +183,9 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     ),
 }
 """Options of single commands; they have no environment variable and no models.yaml key."""
+
+
+def settings_of(command: str) -> tuple[Option, ...]:
+    """The settings that act on a command."""
+    groups = COMMAND_GROUPS[command]
+    return tuple(option for option in OPTIONS if option.group in groups and command in option.commands)

@@ -26,6 +26,7 @@ _UNITS = {
 _SIZE = re.compile(r"([+-]?\d{1,20}(?:\.\d{1,20})?)([kmgtKMGT]?)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})?", re.ASCII)
 _MAX_TEXT = 4096
+_MAX_FREE_TEXT = 1 << 20
 
 
 class UsageError(ConfigError):
@@ -66,6 +67,27 @@ class Text:
             raise ValueError("must not be empty: leave it out or give a value")
         if len(value) > self.most or not value.isprintable():
             raise ValueError(f"must be at most {self.most} printable characters")
+        return value
+
+
+@dataclass(frozen=True)
+class FreeText:
+    """What a person writes for the model: anything but nothing, line ends and blanks included."""
+
+    most: int = _MAX_FREE_TEXT
+
+    def from_text(self, text: str) -> str:
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"must be a text, not {value!r:.60}")
+        if not 0 < len(value) <= self.most:
+            raise ValueError(f"must have 1 to {self.most} characters, not {len(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # Python's stand-in for a byte of the command line that is not UTF-8
+            raise ValueError(f"must be UTF-8: character {error.start + 1} is not") from None
         return value
 
 
@@ -194,7 +216,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device, which the engine of this version refuses."""
 
     def from_text(self, text: str) -> str:
         text = text.strip().lower()
@@ -202,5 +224,5 @@ class Device:
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII) is None:
-            raise ValueError(f"must be one device: auto, cpu, cuda, cuda:N or N, not {value!r:.60}")
+            raise ValueError(f"must be one device, auto or cpu (CUDA is not in this version), not {value!r:.60}")
         return value

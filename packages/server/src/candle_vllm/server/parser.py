@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from candle_vllm.server.flags import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option
-from candle_vllm.server.kinds import UsageError, nearest
+from candle_vllm.server.flags import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option, settings_of
+from candle_vllm.server.kinds import FreeText, UsageError, nearest
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.sources import Source, convert
 
@@ -54,14 +54,14 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Source, dict[str, Any]]:
     arguments = vars(given)
     settings: dict[str, Any] = {}
     spelled: dict[str, str] = {}
-    for option in _options(command):
+    for option in settings_of(command):
         if option.name in arguments:
             settings[option.name] = _value(option, arguments[option.name])
             spelled[option.name] = _flag(option)
     own = {option.name: _value(option, arguments[option.name])
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
     if command == "generate":
-        own["prompt"] = arguments["prompt"]
+        own["prompt"] = convert(FreeText(), arguments["prompt"], "PROMPT")
     return Source("the command line", settings, spelled), own
 
 
@@ -90,7 +90,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
             _add(own, option)
     for name in COMMAND_GROUPS[command]:
         group = parser.add_argument_group(name)
-        for option in OPTIONS:
+        for option in settings_of(command):
             if option.group == name:
                 _add(group, option)
     return parser
@@ -124,10 +124,6 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(*flags, dest=option.name, action="store_const", const=value, help=shown)
 
 
-def _options(command: str) -> list[Option]:
-    return [option for option in OPTIONS if option.group in COMMAND_GROUPS[command]]
-
-
 def _flag(option: Option) -> str:
     return option.flags[0] if option.flags else next(iter(option.constants))
 
@@ -147,6 +143,6 @@ def _unknown(command: str, text: str) -> str:
     elsewhere = [option for option in OPTIONS if flag in (*option.flags, *option.constants)]
     if elsewhere:
         return f"{flag} does not apply to `candle-vllm {command}`"
-    options = (*_options(command), *COMMAND_OPTIONS[command])
+    options = (*settings_of(command), *COMMAND_OPTIONS[command])
     known = [name for option in options for name in (*option.flags, *option.constants)]
     return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"

@@ -41,7 +41,7 @@ def serve(settings: Settings) -> int:
 
 
 def run(engine: ServedEngine, settings: Settings, listener: socket.socket) -> None:
-    """Serves a loaded engine on a bound socket until a signal."""
+    """Serves a loaded engine on a listening socket until a signal."""
     server = make_server(engine, settings)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
@@ -69,7 +69,11 @@ def make_server(engine: ServedEngine, settings: Settings) -> DrainingServer:
 
 
 def bind(address: Address) -> socket.socket:
-    """A socket that holds the address but does not listen yet; UsageError when it is taken or not ours."""
+    """A socket that listens at the address; UsageError when it is taken or not ours.
+
+    It listens before the model is loaded, because two sockets that do not may share a port. A client that comes while
+    the model is loading waits.
+    """
     if address.unix_path is not None:
         return _bind_unix(address.unix_path)
     try:
@@ -84,6 +88,7 @@ def bind(address: Address) -> socket.socket:
         if family == socket.AF_INET6 and address.host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(target)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(_bind_message(address, error)) from None
@@ -104,6 +109,7 @@ def _bind_unix(path: Path) -> socket.socket:
         if path.exists():
             _remove_stale(path)
         listener.bind(str(path))
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(f"cannot listen on {path}: {error.strerror}") from None

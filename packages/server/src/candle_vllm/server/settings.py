@@ -60,7 +60,8 @@ class Settings:
     port: int = 2000
     api_key: tuple[str, ...] = field(default=(), repr=False)
     cors_origin: tuple[str, ...] = ()
-    max_body_mb: int = 32
+    max_body_mb: int = 8
+    enable_request_priority: bool = False
     shutdown_timeout: int = 30
     log_level: str = "info"
     log_requests: bool = False

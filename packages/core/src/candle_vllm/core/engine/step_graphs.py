@@ -6,6 +6,8 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention.cpu import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
-from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.registry import Decoder
@@ -35,21 +37,21 @@ class RecordedRunner:
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
         shape = (num_blocks, limits.block_size, config.num_kv_heads, config.head_dim)
-        # Zeroed: masked positions of a last block are read. The system hands out zero pages as they are first touched.
-        keys = tuple(np.zeros(key_cache_shape(*shape), np.int16) for _ in range(config.num_layers))
-        values = tuple(np.zeros(value_cache_shape(*shape), np.int16) for _ in range(config.num_layers))
+        layers, key_shape, value_shape = config.num_layers, key_cache_shape(*shape), value_cache_shape(*shape)
+        keys = tuple(aligned(math.prod(key_shape), np.int16).reshape(key_shape) for _ in range(layers))
+        values = tuple(aligned(math.prod(value_shape), np.int16).reshape(value_shape) for _ in range(layers))
         self.decoder = decoder
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing = torch.empty(0)
         step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
         self._caches = (keys, values)
         hidden = decoder.forward(recorder.tokens(), step)
-        layers, layer_rows = len(recorder.plan), recorder.num_rows
+        head_start, layer_rows = len(recorder.plan), recorder.num_rows
         decoder.logits(hidden)
         assert recorder.logits is not None
         self._plan = np.array(recorder.plan, np.int64)
         self._num_rows = recorder.num_rows
-        self._head, self._head_rows = self._plan[layers:], recorder.num_rows - layer_rows
+        self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
         self._logits = torch.from_numpy(recorder.logits)
         self._team = ThreadTeam(limits.threads)
 

@@ -4,44 +4,92 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 
 import torch
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary
 from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 from candle_vllm.core.loading.config import RopeConfig
+from candle_vllm.core.loading.tensors import StoredTensor
 
 
 class Rotary:
     """Rotates queries and keys by position; one per model, shared by its layers.
 
     A GGUF file of Llama 3 carries its scaling as divisors of the frequencies; they are the optional part "factors".
+
+    Args:
+        rope: the scaling.
+        max_position: the context that the frequencies are made for, in tokens.
+        placement: where the tables go.
+        factors: the checkpoint has divisors of the frequencies.
+
+    Raises:
+        InvalidFileError: the frequencies are not finite, so that no request could be served.
     """
 
     def __init__(self, rope: RopeConfig, max_position: int, placement: Placement, *, factors: bool = False) -> None:
-        self.rope = rope
         self.max_position = max_position
         self.device = placement.device
+        self._scale = attention_scale(rope)
+        self._frequencies = inverse_frequencies(rope, max_position)
+        _check_angles(self._frequencies, max_position, f"the rotary settings {rope}")
         self._factors = torch.ones(rope.dim // 2) if factors else None
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @cached_property
+    def prepare(self, positions: int) -> None:
+        """Makes the tables for positions below `positions`; larger ones that are there already stay.
+
+        An engine calls it with the context that it has memory for, which may be far less than `max_position`.
+        """
+        assert 0 < positions <= self.max_position
+        if self._tables is None or len(self._tables[0]) < positions:
+            self._tables = self._make_tables(positions)
+
+    @property
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [P, R/2] in fp32, made when the weights are there."""
-        frequencies = inverse_frequencies(self.rope, self.max_position)
-        if self._factors is not None:
-            frequencies = frequencies / self._factors
-        angles = torch.arange(self.max_position, dtype=torch.float32).unsqueeze(1) * frequencies
-        scale = attention_scale(self.rope)
-        return (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device)
+        """cos and sin [P, R/2] in fp32; for the whole context where `prepare` was not called."""
+        if self._tables is None:
+            self._tables = self._make_tables(self.max_position)
+        return self._tables
+
+    def _make_tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies = self._frequencies if self._factors is None else self._frequencies / self._factors
+        angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * frequencies
+        cos = angles.cos().mul_(self._scale).to(self.device)
+        return cos, angles.sin_().mul_(self._scale).to(self.device)
 
     def __call__(self, x: Value, positions: torch.Tensor) -> Value:
         return rotary(x, positions, *self.tables)
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        return {} if self._factors is None else {"factors": TensorPart(self._factors)}
+        if self._factors is None:
+            return {}
+        return {"factors": _Factors(self._factors, self._frequencies, self.max_position)}
+
+
+class _Factors(TensorPart):
+    """Divisors of the frequencies, checked as they come."""
+
+    def __init__(self, factors: torch.Tensor, frequencies: torch.Tensor, max_position: int) -> None:
+        super().__init__(factors)
+        self._factors = factors
+        self._frequencies = frequencies
+        self._max_position = max_position
+
+    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+        """Copies the tensor."""
+        super().fill(stored, interleaved_heads)
+        _check_angles(self._frequencies / self._factors, self._max_position, f"the tensor {stored.name}")
+
+
+def _check_angles(frequencies: torch.Tensor, max_position: int, source: str) -> None:
+    """Cosines and sines are finite where the largest angles are."""
+    if not bool((frequencies >= 0).all() and (frequencies * max_position).isfinite().all()):
+        raise InvalidFileError(f"{source} gives rotary frequencies that are negative, infinite or not a number")
 
 
 def attention_scale(rope: RopeConfig) -> float:

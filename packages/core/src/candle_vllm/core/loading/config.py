@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +18,16 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 T = TypeVar("T", int, float, bool, str, list, dict)
 
 MAX_CONFIG_BYTES = 16 << 20
+MAX_COUNT = 1 << 24
+"""Most tokens, rows, columns or heads that a config may name."""
+
+MAX_LAYERS = 4096
 _REQUIRED: Any = object()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding.
+    """Rotary position embedding. Values that cannot be computed with are an `InvalidFileError`.
 
     Attributes:
         theta: base of the frequencies.
@@ -48,6 +53,33 @@ class RopeConfig:
     attention_factor: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        smallest = 4 if self.kind == "dynamic" else 2  # its exponent is dim / (dim - 2)
+        if not smallest <= self.dim <= 1024 or self.dim % 2:
+            raise InvalidFileError(
+                f"{self.dim} rotary dimensions are not possible: {self.kind} rotary positions need an even number "
+                f"from {smallest} to 1024"
+            )
+        self._check("base (rope_theta)", self.theta, 1, 1e30)
+        if not 1 <= self.factor <= MAX_COUNT:
+            raise InvalidFileError(f"the rotary factor is {self.factor}; it must be 1 to {MAX_COUNT}")
+        if not 1 <= self.original_max_position <= MAX_COUNT:
+            raise InvalidFileError(
+                f"the context before stretching is {self.original_max_position} tokens; it must be 1 to {MAX_COUNT}"
+            )
+        if self.kind == "llama3":
+            self._check("low_freq_factor", self.low_freq_factor, 0, 1e6)
+            self._check("high_freq_factor", self.high_freq_factor, self.low_freq_factor, 1e6)
+        if self.kind == "yarn":
+            self._check("beta_slow", self.beta_slow, 0, 1e6)
+            self._check("beta_fast", self.beta_fast, self.beta_slow, 1e6)
+            if self.attention_factor is not None:
+                self._check("attention_factor", self.attention_factor, 0, 1e6)
+
+    def _check(self, name: str, value: float, low: float, high: float) -> None:
+        if not low < value <= high:  # NaN is not within either
+            raise InvalidFileError(f"the rotary {name} is {value}; it must be above {low:g} and at most {high:g}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -59,7 +91,7 @@ class ModelConfig:
         max_position: longest context, scaling included.
         sliding_windows: per layer, how many tokens back a query sees, itself included; None sees all.
         qk_norm: q and k are RMS-normalised per head before rotation.
-        eos_token_ids, bos_token_id: as far as the config names them.
+        eos_token_ids: as far as the config names them.
     """
 
     model_type: str
@@ -80,23 +112,25 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise InvalidFileError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads")
-        if not 0 < self.head_dim <= 1024 or not 0 < self.rope.dim <= self.head_dim or self.rope.dim % 2:
+        if not 0 < self.head_dim <= 1024 or self.rope.dim > self.head_dim:
             raise InvalidFileError(f"head size {self.head_dim} with {self.rope.dim} rotary dimensions is not possible")
-        if not 0 < self.max_position <= 1 << 24:
-            raise InvalidFileError(f"the model's config says its context is {self.max_position} tokens")
-        if not 0 < self.rope.theta < float("inf") or not 0 < self.rope.factor < float("inf"):
-            raise InvalidFileError(f"rotary base {self.rope.theta} and factor {self.rope.factor} must be positive")
+        if not 0 < self.max_position <= MAX_COUNT:
+            raise InvalidFileError(
+                f"the model's config says its context is {self.max_position} tokens; at most {MAX_COUNT} are possible"
+            )
+        if not 0 < self.vocab_size <= MAX_COUNT:
+            raise InvalidFileError(f"the model has {self.vocab_size} tokens; it must have 1 to {MAX_COUNT}")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
-        if any(window is not None and window < 1 for window in self.sliding_windows):
-            raise InvalidFileError(
-                f"the model's config says its sliding window is {min(filter(None, self.sliding_windows))}"
-            )
+        for window in self.sliding_windows:
+            if window is not None and not 0 < window <= MAX_COUNT:
+                raise InvalidFileError(
+                    f"the model's config says its sliding window is {window} tokens; it must be 1 to {MAX_COUNT}"
+                )
         assert len(self.sliding_windows) == self.num_layers
 
 
@@ -118,23 +152,32 @@ class Fields:
         return self.values.get(self.prefix + key) is not None
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The value of `key`, which must be of `kind`; `default` where it is absent or null."""
+        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null."""
         value = self.values.get(self.prefix + key)
         if value is None:
             if default is _REQUIRED:
                 raise InvalidFileError(f"{self.path}: {self.prefix + key} is missing")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = self._finite(key, value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not a {kind.__name__}")
         return value
 
-    def count(self, key: str, default: Any = _REQUIRED) -> int:
-        """A whole number from 1 to 2^24."""
+    def _finite(self, key: str, value: float) -> float:
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond 1.8e308
+            number = math.inf
+        if not math.isfinite(number):
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
+        return number
+
+    def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
+        """A whole number from 1 to `most`."""
         value = self.get(key, int, default)
-        if value is not default and not 0 < value <= 1 << 24:
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {1 << 24}")
+        if value is not default and not 0 < value <= most:
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {most}")
         return value
 
     def choice(self, key: str, default: str, *allowed: str) -> str:
@@ -151,11 +194,13 @@ class Fields:
         return Fields(self.get(key, dict, {}), self.path)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them, as a tuple."""
+        """One token id, from 0 to 2^24, or a list of them, as a tuple."""
         value = self.values.get(self.prefix + key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not token ids")
+        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT for item in ids):
+            raise InvalidFileError(
+                f"{self.path}: {self.prefix + key} is {value!r:.80}, not a token id or a list of them"
+            )
         return tuple(ids)
 
 
@@ -182,6 +227,8 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
         raise UnsupportedModelError(
             f"{fields.path}: rope_type is {kind!r}; implemented: default, linear, dynamic, llama3, yarn"
         )
+    if not 0 < partial <= 1:
+        raise InvalidFileError(f"{fields.path}: partial_rotary_factor is {partial}; it must be above 0 and at most 1")
     attention_factor = nested.get("attention_factor", float, None)
     if kind == "yarn" and attention_factor is None and "mscale" in nested:
         raise UnsupportedModelError(f"{fields.path}: yarn with mscale is not implemented for this model")

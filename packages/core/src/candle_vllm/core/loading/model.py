@@ -6,13 +6,15 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelLoadError
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
 from candle_vllm.core.loading.gguf import open_gguf
@@ -20,8 +22,10 @@ from candle_vllm.core.loading.placement import choose_placement
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import load_weights
+from candle_vllm.core.loading.vocabulary import end_tokens, fit_tokenizer
+from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.registry import Decoder, Family, family_from_gguf, family_from_hf, gguf_heads
+from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -69,6 +73,10 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         config: the engine's settings.
         device: where to load it.
         progress: called with bytes done and bytes in all.
+
+    Raises:
+        ModelNotFoundError: the model names nothing that exists.
+        ModelLoadError: its files cannot be used; the message names the file.
     """
     files = resolve(
         config.model,
@@ -79,36 +87,57 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         offline=config.offline,
     )
     started = time.perf_counter()
-    checkpoint, metadata = _open(files)
-    try:
-        family, model_config, heads = _describe(files, checkpoint, metadata)
+    described = _config_file(files)
+    with _naming(described):
+        checkpoint, metadata = _open(files)
+    with checkpoint:
+        with _naming(described):
+            family, model_config, heads = _describe(files, checkpoint, metadata)
         limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
         model_config = dataclasses.replace(model_config, max_position=limit)
-        placement = choose_placement(config, device, checkpoint, model_config)
-        decoder = family.build(model_config, placement, checkpoint)
-        _fill(decoder, family, model_config, checkpoint, heads, progress)
-        tokenizer = _tokenizer(config, files, metadata)
-        tokenizer.cover(model_config.vocab_size)
+        # What is small comes first: a model that cannot be served is refused before its weights are read.
         generation = _generation_config(files)
-        source = config.chat_template or tokenizer.chat_template
+        default_sampling = _default_sampling(generation)
+        tokenizer = _tokenizer(config, files, metadata, model_config.vocab_size)
+        template = _template(config, tokenizer, described)
+        eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
+        with _naming(described, checkpoint.path):
+            _check_weights(family, model_config, checkpoint)
+            placement = choose_placement(config, device, checkpoint, model_config)
+            decoder = family.build(model_config, placement, checkpoint)
+            _fill(decoder, family, model_config, checkpoint, heads, progress)
         loaded = LoadedModel(
             name=files.name,
             decoder=decoder,
             placement=placement,
             config=model_config,
             tokenizer=tokenizer,
-            template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
-            eos_token_ids=_eos(model_config, tokenizer, generation),
-            default_sampling=_default_sampling(generation),
+            template=template,
+            eos_token_ids=eos_token_ids,
+            default_sampling=default_sampling,
             quantization=_quantization(checkpoint),
             num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
             weight_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
         )
-    finally:
-        checkpoint.close()
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, loaded.weight_bytes / 1e6, seconds)
     return loaded
+
+
+def _config_file(files: ModelFiles) -> Path:
+    """The file that describes the model."""
+    return files.weights[0] if files.format == "gguf" else files.config or files.folder
+
+
+@contextmanager
+def _naming(source: object, *others: object) -> Iterator[None]:
+    """Puts `source` before the message of a loading error, whoever raised it, unless it names that or `others`."""
+    try:
+        yield
+    except ModelLoadError as error:
+        if any(str(name) in str(error) for name in (source, *others)):
+            raise
+        raise type(error)(f"{source}: {error}") from error
 
 
 def _open(files: ModelFiles) -> tuple[Checkpoint, Mapping[str, Any]]:
@@ -128,6 +157,16 @@ def _describe(
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
     family, config = family_from_hf(read_json(files.config), files.config)
     return family, config, {}
+
+
+def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    check_weights(
+        lambda placement: family.build(config, placement, checkpoint),
+        family.weights,
+        checkpoint,
+        num_layers=config.num_layers,
+        ignored=family.ignored(config),
+    )
 
 
 def _fill(
@@ -156,12 +195,18 @@ def _fill(
     )
 
 
-def _tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any]) -> Tokenizer:
-    if config.tokenizer is not None:
-        return Tokenizer.from_folder(config.tokenizer)
-    if files.format == "gguf":
-        return Tokenizer.from_gguf(metadata)
-    return Tokenizer.from_folder(files.tokenizer_folder or files.folder)
+def _tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
+    inside = files.format == "gguf" and config.tokenizer is None
+    source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
+    with _naming(source):
+        tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
+        return fit_tokenizer(tokenizer, rows, source)
+
+
+def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
+    source = config.chat_template or tokenizer.chat_template
+    with _naming("the chat_template setting" if config.chat_template else config.tokenizer or described):
+        return ChatTemplate(source, tokenizer.special_tokens) if source else None
 
 
 def _generation_config(files: ModelFiles) -> Fields:
@@ -171,15 +216,18 @@ def _generation_config(files: ModelFiles) -> Fields:
 
 def _default_sampling(generation: Fields) -> dict[str, float | int]:
     """Sampling defaults; a config that says do_sample false asks for greedy decoding."""
-    values = {key: generation.values[key] for key in _SAMPLING_KEYS if key in generation}
+    values: dict[str, Any] = {}
+    for key in (key for key in _SAMPLING_KEYS if key in generation):
+        value = generation.get(key, float)
+        # Some exporters write a count as 50.0; 50.5 stays as it is and is refused below.
+        values[key] = int(value) if key == "top_k" and value.is_integer() else value
     if not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
+    try:
+        SamplingParams(**values)
+    except InvalidParameterError as error:
+        raise InvalidFileError(f"{generation.path}: {error}; correct the file or take the key out") from error
     return values
-
-
-def _eos(config: ModelConfig, tokenizer: Tokenizer, generation: Fields) -> tuple[int, ...]:
-    ids = (*generation.token_ids("eos_token_id"), *config.eos_token_ids, *tokenizer.eos_token_ids)
-    return tuple(dict.fromkeys(ids))
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:

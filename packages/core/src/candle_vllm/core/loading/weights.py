@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.layers.parameters import Loadable, Part
+from candle_vllm.core.layers.parameters import Loadable, Part, Placement
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 
 _SHOWN = 8  # names listed in an error message
+
+_Job = tuple[StoredTensor, Part, int | None]  # what, where to, and the heads whose rows are interleaved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,35 @@ class WeightName:
     hf: str | None
     gguf: str | None
     gguf_heads: str | None = None
+
+
+def check_weights(
+    build: Callable[[Placement], object],
+    table: Sequence[WeightName],
+    checkpoint: Checkpoint,
+    *,
+    num_layers: int,
+    ignored: Sequence[str] = (),
+) -> None:
+    """Compares the model that a config describes with what the checkpoint holds, before memory is taken for it.
+
+    A config may claim any size. Here the model is built of shapes without memory, so that what is built after this
+    is never larger than what is stored.
+
+    Args:
+        build: makes the model.
+        table, checkpoint, num_layers, ignored: as for `load_weights`.
+
+    Raises:
+        WeightsError: as `load_weights`, or the config has more layers than the checkpoint has tensors.
+    """
+    if num_layers > len(checkpoint.tensors):
+        raise WeightsError(
+            f"{checkpoint.path}: the model's config asks for {num_layers} layers and there are only "
+            f"{len(checkpoint.tensors)} tensors"
+        )
+    model = build(Placement(torch.device("meta"), torch.float32))
+    _match(model, table, checkpoint, num_layers, {}, ignored)
 
 
 def load_weights(
@@ -60,7 +93,28 @@ def load_weights(
     Raises:
         WeightsError: with all names that do not match.
     """
-    jobs: list[tuple[StoredTensor, Part, int | None]] = []
+    jobs = _match(model, table, checkpoint, num_layers, heads, ignored)
+
+    def run(job: _Job) -> int:
+        stored, place, interleaved = job
+        place.fill(stored, interleaved)
+        return stored.nbytes
+
+    with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
+        for count in pool.map(run, jobs):
+            progress(count)
+
+
+def _match(
+    model: object,
+    table: Sequence[WeightName],
+    checkpoint: Checkpoint,
+    num_layers: int,
+    heads: Mapping[str, int],
+    ignored: Sequence[str],
+) -> list[_Job]:
+    """What goes where; a `WeightsError` where the names or the shapes differ."""
+    jobs: list[_Job] = []
     missing: list[str] = []
     used: set[str] = set()
     for line in _expand(table, num_layers):
@@ -84,15 +138,7 @@ def load_weights(
     unexpected = [name for name in checkpoint.tensors if name not in used and not _matches(name, ignored)]
     if missing or unexpected:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(missing, unexpected)}")
-
-    def run(job: tuple[StoredTensor, Part, int | None]) -> int:
-        stored, place, interleaved = job
-        place.fill(stored, interleaved)
-        return stored.nbytes
-
-    with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
-        for count in pool.map(run, jobs):
-            progress(count)
+    return jobs
 
 
 def _expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:

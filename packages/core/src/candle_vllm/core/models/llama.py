@@ -17,6 +17,7 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import (
+    MAX_LAYERS,
     Fields,
     ModelConfig,
     rope_from_gguf,
@@ -33,7 +34,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
     """Reads `config.json` of llama, mistral, qwen2 and qwen3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    layers, position = fields.count("num_hidden_layers"), fields.count("max_position_embeddings")
+    layers, position = fields.count("num_hidden_layers", most=MAX_LAYERS), fields.count("max_position_embeddings")
     head_dim = fields.count("head_dim", hidden // heads)
     rope = rope_from_hf(fields, head_dim, position)
     attention_bias = fields.get("attention_bias", bool, False)
@@ -56,7 +57,6 @@ def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_windows=_windows(fields, model_type, layers),
         eos_token_ids=fields.token_ids("eos_token_id"),
-        bos_token_id=fields.get("bos_token_id", int, None),
     )
 
 
@@ -67,7 +67,7 @@ def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, 
         return (None,) * layers
     if "layer_types" in fields:
         kinds = fields.get("layer_types", list)
-        if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        if len(kinds) != layers or not all(kind in ("full_attention", "sliding_attention") for kind in kinds):
             raise UnsupportedModelError(f"{fields.path}: layer_types must name full or sliding attention per layer")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if model_type == "mistral":
@@ -82,13 +82,14 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModelConfig:
     """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), qwen2 and qwen3."""
     architecture = Fields(fields.values, fields.path).get("general.architecture", str)
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
-    layers, position = fields.count("block_count"), fields.count("context_length")
+    layers, position = fields.count("block_count", most=MAX_LAYERS), fields.count("context_length")
     head_dim = fields.count("attention.key_length", hidden // heads)
     rope = rope_from_gguf(fields, head_dim, position)
     embedding = checkpoint.tensors.get("token_embd.weight")
+    rows = embedding.shape[0] if embedding and embedding.shape else fields.count("vocab_size")
     return ModelConfig(
         model_type=architecture,
-        vocab_size=embedding.shape[0] if embedding else fields.count("vocab_size"),
+        vocab_size=rows,
         hidden_size=hidden,
         intermediate_size=fields.count("feed_forward_length"),
         num_layers=layers,
@@ -165,6 +166,10 @@ class Llama:
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+
+    def prepare(self, positions: int) -> None:
+        """See `Decoder.prepare`."""
+        self.rotary.prepare(positions)
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm."""

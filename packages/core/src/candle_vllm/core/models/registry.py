@@ -25,6 +25,10 @@ class Decoder(Protocol):
 
     config: ModelConfig
 
+    def prepare(self, positions: int) -> None:
+        """Makes the tables for positions below `positions`, at most the config's; the first step makes them else."""
+        ...
+
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Token ids [T] to hidden states [T, E]."""
         ...

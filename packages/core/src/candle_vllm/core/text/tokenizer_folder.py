@@ -1,8 +1,9 @@
 """A tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-tokenizer.json holds the vocabulary and its rules; tokenizer_config.json, special_tokens_map.json and
-generation_config.json say which tokens play which part; the chat template stands in one of four places, the newest
-first: chat_template.jinja with additional_chat_templates/, chat_template.json, tokenizer_config.json.
+tokenizer.json holds the vocabulary and its rules; tokenizer_config.json and special_tokens_map.json say which tokens
+play which part; the chat template stands in one of four places, the newest first: chat_template.jinja with
+additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json belongs to the model, not
+to the tokenizer: loading/model.py reads it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def load_folder(folder: Path) -> FolderParts:
     return FolderParts(
         backend=backend,
         bos_token_id=ids.get("bos_token"),
-        eos_token_ids=_eos_ids(backend, ids.get("eos_token"), folder / "generation_config.json"),
+        eos_token_ids=_eos_ids(backend, ids.get("eos_token")),
         special_tokens=names,
         chat_template=_chat_template(folder, config),
     )
@@ -151,15 +152,10 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str]) -> N
     set_frame(backend, *around)
 
 
-def _eos_ids(backend: Backend, eos: int | None, generation_config: Path) -> list[int]:
-    found = [] if eos is None else [eos]
-    value = _read_json(generation_config).get("eos_token_id")
-    for index in value if isinstance(value, list) else [] if value is None else [value]:
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise InvalidFileError(f"{generation_config}: eos_token_id must be a token id or a list of them")
-        found.append(index)
+def _eos_ids(backend: Backend, eos: int | None) -> list[int]:
+    named = [] if eos is None else [eos]
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    return [*found, *sorted(end_of_turn_ids(special))]
+    return [*named, *sorted(end_of_turn_ids(special))]
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:

@@ -17,6 +17,9 @@ MAX_DOCUMENTS = 256
 MAX_TEMPLATE_KWARGS = 64
 MAX_PROMPTS = 128  # of one completion request
 MAX_CHOICES = 256  # prompts times n
+MAX_BAD_WORDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_PROMPT_LOGPROBS = 1 << 18  # of an answer: prompt tokens x n x (logprobs + 1)
 MAX_PRIORITY = (1 << 31) - 1
 
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]

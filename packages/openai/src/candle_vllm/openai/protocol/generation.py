@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.protocol.fields import (
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
     MAX_NAME,
     MAX_PRIORITY,
     REFUSED_FIELDS,
@@ -91,7 +93,7 @@ class GenerationFields(WireModel):
     allowed_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
     ) = None
-    bad_words: Annotated[list[Text], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     echo: bool | None = None
@@ -117,8 +119,8 @@ class GenerationFields(WireModel):
     def _token_id_keys(cls, bias: Any) -> Any:
         if not isinstance(bias, dict):
             return bias
-        if len(bias) > caps.MAX_TOKEN_LIST:
-            raise invalid("", f"must have at most {caps.MAX_TOKEN_LIST} entries, not {len(bias)}")
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise invalid("", f"must have at most {MAX_LOGIT_BIAS} entries, not {len(bias)}")
         for key in bias:
             if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
                 raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
+from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.server.engine_setup import load_engine
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
@@ -56,14 +56,12 @@ def bench(
 ) -> int:
     """Measures and prints one JSON object, or a table for people."""
     began = time.perf_counter()
-    with load_engine(settings, enable_prefix_caching=False) as engine:
+    # All requests run at once: waiting in a queue is not what is measured.
+    room = {"max_num_seqs": max(concurrency, EngineConfig.max_num_seqs),
+            "max_queued_requests": max(concurrency, EngineConfig.max_queued_requests)}  # fmt: skip
+    with load_engine(settings, enable_prefix_caching=False, **room) as engine:
         load_s = time.perf_counter() - began
-        longest = engine.model_info.max_model_len
-        if prompt_tokens + output_tokens > longest:
-            raise UsageError(
-                f"{prompt_tokens} prompt and {output_tokens} output tokens exceed the longest request of {longest}:"
-                " lower --prompt-tokens or --output-tokens"
-            )
+        _check_room(engine, prompt_tokens + output_tokens, concurrency)
         shape = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "concurrency": concurrency}
         start_s, rounds = asyncio.run(_measure(engine, repeat, **shape))
         report = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
@@ -71,6 +69,22 @@ def bench(
         result = {name: round_figure(value) for name, value in report.items()} | _description(engine, shape, repeat)
     sys.stdout.write(_as_json(result) if as_json else _as_table(result))
     return 0
+
+
+def _check_room(engine: InferenceEngine, length: int, concurrency: int) -> None:
+    """Refuses a shape that cannot run at once."""
+    longest, stats = engine.model_info.max_model_len, engine.stats()
+    if length > longest:
+        raise UsageError(
+            f"{length} tokens, prompt and output together, exceed the longest request of {longest}:"
+            " lower --prompt-tokens or --output-tokens"
+        )
+    needed = concurrency * -(-length // stats.block_size)
+    if needed > stats.num_blocks:
+        raise UsageError(
+            f"{concurrency} requests of {length} tokens need {needed} KV blocks at once, and there are"
+            f" {stats.num_blocks}: lower --concurrency, --prompt-tokens or --output-tokens, or set --mem"
+        )
 
 
 async def _measure(

@@ -7,11 +7,11 @@ softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D].
 Same bits whatever else is in the step: the positions are cut into fixed chunks (`_chunk_start`), every chunk gives a
 partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
 it when is free: the query rows of one KV head (tokens x heads of the group) are taken in tiles of `_ROW_TILE`, and a
-unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work,
-one chunk of it, whose partial results go to scratch memory and are merged by the second operation.
+unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work, a
+run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
 
-Units are handed out by an atomic counter, the longest of a sequence first, so that a slow thread does less; `merge`
-sets the counter back to 0, and the barriers around it keep that apart from the next use.
+Units are handed out by an atomic counter, a sequence's longest first, so that a slow thread does less; `merge` sets the
+counter back to 0, and the barriers before and behind it keep that apart from every use.
 """
 
 from __future__ import annotations
@@ -346,10 +346,14 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
     return attend
 
 
-@cache
 def attend_operation(head_dim: int, isa: Isa) -> int:
     """Address of the compiled operation."""
-    return compile_operation(make_attend(head_dim, int(isa)))
+    return _compiled_attend(head_dim, int(isa & Isa.BF16))
+
+
+@cache
+def _compiled_attend(head_dim: int, isa: int) -> int:
+    return compile_operation(make_attend(head_dim, isa))
 
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
@@ -397,9 +401,13 @@ def make_merge(head_dim: int) -> Callable[..., None]:
     return merge
 
 
-@cache
 def merge_operation(head_dim: int, isa: Isa) -> int:
-    """Address of the compiled operation."""
+    """Address of the compiled operation, the same for every `isa`."""
+    return _compiled_merge(head_dim)
+
+
+@cache
+def _compiled_merge(head_dim: int) -> int:
     return compile_operation(make_merge(head_dim))
 
 

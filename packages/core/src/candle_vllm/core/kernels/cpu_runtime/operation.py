@@ -63,6 +63,8 @@ def use_kernel_cache() -> bool:
     """
     folder = cache_folder() / "kernels" / _fingerprint()
     try:
+        if not folder.exists():
+            logger.warning("compiling the CPU kernels for this machine: once, and some ten seconds")
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:

@@ -130,10 +130,17 @@ class Recorder:
         return address_of(self._scratch)
 
     def _allocate(self, count: int, dtype: type) -> np.ndarray:
-        raw = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
-        self._keep.append(raw)
-        start = -address_of(raw) % 64
-        return raw[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+        made = aligned(count, dtype)
+        self._keep.append(made)
+        return made
+
+
+def aligned(count: int, dtype: type) -> np.ndarray:
+    """Zeros at a multiple of 64 bytes; the system hands out the memory as it is first touched."""
+    size = count * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -address_of(raw) % 64
+    return raw[start : start + size].view(dtype)
 
 
 @dataclasses.dataclass
@@ -413,7 +420,7 @@ def _attend(
         kv_heads=kv_heads,
         head_dim=dim,
         block_size=limits.block_size,
-        num_blocks=len(key_cache),
+        num_blocks=key_cache.shape[1],
         rotary_dim=2 * tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
@@ -443,7 +450,7 @@ def _attend(
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
-        num_blocks=len(key_cache),
+        num_blocks=key_cache.shape[1],
         block_size=limits.block_size,
         heads=heads,
         kv_heads=kv_heads,

@@ -66,7 +66,9 @@ def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kin
 
 
 @intrinsic(prefer_literal=True)
-def write_rotated(_: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, kind: Any) -> Any:
+def write_rotated(
+    _: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, stride: Any, kind: Any
+) -> Any:
     """Dimensions dim .. dim + 15 and their partners, `half` further on, rotated, times a factor, to their places.
 
     `cos` and `sin` are the addresses of the position's row of the tables; `kind` is a constant.
@@ -206,9 +208,13 @@ def make_rotate_and_write() -> Callable[..., None]:
     return rotate_and_write
 
 
-@cache
 def rotate_and_write_operation(isa: Isa) -> int:
-    """Address of the compiled operation."""
+    """Address of the compiled operation, the same for every `isa`."""
+    return _compiled()
+
+
+@cache
+def _compiled() -> int:
     return compile_operation(make_rotate_and_write())
 
 

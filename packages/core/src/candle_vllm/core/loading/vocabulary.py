@@ -1,0 +1,102 @@
+"""A model's tokenizer, brought to the rows of its embedding table (loading, before step 3 of a request can run).
+
+The two are often of different size. Rows without a token are harmless. A token without a row is not: a plain text would
+become an id that the model cannot take. Tokens that were added to a finished vocabulary (a padding token that someone
+registered and never trained) are taken out, and their text is read as plain text; a token of the vocabulary itself, or
+one that begins or ends texts, cannot be missed, and the model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.loading.config import Fields, ModelConfig
+from candle_vllm.core.text.gguf_backend import refusing_panics
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
+    """A tokenizer whose ids are all below `rows`, and which knows every one of them.
+
+    Args:
+        tokenizer: as its files describe it; it may be changed.
+        rows: of the model's embedding table.
+        source: the file or folder of the tokenizer, for messages.
+
+    Raises:
+        InvalidFileError: a token that cannot be missed has no row.
+    """
+    # Not the number of tokens: a vocabulary may skip ids.
+    size = 1 + max(tokenizer.backend.get_vocab().values(), default=-1)
+    if size > rows:
+        tokenizer = _without_extra_tokens(tokenizer, size, rows, source)
+    tokenizer.cover(rows)
+    return tokenizer
+
+
+def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, source: Path) -> tuple[int, ...]:
+    """Tokens that end a sequence: generation config, config and tokenizer together.
+
+    Args:
+        config: the model's.
+        generation: `generation_config.json`.
+        tokenizer: as `fit_tokenizer` made it.
+        source: the file of `config`, for messages.
+
+    Raises:
+        InvalidFileError: one that the model has no row for.
+    """
+    named = generation.token_ids("eos_token_id")
+    for path, ids in ((generation.path, named), (source, config.eos_token_ids)):
+        _check_rows(ids, config.vocab_size, f"{path}: eos_token_id")
+    return tuple(dict.fromkeys((*named, *config.eos_token_ids, *tokenizer.eos_token_ids)))
+
+
+def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Path) -> Tokenizer:
+    backend = tokenizer.backend
+    sizes = f"{source}: the tokenizer has {size} token ids and the model's embedding has {rows} rows"
+    extra = {text: index for text, index in backend.get_vocab(with_added_tokens=False).items() if index >= rows}
+    if extra:
+        raise InvalidFileError(
+            f"{sizes}; {len(extra)} tokens of the vocabulary have none (the first is {min(extra.values())}): "
+            "the tokenizer belongs to another model"
+        )
+    needed = [tokenizer.bos_token_id, *(backend.token_to_id(text) for text in _framing(tokenizer))]
+    _check_rows([index for index in needed if index is not None], rows, f"{sizes}; a token that begins or ends texts")
+    kept = _remove_added(backend, rows, source)
+    _check_rows(kept.encode("").ids, rows, f"{sizes}; a token that is added to every text")
+    names = {name: text for name, text in tokenizer.special_tokens.items() if kept.token_to_id(text) is not None}
+    logger.warning("%s; the added tokens from %d on are read as plain text", sizes, rows)
+    return Tokenizer(
+        kept,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=[index for index in tokenizer.eos_token_ids if index < rows],
+        special_tokens=names,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _framing(tokenizer: Tokenizer) -> list[str]:
+    return [text for name, text in tokenizer.special_tokens.items() if name in ("bos_token", "eos_token")]
+
+
+def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:
+    """A copy without the added tokens from `rows` on; the library has no way to take one out of a live tokenizer."""
+    data = json.loads(backend.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < rows]
+    with refusing_panics(str(source)):
+        return Backend.from_str(json.dumps(data))
+
+
+def _check_rows(ids: Iterable[int], rows: int, what: str) -> None:
+    beyond = [index for index in ids if index >= rows]
+    if beyond:
+        raise InvalidFileError(f"{what} is {beyond[0]}, and the model has only the tokens 0 to {rows - 1}")

@@ -1,0 +1,113 @@
+"""Rotary settings that cannot be computed with are refused before a request meets them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.layers.parameters import Placement, TensorPart
+from candle_vllm.core.layers.rotary import Rotary, attention_scale, inverse_frequencies
+from candle_vllm.core.loading.config import RopeConfig
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": 0}, "0 rotary dimensions"),
+        ({"dim": 15}, "15 rotary dimensions"),
+        ({"dim": 1026}, "1026 rotary dimensions"),
+        ({"kind": "dynamic", "dim": 2}, "2 rotary dimensions .* dynamic .* from 4"),
+        ({"theta": 1.0}, "rope_theta"),
+        ({"theta": NAN}, "rope_theta"),
+        ({"theta": INF}, "rope_theta"),
+        ({"factor": 0.5}, "rotary factor is 0.5"),
+        ({"factor": NAN}, "rotary factor is nan"),
+        ({"factor": INF}, "rotary factor is inf"),
+        ({"original_max_position": 0}, "before stretching is 0"),
+        ({"original_max_position": -5}, "before stretching is -5"),
+        ({"kind": "llama3", "low_freq_factor": 0.0}, "low_freq_factor is 0"),
+        ({"kind": "llama3", "low_freq_factor": 4.0}, "high_freq_factor is 4.0; it must be above 4"),
+        ({"kind": "yarn", "beta_fast": 0.0}, "beta_fast is 0"),
+        ({"kind": "yarn", "beta_slow": -1.0}, "beta_slow is -1"),
+        ({"kind": "yarn", "beta_slow": 32.0}, "beta_fast is 32.0; it must be above 32"),
+        ({"kind": "yarn", "attention_factor": NAN}, "attention_factor is nan"),
+        ({"kind": "yarn", "attention_factor": 0.0}, "attention_factor is 0"),
+    ],
+)
+def test_ranges(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidFileError, match=message):
+        RopeConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"theta": 1.0000001},
+        {"theta": 1e30},
+        {"factor": float(1 << 24)},
+        {"original_max_position": 1},
+        {"original_max_position": 1 << 24},
+        {"dim": 4},
+        {"low_freq_factor": 3.9999999},
+        {"beta_slow": 31.9999999},
+        {"truncate": False},
+    ],
+    ids=str,
+)
+def test_tables_are_finite_wherever_the_ranges_allow(kind: str, extreme: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"kind": kind, "factor": 2.0} | extreme
+    rotary = Rotary(RopeConfig(**settings), 1 << 24, CPU)
+    rotary.prepare(64)
+    assert all(bool(table.isfinite().all()) for table in rotary.tables)
+
+
+def test_prepare_makes_the_first_rows_of_the_whole_tables() -> None:
+    rope = RopeConfig(kind="yarn", factor=4.0, original_max_position=128, dim=16)
+    whole, part = Rotary(rope, 512, CPU), Rotary(rope, 512, CPU)
+    part.prepare(100)
+    for a, b in zip(part.tables, whole.tables, strict=True):
+        assert a.shape == (100, 8)
+        assert b.shape == (512, 8)
+        assert torch.equal(a, b[:100])
+    angles = torch.arange(512).unsqueeze(1) * inverse_frequencies(rope, 512)
+    torch.testing.assert_close(whole.tables[0], angles.cos() * attention_scale(rope))
+    torch.testing.assert_close(whole.tables[1], angles.sin() * attention_scale(rope))
+
+
+def test_prepare_keeps_larger_tables() -> None:
+    """A recorded step knows them by address."""
+    rotary = Rotary(RopeConfig(dim=16), 512, CPU)
+    before = rotary.tables
+    rotary.prepare(10)
+    assert rotary.tables is before
+
+
+class _Stored:
+    """As much of a stored tensor as a plain part reads."""
+
+    name = "rope_freqs.weight"
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+
+    def load(self, _: torch.dtype) -> torch.Tensor:
+        return self._values
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, 1e-45])
+def test_divisors_are_checked_as_they_come(bad: float) -> None:
+    part = Rotary(RopeConfig(dim=16), 512, CPU, factors=True).parts()["factors"]
+    assert isinstance(part, TensorPart)
+    part.fill(_Stored(torch.full((8,), 2.0)), None)  # type: ignore[arg-type]
+    values = torch.ones(8)
+    values[3] = bad
+    with pytest.raises(InvalidFileError, match=r"rope_freqs\.weight"):
+        part.fill(_Stored(values), None)  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""What load_model makes of the small files beside the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, toy_config, write_toy_gguf, write_toy_model
+
+NAN = float("nan")
+
+
+def load(model: Path, **settings: Any) -> LoadedModel:
+    return load_model(EngineConfig(model=str(model), **settings), torch.device("cpu"), lambda *_: None)
+
+
+def with_generation_config(folder: Path, values: dict[str, Any]) -> Path:
+    write_toy_model(folder)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return folder
+
+
+# ---- generation config -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", "hot"),
+        ("temperature", -5),
+        ("temperature", 10**400),
+        ("temperature", NAN),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 5.0),
+        ("top_k", -5),
+        ("top_k", 5.5),
+        ("top_k", 10**30),
+        ("top_k", [1]),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", {}),
+        ("do_sample", "no"),
+        ("eos_token_id", "x"),
+        ("eos_token_id", -1),
+        ("eos_token_id", [258, True]),
+        ("eos_token_id", TOY_VOCAB_SIZE),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_a_wrong_default_names_file_and_key(key: str, value: Any, tmp_path: Path) -> None:
+    folder = with_generation_config(tmp_path, {key: value})
+    with pytest.raises(InvalidFileError, match=key) as caught:
+        load(folder)
+    assert str(folder / "generation_config.json") in str(caught.value)
+
+
+def test_defaults_take_their_own_types(tmp_path: Path) -> None:
+    folder = with_generation_config(tmp_path, {"top_k": 5.0, "temperature": 1, "top_p": None, "eos_token_id": 256})
+    loaded = load(folder)
+    assert {key: (value, type(value)) for key, value in loaded.default_sampling.items()} == {
+        "top_k": (5, int),
+        "temperature": (1.0, float),
+    }
+    assert loaded.eos_token_ids[:2] == (256, 258)
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def test_errors_in_gguf_metadata_name_the_file(tmp_path: Path) -> None:
+    path = write_toy_gguf(tmp_path / "model.gguf", toy_config(rope_theta=1.0))
+    with pytest.raises(InvalidFileError, match="rope_theta") as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_broken_template_names_its_file_or_the_setting(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="chat_template setting: "):
+        load(folder, chat_template="{{")
+    (folder / "chat_template.jinja").write_text("{{")
+    with pytest.raises(UnsupportedModelError, match="line 1") as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_the_folder_of_another_tokenizer_is_the_one_named(tmp_path: Path) -> None:
+    folder, other = write_toy_model(tmp_path / "model"), write_toy_model(tmp_path / "words")
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidFileError) as caught:
+        load(folder, tokenizer=other)
+    assert str(other) in str(caught.value)
+    assert str(folder) not in str(caught.value)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_that_claims_a_huge_layer_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from candle_vllm.core.loading import gguf
+
+    path = write_toy_gguf(tmp_path / "model.gguf")
+    opened = gguf.open_gguf
+
+    def lying(path: Path) -> Any:
+        checkpoint = opened(path)
+        checkpoint.metadata = {**checkpoint.metadata, "llama.feed_forward_length": 1 << 24}
+        return checkpoint
+
+    monkeypatch.setattr("candle_vllm.core.loading.model.open_gguf", lying)
+    with pytest.raises(WeightsError, match="16777216") as caught:
+        load(path)
+    assert str(path) in str(caught.value)

@@ -1,0 +1,63 @@
+"""EngineConfig checks every field when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import ConfigError, EngineConfig
+
+WRONG: dict[str, list[Any]] = {
+    "model": ["", 5, None, b"m"],
+    "weight_file": [5, True],
+    "revision": [5, ["main"]],
+    "hf_token": [5],
+    "download_dir": [5, True, ""],
+    "offline": ["no", 1, None],
+    "tokenizer": [5, ""],
+    "chat_template": [5, {}],
+    "device": [5, None, "gpu", "cuda:x"],
+    "dtype": [5, None, "f64", []],
+    "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],
+    "max_num_seqs": [0, None, "8"],
+    "max_num_batched_tokens": [0, "8"],
+    "block_size": [0, 3, None, "8"],
+    "kv_cache_memory": [5, "1G", 1.5],
+    "kv_fraction": ["a", None, 0, 1, 0.0, 1.0, True, math.nan],
+    "enable_prefix_caching": ["no", 0, None],
+    "max_queued_requests": [0, None],
+    "threads": [0, "2", False],
+    "seed": ["1", 1.0, 1 << 64],
+}
+
+
+def test_no_field_is_left_out() -> None:
+    assert set(WRONG) == {field.name for field in dataclasses.fields(EngineConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in WRONG for value in WRONG[name]],
+    ids=lambda x: ascii(x)[:20] if not isinstance(x, int) or abs(x) < 1 << 70 else "huge",
+)
+def test_a_wrong_value_is_named(name: str, value: Any) -> None:
+    values: dict[str, Any] = {"model": "m", name: value}
+    with pytest.raises(ConfigError, match=name) as caught:
+        EngineConfig(**values)
+    assert caught.value.setting == name
+
+
+def test_paths_may_be_texts_and_the_model_a_path() -> None:
+    config = EngineConfig(model=Path("a") / "b", download_dir="c", tokenizer="d")  # type: ignore[arg-type]
+    assert (config.model, config.download_dir, config.tokenizer) == (str(Path("a/b")), Path("c"), Path("d"))
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "secret" not in repr(EngineConfig(model="m", hf_token="secret"))
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(model="m", hf_token=["secret"])  # type: ignore[arg-type]
+    assert "secret" not in str(caught.value)
