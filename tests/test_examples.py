@@ -47,8 +47,9 @@ def test_library_stream_pieces_add_up(run: Callable[..., str], toy_model: Path) 
 
 def test_custom_loop_runs_the_urgent_and_drops_the_unwanted(run: Callable[..., str], toy_model: Path) -> None:
     lines = run("custom_loop", str(toy_model)).splitlines()
-    assert [line.split(": ", 1)[1] for line in lines[:2]] == ["story ends (length)", "urgent ends (length)"]
-    texts = {line.split(": ")[0] for line in lines[2:-1]}
+    ends = [line.split(": ", 1)[1] for line in lines[:3]]
+    assert ends == ["unwanted ends (abort)", "story ends (length)", "urgent ends (length)"]
+    texts = {line.split(": ")[0] for line in lines[3:-1]}
     assert texts >= {"story", "urgent", "unwanted"}
     steps, tokens, blocks = lines[-1].split(", ")
     assert (steps, tokens) == ("19 steps", "35 tokens")  # 16 + 16 + 3; the last began after the third step

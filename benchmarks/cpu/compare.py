@@ -36,11 +36,13 @@ config = genai.SchedulerConfig()
 config.cache_size, config.max_num_seqs, config.max_num_batched_tokens = 2, 64, 2048
 config.dynamic_split_fuse, config.enable_prefix_caching = True, False
 pipe = genai.ContinuousBatchingPipeline(sys.argv[1], config, "CPU", {}, {})
-ids = pipe.get_tokenizer().encode("Numbers were written down long before anyone counted with machines. " * 900).input_ids.data
+text = "Numbers were written down long before anyone counted with machines. " * 900
+ids = pipe.get_tokenizer().encode(text).input_ids.data
 
 def seconds(prompts, count):
     options = genai.GenerationConfig()
-    options.max_new_tokens, options.ignore_eos, options.do_sample, options.apply_chat_template = count, True, False, False
+    options.max_new_tokens, options.ignore_eos = count, True
+    options.do_sample, options.apply_chat_template = False, False
     began = time.perf_counter()
     pipe.generate([ov.Tensor(np.ascontiguousarray(p)) for p in prompts], [options] * len(prompts))
     return time.perf_counter() - began

@@ -65,7 +65,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    block_size: int = 32
+    block_size: int = 64
     kv_cache_memory: int | None = None
     kv_fraction: float = 0.4
     enable_prefix_caching: bool = True

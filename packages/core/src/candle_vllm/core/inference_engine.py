@@ -323,10 +323,8 @@ class InferenceEngine:
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[GenerationRequest, list[LiveSequence]]]:
-        if params is None or isinstance(params, SamplingParams):
-            each = [params] * len(prompts)
-        else:
-            each = list(params)
+        one_for_all = params is None or isinstance(params, SamplingParams)
+        each: list[Any] = [params] * len(prompts) if one_for_all else list(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]

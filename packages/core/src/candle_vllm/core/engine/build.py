@@ -39,6 +39,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     logger.info(plan.message)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     scheduler = Scheduler(blocks, config.max_num_seqs, budget)
+    loaded.decoder.prepare(plan.max_model_len)
     runner = _build_runner(config, loaded, plan, budget)
     return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
 

@@ -1,4 +1,4 @@
-"""A real checkpoint of a few hundred kilobytes: random weights, a byte tokenizer and a chat template, for fast tests."""
+"""Real checkpoints of a few hundred kilobytes: random weights, a byte tokenizer and a chat template."""
 
 from __future__ import annotations
 
