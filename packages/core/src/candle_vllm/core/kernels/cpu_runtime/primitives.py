@@ -36,17 +36,6 @@ def int64_at(_: Any, address: Any) -> Any:
 
 
 @intrinsic
-def int8_at(_: Any, address: Any) -> Any:
-    """An address as a pointer to int8, for `carray`."""
-    signature = types.CPointer(types.int8)(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return signature, code
-
-
-@intrinsic
 def load_acquire(_: Any, address: Any) -> Any:
     """Reads an int64 that another thread writes."""
     signature = types.int64(types.int64)
