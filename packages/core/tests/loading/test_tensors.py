@@ -25,6 +25,23 @@ def test_a_mapped_file_gives_views(tmp_path: Path) -> None:
         file.view(0, 1)
 
 
+def test_released_pages_leave_memory_and_can_be_read_again(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 8 << 20, dtype=np.uint8).tobytes()
+    (tmp_path / "f").write_bytes(data)
+    file = MappedFile(tmp_path / "f")
+
+    def resident() -> int:
+        return int(Path("/proc/self/smaps_rollup").read_text().split("Rss:")[1].split()[0])
+
+    assert file.view(0, len(data)).tobytes() == data
+    before = resident()
+    for start, count in ((0, 0), (1, 100), (100, (8 << 20) - 200)):
+        file.release(start, count)
+    assert resident() < before - (7 << 10)
+    assert file.view(0, len(data)).tobytes() == data
+    file.close()
+
+
 def test_a_file_that_cannot_be_mapped(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="absent"):
         MappedFile(tmp_path / "absent")

@@ -68,6 +68,13 @@ class MappedFile:
         assert 0 <= start <= start + count <= self.size
         return self._bytes[start : start + count]
 
+    def release(self, start: int, count: int) -> None:
+        """Lets the system drop the pages within `count` bytes from `start`; they are read again if needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > first:
+                self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
     def close(self) -> None:
         """Gives the mapping back; views that are still held keep it alive until they go."""
         self._bytes = None
@@ -112,6 +119,10 @@ class StoredTensor(ABC):
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
+
+    def release(self) -> None:
+        """The tensor has been taken over: its pages of the file need not stay in memory."""
+        self.file.release(self.start, self.nbytes)
 
     @abstractmethod
     def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:

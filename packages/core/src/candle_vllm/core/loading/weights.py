@@ -98,6 +98,7 @@ def load_weights(
     def run(job: _Job) -> int:
         stored, place, interleaved = job
         place.fill(stored, interleaved)
+        stored.release()
         return stored.nbytes
 
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
