@@ -119,11 +119,11 @@ def test_what_cannot_be_continued() -> None:
 
 
 def test_named_templates() -> None:
-    template = ChatTemplate({"default": "D", "tool_use": "T", "rag": "R"}, {})
+    template = ChatTemplate({"default": "D", "tool_use": "T", "rag": "R{{ documents[0].text }}"}, {})
     assert template.supports_tools
     assert template.render(HELLO) == "D"
     assert template.render(HELLO, tools=[TOOL]) == "T"
-    assert template.render(HELLO, documents=[{"title": "t", "text": "x"}]) == "R"
+    assert template.render(HELLO, documents=[{"title": "t", "text": "x"}]) == "Rx"
     with pytest.raises(ChatTemplateError, match="rag"):
         ChatTemplate({"rag": "R"}, {}).render(HELLO)
     assert not ChatTemplate("{{ messages }}", {}).supports_tools
@@ -267,3 +267,13 @@ def test_a_long_conversation_is_within_the_limits() -> None:
     )
     messages = [{"role": "user", "content": "\u4e16\u754c hello " * 500}] * 1000
     assert ChatTemplate(source, {}).render(messages).endswith("1000")
+
+
+def test_documents_that_a_template_would_drop_are_refused() -> None:
+    messages, documents = [{"role": "user", "content": "hi"}], [{"title": "a", "text": "b"}]
+    plain = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    with pytest.raises(ChatTemplateError, match="does not read documents"):
+        plain.render(messages, documents=documents)
+    assert plain.render(messages, documents=[]) == "hi"
+    reading = ChatTemplate("{% for d in documents %}{{ d.text }}{% endfor %}", {})
+    assert reading.render(messages, documents=documents) == "b"

@@ -42,6 +42,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, Any] = {}
         self.supports_tools = "tool_use" in self._sources
+        self._reads: dict[str, set[str]] = {}  # variables that each template looks at
         sandbox = Sandbox()
         for name, text in self._sources.items():
             self._compile(sandbox, name, text)
@@ -77,6 +78,12 @@ class ChatTemplate:
                 "continue_final_message",
             )
         name = self._choose(tools, documents)
+        if documents and "documents" not in self._reads[name]:
+            raise ChatTemplateError(
+                "the model's chat template does not read documents, so the model would not see them: put their text "
+                "into a message",
+                "documents",
+            )
         conversation = _conversation(messages)
         ending = _mark_ending(conversation, self._sources[name]) if continue_final_message else None
         variables = {
@@ -99,7 +106,8 @@ class ChatTemplate:
         token = current_budget.set(Budget())
         try:
             tree = sandbox.parse(text)
-            self.supports_tools = self.supports_tools or "tools" in meta.find_undeclared_variables(tree)
+            self._reads[name] = meta.find_undeclared_variables(tree)
+            self.supports_tools = self.supports_tools or "tools" in self._reads[name]
             self._templates[name] = sandbox.compile_template(tree)
         except TemplateSyntaxError as error:
             raise UnsupportedModelError(
