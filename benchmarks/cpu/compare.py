@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.memory import physical_cores
 
 COLUMNS = ("prefill_1024", "decode_128", "decode_1024", "decode_7000", "batch32")
@@ -97,18 +98,21 @@ def ours(model: str, deep: bool) -> Row:
     return row
 
 
-def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int], list[str]]) -> Row:
-    """llama-bench and llama-batched-bench; `depth` gives the arguments that measure 64 tokens at a depth."""
+def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int], list[str]], *more: str) -> Row:
+    """llama-bench and llama-batched-bench; `depth` gives the arguments that measure 64 tokens at a depth.
+
+    `more` are arguments of the other measurements.
+    """
     threads = str(physical_cores())
 
     def rates(*arguments: str) -> list[float]:
         text = output_of(bench, "-m", model, "-t", threads, "-r", "3", *arguments)
         return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± [\d.]+ \|", text)]
 
-    prefill, short = rates("-p", "1024", "-n", "128")
+    prefill, short = rates("-p", "1024", "-n", "128", *more)
     text = output_of(
         *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
-        *("-npp", "64", "-ntg", "64", "-npl", "32"),
+        *("-npp", "64", "-ntg", "64", "-npl", "32", *more),
     )
     cells = re.findall(r"^\|\s+64 \|\s+64 \|\s+32 \|.*$", text, re.MULTILINE)[0].split("|")
     row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}
@@ -116,6 +120,15 @@ def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int
     if deep:
         row["decode_7000"] = rates(*depth(7000))[0]
     return row
+
+
+def bytes_per_token(model: str) -> int:
+    """Bytes of weights that a token reads: all, but of an embedding table that is not also the head one row only."""
+    with open_gguf(Path(model)) as checkpoint:
+        sizes = {name: tensor.nbytes for name, tensor in checkpoint.tensors.items()}
+    if "output.weight" in sizes:
+        del sizes["token_embd.weight"]
+    return sum(sizes.values())
 
 
 def memory_speed() -> float:
@@ -150,7 +163,10 @@ def main() -> None:
         engines["llama.cpp"] = lambda: llama(model, deep, options.llama_bench, options.llama_batched_bench, depth)
     if options.ik_bench:
         depth_ik = lambda n: ["-p", "0", "-n", "0", "-gp", f"{n},64"]  # noqa: E731
-        engines["ik_llama.cpp"] = lambda: llama(model, deep, options.ik_bench, options.ik_batched_bench, depth_ik)
+        repacked = lambda n: [*depth_ik(n), "-rtr", "1"]  # noqa: E731
+        tools = options.ik_bench, options.ik_batched_bench
+        engines["ik_llama.cpp"] = lambda: llama(model, deep, *tools, depth_ik)
+        engines["ik, repacked"] = lambda: llama(model, deep, *tools, repacked, "-rtr", "1")
     if options.openvino_python:
         mode = "deep" if deep else "short"
         engines["OpenVINO GenAI"] = lambda: json.loads(
@@ -169,7 +185,7 @@ def main() -> None:
     best = {column: max((row.get(column, 0.0) for row in others), default=0.0) for column in COLUMNS}
     print_row("ratio to best", {c: mine[c] / best[c] for c in COLUMNS if best[c] and c in mine}, options.json)
     if mine:
-        speed, read = memory_speed(), mine["decode_128"] * mine["weight_mb"] * (1 << 20)
+        speed, read = memory_speed(), mine["decode_128"] * bytes_per_token(model)
         print_row(
             "roofline", {"memory_gb_s": speed / 1e9, "read_gb_s": read / 1e9, "share": read / speed}, options.json
         )

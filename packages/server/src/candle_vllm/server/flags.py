@@ -130,7 +130,7 @@ OPTIONS: tuple[Option, ...] = (
     _switch("enable_prefix_caching", LIMITS, "reuse the KV blocks of equal prompt beginnings (on unless disabled)",
             off=("--disable-prefix-cache", "--no-enable-prefix-caching"), in_yaml=True, commands=_REUSING),
     Option("max_queued_requests", LIMITS, ("--max-queued-requests",), Integer(1, 1 << 20),
-           "most unfinished requests before new ones are refused with 503", "N", in_yaml=True, commands=_SERVE),
+           "most unfinished sequences before new requests are refused with 503", "N", in_yaml=True, commands=_SERVE),
     Option("seed", LIMITS, ("--seed",), Integer(-(1 << 63), (1 << 64) - 1, units=False),
            "makes requests without a seed reproducible, in order of arrival", "N", in_yaml=True, commands=_WITH_TEXT),
     Option("temperature", SAMPLING, ("--temperature",), Number(0, 100), "0 is greedy", "X", in_yaml=True),

@@ -21,8 +21,6 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.registry import Decoder
 
-CACHE_DTYPE_BYTES = 2  # bfloat16
-
 
 class RecordedRunner:
     """Replays a decoder with packed weights on the CPU; see `ModelRunner`.
