@@ -112,7 +112,7 @@ def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int
     prefill, short = rates("-p", "1024", "-n", "128", *more)
     text = output_of(
         *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
-        *("-npp", "64", "-ntg", "64", "-npl", "32", *more),
+        *("-npp", "64", "-ntg", "64", "-npl", "32", *more[:1]),  # a switch there, with a value in the other tool
     )
     cells = re.findall(r"^\|\s+64 \|\s+64 \|\s+32 \|.*$", text, re.MULTILINE)[0].split("|")
     row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}

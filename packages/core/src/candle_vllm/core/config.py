@@ -47,7 +47,7 @@ class EngineConfig:
         kv_cache_memory: bytes for the KV cache; None takes `kv_fraction` of what is free after loading.
         kv_fraction: share of the free memory that the KV cache may take, (0, 1).
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
-        max_queued_requests: most sequences waiting or running before new requests are refused; one of `n` counts n times.
+        max_queued_requests: most sequences waiting or running before new requests are refused.
         threads: CPU threads; None is one per physical core that the process may use.
         seed: makes requests without a seed of their own reproducible, in order of arrival.
     """
