@@ -16,6 +16,11 @@ from llvmlite import ir
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 LANES = 16
+SHIFTER = 12582912.0
+"""1.5 * 2^23: a float that is added to it is rounded to a whole number, which stands in the low bits of the sum."""
+
+# 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
+_EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
 
 
 class Isa(enum.IntFlag):
@@ -141,6 +146,14 @@ class Emitter:
             total = self.fma(*(self.b.bitcast(part(value), vector(F32)) for value in (x, y)), total)
         return total
 
+    def power_of_two(self, shifted: Any, rest: Any) -> Any:
+        """2^(n + rest) of 16 floats, `shifted` being SHIFTER + n with whole n, and rest within [-0.5, 0.5]."""
+        power = self.constant(F32, _EXP2[0])
+        for factor in (*_EXP2[1:], 1.0):
+            power = self.fma(power, rest, self.constant(F32, factor))
+        exponent = self.b.shl(self.b.bitcast(shifted, vector(I32)), self.constant(I32, 23))
+        return self.b.bitcast(self.b.add(self.b.bitcast(power, vector(I32)), exponent), vector(F32))
+
     def sum_lanes(self, value: Any) -> Any:
         """Sum of 16 floats, by halves: lane i with i + 8, then with i + 4, ..."""
         lanes = LANES
@@ -176,3 +189,21 @@ class Emitter:
         self.b.cbranch(self.b.icmp_signed("<", following, count), head, after)
         self.b.position_at_end(after)
         return results
+
+    def loop_or_skip(self, count: Any, state: list[Any], body: Any) -> list[Any]:
+        """`loop` that may run zero times."""
+        before = self.b.block
+        inside, after = self.b.append_basic_block("some"), self.b.append_basic_block("done")
+        self.b.cbranch(self.b.icmp_signed(">", count, self.int64(0)), inside, after)
+        self.b.position_at_end(inside)
+        results = self.loop(count, state, body)
+        last = self.b.block
+        self.b.branch(after)
+        self.b.position_at_end(after)
+        merged = []
+        for initial, result in zip(state, results):
+            phi = self.b.phi(initial.type)
+            phi.add_incoming(initial, before)
+            phi.add_incoming(result, last)
+            merged.append(phi)
+        return merged
