@@ -88,6 +88,13 @@ class Emitter:
         instruction = self.b.store(value, self.b.inttoptr(at, value.type.as_pointer()))
         instruction.align = 1
 
+    def store_masked(self, address: Any, value: Any, mask: Any) -> None:
+        """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the others' memory is not touched."""
+        at = self.b.inttoptr(address, value.type.as_pointer())
+        element, lanes = str(value.type.element), value.type.count
+        name = f"llvm.masked.store.v{lanes}{element}.p0"
+        self.call(name, ir.VoidType(), [value, at, ir.Constant(I32, 1), mask])
+
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """A scalar in every lane."""
         empty = ir.Constant(vector(value.type, lanes), ir.Undefined)

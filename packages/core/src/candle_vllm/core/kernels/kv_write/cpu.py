@@ -33,7 +33,7 @@ def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: A
     """Stores 16 bfloat16 of dimensions dim .. dim + 15 where they belong.
 
     `to` is the address of a query row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a
-    value's first dimension.
+    value's first dimension, whose neighbours are 4 bytes apart: the other half of each word is not touched.
     """
     b = e.b
     if kind == _QUERY:
@@ -45,9 +45,10 @@ def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: A
             e.store(at, b.extract_element(pairs, ir.Constant(I32, n)))
             at = b.add(at, stride)
     else:
-        at = b.add(to, b.shl(dim, e.int64(2)))
-        for n in range(LANES):
-            e.store(at, b.extract_element(lanes, ir.Constant(I32, n)), 4 * n)
+        every_other = [half for lane in range(LANES) for half in (lane, LANES)]
+        spread = b.shuffle_vector(lanes, e.zeros(I16), ir.Constant(vector(I32, 2 * LANES), every_other))
+        mask = ir.Constant(vector(ir.IntType(1), 2 * LANES), [1, 0] * LANES)
+        e.store_masked(b.add(to, b.shl(dim, e.int64(2))), spread, mask)
 
 
 @intrinsic(prefer_literal=True)
