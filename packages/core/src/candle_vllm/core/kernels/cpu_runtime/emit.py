@@ -143,6 +143,17 @@ class Emitter:
                 total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
         return total
 
+    def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
+        """total[lane] += the two products of the lane's signed 16-bit pairs; all are <16 x i32>, exact."""
+        pairs = [self.b.bitcast(value, vector(I16, 2 * LANES)) for value in (x, y)]
+        if isa & Isa.VNNI:
+            return self.call("llvm.x86.avx512.vpdpwssd.512", vector(I32), [total, *pairs])
+        products = self.b.mul(*(self.b.sext(value, vector(I32, 2 * LANES)) for value in pairs))
+        for start in (0, 1):
+            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
+            total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
+        return total
+
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""
         if isa & Isa.BF16:
