@@ -89,7 +89,7 @@ class Emitter:
         instruction.align = 1
 
     def store_masked(self, address: Any, value: Any, mask: Any) -> None:
-        """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the others' memory is not touched."""
+        """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the rest is not touched."""
         at = self.b.inttoptr(address, value.type.as_pointer())
         element, lanes = str(value.type.element), value.type.count
         name = f"llvm.masked.store.v{lanes}{element}.p0"
