@@ -24,9 +24,9 @@ from candle_vllm.core.kernels.attention.cpu import (
     attend_row,
     key_cache_shape,
     merge_operation,
-    scratch_bytes,
     value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row

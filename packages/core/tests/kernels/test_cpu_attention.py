@@ -26,10 +26,10 @@ from candle_vllm.core.kernels.attention.cpu import (
     attend_row,
     key_cache_shape,
     merge_operation,
-    scratch_bytes,
     supported,
     value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa

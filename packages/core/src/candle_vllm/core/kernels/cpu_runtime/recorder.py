@@ -25,7 +25,8 @@ import torch
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
-from candle_vllm.core.kernels.attention.cpu import attend_operation, attend_row, merge_operation, scratch_bytes
+from candle_vllm.core.kernels.attention.cpu import attend_operation, attend_row, merge_operation
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, StepNumber, address_of
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
