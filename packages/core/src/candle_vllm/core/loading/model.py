@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections import Counter
@@ -66,6 +67,19 @@ class LoadedModel:
     weight_bytes: int
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keeps Python's cycle collector from going through the vocabulary again and again while it grows."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_collector_paused()
 def load_model(config: EngineConfig, device: torch.device, progress: Callable[[int, int], object]) -> LoadedModel:
     """Resolves `config.model`, downloads it where needed, and loads it.
 

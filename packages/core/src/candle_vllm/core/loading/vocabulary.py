@@ -34,10 +34,8 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
     Raises:
         InvalidFileError: a token that cannot be missed has no row.
     """
-    # Not the number of tokens: a vocabulary may skip ids.
-    size = 1 + max(tokenizer.backend.get_vocab().values(), default=-1)
-    if size > rows:
-        tokenizer = _without_extra_tokens(tokenizer, size, rows, source)
+    if tokenizer.vocab_size > rows:
+        tokenizer = _without_extra_tokens(tokenizer, tokenizer.vocab_size, rows, source)
     tokenizer.cover(rows)
     return tokenizer
 

@@ -43,8 +43,8 @@ class Tokenizer:
         chat_template: ChatTemplateSource | None = None,
     ) -> None:
         self.backend = backend
-        added = backend.get_added_tokens_decoder()
-        self.vocab_size: int = max([backend.get_vocab_size(), *(index + 1 for index in added)])
+        added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab()
+        self.vocab_size: int = 1 + max(tokens.values(), default=-1)  # not the number of tokens: ids may be skipped
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
@@ -55,7 +55,7 @@ class Tokenizer:
         self.strips_leading_space: bool = rule.strips_leading_space
         self._convert = rule.convert
         self._bytes: list[bytes | None] = [None] * self.vocab_size
-        self.longest_token = max(map(len, backend.get_vocab()), default=1)
+        self.longest_token = max(map(len, tokens), default=1)
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
 

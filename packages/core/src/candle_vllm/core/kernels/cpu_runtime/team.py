@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86, address_of, use_kernel_cache
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86, address_of, compile_kept
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     cpu_relax,
@@ -111,14 +113,17 @@ def _work(shared: int, thread: int, threads: int) -> None:
 
 @cache
 def _compiled(function: Callable[..., None], signature: str) -> Any:
-    return njit(signature, nogil=True, cache=use_kernel_cache(), error_model="numpy")(function)
+    return compile_kept(lambda cached: njit(signature, nogil=True, cache=cached, error_model="numpy")(function))
 
 
 class ThreadTeam:
     """A fixed number of threads that run plans together.
 
     Args:
-        threads: how many, the caller's included.
+        threads: how many, the caller's included; more than there are CPUs are slower, and no less right.
+
+    Raises:
+        ConfigError: the system does not start so many.
     """
 
     def __init__(self, threads: int) -> None:
@@ -133,8 +138,7 @@ class ThreadTeam:
             )
             for number in range(1, self.threads)
         ]
-        for helper in self._helpers:
-            helper.start()
+        self._start()
 
     def run(self, plan: np.ndarray, rows: int) -> None:
         """Runs a plan: `rows` operations behind each other in an int64 array. One caller at a time."""
@@ -149,8 +153,22 @@ class ThreadTeam:
             if ctypes.c_int64.from_address(at + _ASLEEP).value:
                 ctypes.CDLL(None).sem_post(ctypes.c_void_p(at + _SEMAPHORE))
         for helper in self._helpers:
-            helper.join()
+            if helper.ident is not None:
+                helper.join()
         self._helpers = []
+
+    def _start(self) -> None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.threads > cpus:
+            logger.warning("%d threads wait for each other on CPUs: %d; fewer threads are faster", self.threads, cpus)
+        try:
+            for helper in self._helpers:
+                helper.start()
+        except RuntimeError as error:
+            self.close()
+            raise ConfigError(
+                f"the system does not start {self.threads} threads ({error}): set --threads {cpus} or less", "threads"
+            ) from error
 
     def _make_semaphores(self, threads: int) -> bool:
         try:

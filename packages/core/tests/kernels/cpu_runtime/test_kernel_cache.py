@@ -1,0 +1,355 @@
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+"""The compiled kernels on disk: kept for one version and CPU, in a folder of the user's own, and never in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from numba.core import caching, ccallback
+
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_operation, kernel_cache
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+
+OTHER_USER = 12345
+
+
+def make_add(AMOUNT: int) -> Any:
+    def add(a, thread, threads):
+        int64_at(a[3])[0] += AMOUNT
+
+    return add
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The cache folder of this test, not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    kernel_cache.cache_clear()
+    yield tmp_path / "xdg" / "candle-vllm"
+    kernel_cache.cache_clear()
+
+
+def sum_of(*amounts: int) -> int:
+    """Compiles an operation for each amount and runs them."""
+    total, team = np.zeros(1, np.int64), ThreadTeam(1)
+    rows = [[compile_operation(make_add(n)), BARRIER | (4 * 8 << 8), 0, address_of(total)] for n in amounts]
+    team.run(np.array(rows, np.int64), len(rows))
+    team.close()
+    return int(total[0])
+
+
+def data_files(root: Path) -> list[Path]:
+    return sorted(root.glob("kernels/*/*/*add*.nbc"))
+
+
+def compiled_now(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the names of the functions that are compiled from now on, and not read from the cache."""
+    names: list[str] = []
+    real = ccallback.CFunc._compile_uncached
+
+    def noted(self: Any) -> Any:
+        names.append(self.__name__)
+        return real(self)
+
+    monkeypatch.setattr(ccallback.CFunc, "_compile_uncached", noted)
+    return names
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_kept_for_the_next_start_in_folders_of_the_user_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sum_of(3) == 3
+    assert "compiling the CPU kernels for this machine: once" in caplog.text
+    folder = kernel_cache()
+    assert folder is not None
+    for path in (root, root / "kernels", folder):
+        assert path.stat().st_mode & 0o777 == 0o700
+    assert len(data_files(root)) == 1
+
+    caplog.clear()
+    kernel_cache.cache_clear()
+    names = compiled_now(monkeypatch)
+    assert sum_of(3) == 3
+    assert names == []
+    assert caplog.text == ""
+
+
+def test_every_variant_has_an_index_of_its_own(root: Path) -> None:
+    """Else two processes that compile different variants at once could swap them."""
+    assert sum_of(1, 20, 300) == 321
+    assert len(data_files(root)) == len(list(root.glob("kernels/*/*/*add*.nbi"))) == 3
+
+
+def test_what_another_version_or_cpu_compiled_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum_of(1) == 1
+    host = operation.llvmlite.binding.get_host_cpu_name
+    monkeypatch.setattr(operation.llvmlite.binding, "get_host_cpu_name", lambda: "another-" + host())
+    kernel_cache.cache_clear()
+    names = compiled_now(monkeypatch)
+    assert sum_of(1) == 1
+    assert names == ["add"]
+    assert len(list((root / "kernels").iterdir())) == 2
+
+
+def test_the_application_keeps_its_own_place_for_numbas_files(root: Path) -> None:
+    before = numba.config.CACHE_DIR
+    assert sum_of(1) == 1
+    assert before == numba.config.CACHE_DIR
+
+
+_COMPILE = """
+import sys
+sys.path.insert(0, {folder!r})
+import pytest, test_kernel_cache as test
+names = test.compiled_now(pytest.MonkeyPatch())
+for amount in map(int, sys.argv[1:]):
+    assert test.sum_of(amount) == amount
+print("compiled", len(names))
+"""
+
+
+def start(*amounts: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-c", _COMPILE.format(folder=str(Path(__file__).parent)), *amounts]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_compile_at_once_all_succeed(root: Path) -> None:
+    running = [start("1", "20", "300"), start("300", "20", "1")]
+    ended = [(process.communicate(timeout=240)[1], process.returncode) for process in running]
+    for errors, status in ended:
+        assert status == 0, errors
+        assert "cannot" not in errors
+    assert len(data_files(root)) == 3
+    assert not list(root.rglob("*.tmp.*"))
+    after = start("1", "20", "300")  # each file holds the variant that its name says, and all are there
+    assert after.communicate(timeout=240)[0] == "compiled 0\n"
+    assert after.returncode == 0
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _scramble(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 0x5A for byte in path.read_bytes()))
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", [_empty, _cut, _scramble])
+def test_a_damaged_file_is_compiled_again(
+    damage: Any, suffix: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sum_of(3, 4) == 7
+    for path in root.rglob(f"*.{suffix}"):
+        damage(path)
+    kernel_cache.cache_clear()
+    assert sum_of(3, 4) == 7
+    assert "cannot be used and are made again" in caplog.text
+    assert str(root) in caplog.text
+
+    for _ in range(2):  # what could not be read is gone, so that the cache heals
+        kernel_cache.cache_clear()
+        caplog.clear()
+        assert sum_of(3, 4) == 7
+        assert caplog.text == ""
+    names = compiled_now(monkeypatch)
+    assert sum_of(3, 4) == 7
+    assert names == []
+
+
+def test_a_full_disk_costs_a_warning_and_no_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sum_of(3) == 3
+
+    def full(self: Any, name: str, data: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", full)
+    assert sum_of(4) == 4
+    assert "cannot be kept" in caplog.text
+    assert "No space left" in caplog.text
+    assert len(data_files(root)) == 1
+
+
+def test_an_error_in_the_code_of_a_kernel_is_not_hidden() -> None:
+    def wrong(a, thread, threads):
+        a.nothing()
+
+    with pytest.raises(numba.TypingError):
+        compile_operation(wrong)
+
+
+# ---- places that cannot be used --------------------------------------------------------------------------------------
+
+
+def refused(caplog: pytest.LogCaptureFixture, *parts: str) -> None:
+    assert kernel_cache() is None
+    assert sum_of(5) == 5
+    assert caplog.text.count("compiled at every start") == 1
+    for part in (*parts, "XDG_CACHE_HOME"):
+        assert part in caplog.text
+
+
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
+    refused(caplog, str(tmp_path / "file"))
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    refused(caplog, "home directory")
+
+
+_READ_ONLY = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # gives up the superuser's right to write anywhere, from the next program on
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1], "1", "20"])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="capabilities are Linux's")
+def test_a_read_only_folder_works_and_warns(root: Path) -> None:
+    root.mkdir(parents=True)
+    root.chmod(0o500)
+    program = _COMPILE.format(folder=str(Path(__file__).parent))
+    found = subprocess.run([sys.executable, "-c", _READ_ONLY, program], capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    assert "compiled at every start" in found.stderr
+    assert "Permission denied" in found.stderr
+    assert list(root.iterdir()) == []
+
+
+def test_a_read_only_folder_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert kernel_cache() is not None
+    kernel_cache.cache_clear()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused(caplog, "cannot be written")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_can_write_to_is_refused(
+    level: int, mode: int, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = kernel_cache()
+    assert folder is not None
+    kernel_cache.cache_clear()
+    path = (root, root / "kernels", folder)[level]
+    path.chmod(mode)
+    refused(caplog, f"other users can write to {path}", "delete it")
+    assert data_files(root) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only the superuser gives files away")
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_folder_of_another_user_is_refused(level: int, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = kernel_cache()
+    assert folder is not None
+    kernel_cache.cache_clear()
+    path = (root, root / "kernels", folder)[level]
+    os.chown(path, OTHER_USER, -1)
+    refused(caplog, f"{path} belongs to another user")
+
+
+def test_a_link_inside_the_cache_is_not_followed(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    root.mkdir(parents=True)
+    (root / "kernels").symlink_to(tmp_path / "elsewhere")
+    refused(caplog, "is a link")
+    assert data_files(tmp_path / "elsewhere") == []
+
+
+def test_the_cache_folder_itself_may_be_a_link(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "large-disk").mkdir()
+    root.parent.mkdir()
+    root.symlink_to(tmp_path / "large-disk")
+    assert sum_of(6) == 6
+    assert len(data_files(tmp_path / "large-disk")) == 1
+
+
+# ---- old versions ----------------------------------------------------------------------------------------------------
+
+
+def old_folder(kernels: Path, name: str, days: float) -> Path:
+    folder = kernels / name
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "code.nbc").write_text("")
+    when = time.time() - days * 86400
+    os.utime(folder, (when, when))
+    return folder
+
+
+def test_all_but_a_few_old_versions_are_deleted(root: Path, tmp_path: Path) -> None:
+    root.mkdir(parents=True, mode=0o700)
+    kernels = root / "kernels"
+    kernels.mkdir(mode=0o700)
+    aged = [old_folder(kernels, f"{number:016x}", 2 + number) for number in range(6)]
+    recent = [old_folder(kernels, f"{number:016x}", 0.5 + number / 100) for number in range(10, 12)]
+    other = old_folder(kernels, "notes", 400)
+    target = old_folder(tmp_path, "f" * 16, 400)
+    link = kernels / ("e" * 16)
+    link.symlink_to(target)
+    inner = aged[5] / "inner" / "link"
+    inner.symlink_to(target)
+
+    folder = kernel_cache()
+    assert folder is not None
+    # Four stay: the new one, the two of today, and one of the older; what is no folder of kernels stays too.
+    assert {path.name for path in kernels.iterdir()} == {path.name for path in (folder, *recent, aged[0], other, link)}
+    assert (target / "inner" / "code.nbc").exists()
+
+
+def test_versions_of_today_stay_however_many(root: Path) -> None:
+    root.mkdir(parents=True, mode=0o700)
+    (root / "kernels").mkdir(mode=0o700)
+    recent = [old_folder(root / "kernels", f"{number:016x}", number / 100) for number in range(9)]
+    assert kernel_cache() is not None
+    assert all(path.exists() for path in recent)
+
+
+def test_a_start_counts_as_use(root: Path) -> None:
+    folder = kernel_cache()
+    assert folder is not None
+    os.utime(folder, (0, 0))
+    kernel_cache.cache_clear()
+    assert kernel_cache() == folder
+    assert time.time() - folder.stat().st_mtime < 600
+
+
+def test_a_process_goes_on_when_its_kernels_are_deleted(caplog: pytest.LogCaptureFixture) -> None:
+    folder = kernel_cache()
+    assert folder is not None
+    assert sum_of(3) == 3
+    operation.shutil.rmtree(folder)
+    caplog.clear()
+    assert sum_of(3, 40) == 43
+    assert caplog.text == ""
