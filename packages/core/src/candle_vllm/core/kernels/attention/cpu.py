@@ -21,6 +21,7 @@ from functools import cache
 
 from numba import njit
 
+from candle_vllm.core.kernels.attention.cpu_cache import place_of
 from candle_vllm.core.kernels.attention.cpu_split import (
     HEADER,
     ROW_TILE,
@@ -55,42 +56,35 @@ _SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
 
 
-def supported(head_dim: int, block_size: int) -> bool:
-    """Whether these kernels can compute it: D a multiple of 32 up to 256, S a power of two from 16."""
-    return head_dim % 32 == 0 and 32 <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
-
-
-def key_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's key cache, 16-bit numbers; it begins at a multiple of 64 bytes and need not be cleared.
-
-    Heads come first, so that blocks that follow each other are read in sequence. For speed S should be 64 or more.
-    """
-    strip = min(block_size, STRIP)
-    return (kv_heads, num_blocks, block_size // strip, head_dim // 2, strip, 2)
-
-
-def value_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's value cache, 16-bit numbers: pairs of positions. See `key_cache_shape`."""
-    return (kv_heads, num_blocks, block_size // 2, head_dim, 2)
-
-
 # ---- attend ----------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
-def _list_tiles(tiles: int, keys: int, values: int, table, start: int, count: int, last: int, shift: int, dim: int):
+def _list_tiles(
+    tiles: int,
+    keys: int,
+    values: int,
+    table,
+    start: int,
+    count: int,
+    last: int,
+    shift: int,
+    head: int,
+    step: int,
+    dim: int,
+) -> None:
     """Writes the addresses of `count` key tiles, then of their value tiles, from position `start` on.
 
-    `keys` and `values` are the caches of one KV head; behind the tile of position `last` it is repeated.
+    `keys` and `values` are the layer's caches; behind the tile of position `last` it is repeated.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
     for n in range(count):
         position = min(start + n * LANES, last)
-        offset = position & ((1 << shift) - 1)
-        page = table[position >> shift] << shift
-        to[n] = keys + 2 * dim * (page + (offset & -strip)) + 4 * (offset & (strip - 1) & -LANES)
-        to[count + n] = values + 2 * dim * (page + (offset & -LANES))
+        slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
+        place = place_of(slot & -LANES, head, 1 << shift, step)
+        to[n] = keys + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
+        to[count + n] = values + 2 * dim * place
 
 
 @njit(inline="always")
@@ -166,7 +160,6 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         starts, contexts = int64_at(a[7]), int64_at(a[8])
         shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
         group = heads // kv_heads
-        head_bytes = (a[17] << shift) * query_bytes
         stride = 4 * min(1 << shift, STRIP)
         tiles = scratch + HEADER + thread * thread_bytes
         positions = tiles + TILE_LIST
@@ -231,8 +224,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     keys = min(chunk_start(c + 1), at_position[rows - 1] + 1) - start
                     count = (keys + LANES - 1) // LANES
                     filled = (count + TILES - 1) // TILES * TILES
-                    own, end = head * head_bytes, start + keys - 1
-                    _list_tiles(tiles, key_cache + own, value_cache + own, table, start, filled, end, shift, head_dim)
+                    end = start + keys - 1
+                    _list_tiles(tiles, key_cache, value_cache, table, start, filled, end, shift, head, a[17], head_dim)
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
                     for i in range(0, rows, ROWS):
@@ -348,7 +341,7 @@ def attend_row(
     context_lens: int,
     block_tables: int,
     table_stride: int,
-    num_blocks: int,
+    stretch_step: int,
     block_size: int,
     heads: int,
     kv_heads: int,
@@ -361,13 +354,13 @@ def attend_row(
     Args:
         q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
         out: address of float32 results [T, H, D].
-        key_cache, value_cache: addresses, shapes as `key_cache_shape` and `value_cache_shape` say.
+        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
-        num_blocks: B, of the caches.
+        stretch_step: slots from one stretch of the caches to the next.
         scratch, scratch_size: address and size of `scratch_bytes`.
         window: positions that a token sees, its own included; 0 is all.
     """
     shift = block_size.bit_length() - 1
     caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
-    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, num_blocks]
+    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, stretch_step]

@@ -26,6 +26,7 @@ import torch
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
 from candle_vllm.core.kernels.attention.cpu import attend_operation, attend_row, merge_operation
+from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, StepNumber, address_of
@@ -437,7 +438,7 @@ def _attend(
         kv_heads=kv_heads,
         head_dim=dim,
         block_size=limits.block_size,
-        num_blocks=key_cache.shape[1],
+        stretch_step=stretch_step(key_cache.strides, dim),
         rotary_dim=2 * tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
@@ -467,7 +468,7 @@ def _attend(
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
-        num_blocks=key_cache.shape[1],
+        stretch_step=stretch_step(key_cache.strides, dim),
         block_size=limits.block_size,
         heads=heads,
         kv_heads=kv_heads,
