@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from candle_vllm.core.sampling import cpu, dense
-from candle_vllm.core.sampling.controls import Controls
+from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.sampling import reference
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.sampler import SampledToken, Sampler
+from candle_vllm.core.sampling.sampler import SampledToken, Sampler, controls
 from candle_vllm.core.sampling.state import SamplingState
 
 INF = math.inf
@@ -197,8 +197,7 @@ def test_cpu_draws_what_the_dense_reference_draws(vocabulary: int) -> None:
     logits = logits[[at for at, state in enumerate(states) if not state.params.greedy]]
     expected, got = [], []
     for _ in range(4):
-        controls = Controls.of(drawn)
-        expected += dense.draw(logits, controls).tolist()
+        expected += reference.draw(logits, controls(drawn))[0].tolist()
         bare = [make(vocabulary, state.output_token_ids, **_drawing_only(state.params)) for state in drawn]
         got += [token.token_id for token in sample(logits, bare)]
         for state in drawn:
@@ -319,18 +318,16 @@ def test_extreme_logits_and_temperatures_stay_defined() -> None:
             assert only([3e38, -3e38, -INF], temperature=temperature, **params) == 0
 
 
-@pytest.mark.parametrize(
-    ("draw", "top_k", "top_p"), [(cpu.draw_plain, 0, 1.0), (cpu.draw_top_k, 1700, 1.0), (cpu.draw_top_p, 0, 1 - 1e-12)]
-)
+@pytest.mark.parametrize("module", [kernels, reference])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1700, 1.0), (0, 1 - 1e-12)])
 def test_a_target_rounded_up_to_the_whole_mass_takes_no_token_of_weight_zero(
-    draw: Any, top_k: int, top_p: float
+    module: Any, top_k: int, top_p: float
 ) -> None:
     # A uniform of 1 is outside the contract, and what `uniform * mass` amounts to when it rounds up to the mass.
-    controls = Controls(np.ones(1), np.zeros(1), np.array([top_k]), np.array([top_p]), np.ones(1))
+    table = np.array([[1.0, 0.0, top_k, top_p, 1.0]])
     logits = torch.full((1, 3000), -INF)
     logits[0, :1700] = torch.randn(1700, generator=torch.Generator().manual_seed(0))
-    assert draw(logits, logits.amax(1), controls).tolist() == [1699]
-    assert dense.draw(logits, controls).tolist() == [1699]
+    assert module.draw(logits, table)[0].tolist() == [1699]
 
 
 # --- rows that cannot be drawn ---------------------------------------------------------------------------------------

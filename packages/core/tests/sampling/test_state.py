@@ -95,7 +95,7 @@ def test_bad_words_forbid_the_token_that_completes_them() -> None:
 
 
 def test_top_k_that_keeps_all_is_no_top_k() -> None:
-    assert [make(top_k=k).top_k for k in (-1, 0, 1, 9, 10, 11)] == [0, 0, 1, 9, 0, 0]
+    assert [make(top_k=k).controls[2] for k in (-1, 0, 1, 9, 10, 11)] == [0, 0, 1, 9, 0, 0]
 
 
 def test_uniform_follows_position_seed_and_index() -> None:

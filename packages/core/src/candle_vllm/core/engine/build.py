@@ -14,6 +14,7 @@ from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import CachePlan, available_memory, physical_cores, plan_cache
+from candle_vllm.core.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     scheduler = Scheduler(blocks, config.max_num_seqs, budget)
     loaded.decoder.prepare(plan.max_model_len)
+    Sampler.prepare(placement.device)
     runner = _build_runner(config, loaded, plan, budget)
     return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from candle_vllm.core.sampling import cpu
+from candle_vllm.core.kernels import sampling as kernels
 
 
 class LogprobRow(msgspec.Struct, frozen=True):
@@ -37,39 +36,22 @@ def logprob_rows(logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[
     """One entry per row.
 
     Args:
-        logits: [R, V] float32 on the CPU, contiguous, with a finite largest value in every row; not changed.
+        logits: [R, V] float32 on the CPU, each row contiguous and with a finite largest value; not changed.
         token_ids: [R] ids below V.
         tops: [R] how many of the likeliest tokens to report.
     """
-    table, row = logits.numpy(), np.arange(len(logits))
-    largest = logits.amax(1)
-    offset = largest.numpy() + cpu.log_masses(logits, largest)  # float64: logprob = logit - offset
-    chosen = table[row, np.asarray(token_ids)]
-    # The weights are float32: rounding must not make a probability greater than 1.
-    logprobs = np.minimum(chosen - offset, 0.0).tolist()
-    ranks = _ranks(table, chosen, token_ids).tolist()
-    ids = _top_ids(logits, np.asarray(tops, np.int64))
+    standing = kernels.stand(logits, np.asarray(token_ids, np.int64), np.asarray(tops, np.int64))
+    table = logits.numpy()
     return [
-        LogprobRow(token, logprob, rank, top.tolist(), np.minimum(table[at, top] - offset[at], 0.0).tolist())
-        for at, (token, logprob, rank, top) in enumerate(zip(token_ids, logprobs, ranks, ids))
+        LogprobRow(
+            token,
+            # The offset is rounded: that must not make a probability greater than 1.
+            min(float(table[at, token] - offset), 0.0),
+            rank,
+            named := [entry for entry in ids if entry >= 0],
+            np.minimum(table[at, named] - offset, 0.0).tolist(),
+        )
+        for at, (token, offset, rank, ids) in enumerate(
+            zip(token_ids, standing.offsets, standing.ranks.tolist(), standing.top_ids.tolist())
+        )
     ]
-
-
-def _ranks(table: NDArray[np.float32], chosen: NDArray[np.float32], token_ids: Sequence[int]) -> NDArray[np.int64]:
-    ranks = 1 + np.count_nonzero(table > chosen[:, None], axis=1)
-    equal = np.count_nonzero(table == chosen[:, None], axis=1)
-    for row in np.flatnonzero(equal > 1).tolist():
-        ranks[row] += np.count_nonzero(table[row, : token_ids[row]] == chosen[row])
-    return ranks
-
-
-def _top_ids(logits: torch.Tensor, tops: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """The ids of each row's largest logits, falling, the lower id first among equals."""
-    vocabulary = logits.shape[1]
-    if not tops.any():
-        return [np.zeros(0, np.int64)] * len(tops)
-    places = cpu.largest_places(logits, tops.clip(1, vocabulary))
-    owners, ids = np.divmod(places, vocabulary)
-    order = np.lexsort((ids, -logits.numpy().reshape(-1)[places], owners))
-    starts = np.searchsorted(owners, np.arange(len(tops) + 1))
-    return [ids[order[start : min(start + top, end)]] for start, end, top in zip(starts, starts[1:], tops)]

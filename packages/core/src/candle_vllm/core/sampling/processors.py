@@ -1,8 +1,7 @@
 """What changes logits before a token is chosen: masks, bias and penalties (step 7 of ten).
 
 The order is vLLM's: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty. Each feature touches only the entries it is about: rows and ids are gathered over the batch, and a
-feature that no row uses costs one test per row.
+presence_penalty. Each feature touches only the entries it is about, and one that no row uses costs a test per row.
 
 Shapes: R rows, V vocabulary, N entries over all rows. Entries are addressed by their place in the flattened [R * V].
 """
@@ -15,19 +14,47 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.sampling.state import SamplingState
 
 _INF = float("inf")
+_NO_IDS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 def apply_processors(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """Applies every mask, bias and penalty in place.
+    """Applies every mask, bias and penalty in place: on the CPU one compiled call for each row that has any.
 
     Args:
-        logits: [R, V] float32, contiguous. A row that held NaN or +inf holds NaN afterwards even where the offending
-            token is masked, so that a broken model never passes for a working one.
+        logits: [R, V] float32, each row contiguous; elsewhere than on the CPU the whole. A row that held NaN or +inf
+            holds one of them afterwards even where the offending token is masked, so that a broken model never passes
+            for a working one.
         states: one per row.
     """
+    if logits.device.type == "cpu" and kernels.compiled():
+        table = logits.numpy()
+        for row, state in enumerate(states):
+            if state.masks_tokens or len(state.bias_ids) or state.counts is not None:
+                kernels.adjust(table[row], _adjustment(state))
+        return
+    apply_in_torch(logits, states)
+
+
+def _adjustment(state: SamplingState) -> kernels.Adjustment:
+    params, counts, masked = state.params, state.counts, state.masks_tokens
+    return kernels.Adjustment(
+        masked=masked,
+        allowed=state.allowed if masked else None,
+        forbidden=state.forbidden_ids() if masked else _NO_IDS,
+        bias_ids=state.bias_ids,
+        bias=state.bias_values,
+        seen_ids=_NO_IDS if counts is None else counts.ids,
+        counts=_NO_COUNTS if counts is None else counts.counts,
+        penalties=(params.repetition_penalty, params.frequency_penalty, params.presence_penalty),
+    )
+
+
+def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
+    """As `apply_processors`, on any device: rows and ids are gathered over the batch. The reference of the other."""
     masked = [row for row, state in enumerate(states) if state.masks_tokens]
     if masked:
         broken = ~(logits[masked].amax(1) < _INF)
@@ -77,7 +104,7 @@ def penalised(
     frequency: torch.Tensor,
     presence: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of seen tokens after the three penalties; a pure function that a kernel can replace.
+    """Logits of seen tokens after the three penalties.
 
     Args:
         logits: [N] float32, of tokens in the prompt or the output.

@@ -2,8 +2,8 @@
 
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, draw
 
-The order and the meanings are vLLM's; `dense.draw` states the rules to the letter. Rows are grouped by the cheapest
-way to draw them, so that a feature that nobody uses costs nothing, and a row's token never depends on its neighbours.
+The order and the meanings are vLLM's; `kernels/sampling` states the rules to the letter. A feature that a row does not
+use costs it nothing, and a row's token never depends on its neighbours.
 
 Shapes: R rows, V vocabulary, T positions of a prompt.
 """
@@ -18,14 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.core.sampling import cpu, dense
-from candle_vllm.core.sampling.controls import Controls
+from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.sampling.logprobs import LogprobRow, logprob_rows
 from candle_vllm.core.sampling.processors import apply_processors
-from candle_vllm.core.sampling.state import Drawing, SamplingState
+from candle_vllm.core.sampling.state import SamplingState
 
 LOGPROB_CHUNK = 1 << 22  # logits worked on at a time for prompt_logprobs: 16 MB
-_DRAW = {Drawing.PLAIN: cpu.draw_plain, Drawing.TOP_K: cpu.draw_top_k, Drawing.TOP_P: cpu.draw_top_p}
 _BROKEN = "the model gave NaN or infinite logits for this sequence; its files or its data type may be at fault"
 _NOTHING = (
     "no token may be chosen: together, allowed_token_ids, bad_words, min_tokens and any grammar forbid every token; "
@@ -52,6 +50,12 @@ class SampledToken(msgspec.Struct, frozen=True):
 class Sampler:
     """Chooses tokens. It keeps nothing between calls: what must last is in each `SamplingState`."""
 
+    @staticmethod
+    def prepare(device: torch.device) -> None:
+        """Compiles or loads what sampling needs on a device, so that the first request does not wait for it."""
+        if device.type == "cpu":
+            kernels.prepare()
+
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
         """Chooses the next token of each sequence. The caller appends it to the state.
@@ -68,11 +72,12 @@ class Sampler:
         assert all(state.vocab_size == logits.shape[1] for state in states)
         if not states:
             return []
-        logits = logits.contiguous()
+        if logits.stride(1) != 1 or logits.device.type != "cpu" or not kernels.compiled():
+            logits = logits.contiguous()
         asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         raw = logits[asking].cpu() if asking else None
         apply_processors(logits, states)
-        ids, largest = (_draw_on_cpu if logits.device.type == "cpu" else _draw_on_device)(logits, states)
+        ids, largest = kernels.draw(logits, controls(states))
         tokens = [_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
         if raw is not None:
             _add_logprobs(tokens, raw, asking, states)
@@ -103,45 +108,9 @@ class Sampler:
         return rows
 
 
-def _draw_on_cpu(
-    logits: torch.Tensor, states: Sequence[SamplingState]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """[R] token ids and [R] largest logits; the id of a row whose largest is not finite means nothing."""
-    ids, largest = np.zeros(len(states), np.int64), np.zeros(len(states), np.float32)
-    for drawing, rows in _groups(states).items():
-        own = logits if len(rows) == len(states) else logits[rows]
-        if drawing is Drawing.GREEDY:
-            ids[rows] = places = cpu.argmax(own)
-            largest[rows] = own.numpy()[np.arange(len(rows)), places]
-            continue
-        peaks = own.amax(1)
-        largest[rows] = peaks.numpy()
-        sound = np.isfinite(largest[rows])
-        if not sound.all():
-            rows = [row for row, good in zip(rows, sound) if good]
-            own, peaks = own[torch.from_numpy(sound)], peaks[torch.from_numpy(sound)]
-        if rows:
-            ids[rows] = _DRAW[drawing](own, peaks, Controls.of([states[row] for row in rows]))
-    return ids, largest
-
-
-def _groups(states: Sequence[SamplingState]) -> dict[Drawing, list[int]]:
-    groups: dict[Drawing, list[int]] = {}
-    for row, state in enumerate(states):
-        groups.setdefault(state.drawing, []).append(row)
-    return groups
-
-
-def _draw_on_device(
-    logits: torch.Tensor, states: Sequence[SamplingState]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """As `_draw_on_cpu`, with one wait for the device: the copy of the ids and largest logits."""
-    ids = logits.argmax(1)
-    rows = [row for row, state in enumerate(states) if state.drawing is not Drawing.GREEDY]
-    if rows:
-        ids[rows] = dense.draw(logits[rows], Controls.of([states[row] for row in rows]))
-    both = torch.stack((ids.double(), logits.amax(1).double())).cpu().numpy()
-    return both[0].astype(np.int64), both[1].astype(np.float32)
+def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
+    """[R, 5] parameters of these sequences at their present positions, see `kernels.Control`."""
+    return np.array([(*state.controls, 0.5 if state.params.greedy else state.uniform()) for state in states])
 
 
 def _token(token_id: int, largest: float) -> SampledToken:

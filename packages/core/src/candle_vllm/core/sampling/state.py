@@ -8,7 +8,6 @@ work that could be done once.
 from __future__ import annotations
 
 import copy
-import enum
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,15 +20,6 @@ from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 _UNIFORMS = 64  # random numbers made at a time
 
 
-class Drawing(enum.Enum):
-    """The cheapest way to draw a sequence's tokens."""
-
-    GREEDY = enum.auto()
-    PLAIN = enum.auto()  # temperature, and perhaps min_p
-    TOP_K = enum.auto()  # and perhaps the others
-    TOP_P = enum.auto()  # without top_k
-
-
 class SamplingState:
     """One sequence's parameters, its output tokens, and what follows from both.
 
@@ -38,8 +28,7 @@ class SamplingState:
         vocab_size: V, the width of the logits.
         index: which of the request's `n` sequences this is.
         seed: the request's, or 64 fresh bits.
-        drawing: the cheapest way to draw.
-        top_k: as in `params`, and 0 where it would keep every token.
+        controls: temperature (0 for greedy), min_p, top_k (0 where it would keep every token), top_p.
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
@@ -84,8 +73,8 @@ class SamplingState:
         self.bad_words = BadWords(bad_word_token_ids, vocab_size)
         prompt_ids = _checked("prompt_token_ids", prompt_token_ids, vocab_size)
         self.counts = _penalty_counts(params, prompt_ids)
-        self.top_k = params.top_k if 0 < params.top_k < vocab_size else 0
-        self.drawing = _drawing(params, self.top_k)
+        top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+        self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids)
 
     def sibling(self, index: int) -> SamplingState:
@@ -206,14 +195,6 @@ def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np
             f"{name} holds token id {wrong}, but this model's vocabulary has the ids 0 to {vocab_size - 1}", name
         )
     return ids
-
-
-def _drawing(params: SamplingParams, top_k: int) -> Drawing:
-    if params.greedy:
-        return Drawing.GREEDY
-    if top_k:
-        return Drawing.TOP_K
-    return Drawing.TOP_P if params.top_p < 1 else Drawing.PLAIN
 
 
 def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> TokenCounts | None:

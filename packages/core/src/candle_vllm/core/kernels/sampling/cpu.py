@@ -1,0 +1,269 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Sampling as compiled functions: two or three passes over a row's memory, nothing sorted (step 7 of ten).
+
+A row's result has the same bits whatever the other rows are, for each is worked on alone. The functions hold no lock
+of Python's and use the caller's thread.
+
+Weights are float32, summed in float32 within a chunk of 512 and in float64 beyond: a draw differs from the
+reference's only where its random number all but touches the edge between two tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.cpu_runtime.operation import compile_kept
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
+from candle_vllm.core.kernels.sampling import Adjustment, Standing
+from candle_vllm.core.kernels.sampling.cpu_chunks import (
+    CHUNK,
+    GROUP,
+    MAXIMA_BYTES,
+    above,
+    chunk_at,
+    count_bits,
+    float64_at,
+    hits,
+    inner,
+    reaches,
+    weigh_chunk,
+)
+from candle_vllm.core.kernels.sampling.cpu_select import (
+    ALL,
+    INFINITE,
+    LOG2_E,
+    LOWEST,
+    MAXIMA_AT,
+    SUMS_AT,
+    TAIL_AT,
+    WEIGHTS_AT,
+    first_at,
+    kth_largest,
+    min_p_bound,
+    nucleus,
+    survey,
+    workspace_bytes,
+)
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@inner
+def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
+    """Writes the weights of a chunk, 0 below the cut and for its equals behind the id `last_tie`; returns the sum."""
+    at, weights = chunk_at(row, work + TAIL_AT, chunks, number), work + WEIGHTS_AT
+    start = number * CHUNK
+    total = weigh_chunk(at, largest, scale, cut if start <= last_tie else above(cut), weights)
+    if start <= last_tie < start + CHUNK:
+        logits, kept, total = float32_at(at), float32_at(weights), 0.0
+        for place in range(CHUNK):
+            if place > last_tie - start and logits[place] == cut:
+                kept[place] = 0.0
+            total += kept[place]
+    return total
+
+
+@inner
+def _pick(row, chunks, work, cut, last_tie, largest, rate, uniform):
+    """The first id at which the cumulated weight exceeds `uniform` of the mass: first its chunk, then it."""
+    scale, sums, total = np.float32(rate * LOG2_E), float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES), 0.0
+    for number in range(chunks):
+        sums[number] = 0.0
+        if reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
+            sums[number] = _weigh(row, chunks, number, work, cut, last_tie, largest, scale)
+        total += sums[number]
+    target, before, chosen, start = uniform * total, 0.0, 0, 0.0
+    for number in range(chunks):
+        after = before + sums[number]
+        if after > before:  # never a chunk of weight 0, also where rounding lifts the target to the whole mass
+            chosen, start = number, before
+            if after > target:
+                break
+        before = after
+    _weigh(row, chunks, chosen, work, cut, last_tie, largest, scale)
+    return chosen * CHUNK + _pick_inside(float32_at(work + WEIGHTS_AT), target - start, sums[chosen])
+
+
+@inner
+def _pick_inside(weights, target, mass):
+    total, before, chosen = 0.0, 0.0, 0
+    for place in range(CHUNK):
+        total += weights[place]
+    if total != mass:  # the chunk's sum was rounded: carry over the share of it
+        target = target / mass * total
+    target = max(target, 0.0)
+    for place in range(CHUNK):
+        after = before + weights[place]
+        if after > before:
+            chosen = place
+            if after > target:
+                break
+        before = after
+    return chosen
+
+
+def _draw(logits, controls, memory, ids, largest):
+    work = np.int64(memory.ctypes.data)
+    rows, vocabulary = logits.shape
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    for number in range(rows):
+        row = np.int64(logits.ctypes.data) + number * logits.strides[0]
+        temperature, min_p, top_p = controls[number, 0], controls[number, 1], controls[number, 3]
+        top, ids[number] = survey(row, vocabulary, work), 0
+        largest[number] = top
+        if not -INFINITE < top < INFINITE:
+            continue
+        if temperature == 0.0:
+            ids[number] = first_at(row, chunks, work, top, INFINITE, np.int64(0))
+            continue
+        cut, last_tie, rate = LOWEST, ALL, 1.0 / temperature
+        if controls[number, 2] > 0.0:
+            cut, _ = kth_largest(row, chunks, work, int(controls[number, 2]), top)
+        if min_p > 0.0:
+            cut = max(cut, min_p_bound(min_p, top, temperature))
+        if top_p < 1.0:
+            cut, ties = nucleus(row, chunks, work, cut, top_p, top, rate)
+            if ties != ALL:
+                last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
+        ids[number] = _pick(row, chunks, work, cut, last_tie, top, rate, controls[number, 4])
+
+
+@inner
+def _rank(row, chunks, work, token, chosen):
+    """1 for the largest logit; among equals the lower id comes first."""
+    rank, group = 1, token // GROUP
+    for number in range(chunks):
+        if not reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, chosen):
+            continue
+        at = chunk_at(row, work + TAIL_AT, chunks, number)
+        for part in range(CHUNK // GROUP):
+            place = number * (CHUNK // GROUP) + part
+            rank += count_bits(hits(at + part * 4 * GROUP, above(chosen), INFINITE))
+            if place <= group:
+                equal = hits(at + part * 4 * GROUP, chosen, above(chosen))
+                rank += count_bits(equal if place < group else equal & ((1 << (token % GROUP)) - 1))
+    return rank
+
+
+@inner
+def _top_ids(row, vocabulary, work, top, largest, to):
+    """Writes the ids of the `top` largest logits, falling, the lower id first among equals; returns how many."""
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    cut, ties = kth_largest(row, chunks, work, top, largest)
+    logits, count = float32_at(row), 0
+    for number in range(chunks):
+        if not reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cut):
+            continue
+        for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
+            value = logits[token]
+            if value > cut or (value == cut and ties > 0):
+                ties -= value == cut
+                place = count
+                while place > 0 and logits[to[place - 1]] < value:
+                    to[place] = to[place - 1]
+                    place -= 1
+                to[place] = token
+                count += 1
+    return count
+
+
+def _stand(logits, token_ids, tops, memory, offsets, ranks, top_ids):
+    work = np.int64(memory.ctypes.data)
+    rows, vocabulary = logits.shape
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    for number in range(rows):
+        row, mass = np.int64(logits.ctypes.data) + number * logits.strides[0], 0.0
+        largest = survey(row, vocabulary, work)
+        for part in range(chunks):
+            at = chunk_at(row, work + TAIL_AT, chunks, part)
+            mass += weigh_chunk(at, largest, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+        offsets[number] = float(largest) + math.log(mass)
+        ranks[number] = _rank(row, chunks, work, token_ids[number], logits[number, token_ids[number]])
+        top_ids[number, :] = -1
+        if tops[number] > 0:
+            _top_ids(row, vocabulary, work, min(tops[number], vocabulary), largest, top_ids[number])
+
+
+def _adjust(row, masked, limited, allowed, forbidden, bias_ids, bias, seen_ids, counts, penalties):
+    odd = 0  # logits that a mask would hide although they show a broken model
+    if masked and limited:
+        start = 0
+        for place in range(len(allowed) + 1):
+            end = allowed[place] if place < len(allowed) else len(row)
+            for token in range(start, end):
+                odd += 0 if row[token] < INFINITE else 1
+                row[token] = -INFINITE
+            start = end + 1
+    if masked:
+        for token in forbidden:
+            odd += 0 if row[token] < INFINITE else 1
+            row[token] = -INFINITE
+    if odd:
+        row[0] = np.nan
+    for place in range(len(bias_ids)):
+        row[bias_ids[place]] += bias[place]
+    repetition, frequency, presence = penalties
+    for place in range(len(seen_ids)):
+        logit, count = float(row[seen_ids[place]]), float(counts[place])
+        if not logit < math.inf:
+            continue
+        logit = logit / repetition if logit > 0 else logit * repetition
+        logit -= frequency * count + (presence if count > 0 else 0.0)
+        row[seen_ids[place]] = min(logit, _LARGEST)
+
+
+_SIGNATURES = {
+    _draw: "void(float32[:, :], float64[:, ::1], uint8[::1], int64[::1], float32[::1])",
+    _stand: "void(float32[:, :], int64[::1], int64[::1], uint8[::1], float64[::1], int64[::1], int64[:, ::1])",
+    _adjust: "void(float32[::1], boolean, boolean, int64[::1], int64[::1], int64[::1], float32[::1], int64[::1],"
+    " float32[::1], UniTuple(float64, 3))",
+}
+
+
+@cache
+def _compiled(function: Callable[..., None]) -> Any:
+    signature = _SIGNATURES[function]
+    return compile_kept(lambda cached: njit(signature, nogil=True, cache=cached, error_model="numpy")(function))
+
+
+def prepare() -> None:
+    """Compiles all functions, or takes them from the cache on disk."""
+    for function in _SIGNATURES:
+        _compiled(function)
+
+
+def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """See the contract in the package."""
+    ids, largest = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+    _compiled(_draw)(logits.numpy(), controls, _workspace(logits.shape[1]), ids, largest)
+    return ids, largest
+
+
+def stand(logits: torch.Tensor, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
+    """See the contract in the package."""
+    rows = len(logits)
+    offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
+    top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
+    _compiled(_stand)(logits.numpy(), token_ids, tops, _workspace(logits.shape[1]), offsets, ranks, top_ids)
+    return Standing(offsets, ranks, top_ids)
+
+
+def adjust(row: NDArray[np.float32], a: Adjustment) -> None:
+    """See the contract in the package."""
+    limited = a.allowed is not None
+    allowed = a.allowed if a.allowed is not None else a.forbidden
+    _compiled(_adjust)(
+        row, a.masked, limited, allowed, a.forbidden, a.bias_ids, a.bias, a.seen_ids, a.counts, a.penalties
+    )
+
+
+def _workspace(vocabulary: int) -> NDArray[np.uint8]:
+    return np.empty(workspace_bytes(vocabulary), np.uint8)

@@ -1,0 +1,312 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""The emitted inner loops of sampling on the CPU: what is done to 512 logits at a time (step 7 of a request's life).
+
+A chunk is 32 vectors of 16 logits; the last one of a row is copied and filled up with -inf. A chunk's maxima are 16
+numbers, one for each lane: they tell in one comparison whether anything in the chunk reaches a bound. A weight is
+2^((logit - largest) * scale), in float32; `scale` 0 makes every weight exactly 1, so that the same code counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, vector
+
+CHUNK = 512  # logits
+CHUNK_BYTES = 4 * CHUNK
+MAXIMA_BYTES = 4 * LANES  # of one chunk
+EDGES = 8  # bounds above which masses are summed in one pass
+GROUP = 64  # logits whose hits fit into one int64
+GROUPS = CHUNK // GROUP
+
+# For functions that are called from compiled code only.
+inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+_F64 = ir.DoubleType()
+_LOWEST = float(np.finfo(np.float32).min)
+_TOGETHER = 4  # vectors per turn of a loop
+_VECTOR_BYTES = 4 * LANES
+
+
+def _vectors(e: Emitter, address: Any, turn: Any) -> list[Any]:
+    at = e.b.add(address, e.b.mul(turn, e.int64(_TOGETHER * _VECTOR_BYTES)))
+    return [e.load(at, vector(F32), _VECTOR_BYTES * part) for part in range(_TOGETHER)]
+
+
+def _larger(e: Emitter, x: Any, y: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
+
+
+def _weight(e: Emitter, logit: Any, largest: Any, scale: Any) -> Any:
+    """A difference that overflows is held to a finite number: infinity times 0 is no number."""
+    difference = _larger(e, e.b.fsub(logit, largest), e.constant(F32, _LOWEST))
+    return emit_exp2(e, e.b.fmul(difference, scale))
+
+
+def _kept(e: Emitter, logit: Any, bound: Any, weight: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered(">=", logit, bound), weight, e.zeros(F32))
+
+
+def _bits(e: Emitter, hits: Any) -> Any:
+    return e.b.zext(e.b.bitcast(hits, I16), I64)
+
+
+@intrinsic
+def chunk_maxima(_: Any, at: Any, to: Any) -> Any:
+    """Stores the 16 maxima of a chunk; returns whether it holds a NaN, which the maxima pass over."""
+    signature = types.int64(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(turn: Any, state: list[Any]) -> list[Any]:
+            values = _vectors(e, args[0], turn)
+            odd = [b.fcmp_unordered("uno", values[part], values[part + 1]) for part in (0, 2)]
+            tops = [_larger(e, value, top) for value, top in zip(values, state[1:])]
+            return [b.or_(state[0], b.or_(*odd)), *tops]
+
+        lowest = e.constant(F32, float("-inf"))
+        count = e.int64(CHUNK // LANES // _TOGETHER)
+        odd, *tops = e.loop(count, [e.zeros(ir.IntType(1)), *[lowest] * _TOGETHER], body)
+        e.store(args[1], _larger(e, _larger(e, tops[0], tops[1]), _larger(e, tops[2], tops[3])))
+        return b.zext(b.icmp_unsigned("!=", _bits(e, odd), e.int64(0)), I64)
+
+    return signature, code
+
+
+@intrinsic
+def largest_of(_: Any, at: Any, count: Any) -> Any:
+    """The largest of `count` vectors (at least one) without NaN."""
+    signature = types.float32(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+            return [_larger(e, value, state[0])]
+
+        (top,) = e.loop(args[1], [e.constant(F32, float("-inf"))], body)
+        return e.call("llvm.vector.reduce.fmax.v16f32", F32, [top])
+
+    return signature, code
+
+
+@intrinsic
+def least_of(_: Any, at: Any, count: Any) -> Any:
+    """The smallest of `count` vectors (at least one) without NaN, -inf left out."""
+    signature = types.float32(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        infinite = e.constant(F32, float("inf"))
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+            value = b.select(b.fcmp_ordered(">=", value, e.constant(F32, _LOWEST)), value, infinite)
+            return [b.select(b.fcmp_ordered("<", value, state[0]), value, state[0])]
+
+        (least,) = e.loop(args[1], [infinite], body)
+        return e.call("llvm.vector.reduce.fmin.v16f32", F32, [least])
+
+    return signature, code
+
+
+@intrinsic
+def reaches(_: Any, at: Any, bound: Any) -> Any:
+    """Whether one of 16 numbers is at least `bound`."""
+    signature = types.boolean(types.int64, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        hits = b.fcmp_ordered(">=", e.load(args[0], vector(F32)), e.splat(args[1]))
+        return b.icmp_unsigned("!=", _bits(e, hits), e.int64(0))
+
+    return signature, code
+
+
+@intrinsic
+def weigh_chunk(_: Any, at: Any, largest: Any, scale: Any, bound: Any, to: Any) -> Any:
+    """Stores the weights of a chunk, 0 for logits below `bound`; returns their sum."""
+    signature = types.float64(types.int64, types.float32, types.float32, types.float32, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        largest, scale, bound = (e.splat(value) for value in args[1:4])
+
+        def body(turn: Any, totals: list[Any]) -> list[Any]:
+            to = b.add(args[4], b.mul(turn, e.int64(_TOGETHER * _VECTOR_BYTES)))
+            results = []
+            for part, value in enumerate(_vectors(e, args[0], turn)):
+                weight = _kept(e, value, bound, _weight(e, value, largest, scale))
+                e.store(to, weight, _VECTOR_BYTES * part)
+                results.append(b.fadd(totals[part], weight))
+            return results
+
+        totals = e.loop(e.int64(CHUNK // LANES // _TOGETHER), [e.zeros(F32)] * _TOGETHER, body)
+        total = b.fadd(b.fadd(totals[0], totals[1]), b.fadd(totals[2], totals[3]))
+        return b.fpext(e.sum_lanes(total), _F64)
+
+    return signature, code
+
+
+@intrinsic
+def add_masses(_: Any, at: Any, largest: Any, scale: Any, edges: Any, masses: Any) -> Any:
+    """Adds, for each of EDGES float32 edges, the weights of a chunk's logits at or above it to float64 masses."""
+    signature = types.void(types.int64, types.float32, types.float32, types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        largest, scale = (e.splat(value) for value in args[1:3])
+        edges = [e.splat(e.load(args[3], F32, 4 * n)) for n in range(EDGES)]
+
+        def body(index: Any, totals: list[Any]) -> list[Any]:
+            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+            weight = _weight(e, value, largest, scale)
+            return [b.fadd(total, _kept(e, value, edge, weight)) for total, edge in zip(totals, edges)]
+
+        totals = e.loop(e.int64(CHUNK // LANES), [e.zeros(F32)] * EDGES, body)
+        for n, total in enumerate(totals):
+            mass = b.fadd(e.load(args[4], _F64, 8 * n), b.fpext(e.sum_lanes(total), _F64))
+            e.store(args[4], mass, 8 * n)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def hits(_: Any, at: Any, low: Any, high: Any) -> Any:
+    """Which of 64 logits are in [low, high), one bit for each, the first lowest."""
+    signature = types.int64(types.int64, types.float32, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        low, high = (e.splat(value) for value in args[1:])
+        found = e.int64(0)
+        for part in range(GROUP // LANES):
+            value = e.load(args[0], vector(F32), _VECTOR_BYTES * part)
+            inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
+            found = b.or_(found, b.shl(_bits(e, inside), e.int64(LANES * part)))
+        return found
+
+    return signature, code
+
+
+@intrinsic
+def copy_hits(_: Any, at: Any, low: Any, high: Any, to: Any) -> Any:
+    """Copies the logits of a chunk that are in [low, high) to `to`, side by side; returns the address behind them.
+
+    Up to 64 bytes behind the last may be overwritten. `to` may be at or before `at`: what is written has been read.
+    """
+    signature = types.int64(types.int64, types.float32, types.float32, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        low, high = (e.splat(value) for value in args[1:3])
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            value = e.load(b.add(args[0], b.mul(index, e.int64(_VECTOR_BYTES))), vector(F32))
+            inside = b.and_(b.fcmp_ordered(">=", value, low), b.fcmp_ordered("<", value, high))
+            undefined = ir.Constant(vector(F32), ir.Undefined)
+            packed = e.call("llvm.experimental.vector.compress.v16f32", vector(F32), [value, inside, undefined])
+            e.store(state[0], packed)
+            return [b.add(state[0], b.shl(b.ctpop(_bits(e, inside)), e.int64(2)))]
+
+        return e.loop(e.int64(CHUNK // LANES), [args[3]], body)[0]
+
+    return signature, code
+
+
+@intrinsic
+def first_bit(_: Any, bits: Any) -> Any:
+    """Place of the lowest 1 of an int64 that is not 0."""
+    signature = types.int64(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return signature, code
+
+
+@intrinsic
+def count_bits(_: Any, bits: Any) -> Any:
+    """How many bits of an int64 are 1."""
+    signature = types.int64(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.ctpop(args[0])
+
+    return signature, code
+
+
+def _from_key(b: Any, key: Any) -> Any:
+    negative = b.sub(ir.Constant(I64, 1 << 31), key)
+    return b.bitcast(b.trunc(b.select(b.icmp_signed("<", key, ir.Constant(I64, 0)), negative, key), I32), F32)
+
+
+def _to_key(b: Any, value: Any) -> Any:
+    bits, sign = b.zext(b.bitcast(value, I32), I64), ir.Constant(I64, 1 << 31)
+    return b.select(b.icmp_signed("<", bits, sign), bits, b.sub(sign, bits))
+
+
+@intrinsic
+def key_of(_: Any, value: Any) -> Any:
+    """An integer in the order of the floats; 0 for both zeros."""
+    signature = types.int64(types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return _to_key(b, args[0])
+
+    return signature, code
+
+
+@intrinsic
+def value_of(_: Any, key: Any) -> Any:
+    """The float32 of a key."""
+    signature = types.float32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return _from_key(b, args[0])
+
+    return signature, code
+
+
+@intrinsic
+def above(_: Any, value: Any) -> Any:
+    """The next larger float32."""
+    signature = types.float32(types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return _from_key(b, b.add(_to_key(b, args[0]), ir.Constant(I64, 1)))
+
+    return signature, code
+
+
+@intrinsic
+def chunk_at(_: Any, row: Any, last: Any, chunks: Any, number: Any) -> Any:
+    """Address of a chunk of a row."""
+    signature = types.int64(*[types.int64] * 4)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        row, last, chunks, number = args
+        is_last = b.icmp_signed("==", b.add(number, ir.Constant(I64, 1)), chunks)
+        return b.select(is_last, last, b.add(row, b.mul(number, ir.Constant(I64, CHUNK_BYTES))))
+
+    return signature, code
+
+
+@intrinsic
+def float64_at(_: Any, address: Any) -> Any:
+    """An address as a pointer to float64, for indexing."""
+    signature = types.CPointer(types.float64)(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], _F64.as_pointer())
+
+    return signature, code

@@ -1,0 +1,226 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Finding where a row of logits is cut, without sorting it: the k-th largest, and the last token that top_p keeps.
+
+Both are one question: going down from the largest, at which logit does the sum of weights reach a limit? (For top_k
+every weight is 1.) One pass sums the weights above eight edges at once and so finds the two edges that the cut lies
+between; the logits between them are copied out, and the same is done to them, until few are left or all are equal.
+
+(A literal 0 as an argument would compile a function a second time, hence `np.int64(0)`.)
+
+The workspace of a row, by byte offsets: a few fixed arrays, then for C chunks: their maxima, their sums, the logits
+that were copied out. "Row" below is the number of its chunks, the address of the first, and that of the last, filled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.emit import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
+from candle_vllm.core.kernels.sampling.cpu_chunks import (
+    CHUNK,
+    CHUNK_BYTES,
+    EDGES,
+    GROUP,
+    GROUPS,
+    MAXIMA_BYTES,
+    add_masses,
+    chunk_at,
+    chunk_maxima,
+    copy_hits,
+    first_bit,
+    float64_at,
+    hits,
+    inner,
+    key_of,
+    largest_of,
+    least_of,
+    reaches,
+    value_of,
+)
+
+EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
+MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # and behind the maxima
+_VALUES_AT = SUMS_AT  # and behind the maxima and the sums
+ALL = 1 << 40  # a number of ties that is never reached
+LOG2_E = math.log2(math.e)
+LOWEST = np.float32(np.finfo(np.float32).min)
+INFINITE = np.float32(np.inf)
+_FEW = 48  # logits that are sorted
+_EVEN_ROUNDS = 6  # narrowing by even steps; then by the order of the bits, which ends for any numbers
+
+
+def workspace_bytes(vocabulary: int) -> int:
+    """Size of the workspace of a row of `vocabulary` logits."""
+    return SUMS_AT + -(-vocabulary // CHUNK) * (MAXIMA_BYTES + 8 + CHUNK_BYTES) + CHUNK_BYTES
+
+
+@inner
+def survey(row, vocabulary, work):
+    """Prepares a row: fills up its last chunk and finds the maxima of all; returns the largest logit, or NaN."""
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    whole = (chunks - 1) * CHUNK
+    rest, last = float32_at(row + 4 * whole), float32_at(work + TAIL_AT)
+    for place in range(CHUNK):
+        last[place] = rest[place] if place < vocabulary - whole else -INFINITE
+    odd = 0
+    maxima = work + MAXIMA_AT
+    for number in range(chunks):
+        odd |= chunk_maxima(chunk_at(row, work + TAIL_AT, chunks, number), maxima + number * MAXIMA_BYTES)
+    numbers = float32_at(maxima)
+    for place in range(chunks * LANES, (chunks * LANES + CHUNK - 1) // CHUNK * CHUNK):
+        numbers[place] = -INFINITE
+    return np.float32(np.nan) if odd else largest_of(maxima, chunks)
+
+
+@inner
+def first_at(row, chunks, work, low, high, skip):
+    """The id of the logit in [low, high) behind `skip` others of them; there is one."""
+    for number in range(chunks):
+        if reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, low):
+            at = chunk_at(row, work + TAIL_AT, chunks, number)
+            for group in range(GROUPS):
+                found = hits(at + group * 4 * GROUP, low, high)
+                while found != 0:
+                    if skip == 0:
+                        return number * CHUNK + group * GROUP + first_bit(found)
+                    skip -= 1
+                    found &= found - 1
+    return 0
+
+
+@inner
+def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
+    """Copies the logits in [low, high) to `to`, filled up to whole chunks; returns how many, the least, the largest.
+
+    `maxima` may be 0. `to` may be the row itself. There is at least one.
+    """
+    end = to
+    for number in range(chunks):
+        if maxima == 0 or reaches(maxima + number * MAXIMA_BYTES, low):
+            end = copy_hits(chunk_at(row, last, chunks, number), low, high, end)
+    count, target = (end - to) >> 2, float32_at(to)
+    filled = (count + CHUNK - 1) // CHUNK * CHUNK
+    for place in range(count, filled):
+        target[place] = -INFINITE
+    return count, least_of(to, filled // LANES), largest_of(to, filled // LANES)
+
+
+@inner
+def _between(work, limit, mass) -> tuple[Any, Any, Any]:
+    """Among the edges, the two that the cut lies between, and the mass above them; `mass` is added to all masses."""
+    edges, masses = float32_at(work + EDGES_AT), float64_at(work + MASSES_AT)
+    low = EDGES - 1
+    while low > 0 and mass + masses[low] < limit:
+        low -= 1
+    high = low + 1
+    while high < EDGES and edges[high] <= edges[low]:  # edges that rounding has made one
+        high += 1
+    if high == EDGES:
+        return edges[low], INFINITE, mass
+    return edges[low], edges[high], mass + masses[high]
+
+
+@inner
+def _sum_masses(row, last, chunks, maxima, bound, largest, scale, work):
+    masses = float64_at(work + MASSES_AT)
+    for edge in range(EDGES):
+        masses[edge] = 0.0
+    for number in range(chunks):
+        if maxima == 0 or reaches(maxima + number * MAXIMA_BYTES, bound):
+            add_masses(chunk_at(row, last, chunks, number), largest, scale, work + EDGES_AT, work + MASSES_AT)
+
+
+@inner
+def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tuple[Any, Any]:
+    """Where the sum of weights, `mass` of them above all these values, reaches `limit`.
+
+    Returns the cut and how many of the logits that equal it are kept, ALL for all.
+    """
+    scale, edges, rounds = np.float32(rate * LOG2_E), float32_at(work + EDGES_AT), 0
+    while count > _FEW and least < most:
+        low_key, keys = key_of(least), key_of(most) - key_of(least)
+        for edge in range(EDGES):
+            if rounds < _EVEN_ROUNDS:
+                edges[edge] = np.float32(float(least) + (float(most) - float(least)) * edge / EDGES)
+            else:
+                edges[edge] = value_of(low_key + (keys * edge + EDGES - 1) // EDGES)
+        chunks = (count + CHUNK - 1) // CHUNK
+        end = values + (chunks - 1) * CHUNK_BYTES
+        _sum_masses(values, end, chunks, np.int64(0), least, largest, scale, work)
+        low, high, mass = _between(work, limit, mass)
+        count, least, most = _copy_out(values, end, chunks, np.int64(0), low, high, values)
+        rounds += 1
+    if least == most:
+        kept = (limit - mass) / math.exp((float(least) - float(largest)) * rate)
+        return least, max(math.ceil(kept), 1) if kept <= count - 1 else ALL
+    return _cut_of_few(float32_at(values), count, mass, limit, largest, rate)
+
+
+@inner
+def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
+    """As `_narrow`, one after the other; sorts the values."""
+    for place in range(1, count):
+        value, to = values[place], place
+        while to > 0 and values[to - 1] < value:
+            values[to] = values[to - 1]
+            to -= 1
+        values[to] = value
+    kept = 0
+    while kept < count and (kept == 0 or mass < limit):
+        mass += math.exp((float(values[kept]) - float(largest)) * rate)
+        kept += 1
+    cut, ties = values[kept - 1], 0
+    while ties < kept and values[kept - 1 - ties] == cut:
+        ties += 1
+    return cut, ties if kept < count and values[kept] == cut else ALL
+
+
+@inner
+def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
+    """The k-th largest logit, or the least finite one, and how many of its equals are among the first k."""
+    last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
+    # The k-th largest of the maxima is a lower bound of the k-th largest logit.
+    parts = (chunks * LANES + CHUNK - 1) // CHUNK
+    end = maxima + (parts - 1) * CHUNK_BYTES
+    bound = LOWEST
+    count, least, most = _copy_out(maxima, end, parts, np.int64(0), LOWEST, INFINITE, values)
+    if count >= k:
+        bound, _ = _narrow(values, count, least, most, 0.0, float(k), largest, 0.0, work)
+    count, least, most = _copy_out(row, last, chunks, maxima, bound, INFINITE, values)
+    return _narrow(values, count, least, most, 0.0, float(k), largest, 0.0, work)
+
+
+@inner
+def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
+    """The least logit at or above `bound` that top_p keeps, and how many of its equals are kept."""
+    last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
+    # All tokens lighter than (1 - top_p) / V weigh less than 1 - top_p together: the cut is above them.
+    light = (math.log2(chunks * CHUNK / (1.0 - top_p)) + 1.0) / (rate * LOG2_E)
+    floor = max(bound, np.float32(float(largest) - light))
+    edges = float32_at(work + EDGES_AT)
+    edges[0] = bound
+    for edge in range(1, EDGES):
+        edges[edge] = np.float32(float(floor) + (float(largest) - float(floor)) * (edge - 1) / (EDGES - 1))
+    _sum_masses(row, last, chunks, maxima, bound, largest, np.float32(rate * LOG2_E), work)
+    limit = top_p * float64_at(work + MASSES_AT)[0]
+    low, high, mass = _between(work, limit, 0.0)
+    count, least, most = _copy_out(row, last, chunks, maxima, low, high, values)
+    return _narrow(values, count, least, most, mass, limit, largest, rate, work)
+
+
+@inner
+def min_p_bound(min_p, largest, temperature):
+    """The least logit of weight `min_p` or more, by halving the range of all floats."""
+    low, high = key_of(LOWEST), key_of(largest)  # low: perhaps too light; high: heavy enough
+    while low < high:
+        middle = (low + high) // 2
+        if math.exp((float(value_of(middle)) - float(largest)) / temperature) >= min_p:
+            high = middle
+        else:
+            low = middle + 1
+    return value_of(high)

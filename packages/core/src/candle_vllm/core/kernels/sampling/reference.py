@@ -1,0 +1,59 @@
+"""Sampling in plain torch: the reference of `cpu.py`, and what accelerators and machines without Numba use.
+
+Every step works on the whole vocabulary in float64, so that it can be checked by eye. Nothing waits for the device but
+the copy of the result.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_TEMPERATURE, _MIN_P, _TOP_K, _TOP_P, _UNIFORM = range(5)
+
+
+def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """See the contract in the package."""
+    ids = logits.argmax(1)
+    rows = np.flatnonzero(controls[:, _TEMPERATURE]).tolist()
+    if rows:
+        ids[rows] = draw_at_random(logits[rows], controls[rows])
+    both = torch.stack((ids.double(), logits.amax(1).double())).cpu().numpy()
+    return both[0].astype(np.int64), both[1].astype(np.float32)
+
+
+def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch.Tensor:
+    """[R] int64 ids of rows with a temperature."""
+    temperature, min_p, place, top_p, uniform = torch.as_tensor(controls, device=logits.device).T.unsqueeze(2)  # [R, 1]
+    largest = logits.amax(1, keepdim=True).double()
+    weights = ((logits.double() - largest) / temperature).exp()  # [R, V]
+    weights = weights.masked_fill(weights < min_p, 0.0)
+    top_k = int(controls[:, _TOP_K].max())
+    if top_k:
+        smallest = logits.topk(top_k, dim=1).values.gather(1, (place.long() - 1).clamp(min=0))
+        weights = weights.masked_fill((logits < smallest) & (place > 0), 0.0)
+    if (controls[:, _TOP_P] < 1).any():
+        falling, order = weights.sort(dim=1, descending=True, stable=True)
+        before = falling.cumsum(1)
+        dropped = (before - falling >= top_p * before[:, -1:]) & (top_p < 1)
+        dropped[:, 0] = False
+        weights = weights.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    cumulated = weights.cumsum(1)
+    # Rounding may lift the target to the whole mass; the last token of weight above 0 is then the answer.
+    last = (cumulated < cumulated[:, -1:]).sum(1)
+    return torch.minimum((cumulated <= uniform * cumulated[:, -1:]).sum(1), last)
+
+
+def stand(
+    logits: torch.Tensor, token_ids: NDArray[np.int64], tops: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets, ranks and top ids: see `Standing` in the package."""
+    most = min(int(tops.max(initial=0)), logits.shape[1])
+    falling, order = logits.sort(dim=1, descending=True, stable=True)
+    ranks = 1 + (order == torch.from_numpy(token_ids).unsqueeze(1)).int().argmax(1)
+    asked = torch.arange(most) < torch.from_numpy(tops).unsqueeze(1)
+    top_ids = order[:, :most].masked_fill(~asked | falling[:, :most].isneginf(), -1)
+    return logits.double().logsumexp(1).numpy(), ranks.numpy(), top_ids.numpy()
