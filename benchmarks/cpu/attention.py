@@ -22,11 +22,10 @@ import numpy as np
 from candle_vllm.core.kernels.attention.cpu import (
     attend_operation,
     attend_row,
-    key_cache_shape,
     merge_operation,
-    scratch_bytes,
-    value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
@@ -58,10 +57,10 @@ class Bench:
         layer_bytes = 4 * streams * pages * block * self.kv_heads * self.dim
         self.layers = max(1, min(layers, MEMORY // layer_bytes))
         random = np.random.default_rng(0)
-        self.blocks = self.layers * streams * pages
-        at = (self.blocks, block, self.kv_heads, self.dim)
+        at = (streams * pages, block, self.layers, self.kv_heads, self.dim)
         self.keys, self.values = (
-            small_bf16(random, math.prod(shape)) for shape in (key_cache_shape(*at), value_cache_shape(*at))
+            small_bf16(random, math.prod(shape)).reshape(shape).swapaxes(0, 1)
+            for shape in (key_cache_shape(*at), value_cache_shape(*at))
         )
         self.q = small_bf16(random, tokens * self.heads * self.dim)
         self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
@@ -69,7 +68,6 @@ class Bench:
         self.contexts = np.full(streams, context, np.int64)
         order = random.permutation if scatter else np.arange
         self.tables = np.stack([order(streams * pages) for _ in range(self.layers)]).astype(np.int64)
-        self.tables += np.arange(self.layers)[:, None] * streams * pages
         self.numbers = np.zeros(8, np.int64)
         self.numbers[:2] = tokens, streams
         width = (self.heads + 2 * self.kv_heads) * self.dim
@@ -104,7 +102,7 @@ class Bench:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
-            num_blocks=self.blocks,
+            stretch_step=stretch_step(self.keys[layer].strides, self.dim),
             block_size=self.block,
             rotary_dim=self.dim,
             cos=address_of(self.angles),
@@ -112,8 +110,8 @@ class Bench:
             positions=address_of(self.positions),
             slots=address_of(self.slots[layer]),
             q=address_of(self.q),
-            key_cache=address_of(self.keys),
-            value_cache=address_of(self.values),
+            key_cache=address_of(self.keys[layer]),
+            value_cache=address_of(self.values[layer]),
             scale=0.18,
         )
 
@@ -121,13 +119,13 @@ class Bench:
         return attend_row(
             q=address_of(self.q),
             out=address_of(self.out),
-            key_cache=address_of(self.keys),
-            value_cache=address_of(self.values),
+            key_cache=address_of(self.keys[layer]),
+            value_cache=address_of(self.values[layer]),
             query_start=address_of(self.starts),
             context_lens=address_of(self.contexts),
             block_tables=address_of(self.tables[layer]),
             table_stride=self.pages,
-            num_blocks=self.blocks,
+            stretch_step=stretch_step(self.keys[layer].strides, self.dim),
             block_size=self.block,
             heads=self.heads,
             kv_heads=self.kv_heads,

@@ -24,12 +24,10 @@ from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu import (
     attend_operation,
     attend_row,
-    key_cache_shape,
     merge_operation,
-    scratch_bytes,
-    supported,
-    value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, supported, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
@@ -83,7 +81,7 @@ class Model:
 
     def __post_init__(self) -> None:
         fill = 0x7FC0 if self.poison else 0
-        shape = (self.blocks, self.block, self.kv_heads, self.dim)
+        shape = (self.blocks, self.block, 1, self.kv_heads, self.dim)
         self.keys = np.full(key_cache_shape(*shape), fill, np.int16)
         self.values = np.full(value_cache_shape(*shape), fill, np.int16)
         self.rotary = self.dim if self.rotary < 0 else self.rotary
@@ -95,10 +93,10 @@ class Model:
 
     def plain_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The caches as [B, S, K, D]."""
-        keys = torch.from_numpy(self.keys.copy()).view(torch.bfloat16).permute(1, 2, 4, 0, 3, 5)
-        values = torch.from_numpy(self.values.copy()).view(torch.bfloat16).permute(1, 2, 4, 0, 3)
-        shape = (self.blocks, self.block, self.kv_heads, self.dim)
-        return keys.reshape(shape), values.reshape(shape)
+        keys = torch.from_numpy(self.keys[:, 0].copy()).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4, 6)
+        values = torch.from_numpy(self.values[:, 0].copy()).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4)
+        shape = (-1, self.block, self.kv_heads, self.dim)
+        return keys.reshape(shape)[: self.blocks], values.reshape(shape)[: self.blocks]
 
 
 @dataclasses.dataclass
@@ -155,7 +153,7 @@ class Step:
             heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.dim,
-            num_blocks=model.blocks,
+            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
             block_size=model.block,
             rotary_dim=model.rotary,
             cos=model.cos.data_ptr(),
@@ -176,7 +174,7 @@ class Step:
             context_lens=address_of(contexts),
             block_tables=address_of(tables),
             table_stride=width,
-            num_blocks=model.blocks,
+            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
             block_size=model.block,
             heads=model.heads,
             kv_heads=model.kv_heads,

@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import operator
-import queue
 import threading
-import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, Self
 
 import msgspec
@@ -26,34 +22,29 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.request import (
     EngineStats,
-    FinishReason,
     GenerationOutput,
     GenerationRequest,
     ModelInfo,
     OutputCollector,
     TokenOutput,
 )
+from candle_vllm.core.engine.run_all import raise_failure, run_all
 from candle_vllm.core.engine.stream import Inbox, TokenStream
 from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.errors import (
-    CandleVllmError,
     ChatTemplateError,
     ConfigError,
     EngineDeadError,
-    EngineOverloadedError,
     InvalidParameterError,
     PromptTooLongError,
-    RequestAbortedError,
-    RequestError,
 )
 from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.loading.placement import DTYPES
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
 
 
 class InferenceEngine:
@@ -166,8 +157,8 @@ class InferenceEngine:
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
-        todo = self._requests(_as_list(prompts), sampling_params)
-        return [output for _, output in sorted(self._run_all(todo, use_tqdm))]
+        todo = self._requests(as_prompts(prompts), sampling_params)
+        return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
@@ -192,7 +183,7 @@ class InferenceEngine:
         collector = OutputCollector(stream.request)
         try:
             async for piece in stream:
-                _raise_failure(piece)
+                raise_failure(piece)
                 collector.add(piece)
         finally:
             await stream.aclose()
@@ -311,7 +302,7 @@ class InferenceEngine:
         add_special_tokens: bool = True,
     ) -> GenerationRequest:
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else _token_ids(prompt)
+        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else as_token_ids(prompt)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
@@ -330,96 +321,10 @@ class InferenceEngine:
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
         return [(request, self._require()[0].prepare(request)) for request in requests]
 
-    def _run_all(
-        self, todo: Sequence[tuple[GenerationRequest, list[LiveSequence]]], use_tqdm: bool
-    ) -> Iterator[tuple[int, GenerationOutput]]:
-        """Runs the requests with no more in the engine at a time than its queue takes."""
-        thread = self._running_thread()
-        sink = _QueueSink()
-        collectors: dict[str, tuple[int, OutputCollector]] = {}
-        ahead = iter(enumerate(todo))
-        try:
-            with tqdm(total=len(todo), disable=not use_tqdm, desc="prompts", dynamic_ncols=True) as bar:
-                waiting = next(ahead, None)
-                while waiting or collectors:
-                    if waiting is not None and self._try_submit(thread, waiting, sink, collectors):
-                        waiting = next(ahead, None)
-                    elif collectors:
-                        yield sink.next_finished(collectors)
-                        bar.update()
-                    else:
-                        time.sleep(0.01)  # other callers fill the queue
-        finally:
-            for request_id in collectors:
-                thread.abort(request_id)
-
-    @staticmethod
-    def _try_submit(
-        thread: EngineThread,
-        entry: tuple[int, tuple[GenerationRequest, list[LiveSequence]]],
-        sink: _QueueSink,
-        collectors: dict[str, tuple[int, OutputCollector]],
-    ) -> bool:
-        position, (request, prepared) = entry
-        try:
-            thread.submit(prepared, sink)
-        except EngineOverloadedError:
-            return False
-        collectors[request.request_id] = position, OutputCollector(request)
-        return True
-
-
-class _QueueSink:
-    """Pieces for a caller that waits in its own thread."""
-
-    loop = None
-
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[TokenOutput | EngineDeadError] = queue.SimpleQueue()
-        self.put = self._items.put
-
-    def next_finished(self, collectors: dict[str, tuple[int, OutputCollector]]) -> tuple[int, GenerationOutput]:
-        """Waits until one request is complete, and takes it out of `collectors`."""
-        while True:
-            item = self._items.get()
-            if isinstance(item, EngineDeadError):
-                raise item
-            _raise_failure(item)
-            position, collector = collectors[item.request_id]
-            if collector.add(item):
-                del collectors[item.request_id]
-                return position, collector.result()
-
-
-def _raise_failure(piece: TokenOutput) -> None:
-    if piece.error is not None:
-        raise RequestError(piece.error) if piece.error_kind == "request" else CandleVllmError(piece.error)
-    if piece.finish_reason == FinishReason.ABORT:
-        raise RequestAbortedError(f"request {piece.request_id} was aborted")
-
 
 def _shut_down(thread: EngineThread, engine: Engine) -> None:
     thread.close()
     engine.runner.close()
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
-    try:
-        if isinstance(prompt, (bytes, Mapping)) or any(isinstance(token, bool) for token in prompt):
-            raise TypeError
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise InvalidParameterError("a prompt is a text or a list of token ids", "prompt") from None
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
-        raise InvalidParameterError("prompts are texts or lists of token ids", "prompts")
-    items = list(prompts)
-    return [items] if items and all(isinstance(item, Integral) for item in items) else items  # type: ignore[list-item]
 
 
 def _device(config: EngineConfig) -> torch.device:

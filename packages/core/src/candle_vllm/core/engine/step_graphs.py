@@ -13,7 +13,7 @@ import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.kernels.attention import AttentionRows
-from candle_vllm.core.kernels.attention.cpu import key_cache_shape, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
@@ -34,14 +34,15 @@ class RecordedRunner:
 
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
-        shape = (num_blocks, limits.block_size, config.num_kv_heads, config.head_dim)
-        layers, key_shape, value_shape = config.num_layers, key_cache_shape(*shape), value_cache_shape(*shape)
-        keys = tuple(aligned(math.prod(key_shape), np.int16).reshape(key_shape) for _ in range(layers))
-        values = tuple(aligned(math.prod(value_shape), np.int16).reshape(value_shape) for _ in range(layers))
+        shape = (num_blocks, limits.block_size, config.num_layers, config.num_kv_heads, config.head_dim)
+        keys, values = (
+            aligned(math.prod(whole), np.int16).reshape(whole).swapaxes(0, 1)
+            for whole in (key_cache_shape(*shape), value_cache_shape(*shape))
+        )
         self.decoder = decoder
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing = torch.empty(0)
-        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
+        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), tuple(keys), tuple(values))
         self._caches = (keys, values)
         hidden = decoder.forward(recorder.tokens(), step)
         head_start, layer_rows = len(recorder.plan), recorder.num_rows

@@ -40,7 +40,7 @@ def packing_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int
     """Why the compiled CPU kernels cannot run a checkpoint; None if they can."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
-    from candle_vllm.core.kernels.attention.cpu import supported
+    from candle_vllm.core.kernels.attention.cpu_cache import supported
 
     if not supported(model.head_dim, block_size):
         return f"heads of {model.head_dim} with blocks of {block_size} tokens (--block-size) have no kernel"

@@ -18,65 +18,100 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+
+_LOG2E = 1.4426950216293335  # log2(e) as float32 has it
+_SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
 
 def emit_exp(e: Emitter, x: Any) -> Any:
-    """exp of 16 floats, relative error below 2e-7; inputs are held to [-87, 88]."""
+    """exp of 16 floats, relative error below 3e-7; inputs are held to [-87, 88]."""
     b = e.b
-    x = e.call("llvm.minnum.v16f32", vector(F32), [x, e.constant(F32, 88.0)])
-    x = e.call("llvm.maxnum.v16f32", vector(F32), [x, e.constant(F32, -87.0)])
-    whole = e.call("llvm.rint.v16f32", vector(F32), [b.fmul(x, e.constant(F32, math.log2(math.e)))])
-    # x - whole * ln 2 in two steps, then a Taylor polynomial on [-0.35, 0.35]
-    rest = e.fma(whole, e.constant(F32, -0.693359375), x)
-    rest = e.fma(whole, e.constant(F32, 2.12194440e-4), rest)
-    total = e.constant(F32, 1 / math.factorial(7))
-    for power in range(6, -1, -1):
-        total = e.fma(total, rest, e.constant(F32, 1 / math.factorial(power)))
-    exponent = b.shl(b.add(b.fptosi(whole, vector(I32)), e.constant(I32, 127)), e.constant(I32, 23))
-    return b.fmul(total, b.bitcast(exponent, vector(F32)))
+    low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
+    x = b.select(b.fcmp_ordered("<", x, high), x, high)
+    x = b.select(b.fcmp_ordered(">", x, low), x, low)
+    shifted = e.fma(x, e.constant(F32, _LOG2E), e.constant(F32, SHIFTER))
+    whole = b.fsub(shifted, e.constant(F32, SHIFTER))
+    rest = e.fma(x, e.constant(F32, _LOG2E), b.fneg(whole))
+    rest = e.fma(x, e.constant(F32, math.log2(math.e) - _LOG2E), rest)
+    return e.power_of_two(shifted, rest)
 
 
-def _emit_group(e: Emitter, halves: list[Any], q: Any, scale: Any, total: Any) -> None:
-    """Quantises 32 floats, two vectors, and stores bytes, scale and scaled sum at three addresses."""
-    b = e.b
-    sizes = [e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves]
-    largest = e.call("llvm.maxnum.v16f32", vector(F32), sizes)
-    largest = e.call("llvm.vector.reduce.fmax.v16f32", F32, [largest])
-    s = b.fdiv(largest, ir.Constant(F32, 127.0))
-    some = b.fcmp_ordered(">", s, ir.Constant(F32, 0.0))
-    inverse = b.select(some, b.fdiv(ir.Constant(F32, 1.0), s), ir.Constant(F32, 0.0))
-    count = ir.Constant(I32, 0)
-    for part, half in enumerate(halves):
-        rounded = e.call("llvm.rint.v16f32", vector(F32), [b.fmul(half, e.splat(inverse))])
-        whole = b.fptosi(rounded, vector(I32))
-        e.store(q, b.trunc(whole, vector(I8)), part * LANES)
-        count = b.add(count, e.call("llvm.vector.reduce.add.v16i32", I32, [whole]))
-    e.store(scale, s)
-    e.store(total, b.fmul(s, b.sitofp(count, F32)))
+def _fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """One, or four, vectors of 16 combined across their lanes: lane i of the <4> result is vector i's."""
+
+    def pick(x: Any, y: Any, order: list[int]) -> Any:
+        return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
+
+    def both(x: Any, y: Any, step: int) -> Any:
+        """Neighbours `step` lanes apart combined, those of x and y in turns."""
+        quarters = [[4 * part + lane + 16 * side for lane in range(4)] for part in range(4) for side in (0, 1)]
+        low = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[:2], y[:2], step)]
+        high = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[2:], y[2:], step)]
+        return combine(pick(x, y, low), pick(x, y, high))
+
+    if len(vectors) == 1:
+        vectors = vectors * 4
+    x, y, z, w = vectors
+    folded = both(both(x, y, 1), both(z, w, 1), 2)
+    folded = combine(pick(folded, folded, list(range(8))), pick(folded, folded, list(range(8, 16))))
+    return combine(pick(folded, folded, list(range(4))), pick(folded, folded, list(range(4, 8))))
+
+
+def _turns(x: list[int], y: list[int], step: int) -> list[int]:
+    return [x[0], y[0], x[1], y[1]] if step == 1 else [*x, *y]
+
+
+def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums: Any) -> None:
+    """Quantises one group or four, of two vectors of floats each; stores bytes, scales and scaled sums."""
+    b, count = e.b, len(groups)
+
+    def larger(x: Any, y: Any) -> Any:
+        return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+    largest = [larger(*(e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves)) for halves in groups]
+    s = b.fdiv(_fold(e, largest, larger), e.constant(F32, 127.0, 4))
+    some = b.fcmp_ordered(">", s, e.zeros(F32, 4))
+    inverse = b.select(some, b.fdiv(e.constant(F32, 1.0, 4), s), e.zeros(F32, 4))
+    totals = []
+    for index, halves in enumerate(groups):
+        factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [index] * LANES))
+        # Adding the shifter rounds to nearest even and leaves the number in the low bits.
+        rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
+        whole = [b.bitcast(half, vector(I32)) for half in rounded]
+        for part, numbers in enumerate(whole):
+            e.store(q, b.trunc(numbers, vector(I8)), GROUP * index + LANES * part)
+        totals.append(b.add(*whole))
+    total = b.sub(_fold(e, totals, b.add), e.constant(I32, GROUP * _SHIFTER_BITS & 0xFFFFFFFF, 4))
+    total = b.fmul(s, b.sitofp(total, vector(F32, 4)))
+    for address, value in ((scales, s), (sums, total)):
+        e.store(address, value if count == 4 else b.extract_element(value, ir.Constant(I32, 0)))
 
 
 def _groups_code(e: Emitter, args: Any, halves_of: Callable[[Any], list[Any]]) -> None:
-    """A loop over groups first .. first + count: args are q, scales, sums, first, count."""
+    """Quantises groups first .. first + count, by fours where it can; args are q, scales, sums, first, count."""
     q, scales, sums, first, count = args
+    b = e.b
 
-    def body(index: Any, state: list[Any]) -> list[Any]:
-        group = e.b.add(first, index)
-        four = e.b.mul(group, e.int64(4))
-        _emit_group(
-            e,
-            halves_of(group),
-            e.b.add(q, e.b.mul(group, e.int64(GROUP))),
-            e.b.add(scales, four),
-            e.b.add(sums, four),
-        )
+    def quantise(group: Any, together: int) -> None:
+        groups = [halves_of(b.add(group, e.int64(index))) for index in range(together)]
+        four = b.shl(group, e.int64(2))
+        _emit_groups(e, groups, b.add(q, b.mul(group, e.int64(GROUP))), b.add(scales, four), b.add(sums, four))
+
+    def fours(index: Any, state: list[Any]) -> list[Any]:
+        quantise(b.add(first, b.shl(index, e.int64(2))), 4)
         return state
 
-    e.loop(count, [], body)
+    def ones(index: Any, state: list[Any]) -> list[Any]:
+        quantise(b.add(b.add(first, b.and_(count, e.int64(-4))), index), 1)
+        return state
+
+    e.loop_or_skip(b.lshr(count, e.int64(2)), [], fours)
+    e.loop_or_skip(b.and_(count, e.int64(3)), [], ones)
 
 
 def _two(e: Emitter, base: Any, group: Any) -> list[Any]:

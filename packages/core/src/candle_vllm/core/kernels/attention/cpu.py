@@ -4,9 +4,9 @@
 Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`), queries bfloat16 [T, H, D] already times
 softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D].
 
-Same bits whatever else is in the step: the positions are cut into fixed chunks (`_chunk_start`), every chunk gives a
+Same bits whatever else is in the step: the positions are cut into fixed chunks (`cpu_split.py`), every chunk gives a
 partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
-it when is free: the query rows of one KV head (tokens x heads of the group) are taken in tiles of `_ROW_TILE`, and a
+it when is free: the query rows of one KV head (tokens x heads of the group) are taken in tiles of `ROW_TILE`, and a
 unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work, a
 run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
 
@@ -21,9 +21,20 @@ from functools import cache
 
 from numba import njit
 
+from candle_vllm.core.kernels.attention.cpu_cache import place_of
+from candle_vllm.core.kernels.attention.cpu_split import (
+    HEADER,
+    ROW_TILE,
+    TILE_LIST,
+    chunk_of,
+    chunk_start,
+    count_row_tiles,
+    first_seen,
+    scratch_per_thread,
+    split_bytes,
+    total_cost,
+)
 from candle_vllm.core.kernels.attention.cpu_tiles import (
-    CHUNK,
-    PROBABILITY_STRIDE,
     ROWS,
     SCORE_STRIDE,
     STRIP,
@@ -42,128 +53,38 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_o
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_ROW_TILE = 64  # query rows of a unit
-_UNITS_PER_THREAD = 8  # a unit larger than this part of a thread's share of the step is split by chunks
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
-_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
-_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
-_HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
-_TILE_LIST = 16 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles, keys and values
-
-
-def supported(head_dim: int, block_size: int) -> bool:
-    """Whether these kernels can compute it: D a multiple of 32 up to 256, S a power of two from 16."""
-    return head_dim % 32 == 0 and 32 <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
-
-
-def key_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's key cache, 16-bit numbers; it begins at a multiple of 64 bytes and need not be cleared.
-
-    Heads come first, so that blocks that follow each other are read in sequence. For speed S should be 64 or more.
-    """
-    strip = min(block_size, STRIP)
-    return (kv_heads, num_blocks, block_size // strip, head_dim // 2, strip, 2)
-
-
-def value_cache_shape(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of a layer's value cache, 16-bit numbers: pairs of positions. See `key_cache_shape`."""
-    return (kv_heads, num_blocks, block_size // 2, head_dim, 2)
-
-
-# ---- how the work is cut ---------------------------------------------------------------------------------------------
-
-
-@njit(inline="always")
-def _chunk_start(chunk: int) -> int:
-    """Position where a chunk begins: 4 of 64, 6 of 128, then 256 each; short ones first, to share a short context."""
-    return 64 * chunk + 64 * max(chunk - 4, 0) + 128 * max(chunk - 10, 0)
-
-
-@njit(inline="always")
-def _chunk_of(position: int) -> int:
-    """The chunk that a position belongs to."""
-    if position < 256:
-        return position >> 6
-    if position < 1024:
-        return 2 + (position >> 7)
-    return 6 + (position >> 8)
-
-
-@njit(inline="always")
-def _first_seen(position: int, window: int) -> int:
-    """The first position that a token sees; window 0 is none."""
-    return max(0, position - window + 1) if window > 0 else 0
-
-
-@njit(inline="always")
-def _total_cost(starts, contexts, sequences: int, window: int) -> int:
-    """Query rows times keys, of all sequences."""
-    total = 0
-    for r in range(sequences):
-        total += _cost(starts[r + 1] - starts[r], contexts[r], window)
-    return total
-
-
-@njit(inline="always")
-def _cost(tokens: int, context: int, window: int) -> int:
-    return tokens * (min(context, tokens + window) if window > 0 else context)
-
-
-@njit(inline="always")
-def _row_tiles(rows: int) -> int:
-    return (rows + _ROW_TILE - 1) // _ROW_TILE
-
-
-@njit(inline="always")
-def _split_bytes(
-    tokens: int, context: int, window: int, heads: int, kv_heads: int, total: int, threads: int, free: int, row: int
-) -> int:
-    """Bytes of partial results if a sequence is split by chunks, 0 if it is not. Both operations ask this."""
-    chunks = _chunk_of(context - 1) - _chunk_of(_first_seen(context - tokens, window)) + 1
-    units = _row_tiles(tokens * (heads // kv_heads)) * kv_heads
-    size = tokens * heads * chunks * row
-    large = _cost(tokens, context, window) * threads * _UNITS_PER_THREAD > total * units
-    return size if chunks > 1 and large and size <= free else 0
-
-
-def _thread_bytes(head_dim: int) -> int:
-    """Scratch memory of one thread: tile addresses, positions, queries, scores, probabilities, partials, states."""
-    row = 4 * partial_floats(head_dim)
-    rows = _ROW_TILE * (8 + 2 * head_dim + row) + ROWS * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
-    return -(-(_TILE_LIST + rows) // 128) * 128
-
-
-def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
-    """Size of the scratch memory that all layers share, in bytes; it begins zeroed, at a multiple of 64.
-
-    Args:
-        max_tokens, max_seqs, max_context: most tokens and sequences of a step, longest sequence.
-        heads, head_dim: H and D.
-        threads: of the team.
-    """
-    chunks = _chunk_of.py_func(max_context) + 1
-    stream = heads * chunks * 4 * partial_floats(head_dim)
-    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
-    return _HEADER + threads * _thread_bytes(head_dim) + max(stream, min(streams * stream, _MOST_PARTIALS))
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
-def _list_tiles(tiles: int, keys: int, values: int, table, start: int, count: int, last: int, shift: int, dim: int):
+def _list_tiles(
+    tiles: int,
+    keys: int,
+    values: int,
+    table,
+    start: int,
+    count: int,
+    last: int,
+    shift: int,
+    head: int,
+    step: int,
+    dim: int,
+) -> None:
     """Writes the addresses of `count` key tiles, then of their value tiles, from position `start` on.
 
-    `keys` and `values` are the caches of one KV head; behind the tile of position `last` it is repeated.
+    `keys` and `values` are the layer's caches; behind the tile of position `last` it is repeated.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
     for n in range(count):
         position = min(start + n * LANES, last)
-        offset = position & ((1 << shift) - 1)
-        page = table[position >> shift] << shift
-        to[n] = keys + 2 * dim * (page + (offset & -strip)) + 4 * (offset & (strip - 1) & -LANES)
-        to[count + n] = values + 2 * dim * (page + (offset & -LANES))
+        slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
+        place = place_of(slot & -LANES, head, 1 << shift, step)
+        to[n] = keys + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
+        to[count + n] = values + 2 * dim * place
 
 
 @njit(inline="always")
@@ -231,7 +152,7 @@ def _gather_queries(
 def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
     """The operation for one head size. Arguments: see `attend_row`."""
     row_bytes = 4 * partial_floats(head_dim)
-    thread_bytes = _thread_bytes(head_dim)
+    thread_bytes = scratch_per_thread(head_dim)
     query_bytes = 2 * head_dim
 
     def attend(a, thread, threads):
@@ -239,21 +160,20 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         starts, contexts = int64_at(a[7]), int64_at(a[8])
         shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
         group = heads // kv_heads
-        head_bytes = (a[17] << shift) * query_bytes
         stride = 4 * min(1 << shift, STRIP)
-        tiles = scratch + _HEADER + thread * thread_bytes
-        positions = tiles + _TILE_LIST
-        queries = positions + 8 * _ROW_TILE
-        states = queries + _ROW_TILE * query_bytes
-        parts = states + _ROW_TILE * row_bytes
+        tiles = scratch + HEADER + thread * thread_bytes
+        positions = tiles + TILE_LIST
+        queries = positions + 8 * ROW_TILE
+        states = queries + ROW_TILE * query_bytes
+        parts = states + ROW_TILE * row_bytes
         scores = parts + ROWS * row_bytes
         probabilities = scores + ROWS * SCORE_STRIDE
         at_position = int64_at(positions)
 
-        partials = scratch + _HEADER + threads * thread_bytes
-        free = a[16] - _HEADER - threads * thread_bytes
+        partials = scratch + HEADER + threads * thread_bytes
+        free = a[16] - HEADER - threads * thread_bytes
         sequences = int64_at(a[2])[_SEQUENCES]
-        total = _total_cost(starts, contexts, sequences, window)
+        total = total_cost(starts, contexts, sequences, window)
         before = 0  # units of the sequences before this one
         unit = fetch_add(scratch, 1)
         for r in range(sequences):
@@ -261,10 +181,10 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
             tokens = starts[r + 1] - token
             table = int64_at(a[9] + 8 * r * a[10])
             all_rows = tokens * group
-            row_tiles = _row_tiles(all_rows)
-            first_chunk = _chunk_of(_first_seen(context - tokens, window))
-            last_chunk = _chunk_of(context - 1)
-            size = _split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
+            row_tiles = count_row_tiles(all_rows)
+            first_chunk = chunk_of(first_seen(context - tokens, window))
+            last_chunk = chunk_of(context - 1)
+            size = split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
             units = row_tiles * kv_heads
             run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
             if size > 0:
@@ -278,8 +198,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                 rest //= runs
                 head = rest % kv_heads
                 tile = rest // kv_heads
-                first = tile * _ROW_TILE
-                rows = min(_ROW_TILE, all_rows - first)
+                first = tile * ROW_TILE
+                rows = min(ROW_TILE, all_rows - first)
                 _gather_queries(
                     q + head * group * query_bytes,
                     queries,
@@ -292,20 +212,20 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     heads * query_bytes,
                     head_dim,
                 )
-                seen = _first_seen(at_position[0], window)
-                chunk = max(first_chunk + turn * run, _chunk_of(seen))
-                top = min(first_chunk + turn * run + run - 1, _chunk_of(at_position[rows - 1]))
+                seen = first_seen(at_position[0], window)
+                chunk = max(first_chunk + turn * run, chunk_of(seen))
+                top = min(first_chunk + turn * run + run - 1, chunk_of(at_position[rows - 1]))
                 to = parts
                 if size == 0:
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
                 for c in range(chunk, top + 1):
-                    start = max(_chunk_start(c), seen & ~(LANES - 1))
-                    keys = min(_chunk_start(c + 1), at_position[rows - 1] + 1) - start
+                    start = max(chunk_start(c), seen & ~(LANES - 1))
+                    keys = min(chunk_start(c + 1), at_position[rows - 1] + 1) - start
                     count = (keys + LANES - 1) // LANES
                     filled = (count + TILES - 1) // TILES * TILES
-                    own, end = head * head_bytes, start + keys - 1
-                    _list_tiles(tiles, key_cache + own, value_cache + own, table, start, filled, end, shift, head_dim)
+                    end = start + keys - 1
+                    _list_tiles(tiles, key_cache, value_cache, table, start, filled, end, shift, head, a[17], head_dim)
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
                     for i in range(0, rows, ROWS):
@@ -362,23 +282,23 @@ def _compiled_attend(head_dim: int, isa: int) -> int:
 def make_merge(head_dim: int) -> Callable[..., None]:
     """Merges what `attend` left in scratch memory. Arguments: those of `attend`."""
     row_bytes = 4 * partial_floats(head_dim)
-    thread_bytes = _thread_bytes(head_dim)
+    thread_bytes = scratch_per_thread(head_dim)
 
     def merge(a, thread, threads):
         out, starts, contexts = a[4], int64_at(a[7]), int64_at(a[8])
         heads, kv_heads, window, scratch = a[12], a[13], a[14], a[15]
         group = heads // kv_heads
-        state = scratch + _HEADER + thread * thread_bytes
-        partials = scratch + _HEADER + threads * thread_bytes
-        free = a[16] - _HEADER - threads * thread_bytes
+        state = scratch + HEADER + thread * thread_bytes
+        partials = scratch + HEADER + threads * thread_bytes
+        free = a[16] - HEADER - threads * thread_bytes
         sequences = int64_at(a[2])[_SEQUENCES]
-        total = _total_cost(starts, contexts, sequences, window)
+        total = total_cost(starts, contexts, sequences, window)
         turn = thread  # rows go round, so that every thread has its share of each sequence
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token
-            first_chunk = _chunk_of(_first_seen(context - tokens, window))
-            size = _split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
+            first_chunk = chunk_of(first_seen(context - tokens, window))
+            size = split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
             if size == 0:
                 continue
             while turn < tokens * heads:
@@ -387,8 +307,8 @@ def make_merge(head_dim: int) -> Callable[..., None]:
                 step = tokens * heads * row_bytes
                 row = ((h // group) * tokens + t) * group + h % group
                 clear_partial(state, head_dim)
-                first = _chunk_of(_first_seen(position, window))
-                for c in range(first, _chunk_of(position) + 1):
+                first = chunk_of(first_seen(position, window))
+                for c in range(first, chunk_of(position) + 1):
                     merge_partial(state, partials + (c - first_chunk) * step + row * row_bytes, head_dim)
                 finish_partial(state, out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
                 turn += threads
@@ -421,7 +341,7 @@ def attend_row(
     context_lens: int,
     block_tables: int,
     table_stride: int,
-    num_blocks: int,
+    stretch_step: int,
     block_size: int,
     heads: int,
     kv_heads: int,
@@ -434,13 +354,13 @@ def attend_row(
     Args:
         q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
         out: address of float32 results [T, H, D].
-        key_cache, value_cache: addresses, shapes as `key_cache_shape` and `value_cache_shape` say.
+        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
-        num_blocks: B, of the caches.
+        stretch_step: slots from one stretch of the caches to the next.
         scratch, scratch_size: address and size of `scratch_bytes`.
         window: positions that a token sees, its own included; 0 is all.
     """
     shift = block_size.bit_length() - 1
     caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
-    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, num_blocks]
+    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, stretch_step]

@@ -13,14 +13,13 @@ same whatever rows are computed beside it, and a hidden key adds exactly nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, SHIFTER, Emitter, Isa, vector
 
 ROWS = 4  # query rows that share a load
 TILES = 4  # key tiles that share the load of a query pair
@@ -30,10 +29,6 @@ SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; t
 PROBABILITY_STRIDE = SCORE_STRIDE // 2
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
 _DIMENSIONS = 80  # most dimensions of a row whose sums are held in registers
-
-# 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
-_EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
-_SHIFTER = 12582912.0  # 1.5 * 2^23: adding it leaves the rounded number in the low bits
 
 
 def partial_floats(head_dim: int) -> int:
@@ -46,13 +41,8 @@ def emit_exp2(e: Emitter, x: Any) -> Any:
     b = e.b
     low = e.constant(F32, -127.0)
     x = b.select(b.fcmp_ordered(">", x, low), x, low)
-    shifted = b.fadd(x, e.constant(F32, _SHIFTER))
-    rest = b.fsub(x, b.fsub(shifted, e.constant(F32, _SHIFTER)))
-    power = e.constant(F32, _EXP2[0])
-    for factor in (*_EXP2[1:], 1.0):
-        power = e.fma(power, rest, e.constant(F32, factor))
-    exponent = b.shl(b.bitcast(shifted, vector(I32)), e.constant(I32, 23))
-    return b.bitcast(b.add(b.bitcast(power, vector(I32)), exponent), vector(F32))
+    shifted = b.fadd(x, e.constant(F32, SHIFTER))
+    return e.power_of_two(shifted, b.fsub(x, b.fsub(shifted, e.constant(F32, SHIFTER))))
 
 
 def _larger(e: Emitter, x: Any, y: Any) -> Any:
@@ -65,25 +55,6 @@ def _largest_lane(e: Emitter, value: Any) -> Any:
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
         value = _larger(e, value, e.b.shuffle_vector(value, value, lanes))
     return value
-
-
-def _partial_loop(e: Emitter, count: Any, state: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """`Emitter.loop` that may run zero times."""
-    before = e.b.block
-    inside, after = e.b.append_basic_block("some"), e.b.append_basic_block("done")
-    e.b.cbranch(e.b.icmp_signed(">", count, e.int64(0)), inside, after)
-    e.b.position_at_end(inside)
-    results = e.loop(count, state, body)
-    last = e.b.block
-    e.b.branch(after)
-    e.b.position_at_end(after)
-    merged = []
-    for initial, result in zip(state, results):
-        phi = e.b.phi(initial.type)
-        phi.add_incoming(initial, before)
-        phi.add_incoming(result, last)
-        merged.append(phi)
-    return merged
 
 
 @intrinsic(prefer_literal=True)
@@ -219,7 +190,7 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Is
             for n in range(blocks)
         ]
 
-    totals = _partial_loop(e, pairs, [e.zeros(F32)] * (m * blocks), body)
+    totals = e.loop_or_skip(pairs, [e.zeros(F32)] * (m * blocks), body)
     for row in range(m):
         for n in range(blocks):
             e.store(partials, totals[blocks * row + n], 4 * (partial_floats(d) * row + dims.start + LANES * n))

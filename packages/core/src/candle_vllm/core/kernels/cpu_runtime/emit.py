@@ -16,6 +16,11 @@ from llvmlite import ir
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 LANES = 16
+SHIFTER = 12582912.0
+"""1.5 * 2^23: a float that is added to it is rounded to a whole number, which stands in the low bits of the sum."""
+
+# 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
+_EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
 
 
 class Isa(enum.IntFlag):
@@ -83,6 +88,13 @@ class Emitter:
         instruction = self.b.store(value, self.b.inttoptr(at, value.type.as_pointer()))
         instruction.align = 1
 
+    def store_masked(self, address: Any, value: Any, mask: Any) -> None:
+        """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the rest is not touched."""
+        at = self.b.inttoptr(address, value.type.as_pointer())
+        element, lanes = str(value.type.element), value.type.count
+        name = f"llvm.masked.store.v{lanes}{element}.p0"
+        self.call(name, ir.VoidType(), [value, at, ir.Constant(I32, 1), mask])
+
     def splat(self, value: Any, lanes: int = LANES) -> Any:
         """A scalar in every lane."""
         empty = ir.Constant(vector(value.type, lanes), ir.Undefined)
@@ -131,6 +143,17 @@ class Emitter:
                 total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
         return total
 
+    def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
+        """total[lane] += the two products of the lane's signed 16-bit pairs; all are <16 x i32>, exact."""
+        pairs = [self.b.bitcast(value, vector(I16, 2 * LANES)) for value in (x, y)]
+        if isa & Isa.VNNI:
+            return self.call("llvm.x86.avx512.vpdpwssd.512", vector(I32), [total, *pairs])
+        products = self.b.mul(*(self.b.sext(value, vector(I32, 2 * LANES)) for value in pairs))
+        for start in (0, 1):
+            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
+            total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
+        return total
+
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""
         if isa & Isa.BF16:
@@ -140,6 +163,14 @@ class Emitter:
         for part in (lambda v: self.b.shl(v, self.constant(I32, 16)), lambda v: self.b.and_(v, high)):
             total = self.fma(*(self.b.bitcast(part(value), vector(F32)) for value in (x, y)), total)
         return total
+
+    def power_of_two(self, shifted: Any, rest: Any) -> Any:
+        """2^(n + rest) of 16 floats, `shifted` being SHIFTER + n with whole n, and rest within [-0.5, 0.5]."""
+        power = self.constant(F32, _EXP2[0])
+        for factor in (*_EXP2[1:], 1.0):
+            power = self.fma(power, rest, self.constant(F32, factor))
+        exponent = self.b.shl(self.b.bitcast(shifted, vector(I32)), self.constant(I32, 23))
+        return self.b.bitcast(self.b.add(self.b.bitcast(power, vector(I32)), exponent), vector(F32))
 
     def sum_lanes(self, value: Any) -> Any:
         """Sum of 16 floats, by halves: lane i with i + 8, then with i + 4, ..."""
@@ -176,3 +207,21 @@ class Emitter:
         self.b.cbranch(self.b.icmp_signed("<", following, count), head, after)
         self.b.position_at_end(after)
         return results
+
+    def loop_or_skip(self, count: Any, state: list[Any], body: Any) -> list[Any]:
+        """`loop` that may run zero times."""
+        before = self.b.block
+        inside, after = self.b.append_basic_block("some"), self.b.append_basic_block("done")
+        self.b.cbranch(self.b.icmp_signed(">", count, self.int64(0)), inside, after)
+        self.b.position_at_end(inside)
+        results = self.loop(count, state, body)
+        last = self.b.block
+        self.b.branch(after)
+        self.b.position_at_end(after)
+        merged = []
+        for initial, result in zip(state, results):
+            phi = self.b.phi(initial.type)
+            phi.add_incoming(initial, before)
+            phi.add_incoming(result, last)
+            merged.append(phi)
+        return merged

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.attention.cpu_cache import place_of
 from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
@@ -33,7 +34,7 @@ def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: A
     """Stores 16 bfloat16 of dimensions dim .. dim + 15 where they belong.
 
     `to` is the address of a query row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a
-    value's first dimension.
+    value's first dimension, whose neighbours are 4 bytes apart: the other half of each word is not touched.
     """
     b = e.b
     if kind == _QUERY:
@@ -45,9 +46,10 @@ def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: A
             e.store(at, b.extract_element(pairs, ir.Constant(I32, n)))
             at = b.add(at, stride)
     else:
-        at = b.add(to, b.shl(dim, e.int64(2)))
-        for n in range(LANES):
-            e.store(at, b.extract_element(lanes, ir.Constant(I32, n)), 4 * n)
+        every_other = [half for lane in range(LANES) for half in (lane, LANES)]
+        spread = b.shuffle_vector(lanes, e.zeros(I16), ir.Constant(vector(I32, 2 * LANES), every_other))
+        mask = ir.Constant(vector(ir.IntType(1), 2 * LANES), [1, 0] * LANES)
+        e.store_masked(b.add(to, b.shl(dim, e.int64(2))), spread, mask)
 
 
 @intrinsic(prefer_literal=True)
@@ -189,15 +191,14 @@ def make_rotate_and_write() -> Callable[..., None]:
                 _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, 0, _QUERY)
             else:
                 head = (h - heads) % kv_heads
-                offset = slots[t] & ((1 << shift) - 1)
-                page = (head * a[21] + (slots[t] >> shift)) << shift  # positions before the page
+                place = place_of(slots[t], head, 1 << shift, a[21])
                 if h < heads + kv_heads:
-                    to = a[18] + 2 * dim * (page + (offset & -strip)) + 4 * (offset & (strip - 1))
+                    to = a[18] + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
                     _write_head(
                         row + 4 * (a[6] + head * dim), dim, half, a[13] + at, a[14] + at, one, to, 4 * strip, _KEY
                     )
                 else:
-                    to = a[19] + 2 * dim * (page + (offset & ~1)) + 2 * (offset & 1)
+                    to = a[19] + 2 * dim * (place & ~1) + 2 * (place & 1)
                     _write_rest(row + 4 * (a[7] + head * dim), 0, dim, one, to, 0, _VALUE)
             unit += 1
             h += 1
@@ -228,7 +229,7 @@ def rotate_and_write_row(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    num_blocks: int,
+    stretch_step: int,
     block_size: int,
     rotary_dim: int,
     cos: int,
@@ -244,15 +245,15 @@ def rotate_and_write_row(
 
     Args:
         qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
-        num_blocks, block_size: B and S, of the caches.
+        stretch_step, block_size: slots from one stretch of the caches to the next, and S.
         rotary_dim: R, even, at most D; 0 rotates nothing, and `cos` and `sin` are then not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         q: address of bfloat16 [T, H, D].
-        key_cache, value_cache: addresses, shapes as in `attention.cpu`.
+        key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
     """
     bits = struct.unpack("<i", struct.pack("<f", scale))[0]
     columns = [qkv, stride, q_column, k_column, v_column]
     shape = [heads, kv_heads, head_dim, block_size.bit_length() - 1, rotary_dim // 2]
-    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits, num_blocks]
+    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits, stretch_step]

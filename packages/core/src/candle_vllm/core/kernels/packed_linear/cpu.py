@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.packed_linear.layout import (
@@ -79,19 +79,16 @@ def _quad(e: Emitter, codes: Any, layout: Layout, quad: int, lanes: int = ROWS) 
 def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None) -> tuple[list[Any], list[Any]]:
     """Scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
     lanes = ROWS if lane is None else 1
-
-    def floats(offset: int) -> Any:
-        at = block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(2)))
-        return e.b.fpext(e.load(at, vector(F16, lanes), offset), vector(F32, lanes))
-
-    scale = floats(0)
-    minimum = floats(2 * ROWS) if layout.minimum else None
+    scale, minimum = _floats(e, block, layout, lane)
     if not layout.nested:
         return [scale], [] if minimum is None else [minimum]
     at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
-    at = at if lane is None else e.b.add(at, lane)
+    step = ROWS
+    if lane is not None:
+        at = e.b.add(at, e.b.mul(lane, e.int64(1 + layout.paired)))
+        step = 1 if layout.paired else ROWS
     small = [
-        e.b.zext(e.load(at, vector(I8, lanes), layout.floats_bytes + half * ROWS), vector(I32, lanes))
+        e.b.zext(e.load(at, vector(I8, lanes), layout.floats_bytes + half * step), vector(I32, lanes))
         for half in (0, 1)
     ]
 
@@ -103,9 +100,37 @@ def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None
         return [times(scale, e.b.ashr(e.b.shl(numbers, up), up)) for numbers in small], []
     if layout.width == GROUP:
         return [times(scale, small[0])], [times(minimum, small[1])]
+    assert lane is not None, "whole tiles of such a kind are taken in pairs"
     low = [e.b.and_(numbers, e.constant(I32, 15, lanes)) for numbers in small]
     high = [e.b.lshr(numbers, e.constant(I32, 4, lanes)) for numbers in small]
     return [times(scale, numbers) for numbers in low], [times(minimum, numbers) for numbers in high]
+
+
+def _floats(e: Emitter, block: Any, layout: Layout, lane: Any = None) -> tuple[Any, Any]:
+    """The float16 numbers of a block, widened: scales, and minima or None."""
+    lanes = ROWS if lane is None else 1
+    at = block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(2)))
+    offsets = (0, 2 * ROWS) if layout.minimum else (0,)
+    found = [e.b.fpext(e.load(at, vector(F16, lanes), offset), vector(F32, lanes)) for offset in offsets]
+    return found[0], found[1] if layout.minimum else None
+
+
+def _pairs(e: Emitter, block: Any, group: Any, layout: Layout) -> tuple[Any, Any]:
+    """Sub-scales and sub-minima of a group of a paired kind, of both halves: 16-bit pairs as <16 x i32>."""
+    at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
+    small = e.b.zext(e.load(at, vector(I8, 2 * ROWS), layout.floats_bytes), vector(I16, 2 * ROWS))
+    scale = e.b.and_(small, e.constant(I16, 15, 2 * ROWS))
+    minimum = e.b.lshr(small, e.constant(I16, 4, 2 * ROWS))
+    return e.b.bitcast(scale, vector(I32)), e.b.bitcast(minimum, vector(I32))
+
+
+def _paired(e: Emitter, low: Any, high: Any) -> Any:
+    """Two numbers of 16 bits, held in 32, as a pair."""
+    count = low.type.count
+    return e.b.or_(
+        e.b.and_(low, e.constant(I32, 0xFFFF, count)),
+        e.b.shl(high, e.constant(I32, 16, count)),
+    )
 
 
 def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any, Any, Any]:
@@ -123,8 +148,8 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any
 
 
 def _panel_sums(layout: Layout) -> int:
-    """Sums per row and group in a panel."""
-    return GROUP // layout.width
+    """Numbers per row and group in a panel that say what the sums are."""
+    return 1 if layout.width == GROUP or layout.paired else 2
 
 
 def _record_bytes(layout: Layout, block: int) -> int:
@@ -133,7 +158,10 @@ def _record_bytes(layout: Layout, block: int) -> int:
 
 
 def _sums(e: Emitter, x: Any, layout: Layout, isa: Isa) -> list[Any]:
-    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole."""
+    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
+
+    Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
+    """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
     fours = e.dot_u8_i8(e.zeros(I32), _words(e, layout.zero or 1, ROWS), e.b.bitcast(x, vector(I32)), isa)
@@ -141,7 +169,11 @@ def _sums(e: Emitter, x: Any, layout: Layout, isa: Isa) -> list[Any]:
     for step in (1, 2) if layout.width == 16 else (1, 2, 4):
         order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
         total = e.b.add(total, e.b.shuffle_vector(total, total, order))
-    parts = [e.b.extract_element(total, ir.Constant(I32, 4 * half)) for half in range(_panel_sums(layout))]
+    halves = range(GROUP // layout.width)
+    parts = [e.b.extract_element(total, ir.Constant(I32, 4 * half)) for half in halves]
+    if layout.paired:
+        low, high = parts
+        return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
     if layout.minimum:
         return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
     return [e.b.neg(part) for part in parts]
@@ -187,6 +219,8 @@ def _add_group(
     e: Emitter, layout: Layout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
 ) -> list[Any]:
     """Adds one group's share to the totals of the rows; `weights` is what `_block_of` returns."""
+    if layout.paired:
+        return _add_paired(e, layout, block, isa, record, weights, totals)
     head, number, codes = weights
     scales, minima = _scales(e, head, number, layout)
 
@@ -211,11 +245,38 @@ def _add_group(
             scaled = [
                 e.fma(floats[row], scale, scaled[row]) if half else e.b.fmul(floats[row], scale) for row in range(block)
             ]
-            if minima:
-                scaled = [e.fma(minima[half], splat(row, 1 + half, F32), scaled[row]) for row in range(block)]
     if layout.width != GROUP:
         totals = [e.fma(scaled[row], splat(row, 0, F32), totals[row]) for row in range(block)]
     return totals
+
+
+def _add_paired(
+    e: Emitter, layout: Layout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+) -> list[Any]:
+    """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
+    head, number, codes = weights
+    scale, minimum = _floats(e, head, layout)
+    sub_scales, sub_minima = _pairs(e, head, number, layout)
+
+    def splat(row: int, index: int, kind: ir.Type) -> Any:
+        return e.splat(e.load(record, kind, block * (GROUP + 4 * index) + 4 * row))
+
+    halves: list[list[Any]] = []
+    for half in (0, 1):
+        sums = [e.zeros(I32)] * block
+        for quad in range(4 * half, 4 * half + 4):
+            unsigned = _quad(e, codes, layout, quad)
+            for row in range(block):
+                x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
+                sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
+        halves.append(sums)
+    results = []
+    for row, (low, high) in enumerate(zip(*halves)):
+        scaled = e.b.sitofp(e.dot_i16(e.zeros(I32), _paired(e, low, high), sub_scales, isa), vector(F32))
+        lowest = e.b.sitofp(e.dot_i16(e.zeros(I32), sub_minima, splat(row, 1, I32), isa), vector(F32))
+        scaled = e.fma(lowest, minimum, e.b.fmul(scaled, scale))
+        results.append(e.fma(scaled, splat(row, 0, F32), totals[row]))
+    return results
 
 
 @intrinsic(prefer_literal=True)

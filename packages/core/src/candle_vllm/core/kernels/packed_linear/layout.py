@@ -7,8 +7,8 @@ one group (32 weights of each row), the K-quants blocks of eight groups with one
     simple head   scale f16[16]  (minimum f16[16])
     K-quant head  super-scale f16[16]  (negated super-minimum f16[16])  then 32 bytes for each group:
                   scale u8[16], minimum u8[16]             Q4_K, Q5_K (one scale for 32 weights)
-                  scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16: first half, second half)
-                  scale | minimum << 4, twice              Q2_K
+                  scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16 weights: first half, second half)
+                  scale | minimum << 4, u8[16][2]          Q2_K (the same, the halves side by side)
 
 A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad** j (0 to 7) of a group is its weights
 4j to 4j + 3, and byte b of a row's 4 bytes belongs to weight 4j + b:
@@ -84,6 +84,11 @@ class Layout:
     def groups(self) -> int:
         """Groups in a block."""
         return SUPER_GROUPS if self.nested else 1
+
+    @property
+    def paired(self) -> bool:
+        """Whether the scales of a row's two halves stand side by side, to be multiplied as pairs of 16 bits."""
+        return self.width < GROUP and self.minimum
 
     @property
     def floats_bytes(self) -> int:

@@ -116,7 +116,11 @@ def _store(parts: Parts, layout: Layout, tiles: np.ndarray) -> None:
     for index, part in enumerate(parts.floats):
         floats[:, :, index * ROWS : (index + 1) * ROWS] = part.reshape(count, -1, ROWS).transpose(1, 0, 2)
     if parts.small:
-        small = blocks[:, :, layout.floats_bytes : layout.head_bytes].reshape(*shape[:2], 2 * groups, ROWS)
+        small = blocks[:, :, layout.floats_bytes : layout.head_bytes]
+        if layout.paired:
+            small = small.reshape(*shape[:2], groups, ROWS, 2).swapaxes(3, 4)
+        else:
+            small = small.reshape(*shape[:2], groups, 2, ROWS)
         for index, part in enumerate(parts.small):
-            four = part.view(np.uint8).reshape(count, -1, ROWS, 4).transpose(1, 0, 3, 2)
-            small[:, :, 4 * index : 4 * index + 4] = four
+            four = part.view(np.uint8).reshape(count, -1, ROWS, 2, 2).transpose(1, 0, 3, 4, 2)
+            small[:, :, 2 * index : 2 * index + 2] = four

@@ -69,7 +69,11 @@ def _scales(blocks: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray 
     minimum = floats[..., 1, :] if layout.minimum else None
     if not layout.nested:
         return scale, minimum
-    small = blocks[:, :, layout.floats_bytes : layout.head_bytes].reshape(*blocks.shape[:2], layout.groups, 2, ROWS)
+    small = blocks[:, :, layout.floats_bytes : layout.head_bytes].reshape(*blocks.shape[:2], layout.groups, -1)
+    if layout.paired:
+        small = np.ascontiguousarray(small.reshape(*small.shape[:-1], ROWS, 2).swapaxes(-1, -2))
+    else:
+        small = small.reshape(*small.shape[:-1], 2, ROWS)
     if minimum is None:
         return scale * small.view(np.int8), None
     if layout.width == GROUP:
