@@ -174,7 +174,9 @@ def test_subnormal_halves_are_exact(lone_thread):
 def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
     memory, tensor = WeightMemory(piece_bytes=1 << 16), stored(PlainKind.F16, 63, 257)
     whole = packed(PlainKind.F16, 63, 257)
-    module = importlib.import_module("candle_vllm.core.kernels.plain_linear.pack")  # the package has a `pack` of its own
+    module = importlib.import_module(
+        "candle_vllm.core.kernels.plain_linear.pack"
+    )  # the package has a `pack` of its own
     monkeypatch.setattr(module, "CHUNK", 257 * 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     shared = [pack(raw(tensor), torch.float16, 63, 257, memory=memory) for _ in range(3)]

@@ -47,7 +47,6 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 from candle_vllm.core.loading.model import LoadedModel, load_model
-from candle_vllm.core.loading.placement import DTYPES
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.core.sampling.params import SamplingParams
 
@@ -429,16 +428,14 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _model_info(loaded: LoadedModel, max_model_len: int) -> ModelInfo:
-    placement = loaded.placement
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
         num_parameters=loaded.num_parameters,
         max_model_len=max_model_len,
         vocab_size=loaded.config.vocab_size,
-        dtype="int8" if placement.packed else dtype,
-        device=str(placement.device),
+        dtype=loaded.dtype,
+        device=str(loaded.placement.device),
         quantization=loaded.quantization,
         weight_bytes=loaded.weight_bytes,
         eos_token_ids=loaded.eos_token_ids,

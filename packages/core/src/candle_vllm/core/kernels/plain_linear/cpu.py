@@ -52,7 +52,7 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def _fill(_: Any, block: Any, panel: Any, x: Any, row_bytes: Any, last: Any, vectors: Any) -> Any:
-    """Copies rows 0, 1, ... of x, none beyond `last`, into a panel of `block` rows: `vectors` times 16 elements each."""
+    """Copies rows 0, 1, ... of x, none beyond `last`, into a panel of `block` rows of `vectors` times 16 elements."""
     height = block.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
