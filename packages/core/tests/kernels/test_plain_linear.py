@@ -1,4 +1,4 @@
-"""The plain linear layer: the layout keeps every number, and each compiled variant gives the same bits as the others."""
+"""The plain linear layer: the layout keeps every number, and each compiled variant gives the same bits."""
 
 from __future__ import annotations
 

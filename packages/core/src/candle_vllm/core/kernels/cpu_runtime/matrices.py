@@ -119,8 +119,10 @@ def multiply(
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Records the reading of a table's rows; see `embedding_row` of both kinds for the arguments."""
     recorder.keep_matrix(matrix)
-    place = {"token_ids": token_ids, "out": out, "out_stride": out_stride}
     if isinstance(matrix, PackedMatrix):
-        recorder.add(packed.embedding_rows_operation(matrix.kind), packed.embedding_row(matrix, **place))
+        operation = packed.embedding_rows_operation(matrix.kind)
+        arguments = packed.embedding_row(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
     else:
-        recorder.add(plain.embedding_rows_operation(matrix.kind), plain.embedding_row(matrix, **place))
+        operation = plain.embedding_rows_operation(matrix.kind)
+        arguments = plain.embedding_row(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
+    recorder.add(operation, arguments)
