@@ -22,6 +22,7 @@ WRONG: dict[str, list[Any]] = {
     "chat_template": [5, {}],
     "device": [5, None, "gpu", "cuda:x"],
     "dtype": [5, None, "f64", []],
+    "enforce_eager": ["no", 1, None],
     "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],
     "max_num_seqs": [0, None, "8"],
     "max_num_batched_tokens": [0, "8"],

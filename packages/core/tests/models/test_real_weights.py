@@ -168,7 +168,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.peer
 def test_stories15m_equals_transformers(stories: Path) -> None:
     oracle = forward(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
-    with InferenceEngine(str(stories), max_num_batched_tokens=64) as engine:
+    with InferenceEngine(str(stories), enforce_eager=True, max_num_batched_tokens=64) as engine:
         check_greedy(engine, oracle, STORY_BEGINNINGS)
         text = engine.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=200), use_tqdm=False)
         assert "there was a little" in text[0].text
@@ -198,7 +198,7 @@ def smollm2_oracle() -> Iterator[Forward]:
 
 
 def test_smollm2_equals_transformers(smollm2_oracle: Forward) -> None:
-    with InferenceEngine(str(demo_model()), dtype="f32") as engine:
+    with InferenceEngine(str(demo_model()), enforce_eager=True) as engine:
         check_greedy(engine, smollm2_oracle, QUESTIONS)
         check_logits(engine, smollm2_oracle, engine.tokenize("The history of computing began with people. " * 20))
 
@@ -208,9 +208,9 @@ def test_packed_weights_keep_the_perplexity() -> None:
     text = (Path(__file__).parents[4] / "LIBRARY_API.md").read_text()
     scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     mean = {}
-    for dtype in ("auto", "f32"):
-        with InferenceEngine(str(demo_model()), dtype=dtype) as engine:
+    for eager in (False, True):
+        with InferenceEngine(str(demo_model()), enforce_eager=eager) as engine:
             scores = engine.generate([engine.tokenize(text)[:1500]], scored, use_tqdm=False)[0].prompt_logprobs
             assert scores is not None
-            mean[dtype] = np.mean([entry.chosen.logprob for entry in scores[1:] if entry])
-    assert abs(np.exp(mean["f32"] - mean["auto"]) - 1) < 5e-3
+            mean[eager] = np.mean([entry.chosen.logprob for entry in scores[1:] if entry])
+    assert abs(np.exp(mean[True] - mean[False]) - 1) < 5e-3

@@ -39,7 +39,10 @@ class EngineConfig:
         chat_template: Jinja source to use instead of the model's own template.
         device: "auto" or "cpu". "cuda" and "cuda:N" are well formed, and refused when the engine starts: this version
             has no CUDA kernels, and "auto" is the CPU.
-        dtype: of activations and plain weights; "auto" is f32 on the CPU.
+        dtype: what plain matrices are converted to; "auto" keeps the type of each (F64 becomes f32). Quantised ones
+            stay as they are. With `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
+        enforce_eager: run the layers op by op in torch with decoded weights: slow, and what the kernels are compared
+            with.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step, prompts included; None is 512.
@@ -62,6 +65,7 @@ class EngineConfig:
     chat_template: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
+    enforce_eager: bool = False
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
@@ -77,7 +81,7 @@ class EngineConfig:
         self._take_paths()
         for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "device", "dtype"):
             self._text(name)
-        for name in ("offline", "enable_prefix_caching"):
+        for name in ("offline", "enforce_eager", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} {_shown(getattr(self, name))} is neither True nor False", name)
         if not self.model:

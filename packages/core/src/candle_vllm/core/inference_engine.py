@@ -39,7 +39,6 @@ from candle_vllm.core.errors import (
     PromptTooLongError,
 )
 from candle_vllm.core.loading.model import LoadedModel, load_model
-from candle_vllm.core.loading.placement import DTYPES
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
@@ -314,8 +313,10 @@ class InferenceEngine:
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[GenerationRequest, list[LiveSequence]]]:
-        one_for_all = params is None or isinstance(params, SamplingParams)
-        each: list[Any] = [params] * len(prompts) if one_for_all else list(params)
+        if params is None or isinstance(params, SamplingParams):
+            each: list[SamplingParams | None] = [params] * len(prompts)
+        else:
+            each = list(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
@@ -334,16 +335,14 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _model_info(loaded: LoadedModel, max_model_len: int) -> ModelInfo:
-    placement = loaded.placement
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
         num_parameters=loaded.num_parameters,
         max_model_len=max_model_len,
         vocab_size=loaded.config.vocab_size,
-        dtype="int8" if placement.packed else dtype,
-        device=str(placement.device),
+        dtype=loaded.dtype,
+        device=str(loaded.placement.device),
         quantization=loaded.quantization,
         weight_bytes=loaded.weight_bytes,
         eos_token_ids=loaded.eos_token_ids,

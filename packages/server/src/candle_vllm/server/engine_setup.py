@@ -72,6 +72,7 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
         "chat_template": _template(settings.chat_template),
         "device": settings.device,
         "dtype": settings.dtype,
+        "enforce_eager": settings.enforce_eager,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.prefill_chunk_size,

@@ -39,6 +39,7 @@ class Settings:
     offline: bool = False
     device: str | None = None
     dtype: str | None = None
+    enforce_eager: bool = False
     mem: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_fraction: float | None = None

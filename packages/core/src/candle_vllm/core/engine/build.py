@@ -35,7 +35,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
             f"take a step: set --prefill-chunk-size {config.max_num_seqs} or --max-num-seqs {budget}",
             "max_num_batched_tokens",
         )
-    dtype_bytes = 2 if placement.packed else placement.dtype.itemsize  # the compiled kernels keep bfloat16
+    dtype_bytes = 2 if placement.recorded else placement.dtype.itemsize  # the compiled kernels keep bfloat16
     plan = plan_cache(config, loaded.config, dtype_bytes, available_memory())
     logger.info(plan.message)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
@@ -48,7 +48,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
 
 def _build_runner(config: EngineConfig, loaded: LoadedModel, plan: CachePlan, budget: int) -> ModelRunner:
     placement = loaded.placement
-    if not placement.packed:
+    if not placement.recorded:
         return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
     from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
 

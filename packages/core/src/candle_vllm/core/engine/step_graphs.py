@@ -23,10 +23,10 @@ from candle_vllm.core.models.registry import Decoder
 
 
 class RecordedRunner:
-    """Replays a decoder with packed weights on the CPU; see `ModelRunner`.
+    """Replays a decoder on the CPU; see `ModelRunner`.
 
     Args:
-        decoder: the model with packed weights.
+        decoder: the model, its matrices in the layouts of the compiled kernels.
         num_blocks: blocks of the cache.
         limits: the largest step.
         isa: instructions that the kernels may use; None is what the CPU has.

@@ -8,7 +8,7 @@ on the way, is the recorder's business (`kernels/cpu_runtime/recorder.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+    from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+
+    Matrix: TypeAlias = PackedMatrix | PlainMatrix
 
 
 class Recorded(ABC):
@@ -51,8 +54,8 @@ class Recorded(ABC):
         """See `kernels/silu_mul`."""
 
     @abstractmethod
-    def packed_linear(self, matrices: Mapping[str, PackedMatrix], bias: torch.Tensor | None) -> Recorded:
-        """See `kernels/packed_linear`; the matrices' results stand side by side."""
+    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+        """See `kernels/packed_linear` and `kernels/plain_linear`; the matrices' results stand side by side."""
 
     @abstractmethod
     def attend(
@@ -61,7 +64,7 @@ class Recorded(ABC):
         """See `kernels/kv_write` and `kernels/attention`; this value is q."""
 
     @abstractmethod
-    def logits(self, matrix: PackedMatrix) -> Recorded:
+    def logits(self, matrix: Matrix) -> Recorded:
         """Scores of the rows whose successor is wanted."""
 
 
@@ -69,5 +72,5 @@ class RecordedTokens(ABC):
     """The token ids of a step while it is recorded."""
 
     @abstractmethod
-    def embedding(self, matrix: PackedMatrix) -> Recorded:
+    def embedding(self, matrix: Matrix) -> Recorded:
         """See `kernels/embedding`."""

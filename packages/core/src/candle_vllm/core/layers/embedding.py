@@ -10,10 +10,10 @@ import torch
 from candle_vllm.core.kernels.embedding import embedding
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
-from candle_vllm.core.layers.parameters import PackedPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import MatrixPart, Part, Placement, TensorPart
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+    from candle_vllm.core.kernels.recorded import Matrix
 
 
 class Embedding:
@@ -21,11 +21,10 @@ class Embedding:
 
     def __init__(self, vocab_size: int, size: int, placement: Placement) -> None:
         self.shape = (vocab_size, size)
-        self._memory = placement.weight_memory
-        self.matrices: dict[str, PackedMatrix] = {}
-        self.weight = (
-            None if placement.packed else torch.empty(self.shape, device=placement.device, dtype=placement.dtype)
-        )
+        self._placement = placement
+        self.matrices: dict[str, Matrix] = {}
+        device, dtype = placement.device, placement.dtype
+        self.weight = None if placement.recorded else torch.empty(self.shape, device=device, dtype=dtype)
 
     def __call__(self, token_ids: Value) -> Value:
         if isinstance(token_ids, RecordedTokens):
@@ -42,7 +41,6 @@ class Embedding:
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        if self._memory is not None:
-            return {"weight": PackedPart(self.matrices, "weight", self.shape, self._memory)}
-        assert self.weight is not None
+        if self.weight is None:
+            return {"weight": MatrixPart(self.matrices, "weight", self.shape, self._placement)}
         return {"weight": TensorPart(self.weight)}

@@ -9,10 +9,10 @@ import torch
 
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.layers.parameters import PackedPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import MatrixPart, Part, Placement, TensorPart
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+    from candle_vllm.core.kernels.recorded import Matrix
 
 
 class Linear:
@@ -22,7 +22,7 @@ class Linear:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
         bias: whether there is one.
-        placement: device and dtype, or packed.
+        placement: where the weights live.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Linear:
             prefix = f"{name}." if name else ""
             self._rows[prefix] = slice(end, end + size)
             end += size
-        self._memory = placement.weight_memory
-        device, dtype = placement.device, torch.float32 if placement.packed else placement.dtype
-        self.matrices: dict[str, PackedMatrix] = {}
-        self.weight = None if placement.packed else torch.empty(end, in_features, device=device, dtype=dtype)
+        self._placement = placement
+        device, dtype = placement.device, placement.dtype
+        self.matrices: dict[str, Matrix] = {}
+        self.weight = None if placement.recorded else torch.empty(end, in_features, device=device, dtype=dtype)
         self.bias = torch.empty(end, device=device, dtype=dtype) if bias else None
 
     def __call__(self, x: Value) -> Value:
         if isinstance(x, Recorded):
-            return x.packed_linear({name: self.matrices[name] for name in self._rows}, self.bias)
+            return x.linear([self.matrices[name] for name in self._rows], self.bias)
         assert self.weight is not None
         return linear(x, self.weight, self.bias)
 
@@ -52,11 +52,11 @@ class Linear:
         """Every part that must be loaded."""
         found: dict[str, Part] = {}
         for prefix, rows in self._rows.items():
-            if self._memory is not None:
-                shape = (rows.stop - rows.start, self.in_features)
-                found[prefix + "weight"] = PackedPart(self.matrices, prefix, shape, self._memory)
-            elif self.weight is not None:
+            if self.weight is not None:
                 found[prefix + "weight"] = TensorPart(self.weight[rows])
+            else:
+                shape = (rows.stop - rows.start, self.in_features)
+                found[prefix + "weight"] = MatrixPart(self.matrices, prefix, shape, self._placement)
             if self.bias is not None:
                 found[prefix + "bias"] = TensorPart(self.bias[rows])
         return found

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import StoredTensor
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
     from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
+    from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+    from candle_vllm.core.kernels.recorded import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +23,21 @@ class Placement:
     """Where a model's weights live and how it computes.
 
     Attributes:
-        device: of plain weights.
-        dtype: of plain weights and of activations.
-        weight_memory: where matrices go that stay quantised, in the layout of the compiled CPU kernels; None elsewhere.
+        device: of tensors.
+        dtype: of tensors; where steps are not recorded, of matrices and activations too.
+        weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
+            the layers run op by op in torch.
+        plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
     """
 
     device: torch.device
     dtype: torch.dtype
     weight_memory: WeightMemory | None = None
+    plain_kind: PlainKind | None = None
 
     @property
-    def packed(self) -> bool:
-        """Matrices stay quantised, and steps are recorded."""
+    def recorded(self) -> bool:
+        """Matrices keep their types, and steps are recorded."""
         return self.weight_memory is not None
 
 
@@ -74,27 +79,40 @@ class TensorPart:
         self._tensor.copy_(values[_row_order(stored, interleaved_heads)] if interleaved_heads else values)
 
 
-class PackedPart:
-    """A matrix that stays quantised: its bytes are laid out anew and put under `name` of `matrices`."""
+class MatrixPart:
+    """A matrix of recorded steps: quantised or plain as it is stored, laid out anew and put under `name` of `matrices`.
 
-    def __init__(
-        self, matrices: dict[str, PackedMatrix], name: str, shape: tuple[int, int], memory: WeightMemory
-    ) -> None:
-        self._memory = memory
+    Args:
+        matrices, name: where the matrix goes.
+        shape: [N, K].
+        placement: of a model whose steps are recorded.
+    """
+
+    def __init__(self, matrices: dict[str, Matrix], name: str, shape: tuple[int, int], placement: Placement) -> None:
+        self._placement = placement
         self._matrices = matrices
         self._name = name
         self.shape = shape
 
     def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
         """Packs the tensor."""
-        from gguf import GGMLQuantizationType
-
-        from candle_vllm.core.kernels.packed_linear.pack import pack
-
         raw = stored.raw()
         if interleaved_heads:
             raw = raw[_row_order(stored, interleaved_heads)]
-        self._matrices[self._name] = pack(raw, GGMLQuantizationType[stored.type_name], *self.shape, self._memory)
+        try:
+            self._matrices[self._name] = self._pack(stored, raw)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{stored.file.path}: tensor {stored.name}: {error}") from error
+
+    def _pack(self, stored: StoredTensor, raw: np.ndarray) -> Matrix:
+        from candle_vllm.core.kernels import packed_linear, plain_linear
+
+        memory = self._placement.weight_memory
+        if stored.dtype is not None:
+            return plain_linear.pack(raw, stored.dtype, *self.shape, kind=self._placement.plain_kind, memory=memory)
+        from gguf import GGMLQuantizationType
+
+        return packed_linear.pack(raw, GGMLQuantizationType[stored.type_name], *self.shape, memory)
 
 
 def _row_order(stored: StoredTensor, heads: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, Mod
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.loading.placement import choose_placement
+from candle_vllm.core.loading.placement import choose_placement, computing_dtype
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -43,7 +43,8 @@ class LoadedModel:
     Attributes:
         name: the model's name as its source gives it.
         decoder: the model with its weights.
-        placement: where they are, and whether they are packed.
+        placement: where they are, and whether steps are recorded.
+        dtype: the types that matrices are multiplied in, the most frequent first.
         config: its configuration, the context cut to what was asked for.
         tokenizer: words to tokens.
         template: the chat template, where the model has one.
@@ -57,6 +58,7 @@ class LoadedModel:
     name: str
     decoder: Decoder
     placement: Placement
+    dtype: str
     config: ModelConfig
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -124,6 +126,7 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
             name=files.name,
             decoder=decoder,
             placement=placement,
+            dtype=computing_dtype(placement, checkpoint),
             config=model_config,
             tokenizer=tokenizer,
             template=template,

@@ -1,9 +1,10 @@
-"""How a model computes: packed weights and recorded steps where that is possible, plain tensors elsewhere."""
+"""How a model computes: recorded steps over matrices in their own types where that is possible, torch elsewhere."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import Counter
 
 import torch
 from gguf import GGMLQuantizationType
@@ -11,7 +12,9 @@ from gguf import GGMLQuantizationType
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
 from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
-from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS, packed_kind
+from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
+from candle_vllm.core.kernels.packed_linear.pack import packed_kind
+from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
@@ -25,18 +28,19 @@ _AUTO = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def choose_placement(
     config: EngineConfig, device: torch.device, checkpoint: Checkpoint, model: ModelConfig
 ) -> Placement:
-    """Packed on the CPU for quantised checkpoints, unless a dtype was asked for or something stands against it."""
-    dtype = DTYPES.get(config.dtype) or _AUTO[device.type]
-    if config.dtype != "auto" or device.type != "cpu" or not _is_quantised(checkpoint):
-        return Placement(device, dtype)
-    obstacle = packing_obstacle(checkpoint, model, config.block_size)
+    """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says."""
+    dtype = DTYPES.get(config.dtype)
+    in_torch = Placement(device, dtype or _AUTO[device.type])
+    if config.enforce_eager or device.type != "cpu":
+        return in_torch
+    obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
-        return Placement(device, dtype, WeightMemory())
-    logger.warning("quantised weights are decoded and computed by torch, which is slow: %s", obstacle)
-    return Placement(device, dtype)
+        return Placement(device, torch.float32, WeightMemory(), None if dtype is None else plain_kind(dtype))
+    logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
+    return in_torch
 
 
-def packing_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
+def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
     """Why the compiled CPU kernels cannot run a checkpoint; None if they can."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
@@ -45,18 +49,32 @@ def packing_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int
     if not supported(model.head_dim, block_size):
         return f"heads of {model.head_dim} with blocks of {block_size} tokens (--block-size) have no kernel"
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) == 2 and not _can_pack(tensor):
+        if len(tensor.shape) == 2 and not _has_kernel(tensor):
             return f"{tensor.name} is {tensor.type_name} {list(tensor.shape)}, which has no kernel"
     return None
 
 
-def _can_pack(matrix: StoredTensor) -> bool:
-    """Whether a matrix has a packed layout: it is quantised, and its rows are whole blocks of that layout."""
+def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
+    """The types that matrices are multiplied in, the most frequent first: "bf16", or "int8, f16" of a mixed file."""
+    if not placement.recorded:
+        return next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
+    counts: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if len(tensor.shape) == 2:
+            counts[_matrix_dtype(tensor, placement.plain_kind)] += tensor.numel
+    return ", ".join(name for name, _ in counts.most_common())
+
+
+def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
+    if tensor.dtype is None:
+        return "int8"
+    return (plain_kind(tensor.dtype) if wanted is None else wanted).name.lower()
+
+
+def _has_kernel(matrix: StoredTensor) -> bool:
+    """Whether the compiled kernels multiply a matrix: plain ones of any shape, quantised ones of whole blocks."""
+    columns = matrix.shape[1]
     if matrix.dtype is not None:
-        return False
+        return columns <= MAX_COLUMNS
     layout = LAYOUTS[packed_kind(GGMLQuantizationType[matrix.type_name])]
-    return matrix.shape[1] % (GROUP * layout.groups) == 0 and matrix.shape[1] <= MAX_COLUMNS
-
-
-def _is_quantised(checkpoint: Checkpoint) -> bool:
-    return any(tensor.dtype is None for tensor in checkpoint.tensors.values())
+    return columns % (GROUP * layout.groups) == 0 and columns <= MAX_PACKED_COLUMNS

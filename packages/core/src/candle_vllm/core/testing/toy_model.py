@@ -58,7 +58,7 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
 
     Args:
         folder: made where it does not exist.
-        config: as from `toy_config`.
+        config: as from `toy_config`; its "torch_dtype" is that of the weights.
         seed: of the random weights. Equal arguments give equal files.
 
     Returns:
@@ -67,7 +67,9 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
     config = dict(config or toy_config())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(config, torch.Generator().manual_seed(seed)), folder / "model.safetensors", {"format": "pt"})
+    dtype = getattr(torch, config["torch_dtype"])
+    weights = {name: weight.to(dtype) for name, weight in _weights(config, torch.Generator().manual_seed(seed)).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     _tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": _TEMPLATE, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
@@ -75,21 +77,27 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
 
 
 def write_toy_gguf(
-    path: Path, config: Mapping[str, Any] | None = None, *, quantization: str = "Q8_0", seed: int = 0
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    quantization: str = "Q8_0",
+    others: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> Path:
     """The same random model as one GGUF file, its matrices quantised.
 
     Args:
         path: the file; its folder must exist.
         config: as from `toy_config`, of llama or qwen2.
-        quantization: a GGML type that the `gguf` package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+        quantization: a GGML type that the `gguf` package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32.
+        others: matrices of another type, by the end of their GGUF name: {"attn_v": "F16"}.
         seed: of the random weights.
 
     Returns:
         The path.
     """
     config = dict(config or toy_config())
-    name, kind = config["model_type"], GGMLQuantizationType[quantization]
+    name = config["model_type"]
     writer = GGUFWriter(path, name)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -112,10 +120,13 @@ def write_toy_gguf(
         data = tensor.numpy()
         if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
             data = _interleaved(data, config["head_dim"])
+        gguf_name = _gguf_name(hf_name)
         if data.ndim == 2:
-            writer.add_tensor(_gguf_name(hf_name), quants.quantize(data, kind), raw_dtype=kind)
+            matching = [kind for end, kind in (others or {}).items() if gguf_name.endswith(f"{end}.weight")]
+            kind = GGMLQuantizationType[matching[0] if matching else quantization]
+            writer.add_tensor(gguf_name, quants.quantize(data, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(_gguf_name(hf_name), data)
+            writer.add_tensor(gguf_name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

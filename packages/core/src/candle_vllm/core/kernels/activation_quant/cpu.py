@@ -119,6 +119,31 @@ def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
     return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
 
 
+def prologue_halves(
+    e: Emitter, prologue: Prologue, x: Any, other: Any = None, scale: Any = None
+) -> Callable[[Any], list[Any]]:
+    """What gives the two vectors of a group of 32 neighbours behind the prologue.
+
+    Args:
+        e: where the code goes.
+        prologue: what is computed.
+        x: address of the row; with SILU of its gate.
+        other: address of NORM's weight, or of SILU's second factor.
+        scale: of NORM, from `rms_scale`.
+    """
+    if prologue is Prologue.NONE:
+        return lambda group: _two(e, x, group)
+    one, factor = e.constant(F32, 1.0), None if scale is None else e.splat(scale)
+
+    def halves(group: Any) -> list[Any]:
+        pairs = zip(_two(e, x, group), _two(e, other, group))
+        if prologue is Prologue.NORM:
+            return [e.b.fmul(e.b.fmul(value, factor), weight) for value, weight in pairs]
+        return [e.b.fmul(e.b.fdiv(g, e.b.fadd(one, emit_exp(e, e.b.fneg(g)))), up) for g, up in pairs]
+
+    return halves
+
+
 @intrinsic
 def quantise_plain(_: Any, x: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any) -> Any:
     """Groups of a row as they are."""
@@ -126,7 +151,7 @@ def quantise_plain(_: Any, x: Any, q: Any, scales: Any, sums: Any, first: Any, c
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        _groups_code(e, args[1:], lambda group: _two(e, args[0], group))
+        _groups_code(e, args[1:], prologue_halves(e, Prologue.NONE, args[0]))
         return context.get_dummy_value()
 
     return signature, code
@@ -141,12 +166,7 @@ def quantise_scaled(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        factor = e.splat(args[2])
-
-        def halves(group: Any) -> list[Any]:
-            pairs = zip(_two(e, args[0], group), _two(e, args[1], group))
-            return [b.fmul(b.fmul(value, factor), weight) for value, weight in pairs]
-
+        halves = prologue_halves(e, Prologue.NORM, args[0], args[1], args[2])
         _groups_code(e, args[3:], halves)
         return context.get_dummy_value()
 
@@ -160,12 +180,7 @@ def quantise_silu(_: Any, gate: Any, up: Any, q: Any, scales: Any, sums: Any, fi
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        one = e.constant(F32, 1.0)
-
-        def halves(group: Any) -> list[Any]:
-            pairs = zip(_two(e, args[0], group), _two(e, args[1], group))
-            return [b.fmul(b.fdiv(g, b.fadd(one, emit_exp(e, b.fneg(g)))), up) for g, up in pairs]
-
+        halves = prologue_halves(e, Prologue.SILU, args[0], args[1])
         _groups_code(e, args[2:], halves)
         return context.get_dummy_value()
 
@@ -174,7 +189,7 @@ def quantise_silu(_: Any, gate: Any, up: Any, q: Any, scales: Any, sums: Any, fi
 
 @intrinsic
 def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
-    """1 / sqrt(mean(x^2) + eps) of a row; columns is a multiple of 32."""
+    """1 / sqrt(mean(x^2) + eps) of a row; it is zero from its end to the next multiple of 32 columns."""
     signature = types.float32(types.int64, types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -183,7 +198,7 @@ def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
         def body(group: Any, totals: list[Any]) -> list[Any]:
             return [e.fma(v, v, total) for v, total in zip(_two(e, args[0], group), totals)]
 
-        groups = b.sdiv(args[1], e.int64(GROUP))
+        groups = b.sdiv(b.add(args[1], e.int64(GROUP - 1)), e.int64(GROUP))
         totals = e.loop(groups, [e.zeros(F32), e.zeros(F32)], body)
         mean = b.fdiv(e.sum_lanes(b.fadd(*totals)), b.sitofp(args[1], F32))
         return b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [b.fadd(mean, args[2])]))
@@ -206,7 +221,7 @@ def float_from_bits(_: Any, bits: Any) -> Any:
 
 
 @njit(inline="always")
-def _share(total: int, thread: int, threads: int) -> tuple[int, int]:
+def share(total: int, thread: int, threads: int) -> tuple[int, int]:
     """First and count of a thread's part of `total` things."""
     first = total * thread // threads
     return first, total * (thread + 1) // threads - first
@@ -223,9 +238,9 @@ def make_quantise(prologue: int) -> Callable[..., None]:
         groups = columns // GROUP
         first_row, row_count, first_group, group_count = 0, rows, 0, groups
         if rows >= threads:
-            first_row, row_count = _share(rows, thread, threads)
+            first_row, row_count = share(rows, thread, threads)
         else:
-            first_group, group_count = _share(groups, thread, threads)
+            first_group, group_count = share(groups, thread, threads)
         if group_count == 0:
             return
         for t in range(first_row, first_row + row_count):

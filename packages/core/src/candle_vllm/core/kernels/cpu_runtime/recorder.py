@@ -1,8 +1,8 @@
 """Recording a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
 
 Nothing is computed while recording. Three things are decided on the way:
-- **Fusion.** A norm and a SiLU gate are not computed when they are met but together with the quantisation that every
-  packed matrix wants of its input; a matrix's result is added to the residual where it is made.
+- **Fusion.** A norm and a SiLU gate are not computed when they are met but together with the form in which matrices
+  want their input (`matrices.py`); a matrix's result is added to the residual where it is made.
 - **Memory.** Values live in float32 buffers of the largest step's size. A buffer whose value is no longer referred to
   is used again, because operations run in the order in which they were recorded.
 - **Barriers.** Operations that only read what others read (q, k and v of one input) run without waiting in between.
@@ -17,31 +17,33 @@ import dataclasses
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
+from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.attention.cpu import attend_operation, attend_row, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.matrices import (
+    InputForm,
+    Inputs,
+    Source,
+    input_form,
+    make_inputs,
+    multiply,
+    read_rows,
+)
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, StepNumber, address_of
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
-from candle_vllm.core.kernels.packed_linear.cpu import (
-    embedding_row,
-    embedding_rows_operation,
-    linear_operation,
-    linear_row,
-)
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens
 from candle_vllm.core.kernels.rms_norm.cpu import head_norm_operation, head_norm_row
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
+    from candle_vllm.core.kernels.recorded import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +114,9 @@ class Recorder:
         self._keep.append(tensor)
         return tensor.data_ptr()
 
-    def keep_matrix(self, matrix: PackedMatrix) -> PackedMatrix:
-        """The same for a packed matrix."""
+    def keep_matrix(self, matrix: Matrix) -> None:
+        """The same for a matrix."""
         self._keep.append(matrix)
-        return matrix
 
     def memory(self, width: int, dtype: type = np.float32) -> np.ndarray:
         """Rows [tokens, width] on a 64-byte boundary, used again once nothing refers to the returned array."""
@@ -169,29 +170,15 @@ class _Buffer:
     version: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Quantised:
-    """An input as packed matrices want it."""
-
-    q: np.ndarray
-    scales: np.ndarray
-    sums: np.ndarray
-
-
 class _Tokens(RecordedTokens):
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def embedding(self, matrix: PackedMatrix) -> Recorded:
+    def embedding(self, matrix: Matrix) -> Recorded:
         recorder = self._recorder
         buffer = recorder.buffer(matrix.columns)
-        arguments = embedding_row(
-            recorder.keep_matrix(matrix),
-            token_ids=address_of(recorder.arrays.token_ids),
-            out=address_of(buffer.array),
-            out_stride=buffer.stride,
-        )
-        recorder.add(embedding_rows_operation(matrix.kind), arguments)
+        ids = address_of(recorder.arrays.token_ids)
+        read_rows(recorder, matrix, token_ids=ids, out=address_of(buffer.array), out_stride=buffer.stride)
         return _Value(recorder, buffer, 0, matrix.columns)
 
 
@@ -261,8 +248,8 @@ class _Value(Recorded):
     def silu_mul(self) -> Recorded:
         return _Prepared(self, Prologue.SILU, self.width // 2)
 
-    def packed_linear(self, matrices: Mapping[str, PackedMatrix], bias: torch.Tensor | None) -> Recorded:
-        return _Prepared(self, Prologue.NONE, self.width).packed_linear(matrices, bias)
+    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias)
 
     def attend(
         self,
@@ -278,7 +265,7 @@ class _Value(Recorded):
         assert isinstance(v, _Value)
         return _attend(self, k, v, key_cache, value_cache, scale, window, None)
 
-    def logits(self, matrix: PackedMatrix) -> Recorded:
+    def logits(self, matrix: Matrix) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).logits(matrix)
 
 
@@ -291,7 +278,7 @@ class _Wrapper(_Value):
 
 
 class _Prepared(_Wrapper):
-    """The input of packed matrices: norm or gate, then 8-bit quantisation, made once when first wanted."""
+    """The input of matrices: norm or gate, and each form that one of them wants, made once when first wanted."""
 
     def __init__(
         self,
@@ -303,61 +290,49 @@ class _Prepared(_Wrapper):
     ) -> None:
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
-        self._quantised: _Quantised | None = None
+        self._forms: dict[InputForm, Inputs] = {}
 
-    def packed_linear(self, matrices: Mapping[str, PackedMatrix], bias: torch.Tensor | None) -> Recorded:
-        if self._quantised is None:
-            self._quantised = self._quantise()
-        return _Product(self.recorder, self._quantised, list(matrices.values()), bias)
+    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+        new = [form for form in dict.fromkeys(map(input_form, matrices)) if form not in self._forms]
+        for form in new:
+            self._forms[form] = make_inputs(self.recorder, form, self._from(), barrier=form is new[-1])
+        return _Product(self.recorder, [(matrix, self._forms[input_form(matrix)]) for matrix in matrices], bias)
 
-    def logits(self, matrix: PackedMatrix) -> Recorded:
+    def logits(self, matrix: Matrix) -> Recorded:
         recorder = self.recorder
         stride = row_stride(matrix.rows)
         recorder.logits = aligned(recorder.limits.logit_rows * stride, np.float32).reshape(-1, stride)[:, : matrix.rows]
-        picked = self._quantise(address_of(recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS)
-        arguments = linear_row(
-            recorder.keep_matrix(matrix),
-            **_inputs(picked),
+        picked = self._from(address_of(recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS)
+        multiply(
+            recorder,
+            matrix,
+            make_inputs(recorder, input_form(matrix), picked),
             out=address_of(recorder.logits),
             out_stride=stride,
-            column=0,
             rows_from=StepNumber.LOGIT_ROWS,
         )
-        recorder.add(linear_operation(matrix.kind, recorder.isa), arguments)
         return self
 
-    def _quantise(self, picked: int = 0, rows_from: StepNumber = StepNumber.TOKENS) -> _Quantised:
-        recorder, columns = self.recorder, self.width
-        made = _Quantised(
-            recorder.memory(columns, np.int8),
-            recorder.memory(columns // GROUP),
-            recorder.memory(columns // GROUP),
-        )
-        arguments = quantise_row(
+    def _from(self, picked: int = 0, rows_from: StepNumber = StepNumber.TOKENS) -> Source:
+        return Source(
             x=self.source.address,
             stride=self.source.buffer.stride,
-            columns=columns,
-            q=address_of(made.q),
-            scales=address_of(made.scales),
-            sums=address_of(made.sums),
-            weight=0 if self._weight is None else recorder.keep(self._weight),
+            columns=self.width,
+            prologue=self._prologue,
+            weight=0 if self._weight is None else self.recorder.keep(self._weight),
             eps=self._eps,
             picked=picked,
             rows_from=rows_from,
         )
-        recorder.add(quantise_operation(self._prologue), arguments)
-        return made
 
 
 class _Product(_Value):
-    """The result of packed matrices side by side, not yet made: it goes to a buffer of its own, or onto a residual."""
+    """The result of matrices side by side, not yet made: it goes to a buffer of its own, or onto a residual."""
 
-    def __init__(
-        self, recorder: Recorder, inputs: _Quantised, matrices: list[PackedMatrix], bias: torch.Tensor | None
-    ) -> None:
-        width = sum(matrix.rows for matrix in matrices)
+    def __init__(self, recorder: Recorder, factors: list[tuple[Matrix, Inputs]], bias: torch.Tensor | None) -> None:
+        width = sum(matrix.rows for matrix, _ in factors)
         super().__init__(recorder, _Buffer(np.empty(0, np.float32), width, 0), 0, width)
-        self._inputs, self._matrices, self._bias = inputs, matrices, bias
+        self._factors, self._bias = factors, bias
         self._made = False
 
     @property
@@ -374,18 +349,18 @@ class _Product(_Value):
         self._made = True
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
         column = 0
-        for number, matrix in enumerate(self._matrices, 1):
-            arguments = linear_row(
-                self.recorder.keep_matrix(matrix),
-                **_inputs(self._inputs),
+        for number, (matrix, inputs) in enumerate(self._factors, 1):
+            multiply(
+                self.recorder,
+                matrix,
+                inputs,
                 out=address_of(target.array),
                 out_stride=target.stride,
                 column=column,
                 bias=bias and bias + 4 * column,
                 accumulate=accumulate,
+                barrier=number == len(self._factors),
             )
-            operation = linear_operation(matrix.kind, self.recorder.isa)
-            self.recorder.add(operation, arguments, barrier=number == len(self._matrices))
             column += matrix.rows
 
 
@@ -479,7 +454,3 @@ def _attend(
     recorder.add(attend_operation(dim, recorder.isa), attended)
     recorder.add(merge_operation(dim, recorder.isa), attended)
     return _Value(recorder, out, 0, q.width, dim)
-
-
-def _inputs(inputs: _Quantised) -> dict[str, Any]:
-    return {"xq": address_of(inputs.q), "xs": address_of(inputs.scales), "xsum": address_of(inputs.sums)}

@@ -1,0 +1,132 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Rows for plain matrices on the CPU, the prologue fused into the same pass.
+
+The work is shared as in `activation_quant/cpu.py`: whole rows, or parts of each row where there are fewer rows than
+threads. A row whose length is no multiple of 32 is first copied to the stack, with zeros behind it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
+from candle_vllm.core.kernels.activation_quant.cpu import float_from_bits, prologue_halves, rms_scale, share
+from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.packed_linear.cpu import _stack
+
+
+@intrinsic(prefer_literal=True)
+def _write_groups(
+    _: Any, prologue: Any, form: Any, x: Any, other: Any, scale: Any, out: Any, first: Any, count: Any
+) -> Any:
+    """Groups of 32 of a row behind its prologue; `other` and `scale` are those of `prologue_halves`."""
+    before, wanted = Prologue(prologue.literal_value), RowForm(form.literal_value)
+    integers = [types.int64] * 3
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_x, at_other, factor, at_out, start, number = args[2:]
+        halves = prologue_halves(e, before, at_x, at_other, factor)
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            group = b.add(start, index)
+            target = b.add(at_out, b.mul(group, e.int64(GROUP * wanted.bytes)))
+            for part, half in enumerate(halves(group)):
+                numbers = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
+                e.store(target, numbers, part * LANES * wanted.bytes)
+            return state
+
+        e.loop(number, [], body)
+        return context.get_dummy_value()
+
+    return types.void(prologue, form, types.int64, types.int64, types.float32, *integers), code
+
+
+@njit
+def _padded(x: int, columns: int, target: int) -> int:
+    """Copies a row to `target`, with zeros up to the next multiple of 32; returns `target`."""
+    source, copy = float32_at(x), float32_at(target)
+    for column in range(columns):
+        copy[column] = source[column]
+    for column in range(columns, (columns + 31) & -32):
+        copy[column] = 0.0
+    return target
+
+
+def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
+    """The operation for a prologue and a form; BYTES of a number. Arguments: see `rows_row`."""
+
+    def activation_rows(a, thread, threads):
+        x, stride, weight, columns, out, picked = a[3], a[4], a[5], a[7], a[8], a[9]
+        rows = int64_at(a[2])[a[10]]
+        eps = float_from_bits(a[6])
+        groups = (columns + GROUP - 1) // GROUP
+        row_bytes = groups * GROUP * 4
+        first_row, row_count, first_group, group_count = 0, rows, 0, groups
+        if rows >= threads:
+            first_row, row_count = share(rows, thread, threads)
+        else:
+            first_group, group_count = share(groups, thread, threads)
+        if group_count == 0:
+            return
+        ragged = columns % GROUP != 0
+        copies = _stack(3 * row_bytes if ragged else 64)
+        if ragged and PROLOGUE == 1:
+            weight = _padded(weight, columns, copies + row_bytes)
+        for t in range(first_row, first_row + row_count):
+            source = t
+            if picked != 0:
+                source = int64_at(picked)[t]
+            at = x + source * stride * 4
+            other = weight
+            if PROLOGUE == 2:
+                other = at + columns * 4
+                if ragged:
+                    other = _padded(other, columns, copies + 2 * row_bytes)
+            if ragged:
+                at = _padded(at, columns, copies)
+            scale = rms_scale(at, columns, eps) if PROLOGUE == 1 else eps
+            target = out + t * groups * GROUP * BYTES
+            _write_groups(PROLOGUE, FORM, at, other, scale, target, first_group, group_count)
+
+    return activation_rows
+
+
+@cache
+def rows_operation(prologue: Prologue, form: RowForm) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_rows(int(prologue), int(form), form.bytes))
+
+
+def rows_row(
+    *,
+    x: int,
+    stride: int,
+    columns: int,
+    out: int,
+    weight: int = 0,
+    eps: float = 0.0,
+    picked: int = 0,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The operation's arguments.
+
+    Args:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K.
+        out: address of the result.
+        weight, eps: of a norm.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+    bits = struct.unpack("<i", struct.pack("<f", eps))[0]
+    return [x, stride, weight, bits, columns, out, picked, int(rows_from)]

@@ -1,0 +1,344 @@
+"""The plain linear layer as compiled CPU operations: step 6 of a request's life.
+
+The shape is that of `packed_linear/cpu.py`. A thread owns a run of tiles, takes as many of them as stay in the cache,
+and for these goes through the rows of activations in blocks of 8, 4 or 1. A block's rows are first copied into a
+**panel** on the stack, element by element side by side; a block that is not full repeats its last row, and the
+repetitions are not written. One row is read where it stands.
+
+8 rows meet two tiles at once: 16 sums in registers for 2 loads of weights and 8 of activations a step, so that the
+multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two streams of
+weights were read a fifth slower than one (measured on Zen 4).
+
+Every sum is one chain over the steps of K, the same in every variant.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.packed_linear.cpu import _stack, _write
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind, PlainMatrix
+
+_CACHED_BYTES = 384 << 10
+"""Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+
+_AHEAD = 3072
+"""Bytes of weights that 8 rows ask for ahead: 2 to 6 % faster on Zen 4. A single row is not, and does not."""
+
+_VECTOR_BYTES = 4 * LANES
+
+
+# ---- the panel of activations ----------------------------------------------------------------------------------------
+
+
+def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
+    """Vectors of 16 elements, one for each row, as vectors of all rows' element 0, all rows' element 1, and so on."""
+    if len(vectors) == 1:
+        return vectors
+    zipped: list[Any] = []
+    for even, odd in zip(_interleaved(e, vectors[0::2]), _interleaved(e, vectors[1::2])):
+        for start in (0, LANES // 2):
+            order = [ir.Constant(I32, start + lane // 2 + lane % 2 * LANES) for lane in range(LANES)]
+            zipped.append(e.b.shuffle_vector(even, odd, ir.Constant(vector(I32), order)))
+    return zipped
+
+
+@intrinsic(prefer_literal=True)
+def _fill(_: Any, block: Any, panel: Any, x: Any, row_bytes: Any, last: Any, vectors: Any) -> Any:
+    """Copies rows 0, 1, ... of x, none beyond `last`, into a panel of `block` rows of `vectors` times 16 elements."""
+    height = block.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_panel, at_x, stride, at_last, count = args[1:]
+
+        def address(row: int) -> Any:
+            number = e.int64(row)
+            number = b.select(b.icmp_signed("<", number, at_last), number, at_last)
+            return b.add(at_x, b.mul(number, stride))
+
+        sources = [address(row) for row in range(height)]
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(_VECTOR_BYTES))
+            loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
+            target = b.add(at_panel, b.mul(offset, e.int64(height)))
+            for part, mixed in enumerate(_interleaved(e, loaded)):
+                e.store(target, mixed, part * _VECTOR_BYTES)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(block, *[types.int64] * 5), code
+
+
+# ---- tiles times a panel ---------------------------------------------------------------------------------------------
+
+
+def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
+    """16 rows of a step."""
+    if kind is PlainKind.F16:
+        return e.half_to_float(e.load(address, vector(F16), offset))
+    return e.load(address, vector(I32 if kind is PlainKind.BF16 else F32), offset)
+
+
+def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
+    """One step more of 16 sums; x is an element of the activations in every lane."""
+    return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
+
+
+def _prefetch(e: Emitter, address: Any, offset: int) -> None:
+    """Asks for a cache line that will be read; it may lie behind the end of memory."""
+    at = e.b.inttoptr(e.b.add(address, e.int64(offset)), I8.as_pointer())
+    e.call("llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, number) for number in (0, 3, 1))])
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(
+    _: Any, kind: Any, block: Any, tiles: Any, isa: Any, weights: Any, tile_bytes: Any, panel: Any, out: Any, runs: Any
+) -> Any:
+    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`."""
+    number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
+    features, element = Isa(isa.literal_value), I32 if number is PlainKind.BF16 else F32
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, size, at_panel, at_out, count = args[4:]
+        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def body(index: Any, totals: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(RUN * number.step_bytes))
+            places = [b.add(base, offset) for base in bases]
+            x = b.add(at_panel, b.mul(index, e.int64(RUN * height * 4)))
+            totals = list(totals)
+            for step in range(RUN):
+                if height == 8:
+                    for place in places:
+                        _prefetch(e, place, step * number.step_bytes + _AHEAD)
+                loaded = [_weights(e, number, place, step * number.step_bytes) for place in places]
+                for row in range(height):
+                    splat = e.splat(e.load(x, element, 4 * (step * height + row)))
+                    for tile, vectors in enumerate(loaded):
+                        at = tile * height + row
+                        totals[at] = _add_step(e, number, features, totals[at], vectors, splat)
+            return totals
+
+        for at, total in enumerate(e.loop(count, [e.zeros(F32)] * (width * height), body)):
+            e.store(at_out, total, at * 4 * ROWS)
+        return context.get_dummy_value()
+
+    return types.void(kind, block, tiles, isa, *[types.int64] * 5), code
+
+
+@njit
+def _write_tiles(
+    sums: int,
+    block: int,
+    rows: int,
+    tile: int,
+    count: int,
+    columns: int,
+    out: int,
+    row_bytes: int,
+    bias: int,
+    accumulate: int,
+) -> None:
+    """Writes the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... where they belong."""
+    for index in range(tile, tile + count):
+        lanes = min(columns - index * 16, 16)
+        at_bias = bias + index * 64 if bias else 0
+        _write(sums + (index - tile) * block * 64, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate)
+
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
+    """The linear operation. TILE_BLOCK: bytes of weights gone through at a time."""
+
+    def plain_linear(arguments: Any, thread: int, threads: int) -> None:
+        rows = int64_at(arguments[2])[arguments[3]]
+        weights, tile_bytes, columns, runs = arguments[4], arguments[5], arguments[6], arguments[7]
+        x, x_bytes = arguments[8], arguments[9]
+        out, row_bytes, bias, accumulate = arguments[10], arguments[11], arguments[12], arguments[13]
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        panel = _stack(8 * x_bytes + 1024)
+        sums = panel + 8 * x_bytes
+        step = max(TILE_BLOCK // tile_bytes, 2) & -2
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            row = 0
+            while row < rows:
+                left = rows - row
+                block = 8 if left > 4 else 4 if left > 1 else 1
+                count = min(block, left)
+                at_x = x + row * x_bytes
+                target = out + row * row_bytes
+                if block == 8:
+                    _fill(8, panel, at_x, x_bytes, count - 1, x_bytes >> 6)
+                elif block == 4:
+                    _fill(4, panel, at_x, x_bytes, count - 1, x_bytes >> 6)
+                tile = begin
+                while tile < end:
+                    at = weights + tile * tile_bytes
+                    width = 2 if block == 8 and end - tile >= 2 else 1
+                    if width == 2:
+                        _multiply(KIND, 8, 2, ISA, at, tile_bytes, panel, sums, runs)
+                    elif block == 8:
+                        _multiply(KIND, 8, 1, ISA, at, tile_bytes, panel, sums, runs)
+                    elif block == 4:
+                        _multiply(KIND, 4, 1, ISA, at, tile_bytes, panel, sums, runs)
+                    else:
+                        _multiply(KIND, 1, 1, ISA, at, tile_bytes, at_x, sums, runs)
+                    _write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+                    tile += width
+                row += count
+
+    return plain_linear
+
+
+@cache
+def linear_operation(kind: PlainKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES))
+
+
+def linear_row(
+    matrix: PlainMatrix,
+    *,
+    x: int,
+    x_bytes: int,
+    out: int,
+    out_stride: int,
+    column: int = 0,
+    bias: int = 0,
+    accumulate: bool = False,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The arguments of a linear operation; the caller keeps all of the memory alive.
+
+    Args:
+        matrix: the weights [N, K].
+        x: address of the activations, in the form that the kind multiplies.
+        x_bytes: from one of their rows to the next; a multiple of 64, and zero behind K.
+        out: address of the result.
+        out_stride: floats from one row of the result to the next.
+        column: first column of the result that is written.
+        bias: address of float32 [N], or 0.
+        accumulate: add to what stands in the result.
+        rows_from: which of the step's numbers is T.
+    """
+    assert out_stride >= column + matrix.rows
+    assert x_bytes % _VECTOR_BYTES == 0
+    assert x_bytes >= 4 * matrix.steps
+    return [
+        int(rows_from),
+        address_of(matrix.data),
+        matrix.tile_bytes,
+        matrix.rows,
+        matrix.steps // RUN,
+        x,
+        x_bytes,
+        out + 4 * column,
+        4 * out_stride,
+        bias,
+        int(accumulate),
+    ]
+
+
+@intrinsic(prefer_literal=True)
+def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any) -> Any:
+    """Writes row `lane` of a tile as floats."""
+    number = PlainKind(kind.literal_value)
+    width = number.dtype.itemsize
+    stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32}[number]
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, at_lane, at_out, count = args[1:]
+        start = b.add(at_weights, b.mul(at_lane, e.int64(width * number.step_columns)))
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            step = b.sdiv(index, e.int64(number.step_columns))
+            inside = b.srem(index, e.int64(number.step_columns))
+            offset = b.add(b.mul(step, e.int64(number.step_bytes)), b.mul(inside, e.int64(width)))
+            value = e.load(b.add(start, offset), stored)
+            if number is PlainKind.BF16:
+                value = b.bitcast(b.shl(b.zext(value, I32), ir.Constant(I32, 16)), F32)
+            elif number is PlainKind.F16:
+                value = b.fpext(value, F32)
+            e.store(b.add(at_out, b.mul(index, e.int64(4))), value)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), code
+
+
+def _make_embedding(KIND: int) -> Any:
+    def plain_embedding(arguments: Any, thread: int, threads: int) -> None:
+        rows = int64_at(arguments[2])[arguments[3]]
+        weights, tile_bytes, count, columns = arguments[4], arguments[5], arguments[6], arguments[7]
+        ids, out, row_bytes = int64_at(arguments[8]), arguments[9], arguments[10]
+        for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+            token = ids[row]
+            target = out + row * row_bytes
+            if 0 <= token < count:
+                _widen_row(KIND, weights + (token >> 4) * tile_bytes, token & 15, target, columns)
+            else:
+                values = float32_at(target)
+                for index in range(columns):
+                    values[index] = float("nan")
+
+    return plain_embedding
+
+
+@cache
+def embedding_rows_operation(kind: PlainKind) -> int:
+    """Address of the compiled operation that reads rows of a plain matrix; its arguments are `embedding_row`'s."""
+    return compile_operation(_make_embedding(int(kind)))
+
+
+def embedding_row(
+    matrix: PlainMatrix,
+    *,
+    token_ids: int,
+    out: int,
+    out_stride: int,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The arguments of an embedding operation.
+
+    Args:
+        matrix: the table [V, E].
+        token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
+        out: address of the result, float32 [T, E].
+        out_stride: floats from one row of the result to the next.
+        rows_from: which of the step's numbers is T.
+    """
+    assert out_stride >= matrix.columns
+    return [
+        int(rows_from),
+        address_of(matrix.data),
+        matrix.tile_bytes,
+        matrix.rows,
+        matrix.columns,
+        token_ids,
+        out,
+        4 * out_stride,
+    ]

@@ -1,0 +1,102 @@
+"""Stored plain numbers to the layout of the kernels: done once, at load, before step 1 of a request's life.
+
+A chunk of rows is converted where its type must change, and written with 16 rows side by side. Chunks are shared among
+threads that never wait for each other.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
+from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
+from candle_vllm.core.loading.tensors import load_plain
+
+CHUNK = 1 << 19
+"""Weights per round: what a round touches stays in the cache."""
+
+_KINDS = {kind.dtype: kind for kind in PlainKind}
+
+
+def plain_kind(stored: torch.dtype) -> PlainKind:
+    """The kind that keeps the numbers of a stored type: its own, or F32 for a type without one (F64 is rounded)."""
+    return _KINDS.get(stored, PlainKind.F32)
+
+
+def pack(
+    raw: np.ndarray,
+    stored: torch.dtype,
+    rows: int,
+    columns: int,
+    kind: PlainKind | None = None,
+    memory: WeightMemory | None = None,
+) -> PlainMatrix:
+    """Lays out a matrix of plain numbers.
+
+    Args:
+        raw: the numbers' bytes, uint8, contiguous; need not be aligned.
+        stored: their type.
+        rows: N; the rows stay in their order.
+        columns: K, at most 65,536.
+        kind: what they become, rounded to nearest; None is `plain_kind(stored)`.
+        memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+
+    Raises:
+        UnsupportedModelError: no kernel multiplies such a matrix, or a number is too large for `kind`.
+        ValueError: `raw` is not as long as the shape says.
+    """
+    kind = plain_kind(stored) if kind is None else kind
+    if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
+        raise UnsupportedModelError(
+            f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
+        )
+    if raw.dtype != np.uint8 or raw.size != rows * columns * stored.itemsize:
+        raise ValueError(f"{raw.size} bytes given for a {stored} matrix of {rows} x {columns}")
+    tiles, steps = -(-rows // ROWS), kind.steps(columns)
+    data = (memory or WeightMemory(0)).take(tiles * steps * kind.step_bytes).reshape(tiles, -1)
+    source = raw.reshape(rows, columns * stored.itemsize)
+
+    def job(first: int, last: int) -> None:
+        numbers = _converted(source[first * ROWS : last * ROWS], stored, columns, kind)
+        _store(numbers, kind, data[first:last])
+
+    step = max(1, CHUNK // (ROWS * columns))
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), tiles // step))) as pool:
+        jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
+        for running in jobs:
+            running.result()
+    return PlainMatrix(rows, columns, kind, data)
+
+
+def _converted(raw: np.ndarray, stored: torch.dtype, columns: int, kind: PlainKind) -> np.ndarray:
+    """Stored rows as the bits of `kind`, uint16 or uint32 [rows, columns]."""
+    bits, shape = np.uint16 if kind.dtype.itemsize == 2 else np.uint32, (len(raw), columns)
+    if stored == kind.dtype:
+        return np.ascontiguousarray(raw).view(bits).reshape(shape)
+    numbers = load_plain(raw, stored, shape, kind.dtype).view(torch.uint8).numpy().view(bits)
+    infinite = {PlainKind.F16: 0x7C00, PlainKind.BF16: 0x7F80, PlainKind.F32: 0x7F800000}[kind]
+    overflown = numbers << bits(1) == bits(infinite) << bits(1)  # without the sign
+    if overflown.any():
+        exact = load_plain(raw, stored, shape, torch.float64).numpy().reshape(numbers.shape)[overflown]
+        if np.isfinite(exact).any():
+            raise UnsupportedModelError(
+                f"a weight of {exact[np.isfinite(exact)][0]:g} is beyond the range of {kind.name}, which ends at "
+                f"{torch.finfo(kind.dtype).max:g}: leave --dtype out, or set bf16 or f32"
+            )
+    return numbers
+
+
+def _store(numbers: np.ndarray, kind: PlainKind, tiles: np.ndarray) -> None:
+    """Writes rows of bits to their tiles, uint8 [tiles, bytes]."""
+    rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.dtype.itemsize)
+    if numbers.shape != (rows, columns):
+        whole = np.zeros((rows, columns), numbers.dtype)
+        whole[: numbers.shape[0], : numbers.shape[1]] = numbers
+        numbers = whole
+    elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # of a row in a step
+    target = tiles.view(elements).reshape(len(tiles), -1, ROWS)
+    target[:] = numbers.view(elements).reshape(len(tiles), ROWS, -1).transpose(0, 2, 1)

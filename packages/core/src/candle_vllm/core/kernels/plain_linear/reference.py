@@ -1,0 +1,28 @@
+"""The plain linear layer in plain numpy, literal enough to check by eye: step 6, and what the tests compare with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, PlainKind, PlainMatrix
+
+
+def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
+    """Activations as weights of a kind meet them, as float32: rounded to bfloat16 (to nearest even), or as they are."""
+    return torch.from_numpy(x).bfloat16().float().numpy() if kind is PlainKind.BF16 else x
+
+
+def linear(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """weight [N, K] times rounded activations [T, K], plus bias [N]: float32 [T, N], summed in float64."""
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
+    return (y if bias is None else y + bias).astype(np.float32)
+
+
+def unpack(matrix: PlainMatrix) -> np.ndarray:
+    """The weights as float32 [N, K], exactly."""
+    kind, tiles = matrix.kind, len(matrix.data)
+    numbers = matrix.data.reshape(-1).view(np.int16 if kind.dtype.itemsize == 2 else np.int32)
+    steps = numbers.reshape(tiles, matrix.steps, ROWS, kind.step_columns).transpose(0, 2, 1, 3)
+    rows = np.ascontiguousarray(steps).reshape(tiles * ROWS, -1)[: matrix.rows, : matrix.columns]
+    return torch.from_numpy(rows.copy()).view(kind.dtype).float().numpy()

@@ -1,0 +1,95 @@
+"""Rows for plain matrices against the reference, and the same bits however the work is split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.activation_rows import RowForm, reference, row_elements
+from candle_vllm.core.kernels.rms_norm.reference import rms_norm
+from candle_vllm.core.kernels.silu_mul.reference import silu_mul
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.activation_rows.cpu import rows_operation, rows_row
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+
+
+def run(
+    x: np.ndarray,
+    prologue: Prologue,
+    form: RowForm,
+    threads: int = 2,
+    weight: np.ndarray | None = None,
+    picked: list[int] | None = None,
+) -> np.ndarray:
+    """The result's bits, [T + 1, row_elements]; the last row must stay untouched."""
+    columns = x.shape[1] // (2 if prologue == Prologue.SILU else 1)
+    rows, bits = len(picked) if picked else len(x), np.uint16 if form is RowForm.BF16 else np.uint32
+    out = np.full((rows + 1, row_elements(columns)), 77, bits)
+    numbers = np.zeros(StepNumber.COUNT, np.int64)
+    numbers[StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS] = rows
+    index = np.array(picked or [0], np.int64)
+    arguments = rows_row(
+        x=address_of(x),
+        stride=x.shape[1],
+        columns=columns,
+        out=address_of(out),
+        weight=0 if weight is None else address_of(weight),
+        eps=1e-5,
+        picked=address_of(index) if picked else 0,
+        rows_from=StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS,
+    )
+    row = [rows_operation(prologue, form), (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]
+    team = ThreadTeam(threads)
+    try:
+        team.run(np.array(row, np.int64), 1)
+    finally:
+        team.close()
+    assert (out[-1] == 77).all()
+    return out[:-1]
+
+
+def data(rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32) * 3
+
+
+@pytest.mark.parametrize("form", list(RowForm), ids=lambda form: form.name)
+@pytest.mark.parametrize("prologue", list(Prologue), ids=lambda prologue: prologue.name)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 31), (7, 45), (1, 96), (5, 576)])
+def test_equals_the_reference(prologue: Prologue, form: RowForm, rows: int, columns: int) -> None:
+    x = data(rows, columns * 2 if prologue == Prologue.SILU else columns)
+    weight = np.random.default_rng(1).random(columns, dtype=np.float32)
+    y = torch.from_numpy(x)
+    if prologue == Prologue.NORM:
+        y = rms_norm(y, torch.from_numpy(weight), 1e-5)
+    elif prologue == Prologue.SILU:
+        y = silu_mul(y)
+    wanted = reference.rows(y, form)
+    result = run(x, prologue, form, weight=weight)
+    numbers = torch.from_numpy(result.view(np.int16 if form is RowForm.BF16 else np.int32)).view(wanted.dtype)
+    assert not result[:, columns:].any()
+    if prologue == Prologue.NONE:
+        assert torch.equal(numbers, wanted)
+    # An ulp of float32 in the prologue may cross one of bfloat16's borders.
+    torch.testing.assert_close(numbers.float(), wanted.float(), rtol=2**-7 if form is RowForm.BF16 else 1e-6, atol=1e-6)
+    assert (numbers != wanted).float().mean() < 0.02 or form is RowForm.F32 or result.size < 500
+    for threads in (1, 3):
+        assert np.array_equal(run(x, prologue, form, threads, weight), result)
+
+
+def test_ties_round_to_even() -> None:
+    x = np.array([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.3e38]], np.float32)
+    result = run(x, Prologue.NONE, RowForm.BF16)[:, :4]
+    assert np.array_equal(result, torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize("columns", [45, 96])
+def test_a_row_does_not_depend_on_its_neighbours_or_place(columns: int) -> None:
+    x, weight = data(5, columns), np.ones(columns, np.float32)
+    together = run(x, Prologue.NORM, RowForm.F32, weight=weight)
+    assert np.array_equal(run(x, Prologue.NORM, RowForm.F32, weight=weight, picked=[3, 0, 3]), together[[3, 0, 3]])
+    assert np.array_equal(run(x[3:4].copy(), Prologue.NORM, RowForm.F32, weight=weight), together[3:4])

@@ -1,0 +1,277 @@
+"""The plain linear layer: the layout keeps every number, and each compiled variant gives the same bits."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.packed_linear import WeightMemory
+from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, plain_kind, reference, unpack
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.activation_rows import row_elements
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.plain_linear import cpu
+
+# The generic path runs everywhere; BF16 only where the CPU has it.
+ISAS = [Isa.GENERIC, Isa.BF16] if host_isa() & Isa.BF16 else [Isa.GENERIC]
+ODD = 301
+each_kind = pytest.mark.parametrize("kind", list(PlainKind), ids=lambda kind: kind.name)
+
+
+def stored(kind: PlainKind, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator).to(kind.dtype)
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
+@functools.cache
+def packed(kind: PlainKind, rows: int, columns: int) -> PlainMatrix:
+    return pack(raw(stored(kind, rows, columns)), kind.dtype, rows, columns)
+
+
+@functools.cache
+def activations(rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
+def team(request):
+    team = ThreadTeam(request.param)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="module")
+def lone_thread():
+    team = ThreadTeam(1)
+    yield team
+    team.close()
+
+
+def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
+    row = [operation, 0, address_of(numbers), *arguments]
+    row[1] = 8 * len(row) << 8
+    team.run(np.array(row, np.int64), 1)
+
+
+def multiply(
+    team: ThreadTeam,
+    matrix: PlainMatrix,
+    x: np.ndarray,
+    *,
+    isa: Isa | None = None,
+    bias: np.ndarray | None = None,
+    onto: np.ndarray | None = None,
+) -> np.ndarray:
+    """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N]."""
+    rows, columns, width = len(x), matrix.rows, row_elements(matrix.columns)
+    inputs = aligned(max(rows, 1) * width, np.float32).reshape(-1, width)
+    inputs[:rows, : matrix.columns] = x
+    x_bytes = 4 * width
+    if matrix.kind is PlainKind.BF16:
+        halves = torch.from_numpy(inputs).bfloat16().view(torch.int16).numpy()
+        inputs = aligned(halves.size, np.int16).reshape(halves.shape)
+        inputs[:] = halves
+        x_bytes = 2 * width
+    field = np.full((rows + 2, columns + 24), np.nan, np.float32)
+    view = field[:rows, 5 : 5 + columns]
+    if onto is not None:
+        view[:] = onto
+    numbers = np.full(StepNumber.COUNT, -1, np.int64)
+    numbers[StepNumber.LOGIT_ROWS] = rows
+    arguments = cpu.linear_row(
+        matrix,
+        x=address_of(inputs),
+        x_bytes=x_bytes,
+        out=address_of(field),
+        out_stride=field.shape[1],
+        column=5,
+        bias=0 if bias is None else address_of(bias),
+        accumulate=onto is not None,
+        rows_from=StepNumber.LOGIT_ROWS,
+    )
+    run_row(team, cpu.linear_operation(matrix.kind, ISAS[-1] if isa is None else isa), numbers, arguments)
+    result = view.copy()
+    view[:] = np.nan
+    assert np.isnan(field).all()
+    return result
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    return x.shape == y.shape and np.array_equal(x.view(np.uint32), y.view(np.uint32))
+
+
+def error(result: np.ndarray, wanted: np.ndarray) -> float:
+    """RMS(error) / RMS(reference)."""
+    return float(np.sqrt(np.mean((result - wanted) ** 2, dtype=np.float64) / np.mean(wanted**2, dtype=np.float64)))
+
+
+# ---- the layout ------------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 31), (63, 512)])
+def test_the_layout_keeps_every_number(kind, rows, columns):
+    tensor = stored(kind, rows, columns)
+    matrix = pack(raw(tensor), kind.dtype, rows, columns)
+    assert matrix.kind is plain_kind(kind.dtype) is kind
+    assert np.array_equal(unpack(matrix), tensor.float().numpy())
+    assert address_of(matrix.data) % 64 == 0
+    assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + 7) * kind.dtype.itemsize
+
+
+def test_unaligned_bytes():
+    tensor = stored(PlainKind.F32, 5, 7)
+    shifted = np.concatenate([np.zeros(3, np.uint8), raw(tensor)])[3:]
+    assert np.array_equal(unpack(pack(shifted, torch.float32, 5, 7)), tensor.numpy())
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_numbers_are_converted_on_request(kind, dtype):
+    tensor = torch.randn(18, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
+    matrix = pack(raw(tensor), dtype, 18, 33, kind)
+    assert np.array_equal(unpack(matrix), tensor.to(kind.dtype).float().numpy())
+
+
+def test_what_has_no_kind_becomes_f32():
+    assert plain_kind(torch.float64) is plain_kind(torch.int8) is PlainKind.F32
+    tensor = torch.arange(-12, 12, dtype=torch.int8).view(4, 6)
+    assert np.array_equal(unpack(pack(raw(tensor), torch.int8, 4, 6)), tensor.float().numpy())
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6])
+def test_a_number_beyond_f16_is_refused(value):
+    tensor = stored(PlainKind.F32, 17, 9)
+    tensor[16, 3] = value
+    with pytest.raises(UnsupportedModelError, match="beyond the range of F16, which ends at 65504"):
+        pack(raw(tensor), torch.float32, 17, 9, PlainKind.F16)
+    tensor[16, 3] = 65519.0  # rounds to the largest
+    tensor[0, 0] = float("inf")  # was infinite before
+    assert unpack(pack(raw(tensor), torch.float32, 17, 9, PlainKind.F16))[16, 3] == 65504
+
+
+def test_subnormal_halves_are_exact(lone_thread):
+    tensor = torch.full((16, 4), 2.0**-24, dtype=torch.float16)
+    result = multiply(lone_thread, pack(raw(tensor), torch.float16, 16, 4), np.ones((1, 4), np.float32))
+    assert (result == 2.0**-22).all()
+
+
+def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
+    memory, tensor = WeightMemory(piece_bytes=1 << 16), stored(PlainKind.F16, 63, 257)
+    whole = packed(PlainKind.F16, 63, 257)
+    module = importlib.import_module(
+        "candle_vllm.core.kernels.plain_linear.pack"
+    )  # the package has a `pack` of its own
+    monkeypatch.setattr(module, "CHUNK", 257 * 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = [pack(raw(tensor), torch.float16, 63, 257, memory=memory) for _ in range(3)]
+    assert all(np.array_equal(matrix.data, whole.data) for matrix in shared)
+
+
+def test_shapes_that_have_no_kernel():
+    with pytest.raises(UnsupportedModelError, match=r"65,536"):
+        pack(np.zeros(2 << 17, np.uint8), torch.float16, 1, 1 << 17)
+    with pytest.raises(ValueError, match="54 bytes"):
+        pack(np.zeros(54, np.uint8), torch.float16, 2, 14)
+
+
+# ---- multiplying -----------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 1), (17, ODD), (63, 768)])
+def test_linear_matches_the_reference(kind, outputs, columns, team):
+    matrix, x = packed(kind, outputs, columns), activations(63, columns)
+    wanted = reference.linear(unpack(matrix), reference.round_activations(x, kind))
+    for isa in ISAS:
+        for rows in (1, 3, 8, 63):
+            assert error(multiply(team, matrix, x[:rows], isa=isa), wanted[:rows]) < 1e-5
+
+
+@each_kind
+def test_a_row_has_the_same_bits_everywhere(kind, team):
+    matrix, x = packed(kind, 63, ODD), activations(63, ODD)
+    for isa in ISAS:
+        whole = multiply(team, matrix, x, isa=isa)
+        for cuts in ((0, 1, 3, 11, 63), (0, 4, 6, 36, 37, 63)):
+            for first, last in itertools.pairwise(cuts):
+                assert same_bits(multiply(team, matrix, x[first:last], isa=isa), whole[first:last])
+        lone = ThreadTeam(1)
+        assert same_bits(multiply(lone, matrix, x, isa=isa), whole)
+        lone.close()
+
+
+def test_only_bf16_depends_on_the_instructions(lone_thread):
+    x = activations(9, ODD)
+    for kind in (PlainKind.F16, PlainKind.F32):
+        results = [multiply(lone_thread, packed(kind, 63, ODD), x, isa=isa) for isa in ISAS]
+        assert same_bits(results[0], results[-1])
+    results = [multiply(lone_thread, packed(PlainKind.BF16, 63, ODD), x, isa=isa) for isa in ISAS]
+    assert error(results[0], results[-1]) < 1e-6
+
+
+@each_kind
+def test_a_tile_has_the_same_bits_in_any_matrix(kind, lone_thread):
+    tensor, x = stored(kind, 48, 96), activations(9, 96)
+    whole = multiply(lone_thread, pack(raw(tensor), kind.dtype, 48, 96), x)
+    part = multiply(lone_thread, pack(raw(tensor[5:22]), kind.dtype, 17, 96), x)
+    assert same_bits(part, whole[:, 5:22].copy())
+
+
+def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
+    matrix, x = packed(PlainKind.BF16, 63, ODD), activations(20, ODD)
+    whole = multiply(lone_thread, matrix, x)
+    monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
+    cpu.linear_operation.cache_clear()
+    try:
+        assert same_bits(multiply(lone_thread, matrix, x), whole)
+    finally:
+        cpu.linear_operation.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_bias_and_what_stands_there_are_added(rows, team):
+    matrix, x = packed(PlainKind.BF16, 37, 95), activations(11, 95)[:rows]
+    random = np.random.default_rng(5)
+    bias, onto = (random.standard_normal(shape).astype(np.float32) for shape in (37, (rows, 37)))
+    plain = multiply(team, matrix, x)
+    assert same_bits(multiply(team, matrix, x, bias=bias), plain + bias)
+    assert same_bits(multiply(team, matrix, x, onto=onto), plain + onto)
+    assert same_bits(multiply(team, matrix, x, bias=bias, onto=onto), plain + bias + onto)
+
+
+def test_no_rows_is_no_work(team):
+    assert multiply(team, packed(PlainKind.F32, 17, 95), activations(1, 95)[:0]).shape == (0, 17)
+
+
+# ---- embedding rows --------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@pytest.mark.parametrize("columns", [1, ODD])
+def test_embedding_rows_are_exact(kind, columns, team):
+    matrix = packed(kind, 63, columns)
+    ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
+    field = np.full((len(ids) + 1, columns + 8), 7, np.float32)
+    numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
+    arguments = cpu.embedding_row(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=columns + 8)
+    run_row(team, cpu.embedding_rows_operation(kind), numbers, arguments)
+    assert np.array_equal(field[:4, :columns], unpack(matrix)[ids[:4]])
+    assert np.isnan(field[4:7, :columns]).all()  # ids outside of the table
+    assert (field[:, columns:] == 7).all()
+    assert (field[7] == 7).all()
