@@ -134,8 +134,8 @@ def test_numbers_of_threads_that_cannot_be(threads: Any, model: Path) -> None:
 # ---- shapes without a kernel -----------------------------------------------------------------------------------------
 
 
-def test_a_matrix_whose_rows_are_no_whole_groups_is_computed_eagerly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_matrix_whose_rows_are_no_whole_groups_is_multiplied_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize, add = toy_model.quants.quantize, GGUFWriter.add_tensor
 
@@ -148,10 +148,16 @@ def test_a_matrix_whose_rows_are_no_whole_groups_is_computed_eagerly(
     )
     monkeypatch.setattr(GGUFWriter, "add_tensor", add_plain)
     path = write_toy_gguf(tmp_path / "odd.gguf", CONFIG | {"intermediate_size": 80})
-    with InferenceEngine(str(path), block_size=16) as engine:
-        assert engine.model_info.dtype == "f32"
-        assert len(engine.generate([PROMPT], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 16
-    assert "ffn_down.weight is F32 [128, 80], which has no kernel" in caplog.text
+    scores = []
+    for eager in (False, True):
+        with InferenceEngine(str(path), block_size=16, enforce_eager=eager) as engine:
+            assert engine.model_info.dtype == ("f32" if eager else "int8, f32")
+            output = engine.generate([PROMPT], SamplingParams(temperature=0.0, logprobs=0), use_tqdm=False)[0].outputs[
+                0
+            ]
+            assert output.logprobs is not None
+            scores.append([position.chosen.logprob for position in output.logprobs])
+    np.testing.assert_allclose(*scores, atol=0.05)
 
 
 # ---- the event loop --------------------------------------------------------------------------------------------------
