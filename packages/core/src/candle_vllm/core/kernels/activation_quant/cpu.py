@@ -8,7 +8,6 @@ With at least as many rows as threads each thread takes whole rows, else every t
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,8 +18,8 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, SHIFTER, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
 
 _LOG2E = 1.4426950216293335  # log2(e) as float32 has it
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
@@ -206,25 +205,17 @@ def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
     return signature, code
 
 
-@intrinsic
-def float_from_bits(_: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low half of an int64."""
-    signature = types.float32(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.bitcast(b.trunc(args[0], I32), F32)
-
-    return signature, code
-
-
 # ---- the operation ---------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
-def share(total: int, thread: int, threads: int) -> tuple[int, int]:
-    """First and count of a thread's part of `total` things."""
-    first = total * thread // threads
-    return first, total * (thread + 1) // threads - first
+def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, int, int]:
+    """A thread's part of `rows` of `groups`: first row and count, first group and count."""
+    if rows >= threads:
+        first = rows * thread // threads
+        return first, rows * (thread + 1) // threads - first, 0, groups
+    first = groups * thread // threads
+    return 0, rows, first, groups * (thread + 1) // threads - first
 
 
 def make_quantise(prologue: int) -> Callable[..., None]:
@@ -236,11 +227,7 @@ def make_quantise(prologue: int) -> Callable[..., None]:
         rows = numbers[a[12]]
         eps = float_from_bits(a[6])
         groups = columns // GROUP
-        first_row, row_count, first_group, group_count = 0, rows, 0, groups
-        if rows >= threads:
-            first_row, row_count = share(rows, thread, threads)
-        else:
-            first_group, group_count = share(groups, thread, threads)
+        first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
             return
         for t in range(first_row, first_row + row_count):
@@ -289,5 +276,4 @@ def quantise_row(
         picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers counts the rows.
     """
-    bits = struct.unpack("<i", struct.pack("<f", eps))[0]
-    return [x, stride, weight, bits, columns, q, scales, sums, picked, int(rows_from)]
+    return [x, stride, weight, float_bits(eps), columns, q, scales, sums, picked, int(rows_from)]

@@ -7,7 +7,6 @@ threads. A row whose length is no multiple of 32 is first copied to the stack, w
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,11 +15,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import float_from_bits, prologue_halves, rms_scale, share
+from candle_vllm.core.kernels.activation_quant.cpu import prologue_halves, rms_scale, share
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 
@@ -71,11 +70,7 @@ def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
         eps = float_from_bits(a[6])
         groups = (columns + GROUP - 1) // GROUP
         row_bytes = groups * GROUP * 4
-        first_row, row_count, first_group, group_count = 0, rows, 0, groups
-        if rows >= threads:
-            first_row, row_count = share(rows, thread, threads)
-        else:
-            first_group, group_count = share(groups, thread, threads)
+        first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
             return
         ragged = columns % GROUP != 0
@@ -128,5 +123,4 @@ def rows_row(
         picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers counts the rows.
     """
-    bits = struct.unpack("<i", struct.pack("<f", eps))[0]
-    return [x, stride, weight, bits, columns, out, picked, int(rows_from)]
+    return [x, stride, weight, float_bits(eps), columns, out, picked, int(rows_from)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 import platform
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
@@ -72,6 +73,11 @@ def compile_operation(function: Callable[..., None]) -> int:
 def address_of(array: np.ndarray) -> int:
     """Where an array's data begins."""
     return array.ctypes.data
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an argument of an operation, which reads it by `float_from_bits`."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
 @cache

@@ -36,6 +36,17 @@ def int64_at(_: Any, address: Any) -> Any:
 
 
 @intrinsic
+def float_from_bits(_: Any, bits: Any) -> Any:
+    """The float32 whose bits are the low half of an int64."""
+    signature = types.float32(types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.bitcast(b.trunc(args[0], I32), F32)
+
+    return signature, code
+
+
+@intrinsic
 def load_acquire(_: Any, address: Any) -> Any:
     """Reads an int64 that another thread writes."""
     signature = types.int64(types.int64)

@@ -8,7 +8,6 @@ token. Threads may write the two halves of one 32-bit word of the value cache, e
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,8 +19,8 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.attention.cpu_cache import place_of
 from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
 
 _TOKENS = int(StepNumber.TOKENS)
 _QUERY, _KEY, _VALUE = range(3)
@@ -110,17 +109,6 @@ def store_bf16(_: Any, to: Any, value: Any) -> Any:
     return signature, code
 
 
-@intrinsic
-def _float_from_bits(_: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low half of an int64."""
-    signature = types.float32(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.bitcast(b.trunc(args[0], I32), F32)
-
-    return signature, code
-
-
 # ---- the operation ---------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +165,7 @@ def make_rotate_and_write() -> Callable[..., None]:
         tokens = int64_at(a[2])[_TOKENS]
         heads, kv_heads, dim, shift, half = a[8], a[9], a[10], a[11], a[12]
         positions, slots = int64_at(a[15]), int64_at(a[16])
-        scale, one = _float_from_bits(a[20]), _float_from_bits(0x3F800000)
+        scale, one = float_from_bits(a[20]), float_from_bits(0x3F800000)
         strip = min(1 << shift, STRIP)
         each = heads + 2 * kv_heads
         unit = tokens * each * thread // threads
@@ -253,7 +241,6 @@ def rotate_and_write_row(
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
     """
-    bits = struct.unpack("<i", struct.pack("<f", scale))[0]
     columns = [qkv, stride, q_column, k_column, v_column]
     shape = [heads, kv_heads, head_dim, block_size.bit_length() - 1, rotary_dim // 2]
-    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, bits, stretch_step]
+    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, float_bits(scale), stretch_step]

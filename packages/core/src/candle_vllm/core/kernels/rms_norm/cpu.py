@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import struct
 from functools import cache
 from typing import Any
 
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.activation_quant.cpu import float_from_bits, rms_scale
+from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
 
 
 @intrinsic
@@ -65,4 +64,4 @@ def head_norm_row(*, x: int, stride: int, heads: int, head_dim: int, weight: int
         weight: address of head_dim floats.
         eps: of the norm.
     """
-    return [x, stride, heads, head_dim, weight, struct.unpack("<i", struct.pack("<f", eps))[0]]
+    return [x, stride, heads, head_dim, weight, float_bits(eps)]
