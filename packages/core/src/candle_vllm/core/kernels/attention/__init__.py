@@ -3,13 +3,23 @@
 Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and
 values; H is a multiple of K, and query head h reads key-value head h // (H / K). `rows` says which tokens belong to
 which sequence and where its blocks are. The token at position p sees positions 0..p, or, with a window w, only
-p - w + 1..p. Scores and sums are fp32. y [T, H, D] has q's dtype, in new memory.
-Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages).
+p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. Scores and sums are fp32.
+y [T, H, D] has q's dtype, in new memory.
+
+A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
+float32 each, by which its numbers are multiplied.
+
+On a GPU D is 256 at most and S a power of two from 16 on. Where the step's numbers are on the device (`DeviceRows`)
+nothing waits for it, and launches depend on the shapes of tensors and on `decodes` only, so that they can be captured:
+the rows of y from query_start[R] on hold anything, sequences among the first `decodes` without context get zeros.
+Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
+arXiv:2408.00118 (soft cap).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -30,17 +40,56 @@ class AttentionRows:
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor
 
+    def on_device(self) -> DeviceRows:
+        """The same numbers beside the block tables. Leading sequences of one token count as decodes."""
+        counts = [end - start for start, end in itertools.pairwise(self.query_start)]
+        decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
+        device = self.block_tables.device
+        starts, contexts = (torch.tensor(x, dtype=torch.int32) for x in (self.query_start, self.context_lens))
+        return DeviceRows(starts.to(device), contexts.to(device), self.block_tables, decodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceRows:
+    """Where the tokens of one step belong, as tensors that may be rewritten between replays of a captured step.
+
+    Attributes:
+        query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1].
+        context_lens: [R] int32 or int64, in tokens, the new ones included.
+        block_tables: [R, most blocks] int32 or int64; a row's tail beyond its context is not read.
+        decodes: how many leading sequences are computed by the kernel for one new token each: token r is theirs. The
+            others may have any number of tokens.
+    """
+
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    decodes: int
+
+    def on_host(self) -> AttentionRows:
+        """The same numbers as tuples. Waits for the device."""
+        return AttentionRows(tuple(self.query_start.tolist()), tuple(self.context_lens.tolist()), self.block_tables)
+
 
 def paged_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    rows: AttentionRows,
+    rows: AttentionRows | DeviceRows,
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every sequence of the step."""
     assert q.shape[1] % key_cache.shape[2] == 0
     assert q.shape[2] == key_cache.shape[3]
-    return reference.paged_attention(q, key_cache, value_cache, rows, scale=scale, window=window)
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    if q.device.type == "cuda":
+        from candle_vllm.core.kernels.attention import triton
+
+        rows = rows.on_device() if isinstance(rows, AttentionRows) else rows
+        return triton.paged_attention(q, key_cache, value_cache, rows, **options)
+    rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
+    return reference.paged_attention(q, key_cache, value_cache, rows, **options)

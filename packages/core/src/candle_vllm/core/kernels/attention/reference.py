@@ -20,6 +20,8 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     out = torch.empty_like(q)
@@ -29,20 +31,30 @@ def paged_attention(
         table = rows.block_tables[row, : -(-context // size)]
         k = key_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()  # [K, C, D]
         v = value_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()
+        if cache_scales is not None:
+            k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):
             last = min(first + _QUERIES, end)
-            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window)
+            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window, softcap)
     return out
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, scale: float, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; returns [Q, H, D]."""
     queries, heads, dim = q.shape
     kv_heads, context, _ = k.shape
     grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [K, G, Q, D]
     scores = torch.matmul(grouped.flatten(1, 2), k.transpose(1, 2)).mul_(scale)  # [K, G * Q, C]
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     at = torch.arange(position, position + queries, device=q.device).unsqueeze(1)  # [Q, 1]
     seen = torch.arange(context, device=q.device).unsqueeze(0)  # [1, C]
     hidden = seen > at

@@ -2,6 +2,10 @@
 
 Contract: key and value [T, K, D] of the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
 different, slot = block * S + offset. Writes in place; every other slot keeps its contents. An exact copy.
+
+A cache of float8_e4m3fn takes key and value of any float dtype with a scale each, [1] float32: what is written is the
+number over its scale in fp32, clamped to +-448 and rounded to nearest even; a NaN stays one. Source: Micikevicius et
+al., 2022, arXiv:2209.05433.
 """
 
 from __future__ import annotations
@@ -17,9 +21,17 @@ def kv_write(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slots: torch.Tensor,
+    *,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Copies each token's key and value to its slot."""
     assert key.shape == value.shape
     assert key_cache.shape == value_cache.shape
     assert key.shape[1:] == key_cache.shape[2:]
-    reference.kv_write(key, value, key_cache, value_cache, slots)
+    write = reference.kv_write
+    if key.device.type == "cuda":
+        from candle_vllm.core.kernels.kv_write import triton
+
+        write = triton.kv_write
+    write(key, value, key_cache, value_cache, slots, key_scale=key_scale, value_scale=value_scale)

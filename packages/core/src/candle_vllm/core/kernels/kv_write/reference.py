@@ -11,7 +11,16 @@ def kv_write(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slots: torch.Tensor,
+    *,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """See the contract in the package."""
-    key_cache.flatten(0, 1).index_copy_(0, slots, key)
-    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+    for rows, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
+        if scale is None:
+            cache.flatten(0, 1).index_copy_(0, slots, rows)
+        else:
+            largest = torch.finfo(cache.dtype).max
+            small = (rows.float() / scale).clamp(-largest, largest).to(cache.dtype)
+            # As bytes, for torch does not index fp8 on every device.
+            cache.view(torch.uint8).flatten(0, 1).index_copy_(0, slots, small.view(torch.uint8))

@@ -1,0 +1,93 @@
+"""Paged attention on a GPU (step 6 of a request's life): checks, and which kernel computes which tokens.
+
+The first `decodes` sequences of a step, with one token each, go to `triton_decode`, the others to `triton_prefill`.
+Which kernel a token meets is thus the caller's choice and not the batch's. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.triton_decode import decode
+from candle_vllm.core.kernels.attention.triton_prefill import prefill
+
+MOST_DIM = 256
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: DeviceRows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    tokens, heads, dim = q.shape
+    _check(q, key_cache, value_cache, rows, cache_scales)
+    assert scale > 0
+    assert window is None or window > 0
+    assert softcap is None or softcap > 0
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    n = rows.decodes
+    if n:
+        decode(
+            q[:n],
+            key_cache,
+            value_cache,
+            out[:n],
+            rows.context_lens[:n],
+            rows.block_tables[:n],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            scales=cache_scales,
+        )
+    if tokens > n:
+        prefill(
+            q,
+            key_cache,
+            value_cache,
+            out,
+            rows.query_start[n:],
+            rows.context_lens[n:],
+            rows.block_tables[n:],
+            tokens - n,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            scales=cache_scales,
+        )
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: DeviceRows,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    dim = q.shape[2]
+    block_size = key_cache.shape[1]
+    assert q.stride()[1:] == (dim, 1), "the heads of a token lie behind each other"
+    assert dim <= MOST_DIM
+    assert block_size >= 16, "a block has a power of two of slots, at least 16"
+    assert block_size & (block_size - 1) == 0
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    assert key_cache.dtype == value_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
+    count = rows.context_lens.shape[0]
+    assert rows.query_start.shape == (count + 1,)
+    assert rows.block_tables.shape[0] == count
+    assert rows.block_tables.stride(1) == 1
+    assert 0 <= rows.decodes <= min(count, q.shape[0])
+    tensors = (key_cache, value_cache, rows.query_start, rows.context_lens, rows.block_tables, *(scales or ()))
+    assert all(x.device == q.device for x in tensors)
+    for numbers in (rows.query_start, rows.context_lens, rows.block_tables):
+        assert numbers.dtype in (torch.int32, torch.int64)

@@ -1,0 +1,320 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Paged attention of one new token of each sequence on a GPU, split over the keys so that it fills the machine.
+
+The keys of a sequence are cut into splits, by the length of its context alone. A fixed number of programs shares the
+work items (one split of one key-value head of one sequence), which each program counts from the context lengths on the
+device: the grid depends on the number of sequences only, and a captured launch serves any lengths. An item's partial
+result is the state of the online softmax in fp32; a second kernel merges those of a sequence in a fixed order. A
+sequence with one split needs no merging. So a result depends on its own sequence alone, to the bit.
+Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_ROWS = 256  # sequences of a launch
+_CHUNK = 256  # keys of a split, at least
+_MERGED = 8  # splits that the merging kernel reads together
+
+
+@triton.jit
+def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
+    """How a context is cut: the first key's position, keys of a split, and the number of splits, 0 without context."""
+    begin = context * 0
+    if WINDOW:
+        begin = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+    keys = tl.maximum(tl.cdiv(context - begin, SPLITS), CHUNK)
+    keys = tl.cdiv(keys, BLOCK_N) * BLOCK_N
+    return begin, keys, tl.cdiv(context - begin, keys)
+
+
+@triton.jit(do_not_specialize=["rows", "table_stride"])
+def decode_kernel(
+    q,  # [R, H, D]
+    key_cache,  # [B, S, K, D]
+    value_cache,  # [B, S, K, D]
+    out,  # [R, H, D]
+    partial_values,  # [R, SPLITS, H, D] fp32
+    partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
+    context_lens,  # [R]
+    block_tables,  # [R, ...]
+    key_scale,  # [1] fp32, read where FP8
+    value_scale,  # [1] fp32
+    scale,
+    cap,
+    rows,
+    q_stride,  # numbers from a token to the next
+    table_stride,
+    K: tl.constexpr,
+    G: tl.constexpr,  # H // K
+    GP: tl.constexpr,  # rows of a tile, at least G
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D up to the next power of two
+    S: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 for none
+    CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    index = tl.arange(0, ROWS)
+    contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+    _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts) * K
+
+    lines = tl.arange(0, GP)
+    dims = tl.arange(0, DP)
+    valid = (lines < G)[:, None] & (dims[None, :] < D)
+    factor = scale
+    out_factor = 1.0
+    if FP8:
+        factor = scale * tl.load(key_scale)
+        out_factor = tl.load(value_scale)
+    cap_in = 0.0
+    if CAP:
+        cap_in = factor / cap
+        factor = 1.0
+    factor = factor * 1.4426950408889634
+
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        head = item % K
+        work = item // K
+        done = ends <= work
+        row = tl.sum(done.to(tl.int32))
+        split = work - tl.max(tl.where(done, ends, 0))
+        context = tl.load(context_lens + row).to(tl.int32)
+        begin, keys, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
+        begin = begin + split * keys
+        end = tl.minimum(begin + keys, context)
+        table = block_tables + row.to(tl.int64) * table_stride
+        keys_at = key_cache + head * D
+        values_at = value_cache + head * D
+        place = (head * G + lines)[:, None] * D + dims[None, :]
+        queries = tl.load(q + row.to(tl.int64) * q_stride + place, mask=valid, other=0.0)
+        positions = tl.zeros([GP], tl.int32) + context - 1
+
+        tops = tl.full([GP], float("-inf"), tl.float32)
+        sums = tl.zeros([GP], tl.float32)
+        values = tl.zeros([GP, DP], tl.float32)
+        for at in range(begin, end, BLOCK_N):
+            slots = tile_slots(table, at, end, S, BLOCK_N, True)
+            k = load_tile(keys_at, slots, at, end, K * D, D, DP, True).to(queries.dtype)
+            v = load_tile(values_at, slots, at, end, K * D, D, DP, True).to(queries.dtype)
+            tops, sums, values = attend_tile(
+                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+            )
+        values = values * out_factor
+        if count == 1:
+            values = values / sums[:, None]
+            tl.store(out + row.to(tl.int64) * (K * G * D) + place, values.to(out.dtype.element_ty), mask=valid)
+        else:
+            partial = row.to(tl.int64) * SPLITS + split
+            tl.store(partial_values + partial * (K * G * D) + place, values, mask=valid)
+            state = partial_states + partial * (K * G * 2) + (head * G + lines) * 2
+            # Tops in units of exponents of 2, which is what the merging kernel needs.
+            tl.store(state, tops * factor, mask=lines < G)
+            tl.store(state + 1, sums, mask=lines < G)
+
+
+@triton.jit
+def merge_kernel(
+    partial_values,  # [R, SPLITS, H, D] fp32
+    partial_states,  # [R, SPLITS, H, 2] fp32
+    out,  # [R, H, D]
+    context_lens,  # [R]
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """One program per sequence and head. A sequence without context, a filler of a captured batch, gets zeros."""
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    context = tl.load(context_lens + row).to(tl.int32)
+    _, _, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
+    if count != 1:
+        splits = tl.arange(0, SPLITS)
+        states = partial_states + ((row * SPLITS + splits) * H + head) * 2
+        tops = tl.load(states, mask=splits < count, other=float("-inf"))
+        top = tl.where(count > 0, tl.max(tops), 0.0)
+        sums = tl.load(states + 1, mask=splits < count, other=0.0)
+        weights = tl.where(splits < count, tl.exp2(tops - top), 0.0)
+        total = tl.where(count > 0, tl.sum(sums * weights), 1.0)
+        dims = tl.arange(0, DP)
+        values = tl.zeros([DP], tl.float32)
+        for base in range(0, count, MERGED):
+            some = base + tl.arange(0, MERGED)
+            places = (row * SPLITS + some) * H + head
+            exponents = tl.load(partial_states + places * 2, mask=some < count, other=float("-inf")) - top
+            at = partial_values + places[:, None] * D + dims[None, :]
+            part = tl.load(at, mask=(some < count)[:, None] & (dims < D)[None, :], other=0.0)
+            values += tl.sum(part * tl.exp2(exponents)[:, None], 0)
+        tl.store(out + (row * H + head) * D + dims, (values / total).to(out.dtype.element_ty), mask=dims < D)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Keys of a tile, most splits of a sequence, and how they are computed."""
+
+    keys: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    programs: int  # per multiprocessor
+
+
+def splits(padded_dim: int, bytes_per_number: int, kv_heads: int) -> Splits:
+    """By the model's shape alone, never by the batch.
+
+    Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB under
+    way (five stages are two tiles, for reading the block table takes some).
+    """
+    most = min(max(triton.next_power_of_2(256 // kv_heads), 16), 64)
+    if bytes_per_number == 4:
+        return Splits(16, most, 4, 3, 2)
+    keys = min(max(16, 16384 // (padded_dim * bytes_per_number)), 128)
+    return Splits(keys, most, 4, 5, 2)
+
+
+def decode(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Token r of q belongs to sequence r. Writes out. Checks are the caller's."""
+    heads, dim = q.shape[1:]
+    block_size, kv_heads = key_cache.shape[1:3]
+    shape = splits(triton.next_power_of_2(dim), key_cache.element_size(), kv_heads)
+    rows = min(q.shape[0], _ROWS)
+    values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
+    states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
+    constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, softcap is not None)
+    merging = _merge_constants(constants)
+    for start in range(0, q.shape[0], _ROWS):
+        rows = min(_ROWS, q.shape[0] - start)
+        programs = min(rows * kv_heads * shape.splits, shape.programs * _multiprocessors(q.device))
+        decode_kernel[(programs,)](
+            q[start:],
+            key_cache,
+            value_cache,
+            out[start:],
+            values,
+            states,
+            context_lens[start:],
+            block_tables[start:],
+            scales[0] if scales else None,
+            scales[1] if scales else None,
+            scale,
+            softcap or 0.0,
+            rows,
+            q.stride(0),
+            block_tables.stride(0),
+            **constants,
+            FP8=scales is not None,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+            **OPTIONS,
+        )
+        merge_kernel[(rows * heads,)](
+            values, states, out[start:], context_lens[start:], **merging, num_warps=2, **OPTIONS
+        )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Those of the GPU; under the interpreter, so few that programs have several items."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _constants(
+    shape: Splits, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool
+) -> dict[str, Any]:
+    return {
+        "K": kv_heads,
+        "G": group,
+        "GP": max(16, triton.next_power_of_2(group)),
+        "D": dim,
+        "DP": triton.next_power_of_2(dim),
+        "S": block_size,
+        "WINDOW": window,
+        "CAP": cap,
+        "BLOCK_N": shape.keys,
+        "SPLITS": shape.splits,
+        "CHUNK": _CHUNK,
+        "ROWS": _ROWS,
+    }
+
+
+def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    shared = {name: constants[name] for name in ("D", "DP", "WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
+    return {**shared, "H": constants["K"] * constants["G"], "MERGED": _MERGED}
+
+
+def _builds(
+    dtype: str,
+    dim: int,
+    kv_heads: int,
+    group: int,
+    block_size: int,
+    *,
+    window: int = 0,
+    cap: bool = False,
+    fp8: bool = False,
+) -> tuple[Build, Build]:
+    cache = "fp8e4nv" if fp8 else dtype
+    shape = splits(triton.next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
+    constants = _constants(shape, kv_heads, group, dim, block_size, window, cap)
+    partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
+    arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "block_tables": "*i32"}
+    arguments |= {**partials, "scale": "fp32", "cap": "fp32"}
+    arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
+    scales = ("key_scale", "value_scale")
+    label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
+    targets = (90, 100) if fp8 else (80, 90, 100)
+    return (
+        Build(
+            decode_kernel,
+            arguments | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
+            {**constants, "FP8": fp8, **({} if fp8 else dict.fromkeys(scales))},
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+            aligned=("q_stride",),
+            label=label,
+            capabilities=targets,
+        ),
+        Build(merge_kernel, partials, _merge_constants(constants), num_warps=2, label=label, capabilities=targets),
+    )
+
+
+AOT = (
+    *_builds("bf16", 128, 8, 4, 16),
+    *_builds("bf16", 128, 8, 4, 64)[:1],
+    *_builds("fp16", 64, 2, 7, 16)[:1],
+    *_builds("bf16", 80, 32, 1, 32)[:1],
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
+    *_builds("fp32", 128, 8, 4, 16)[:1],
+    *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
+)

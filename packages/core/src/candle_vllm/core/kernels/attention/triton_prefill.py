@@ -1,0 +1,275 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, drafts to be checked.
+
+A program takes one key-value head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one
+sequence times the query heads that read this head. It walks over the tiles of keys from position 0, or from the
+window's begin, to its last token. Only tiles that some row does not see whole are masked. The number of programs is
+bounded by the number of tokens and sequences alone; those behind the last tile find nothing and end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_ROWS = 256  # sequences that a program looks at together when it searches its own
+
+
+@triton.jit
+def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
+    """The sequence to which a tile of queries belongs, and which of its tiles it is.
+
+    Sequence r begins at tile (query_start[r] - query_start[0]) // BLOCK_Q + r, which leaves room for all its tiles.
+    """
+    origin = tl.load(query_start).to(tl.int32)
+    row = -1
+    begin = 0
+    for base in range(0, rows, ROWS):
+        index = base + tl.arange(0, ROWS)
+        starts = tl.load(query_start + index, mask=index < rows, other=0).to(tl.int32)
+        starts = (starts - origin) // BLOCK_Q + index
+        before = (starts <= tile) & (index < rows)
+        row += tl.sum(before.to(tl.int32))
+        begin = tl.maximum(begin, tl.max(tl.where(before, starts, 0)))
+    return row, tile - begin
+
+
+@triton.jit(do_not_specialize=["rows", "table_stride"])
+def prefill_kernel(
+    q,  # [T, H, D]
+    key_cache,  # [B, S, K, D]
+    value_cache,  # [B, S, K, D]
+    out,  # [T, H, D]
+    query_start,  # [rows + 1]
+    context_lens,  # [rows]
+    block_tables,  # [rows, ...]
+    key_scale,  # [1] fp32, read where FP8
+    value_scale,  # [1] fp32
+    scale,
+    cap,
+    rows,
+    q_stride,  # numbers from a token to the next
+    table_stride,
+    K: tl.constexpr,
+    G: tl.constexpr,  # H // K
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D up to the next power of two
+    S: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 for none
+    CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    head = tl.program_id(0) % K
+    # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
+    tile = tl.num_programs(0) // K - 1 - tl.program_id(0) // K
+    row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
+    start = tl.load(query_start + row).to(tl.int32)
+    count = tl.load(query_start + row + 1).to(tl.int32) - start
+    if tile * BLOCK_Q < count:
+        context = tl.load(context_lens + row).to(tl.int32)
+        lines = tl.arange(0, BLOCK_M)
+        tokens = tile * BLOCK_Q + lines // G
+        dims = tl.arange(0, DP)
+        valid = ((lines < BLOCK_Q * G) & (tokens < count))[:, None] & (dims[None, :] < D)
+        heads = head * G + lines % G
+        token_index = (start + tokens).to(tl.int64)
+        queries = tl.load(
+            q + token_index[:, None] * q_stride + heads[:, None] * D + dims[None, :], mask=valid, other=0.0
+        )
+
+        first = context - count + tile * BLOCK_Q
+        last = context - count + tl.minimum(tile * BLOCK_Q + BLOCK_Q, count) - 1
+        positions = context - count + tokens
+        begin = 0
+        unmasked = 0
+        whole = (first + 1) // BLOCK_N * BLOCK_N  # every row sees the keys before this one, apart from a window
+        if WINDOW:
+            begin = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            unmasked = tl.minimum(tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N, whole)
+
+        factor = scale
+        out_factor = 1.0
+        if FP8:
+            factor = scale * tl.load(key_scale)
+            out_factor = tl.load(value_scale)
+        cap_in = 0.0
+        if CAP:
+            cap_in = factor / cap
+            factor = 1.0
+        factor = factor * 1.4426950408889634
+        table = block_tables + row.to(tl.int64) * table_stride
+        keys_at = key_cache + head * D
+        values_at = value_cache + head * D
+
+        tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        sums = tl.zeros([BLOCK_M], tl.float32)
+        values = tl.zeros([BLOCK_M, DP], tl.float32)
+        if WINDOW:
+            for at in range(begin, unmasked, BLOCK_N):
+                slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
+                k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+                v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+                tops, sums, values = attend_tile(
+                    queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                )
+        for at in range(unmasked, whole, BLOCK_N):
+            slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
+            k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+            v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+            tops, sums, values = attend_tile(
+                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, False
+            )
+        for at in range(whole, last + 1, BLOCK_N):
+            slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
+            k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True).to(queries.dtype)
+            v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, True).to(queries.dtype)
+            tops, sums, values = attend_tile(
+                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+            )
+        values = values * (out_factor / sums)[:, None]
+        at_out = out + token_index[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
+        tl.store(at_out, values.to(out.dtype.element_ty), mask=valid)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and keys of a tile, and how they are computed."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -> Tiles:
+    """By the shape of a head and the GPU alone, never by the batch.
+
+    Not measured yet: the largest that do not spill and, but for the data-centre GPUs, need less than 99 KiB of shared
+    memory. Five stages are two or three tiles under way, for reading the block table takes some.
+    """
+    if bytes_per_number == 4:
+        return Tiles(max(16, triton.next_power_of_2(group)), 16, 8, 2)
+    if padded_dim <= 64:
+        return Tiles(128, 64, 8, 5)
+    large = capability // 10 in (9, 10)
+    if padded_dim <= 128:
+        return Tiles(128, 64, 8, 5) if large else Tiles(128, 32, 8, 5)
+    return Tiles(128, 32, 8, 3) if large else Tiles(64, 32, 8, 4)
+
+
+def prefill(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    tokens: int,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's."""
+    rows = context_lens.shape[0]
+    block_size, kv_heads, dim = key_cache.shape[1:]
+    group = q.shape[1] // kv_heads
+    shape = tiles(triton.next_power_of_2(dim), q.element_size(), group, _capability(q.device))
+    assert group <= shape.rows
+    count = tokens // (shape.rows // group) + rows
+    prefill_kernel[(count * kv_heads,)](
+        q,
+        key_cache,
+        value_cache,
+        out,
+        query_start,
+        context_lens,
+        block_tables,
+        scales[0] if scales else None,
+        scales[1] if scales else None,
+        scale,
+        softcap or 0.0,
+        rows,
+        q.stride(0),
+        block_tables.stride(0),
+        **_constants(shape, kv_heads, group, dim, block_size, window or 0, softcap is not None, scales is not None),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        **OPTIONS,
+    )
+
+
+def _capability(device: torch.device) -> int:
+    """90 for 9.0; so too under the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _constants(
+    shape: Tiles, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool, fp8: bool
+) -> dict[str, Any]:
+    return {
+        "K": kv_heads,
+        "G": group,
+        "D": dim,
+        "DP": triton.next_power_of_2(dim),
+        "S": block_size,
+        "WINDOW": window,
+        "CAP": cap,
+        "FP8": fp8,
+        "BLOCK_M": shape.rows,
+        "BLOCK_N": shape.keys,
+        "ROWS": _ROWS,
+    }
+
+
+def _builds(
+    dtype: str, dim: int, group: int, block_size: int, *, window: int = 0, cap: bool = False, fp8: bool = False
+) -> list[Build]:
+    cache = "fp8e4nv" if fp8 else dtype
+    arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": f"*{dtype}"}
+    arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
+    arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
+    scales = ("key_scale", "value_scale")
+    builds = []
+    for capability in (90, 100) if fp8 else (80, 90, 100):
+        shape = tiles(triton.next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, capability)
+        build = Build(
+            prefill_kernel,
+            arguments | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
+            _constants(shape, 8, group, dim, block_size, window, cap, fp8) | ({} if fp8 else dict.fromkeys(scales)),
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+            aligned=("q_stride",),
+            label=f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8,
+            capabilities=(capability,),
+        )
+        builds.append(build)
+    return builds
+
+
+AOT = (
+    *_builds("bf16", 128, 4, 16),
+    *_builds("bf16", 128, 4, 64),
+    *_builds("fp16", 64, 7, 16),
+    *_builds("bf16", 80, 1, 32),
+    *_builds("bf16", 256, 4, 16, window=1024, cap=True),
+    *_builds("fp32", 128, 4, 16),
+    *_builds("fp32", 256, 1, 16, window=1024),
+    *_builds("bf16", 128, 4, 16, fp8=True),
+)

@@ -1,0 +1,84 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+"""What the attention kernels of the GPU share: reading a tile of the paged cache, and one step of the online softmax.
+
+A tile is N neighbouring positions of one sequence and one key-value head, the first a multiple of N. What happens to a
+row of queries in a tile depends on that row and the tile alone: a tile of which it sees nothing leaves its state as it
+is, to the bit. So its result does not depend on the rows and sequences that are computed beside it.
+Source: Dao, 2023, arXiv:2307.08691 (FlashAttention-2).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_slots(table, first, end, S: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
+    """Slots [N] int64 of positions first .. first + N - 1; those from `end` on mean nothing where MASKED."""
+    keys = tl.arange(0, N)
+    if S >= N:
+        # Both are powers of two, so that a tile lies in one block: one entry of the table, and rows at fixed distances.
+        slots = tl.load(table + first // S).to(tl.int64) * S + first % S + keys
+    else:
+        at = first + keys
+        if MASKED:
+            slots = tl.load(table + at // S, mask=at < end, other=0).to(tl.int64) * S + at % S
+        else:
+            slots = tl.load(table + at // S).to(tl.int64) * S + at % S
+    return slots
+
+
+@triton.jit
+def load_tile(cache, slots, first, end, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values [N, DP] of a head; `cache` points at the head in slot 0. Zero behind D and, where MASKED, `end`.
+
+    What stands behind the end of a sequence may be NaN, which a probability of 0 would not hide.
+    """
+    dims = tl.arange(0, DP)
+    at = cache + slots[:, None] * WIDTH + dims[None, :]
+    if MASKED:
+        keys = first + tl.arange(0, slots.shape[0])
+        tile = tl.load(at, mask=(keys[:, None] < end) & (dims[None, :] < D), other=0.0)
+    elif D != DP:
+        tile = tl.load(at, mask=dims[None, :] < D, other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def attend_tile(
+    q,  # [M, DP]
+    tops,  # [M] fp32, the largest score of each row so far
+    sums,  # [M] fp32, the sum of exp2(factor * (score - top))
+    values,  # [M, DP] fp32, the sum of those times the values
+    k,  # [N, DP]
+    v,  # [N, DP]
+    positions,  # [M] int32, of the queries
+    first,  # position of the first key
+    factor,  # > 0: scores times this are exponents of 2
+    cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
+    cap_out,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile's keys and values into the state of M rows."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CAP:
+        scores = cap_out * (1.0 - 2.0 / (tl.exp2(scores * (cap_in * 2.8853900817779268)) + 1.0))
+    if MASKED:
+        keys = first + tl.arange(0, k.shape[0])
+        seen = keys[None, :] <= positions[:, None]
+        if WINDOW:
+            seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_tops = tl.maximum(tops, tl.max(scores, 1))
+    base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
+    # In this form a product and a difference become one fma in tiles with and without a mask, hence the same bits.
+    weights = tl.exp2(scores * factor - base[:, None])
+    keep = tl.exp2(tops * factor - base)
+    sums = sums * keep + tl.sum(weights, 1)
+    values = tl.dot(weights.to(v.dtype), v, values * keep[:, None], input_precision="ieee")
+    return new_tops, sums, values

@@ -1,0 +1,46 @@
+"""Linear layers and embedding rows with GGUF weights that stay quantised, on a GPU; step 6 of a request's life.
+
+Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GgufMatrix` [N, K], or [V, E] for embedding rows; bias
+[N] of x's dtype or None. y [T, N] = x W^T + bias has x's dtype, in new memory. Products of x with the weights are
+summed in fp32 and the result is rounded once. With up to `SMALL` rows the codes meet x exactly and scales are applied
+to sums in fp32; with more, weights are rounded to x's dtype first, as a dequantised file's would be.
+
+A row's result depends on the row and the matrix alone, up to `SMALL` rows, and likewise above: sums are cut along K
+by the matrix's shape. Rows of an embedding are exact up to the rounding to their dtype.
+
+`pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a
+CPU engine uses `kernels/packed_linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.gguf_linear import reference
+from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
+from candle_vllm.core.kernels.gguf_linear.pack import gguf_kind, pack
+
+__all__ = ["SMALL", "GgufMatrix", "embedding", "gguf_kind", "linear", "pack", "stack"]
+
+SMALL = 16
+"""Most rows that are taken at once while the weights are read, as in decoding."""
+
+
+def linear(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x times the transpose of the matrix, plus bias."""
+    assert x.dim() == 2
+    assert x.shape[1] == matrix.columns
+    if x.is_cuda:
+        from candle_vllm.core.kernels.gguf_linear import triton
+
+        return triton.linear(x, matrix, bias) if len(x) > SMALL else triton.linear_small(x, matrix, bias)
+    return reference.linear(x, matrix, bias)
+
+
+def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """The rows of the matrix for token_ids [T], below N: [T, K] of `dtype`."""
+    if token_ids.is_cuda:
+        from candle_vllm.core.kernels.gguf_linear import triton
+
+        return triton.embedding(token_ids, matrix, dtype)
+    return reference.embedding(token_ids, matrix, dtype)

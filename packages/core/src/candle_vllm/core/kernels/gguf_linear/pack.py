@@ -1,0 +1,142 @@
+"""GGUF bytes to the GPU's layout: done once, at load, before step 1 of a request's life.
+
+The bytes are copied to the device as they are and taken apart there, some rows at a time, in plain torch.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.gguf_linear.blocks import Parts, from_floats, take_apart
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.quantization import ggml
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 24
+"""Weights per round: about 20 times as many bytes are needed on the way."""
+
+
+def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
+    """The layout of a tensor type: its own, or 8 bits for a type without one.
+
+    Raises:
+        UnsupportedModelError: the type is not quantised, or nothing decodes it.
+    """
+    if ggml_type in ggml.PLAIN_TYPES:
+        raise UnsupportedModelError(f"{ggml_type.name} is not a quantised type; its matrices are read as they are")
+    if ggml_type.name in PackedKind.__members__:
+        return PackedKind[ggml_type.name]
+    ggml.check_decodable(ggml_type)
+    return PackedKind.Q8_0
+
+
+def pack(
+    raw: np.ndarray, ggml_type: GGMLQuantizationType, rows: int, columns: int, device: torch.device | str
+) -> GgufMatrix:
+    """Brings a quantised matrix to a device.
+
+    A type with a layout of its own keeps its numbers exactly. Any other is decoded and rounded to 8 bits with a scale
+    for each 32 weights, which a log line says.
+
+    Args:
+        raw: the tensor's bytes, uint8, contiguous; need not be aligned.
+        ggml_type: how they are stored.
+        rows: N; the rows stay in their order.
+        columns: K.
+        device: where the result lies.
+
+    Raises:
+        UnsupportedModelError: no kernel multiplies such a matrix.
+        ValueError: `raw` is not as long as the shape says.
+    """
+    kind, device = gguf_kind(ggml_type), torch.device(device)
+    size, width = ggml.block_layout(ggml_type)
+    if rows < 1 or columns < 1 or columns % max(size, 32):
+        raise UnsupportedModelError(
+            f"a {ggml_type.name} matrix of {rows} x {columns} cannot be read: its rows must be a multiple of "
+            f"{max(size, 32)} weights long"
+        )
+    if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
+        raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
+    if kind.name != ggml_type.name:
+        cost = (8.5 * size) / (8 * width)
+        logger.info("%s has no kernel of its own: read as 8 bits, %.1f times the memory", ggml_type.name, cost)
+    planes = PLANES[kind]
+    found = planes.empty(rows, columns, device)
+    source = raw.reshape(rows, columns // size, width)
+    step = max(1, CHUNK // columns)
+    for first in range(0, rows, step):
+        part = np.ascontiguousarray(source[first : first + step])
+        if kind.name == ggml_type.name:
+            parts = take_apart(_on_device(part, device), kind)
+        else:
+            parts = from_floats(ggml.dequantize(part, ggml_type, (len(part), columns)).to(device))
+        _store(parts, planes, found, slice(first, first + step))
+    return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
+
+
+def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy, so that a mapped file, which torch may not write to, is never wrapped."""
+    return torch.from_numpy(part.copy()).to(device)
+
+
+def _store(parts: Parts, planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
+    """Writes the parts of some rows to their place in the planes."""
+    codes = _arranged(parts.codes, planes)
+    for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
+        target = found[name]
+        if target is not None:
+            plane = _plane(codes >> first & (1 << bits) - 1, bits)
+            if bits == 1:
+                plane = _two_steps(plane)
+            target[:, rows] = plane.to(target.dtype).transpose(0, 1)
+    scales, supers = found["scales"], found["supers"]
+    assert scales is not None
+    scales[:, :, rows] = _scale_words(parts, planes).permute(1, 2, 0)
+    if supers is not None:
+        supers[:, rows] = _pairs(parts.scale, parts.minimum).transpose(0, 1)
+
+
+def _arranged(codes: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """Codes uint8 [R, K] as [R, steps, groups, 2, 16], filled up with 0."""
+    missing = -codes.shape[1] % planes.step
+    codes = torch.nn.functional.pad(codes, (0, missing))
+    return codes.view(len(codes), -1, planes.groups, WORDS, 2).transpose(3, 4)
+
+
+def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of `bits` bits uint8 [R, steps, groups, 2, 16] as int32 [R, steps, 16]."""
+    groups = codes.shape[2]
+    plane = torch.zeros((*codes.shape[:2], WORDS), dtype=torch.int32, device=codes.device)
+    for half in range(2):
+        for group in range(groups):
+            plane |= codes[:, :, group, half].to(torch.int32) << bits * (group + groups * half)
+    return plane
+
+
+def _two_steps(plane: torch.Tensor) -> torch.Tensor:
+    """Single bits of two steps in one element: [R, steps, 16] -> [R, steps / 2, 16]."""
+    steps = torch.nn.functional.pad(plane, (0, 0, 0, plane.shape[1] % 2)).unflatten(1, (-1, 2))
+    return steps[:, :, 0] | steps[:, :, 1] << 8
+
+
+def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
+    """Two numbers of 16 bits side by side in int32."""
+    return torch.stack([low, torch.zeros_like(low) if high is None else high], -1).view(torch.int32)[..., 0]
+
+
+def _scale_words(parts: Parts, planes: Planes) -> torch.Tensor:
+    """int32 [R, steps, words]."""
+    if parts.small is not None:
+        return parts.small.reshape(len(parts.small), -1, 8).contiguous().view(torch.int32)
+    numbers = [parts.scale] if parts.minimum is None else [parts.scale, parts.minimum]
+    groups = torch.stack(numbers, -1)  # [R, groups of the row, 1 or 2]
+    groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[1] % planes.groups))
+    return groups.reshape(len(groups), -1, planes.groups * len(numbers)).view(torch.int32)

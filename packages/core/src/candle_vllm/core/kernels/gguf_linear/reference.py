@@ -1,0 +1,67 @@
+"""The quantised linear layer in plain torch, literal enough to check by eye: step 6, and what tests compare with."""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+from candle_vllm.core.kernels.packed_linear.layout import GROUP
+
+
+def linear(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See the contract in the package; float32 weights and sums, rounded once."""
+    y = x.float() @ dequantise(matrix).T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """See the contract in the package."""
+    return dequantise(matrix)[token_ids].to(dtype)
+
+
+def dequantise(matrix: GgufMatrix) -> torch.Tensor:
+    """The weights as float32 [N, K]; for every kind exactly what ggml's own routine gives for the original bytes."""
+    planes, layout = matrix.planes, matrix.planes.layout
+    codes = _codes(matrix.low, planes.low, planes.groups)
+    if matrix.high is not None:
+        high = matrix.high
+        if planes.high == 1:  # those of two steps in an element
+            high = torch.stack([high, high >> 8], 1).flatten(0, 1)[: len(matrix.low)]
+        codes |= _codes(high, planes.high, planes.groups) << planes.low
+    scale, minimum = _scales(matrix)  # [N, K / width, 1]
+    weights = codes.flatten(1).float().unflatten(1, (-1, layout.width))
+    weights = (weights - layout.zero) * scale
+    if minimum is not None:
+        weights += minimum
+    return weights.flatten(1)[:, : matrix.columns].contiguous()
+
+
+def _codes(plane: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
+    """Codes int32 [N, steps, groups, 16, 2] of a plane [steps, N, 16]."""
+    words = plane.to(torch.int32).transpose(0, 1)
+    fields = [
+        torch.stack([words >> bits * (group + groups * half) & (1 << bits) - 1 for half in range(2)], -1)
+        for group in range(groups)
+    ]
+    return torch.stack(fields, 2)
+
+
+def _scales(matrix: GgufMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and minima, float32 [N, K / width, 1]."""
+    layout = matrix.planes.layout
+    words = matrix.scales.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)  # [N, steps, words]
+    if matrix.supers is None:
+        floats = words.flatten(1).contiguous().view(torch.float16).float()
+        if layout.minimum:
+            return floats[:, 0::2, None], floats[:, 1::2, None]
+        return floats[:, :, None], None
+    supers = matrix.supers.t().clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    scale, minimum = (half.repeat_interleave(256 // layout.width, 1) for half in (supers[:, 0::2], supers[:, 1::2]))
+    if not layout.minimum:
+        return (scale * words.view(torch.int8).flatten(1))[:, :, None], None
+    small = words.view(torch.uint8)  # [N, steps, 8]
+    if layout.width == GROUP:
+        first, second = small[:, :, :4].flatten(1), small[:, :, 4:].flatten(1)
+    else:
+        first, second = small.flatten(1) & 15, small.flatten(1) >> 4
+    return (scale * first)[:, :, None], (minimum * second)[:, :, None]

@@ -1,0 +1,146 @@
+"""Device functions that take codes and scales out of the planes of `layout.py`; inside step 6 of a request's life.
+
+Two forms of a code. **Pairs** are for few rows of activations, where instructions per weight decide: one mask takes two
+codes out of a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
+numbers 128 + code or 1024 + code without a conversion; scales meet the sums. **Floats** are for many rows, where a weight
+is used often: 2048 + code in float32, so that one multiply-add scales it and takes the 2048 off again.
+
+Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spread(word, BITS: tl.constexpr):
+    """An element of a plane as int32 whose halves hold the codes of the two halves of the pairs."""
+    word = word.to(tl.int32)
+    if BITS == 1:
+        word = (word & 0xF) | ((word & 0xF0) << 12)
+    if BITS == 2:
+        word = (word & 0xFF) | ((word & 0xFF00) << 8)
+    return word
+
+
+@triton.jit
+def high_words(high, step, height, rows, elements, inside, HIGH: tl.constexpr):
+    """Elements of the upper plane for a step, as int32: single bits stand with those of a second step."""
+    if HIGH == 1:
+        place = ((step // 2) * height + rows) * 16 + elements
+        return tl.load(high + place, mask=inside, other=0).to(tl.int32) >> ((step % 2) * 8)
+    place = (step * height + rows) * 16 + elements
+    return tl.load(high + place, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def moved(word, at: tl.constexpr, to: tl.constexpr):
+    """The word with bit `at` at bit `to`."""
+    if at > to:
+        word = word >> (at - to)
+    elif at < to:
+        word = word << (to - at)
+    return word
+
+
+@triton.jit
+def pair_tile(
+    low,
+    high,
+    at: tl.constexpr,
+    g: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """magic + code as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2], from bit `at` of a group's on."""
+    BITS: tl.constexpr = 4 if LOW == 8 else LOW
+    # Constants: with masks that are arguments, layouts are converted after the codes are taken out, at twice the cost.
+    MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+    word = moved(low, at + LOW * g, 0) & (((1 << BITS) - 1) * 0x00010001) | MAGIC
+    if HIGH > 0:
+        word |= moved(high, HIGH * g, LOW) & ((((1 << HIGH) - 1) << LOW) * 0x00010001)
+    first = word.to(tl.int16).to(dtype, bitcast=True)
+    second = (word >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(first, second), (ROWS, COLS))
+
+
+@triton.jit
+def float_code(low, high, g: tl.constexpr, h: tl.constexpr, G: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """2048 + code in float32."""
+    at: tl.constexpr = g + G * h
+    code = moved(low.to(tl.int32), LOW * at, 12) & (((1 << LOW) - 1) << 12)
+    if HIGH > 0:
+        code |= moved(high.to(tl.int32), HIGH * at, 12 + LOW) & (((1 << HIGH) - 1) << (12 + LOW))
+    return (code | 0x45000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def half_of(word, HIGH: tl.constexpr):
+    """One of the two float16 in a word, widened."""
+    if HIGH:
+        word = word >> 16
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WORDS: tl.constexpr):
+    """The words of a step for some rows: up to four of `scales`, and the one of `supers`. N is int64."""
+    at = scales + step * (N * WORDS) + rows
+    w0 = tl.load(at, mask=inside, other=0)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if WORDS > 1:
+        w1 = tl.load(at + N, mask=inside, other=0)
+    if WORDS > 2:
+        w2 = tl.load(at + 2 * N, mask=inside, other=0)
+        w3 = tl.load(at + 3 * N, mask=inside, other=0)
+    above = w0
+    if NESTED:
+        above = tl.load(supers + (step // 2) * N + rows, mask=inside, other=0)
+    return w0, w1, w2, w3, above
+
+
+@triton.jit
+def scale_of(
+    w0,
+    w1,
+    w2,
+    w3,
+    above,
+    g: tl.constexpr,
+    half: tl.constexpr,
+    NESTED: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """Scale and minimum of group g, or of one half of it where WIDTH is 16: what is added to scale * code, whole."""
+    if NESTED:
+        if WIDTH == 32:
+            scale = ((w0 >> (8 * g)) & 255).to(tl.float32) * half_of(above, False)
+            minimum = ((w1 >> (8 * g)) & 255).to(tl.float32) * half_of(above, True)
+        else:
+            index: tl.constexpr = (2 * g + half) % 4
+            word = w0 if g < 2 else w1
+            if MINIMUM:
+                scale = ((word >> (8 * index)) & 15).to(tl.float32) * half_of(above, False)
+                minimum = ((word >> (8 * index + 4)) & 15).to(tl.float32) * half_of(above, True)
+            else:
+                scale = ((word << (24 - 8 * index)) >> 24).to(tl.float32) * half_of(above, False)
+                minimum = scale * -ZERO
+    elif MINIMUM:
+        pair = w0 if g == 0 else (w1 if g == 1 else (w2 if g == 2 else w3))
+        scale = half_of(pair, False)
+        minimum = half_of(pair, True)
+    else:
+        scale = half_of(w0 if g < 2 else w1, g % 2 == 1)
+        minimum = scale * -ZERO
+    return scale, minimum

@@ -1,0 +1,204 @@
+"""Paged attention of the GPU against the reference: scattered pages, NaN wherever nothing may be read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, reference, triton_decode, triton_prefill
+from candle_vllm.core.kernels.attention.triton import paged_attention
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """RMS(error) / RMS(wanted)."""
+    got, wanted = got.double(), wanted.double()
+    return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A cache with some sequences, and queries for their last tokens."""
+
+    q: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    rows: AttentionRows
+
+
+def make_step(
+    device: torch.device,
+    contexts: tuple[int, ...],
+    queries: tuple[int, ...],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    spare: int = 0,
+    shuffle: int = 1,
+) -> Step:
+    """Sequence i of a given length always holds the same numbers, wherever its blocks and its neighbours are."""
+    blocks = [-(-context // size) for context in contexts]
+    order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(shuffle))
+    shape = (sum(blocks) + 3, size, kv_heads, dim)
+    caches = [torch.full(shape, math.nan, dtype=dtype) for _ in range(2)]
+    tables = torch.full((len(contexts), max(blocks) + spare), 10**6)
+    q, used = [], 0
+    for row, context in enumerate(contexts):
+        tables[row, : blocks[row]] = order[used : used + blocks[row]]
+        used += blocks[row]
+        at = torch.arange(context)
+        slots = tables[row, at // size] * size + at % size
+        for n, cache in enumerate(caches):
+            cache.flatten(0, 1)[slots] = random(context, kv_heads, dim, dtype=dtype, seed=2 * context + n)
+        q.append(random(context, heads, dim, dtype=dtype, seed=3 * context)[context - queries[row] :])
+    starts = tuple(itertools.accumulate(queries, initial=0))
+    fused = torch.cat([torch.cat(q), torch.full((starts[-1], 2 * kv_heads, dim), math.nan, dtype=dtype)], 1).to(device)
+    rows = AttentionRows(starts, contexts, tables.to(device))
+    return Step(fused[:, :heads], caches[0].to(device), caches[1].to(device), rows)
+
+
+def run(step: Step, rows: DeviceRows | None = None, **options) -> torch.Tensor:
+    options = {"scale": step.q.shape[2] ** -0.5, **options}
+    return paged_attention(step.q, step.key_cache, step.value_cache, rows or step.rows.on_device(), **options)
+
+
+def check(step: Step, decodes: int | None = None, **options) -> None:
+    rows = step.rows.on_device()
+    got = run(step, rows if decodes is None else replace(rows, decodes=decodes), **options)
+    options = {"scale": step.q.shape[2] ** -0.5, **options}
+    wanted = reference.paged_attention(step.q, step.key_cache, step.value_cache, step.rows, **options)
+    assert got.dtype == step.q.dtype
+    assert error(got, wanted) < TOLERANCE[step.q.dtype]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 80), (5, 1, 16)])
+def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    """Decodes, a whole prompt, chunks with context before them, and the last token of a prompt."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
+    step = make_step(device, (1, 260, 40, 45, 69, 17), (1, 1, 40, 4, 33, 1), **shape)
+    assert step.rows.on_device().decodes == 2
+    check(step)
+    check(step, decodes=0)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 256])
+@pytest.mark.parametrize("dim", [96, 256])
+def test_block_sizes(device: torch.device, size: int, dim: int) -> None:
+    step = make_step(device, (257, 100), (1, 40), heads=2, kv_heads=1, dim=dim, size=size, dtype=torch.float16)
+    check(step)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 1000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_window_and_soft_cap(device: torch.device, window: int, softcap: float | None) -> None:
+    step = make_step(device, (200, 300, 150, 140), (1, 1, 150, 30), heads=4, kv_heads=2, dim=32, dtype=torch.float16)
+    check(step, window=window, softcap=softcap)
+
+
+def test_long_contexts_are_split_and_merged(device: torch.device) -> None:
+    step = make_step(device, (3, 256, 257, 600), (1, 1, 1, 1), heads=4, kv_heads=2, dim=16)
+    check(step)
+    check(step, window=400)
+    narrow = replace(step, rows=replace(step.rows, block_tables=step.rows.block_tables.to(torch.int32)))
+    assert torch.equal(run(narrow), run(step))
+
+
+@pytest.mark.parametrize("context", [511, 512, 513, 700])
+def test_splits_grow_where_their_number_ends(
+    device: torch.device, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_decode, "splits", lambda *_: triton_decode.Splits(16, 16, 4, 3, 2))
+    monkeypatch.setattr(triton_decode, "_CHUNK", 32)
+    check(make_step(device, (context,), (1,), heads=2, kv_heads=1, dim=16))
+
+
+def test_fp8_cache(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    step = make_step(device, (270, 60), (1, 30), heads=4, kv_heads=2, dim=32, dtype=torch.float16)
+    caches = [cache.to(torch.float8_e4m3fn) for cache in (step.key_cache, step.value_cache)]
+    scales = tuple(torch.tensor([value], device=device) for value in (0.5, 3.0))
+    check(replace(step, key_cache=caches[0], value_cache=caches[1]), cache_scales=scales, softcap=5.0)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window: int | None) -> None:
+    """The same sequences alone and in company, elsewhere in the cache: the same bits."""
+    shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
+    company = make_step(device, (40, 700, 1, 90, 150), (1, 1, 1, 90, 33), **shape)
+    got = run(company, window=window)
+    for row, (context, count) in enumerate(zip((40, 700, 1, 90, 150), (1, 1, 1, 90, 33))):
+        alone = make_step(device, (context,), (count,), **shape, shuffle=7, spare=3)
+        start = company.rows.query_start[row]
+        assert torch.equal(run(alone, window=window), got[start : start + count]), row
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_chunks_do_not_change_a_prompt(device: torch.device, window: int | None) -> None:
+    shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
+    whole = run(make_step(device, (150,), (150,), **shape), window=window)
+    step = make_step(device, (150,), (150,), **shape)
+    for start, end in itertools.pairwise((0, 1, 47, 100, 149, 150)):
+        starts, contexts = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, end - start], [end]))
+        rows = DeviceRows(starts, contexts, step.rows.block_tables, 0)
+        assert torch.equal(run(replace(step, q=step.q[start:end]), rows, window=window), whole[start:end])
+
+
+def test_fillers_of_a_captured_batch_get_zeros(device: torch.device) -> None:
+    step = make_step(device, (300, 20, 5), (1, 1, 1), heads=2, kv_heads=1, dim=16)
+    rows = step.rows.on_device()
+    lens = torch.tensor([300, 20, 0], dtype=torch.int64, device=device)
+    got = run(step, replace(rows, context_lens=lens))
+    assert torch.equal(got[:2], run(step)[:2])
+    assert torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+def test_a_captured_step_serves_other_lengths(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    shape = {"heads": 4, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16}
+    step = make_step(device, (700, 40), (1, 1), **shape)
+    rows = step.rows.on_device()
+    run(step, rows)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(step, rows)
+    for lens in ([700, 40], [300, 1], [17, 33]):
+        rows.context_lens.copy_(torch.tensor(lens))
+        graph.replay()
+        assert torch.equal(captured, run(step, rows))
+
+
+def test_more_sequences_than_a_program_looks_at(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "_ROWS", 4)
+    monkeypatch.setattr(triton_prefill, "_ROWS", 4)
+    step = make_step(device, (7, 300, 1, 2, 3, 20, 9, 8, 30), (1,) * 8 + (20,), heads=1, kv_heads=1, dim=16)
+    assert step.rows.on_device().decodes == 8
+    check(step)
+    check(step, decodes=0)
+
+
+def test_host_and_device_rows_are_the_same(device: torch.device) -> None:
+    rows = AttentionRows((0, 1, 2, 7, 8), (9, 1, 5, 3), torch.zeros(4, 1, dtype=torch.int64, device=device))
+    assert rows.on_device().decodes == 2
+    assert rows.on_device().on_host() is not rows
+    assert rows.on_device().on_host().query_start == rows.query_start
+
+
+def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
+    step = make_step(device, (20,), (1,), heads=2, kv_heads=1, dim=16, size=8)
+    with pytest.raises(AssertionError, match="power of two"):
+        run(step)

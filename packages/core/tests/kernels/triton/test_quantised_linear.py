@@ -1,0 +1,210 @@
+"""Linear layers with GGUF weights: the layout keeps every number, and the kernels give what the reference gives."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as GgmlType
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.gguf_linear import GgufMatrix, gguf_kind, pack, reference, stack, triton
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.quantization import ggml
+
+# Where a block's float16 scales stand.
+SCALES = {
+    PackedKind.Q4_0: (0,),
+    PackedKind.Q4_1: (0, 2),
+    PackedKind.Q5_0: (0,),
+    PackedKind.Q5_1: (0, 2),
+    PackedKind.Q8_0: (0,),
+    PackedKind.Q2_K: (80, 82),
+    PackedKind.Q3_K: (108,),
+    PackedKind.Q4_K: (0, 2),
+    PackedKind.Q5_K: (0, 2),
+    PackedKind.Q6_K: (208,),
+}
+TOLERANCE = 5e-3
+each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
+
+
+def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Blocks with random codes and small scales of either sign, uint8 [rows * bytes]."""
+    random = np.random.default_rng(seed)
+    size, width = ggml.block_layout(GgmlType[kind.name])
+    raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
+    for start in SCALES[kind]:
+        scale = random.uniform(0.5, 1.5, raw.shape[:2]) * random.choice([-1, 1], raw.shape[:2]) / 256
+        raw[:, :, start : start + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(-1)
+
+
+def widths(kind: PackedKind) -> tuple[int, ...]:
+    """K of several steps; for the simple types one that is no whole number of steps too."""
+    return (768,) if kind.name.endswith("K") else (768, 416)
+
+
+@functools.cache
+def packed(kind: PackedKind, rows: int, columns: int, device: torch.device) -> GgufMatrix:
+    return pack(random_bytes(kind, rows, columns), GgmlType[kind.name], rows, columns, device)
+
+
+def activations(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rows of a wider tensor."""
+    x = torch.randn(rows, columns + 16, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    return x.to(device)[:, :columns]
+
+
+@pytest.fixture(autouse=True)
+def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' outputs and partial sums are NaN before they run."""
+
+    def empty(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
+    stand_in.empty = empty
+    monkeypatch.setattr(triton, "torch", stand_in)
+
+
+def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    error = got.float() - wanted.float()
+    return float(error.pow(2).mean().sqrt() / wanted.float().pow(2).mean().sqrt())
+
+
+@each_kind
+def test_the_layout_keeps_every_number(kind: PackedKind, device: torch.device) -> None:
+    for columns in widths(kind):
+        raw = random_bytes(kind, 9, columns)
+        matrix = pack(raw, GgmlType[kind.name], 9, columns, device)
+        wanted = ggml.dequantize(raw, GgmlType[kind.name], (9, columns))
+        assert torch.equal(reference.dequantise(matrix).cpu(), wanted)
+
+
+@each_kind
+def test_takes_little_more_memory_than_the_file(kind: PackedKind, device: torch.device) -> None:
+    for columns in (1024, *((960,) if not kind.name.endswith("K") else ())):
+        raw = random_bytes(kind, 5, columns)
+        assert pack(raw, GgmlType[kind.name], 5, columns, device).nbytes <= 1.1 * raw.nbytes
+
+
+def test_chunks_of_rows_meet(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = random_bytes(PackedKind.Q5_K, 11, 512)
+    whole = reference.dequantise(pack(raw, GgmlType.Q5_K, 11, 512, device))
+    monkeypatch.setattr(importlib.import_module(pack.__module__), "CHUNK", 3 * 512)
+    assert torch.equal(reference.dequantise(pack(raw, GgmlType.Q5_K, 11, 512, device)), whole)
+
+
+def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> None:
+    size, width = ggml.block_layout(GgmlType.IQ4_NL)
+    raw = np.random.default_rng(0).integers(0, 256, (3, 64 // size, width), dtype=np.uint8)
+    raw[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
+    assert gguf_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
+    wanted = ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64))
+    got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 3, 64, device)).cpu()
+    assert float((got - wanted).abs().max()) <= 0.004 * float(wanted.abs().max())
+
+
+def test_what_cannot_be_packed_is_refused(device: torch.device) -> None:
+    with pytest.raises(UnsupportedModelError, match="F16 is not a quantised type"):
+        pack(np.zeros(64, np.uint8), GgmlType.F16, 1, 32, device)
+    with pytest.raises(UnsupportedModelError, match="multiple of 256"):
+        pack(np.zeros(144, np.uint8), GgmlType.Q4_K, 1, 128, device)
+    with pytest.raises(ValueError, match="10 bytes given"):
+        pack(np.zeros(10, np.uint8), GgmlType.Q8_0, 1, 32, device)
+
+
+@each_kind
+def test_few_rows(kind: PackedKind, device: torch.device) -> None:
+    for columns, rows in zip(widths(kind), (77, 19)):
+        matrix = packed(kind, rows, columns, device)
+        x = activations(3, columns, torch.bfloat16, device)
+        assert ratio(triton.linear_small(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+
+
+@each_kind
+def test_few_rows_are_exact_but_for_fp32(kind: PackedKind, device: torch.device) -> None:
+    """Whole numbers, whose sums are rounded nowhere, show every error of a code, a scale or an offset."""
+    matrix = packed(kind, 33, 768, device)
+    x = torch.randint(-4, 5, (2, 768), generator=torch.Generator().manual_seed(3)).to(device, torch.float16)
+    got, wanted = triton.linear_small(x, matrix), x.float() @ reference.dequantise(matrix).T
+    assert ratio(got, wanted) < 3e-4  # what rounding the result to float16 costs
+
+
+def test_bias_and_cut_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = packed(PackedKind.Q4_K, 70, 1024, device)
+    x, bias = activations(9, 1024, torch.bfloat16, device), activations(1, 70, torch.bfloat16, device)[0] * 50
+    bias = bias.contiguous()
+    wanted = reference.linear(x, matrix, bias)
+    for most in (1, 512):  # the sums in one piece, and in pieces of four steps
+        monkeypatch.setattr(triton, "PROGRAMS", most)
+        assert ratio(triton.linear_small(x, matrix, bias), wanted) < TOLERANCE
+        assert ratio(wanted, reference.linear(x, matrix)) > 0.1
+    many = activations(17, 1024, torch.bfloat16, device)
+    assert ratio(triton.linear(many, matrix, bias), reference.linear(many, matrix, bias)) < TOLERANCE
+
+
+@each_kind
+def test_many_rows(kind: PackedKind, device: torch.device) -> None:
+    columns = widths(kind)[-1]
+    matrix = packed(kind, 77, columns, device)
+    x = activations(37, columns, torch.bfloat16, device)
+    assert ratio(triton.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+
+
+def test_many_tiles_of_rows(device: torch.device) -> None:
+    matrix = packed(PackedKind.Q5_0, 1283, 64, device)  # more tiles than are taken together
+    x = activations(131, 64, torch.float16, device)
+    assert ratio(triton.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [PackedKind.Q4_K, PackedKind.Q6_K], ids=lambda kind: kind.name)
+def test_a_row_does_not_depend_on_the_others(kind: PackedKind, device: torch.device) -> None:
+    """To the bit, whatever T is; under the interpreter, whose products are numpy's, with tiles of one size."""
+    matrix = packed(kind, 65, 768, device)
+    x = activations(16, 768, torch.bfloat16, device).contiguous()
+    whole = triton.linear_small(x, matrix)
+    counts = (1, 2, 8, 9) if device.type == "cuda" else (12,)
+    for count in counts:
+        assert torch.equal(triton.linear_small(x[:count], matrix), whole[:count])
+    other = x.clone()
+    other[1:] = torch.nan
+    assert torch.equal(triton.linear_small(other, matrix)[0], whole[0])
+    assert torch.equal(triton.linear(other, matrix)[0], triton.linear(x, matrix)[0])
+
+
+@each_kind
+def test_embedding_rows(kind: PackedKind, device: torch.device) -> None:
+    ids = torch.tensor([5, 0, 5], device=device)
+    for columns in widths(kind):
+        matrix = packed(kind, 9, columns, device)
+        dtype = torch.float32 if columns == 416 else torch.bfloat16
+        got, wanted = triton.embedding(ids, matrix, dtype), reference.embedding(ids, matrix, dtype)
+        assert got.dtype == dtype
+        assert ratio(got, wanted) < (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_stacked_matrices_are_one(device: torch.device) -> None:
+    parts = [packed(PackedKind.Q3_K, rows, 256, device) for rows in (7, 18)]
+    both = stack(parts)
+    assert both.rows == 25
+    assert torch.equal(reference.dequantise(both), torch.cat([reference.dequantise(part) for part in parts]))
+
+
+def test_no_rows(device: torch.device) -> None:
+    matrix = packed(PackedKind.Q4_0, 9, 416, device)
+    x = torch.empty(0, 416, dtype=torch.bfloat16, device=device)
+    assert triton.linear_small(x, matrix).shape == triton.linear(x, matrix).shape == (0, 9)
+    assert triton.embedding(torch.empty(0, dtype=torch.int64, device=device), matrix, torch.float32).shape == (0, 416)
+
+
+def test_activations_that_the_kernels_do_not_read_are_refused(device: torch.device) -> None:
+    matrix = packed(PackedKind.Q4_0, 9, 416, device)
+    for x in (torch.zeros(416, 3, dtype=torch.bfloat16).T, torch.zeros(3, 416)):
+        with pytest.raises(AssertionError):
+            triton.linear_small(x.to(device), matrix)
