@@ -9,15 +9,20 @@ Columns, in tokens per second: `prefill_1024` of one prompt; `decode_128`, `deco
 of one stream at that depth; `batch32`, output tokens of 32 streams of 64 + 64 tokens over the whole time. Every engine
 runs the same file on as many threads as there are physical cores. Each row is one engine; the last is candle-vllm's
 figure over the best other of each column. The roofline line says what share of the memory's speed one stream reaches.
+`peak_rss_mb` is the process's largest resident memory with 64 tokens behind a prompt of 1,024, `torch_rss_mb` what
+importing torch alone takes of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +74,25 @@ print(json.dumps(row))
 
 def output_of(*command: str) -> str:
     """Standard output and error of a program that must succeed."""
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
-    if result.returncode:
-        raise RuntimeError(f"{command[0]} failed: {result.stdout[-300:]}")
-    return result.stdout
+    return run(*command)[0]
+
+
+def run(*command: str) -> tuple[str, float]:
+    """The same, and the program's largest resident memory in MB."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        killer = threading.Timer(1800, process.kill)
+        killer.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        finally:
+            killer.cancel()
+        output.seek(0)
+        text = output.read()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command[0]} failed: {text[-300:]}")
+    return text, usage.ru_maxrss / 1024
 
 
 def ours(model: str, deep: bool) -> Row:
@@ -91,6 +111,7 @@ def ours(model: str, deep: bool) -> Row:
         "batch32": bench(64, 64, 32)["output_tok_s"],
         "start_s": short["start_s"],
         "peak_rss_mb": middle["peak_rss_mb"],
+        "torch_rss_mb": run(sys.executable, "-c", "import torch")[1],
         "weight_mb": short["weight_mb"],
     }
     if deep:
@@ -110,13 +131,14 @@ def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int
         return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± [\d.]+ \|", text)]
 
     prefill, short = rates("-p", "1024", "-n", "128", *more)
+    _, memory = run(bench, "-m", model, "-t", threads, "-r", "1", *depth(1024))
     text = output_of(
         *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
         *("-npp", "64", "-ntg", "64", "-npl", "32", *more[:1]),  # a switch there, with a value in the other tool
     )
     cells = re.findall(r"^\|\s+64 \|\s+64 \|\s+32 \|.*$", text, re.MULTILINE)[0].split("|")
     row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}
-    row["batch32"] = 32 * 64 / float(cells[9])
+    row |= {"batch32": 32 * 64 / float(cells[9]), "peak_rss_mb": memory}
     if deep:
         row["decode_7000"] = rates(*depth(7000))[0]
     return row
@@ -176,7 +198,7 @@ def main() -> None:
     for name, measure in engines.items():
         try:
             rows[name] = measure()
-        except (RuntimeError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
             sys.stderr.write(f"{name} is left out: {error}\n")
             continue
         print_row(name, rows[name], options.json)

@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType
 
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, WeightMemory, pack
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
 from candle_vllm.core.kernels.packed_linear.cpu import linear_operation, linear_row
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise

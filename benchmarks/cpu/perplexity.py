@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.loading.gguf import open_gguf
 
-EXACT: dict[str, Any] = {"dtype": "f32"}
+EXACT: dict[str, Any] = {"enforce_eager": True}
 """Settings of the path that decodes the weights and computes in fp32."""
 
 TEXT_SLICE = 4096

@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.packed_linear import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix
 from candle_vllm.core.kernels.plain_linear.cpu import linear_operation, linear_row
 from candle_vllm.core.kernels.plain_linear.layout import ROWS

@@ -12,10 +12,10 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import (
     PackedKind,
     PackedMatrix,
-    WeightMemory,
     dequantise,
     pack,
     packed_kind,

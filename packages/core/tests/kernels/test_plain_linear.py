@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.packed_linear import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, plain_kind, reference, unpack
 
 pytest.importorskip("numba")

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from numba.core import caching, ccallback
 
-from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_operation, kernel_cache
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache as cache_module
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import kernel_cache
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
@@ -96,8 +97,8 @@ def test_every_variant_has_an_index_of_its_own(root: Path) -> None:
 
 def test_what_another_version_or_cpu_compiled_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum_of(1) == 1
-    host = operation.llvmlite.binding.get_host_cpu_name
-    monkeypatch.setattr(operation.llvmlite.binding, "get_host_cpu_name", lambda: "another-" + host())
+    host = cache_module.llvmlite.binding.get_host_cpu_name
+    monkeypatch.setattr(cache_module.llvmlite.binding, "get_host_cpu_name", lambda: "another-" + host())
     kernel_cache.cache_clear()
     names = compiled_now(monkeypatch)
     assert sum_of(1) == 1
@@ -349,7 +350,7 @@ def test_a_process_goes_on_when_its_kernels_are_deleted(caplog: pytest.LogCaptur
     folder = kernel_cache()
     assert folder is not None
     assert sum_of(3) == 3
-    operation.shutil.rmtree(folder)
+    cache_module.shutil.rmtree(folder)
     caplog.clear()
     assert sum_of(3, 40) == 43
     assert caplog.text == ""

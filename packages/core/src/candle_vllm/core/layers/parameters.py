@@ -13,7 +13,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import StoredTensor
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
+    from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
     from candle_vllm.core.kernels.recorded import Matrix
 

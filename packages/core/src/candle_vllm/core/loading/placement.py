@@ -10,8 +10,8 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
-from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind

@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.packed_linear.cpu import _stack
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 
 @intrinsic(prefer_literal=True)
@@ -79,7 +79,7 @@ def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
         if group_count == 0:
             return
         ragged = columns % GROUP != 0
-        copies = _stack(3 * row_bytes if ragged else 64)
+        copies = stack_bytes(3 * row_bytes if ragged else 64)
         if ragged and PROLOGUE == 1:
             weight = _padded(weight, columns, copies + row_bytes)
         for t in range(first_row, first_row + row_count):

@@ -82,7 +82,7 @@ def _list_tiles(
     for n in range(count):
         position = min(start + n * LANES, last)
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
-        place = place_of(slot & -LANES, head, 1 << shift, step)
+        place = place_of(slot & -LANES, head, shift, step)
         to[n] = keys + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
         to[count + n] = values + 2 * dim * place
 

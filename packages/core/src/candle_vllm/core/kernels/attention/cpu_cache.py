@@ -17,6 +17,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES
 
 STRETCH = 1024
+_STRETCH_SHIFT = STRETCH.bit_length() - 1
 
 
 def supported(head_dim: int, block_size: int) -> bool:
@@ -42,11 +43,13 @@ def value_cache_shape(num_blocks: int, block_size: int, layers: int, kv_heads: i
 
 
 @njit(inline="always")
-def place_of(slot: int, head: int, block_size: int, stretch_step: int) -> int:
-    """Where a layer has a slot of a head: in slots from the layer's beginning, `stretch_step` being those of a stretch
-    of all layers and heads."""
-    length = max(block_size, STRETCH)
-    return slot // length * stretch_step + head * length + slot % length
+def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
+    """Where a layer has a slot of a head, in slots from the layer's beginning.
+
+    S is 1 << shift; `stretch_step` counts the slots of a stretch of all layers and heads.
+    """
+    bits = max(shift, _STRETCH_SHIFT)
+    return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))
 
 
 def stretch_step(cache_layer_strides: tuple[int, ...], head_dim: int) -> int:

@@ -20,7 +20,8 @@ import numpy as np
 from numba import njit
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86, address_of, compile_kept
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86, address_of
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     cpu_relax,

@@ -191,7 +191,7 @@ def make_rotate_and_write() -> Callable[..., None]:
                 _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, 0, _QUERY)
             else:
                 head = (h - heads) % kv_heads
-                place = place_of(slots[t], head, 1 << shift, a[21])
+                place = place_of(slots[t], head, shift, a[21])
                 if h < heads + kv_heads:
                     to = a[18] + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
                     _write_head(

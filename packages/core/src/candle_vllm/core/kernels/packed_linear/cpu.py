@@ -19,12 +19,13 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
@@ -300,67 +301,6 @@ def _multiply(_: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any,
     return types.void(kind, block, isa, *[types.int64] * 4), code
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _add_16(_: Any, target: Any, source: Any) -> Any:
-    """target[0:16] += source[0:16], floats."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], b.fadd(e.load(args[0], vector(F32)), e.load(args[1], vector(F32))))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
-
-
-@intrinsic
-def _copy_16(_: Any, target: Any, source: Any) -> Any:
-    """target[0:16] = source[0:16], floats."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[0], e.load(args[1], vector(F32)))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
-
-
-@intrinsic
-def _stack(_: Any, count: Any) -> Any:
-    """Address of `count` bytes of the operation's own stack, at a multiple of 64; to be called once, not in a loop."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        memory = b.alloca(I8, size=args[0])
-        memory.align = VECTOR_BYTES
-        return b.ptrtoint(memory, ir.IntType(64))
-
-    return types.int64(types.int64), code
-
-
-@njit
-def _write(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Writes the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus bias, plus `out`."""
-    for row in range(rows):
-        source, target = sums + row * 4 * ROWS, out + row * row_bytes
-        if lanes == ROWS:
-            if bias:
-                _add_16(source, bias)
-            if accumulate:
-                _add_16(source, target)
-            _copy_16(target, source)
-            continue
-        values, old, added = float32_at(source), float32_at(target), float32_at(bias)
-        for lane in range(lanes):
-            value = values[lane]
-            if bias:
-                value += added[lane]
-            if accumulate:
-                value += old[lane]
-            old[lane] = value
-
-
 # ---- the operations --------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +316,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = _stack(groups * PANEL_GROUP + 512)
+        panel = stack_bytes(groups * PANEL_GROUP + 512)
         sums = panel + groups * PANEL_GROUP
         step = max(TILE_BLOCK // tile_bytes, 1)
         for begin in range(first, last, step):
@@ -409,7 +349,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
                         _multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups)
                     lanes = min(columns - tile * 16, 16)
                     at_bias = bias + tile * 64 if bias else 0
-                    _write(sums, count, lanes, target + tile * 64, row_bytes, at_bias, accumulate)
+                    write_tile(sums, count, lanes, target + tile * 64, row_bytes, at_bias, accumulate)
                 row += count
 
     return packed_linear

@@ -14,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
@@ -22,7 +23,6 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     PackedKind,
     PackedMatrix,
 )
-from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.split import Parts, from_floats, split
 from candle_vllm.core.quantization import ggml
 

@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.packed_linear.cpu import _stack, _write
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind, PlainMatrix
 
 _CACHED_BYTES = 384 << 10
@@ -158,7 +158,7 @@ def _write_tiles(
     for index in range(tile, tile + count):
         lanes = min(columns - index * 16, 16)
         at_bias = bias + index * 64 if bias else 0
-        _write(sums + (index - tile) * block * 64, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate)
+        write_tile(sums + (index - tile) * block * 64, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = _stack(8 * x_bytes + 1024)
+        panel = stack_bytes(8 * x_bytes + 1024)
         sums = panel + 8 * x_bytes
         step = max(TILE_BLOCK // tile_bytes, 2) & -2
         for begin in range(first, last, step):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.packed_linear.memory import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
 from candle_vllm.core.loading.tensors import load_plain
 

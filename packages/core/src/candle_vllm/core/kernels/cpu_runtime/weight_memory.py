@@ -1,4 +1,4 @@
-"""Memory for packed weights, in few large pieces; used at load, before step 1 of a request's life.
+"""Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
 
 A single row of activations reads all weights once, as fast as the memory goes. That needs the system's large pages: on
 pages of 4 KiB, weights were read up to a third slower. Numpy asks for large pages for arrays from 4 MiB on, and most
@@ -11,9 +11,8 @@ import threading
 
 import numpy as np
 
-from candle_vllm.core.kernels.packed_linear.layout import VECTOR_BYTES
-
 PIECE_BYTES = 64 << 20
+ALIGNMENT = 64
 
 
 class WeightMemory:
@@ -38,11 +37,11 @@ class WeightMemory:
             return self._take(count)
 
     def _take(self, count: int) -> np.ndarray:
-        space = -(-count // VECTOR_BYTES) * VECTOR_BYTES
+        space = -(-count // ALIGNMENT) * ALIGNMENT
         if self._used + space > self._piece.size:
-            memory = np.empty(max(space, self._piece_bytes) + VECTOR_BYTES, np.uint8)
-            start = -memory.ctypes.data % VECTOR_BYTES
-            piece = memory[start : start + memory.size - VECTOR_BYTES]
+            memory = np.empty(max(space, self._piece_bytes) + ALIGNMENT, np.uint8)
+            start = -memory.ctypes.data % ALIGNMENT
+            piece = memory[start : start + memory.size - ALIGNMENT]
             if space >= self._piece_bytes:  # a piece of its own; the current one goes on being filled
                 return piece[:count]
             self._piece, self._used = piece, 0
