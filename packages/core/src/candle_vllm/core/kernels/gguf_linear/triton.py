@@ -9,7 +9,8 @@ the stretches are added in one order by a second kernel.
 Many rows (prefill): a tile of weights is scaled, rounded to x's dtype in registers, and multiplied with a tile of x.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

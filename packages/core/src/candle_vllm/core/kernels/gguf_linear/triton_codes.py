@@ -2,13 +2,14 @@
 
 Two forms of a code. **Pairs** are for few rows of activations, where instructions per weight decide: one mask takes two
 codes out of a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
-numbers 128 + code or 1024 + code without a conversion; scales meet the sums. **Floats** are for many rows, where a weight
-is used often: 2048 + code in float32, so that one multiply-add scales it and takes the 2048 off again.
+numbers 128 + code or 1024 + code without a conversion; scales meet the sums. **Floats** are for many rows, where a
+weight is used often: 2048 + code in float32, so that one multiply-add scales it and takes the 2048 off again.
 
 Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
 """
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

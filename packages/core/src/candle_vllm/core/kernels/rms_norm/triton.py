@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
 A program has one row, or several short ones such as heads, in registers; rows too long for that are read twice. How

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """Rotary position embedding on a GPU (step 6 of a request's life): one launch for the queries and keys of a layer.
 
 A program rotates some heads of one token. All arithmetic is of single numbers, so nothing depends on the batch.

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Drawing one token per row on a GPU (step 7 of ten): up to five launches, nothing sorted, nothing waited for.
 
     survey   the largest logits of chunks and of groups within them

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """Edits of logits on a GPU (step 7 of ten): bias, then masks and penalties in one pass over the rows that have any.
 
 A mask commutes with a bias, so that this order gives what the order of vLLM's processors gives. Which rows have what is

@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """What the sampling kernels on a GPU share: rows in chunks, logits as integers, and where a row is cut.
 
 A row is always cut in the same chunks of CHUNK logits, whatever the batch, and weights are integers in units of 2^-43:
