@@ -12,4 +12,8 @@ from candle_vllm.core.kernels.embedding import reference
 
 def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The rows of table for token_ids."""
+    if table.is_cuda:
+        from candle_vllm.core.kernels.embedding import triton
+
+        return triton.embedding(token_ids, table)
     return reference.embedding(token_ids, table)

@@ -2,7 +2,7 @@
 
 Contract: x [T, N, D] of any float dtype, cos and sin [P, R/2] fp32 with R <= D, positions [T] int64 below P. The first
 R dimensions of every head rotate, the rest pass through; the arithmetic is fp32; y has x's shape and dtype, in new
-memory.
+memory. `rotary_pair` does the same to the queries and the keys of a layer at once.
 Source: Su et al., 2021, arXiv:2104.09864.
 """
 
@@ -18,7 +18,31 @@ def rotary(x: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     """Rotates every head of x by its token's position."""
     if isinstance(x, Recorded):
         return x.rotary(cos, sin)
+    _check(x, cos, sin)
+    if x.is_cuda:
+        from candle_vllm.core.kernels.rotary import triton
+
+        return triton.rotary(x, positions, cos, sin)
+    return reference.rotary(x, positions, cos, sin)
+
+
+def rotary_pair(
+    q: Value, k: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[Value, Value]:
+    """(rotary(q), rotary(k)) for q [T, H, D] and k [T, K, D] of one dtype; one launch on a GPU."""
+    if isinstance(q, Recorded):
+        return q.rotary(cos, sin), k.rotary(cos, sin)
+    _check(q, cos, sin)
+    assert k.dtype == q.dtype
+    assert (k.shape[0], k.shape[2]) == (q.shape[0], q.shape[2])
+    if q.is_cuda:
+        from candle_vllm.core.kernels.rotary import triton
+
+        return triton.rotary_pair(q, k, positions, cos, sin)
+    return reference.rotary(q, positions, cos, sin), reference.rotary(k, positions, cos, sin)
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     assert x.dim() == 3
     assert cos.shape == sin.shape
     assert 2 * cos.shape[1] <= x.shape[2]
-    return reference.rotary(x, positions, cos, sin)

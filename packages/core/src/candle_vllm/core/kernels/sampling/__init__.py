@@ -13,7 +13,11 @@ Contract, with R rows of V logits in float32. The parameters of a row are five f
     weight 0 is never taken;
   - a row's result has the same bits whatever the other rows are.
 
-`reference.py` says the same in torch, for any device; `cpu.py` is compiled and used on the CPU where Numba is.
+`reference.py` says the same in torch, for any device; `cpu.py` is compiled and used on the CPU where Numba is;
+`triton.py` is used on GPUs.
+
+The functions that end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and never
+wait for it, so that a captured step may hold them. Elsewhere than on a GPU the reference does their work.
 """
 
 from __future__ import annotations
@@ -54,6 +58,48 @@ class Standing:
     offsets: NDArray[np.float64]
     ranks: NDArray[np.int64]
     top_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DeviceStanding:
+    """As `Standing`, in tensors on the logits' device. A row whose largest logit is not finite has no meaning.
+
+    Attributes:
+        offsets: [R] float64.
+        ranks: [R] int64.
+        logits: [R] float32, those of the tokens.
+        top_ids: [R, most] int64.
+        top_logits: [R, most] float32; -inf where there is no id.
+    """
+
+    offsets: torch.Tensor
+    ranks: torch.Tensor
+    logits: torch.Tensor
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DeviceEdits:
+    """What `Adjustment` says, for all rows, in contiguous tensors on the logits' device. None where no row has it.
+
+    Attributes:
+        bias_ids: [R, N] int32, different within a row, -1 where unused.
+        bias: [R, N] float32, added to the logits; -inf forbids a token.
+        mask_rows: [R] int32, the row's mask, or -1 for none.
+        masks: [M, ceil(V / 32)] int32, bit i % 32 of word i // 32 is 1 where token i is allowed.
+        count_rows: [R] int32, the row's counts, or -1 for none.
+        counts: [S, V] int32, 0 for a token that was not seen, else 1 and its occurrences in the output.
+        penalties: [R, 3] float64: repetition, frequency, presence; read where a row has counts.
+    """
+
+    bias_ids: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    mask_rows: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    count_rows: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    penalties: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +156,10 @@ def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[n
         from candle_vllm.core.kernels.sampling import cpu
 
         return cpu.draw(logits, controls)
+    if logits.is_cuda:
+        ids, largest = draw_tensors(logits, torch.as_tensor(controls, device=logits.device), *asks(controls))
+        both = torch.stack((ids.double(), largest.double())).cpu().numpy()
+        return both[0].astype(np.int64), both[1].astype(np.float32)
     return reference.draw(logits, controls)
 
 
@@ -133,3 +183,87 @@ def adjust(row: NDArray[np.float32], adjustment: Adjustment) -> None:
     from candle_vllm.core.kernels.sampling import cpu
 
     cpu.adjust(row, adjustment)
+
+
+def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
+    """Whether any row draws at random, and whether any has top_k or top_p: the last arguments of `draw_tensors`."""
+    drawn = controls[controls[:, Control.TEMPERATURE] > 0]
+    return bool(len(drawn)), bool((drawn[:, Control.TOP_K] > 0).any() or (drawn[:, Control.TOP_P] < 1).any())
+
+
+def draw_tensors(
+    logits: torch.Tensor, controls: torch.Tensor, random: bool = True, search: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `draw`, without waiting for the device.
+
+    Args:
+        logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
+        controls: [R, 5] float64, contiguous.
+        random: False promises that every temperature is 0, which saves launches.
+        search: False promises that no row has top_k or top_p, which saves some.
+
+    Returns:
+        [R] int64 ids and [R] float32 largest logits, NaN for a row that holds one. The id of a row whose largest logit
+        is not finite is 0.
+    """
+    if logits.is_cuda:
+        from candle_vllm.core.kernels.sampling import triton
+
+        return triton.draw(logits, controls, random=random, search=search)
+    ids, largest = reference.draw(logits, controls.numpy())
+    peaks = torch.from_numpy(largest)
+    return torch.from_numpy(ids).masked_fill(~peaks.isfinite(), 0), peaks
+
+
+def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Tensor, most: int) -> DeviceStanding:
+    """As `stand`, without waiting for the device.
+
+    Args:
+        logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
+        token_ids: [R] int64 below V.
+        tops: [R] int64, how many of the largest logits to name, at most `most`.
+        most: the width of the result.
+    """
+    if logits.is_cuda:
+        from candle_vllm.core.kernels.sampling import triton
+
+        return triton.stand(logits, token_ids, tops, most)
+    offsets, ranks, named = (torch.from_numpy(x) for x in reference.stand(logits, token_ids.numpy(), tops.numpy()))
+    top_ids = torch.nn.functional.pad(named, (0, most - named.shape[1]), value=-1)
+    top_logits = logits.gather(1, top_ids.clamp(min=0)).masked_fill(top_ids < 0, -torch.inf)
+    return DeviceStanding(offsets, ranks, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1), top_ids, top_logits)
+
+
+def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
+    """Edits [R, V] float32 logits in place, without waiting for the device.
+
+    The order is: bias, masks, penalties. What is masked though it is NaN or +inf becomes NaN. The arithmetic of the
+    penalties is float64; a finite logit stays finite or -inf.
+    """
+    if logits.is_cuda:
+        from candle_vllm.core.kernels.sampling import triton
+
+        triton.edit(logits, edits)
+        return
+    if edits.bias_ids is not None and edits.bias is not None:
+        reference.add_bias(logits, edits.bias_ids, edits.bias)
+    if edits.mask_rows is not None and edits.masks is not None:
+        reference.mask(logits, edits.mask_rows, edits.masks)
+    if edits.count_rows is not None and edits.counts is not None and edits.penalties is not None:
+        reference.penalise(logits, edits.count_rows, edits.counts, edits.penalties)
+
+
+def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """Counts one more occurrence of each row's token in the output, in place.
+
+    Args:
+        counts: [S, V] int32, see `DeviceEdits`.
+        count_rows: [R] int32, all different but for -1, which counts nothing.
+        token_ids: [R] int64; what is below 0 or not below V is not counted.
+    """
+    if counts.is_cuda:
+        from candle_vllm.core.kernels.sampling import triton
+
+        triton.note(counts, count_rows, token_ids)
+        return
+    reference.note(counts, count_rows, token_ids)

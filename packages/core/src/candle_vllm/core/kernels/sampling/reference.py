@@ -1,4 +1,4 @@
-"""Sampling in plain torch: the reference of `cpu.py`, and what accelerators and machines without Numba use.
+"""Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and what machines without Numba use.
 
 Every step works on the whole vocabulary in float64, so that it can be checked by eye. Nothing waits for the device but
 the copy of the result.
@@ -57,3 +57,38 @@ def stand(
     asked = torch.arange(most) < torch.from_numpy(tops).unsqueeze(1)
     top_ids = order[:, :most].masked_fill(~asked | falling[:, :most].isneginf(), -1)
     return logits.double().logsumexp(1).numpy(), ranks.numpy(), top_ids.numpy()
+
+
+def add_bias(logits: torch.Tensor, bias_ids: torch.Tensor, bias: torch.Tensor) -> None:
+    """See `edit_tensors` and `DeviceEdits` in the package, also for the functions below."""
+    rows, at = (bias_ids >= 0).nonzero(as_tuple=True)
+    logits[rows, bias_ids[rows, at].long()] += bias[rows, at]
+
+
+def mask(logits: torch.Tensor, mask_rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Tokens whose bit is 0 become -inf."""
+    token = torch.arange(logits.shape[1], device=logits.device)
+    for row, number in enumerate(mask_rows.tolist()):
+        if number >= 0:
+            allowed = (masks[number, token // 32] >> (token % 32)) & 1 == 1
+            hidden = torch.where(logits[row] < torch.inf, -torch.inf, torch.nan)
+            logits[row] = torch.where(allowed, logits[row], hidden)
+
+
+def penalise(logits: torch.Tensor, count_rows: torch.Tensor, counts: torch.Tensor, penalties: torch.Tensor) -> None:
+    """The three penalties on tokens that were seen."""
+    for row, number in enumerate(count_rows.tolist()):
+        if number >= 0:
+            repetition, frequency, presence = penalties[row]
+            wide, occurrences = logits[row].double(), (counts[number] - 1).clamp(min=0).double()
+            scaled = torch.where(wide > 0, wide / repetition, wide * repetition)
+            result = scaled - frequency * occurrences - presence * (occurrences > 0)
+            result = result.clamp(max=torch.finfo(torch.float32).max).float()
+            logits[row] = torch.where((counts[number] > 0) & (wide < torch.inf), result, logits[row])
+
+
+def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """One more occurrence of each row's token."""
+    there = (count_rows >= 0) & (token_ids >= 0) & (token_ids < counts.shape[1])
+    rows, tokens = count_rows[there].long(), token_ids[there]
+    counts[rows, tokens] = counts[rows, tokens].clamp(min=1) + 1

@@ -1,10 +1,13 @@
-"""SiLU-and-multiply, the gate of SwiGLU.
+"""Activation-and-multiply, the gates of SwiGLU and GeGLU.
 
-Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = silu(gate) * up has x's dtype, in new memory; the
-arithmetic is fp32. Source: Shazeer, 2020, arXiv:2002.05202.
+Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the
+arithmetic is fp32. act is SiLU, or GELU in its tanh form: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))).
+Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
 from __future__ import annotations
+
+import torch
 
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.silu_mul import reference
@@ -14,6 +17,25 @@ def silu_mul(x: Value) -> Value:
     """silu(x[:, :F]) * x[:, F:]."""
     if isinstance(x, Recorded):
         return x.silu_mul()
+    _check(x)
+    if x.is_cuda:
+        from candle_vllm.core.kernels.silu_mul import triton
+
+        return triton.silu_mul(x)
+    return reference.silu_mul(x)
+
+
+def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
+    """gelu(x[:, :F]) * x[:, F:]. Not recorded: a family that needs it runs op by op on the CPU."""
+    assert not isinstance(x, Recorded)
+    _check(x)
+    if x.is_cuda:
+        from candle_vllm.core.kernels.silu_mul import triton
+
+        return triton.gelu_tanh_mul(x)
+    return reference.gelu_tanh_mul(x)
+
+
+def _check(x: torch.Tensor) -> None:
     assert x.dim() == 2
     assert x.shape[1] % 2 == 0
-    return reference.silu_mul(x)

@@ -1,0 +1,180 @@
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+"""RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
+
+A program has one row, or several short ones such as heads, in registers; rows too long for that are read twice. How
+many depends on the length of a row alone, and so does the order of its sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_MOST = 16384  # the longest row that is kept in registers
+_PART = 4096  # how much of a longer row is worked on at a time
+_SHORT = 1024  # numbers of a program that has several rows
+
+
+@triton.jit
+def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
+    """The numbers of which the norm is taken, fp32; a sum has x's precision."""
+    values = tl.load(x + at_x, mask=inside, other=0.0)
+    if ADD:
+        more = tl.load(residual + at_residual, mask=inside, other=0.0)
+        values = (values.to(tl.float32) + more.to(tl.float32)).to(values.dtype)
+    return values.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def rms_norm_kernel(
+    x,  # [T, N, E], of any strides but the last
+    residual,  # the same, where ADD
+    weight,  # [E]
+    y,  # [T, N, E] contiguous
+    total,  # [T, N, E] contiguous, where ADD: residual + x
+    x_token,  # strides
+    x_head,
+    residual_token,
+    residual_head,
+    rows,  # T * N
+    eps,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head, column = row // N, row % N, tl.arange(0, BLOCK)
+    there = (row < rows)[:, None]
+    from_x = (token * x_token + head * x_head)[:, None]
+    from_residual = from_x
+    if ADD:
+        from_residual = (token * residual_token + head * residual_head)[:, None]
+    to = row[:, None] * E
+    if BLOCK >= E:
+        at = column[None, :]
+        inside = there & (at < E)
+        values = _total(x, residual, from_x + at, from_residual + at, inside, ADD)
+        scale = tl.rsqrt(tl.sum(values * values, axis=1) / E + eps)
+        factor = tl.load(weight + at, mask=at < E, other=0.0).to(tl.float32)
+        tl.store(y + to + at, (values * scale[:, None] * factor).to(y.dtype.element_ty), mask=inside)
+        if ADD:
+            tl.store(total + to + at, values.to(y.dtype.element_ty), mask=inside)
+    else:
+        squares = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in tl.range(0, E, BLOCK):
+            at = start + column[None, :]
+            values = _total(x, residual, from_x + at, from_residual + at, there & (at < E), ADD)
+            squares += values * values
+        scale = tl.rsqrt(tl.sum(squares, axis=1) / E + eps)
+        for start in tl.range(0, E, BLOCK):
+            at = start + column[None, :]
+            inside = there & (at < E)
+            values = _total(x, residual, from_x + at, from_residual + at, inside, ADD)
+            factor = tl.load(weight + at, mask=at < E, other=0.0).to(tl.float32)
+            tl.store(y + to + at, (values * scale[:, None] * factor).to(y.dtype.element_ty), mask=inside)
+            if ADD:
+                tl.store(total + to + at, values.to(y.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See the contract in the package."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, eps, y, None)
+    return y
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract in the package."""
+    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch(x, residual, weight, eps, y, total)
+    return y, total
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    y: torch.Tensor,
+    total: torch.Tensor | None,
+) -> None:
+    assert weight.is_contiguous()
+    assert weight.shape == x.shape[-1:]
+    assert x.device == weight.device
+    if residual is not None:
+        assert residual.shape == x.shape
+        assert residual.dtype == x.dtype
+        assert residual.device == x.device
+        residual = _as_heads(residual)
+    x = _as_heads(x)
+    tokens, heads, size = x.shape
+    if not x.numel():
+        return
+    constants, num_warps = _form(heads, size, residual is not None)
+    rms_norm_kernel[(triton.cdiv(tokens * heads, constants["ROWS"]),)](
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        x.stride(0),
+        x.stride(1),
+        0 if residual is None else residual.stride(0),
+        0 if residual is None else residual.stride(1),
+        tokens * heads,
+        eps,
+        **constants,
+        num_warps=num_warps,
+        **OPTIONS,
+    )
+
+
+def _as_heads(x: torch.Tensor) -> torch.Tensor:
+    """x as [T, N, E] with its own memory where that can be, rows contiguous."""
+    x = x.unsqueeze(1) if x.dim() == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() != 3 else x
+    assert x.stride(2) == 1 or x.shape[2] == 1, "the numbers of a row lie behind each other"
+    return x
+
+
+def _form(heads: int, size: int, add: bool) -> tuple[dict[str, Any], int]:
+    """Constants and warps. Not measured yet: eight numbers for each thread, sixteen for the longest rows."""
+    block = triton.next_power_of_2(size) if size <= _MOST else _PART
+    rows = max(1, _SHORT // block)
+    constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add}
+    return constants, min(max(rows * block // 256, 4), 32 if size <= _MOST else 16)
+
+
+def _build(dtype: str, heads: int, size: int, add: bool) -> Build:
+    constants, num_warps = _form(heads, size, add)
+    strides = ("x_token", "x_head", "residual_token", "residual_head")
+    arguments = {"x": f"*{dtype}", "weight": "*fp32", "y": f"*{dtype}"}
+    arguments |= dict.fromkeys((*strides, "rows"), "i32") | {"eps": "fp32"}
+    sums = ("residual", "total")
+    return Build(
+        rms_norm_kernel,
+        arguments | (dict.fromkeys(sums, f"*{dtype}") if add else {}),
+        {**constants, **({} if add else dict.fromkeys(sums))},
+        num_warps=num_warps,
+        aligned=strides,
+        label=f"{dtype}-{heads}x{size}{'-add' if add else ''}",
+    )
+
+
+AOT = (
+    _build("bf16", 1, 4096, True),
+    _build("fp16", 1, 1024, False),
+    _build("bf16", 32, 128, False),
+    _build("bf16", 1, 8192, True),
+    _build("bf16", 1, 16384, True),
+    _build("fp32", 1, 576, True),
+    _build("bf16", 1, 20480, True),
+)

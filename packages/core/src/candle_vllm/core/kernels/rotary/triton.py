@@ -1,0 +1,160 @@
+# pyright: reportCallIssue=false
+"""Rotary position embedding on a GPU (step 6 of a request's life): one launch for the queries and keys of a layer.
+
+A program rotates some heads of one token. All arithmetic is of single numbers, so nothing depends on the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_PAIRS = 512  # of a program; not measured yet
+
+
+@triton.jit
+def _turn(x, head_stride, y, first, cosines, sines, COUNT, D: tl.constexpr, HALF, HALVES, RESTS, HEADS):
+    """Rotates the heads from `first` on, of those at x [COUNT, D], to y [COUNT, D]."""
+    head = first + tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, HALVES)[None, :]
+    inside = (head < COUNT) & (pair < HALF)
+    source, target = x + head.to(tl.int64) * head_stride, y + head * D
+    a = tl.load(source + pair, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + HALF + pair, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + pair, (a * cosines - b * sines).to(y.dtype.element_ty), mask=inside)
+    tl.store(target + HALF + pair, (b * cosines + a * sines).to(y.dtype.element_ty), mask=inside)
+    if 2 * HALF < D:
+        rest = 2 * HALF + tl.arange(0, RESTS)[None, :]
+        inside = (head < COUNT) & (rest < D)
+        tl.store(target + rest, tl.load(source + rest, mask=inside), mask=inside)
+
+
+@triton.jit
+def rotary_kernel(
+    q,  # [T, H, D]
+    k,  # [T, K, D]; not read where K is 0
+    q_out,  # [T, H, D] contiguous
+    k_out,  # [T, K, D] contiguous
+    positions,  # [T]
+    cos,  # [P, HALF] contiguous, fp32
+    sin,
+    q_token,  # strides
+    q_head,
+    k_token,
+    k_head,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,  # HALF and D - 2 * HALF, up to a power of two
+    RESTS: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
+):
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # of the queries
+    pair = tl.arange(0, HALVES)[None, :]
+    at = tl.load(positions + token).to(tl.int64) * HALF + pair
+    cosines = tl.load(cos + at, mask=pair < HALF, other=0.0)
+    sines = tl.load(sin + at, mask=pair < HALF, other=0.0)
+    if part < parts:
+        x, y = q + token * q_token, q_out + token * H * D
+        _turn(x, q_head, y, part * HEADS, cosines, sines, H, D, HALF, HALVES, RESTS, HEADS)
+    elif K > 0:
+        x, y = k + token * k_token, k_out + token * K * D
+        _turn(x, k_head, y, (part - parts) * HEADS, cosines, sines, K, D, HALF, HALVES, RESTS, HEADS)
+
+
+def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See the contract in the package. Positions may be int32 too."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, y, None, positions, cos, sin)
+    return y
+
+
+def rotary_pair(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract in the package. Positions may be int32 too."""
+    assert k.dtype == q.dtype
+    assert k.device == q.device
+    assert k.stride(2) == 1
+    assert (k.shape[0], k.shape[2]) == (q.shape[0], q.shape[2])
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch(q, k, q_out, k_out, positions, cos, sin)
+    return q_out, k_out
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor | None,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> None:
+    tokens, heads, dim = q.shape
+    assert q.stride(2) == 1
+    assert positions.shape == (tokens,)
+    assert positions.is_contiguous()
+    assert positions.dtype in (torch.int32, torch.int64)
+    assert cos.shape == sin.shape
+    assert 2 * cos.shape[1] <= dim
+    assert len({x.device for x in (q, positions, cos, sin)}) == 1
+    for table in (cos, sin):
+        assert table.is_contiguous()
+        assert table.dtype == torch.float32
+    kv_heads = 0 if k is None else k.shape[1]
+    if not tokens:
+        return
+    constants = _constants(heads, kv_heads, dim, cos.shape[1])
+    parts = triton.cdiv(heads, constants["HEADS"]) + triton.cdiv(kv_heads, constants["HEADS"])
+    rotary_kernel[(tokens, parts)](
+        q,
+        k,
+        q_out,
+        k_out,
+        positions,
+        cos,
+        sin,
+        q.stride(0),
+        q.stride(1),
+        0 if k is None else k.stride(0),
+        0 if k is None else k.stride(1),
+        **constants,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+def _constants(heads: int, kv_heads: int, dim: int, half: int) -> dict[str, Any]:
+    halves, rests = triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1))
+    sizes = {"H": heads, "K": kv_heads, "D": dim, "HALF": half, "HALVES": halves, "RESTS": rests}
+    return sizes | {"HEADS": min(max(1, _PAIRS // halves), triton.next_power_of_2(heads))}
+
+
+def _build(dtype: str, heads: int, kv_heads: int, dim: int, half: int) -> Build:
+    strides = ("q_token", "q_head", "k_token", "k_head")
+    arguments = {"q": f"*{dtype}", "q_out": f"*{dtype}", "positions": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    keys = ("k", "k_out")
+    return Build(
+        rotary_kernel,
+        arguments | dict.fromkeys(strides, "i32") | (dict.fromkeys(keys, f"*{dtype}") if kv_heads else {}),
+        {**_constants(heads, kv_heads, dim, half), **({} if kv_heads else dict.fromkeys(keys))},
+        aligned=strides,
+        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}",
+    )
+
+
+AOT = (
+    _build("bf16", 32, 8, 128, 64),
+    _build("fp16", 9, 3, 64, 32),
+    _build("fp32", 32, 0, 80, 16),
+    _build("bf16", 24, 8, 96, 36),
+)

@@ -1,0 +1,162 @@
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+"""What the sampling kernels on a GPU share: rows in chunks, logits as integers, and where a row is cut.
+
+A row is always cut in the same chunks of CHUNK logits, whatever the batch, and weights are integers in units of 2^-43:
+sums of integers have the same bits in any order, so that a row's result cannot depend on its neighbours, nor on which
+program was first. 2^19 weights of at most 1 fit in 62 bits.
+
+A logit's key is an int32 in the same order; -0 and 0 have one key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(4096)  # logits of a program
+GROUPS = tl.constexpr(64)  # of each chunk: every 64th logit
+BLOCK = tl.constexpr(1024)  # logits that a program which searches a row has at a time
+WAYS = tl.constexpr(8)  # into how many parts it divides a range of keys
+BUFFER = tl.constexpr(8192)  # logits that are gathered of a row at most
+MOST_LOGITS = 1 << 19
+
+KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+NONE = tl.constexpr(2147483647)  # above every key
+
+
+@triton.jit
+def key_of(x):
+    bits = x.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(key == -1, 0, key)
+
+
+@triton.jit
+def value_of(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mass_of(x, largest, scale):
+    """The weight exp2((x - largest) * scale), an int64 in units of 2^-43."""
+    return (tl.exp2((x - largest) * scale) * 8796093022208.0).to(tl.int64)
+
+
+@triton.jit
+def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.constexpr):
+    """The largest key at which the sum of weights, from the largest key down, reaches `limit`.
+
+    Every weight is 1, or by mass, and then 0 below the key `floor`. The sum at the key `lo` reaches the limit, at `hi`
+    not. Returns the key and the sum above it.
+    """
+    lo, hi, above = lo.to(tl.int64), hi.to(tl.int64), limit * 0
+    way = tl.arange(0, WAYS)
+    first = True
+    while first | (hi - lo > 1):
+        # The first round has an edge at `hi` in any case, and so finds the sum above a cut that was known before.
+        step = tl.maximum((hi - lo + WAYS - 1) // WAYS, 1)
+        edges = tl.minimum(lo + (way + 1) * step, hi).to(tl.int32)
+        sums = tl.zeros([WAYS], tl.int64)
+        for start in tl.range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(source + at, mask=at < count, other=float("-inf"))
+            key = key_of(x)
+            if BY_MASS:
+                weights = tl.where((key >= floor) & (at < count), mass_of(x, largest, scale), 0)
+            else:
+                weights = (at < count).to(tl.int64)
+            sums += tl.sum(tl.where(key[:, None] >= edges[None, :], weights[:, None], 0), axis=0)
+        reached = tl.sum((sums >= limit).to(tl.int64))  # below WAYS, for the last edge is `hi`
+        above = tl.sum(tl.where(way == reached, sums, 0))
+        hi = tl.minimum(lo + (reached + 1) * step, hi)
+        lo = lo + reached * step
+        first = False
+    return lo.to(tl.int32), above
+
+
+@triton.jit
+def gather(source, chunk, count, edge, counts, C, CB: tl.constexpr, values, names):
+    """Copies the logits of a chunk that reach the key `edge`, and their ids, to where those of the row stand.
+
+    counts: [C] how many there are in each chunk. The order of ids is kept.
+    """
+    part = tl.arange(0, CB)
+    offset = tl.sum(tl.load(counts + part, mask=(part < C) & (part < chunk), other=0))
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(source + at, mask=at < count, other=float("-inf"))
+    hit = (key_of(x) >= edge) & (at < count)
+    place = offset + tl.cumsum(hit.to(tl.int32), axis=0) - 1
+    tl.store(values + place, x, mask=hit)
+    tl.store(names + place, at, mask=hit)
+
+
+@triton.jit
+def survey_kernel(
+    logits,  # [R, V] fp32, rows contiguous
+    group_maxima,  # [R, C * GROUPS] fp32
+    maxima,  # [R, C] fp32; NaN where there is one
+    firsts,  # [R, C] int32: the first id of each chunk's largest logit
+    row_stride,
+    V,
+    C,
+):
+    """The largest logits of each chunk and of its groups. The k-th largest of a row is no less than that of these."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = tl.arange(0, GROUPS)
+    at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]
+    x = tl.load(logits + row * row_stride + at, mask=at < V, other=float("-inf"))
+    tops = tl.max(x, axis=0)
+    broken = tl.max(tl.max((x != x).to(tl.int32), axis=0), axis=0)
+    top = tl.max(tops, axis=0)
+    first = tl.min(tl.min(tl.where((x == top) & (at < V), at, NONE), axis=0), axis=0)
+    tl.store(group_maxima + (row * C + chunk) * GROUPS + group, tops)
+    tl.store(maxima + row * C + chunk, tl.where(broken > 0, float("nan"), top))
+    tl.store(firsts + row * C + chunk, first)
+
+
+@triton.jit
+def largest_of(maxima, C, CB: tl.constexpr):
+    """The largest of the maxima of a row's chunks, or NaN."""
+    part = tl.arange(0, CB)
+    tops = tl.load(maxima + part, mask=part < C, other=float("-inf"))
+    broken = tl.max((tops != tops).to(tl.int32), axis=0)
+    return tl.where(broken > 0, float("nan"), tl.max(tops, axis=0))
+
+
+class Rows(NamedTuple):
+    """Logits [R, V] and what was found out about them. Shapes: C chunks of a row, CB that up to a power of two."""
+
+    logits: torch.Tensor
+    group_maxima: torch.Tensor
+    maxima: torch.Tensor
+    firsts: torch.Tensor
+    chunks: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """A program for each chunk of each row."""
+        return len(self.logits), self.chunks
+
+    @property
+    def block(self) -> int:
+        """CB."""
+        return triton.next_power_of_2(self.chunks)
+
+
+def rows_of(logits: torch.Tensor) -> Rows:
+    """Checks logits and makes room for the survey."""
+    count, vocabulary = logits.shape
+    assert logits.dtype == torch.float32
+    assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"
+    assert 0 < vocabulary <= MOST_LOGITS
+    chunks = triton.cdiv(vocabulary, CHUNK.value)
+    return Rows(
+        logits,
+        torch.empty(count, chunks * GROUPS.value, dtype=torch.float32, device=logits.device),
+        torch.empty(count, chunks, dtype=torch.float32, device=logits.device),
+        torch.empty(count, chunks, dtype=torch.int32, device=logits.device),
+        chunks,
+    )
