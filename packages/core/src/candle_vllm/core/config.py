@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from candle_vllm.core.errors import ConfigError
 
 DType = Literal["auto", "f32", "bf16", "f16"]
+LoadFormat = Literal["auto", "dummy"]
+AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
-DTYPES = ("auto", "f32", "bf16", "f16")
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "dtype": ("auto", "f32", "bf16", "f16"),
+        "load_format": ("auto", "dummy"),
+        "attention_backend": ("auto", "triton", "torch_flash", "flash_attn", "torch"),
+    }
+)
+_SWITCHES = ("offline", "enforce_eager", "cuda_graphs", "deterministic", "enable_prefix_caching")
 _OPTIONAL_NUMBERS = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory", "threads", "seed")
 
 
@@ -37,18 +48,25 @@ class EngineConfig:
         offline: never use the network.
         tokenizer: folder with a `tokenizer.json` to use instead of the model's own.
         chat_template: Jinja source to use instead of the model's own template.
-        device: "auto" or "cpu". "cuda" and "cuda:N" are well formed, and refused when the engine starts: this version
-            has no CUDA kernels, and "auto" is the CPU.
-        dtype: what plain matrices are converted to; "auto" keeps the type of each (F64 becomes f32). Quantised ones
-            stay as they are. With `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
+        load_format: "auto" reads the model's weights; "dummy" needs its config.json and tokenizer alone and fills the
+            weights with random numbers, to measure a model that is not there.
+        device: "auto", "cpu", "cuda" or "cuda:N"; "auto" is the first GPU that can be used, else the CPU.
+        dtype: what plain matrices are converted to. On the CPU "auto" keeps the type of each (F64 becomes f32) and
+            quantised ones stay as they are. On a GPU it is the type of activations too, "auto" being bf16. With
+            `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
         enforce_eager: run the layers op by op in torch with decoded weights: slow, and what the kernels are compared
             with.
+        attention_backend: what computes attention on a GPU: "triton" (what "auto" is), "torch_flash" (the
+            FlashAttention that torch carries), "flash_attn" (the package of that name) or "torch" (the reference).
+        cuda_graphs: on a GPU, capture the steps that only decode as CUDA graphs.
+        deterministic: on a GPU, a seeded answer is the same whatever else is in the batch, however its prompt was cut,
+            and whatever the prefix cache held. On the CPU it always is.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most tokens in one step, prompts included; None is 512.
+        max_num_batched_tokens: most tokens in one step, prompts included; None is 512 on the CPU, 8192 on a GPU.
         block_size: tokens in one KV-cache block.
         kv_cache_memory: bytes for the KV cache; None takes `kv_fraction` of what is free after loading.
-        kv_fraction: share of the free memory that the KV cache may take, (0, 1).
+        kv_fraction: share of the free memory that the KV cache may take, (0, 1); None is 0.4 on the CPU, 0.9 on a GPU.
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
         max_queued_requests: most sequences waiting or running before new requests are refused.
         threads: CPU threads; None is one per physical core that the process may use.
@@ -63,15 +81,19 @@ class EngineConfig:
     offline: bool = False
     tokenizer: Path | None = None
     chat_template: str | None = None
+    load_format: LoadFormat = "auto"
     device: str = "auto"
     dtype: DType = "auto"
     enforce_eager: bool = False
+    attention_backend: AttentionBackend = "auto"
+    cuda_graphs: bool = True
+    deterministic: bool = False
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     block_size: int = 64
     kv_cache_memory: int | None = None
-    kv_fraction: float = 0.4
+    kv_fraction: float | None = None
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024
     threads: int | None = None
@@ -79,17 +101,18 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._take_paths()
-        for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "device", "dtype"):
+        for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "device", *CHOICES):
             self._text(name)
-        for name in ("offline", "enforce_eager", "enable_prefix_caching"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} {_shown(getattr(self, name))} is neither True nor False", name)
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device {self.device!r} is not one of auto, cpu, cuda, cuda:N", "device")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}", "dtype")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} {getattr(self, name)!r:.80} is not one of {', '.join(choices)}", name)
         self._within("max_model_len", 1, 1 << 24)
         self._within("max_num_seqs", 1, 4096)
         self._within("max_num_batched_tokens", 1, 1 << 20)
@@ -100,7 +123,8 @@ class EngineConfig:
         self._within("max_queued_requests", 1, 1 << 20)
         self._within("threads", 1, 1024)
         self._within("seed", -(1 << 63), (1 << 64) - 1)
-        if not isinstance(self.kv_fraction, float) or not 0 < self.kv_fraction < 1:
+        fraction = self.kv_fraction
+        if fraction is not None and (not isinstance(fraction, float) or not 0 < fraction < 1):
             raise ConfigError(
                 f"kv_fraction {_shown(self.kv_fraction)} is not a number between 0 and 1: try 0.4", "kv_fraction"
             )
@@ -118,7 +142,7 @@ class EngineConfig:
 
     def _text(self, name: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, str) and (value is not None or name in ("model", "device", "dtype")):
+        if not isinstance(value, str) and (value is not None or name in ("model", "device", *CHOICES)):
             shown = "" if name == "hf_token" else f" {_shown(value)}"
             raise ConfigError(f"{name}{shown} is not a text but a {type(value).__name__}", name)
 

@@ -61,14 +61,14 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, avail
         )
     token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype_bytes
     block_bytes = token_bytes * config.block_size
-    budget = config.kv_cache_memory or int(available * config.kv_fraction)
+    budget = config.kv_cache_memory or int(available * share)
     per_sequence = -(-model.max_position // config.block_size)
     affordable = budget // block_bytes
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, available, budget)
     num_blocks = min(affordable, per_sequence * config.max_num_seqs)
-    source = "set by --mem" if config.kv_cache_memory else f"{config.kv_fraction:g} of {_size(available)} free"
+    source = "set by --mem" if config.kv_cache_memory else f"{config.share:g} of {_size(available)} free"
     message = (
         f"KV cache: {num_blocks} blocks of {config.block_size} tokens = {num_blocks * config.block_size} tokens, "
         f"{_size(num_blocks * block_bytes)} of {_size(budget)} ({source}); one token takes "

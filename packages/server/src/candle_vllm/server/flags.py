@@ -79,6 +79,7 @@ _WITH_TEXT = ("serve", "generate", "chat")  # bench has no text, and always take
 _REUSING = ("serve", "chat")  # those with requests that begin alike
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
+_ATTENTION = Choice(("auto", "triton", "torch_flash", "flash_attn", "torch"), {"flash-attn": "flash_attn"})
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 
 OPTIONS: tuple[Option, ...] = (
@@ -106,20 +107,29 @@ OPTIONS: tuple[Option, ...] = (
            rivals="Hugging Face token"),
     Option("download_dir", MODEL, ("--download-dir",), FilePath(), "where downloads are kept", "DIR", in_yaml=True),
     _switch("offline", MODEL, "never use the network to find the model"),
+    Option("load_format", MODEL, ("--load-format",), Choice(("auto", "dummy"), {}),
+           "auto reads the weights; dummy fills them with random numbers, to measure a model without its files",
+           "FORMAT", in_yaml=True),
     Option("device", DEVICE, ("--d", "--device"), Device(),
-           "auto or cpu (CUDA is not in this version); --cpu is --device cpu", "DEVICE",
+           "auto, cpu, cuda, cuda:N, or N alone for a GPU; --cpu is --device cpu", "DEVICE",
            constants={"--cpu": "cpu"}, in_yaml=True),
     Option("dtype", DEVICE, ("--dtype",), _DTYPES, "type of plain matrices: auto (each one's own), f32, bf16 or f16",
            "TYPE", in_yaml=True),
     _switch("enforce_eager", DEVICE, "run the layers op by op in torch with decoded weights: slow, for comparison",
+            in_yaml=True),
+    Option("attention_backend", DEVICE, ("--attention-backend",), _ATTENTION,
+           "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch", "NAME", in_yaml=True),
+    _switch("cuda_graphs", DEVICE, "capture decoding steps as CUDA graphs (on unless disabled)",
+            off=("--disable-cuda-graph", "--no-cuda-graphs"), in_yaml=True),
+    _switch("deterministic", DEVICE, "on a GPU, make seeded answers independent of what else is in the batch",
             in_yaml=True),
     Option("mem", DEVICE, ("--mem",), Integer(1, 1 << 30), "memory of the KV cache, in MB of 2^20 bytes", "MB",
            in_yaml=True, rivals="KV cache size"),
     Option("kv_cache_memory_bytes", DEVICE, ("--kv-cache-memory-bytes",), Integer(1 << 10, 1 << 50),
            "the same in bytes; 4G is 4 * 2^30", "BYTES", in_yaml=True, rivals="KV cache size"),
     Option("kv_fraction", DEVICE, ("--kv-fraction",), Number(0, 1, open_low=True, open_high=True),
-           "share of the memory left after loading that the KV cache takes", "SHARE", in_yaml=True,
-           rivals="KV cache size"),
+           "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a GPU", "SHARE",
+           in_yaml=True, rivals="KV cache size"),
     Option("block_size", DEVICE, ("--block-size",), Integer(1, 1024), "tokens in one KV block, a power of two", "N",
            in_yaml=True),
     Option("threads", DEVICE, ("--threads",), Integer(1, 1024), "CPU threads; without it, one per physical core", "N",

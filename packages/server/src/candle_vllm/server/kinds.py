@@ -216,7 +216,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device, which the engine of this version refuses."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device."""
 
     def from_text(self, text: str) -> str:
         text = text.strip().lower()
@@ -224,5 +224,5 @@ class Device:
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII) is None:
-            raise ValueError(f"must be one device, auto or cpu (CUDA is not in this version), not {value!r:.60}")
+            raise ValueError(f"must be one device, auto, cpu, cuda or cuda:N, not {value!r:.60}")
         return value

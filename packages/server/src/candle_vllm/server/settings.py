@@ -37,9 +37,13 @@ class Settings:
     hf_token_path: Path | None = None
     download_dir: Path | None = None
     offline: bool = False
+    load_format: str | None = None
     device: str | None = None
     dtype: str | None = None
     enforce_eager: bool = False
+    attention_backend: str | None = None
+    cuda_graphs: bool | None = None
+    deterministic: bool = False
     mem: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_fraction: float | None = None

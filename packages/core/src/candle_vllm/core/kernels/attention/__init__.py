@@ -24,6 +24,7 @@ import itertools
 import torch
 
 from candle_vllm.core.kernels.attention import reference
+from candle_vllm.core.kernels.dispatch import on_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def paged_attention(
     assert q.shape[1] % key_cache.shape[2] == 0
     assert q.shape[2] == key_cache.shape[3]
     options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
-    if q.device.type == "cuda":
+    if on_gpu(q):
         from candle_vllm.core.kernels.attention import triton
 
         rows = rows.on_device() if isinstance(rows, AttentionRows) else rows

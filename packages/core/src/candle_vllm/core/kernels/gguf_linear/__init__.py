@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.gguf_linear import reference
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
 from candle_vllm.core.kernels.gguf_linear.pack import gguf_kind, pack
@@ -30,7 +31,7 @@ def linear(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None
     """x times the transpose of the matrix, plus bias."""
     assert x.dim() == 2
     assert x.shape[1] == matrix.columns
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 
         return triton.linear(x, matrix, bias) if len(x) > SMALL else triton.linear_small(x, matrix, bias)
@@ -39,7 +40,7 @@ def linear(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None
 
 def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:
     """The rows of the matrix for token_ids [T], below N: [T, K] of `dtype`."""
-    if token_ids.is_cuda:
+    if on_gpu(token_ids):
         from candle_vllm.core.kernels.gguf_linear import triton
 
         return triton.embedding(token_ids, matrix, dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.kv_write import reference
 
 
@@ -30,7 +31,7 @@ def kv_write(
     assert key_cache.shape == value_cache.shape
     assert key.shape[1:] == key_cache.shape[2:]
     write = reference.kv_write
-    if key.device.type == "cuda":
+    if on_gpu(key):
         from candle_vllm.core.kernels.kv_write import triton
 
         write = triton.kv_write

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import reference
 
@@ -19,7 +20,7 @@ def rms_norm(x: Value, weight: torch.Tensor, eps: float) -> Value:
     if isinstance(x, Recorded):
         return x.rms_norm(weight, eps)
     assert weight.shape == x.shape[-1:]
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.rms_norm import triton
 
         return triton.rms_norm(x, weight, eps)
@@ -34,7 +35,7 @@ def add_rms_norm(x: Value, residual: Value, weight: torch.Tensor, eps: float) ->
     assert x.shape == residual.shape
     assert x.dtype == residual.dtype
     assert weight.shape == x.shape[-1:]
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.rms_norm import triton
 
         return triton.add_rms_norm(x, residual, weight, eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary import reference
 
@@ -19,7 +20,7 @@ def rotary(x: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     if isinstance(x, Recorded):
         return x.rotary(cos, sin)
     _check(x, cos, sin)
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.rotary import triton
 
         return triton.rotary(x, positions, cos, sin)
@@ -35,7 +36,7 @@ def rotary_pair(
     _check(q, cos, sin)
     assert k.dtype == q.dtype
     assert (k.shape[0], k.shape[2]) == (q.shape[0], q.shape[2])
-    if q.is_cuda:
+    if on_gpu(q):
         from candle_vllm.core.kernels.rotary import triton
 
         return triton.rotary_pair(q, k, positions, cos, sin)

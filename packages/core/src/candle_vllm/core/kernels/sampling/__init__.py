@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.sampling import reference
 
 
@@ -156,7 +157,7 @@ def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[n
         from candle_vllm.core.kernels.sampling import cpu
 
         return cpu.draw(logits, controls)
-    if logits.is_cuda:
+    if on_gpu(logits):
         ids, largest = draw_tensors(logits, torch.as_tensor(controls, device=logits.device), *asks(controls))
         both = torch.stack((ids.double(), largest.double())).cpu().numpy()
         return both[0].astype(np.int64), both[1].astype(np.float32)
@@ -206,7 +207,7 @@ def draw_tensors(
         [R] int64 ids and [R] float32 largest logits, NaN for a row that holds one. The id of a row whose largest logit
         is not finite is 0.
     """
-    if logits.is_cuda:
+    if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton
 
         return triton.draw(logits, controls, random=random, search=search)
@@ -224,7 +225,7 @@ def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Ten
         tops: [R] int64, how many of the largest logits to name, at most `most`.
         most: the width of the result.
     """
-    if logits.is_cuda:
+    if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton
 
         return triton.stand(logits, token_ids, tops, most)
@@ -240,7 +241,7 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
     The order is: bias, masks, penalties. What is masked though it is NaN or +inf becomes NaN. The arithmetic of the
     penalties is float64; a finite logit stays finite or -inf.
     """
-    if logits.is_cuda:
+    if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton
 
         triton.edit(logits, edits)
@@ -261,7 +262,7 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
         count_rows: [R] int32, all different but for -1, which counts nothing.
         token_ids: [R] int64; what is below 0 or not below V is not counted.
     """
-    if counts.is_cuda:
+    if on_gpu(counts):
         from candle_vllm.core.kernels.sampling import triton
 
         triton.note(counts, count_rows, token_ids)

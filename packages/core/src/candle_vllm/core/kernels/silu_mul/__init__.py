@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.silu_mul import reference
 
@@ -18,7 +19,7 @@ def silu_mul(x: Value) -> Value:
     if isinstance(x, Recorded):
         return x.silu_mul()
     _check(x)
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.silu_mul import triton
 
         return triton.silu_mul(x)
@@ -29,7 +30,7 @@ def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
     """gelu(x[:, :F]) * x[:, F:]. Not recorded: a family that needs it runs op by op on the CPU."""
     assert not isinstance(x, Recorded)
     _check(x)
-    if x.is_cuda:
+    if on_gpu(x):
         from candle_vllm.core.kernels.silu_mul import triton
 
         return triton.gelu_tanh_mul(x)
