@@ -30,10 +30,11 @@ def run_step(engine: Scheduler, next_token: int = 7) -> list[tuple[str, int, int
     """One step of a pretend model; returns (request id, start, count) and ends sequences at their length."""
     items = engine.schedule()
     for item in items:
+        engine.launched(item)
         engine.settle(item)
     for item in items:
         if item.samples:
-            item.sequence.tokens.append(next_token)
+            item.sequence.append(next_token)
             params = item.sequence.request.params
             if item.sequence.num_tokens - item.sequence.num_prompt_tokens >= (params.max_tokens or 0):
                 engine.remove(item.sequence)
@@ -159,9 +160,10 @@ def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
             others = [b for other in engine.running if other is not sequence for b in other.block_table]
             assert not set(written) & set(others), "a block is written while another sequence holds it"
         for item in items:
+            engine.launched(item)
             engine.settle(item)
             if item.samples:
-                item.sequence.tokens.append(rng.randrange(2))
+                item.sequence.append(rng.randrange(2))
                 params = item.sequence.request.params
                 if item.sequence.num_tokens - item.sequence.num_prompt_tokens == params.max_tokens:
                     engine.remove(item.sequence)
@@ -174,3 +176,50 @@ def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
     assert not alive
     assert engine.blocks.num_free == blocks
     assert not +engine._computing
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 5), st.booleans())
+def test_any_load_ends_where_steps_overlap(seed: int, seqs: int, size: int, reproducible: bool) -> None:
+    """A step is scheduled before the tokens of the one before are known; sequences may end without notice."""
+    rng = random.Random(seed)
+    blocks = rng.randrange(24, 60)
+    engine = Scheduler(BlockManager(blocks, size), seqs, max(seqs, rng.randrange(4, 20)), reproducible=reproducible)
+    pending = []
+    for order in range(12):
+        tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 2 * size + 9))]
+        sequence = make(tokens, order, max_tokens=rng.randrange(1, 9), priority=rng.randrange(2))
+        sequence.max_length = len(tokens) + (sequence.request.params.max_tokens or 0)
+        if engine.blocks.blocks_for(sequence.max_length) <= blocks:
+            pending.append(sequence)
+    alive, flight = set(), []
+    for _ in range(2000):
+        if pending and rng.random() < 0.5:
+            alive.add(pending[-1])
+            engine.add(pending.pop())
+        items = engine.schedule()
+        assert items or flight or not alive, "work is waiting and nothing runs"
+        for item in items:
+            sequence, start, count = item.sequence, item.start, item.count
+            assert sequence.num_ahead <= 1
+            assert start + count <= sequence.max_length
+            written = sequence.block_table[start // size : (start + count - 1) // size + 1]
+            others = [b for other in engine.running if other is not sequence for b in other.block_table]
+            assert not set(written) & set(others), "a block is written while another sequence holds it"
+            engine.launched(item)
+        for item in flight:
+            engine.settle(item)
+            if item.samples and item.sequence in alive:
+                item.sequence.append(rng.randrange(2))
+                if len(item.sequence.tokens) == item.sequence.max_length or rng.random() < 0.1:
+                    engine.remove(item.sequence)
+                    alive.remove(item.sequence)
+        flight = items
+        held = {block for sequence in engine.running for block in sequence.block_table}
+        assert engine.blocks.num_free == blocks - len(held)
+        if not pending and not alive and not flight:
+            break
+    assert not pending
+    assert not alive
+    assert engine.blocks.num_free == blocks
+    assert not (reproducible and engine.num_preemptions)

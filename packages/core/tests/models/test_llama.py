@@ -35,7 +35,8 @@ def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> 
     sequence.block_table = list(reversed(range(blocks)))
     rows = []
     for start in range(0, len(tokens), chunk):
-        item = ScheduledSequence(sequence, start, min(chunk, len(tokens) - start))
+        sequence.num_computed_tokens = start
+        item = ScheduledSequence.next(sequence, min(chunk, len(tokens) - start))
         runner.run(build_batch([item], BLOCK))
         rows += [runner.score(np.arange(first, min(first + 64, item.count))) for first in range(0, item.count, 64)]
     return torch.cat(rows)

@@ -14,17 +14,19 @@ from candle_vllm.core.errors import ConfigError
 
 DType = Literal["auto", "f32", "bf16", "f16"]
 LoadFormat = Literal["auto", "dummy"]
+KvCacheDType = Literal["auto", "fp8"]
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "dtype": ("auto", "f32", "bf16", "f16"),
         "load_format": ("auto", "dummy"),
+        "kv_cache_dtype": ("auto", "fp8"),
         "attention_backend": ("auto", "triton", "torch_flash", "flash_attn", "torch"),
     }
 )
 _SWITCHES = ("offline", "enforce_eager", "cuda_graphs", "deterministic", "enable_prefix_caching")
-_OPTIONAL_NUMBERS = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory", "threads", "seed")
+_OPTIONAL_NUMBERS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "threads", "seed")
 
 
 def cache_folder() -> Path:
@@ -58,11 +60,13 @@ class EngineConfig:
             with.
         attention_backend: what computes attention on a GPU: "triton" (what "auto" is), "torch_flash" (the
             FlashAttention that torch carries), "flash_attn" (the package of that name) or "torch" (the reference).
+        kv_cache_dtype: "auto" keeps keys and values in the type of activations (bf16 on the CPU); "fp8" keeps them as
+            float8_e4m3fn with a scale of 1, on GPUs from compute capability 8.9 on.
         cuda_graphs: on a GPU, capture the steps that only decode as CUDA graphs.
         deterministic: on a GPU, a seeded answer is the same whatever else is in the batch, however its prompt was cut,
             and whatever the prefix cache held. On the CPU it always is.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
-        max_num_seqs: most sequences in one step.
+        max_num_seqs: most sequences in one step; None is 64 on the CPU, 256 on a GPU.
         max_num_batched_tokens: most tokens in one step, prompts included; None is 512 on the CPU, 8192 on a GPU.
         block_size: tokens in one KV-cache block.
         kv_cache_memory: bytes for the KV cache; None takes `kv_fraction` of what is free after loading.
@@ -86,10 +90,11 @@ class EngineConfig:
     dtype: DType = "auto"
     enforce_eager: bool = False
     attention_backend: AttentionBackend = "auto"
+    kv_cache_dtype: KvCacheDType = "auto"
     cuda_graphs: bool = True
     deterministic: bool = False
     max_model_len: int | None = None
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 64
     kv_cache_memory: int | None = None

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.live import LiveSequence
@@ -66,7 +67,7 @@ class InferenceEngine:
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
-        device = _device(config)
+        device = choose_device(config.device)
         torch.set_num_threads(config.threads or physical_cores())
         with _progress_bar() as progress:
             self._loaded: LoadedModel | None = load_model(config, device, progress)
@@ -326,12 +327,6 @@ class InferenceEngine:
 def _shut_down(thread: EngineThread, engine: Engine) -> None:
     thread.close()
     engine.runner.close()
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.device.startswith("cuda"):
-        raise ConfigError(f"device {config.device!r} is not supported yet: set --device cpu", "device")
-    return torch.device("cpu")
 
 
 def _model_info(loaded: LoadedModel, max_model_len: int) -> ModelInfo:

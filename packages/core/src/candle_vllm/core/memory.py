@@ -35,14 +35,30 @@ class CachePlan:
     message: str
 
 
-def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, available: int) -> CachePlan:
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The memory that there is for a KV cache.
+
+    Attributes:
+        available: bytes free on the device once the weights are there, and what a step needs is put aside.
+        share: how much of it the cache may take, unless `kv_fraction` says.
+        kept: what was put aside, for the message; may be empty.
+    """
+
+    available: int
+    share: float
+    kept: str = ""
+
+
+def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
     Args:
         config: the engine's settings.
         model: the model, its context already cut to `config.max_model_len` where that is set.
         dtype_bytes: bytes of one number in the cache.
-        available: bytes free on the device once the weights are there.
+        sequences: most sequences in one step; the cache never holds more than that many of full length.
+        room: what there is.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -53,6 +69,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, avail
             f"set --max-model-len {model.max_position} or leave it out",
             "max_model_len",
         )
+    available, share = room.available, config.kv_fraction or room.share
     if config.kv_cache_memory is not None and config.kv_cache_memory > available:
         raise ConfigError(
             f"the KV cache was given {_size(config.kv_cache_memory)} and {_size(available)} are free: "
@@ -67,8 +84,8 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, avail
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, available, budget)
-    num_blocks = min(affordable, per_sequence * config.max_num_seqs)
-    source = "set by --mem" if config.kv_cache_memory else f"{config.share:g} of {_size(available)} free"
+    num_blocks = min(affordable, per_sequence * sequences)
+    source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free"
     message = (
         f"KV cache: {num_blocks} blocks of {config.block_size} tokens = {num_blocks * config.block_size} tokens, "
         f"{_size(num_blocks * block_bytes)} of {_size(budget)} ({source}); one token takes "

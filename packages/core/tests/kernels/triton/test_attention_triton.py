@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, reference, triton_decode, triton_prefill
+from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, choose
+from candle_vllm.core.kernels.attention.torch_flash import CopiedFlash
 from candle_vllm.core.kernels.attention.triton import paged_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -108,6 +111,11 @@ def test_window_and_soft_cap(device: torch.device, window: int, softcap: float |
     check(step, window=window, softcap=softcap)
 
 
+def test_a_single_token_as_a_prompt(device: torch.device) -> None:
+    """The other rows of its tile, behind the last token, have no key in their window."""
+    check(make_step(device, (100,), (1,), heads=2, kv_heads=1, dim=16), decodes=0, window=5)
+
+
 def test_long_contexts_are_split_and_merged(device: torch.device) -> None:
     step = make_step(device, (3, 256, 257, 600), (1, 1, 1, 1), heads=4, kv_heads=2, dim=16)
     check(step)
@@ -193,12 +201,142 @@ def test_more_sequences_than_a_program_looks_at(device: torch.device, monkeypatc
 
 def test_host_and_device_rows_are_the_same(device: torch.device) -> None:
     rows = AttentionRows((0, 1, 2, 7, 8), (9, 1, 5, 3), torch.zeros(4, 1, dtype=torch.int64, device=device))
-    assert rows.on_device().decodes == 2
-    assert rows.on_device().on_host() is not rows
-    assert rows.on_device().on_host().query_start == rows.query_start
+    moved = rows.on_device()
+    assert (moved.decodes, moved.most_tokens, moved.most_context) == (2, 5, 9)
+    assert moved.on_host() is rows
+    read = replace(moved, host=None).on_host()
+    assert (read.query_start, read.context_lens) == (rows.query_start, rows.context_lens)
 
 
 def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
     step = make_step(device, (20,), (1,), heads=2, kv_heads=1, dim=16, size=8)
     with pytest.raises(AssertionError, match="power of two"):
         run(step)
+
+
+# ---- every backend ---------------------------------------------------------------------------------------------------
+
+
+def backend_for(name: str, device: torch.device, needs: AttentionNeeds) -> Backend:
+    """The backend on this machine, or a skip that says why there is none."""
+    capability = torch.cuda.get_device_capability() if device.type == "cuda" else (9, 0)
+    if device.type != "cuda" and name in ("torch_flash", "flash_attn"):
+        pytest.skip("FlashAttention needs a GPU")
+    try:
+        return choose(name, replace(needs, capability=capability))
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def made_for(backend: Backend, step: Step) -> Step:
+    """Where a backend wants a finite cache, zeros stand wherever nothing was written."""
+    if not backend.finite_cache:
+        return step
+    return replace(step, key_cache=step.key_cache.nan_to_num(), value_cache=step.value_cache.nan_to_num())
+
+
+BACKENDS = ("triton", "torch_flash", "flash_attn", "torch")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "dim", "window", "softcap"),
+    [
+        (torch.bfloat16, 8, 2, 128, None, None),
+        (torch.float16, 4, 4, 64, 33, None),
+        (torch.bfloat16, 4, 2, 256, None, None),
+        (torch.bfloat16, 6, 2, 64, 300, 2.0),
+    ],
+)
+def test_every_backend(
+    device: torch.device,
+    name: str,
+    size: int,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """A mixed step; the same with bounds from the shapes alone; its first two tokens as a step of their own."""
+    if device.type != "cuda" and name == "triton":
+        pytest.skip("the interpreter is slow, and the kernels have tests of their own")
+    needs = AttentionNeeds(
+        capability=None,
+        dtype=dtype,
+        head_dim=dim,
+        block_size=size,
+        windows=window is not None,
+        soft_caps=softcap is not None,
+    )
+    backend = backend_for(name, device, needs)
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype, "size": size}
+    step = made_for(backend, make_step(device, (1, 460, 140, 45, 269, 17), (1, 1, 140, 4, 133, 1), **shape))
+    options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+    wanted = reference.paged_attention(step.q, step.key_cache, step.value_cache, step.rows, **options)
+    rows = step.rows.on_device()
+    narrow = replace(rows, block_tables=rows.block_tables.to(torch.int32))
+    bare = replace(narrow, most_tokens=None, most_context=None, host=None)
+    for given in (rows, narrow, bare, replace(narrow, decodes=0), replace(bare, decodes=1)):
+        got = backend.attend(step.q, step.key_cache, step.value_cache, given, **options)
+        assert error(got, wanted) < TOLERANCE[dtype]
+    first = DeviceRows(rows.query_start[:3], rows.context_lens[:2], rows.block_tables[:2], 2)
+    got = backend.attend(step.q[:2], step.key_cache, step.value_cache, first, **options)
+    assert error(got, wanted[:2]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("window", [None, 100])
+def test_every_backend_in_a_captured_step(device: torch.device, name: str, size: int, window: int | None) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    needs = AttentionNeeds(
+        capability=None, dtype=torch.bfloat16, head_dim=64, block_size=size, windows=window is not None
+    )
+    backend = backend_for(name, device, needs)
+    if not backend.capturable:
+        pytest.skip("it cannot be captured")
+    shape = {"heads": 4, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16, "size": size}
+    step = made_for(backend, make_step(device, (700, 40, 300), (1, 1, 1), **shape))
+    starts, contexts = step.rows.on_device().query_start, step.rows.on_device().context_lens
+    rows = DeviceRows(starts, contexts, step.rows.block_tables.to(torch.int32), 3, most_tokens=1, most_context=1024)
+    options = {"scale": 0.125, "window": window}
+    backend.attend(step.q, step.key_cache, step.value_cache, rows, **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.attend(step.q, step.key_cache, step.value_cache, rows, **options)
+    for lens in ((700, 40, 300), (300, 1, 17), (17, 33, 0)):
+        contexts.copy_(torch.tensor(lens))
+        graph.replay()
+        used = sum(length > 0 for length in lens)
+        host = AttentionRows(tuple(range(used + 1)), lens[:used], step.rows.block_tables)
+        wanted = reference.paged_attention(step.q[:used], step.key_cache, step.value_cache, host, **options)
+        assert error(captured[:used], wanted) < TOLERANCE[torch.bfloat16]
+        assert torch.equal(captured[used:], torch.zeros_like(captured[used:]))
+
+
+def test_single_tokens_beside_copied_prompts(device: torch.device) -> None:
+    """The Triton kernel is given the first sequences alone, and the copies hold what the others see."""
+
+    def varlen(q, k, v, starts, key_starts, longest, most, *, scale, window_size):
+        blocks = torch.zeros(len(starts) - 1, 1, dtype=torch.int64)
+        out = torch.full_like(q, math.nan)
+        for row in range(len(starts) - 1):
+            keys = slice(int(key_starts[row]), int(key_starts[row + 1]))
+            tokens = slice(int(starts[row]), int(starts[row + 1]))
+            alone = AttentionRows((0, tokens.stop - tokens.start), (keys.stop - keys.start,), blocks[:1].to(q.device))
+            window = None if window_size[0] < 0 else window_size[0] + 1
+            out[tokens] = reference.paged_attention(
+                q[tokens], k[None, keys], v[None, keys], alone, scale=scale, window=window
+            )
+        return out
+
+    step = make_step(device, (20, 60, 40, 45, 17), (1, 1, 40, 4, 1), heads=4, kv_heads=2, dim=16, dtype=torch.float16)
+    for window in (None, 9):
+        options = {"scale": 0.25, "window": window}
+        wanted = reference.paged_attention(step.q, step.key_cache, step.value_cache, step.rows, **options)
+        got = CopiedFlash(varlen, False)(step.q, step.key_cache, step.value_cache, step.rows.on_device(), **options)
+        assert error(got, wanted) < TOLERANCE[torch.float16]

@@ -12,7 +12,16 @@ import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.gguf_linear import GgufMatrix, gguf_kind, pack, reference, stack, triton
+from candle_vllm.core.kernels.gguf_linear import (
+    GgufMatrix,
+    gguf_kind,
+    linear,
+    pack,
+    reference,
+    stack,
+    triton,
+    triton_exact,
+)
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 
@@ -69,7 +78,8 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
     stand_in.empty = empty
-    monkeypatch.setattr(triton, "torch", stand_in)
+    for module in (triton, triton_exact):
+        monkeypatch.setattr(module, "torch", stand_in)
 
 
 def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -142,7 +152,7 @@ def test_bias_and_cut_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch
     bias = bias.contiguous()
     wanted = reference.linear(x, matrix, bias)
     for most in (1, 512):  # the sums in one piece, and in pieces of four steps
-        monkeypatch.setattr(triton, "PROGRAMS", most)
+        monkeypatch.setattr(triton_exact, "PROGRAMS", most)
         assert ratio(triton.linear_small(x, matrix, bias), wanted) < TOLERANCE
         assert ratio(wanted, reference.linear(x, matrix)) > 0.1
     many = activations(17, 1024, torch.bfloat16, device)
@@ -165,17 +175,68 @@ def test_many_tiles_of_rows(device: torch.device) -> None:
 
 @pytest.mark.parametrize("kind", [PackedKind.Q4_K, PackedKind.Q6_K], ids=lambda kind: kind.name)
 def test_a_row_does_not_depend_on_the_others(kind: PackedKind, device: torch.device) -> None:
-    """To the bit, whatever T is; under the interpreter, whose products are numpy's, with tiles of one size."""
-    matrix = packed(kind, 65, 768, device)
-    x = activations(16, 768, torch.bfloat16, device).contiguous()
-    whole = triton.linear_small(x, matrix)
-    counts = (1, 2, 8, 9) if device.type == "cuda" else (12,)
-    for count in counts:
-        assert torch.equal(triton.linear_small(x[:count], matrix), whole[:count])
+    matrix = packed(kind, 33, 512, device)
+    x = activations(16, 512, torch.bfloat16, device).contiguous()
     other = x.clone()
     other[1:] = torch.nan
-    assert torch.equal(triton.linear_small(other, matrix)[0], whole[0])
-    assert torch.equal(triton.linear(other, matrix)[0], triton.linear(x, matrix)[0])
+    for multiply in (triton.linear_small, triton.linear):
+        assert torch.equal(multiply(other, matrix)[0], multiply(x, matrix)[0])
+
+
+@pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q8_0, PackedKind.Q3_K], ids=lambda kind: kind.name)
+def test_bits_of_a_row_for_any_number_of_rows(
+    kind: PackedKind, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in batches, and with the stretches of K made side by side or by one program.
+
+    Under the interpreter x is whole numbers: products with codes are then exact, and all that rounds is what the kernel
+    does itself, in its order. A bias takes off a row's rounded result, so that what float16 hides shows as well.
+    """
+    monkeypatch.setattr(triton_exact, "LEAST_STEPS", 1)
+    columns, place = 512, 3
+    matrix = packed(kind, 33, columns, device)
+    x = activations(70, columns, torch.float16, device)
+    if device.type == "cpu":
+        x = torch.randint(-4, 5, x.shape, generator=torch.Generator().manual_seed(1)).half()
+    alone = x[place : place + 1]
+    bias = -linear(alone, matrix, invariant=True)[0]
+    wanted = linear(alone, matrix, bias, invariant=True)[0]
+    assert int((wanted != 0).sum()) > 20
+    for few, counts in ((64, (5, 17, 70)), (0, (1, 70))):  # 0: by one program
+        monkeypatch.setattr(triton_exact, "FEW", few)
+        monkeypatch.setattr(triton_exact, "ENOUGH", 10**9 if few else 0)
+        for count in counts:
+            some, at = (alone, 0) if count == 1 else (x[:count], place)
+            assert torch.equal(linear(some, matrix, bias, invariant=True)[at], wanted)
+
+
+@pytest.mark.parametrize("kind", [PackedKind.Q4_K, PackedKind.Q6_K, PackedKind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (1024, 3072)])
+def test_bits_at_the_size_of_models(kind: PackedKind, rows: int, columns: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("takes a GPU")
+    matrix = pack(random_bytes(kind, rows, columns), GgmlType[kind.name], rows, columns, device)
+    x = activations(2048, columns, torch.bfloat16, device)
+    whole = linear(x, matrix, invariant=True)
+    assert ratio(whole, reference.linear(x, matrix)) < TOLERANCE
+    for count in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 700):
+        assert torch.equal(linear(x[-count:], matrix, invariant=True), whole[-count:])
+
+
+def test_matrices_write_side_by_side(device: torch.device) -> None:
+    kinds, sizes = (PackedKind.Q4_K, PackedKind.Q6_K), (9, 20)
+    for tokens, invariant in ((3, False), (65, False), (66, True)):
+        x = activations(tokens, 256, torch.bfloat16, device)
+        whole = torch.full((tokens + 2, 35), torch.nan, dtype=torch.bfloat16, device=device)
+        start = 0
+        for kind, size in zip(kinds, sizes, strict=True):
+            matrix, part = packed(kind, size, 256, device), whole[1:-1, start : start + size]
+            assert linear(x, matrix, out=part, invariant=invariant) is part
+            assert ratio(part, reference.linear(x, matrix)) < TOLERANCE
+            start += size
+        assert whole[0].isnan().all()
+        assert whole[-1].isnan().all()
+        assert whole[:, start:].isnan().all()
 
 
 @each_kind

@@ -75,6 +75,7 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
         "dtype": settings.dtype,
         "enforce_eager": settings.enforce_eager,
         "attention_backend": settings.attention_backend,
+        "kv_cache_dtype": settings.kv_cache_dtype,
         "cuda_graphs": settings.cuda_graphs,
         "deterministic": settings.deterministic,
         "max_model_len": settings.max_model_len,

@@ -80,6 +80,7 @@ _REUSING = ("serve", "chat")  # those with requests that begin alike
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 _ATTENTION = Choice(("auto", "triton", "torch_flash", "flash_attn", "torch"), {"flash-attn": "flash_attn"})
+_KV_DTYPES = Choice(("auto", "fp8"), {"fp8_e4m3": "fp8"})
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 
 OPTIONS: tuple[Option, ...] = (
@@ -119,6 +120,9 @@ OPTIONS: tuple[Option, ...] = (
             in_yaml=True),
     Option("attention_backend", DEVICE, ("--attention-backend",), _ATTENTION,
            "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch", "NAME", in_yaml=True),
+    Option("kv_cache_dtype", DEVICE, ("--kv-cache-dtype", "--kvcache-dtype"), _KV_DTYPES,
+           "type of keys and values: auto (that of activations), or fp8 on a GPU; --fp8-kvcache is fp8", "TYPE",
+           constants={"--fp8-kvcache": "fp8"}, in_yaml=True),
     _switch("cuda_graphs", DEVICE, "capture decoding steps as CUDA graphs (on unless disabled)",
             off=("--disable-cuda-graph", "--no-cuda-graphs"), in_yaml=True),
     _switch("deterministic", DEVICE, "on a GPU, make seeded answers independent of what else is in the batch",
@@ -136,8 +140,8 @@ OPTIONS: tuple[Option, ...] = (
            in_yaml=True),
     Option("max_model_len", LIMITS, ("--max-model-len",), _TOKENS, "longest prompt plus answer, in tokens", "N",
            in_yaml=True),
-    Option("max_num_seqs", LIMITS, ("--max-num-seqs",), Integer(1, 4096), "most sequences in one step", "N",
-           in_yaml=True, commands=_SERVE),
+    Option("max_num_seqs", LIMITS, ("--max-num-seqs",), Integer(1, 4096),
+           "most sequences in one step: 64 on the CPU, 256 on a GPU", "N", in_yaml=True, commands=_SERVE),
     Option("prefill_chunk_size", LIMITS, ("--prefill-chunk-size", "--max-num-batched-tokens"), Integer(1, 1 << 20),
            "most tokens in one step, prompts included", "N", in_yaml=True),
     _switch("enable_prefix_caching", LIMITS, "reuse the KV blocks of equal prompt beginnings (on unless disabled)",

@@ -42,6 +42,7 @@ class Settings:
     dtype: str | None = None
     enforce_eager: bool = False
     attention_backend: str | None = None
+    kv_cache_dtype: str | None = None
     cuda_graphs: bool | None = None
     deterministic: bool = False
     mem: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import torch
@@ -13,12 +14,22 @@ from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, M
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.model import LoadedModel
-from candle_vllm.core.memory import CachePlan, available_memory, physical_cores, plan_cache
+from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
 from candle_vllm.core.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
-_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a kind of device has where nothing is set."""
+
+    tokens: int
+    sequences: int
+    share: float
+
+
+DEFAULTS = {"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(8192, 256, 0.9)}
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
@@ -28,37 +39,55 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
         ConfigError: settings that cannot work together, or not with this model and memory.
     """
     placement = loaded.placement
-    budget = config.max_num_batched_tokens or max(_BATCHED_TOKENS[placement.device.type], config.max_num_seqs)
-    if budget < config.max_num_seqs:
+    defaults = DEFAULTS[placement.device.type]
+    sequences = config.max_num_seqs or defaults.sequences
+    budget = config.max_num_batched_tokens or max(defaults.tokens, sequences)
+    if budget < sequences:
         raise ConfigError(
-            f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}, so not every sequence could "
-            f"take a step: set --prefill-chunk-size {config.max_num_seqs} or --max-num-seqs {budget}",
+            f"max_num_batched_tokens {budget} is below max_num_seqs {sequences}, so not every sequence could take a "
+            f"step: set --prefill-chunk-size {sequences} or --max-num-seqs {budget}",
             "max_num_batched_tokens",
         )
-    dtype_bytes = 2 if placement.recorded else placement.dtype.itemsize  # the compiled kernels keep bfloat16
-    plan = plan_cache(config, loaded.config, dtype_bytes, available_memory())
-    logger.info(plan.message)
+    if placement.device.type == "cuda" and not config.enforce_eager:
+        from candle_vllm.core.engine.device_build import build_on_gpu
+
+        runner, plan = build_on_gpu(config, loaded, budget, sequences, defaults.share)
+    else:
+        runner, plan = _build_on_host(config, loaded, budget, sequences, defaults.share)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-    scheduler = Scheduler(blocks, config.max_num_seqs, budget)
-    loaded.decoder.prepare(plan.max_model_len)
-    Sampler.prepare(placement.device)
-    runner = _build_runner(config, loaded, plan, budget)
+    reproducible = config.deterministic and placement.device.type == "cuda"
+    scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible)
     return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
 
 
-def _build_runner(config: EngineConfig, loaded: LoadedModel, plan: CachePlan, budget: int) -> ModelRunner:
+def _build_on_host(
+    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
+) -> tuple[ModelRunner, CachePlan]:
+    """On the CPU; with `enforce_eager` on a GPU too."""
     placement = loaded.placement
+    if config.kv_cache_dtype != "auto":
+        where = "with --enforce-eager" if config.enforce_eager else "on the CPU"
+        raise ConfigError(
+            f"kv_cache_dtype {config.kv_cache_dtype!r} is not there {where}: leave it out", "kv_cache_dtype"
+        )
+    dtype_bytes = 2 if placement.recorded else placement.dtype.itemsize  # the compiled kernels keep bfloat16
+    free = available_memory() if placement.device.type == "cpu" else torch.cuda.mem_get_info(placement.device)[0]
+    plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(free, share))
+    logger.info(plan.message)
+    loaded.decoder.prepare(plan.max_model_len)
+    Sampler.prepare(placement.device)
     if not placement.recorded:
-        return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
+        eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
+        return eager, plan
     from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
 
     torch.set_num_threads(1)  # torch's own pool would take the cores from the kernels' threads
     limits = StepLimits(
         tokens=budget,
-        sequences=config.max_num_seqs,
-        logit_rows=max(config.max_num_seqs, MAX_SCORED_ROWS),
+        sequences=sequences,
+        logit_rows=max(sequences, MAX_SCORED_ROWS),
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         threads=config.threads or physical_cores(),
     )
-    return RecordedRunner(loaded.decoder, plan.num_blocks, limits)
+    return RecordedRunner(loaded.decoder, plan.num_blocks, limits), plan

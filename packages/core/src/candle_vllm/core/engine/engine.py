@@ -6,6 +6,7 @@ belongs to the thread that runs the steps.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import time
@@ -18,7 +19,7 @@ import torch
 
 from candle_vllm.core.engine.batch import Batch, build_batch
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Launched, ModelRunner
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
@@ -28,6 +29,15 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and is not settled."""
+
+    scheduled: Seq[ScheduledSequence]
+    batch: Batch
+    launched: Launched
 
 
 class Engine:
@@ -59,6 +69,7 @@ class Engine:
         self.vocab_size = runner.decoder.config.vocab_size
         self.sampler = Sampler()
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
+        self._flight: _Flight | None = None
         self._live: dict[Sequence, LiveSequence] = {}
         self._requests: dict[str, list[LiveSequence]] = {}
         self._arrivals = 0
@@ -67,8 +78,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while any sequence is unfinished."""
-        return bool(self._live)
+        """True while any sequence is unfinished, or a step is under way."""
+        return bool(self._live) or self._flight is not None
 
     def prepare(self, request: GenerationRequest) -> list[LiveSequence]:
         """Checks a request and makes its sequences. Thread-safe.
@@ -114,21 +125,19 @@ class Engine:
         return pieces
 
     def step(self) -> list[TokenOutput]:
-        """Runs one step; one piece for every sequence that got a token or ended."""
-        scheduled = self.scheduler.schedule()
-        if not scheduled:
-            return []
-        now = time.monotonic()
-        for item in scheduled:
-            self._live[item.sequence].scheduled(now)
-        try:
-            batch = build_batch(scheduled, self.scheduler.blocks.block_size)
-            sampled = self._sample(batch, self.runner.run(batch))
-        except Exception as error:
-            logger.exception("a step of %d sequences failed", len(scheduled))
-            return [self._fail(item.sequence, error) for item in scheduled]
-        failed = self._score_prompts(scheduled, batch)
-        return failed + self._settle(scheduled, batch, sampled)
+        """Runs one step; one piece for every sequence that got a token or ended.
+
+        Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
+        """
+        pieces: list[TokenOutput] = []
+        if self._flight is not None and any(live.state.reads_tokens for live in self._live.values()):
+            pieces += self._land()
+        flight = self._launch(pieces)
+        pieces += self._land()
+        self._flight = flight
+        if not self.runner.overlaps:
+            pieces += self._land()
+        return pieces
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
@@ -147,10 +156,46 @@ class Engine:
             steps=self._counts["steps"],
         )
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken]:
-        if not batch.samples:
+    def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
+        """Schedules and starts a step. Pieces of what failed are added."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return None
+        now = time.monotonic()
+        for item in scheduled:
+            self._live[item.sequence].scheduled(now)
+        before = self._flight.batch.samples if self._flight is not None else ()
+        drawn = {item.sequence: place for place, item in enumerate(before)}
+        try:
+            batch = build_batch(scheduled, self.scheduler.blocks.block_size, drawn)
+            states = [self._live[item.sequence].state for item in batch.samples]
+            launched = self.runner.launch(batch, states)
+        except torch.AcceleratorError:  # nothing that is on the device can be trusted
+            raise
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(scheduled))
+            pieces += [self._fail(item.sequence, error) for item in scheduled]
+            return None
+        for item in scheduled:
+            self.scheduler.launched(item)
+        for state in states:
+            state.num_ahead += 1
+        pieces += self._score_prompts(scheduled, batch)
+        return _Flight(scheduled, batch, launched)
+
+    def _land(self) -> list[TokenOutput]:
+        """Waits for the step that was launched last, if any, and settles it."""
+        flight, self._flight = self._flight, None
+        if flight is None:
             return []
-        return self.sampler.sample(logits, [self._live[item.sequence].state for item in batch.samples])
+        try:
+            sampled = flight.launched.tokens()
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            logger.exception("a step of %d sequences failed", len(flight.scheduled))
+            return [self._fail(item.sequence, error) for item in flight.scheduled if item.sequence in self._live]
+        return self._settle(flight.scheduled, flight.batch, sampled)
 
     def _settle(self, scheduled: Seq[ScheduledSequence], batch: Batch, sampled: Seq[SampledToken]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
@@ -159,7 +204,7 @@ class Engine:
             self.scheduler.settle(item)
         pieces = []
         for item, token in zip(batch.samples, sampled, strict=True):
-            if item.sequence in self._live:  # its prompt's scores may have failed
+            if item.sequence in self._live:  # it may have ended since it was launched
                 pieces.append(self._advance(item.sequence, token))
         return pieces
 
@@ -202,7 +247,7 @@ class Engine:
         failed = []
         for item, offset in zip(scheduled, batch.query_start.tolist()):
             top = item.sequence.request.params.prompt_logprobs
-            if top is None or item.sequence.index:
+            if top is None or item.sequence.index or item.sequence not in self._live:
                 continue
             try:
                 self._score_prompt(item, offset, top)

@@ -44,6 +44,7 @@ class LiveSequence:
         max_length: int,
     ) -> None:
         params = sequence.request.params
+        sequence.max_length = max_length
         self.sequence = sequence
         self.state = state
         self.tokenizer = tokenizer
@@ -75,7 +76,7 @@ class LiveSequence:
     @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
-        return self.sequence.num_tokens - self.sequence.num_prompt_tokens
+        return len(self.sequence.tokens) - self.sequence.num_prompt_tokens
 
     def accept(self, sampled: SampledToken) -> TokenOutput:
         """Appends a sampled token; the piece has a finish reason when it was the last."""
@@ -83,7 +84,7 @@ class LiveSequence:
             return self.end(FinishReason.ERROR, sampled.error, "request" if sampled.by_request else "engine")
         token, params = sampled.token_id, self.request.params
         first = self.num_output_tokens == 0
-        self.sequence.tokens.append(token)
+        self.sequence.append(token)
         self.state.append(token)
         self.first_token_time = self.first_token_time or time.monotonic()
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
@@ -115,7 +116,7 @@ class LiveSequence:
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped_by is not None:
             return FinishReason.STOP, self.detokenizer.stopped_by, text
-        if self.sequence.num_tokens >= self.max_length:
+        if len(self.sequence.tokens) >= self.max_length:
             text += self.detokenizer.finish()
             if self.detokenizer.stopped_by is not None:
                 return FinishReason.STOP, self.detokenizer.stopped_by, text

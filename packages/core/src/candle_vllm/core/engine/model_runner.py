@@ -1,7 +1,10 @@
-"""Step 6: the model and its KV cache. A batch goes in, logits come out for the rows that are asked for."""
+"""Steps 6 and 7: the model with its KV cache, and the draw. A batch goes in, tokens come out."""
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,17 +13,31 @@ from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.registry import Decoder
+from candle_vllm.core.sampling.sampler import SampledToken, Sampler
+from candle_vllm.core.sampling.state import SamplingState
+
+
+class Launched(Protocol):
+    """A step that was launched and may still be running."""
+
+    def tokens(self) -> list[SampledToken]:
+        """What it drew, one entry per item of `Batch.samples`; waits for it. Called once."""
+        ...
 
 
 class ModelRunner(Protocol):
-    """Runs a decoder over a paged cache, one step at a time."""
+    """Runs a decoder over a paged cache and draws tokens, one step at a time."""
 
     decoder: Decoder
+    overlaps: bool
+    """Whether a step may be launched before the tokens of the one before are taken."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(sample_rows), V] in fp32.
+    def launch(self, batch: Batch, states: Sequence[SamplingState]) -> Launched:
+        """Starts a step: its keys and values will be in the cache when it is over.
 
-        The logits are valid until the next call, and may be overwritten by the caller.
+        Args:
+            batch: the step.
+            states: how the next tokens of `batch.samples` are drawn; as they are before the draw.
         """
         ...
 
@@ -36,7 +53,47 @@ class ModelRunner(Protocol):
 MAX_SCORED_ROWS = 64
 
 
-class EagerRunner:
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A step that was over when `launch` returned."""
+
+    sampled: list[SampledToken]
+
+    def tokens(self) -> list[SampledToken]:
+        """See `Launched`."""
+        return self.sampled
+
+
+class StepwiseRunner(ABC):
+    """A `ModelRunner` that has finished a step when `launch` returns; the sampler gets its logits."""
+
+    overlaps = False
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._sampler = Sampler()
+
+    def launch(self, batch: Batch, states: Sequence[SamplingState]) -> Drawn:
+        """See `ModelRunner`."""
+        logits = self.run(batch)
+        return Drawn(self._sampler.sample(logits, states) if states else [])
+
+    @abstractmethod
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(sample_rows), V] in fp32.
+
+        The logits are valid until the next call, and may be overwritten by the caller.
+        """
+
+    @abstractmethod
+    def score(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """See `ModelRunner`."""
+
+
+class EagerRunner(StepwiseRunner):
     """Runs the layers one operation after the other, in torch.
 
     Args:
@@ -50,7 +107,7 @@ class EagerRunner:
     ) -> None:
         config = decoder.config
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.decoder = decoder
+        super().__init__(decoder)
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
         self.key_caches = tuple(torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers))
@@ -59,7 +116,7 @@ class EagerRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """See `ModelRunner`."""
+        """See `StepwiseRunner`."""
         token_ids, positions, slots, tables = (
             torch.from_numpy(array).to(self.device)
             for array in (batch.token_ids, batch.positions, batch.slots, batch.block_tables)
@@ -73,6 +130,3 @@ class EagerRunner:
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
         return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
-
-    def close(self) -> None:
-        """Nothing runs beside the caller's thread."""

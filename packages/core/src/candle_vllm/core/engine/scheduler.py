@@ -8,6 +8,14 @@ then waiting ones in order of priority and arrival, each with as much of its pro
   sequences of one request, or a burst with a common beginning, compute it once.
 - When a decoding sequence needs a block and none is free, the last in order (lowest priority, youngest) is preempted:
   its blocks are released and it is recomputed later, with the tokens that it already has.
+
+Where steps overlap, a step is scheduled while the one before still runs: `launched` books what a step will have done,
+`settle` publishes it once it is known. A token that is not known yet counts as one to be run; its sequence is not
+admitted anew before it is known.
+
+With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
+free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
+kernels than a prompt is.
 """
 
 from __future__ import annotations
@@ -23,16 +31,34 @@ from candle_vllm.core.engine.sequence import Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Run `count` tokens of `sequence` from position `start` on."""
+    """Run `count` tokens of `sequence` from position `start` on.
+
+    Attributes:
+        samples: the step computes the sequence's last token, so that the next one can be sampled.
+        admission: the sequence's `num_admissions` when it was scheduled.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    samples: bool
+    admission: int
+
+    @classmethod
+    def next(cls, sequence: Sequence, count: int) -> ScheduledSequence:
+        """The next `count` tokens of a sequence."""
+        start = sequence.num_computed_tokens
+        return cls(sequence, start, count, start + count == sequence.num_tokens, sequence.num_admissions)
 
     @property
-    def samples(self) -> bool:
-        """True when the step computes the last known token, so that the next one can be sampled."""
-        return self.start + self.count == self.sequence.num_tokens
+    def decodes(self) -> bool:
+        """One token that was generated, as against tokens of a prompt."""
+        return self.count == 1 and self.start >= self.sequence.num_prompt_tokens
+
+    @property
+    def is_current(self) -> bool:
+        """The sequence has held its blocks ever since."""
+        return self.sequence.num_admissions == self.admission and bool(self.sequence.block_table)
 
 
 class Scheduler:
@@ -42,13 +68,17 @@ class Scheduler:
         blocks: the cache's block manager.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
+        reproducible: see above.
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, *, reproducible: bool = False
+    ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.reproducible = reproducible
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -72,26 +102,34 @@ class Scheduler:
         for sequence in self.running:
             if budget and sequence.num_uncomputed_tokens > 1:
                 count = min(sequence.num_uncomputed_tokens, budget)
-                scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, count))
+                scheduled.append(ScheduledSequence.next(sequence, count))
                 budget -= count
         for sequence in self._admit(budget):
             count = min(sequence.num_uncomputed_tokens, budget)
-            scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, count))
+            scheduled.append(ScheduledSequence.next(sequence, count))
             budget -= count
             if not budget:
                 break
-        return scheduled
+        return sorted(scheduled, key=lambda item: not item.decodes)
+
+    def launched(self, item: ScheduledSequence) -> None:
+        """Books a step that was launched: what is scheduled next comes behind it."""
+        item.sequence.num_computed_tokens = item.start + item.count
+        item.sequence.num_ahead += item.samples
 
     def settle(self, item: ScheduledSequence) -> None:
-        """Books a step that has run: its positions are in the cache, and full blocks are published."""
+        """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
         sequence, size = item.sequence, self.blocks.block_size
-        sequence.num_computed_tokens = item.start + item.count
-        first, last = item.start // size, sequence.num_computed_tokens // size
+        if not item.is_current:
+            return
+        first, last = item.start // size, (item.start + item.count) // size
         if last > first:
             hashes = sequence.hashes(size)
             for position in range(first, last):
-                self.blocks.publish(sequence.block_table[position], hashes[position])
+                if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
+                    self.blocks.publish(sequence.block_table[position], hashes[position])
                 self._computed(hashes[position])
+        sequence.num_settled_tokens = item.start + item.count
 
     def _schedule_decodes(self) -> list[ScheduledSequence]:
         """One token for every running sequence that has only one to run, preempting from the end where blocks lack."""
@@ -99,11 +137,11 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
-            if sequence.num_uncomputed_tokens == 1:
+            if sequence.num_uncomputed_tokens == 1 and sequence.num_tokens < sequence.max_length:
                 if not self._grow(sequence):
                     self._preempt(self.running[-1])
                     continue
-                scheduled.append(ScheduledSequence(sequence, sequence.num_computed_tokens, 1))
+                scheduled.append(ScheduledSequence.next(sequence, 1))
             position += 1
         return scheduled
 
@@ -121,18 +159,31 @@ class Scheduler:
         deferred = 0
         while budget and len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[deferred]
+            if sequence.num_ahead:  # preempted before its last token was known
+                deferred += 1
+                continue
             hashes = self._shareable(sequence)
             shared = self.blocks.lookup(hashes)
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
                 deferred += 1
                 continue
             fresh = self.blocks.blocks_for(sequence.num_tokens) - len(shared)
-            reserve = len(self.running)  # each running sequence may soon need a block
+            reserve = self._reserve(sequence)
             if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
                 return
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
             yield sequence
+
+    def _reserve(self, sequence: Sequence) -> int:
+        """Blocks that must stay free when a sequence is admitted."""
+        if not self.reproducible:
+            return len(self.running)  # each running sequence may soon need a block
+        later = self._blocks_to_come(sequence) - self.blocks.blocks_for(sequence.num_tokens)
+        return later + sum(self._blocks_to_come(other) - len(other.block_table) for other in self.running)
+
+    def _blocks_to_come(self, sequence: Sequence) -> int:
+        return self.blocks.blocks_for(min(sequence.max_length, self.blocks.num_blocks * self.blocks.block_size))
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the blocks that could come from the cache; the last token is always computed."""
@@ -149,7 +200,8 @@ class Scheduler:
         taken = self.blocks.allocate(fresh)
         assert taken is not None
         sequence.block_table = shared + taken
-        sequence.num_computed_tokens = len(shared) * self.blocks.block_size
+        sequence.num_admissions += 1
+        sequence.num_computed_tokens = sequence.num_settled_tokens = len(shared) * self.blocks.block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         _insert(self.running, sequence)
@@ -168,12 +220,12 @@ class Scheduler:
             self._computed(digest)
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_settled_tokens = 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the sequence's full blocks that are not in the cache yet."""
         size = self.blocks.block_size
-        return sequence.hashes(size)[sequence.num_computed_tokens // size :]
+        return sequence.hashes(size)[sequence.num_settled_tokens // size :]
 
     def _computed(self, digest: bytes) -> None:
         if self._computing[digest] > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest
 
+NO_LIMIT = 1 << 62
+
 
 class Sequence:
     """One of the `n` sequences of a request.
@@ -13,9 +15,13 @@ class Sequence:
         request: what was asked for.
         index: which of the request's `n` sequences.
         order: number of arrival, unique; breaks ties of priority.
-        tokens: prompt and output so far.
+        tokens: prompt and output so far, as far as known.
         num_prompt_tokens: how many of `tokens` are the prompt.
-        num_computed_tokens: tokens whose keys and values are in the cache.
+        num_ahead: tokens behind `tokens` that launched steps will draw; more than 0 only where steps overlap.
+        num_computed_tokens: tokens whose keys and values are in the cache, or will be when what was launched has run.
+        num_settled_tokens: tokens that are in the cache for certain, because their step is over.
+        max_length: total length at which the sequence ends in any case.
+        num_admissions: how often it began to run; tells its present blocks from those before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
     """
@@ -26,7 +32,11 @@ class Sequence:
         self.order = order
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
+        self.num_ahead = 0
         self.num_computed_tokens = 0
+        self.num_settled_tokens = 0
+        self.max_length = NO_LIMIT
+        self.num_admissions = 0
         self.num_cached_tokens: int | None = None
         self.block_table: list[int] = []
         self._hashes: list[bytes] = []
@@ -38,15 +48,20 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far."""
-        return len(self.tokens)
+        """Prompt and output so far, with what has been launched."""
+        return len(self.tokens) + self.num_ahead
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that the next steps must still run; 1 while decoding."""
-        return len(self.tokens) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    def append(self, token_id: int) -> None:
+        """Takes the token that was drawn next."""
+        self.tokens.append(token_id)
+        self.num_ahead = max(0, self.num_ahead - 1)
 
     def hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of all full blocks of `tokens`, kept as the sequence grows."""
+        """Hashes of all full blocks of the known tokens, kept as the sequence grows."""
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes)
         return self._hashes

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.model_runner import StepwiseRunner
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
@@ -22,7 +23,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.registry import Decoder
 
 
-class RecordedRunner:
+class RecordedRunner(StepwiseRunner):
     """Replays a decoder on the CPU; see `ModelRunner`.
 
     Args:
@@ -39,7 +40,7 @@ class RecordedRunner:
             aligned(math.prod(whole), np.int16).reshape(whole).swapaxes(0, 1)
             for whole in (key_cache_shape(*shape), value_cache_shape(*shape))
         )
-        self.decoder = decoder
+        super().__init__(decoder)
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing = torch.empty(0)
         step = StepInput(nothing, nothing, AttentionRows((), (), nothing), tuple(keys), tuple(values))
@@ -55,7 +56,7 @@ class RecordedRunner:
         self._team = ThreadTeam(limits.threads)
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """See `ModelRunner`."""
+        """See `StepwiseRunner`."""
         arrays, count, sequences = self._recorder.arrays, len(batch.token_ids), len(batch.context_lens)
         arrays.token_ids[:count] = batch.token_ids
         arrays.positions[:count] = batch.positions

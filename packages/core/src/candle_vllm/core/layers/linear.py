@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.layers.parameters import MatrixPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.product import Product
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.layers.parameters import Weight
 
 
 class Linear:
@@ -39,24 +40,30 @@ class Linear:
         self._placement = placement
         device, dtype = placement.device, placement.dtype
         self.matrices: dict[str, Matrix] = {}
-        self.weight = None if placement.recorded else torch.empty(end, in_features, device=device, dtype=dtype)
+        self.weights: dict[str, Weight] = {}  # parts on a GPU, until `_product` has joined them
+        self.weight = torch.empty(end, in_features, device=device, dtype=dtype) if placement.stacked else None
         self.bias = torch.empty(end, device=device, dtype=dtype) if bias else None
+        self._product: Product | None = None
 
     def __call__(self, x: Value) -> Value:
         if isinstance(x, Recorded):
             return x.linear([self.matrices[name] for name in self._rows], self.bias)
-        assert self.weight is not None
-        return linear(x, self.weight, self.bias)
+        if self._product is None:
+            weights = [self.weight] if self.weight is not None else [self.weights.pop(name) for name in self._rows]
+            self._product = Product(weights, self.bias, invariant=self._placement.invariant)
+        return self._product(x)
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
         found: dict[str, Part] = {}
         for prefix, rows in self._rows.items():
+            shape = (rows.stop - rows.start, self.in_features)
             if self.weight is not None:
                 found[prefix + "weight"] = TensorPart(self.weight[rows])
-            else:
-                shape = (rows.stop - rows.start, self.in_features)
+            elif self._placement.recorded:
                 found[prefix + "weight"] = MatrixPart(self.matrices, prefix, shape, self._placement)
+            else:
+                found[prefix + "weight"] = DevicePart(self.weights, prefix, shape, self._placement)
             if self.bias is not None:
                 found[prefix + "bias"] = TensorPart(self.bias[rows])
         return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.rms_norm import rms_norm
+from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
 from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 
 
@@ -20,6 +20,12 @@ class RMSNorm:
 
     def __call__(self, x: Value) -> Value:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Value, residual: Value | None) -> tuple[Value, Value]:
+        """(norm of residual + x, residual + x): a layer's input, and what its output is added to; None is nothing."""
+        if residual is None:
+            return self(x), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +15,13 @@ from candle_vllm.core.loading.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+    from candle_vllm.core.kernels.gguf_linear import GgufMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
     from candle_vllm.core.kernels.recorded import Matrix
+
+    Weight: TypeAlias = torch.Tensor | GgufMatrix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +34,27 @@ class Placement:
         weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
             the layers run op by op in torch.
         plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
+        keeps_quantised: quantised matrices stay as they are stored, in the layouts of the GPU's kernels, and each part
+            of a layer is held by itself until the layer first runs.
+        invariant: a token's numbers do not depend on what else is in the step, at some cost.
     """
 
     device: torch.device
     dtype: torch.dtype
     weight_memory: WeightMemory | None = None
     plain_kind: PlainKind | None = None
+    keeps_quantised: bool = False
+    invariant: bool = False
 
     @property
     def recorded(self) -> bool:
         """Matrices keep their types, and steps are recorded."""
         return self.weight_memory is not None
+
+    @property
+    def stacked(self) -> bool:
+        """A layer's matrices are parts of one tensor of `dtype` from the start."""
+        return not (self.recorded or self.keeps_quantised)
 
 
 class Part(Protocol):
@@ -74,8 +90,8 @@ class TensorPart:
         return tuple(self._tensor.shape)
 
     def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
-        """Decodes the tensor and copies it."""
-        values = stored.load(torch.float32)
+        """Decodes the tensor and copies it; what goes to a GPU is converted there."""
+        values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
         self._tensor.copy_(values[_row_order(stored, interleaved_heads)] if interleaved_heads else values)
 
 
@@ -113,6 +129,46 @@ class MatrixPart:
         from gguf import GGMLQuantizationType
 
         return packed_linear.pack(raw, GGMLQuantizationType[stored.type_name], *self.shape, memory)
+
+
+class DevicePart:
+    """A matrix [N, K] of a layer on a GPU: quantised as it is stored, or a plain tensor; put under `name`.
+
+    Args:
+        matrices, name: where the matrix goes.
+        shape: [N, K].
+        placement: of a model that keeps quantised matrices.
+    """
+
+    def __init__(self, matrices: dict[str, Weight], name: str, shape: tuple[int, int], placement: Placement) -> None:
+        self._matrices = matrices
+        self._name = name
+        self._placement = placement
+        self.shape = shape
+
+    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+        """Brings the tensor to the device; a quantised one that no kernel multiplies is decoded, which is logged."""
+        order = None if interleaved_heads is None else _row_order(stored, interleaved_heads)
+        if stored.dtype is None and (packed := self._packed(stored, order)) is not None:
+            self._matrices[self._name] = packed
+            return
+        values = stored.load(self._placement.dtype)
+        self._matrices[self._name] = (values if order is None else values[order]).to(self._placement.device)
+
+    def _packed(self, stored: StoredTensor, order: np.ndarray | None) -> GgufMatrix | None:
+        from gguf import GGMLQuantizationType
+
+        from candle_vllm.core.kernels import gguf_linear
+
+        raw = stored.raw() if order is None else stored.raw()[order]
+        kind = GGMLQuantizationType[stored.type_name]
+        try:
+            return gguf_linear.pack(raw, kind, *self.shape, self._placement.device)
+        except UnsupportedModelError as error:
+            logger.warning(
+                "%s: tensor %s is decoded, which takes more memory: %s", stored.file.path, stored.name, error
+            )
+            return None
 
 
 def _row_order(stored: StoredTensor, heads: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.rotary import rotary
+from candle_vllm.core.kernels.rotary import rotary_pair
 from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 from candle_vllm.core.loading.config import RopeConfig
 from candle_vllm.core.loading.tensors import StoredTensor
@@ -61,8 +61,9 @@ class Rotary:
         cos = angles.cos().mul_(self._scale).to(self.device)
         return cos, angles.sin_().mul_(self._scale).to(self.device)
 
-    def __call__(self, x: Value, positions: torch.Tensor) -> Value:
-        return rotary(x, positions, *self.tables)
+    def __call__(self, q: Value, k: Value, positions: torch.Tensor) -> tuple[Value, Value]:
+        """Both rotated: q [T, H, D], k [T, K, D]."""
+        return rotary_pair(q, k, positions, *self.tables)
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""

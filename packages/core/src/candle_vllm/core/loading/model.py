@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import fitting
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelLoadError
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
+from candle_vllm.core.loading.dummy import open_dummy
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.placement import choose_placement, computing_dtype
 from candle_vllm.core.loading.safetensors import open_safetensors
@@ -101,11 +103,12 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         token=config.hf_token,
         cache_dir=config.download_dir,
         offline=config.offline,
+        load_format=config.load_format,
     )
     started = time.perf_counter()
     described = _config_file(files)
     with _naming(described):
-        checkpoint, metadata = _open(files)
+        checkpoint, metadata = _open(files, device)
     with checkpoint:
         with _naming(described):
             family, model_config, heads = _describe(files, checkpoint, metadata)
@@ -120,8 +123,11 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         with _naming(described, checkpoint.path):
             _check_weights(family, model_config, checkpoint)
             placement = choose_placement(config, device, checkpoint, model_config)
-            decoder = family.build(model_config, placement, checkpoint)
-            _fill(decoder, family, model_config, checkpoint, heads, progress)
+            with fitting(
+                device, f"the weights of {files.name}", sum(each.nbytes for each in checkpoint.tensors.values())
+            ):
+                decoder = family.build(model_config, placement, checkpoint)
+                _fill(decoder, family, model_config, checkpoint, heads, progress)
         loaded = LoadedModel(
             name=files.name,
             decoder=decoder,
@@ -157,10 +163,13 @@ def _naming(source: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def _open(files: ModelFiles) -> tuple[Checkpoint, Mapping[str, Any]]:
+def _open(files: ModelFiles, device: torch.device) -> tuple[Checkpoint, Mapping[str, Any]]:
     if files.format == "gguf":
         gguf = open_gguf(files.weights[0])
         return gguf, gguf.metadata
+    if files.format == "dummy":
+        assert files.config is not None
+        return open_dummy(files.config, device), {}
     return open_safetensors(files.folder), {}
 
 

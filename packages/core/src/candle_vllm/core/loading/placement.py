@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
@@ -28,11 +30,23 @@ _AUTO = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def choose_placement(
     config: EngineConfig, device: torch.device, checkpoint: Checkpoint, model: ModelConfig
 ) -> Placement:
-    """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says."""
+    """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says.
+
+    Raises:
+        ConfigError: the dtype is not one that the GPU's kernels multiply these weights in.
+    """
     dtype = DTYPES.get(config.dtype)
-    in_torch = Placement(device, dtype or _AUTO[device.type])
-    if config.enforce_eager or device.type != "cpu":
+    in_torch = Placement(device, dtype or _AUTO[device.type], invariant=config.deterministic and device.type == "cuda")
+    if config.enforce_eager:
         return in_torch
+    if device.type == "cuda":
+        quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
+        if quantised and in_torch.dtype == torch.float32:
+            raise ConfigError(
+                "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
+                "dtype",
+            )
+        return dataclasses.replace(in_torch, keeps_quantised=quantised)
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
         return Placement(device, torch.float32, WeightMemory(), None if dtype is None else plain_kind(dtype))

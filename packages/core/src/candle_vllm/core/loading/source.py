@@ -15,7 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.config import LoadFormat
+from candle_vllm.core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
 
@@ -38,9 +39,9 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: what the model is served as unless told otherwise: its id, its folder's name or its file's stem.
         folder: where the files are.
-        weights: the weight files; all parts or shards, in order.
+        weights: the weight files; all parts or shards, in order. None of a dummy.
         format: of the weights.
-        config: `config.json`, where there is one; always for safetensors.
+        config: `config.json`, where there is one; always for safetensors and dummies.
         generation_config: `generation_config.json`, where there is one.
         tokenizer_folder: the folder, if it holds a tokenizer; None where the GGUF file has to have it.
     """
@@ -48,7 +49,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     folder: Path
     weights: tuple[Path, ...]
-    format: Literal["gguf", "safetensors"]
+    format: Literal["gguf", "safetensors", "dummy"]
     config: Path | None = None
     generation_config: Path | None = None
     tokenizer_folder: Path | None = None
@@ -62,6 +63,7 @@ def resolve(
     token: str | None = None,
     cache_dir: Path | None = None,
     offline: bool = False,
+    load_format: LoadFormat = "auto",
 ) -> ModelFiles:
     """Finds, and where need be downloads, the files of a model.
 
@@ -73,8 +75,10 @@ def resolve(
         token: access token for the hub; by default the one that `hf auth login` stored.
         cache_dir: where downloads are kept; by default the hub's own cache.
         offline: use what is in the cache and do not ask the hub.
+        load_format: "dummy" leaves the weights out: a folder or repository needs config.json and a tokenizer.
 
     Raises:
+        ConfigError: "dummy" with a GGUF file or with `weight_file`.
         ModelNotFoundError: there is no such model, or it cannot be fetched; the message says what to do.
         UnsupportedModelError: the weights are in a format that is not read, such as pickles.
         InvalidFileError: the index of a sharded checkpoint is damaged.
@@ -83,7 +87,16 @@ def resolve(
         raise ModelNotFoundError(
             "no model is given: pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
         )
+    dummy = load_format == "dummy"
+    if dummy and (weight_file is not None or model.endswith(".gguf")):
+        raise ConfigError(
+            f"load_format 'dummy' reads no weights, so {weight_file or model!r:.200} cannot be used with it: pass a "
+            "folder or a Hugging Face id with config.json and a tokenizer, or leave load_format out",
+            "load_format",
+        )
     path = _existing(model)
+    if path is not None and dummy:
+        return _without_weights(path, path.resolve().name)
     if path is not None:
         return _from_folder(path, path.resolve().name, weight_file) if path.is_dir() else _from_file(path, weight_file)
     if model.startswith(("/", "./", "../", "~")) or "\\" in model or model.endswith(".gguf"):
@@ -92,10 +105,11 @@ def resolve(
         raise ModelNotFoundError(
             f"{model!r:.200} is neither a file or folder here nor a Hugging Face id of the form organisation/name"
         )
-    folder = (
-        _cached(model, revision, cache_dir) if offline else _download(model, weight_file, revision, token, cache_dir)
-    )
-    return _from_folder(folder, model, weight_file, subfolders=True)
+    if offline:
+        folder = _cached(model, revision, cache_dir)
+    else:
+        folder = _download(model, weight_file, revision, token, cache_dir, weights=not dummy)
+    return _without_weights(folder, model) if dummy else _from_folder(folder, model, weight_file, subfolders=True)
 
 
 def _existing(model: str) -> Path | None:
@@ -130,6 +144,18 @@ def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders
         weights, format = tuple(folder / part for part in chosen), "gguf"
     else:
         weights, format = safetensors_files(folder), "safetensors"
+    return _files(folder, name, weights, format)
+
+
+def _without_weights(folder: Path, name: str) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} has no config.json, from which load_format 'dummy' makes the weights")
+    return _files(folder, name, (), "dummy")
+
+
+def _files(
+    folder: Path, name: str, weights: tuple[Path, ...], format: Literal["gguf", "safetensors", "dummy"]
+) -> ModelFiles:
     config, generation = folder / "config.json", folder / "generation_config.json"
     return ModelFiles(
         name=name,
@@ -212,7 +238,13 @@ def _pickle_error(where: str) -> UnsupportedModelError:
 
 
 def _download(
-    model: str, weight_file: str | None, revision: str | None, token: str | None, cache_dir: Path | None
+    model: str,
+    weight_file: str | None,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    *,
+    weights: bool = True,
 ) -> Path:
     import huggingface_hub  # takes half a second to import, and most models are files
     from huggingface_hub.errors import HTTPError
@@ -220,7 +252,10 @@ def _download(
     names = _listing(model, revision, token)
     if names is None:
         return _cached(model, revision, cache_dir)
-    wanted = _wanted(names, choose_weights(names, weight_file, f"{model} on the hub"))
+    if weights:
+        wanted = _wanted(names, choose_weights(names, weight_file, f"{model} on the hub"))
+    else:
+        wanted = _patterns(_companions(names))
     try:
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted
@@ -250,9 +285,8 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
 
 
 def _wanted(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
-    """What to fetch, as patterns: file names, with the signs that patterns use escaped."""
+    """What to fetch, as patterns: weights and what lies beside them."""
     top = [name for name in names if "/" not in name]
-    companions = [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)]
     if gguf_parts:
         weights = list(gguf_parts)
     elif SINGLE_FILE in top:
@@ -261,7 +295,18 @@ def _wanted(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
         weights = [name for name in top if fnmatch.fnmatchcase(name, "model*.safetensors")]
     else:
         weights = [name for name in top if name.endswith(".safetensors")]
-    return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in companions + weights]
+    return _patterns(_companions(names) + weights)
+
+
+def _companions(names: Sequence[str]) -> list[str]:
+    """What is fetched beside the weights."""
+    top = [name for name in names if "/" not in name]
+    return [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)]
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Patterns that match these names alone."""
+    return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
 def _hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:

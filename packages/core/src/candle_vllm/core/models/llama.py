@@ -7,6 +7,8 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 
 from __future__ import annotations
 
+import torch
+
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
@@ -130,7 +132,7 @@ class Attention:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary(q, step.positions), self.rotary(k, step.positions)  # [T, H, D], [T, K, D]
+        q, k = self.rotary(q, k, step.positions)  # [T, H, D], [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -138,7 +140,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer: x [T, E] -> [T, E]."""
+    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
 
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
@@ -146,9 +148,10 @@ class Block:
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
 
-    def __call__(self, x: Value, step: StepInput) -> Value:
-        x = x + self.attention(self.attention_norm(x), step)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        normed, residual = self.attention_norm.add(x, residual)
+        normed, residual = self.mlp_norm.add(self.attention(normed, step), residual)
+        return self.mlp(normed), residual
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -173,14 +176,14 @@ class Llama:
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm."""
-        x = self.embed(token_ids)
+        x, residual = self.embed(token_ids), None
         for layer in self.layers:
-            x = layer(x, step)
-        return self.norm(x)
+            x, residual = layer(x, residual, step)
+        return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Value) -> Value:
+    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
         """Scores [T, V] in fp32."""
-        return (self.embed if self.head is None else self.head).logits(hidden)
+        return (self.embed if self.head is None else self.head).logits(hidden, out)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
@@ -33,8 +35,8 @@ class Decoder(Protocol):
         """Token ids [T] to hidden states [T, E]."""
         ...
 
-    def logits(self, hidden: Value) -> Value:
-        """Hidden states [T, E] to scores [T, V] in fp32."""
+    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
+        """Hidden states [T, E] to scores [T, V] in fp32; into `out` where it is given."""
         ...
 
 

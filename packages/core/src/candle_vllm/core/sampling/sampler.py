@@ -78,7 +78,7 @@ class Sampler:
         raw = logits[asking].cpu() if asking else None
         apply_processors(logits, states)
         ids, largest = kernels.draw(logits, controls(states))
-        tokens = [_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
+        tokens = [sampled_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
         if raw is not None:
             _add_logprobs(tokens, raw, asking, states)
         return tokens
@@ -113,7 +113,8 @@ def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
     return np.array([(*state.controls, 0.5 if state.params.greedy else state.uniform()) for state in states])
 
 
-def _token(token_id: int, largest: float) -> SampledToken:
+def sampled_token(token_id: int, largest: float) -> SampledToken:
+    """The token that was drawn from a row with this largest logit, or why there is none."""
     if largest == -np.inf:
         return SampledToken(-1, error=_NOTHING, by_request=True)
     if not np.isfinite(largest):

@@ -33,6 +33,7 @@ class SamplingState:
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
         output_token_ids: tokens generated so far; grows by `append` only.
+        num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SamplingState:
         self.seed = fresh_seed() if params.seed is None else params.seed
         self._uniforms = (-1, [0.0])  # which run of positions, and its numbers
         self.output_token_ids: list[int] = []
+        self.num_ahead = 0
         self.allowed = self._allowed_ids()
         self.bias_ids, self.bias_values = self._bias()
         stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
@@ -83,29 +85,41 @@ class SamplingState:
         other = copy.copy(self)
         other.index = index
         other.output_token_ids = []
+        other.num_ahead = 0
         other.counts = copy.deepcopy(self.counts)
         other._uniforms = (-1, [0.0])
         return other
 
     def uniform(self) -> float:
         """The random number in (0, 1) of the next token: a function of seed, index and position alone."""
-        run, offset = divmod(len(self.output_token_ids), _UNIFORMS)
+        run, offset = divmod(self.position, _UNIFORMS)
         if run != self._uniforms[0]:
             numbers = uniforms(seed_words(self.seed, self.index), run * _UNIFORMS, _UNIFORMS)
             self._uniforms = (run, numbers.tolist())
         return self._uniforms[1][offset]
 
+    @property
+    def position(self) -> int:
+        """How many tokens were drawn before the next one."""
+        return len(self.output_token_ids) + self.num_ahead
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the tokens before the next one must be known on the host before it is drawn."""
+        return self.bad_words.has_sequences
+
     def append(self, token_id: int) -> None:
         """Takes note of the token that was chosen."""
         assert 0 <= token_id < self.vocab_size
         self.output_token_ids.append(token_id)
+        self.num_ahead = max(0, self.num_ahead - 1)
         if self.counts is not None:
             self.counts.add(token_id)
 
     @property
     def masks_tokens(self) -> bool:
         """Whether the next token may not be just any of the vocabulary."""
-        return self._always_masks or len(self.output_token_ids) < self.params.min_tokens
+        return self._always_masks or self.position < self.params.min_tokens
 
     def forbidden_ids(self) -> NDArray[np.int64]:
         """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
@@ -113,7 +127,7 @@ class SamplingState:
         As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too.
         """
         words = self.bad_words.completions(self.output_token_ids)
-        if len(self.output_token_ids) >= self.params.min_tokens:
+        if self.position >= self.params.min_tokens:
             return words
         return np.concatenate((words, self._stop_ids))
 
@@ -178,6 +192,11 @@ class BadWords:
             else:
                 self._by_previous.setdefault(ids[-2], []).append((ids[:-1], ids[-1]))
         self._singles = np.array(singles, np.int64)
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether any word is more than one token."""
+        return bool(self._by_previous)
 
     def completions(self, output: list[int]) -> NDArray[np.int64]:
         """Tokens that would complete a word after `output`."""

@@ -47,7 +47,15 @@ class AttentionRows:
         decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
         device = self.block_tables.device
         starts, contexts = (torch.tensor(x, dtype=torch.int32) for x in (self.query_start, self.context_lens))
-        return DeviceRows(starts.to(device), contexts.to(device), self.block_tables, decodes)
+        return DeviceRows(
+            starts.to(device),
+            contexts.to(device),
+            self.block_tables,
+            decodes,
+            most_tokens=max(counts, default=0),
+            most_context=max(self.context_lens, default=0),
+            host=self,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +68,24 @@ class DeviceRows:
         block_tables: [R, most blocks] int32 or int64; a row's tail beyond its context is not read.
         decodes: how many leading sequences are computed by the kernel for one new token each: token r is theirs. The
             others may have any number of tokens.
+        most_tokens: no sequence has more tokens in this step, nor in any that a captured one is replayed for; None
+            where only the shapes bound them.
+        most_context: the same of contexts.
+        host: the same numbers on the host; None where they are not known there, and for a step that is captured.
     """
 
     query_start: torch.Tensor
     context_lens: torch.Tensor
     block_tables: torch.Tensor
     decodes: int
+    most_tokens: int | None = None
+    most_context: int | None = None
+    host: AttentionRows | None = None
 
     def on_host(self) -> AttentionRows:
-        """The same numbers as tuples. Waits for the device."""
+        """The same numbers as tuples. Waits for the device where `host` is None."""
+        if self.host is not None:
+            return self.host
         return AttentionRows(tuple(self.query_start.tolist()), tuple(self.context_lens.tolist()), self.block_tables)
 
 

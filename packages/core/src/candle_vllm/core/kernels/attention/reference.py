@@ -60,6 +60,11 @@ def _attend(
     hidden = seen > at
     if window is not None:
         hidden |= seen <= at - window
-    scores.view(kv_heads, -1, queries, context).masked_fill_(hidden, float("-inf"))
+    scores.view(kv_heads, heads // kv_heads, queries, context).masked_fill_(hidden, float("-inf"))
     mixed = torch.matmul(scores.softmax(-1), v)  # [K, G * Q, D]
-    return mixed.view(kv_heads, -1, queries, dim).permute(2, 0, 1, 3).reshape(queries, heads, dim).to(q.dtype)
+    return (
+        mixed.view(kv_heads, heads // kv_heads, queries, dim)
+        .permute(2, 0, 1, 3)
+        .reshape(queries, heads, dim)
+        .to(q.dtype)
+    )

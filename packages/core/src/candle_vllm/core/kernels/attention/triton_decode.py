@@ -187,7 +187,7 @@ def splits(padded_dim: int, bytes_per_number: int, kv_heads: int) -> Splits:
     """
     most = min(max(triton.next_power_of_2(256 // kv_heads), 16), 64)
     if bytes_per_number == 4:
-        return Splits(16, most, 4, 3, 2)
+        return Splits(16, most, 8, 3, 2)  # with 4 warps some compilers put a few bytes on the stack
     keys = min(max(16, 16384 // (padded_dim * bytes_per_number)), 128)
     return Splits(keys, most, 4, 5, 2)
 

@@ -137,6 +137,7 @@ def prefill_kernel(
             tops, sums, values = attend_tile(
                 queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
             )
+        sums = tl.where(sums > 0.0, sums, 1.0)  # rows behind the last token may have seen nothing
         values = values * (out_factor / sums)[:, None]
         at_out = out + token_index[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
         tl.store(at_out, values.to(out.dtype.element_ty), mask=valid)

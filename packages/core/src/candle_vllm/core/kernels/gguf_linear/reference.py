@@ -8,10 +8,27 @@ from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.packed_linear.layout import GROUP
 
 
-def linear(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """See the contract in the package; float32 weights and sums, rounded once."""
-    y = x.float() @ dequantise(matrix).T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+def linear(
+    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See the contract in the package, but for `invariant`; float32 weights and sums, rounded once."""
+    return _rounded(x.float() @ dequantise(matrix).T, x.dtype, bias, out)
+
+
+def linear_row_by_row(
+    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same where no row's bits may depend on the others: each is a product of its own."""
+    weights = dequantise(matrix).T
+    rows = [row[None].float() @ weights for row in x]
+    return _rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
+
+
+def _rounded(
+    y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    y = (y if bias is None else y + bias.float()).to(dtype)
+    return y if out is None else out.copy_(y)
 
 
 def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Writing new keys and values into the paged cache.
 
 Contract: key and value [T, K, D] of the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
-different, slot = block * S + offset. Writes in place; every other slot keeps its contents. An exact copy.
+different, slot = block * S + offset; a token whose slot is negative is left out. Writes in place; every other slot
+keeps its contents. An exact copy.
 
 A cache of float8_e4m3fn takes key and value of any float dtype with a scale each, [1] float32: what is written is the
 number over its scale in fp32, clamped to +-448 and rounded to nearest even; a NaN stays one. Source: Micikevicius et

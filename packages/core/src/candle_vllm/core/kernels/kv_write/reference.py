@@ -16,6 +16,9 @@ def kv_write(
     value_scale: torch.Tensor | None = None,
 ) -> None:
     """See the contract in the package."""
+    slots, there = slots.long(), slots >= 0
+    if not bool(there.all()):
+        key, value, slots = key[there], value[there], slots[there]
     for rows, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
         if scale is None:
             cache.flatten(0, 1).index_copy_(0, slots, rows)

@@ -1,17 +1,44 @@
-"""Linear layer with a plain weight.
+"""Linear layer with a plain weight; step 6 of a request's life.
 
-Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] or None; y [T, O] = x weight^T + bias has x's dtype,
-in new memory. Sums are at least fp32.
+Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] of the same or None; y [T, O] = x weight^T + bias has
+x's dtype, in new memory or in `out`: x's dtype, shape [T, O], the numbers of a row behind each other, rows any distance
+apart, so that several layers write side by side into one tensor; it shares no memory with the others. Sums are at least
+fp32. On a GPU, weight and bias are rows behind each other too.
+
+`invariant=True` promises on a GPU that a row's bits depend on that row and the matrix alone: not on T, the other rows,
+`out` or x's strides (`triton.py` says what this stands on). It takes float32, bfloat16 and float16. On the CPU the
+reference makes each row by itself.
 """
 
 from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.linear import reference
 
+OWN_ROWS = 0
+"""Up to how many rows the GPU's own kernel serves where nothing is promised. 0 until it is measured against cuBLAS."""
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x times the transpose of weight, plus bias."""
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    invariant: bool = False,
+) -> torch.Tensor:
+    """x times the transpose of weight, plus bias; `out` where it is given."""
     assert x.shape[-1] == weight.shape[1]
-    return reference.linear(x, weight, bias)
+    if out is not None:
+        assert out.shape == (len(x), len(weight))
+        assert out.dtype == x.dtype
+        assert out.stride(1) == 1 or out.shape[1] == 1, "the numbers of a row lie behind each other"
+    if on_gpu(x) and (invariant or len(x) <= OWN_ROWS):
+        from candle_vllm.core.kernels.linear import triton
+
+        return triton.linear(x, weight, bias, out=out, invariant=invariant)
+    if invariant:
+        return reference.linear_row_by_row(x, weight, bias, out)
+    return reference.linear(x, weight, bias, out)

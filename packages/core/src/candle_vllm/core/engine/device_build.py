@@ -1,0 +1,111 @@
+"""An engine's runner on a GPU, and the plan of its memory.
+
+The largest steps are run once over a cache of one block. What they took at their peak is put aside; of what is free
+then, the cache gets its share.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose
+from candle_vllm.core.loading.model import LoadedModel
+from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_BYTES = 8 * MIB  # of a captured step, besides its tensors; generous
+_SLACK = 64 * MIB  # modules of kernels that are loaded later, and pieces that memory is cut into
+
+
+def build_on_gpu(
+    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
+) -> tuple[DeviceRunner, CachePlan]:
+    """The runner, its cache allocated and its steps captured, and the plan of the cache.
+
+    Raises:
+        ConfigError: settings that cannot work with this model, GPU and memory.
+    """
+    device, model = loaded.placement.device, loaded.config
+    backend = choose(config.attention_backend, _needs(config, loaded))
+    if backend.note:
+        logger.info("attention by %s: %s", backend.name, backend.note)
+    graphs = config.cuda_graphs and backend.capturable
+    if config.cuda_graphs and not graphs:
+        logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
+    dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.dtype
+    limits = DeviceLimits(budget, sequences, -(-model.max_position // config.block_size), config.block_size)
+    stream = CudaStream(device)
+    loaded.decoder.prepare(model.max_position)
+    try:
+        runner = DeviceRunner(
+            loaded.decoder,
+            limits,
+            stream,
+            dtype,
+            attend=backend.attend,
+            graphs=graphs,
+            finite_cache=backend.finite_cache,
+        )
+        _, *peaks = [_peak(work, stream) for work in runner.largest_steps()]
+    except torch.OutOfMemoryError as error:
+        raise _too_little(budget, sequences, device) from error
+    aside = sum(peaks) + runner.num_graphs * _GRAPH_BYTES + _SLACK
+    free = torch.cuda.mem_get_info(device)[0]
+    if aside >= free:
+        raise _too_little(budget, sequences, device)
+    kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
+    plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept))
+    logger.info(plan.message)
+    try:
+        runner.allocate(plan.num_blocks)
+    except torch.OutOfMemoryError as error:
+        raise _too_little(budget, sequences, device) from error
+    return runner, plan
+
+
+def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
+    model, placement = loaded.config, loaded.placement
+    return AttentionNeeds(
+        capability=torch.cuda.get_device_capability(placement.device),
+        dtype=placement.dtype,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        windows=any(window is not None for window in model.sliding_windows),
+        fp8_cache=config.kv_cache_dtype == "fp8",
+        deterministic=config.deterministic,
+    )
+
+
+def _peak(work: Work, stream: DeviceStream) -> int:
+    """Bytes that work takes at its peak beyond those that are taken before it."""
+    device = stream.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    stream.mark().wait()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return max(0, peak)
+
+
+def _too_little(budget: int, sequences: int, device: torch.device) -> ConfigError:
+    free, total = (size // MIB for size in torch.cuda.mem_get_info(device))
+    ways = []
+    if budget > sequences:
+        ways.append(f"--prefill-chunk-size {max(sequences, budget // 4)}")
+    if sequences > 1:
+        ways.append(f"--max-num-seqs {max(1, sequences // 4)}")
+    ways.append("a smaller model, or one with fewer bits")
+    return ConfigError(
+        f"the GPU's memory is too small for steps of {budget} tokens and {sequences} sequences beside the weights: "
+        f"{free} of {total} MiB are free; try {' or '.join(ways)}",
+        "max_num_batched_tokens",
+    )

@@ -1,0 +1,204 @@
+"""What computes attention, chosen once at start (inside step 6 of a request's life).
+
+    triton       the kernels of this package; what "auto" is on a GPU
+    torch_flash  the FlashAttention that torch carries
+    flash_attn   the packages flash-attn and flash-attn-4
+    torch        the reference: any device, slow
+
+A backend is one function with `paged_attention`'s contract, made for one model on one device. One that cannot serve
+them is refused, with the reason and one that can. Nothing of a backend is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.attention import DeviceRows, reference
+
+SETTING = "attention_backend"
+
+
+class Attend(Protocol):
+    """`paged_attention` of the package, for rows on the device."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        rows: DeviceRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionNeeds:
+    """What a model on a device asks of attention.
+
+    Attributes:
+        capability: the GPU's compute capability, (9, 0); None on the CPU.
+        dtype: of queries, and of the cache but for float8.
+        head_dim: numbers of a head, the largest where layers differ.
+        block_size: tokens of a block.
+        windows: whether a layer has a sliding window.
+        soft_caps: whether a layer caps its scores.
+        fp8_cache: whether the cache is float8.
+        deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
+    """
+
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int
+    block_size: int
+    windows: bool = False
+    soft_caps: bool = False
+    fp8_cache: bool = False
+    deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What computes attention.
+
+    Attributes:
+        name: as `EngineConfig.attention_backend` names it.
+        attend: the function that every layer calls.
+        capturable: whether a step in which every sequence counts among `DeviceRows.decodes` waits for nothing and can
+            be captured in a CUDA graph.
+        finite_cache: whether every number of the cache must be finite, also those that nothing was written to: a NaN
+            behind the end of a sequence would reach its result.
+        note: what the user should know about this choice; may be empty.
+    """
+
+    name: str
+    attend: Attend
+    capturable: bool
+    finite_cache: bool = False
+    note: str = ""
+
+
+def choose(name: str, needs: AttentionNeeds) -> Backend:
+    """The backend of that name, or what "auto" stands for.
+
+    Raises:
+        ConfigError: it cannot serve these needs; the message says why, and names one that can.
+    """
+    on_cpu = needs.capability is None
+    wanted = ("torch" if on_cpu else "triton") if name == "auto" else name
+    if wanted not in _MAKERS:
+        raise ConfigError(f"{SETTING} {name!r:.80} is not one of auto, {', '.join(_MAKERS)}", SETTING)
+    if on_cpu and wanted != "torch":
+        raise ConfigError(f"{SETTING} {name!r} needs a GPU: on the CPU it is 'auto' or 'torch'", SETTING)
+    made = _MAKERS[wanted](needs)
+    if isinstance(made, Backend):
+        return made
+    raise ConfigError(f"{SETTING} {name!r} cannot serve this model: {made}; {_advice(wanted, needs)}", SETTING)
+
+
+def flash_refusal(needs: AttentionNeeds) -> str | None:
+    """What no FlashAttention serves, as a sentence."""
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
+    if needs.fp8_cache:
+        return "FlashAttention does not read a float8 cache beside queries of another type"
+    if needs.capability is None or needs.capability < (8, 0):
+        return "FlashAttention needs compute capability 8.0"
+    if needs.head_dim > 256 or needs.head_dim % 8:
+        return f"FlashAttention needs heads of a multiple of 8 numbers up to 256, not {needs.head_dim}"
+    if needs.deterministic:
+        return "FlashAttention's results depend on the rest of the step, which 'deterministic' forbids"
+    return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; imports the packages around it, not the module."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a package around it is missing, or broken
+        return False
+
+
+def triton_refusal(needs: AttentionNeeds) -> str | None:
+    """What the kernels of this package do not serve, as a sentence."""
+    if not installed("triton"):
+        return "the package triton is not installed"
+    if needs.capability is None or needs.capability < (8, 0):
+        return "the Triton kernels need compute capability 8.0"
+    if needs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels compute f16, bf16 and f32, not {needs.dtype}"
+    if needs.head_dim > 256:
+        return f"the Triton kernels need heads of at most 256 numbers, not {needs.head_dim}"
+    if needs.block_size < 16:
+        return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
+    if needs.fp8_cache and needs.capability < (8, 9):
+        return "a float8 cache needs compute capability 8.9"
+    return None
+
+
+def _triton(needs: AttentionNeeds) -> Backend | str:
+    refusal = triton_refusal(needs)
+    if refusal is not None:
+        return refusal
+    from candle_vllm.core.kernels.attention import triton
+
+    return Backend("triton", triton.paged_attention, capturable=True)
+
+
+def _torch_flash(needs: AttentionNeeds) -> Backend | str:
+    from candle_vllm.core.kernels.attention import torch_flash
+
+    return flash_refusal(needs) or torch_flash.make(needs)
+
+
+def _flash_attn(needs: AttentionNeeds) -> Backend | str:
+    from candle_vllm.core.kernels.attention import flash_attn
+
+    return flash_refusal(needs) or flash_attn.make(needs)
+
+
+def _torch(needs: AttentionNeeds) -> Backend | str:
+    if needs.deterministic and needs.capability is not None:
+        return (
+            "on a GPU the sums of torch's matrix products depend on how a prompt is cut, which 'deterministic' forbids"
+        )
+    return Backend("torch", _attend_by_reference, capturable=False, note="one sequence after the other, for comparison")
+
+
+def _attend_by_reference(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: DeviceRows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    return reference.paged_attention(q, key_cache, value_cache, rows.on_host(), **options)
+
+
+def _advice(refused: str, needs: AttentionNeeds) -> str:
+    """A value that works, or that none does."""
+    if refused != "triton" and triton_refusal(needs) is None:
+        return f"set {SETTING} to 'triton'"
+    if refused != "torch" and isinstance(_torch(needs), Backend):
+        return f"set {SETTING} to 'torch', which is slow"
+    return "no other backend can: run without 'deterministic'"
+
+
+_MAKERS: Mapping[str, Callable[[AttentionNeeds], Backend | str]] = MappingProxyType(
+    {"triton": _triton, "torch_flash": _torch_flash, "flash_attn": _flash_attn, "torch": _torch}
+)

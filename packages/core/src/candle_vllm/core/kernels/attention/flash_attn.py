@@ -1,0 +1,224 @@
+"""Attention by the FlashAttention packages (step 6 of a request's life): flash-attn 2.x and flash-attn-4.
+
+Both read the paged cache themselves, by `flash_attn_varlen_func`, in a call for the sequences of one token and one for
+the others. flash-attn-4 (CuTe DSL, Hopper and Blackwell) is taken where it serves the GPU, else flash-attn.
+
+`flash_attn_with_kvcache` is not used: from 2.8.4 on it reads the lengths back, so that each layer would wait for the
+GPU and no step could be captured.
+Sources: Dao, 2023, arXiv:2307.08691; `flash_attn_interface.py` of flash-attn 2.8.3 and `cute/interface.py` of
+flash-attn-4 4.0.0b36.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, installed
+
+PAGE_OF_2 = 256  # tokens of a page are a multiple of this in FlashAttention 2
+_FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules that tell the packages apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Neighbouring sequences of a step as FlashAttention wants them: int32 throughout.
+
+    Attributes:
+        query_start: [R + 1] offsets into the queries of the call.
+        context_lens: [R]
+        block_tables: [R, most blocks]
+        most_tokens, most_context: bounds for every sequence.
+        decodes: whether each sequence has one token.
+    """
+
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    most_tokens: int
+    most_context: int
+    decodes: bool
+
+    def key_start(self) -> torch.Tensor:
+        """[R + 1] sums of the contexts."""
+        return functional.pad(self.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+class Call(Protocol):
+    """Attention of a part: q [T, H, D] -> [T, H, D], of which the rows of the part's tokens are written."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        part: Part,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor: ...
+
+
+def make(needs: AttentionNeeds) -> Backend | str:
+    """The backend by one of the two packages, or why neither serves."""
+    four, two = _refusal_of_4(needs), _refusal_of_2(needs)
+    if four is not None and two is not None:
+        return f"flash-attn-4: {four}; flash-attn: {two}"
+    module = "flash_attn" if four is not None else _FOUR
+    try:
+        function = importlib.import_module(module).flash_attn_varlen_func
+    except (ImportError, OSError, AttributeError) as error:
+        return f"{module} cannot be imported ({error})"
+    if four is not None:
+        return Backend("flash_attn", PagedFlash(CallOf2(function)), capturable=True, note="flash-attn 2")
+    assert needs.capability is not None
+    splits = needs.capability[0] >= 10
+    note = "flash-attn-4" if splits else "flash-attn-4, slow on this GPU where few sequences with long contexts decode"
+    return Backend("flash_attn", PagedFlash(CallOf4(function, splits)), True, finite_cache=True, note=note)
+
+
+def _refusal_of_4(needs: AttentionNeeds) -> str | None:
+    major = needs.capability[0] if needs.capability else 0
+    if major not in (9, 10, 11):
+        return "its pages need a Hopper or Blackwell data-centre GPU"
+    if major > 9 and 128 < needs.head_dim < 256:
+        return f"heads of {needs.head_dim} numbers are not served on this GPU"
+    return None if installed(_FOUR) else "it is not installed"
+
+
+def _refusal_of_2(needs: AttentionNeeds) -> str | None:
+    if not installed(_TWO):
+        return "it is not installed"
+    if needs.block_size % PAGE_OF_2:
+        return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
+    version = importlib.metadata.version("flash-attn")
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 6):
+        return f"version 2.6 is needed, and {version} is installed"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedFlash:
+    """The contract of `paged_attention` by a function that reads pages: one call for each of the two parts."""
+
+    call: Call
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        rows: DeviceRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        assert cache_scales is None
+        assert key_cache.dtype == value_cache.dtype == q.dtype
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        decodes, others = split(rows, len(q), key_cache.shape[1])
+        out = None if others is None else self.call(q, key_cache, value_cache, others, **options)
+        if decodes is None:
+            return q.new_empty(q.shape) if out is None else out
+        single = self.call(q[: rows.decodes], key_cache, value_cache, decodes, **options)
+        if out is None:
+            return single
+        out[: rows.decodes] = single
+        return out
+
+
+def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[Part | None, Part | None]:
+    """The first `decodes` sequences and the others, None where there are none. By shapes and `decodes` alone."""
+    n = rows.decodes
+    contexts, tables = rows.context_lens.to(torch.int32), rows.block_tables.to(torch.int32)
+    room = tables.shape[1] * block_size
+    most_context = room if rows.most_context is None else min(rows.most_context, room)
+    decodes = others = None
+    if n:
+        # Not `query_start`, which says something else where fillers stand behind the sequences of a captured step.
+        starts = torch.arange(n + 1, dtype=torch.int32, device=contexts.device)
+        decodes = Part(starts, contexts[:n], tables[:n], 1, most_context, True)
+    if tokens > n:
+        most = tokens - n if rows.most_tokens is None else min(rows.most_tokens, tokens - n)
+        # FlashAttention 2 takes 1 as a sign that there are as many rows of queries as sequences.
+        starts = rows.query_start[n:].to(torch.int32)
+        others = Part(starts, contexts[n:], tables[n:], max(most, 2), most_context, False)
+    return decodes, others
+
+
+@dataclasses.dataclass(frozen=True)
+class CallOf2:
+    """`flash_attn_varlen_func` of flash-attn 2.x; window_size counts the keys before a query's own."""
+
+    function: Any
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        part: Part,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        return self.function(
+            q,
+            key_cache,
+            value_cache,
+            part.query_start,
+            part.key_start(),
+            part.most_tokens,
+            part.most_context,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,
+            block_table=part.block_tables,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CallOf4:
+    """`flash_attn_varlen_func` of flash-attn-4; `splits` where the GPU's kernel may cut a context among programs."""
+
+    function: Any
+    splits: bool
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        part: Part,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        out, _ = self.function(
+            q,
+            key_cache,
+            value_cache,
+            cu_seqlens_q=part.query_start,
+            seqused_k=part.context_lens,
+            max_seqlen_q=part.most_tokens,
+            max_seqlen_k=part.most_context,
+            page_table=part.block_tables,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(None, None) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,
+            num_splits=0 if self.splits and part.decodes else 1,  # 0: as many as fill the GPU
+        )
+        return out

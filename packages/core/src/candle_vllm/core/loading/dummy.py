@@ -1,0 +1,131 @@
+"""Random weights for a model of which only `config.json` is there: `load_format="dummy"`.
+
+Stands before step 1 of a request's life. The result is a `Checkpoint` like any other, so that all that follows (which
+kernels run, how much memory there is, what a step takes) is as with the real weights; what it says is noise.
+
+Matrices are normal numbers with a standard deviation of 0.02, norms are ones and biases zeros, in the type that the
+config names. A tensor's numbers depend on its name and its device, and are made on the device where they will be used,
+in the memory's time.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import Fields, read_json
+from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor
+from candle_vllm.core.loading.weights import _expand, _resolve
+from candle_vllm.core.memory import available_memory
+from candle_vllm.core.models.registry import family_from_hf
+
+STD = 0.02
+"""Standard deviation of the numbers in a matrix, as models are initialised."""
+
+DTYPES = MappingProxyType(
+    {
+        "float32": ("F32", torch.float32),
+        "bfloat16": ("BF16", torch.bfloat16),
+        "float16": ("F16", torch.float16),
+    }
+)
+"""What config.json may call the type of its weights: the safetensors name and torch's."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DummyTensor(StoredTensor):
+    """A tensor that no file holds; `file` is the config that asks for it, and `dtype` is always set.
+
+    Attributes:
+        device: where the numbers are made.
+    """
+
+    device: torch.device
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`; the result is on `device`, rounded to the stored type first."""
+        values = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if len(self.shape) > 1:
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+            values.normal_(0.0, STD, generator=generator)
+        else:
+            values.fill_(0.0 if self.name.endswith("bias") else 1.0)
+        return values.to(dtype or self.dtype)
+
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`; in memory of its own."""
+        data = self.load(None).cpu().view(torch.uint8).numpy()
+        return data.reshape(math.prod(self.shape[:-1]), -1)
+
+    def release(self) -> None:
+        """There is no file to let go of."""
+
+
+def open_dummy(config: Path, device: torch.device) -> Checkpoint:
+    """The tensors that a model of this config would have, with Hugging Face's names.
+
+    Args:
+        config: a `config.json`.
+        device: where the tensors will be used.
+
+    Raises:
+        ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights are
+            more than the device's free memory; or the config asks for quantised weights.
+    """
+    values = read_json(config)
+    type_name, dtype = _dtype(Fields(values, config))
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key):
+            raise UnsupportedModelError(
+                f"{config}: load_format 'dummy' makes plain weights, and {key} asks for quantised ones: take the key "
+                "out to measure the plain model"
+            )
+    file = MappedFile(config)
+    try:
+        tensors = {
+            name: DummyTensor(name, shape, type_name, dtype, math.prod(shape) * dtype.itemsize, file, 0, device)
+            for name, shape in _shapes(config)
+        }
+        _check_memory(config, sum(tensor.nbytes for tensor in tensors.values()), device)
+    except BaseException:
+        file.close()
+        raise
+    return Checkpoint(config, "safetensors", [file], tensors, {})
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the model's tensors, found by building it without memory."""
+    family, config = family_from_hf(read_json(path), path)
+    nothing = Checkpoint(path, "safetensors", (), {}, {})
+    model = family.build(config, Placement(torch.device("meta"), torch.float32), nothing)
+    for line in _expand(family.weights, config.num_layers):
+        where, part = line.target.split(":")
+        layer = _resolve(model, where)
+        parts = layer.parts() if layer is not None else {}
+        if line.hf is not None and part in parts:
+            yield line.hf, parts[part].shape
+
+
+def _dtype(fields: Fields) -> tuple[str, torch.dtype]:
+    """The type of the weights; configs of transformers 5 call it dtype, older ones torch_dtype."""
+    key = "dtype" if "dtype" in fields else "torch_dtype"
+    return DTYPES[fields.choice(key, "bfloat16", *DTYPES)]
+
+
+def _check_memory(config: Path, needed: int, device: torch.device) -> None:
+    """A config may claim any size, and no file bounds it."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > free:
+        raise ModelLoadError(
+            f"{config}: the model's weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: "
+            "lower num_hidden_layers, or use a device with more memory"
+        )

@@ -1,0 +1,214 @@
+"""DeviceSampler: logits of a batch to one token per sequence, without waiting for the device (step 7 of ten).
+
+It does what `Sampler` does, by the functions of `kernels/sampling` whose arguments and results stay on the device. The
+tokens go back into the next step there; the host gets them, with a largest logit and with log-probabilities where they
+are asked for, when it waits for the step.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work
+from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
+from candle_vllm.core.sampling.logprobs import LogprobRow
+from candle_vllm.core.sampling.sampler import SampledToken, sampled_token
+from candle_vllm.core.sampling.state import SamplingState
+
+_PIECES = 2  # steps whose results may be on their way
+
+
+class DeviceSampler:
+    """Draws tokens from logits that a stream's work leaves in one place.
+
+    Args:
+        stream: where it works.
+        logits: [most rows, V] float32 on the device: where each step's logits are, in its first rows.
+        controls: [most rows, 5] float64 on the device, see `kernels.Control`; written before each draw.
+        graphs: capture draws.
+
+    Attributes:
+        ids: [most rows] int64 on the device, what the last step drew.
+    """
+
+    def __init__(
+        self, stream: DeviceStream, logits: torch.Tensor, controls: torch.Tensor, *, graphs: bool = True
+    ) -> None:
+        rows, vocabulary = logits.shape
+        self._stream = stream
+        self._logits = logits
+        self._controls = controls
+        self._graphs: dict[tuple[int, bool, bool], Work] | None = {} if graphs else None
+        # Tokens and largest logits lie side by side, so that one copy takes them to the host.
+        self._result = torch.zeros(rows * 12, dtype=torch.uint8, device=stream.device)
+        self.ids, self._largest = _split(self._result)
+        self._landings = [stream.staged(rows * 12) for _ in range(_PIECES)]
+        self._turn = 0
+        self._occurrences = OccurrenceTable(stream, vocabulary)
+
+    def launch(
+        self, states: Sequence[SamplingState], controls: NDArray[np.float64], padded: int | None = None
+    ) -> DrawnRows:
+        """Draws for rows 0 to len(states); their logits and controls are there when what was given to the stream runs.
+
+        Args:
+            states: one per row.
+            controls: [R, 5] what was written, on the host.
+            padded: rows of a captured draw, at least R, where the step was captured.
+        """
+        random, search = kernels.asks(controls)
+        count, edited = len(states), any(has_edits(state) for state in states)
+        rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        asking = Sent(self._stream, np.array(rows, np.int64)) if rows else None
+        raw = self._keep(asking) if edited and asking else None
+        note = self._edit(states) if edited else None
+        if note is not None or padded is None or self._graphs is None:
+            self._stream.run(lambda: self._draw(count, random, search))
+        else:
+            self._stream.run(self._captured(padded, random, search))
+        if note is not None:
+            self._stream.run(note)
+        logprobs = None
+        if asking is not None:
+            logprobs = self._stand([states[row].params.logprobs or 0 for row in rows], rows, asking, raw)
+        return self._landed(len(states), logprobs)
+
+    def warm_up(self, rows: int) -> None:
+        """Compiles what draws need, and captures them where that is wanted."""
+        for random, search in ((False, False), (True, False), (True, True)):
+            self._stream.run(lambda random=random, search=search: self._draw(rows, random, search))
+            if self._graphs is not None:
+                self._captured(rows, random, search)
+
+    def _captured(self, rows: int, random: bool, search: bool) -> Work:
+        assert self._graphs is not None
+        key = (rows, random, search)
+        if key not in self._graphs:
+            self._stream.run(lambda: self._draw(*key))  # compiles; a draw leaves the logits as they are
+            self._graphs[key] = self._stream.capture(lambda: self._draw(*key))
+        return self._graphs[key]
+
+    def _draw(self, rows: int, random: bool, search: bool) -> None:
+        ids, largest = kernels.draw_tensors(self._logits[:rows], self._controls[:rows], random, search)
+        self.ids[:rows] = ids
+        self._largest[:rows] = largest
+
+    def _edit(self, states: Sequence[SamplingState]) -> Work:
+        """Masks, bias and penalties, given to the stream; returns what counts the tokens that are drawn next."""
+        slots = [-1 if state.counts is None else self._occurrences.slot(state) for state in states]
+        edits, rows = HostEdits(self._stream, states, slots), len(states)
+        counted = Sent(self._stream, np.array(slots, np.int32)) if edits.counts_tokens else None
+        self._stream.run(lambda: kernels.edit_tensors(self._logits[:rows], edits.there(self._occurrences.counts)))
+
+        def note() -> None:
+            counts = self._occurrences.counts
+            if counted is not None and counts is not None:
+                kernels.note_tokens(counts, counted.there(), self.ids[:rows])
+
+        return note
+
+    def _keep(self, asking: Sent) -> list[torch.Tensor]:
+        """The rows' logits before they are edited; in the list once the stream has come that far."""
+        kept: list[torch.Tensor] = []
+        self._stream.run(lambda: kept.append(self._logits[asking.there()]))
+        return kept
+
+    def _stand(self, tops: list[int], rows: list[int], asking: Sent, raw: list[torch.Tensor] | None) -> StandingRows:
+        standing, sent = StandingRows(self._stream, rows, max(tops)), Sent(self._stream, np.array(tops, np.int64))
+
+        def work() -> None:
+            places = asking.there()
+            logits = self._logits[places] if raw is None else raw.pop()
+            standing.take(kernels.stand_tensors(logits, self.ids[places], sent.there(), max(tops)))
+
+        self._stream.run(work)
+        return standing
+
+    def _landed(self, rows: int, logprobs: StandingRows | None) -> DrawnRows:
+        self._turn = (self._turn + 1) % _PIECES
+        landing, result = self._landings[self._turn], self._result
+        self._stream.run(lambda: _copy(landing, result))
+        return DrawnRows(self._stream.mark(), landing, rows, logprobs)
+
+
+class StandingRows:
+    """Log-probabilities on their way to the host, for the rows that asked.
+
+    Args:
+        stream: where they come from.
+        rows: which rows of the batch.
+        most: how many of the likeliest tokens there are of each.
+    """
+
+    def __init__(self, stream: DeviceStream, rows: list[int], most: int) -> None:
+        self.rows = rows
+        count = len(rows)
+        self._offsets = stream.staged(count * 8).view(torch.float64)
+        self._ranks = stream.staged(count * 8).view(torch.int64)
+        self._logits = stream.staged(count * 4).view(torch.float32)
+        self._top_ids = stream.staged(count * most * 8).view(torch.int64).view(count, most)
+        self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
+
+    def take(self, found: kernels.DeviceStanding) -> None:
+        """Copies what was found; work on the device."""
+        for target, source in (
+            (self._offsets, found.offsets),
+            (self._ranks, found.ranks),
+            (self._logits, found.logits),
+            (self._top_ids, found.top_ids),
+            (self._top_logits, found.top_logits),
+        ):
+            _copy(target, source)
+
+    def entry(self, place: int, token_id: int) -> LogprobRow:
+        """What there is for the row at `place` of `rows`, which drew `token_id`."""
+        offset = float(self._offsets[place])
+        named = [
+            (token, logit) for token, logit in zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
+        ]
+        named = [(token, logit) for token, logit in named if token >= 0]
+        return LogprobRow(
+            token_id,
+            min(float(self._logits[place]) - offset, 0.0),
+            int(self._ranks[place]),
+            [token for token, _ in named],
+            [min(logit - offset, 0.0) for _, logit in named],
+        )
+
+
+class DrawnRows:
+    """Tokens on their way to the host; see `engine/model_runner.Launched`."""
+
+    def __init__(self, mark: Mark, landing: torch.Tensor, rows: int, logprobs: StandingRows | None) -> None:
+        self._mark = mark
+        self._landing = landing
+        self._rows = rows
+        self._logprobs = logprobs
+
+    def tokens(self) -> list[SampledToken]:
+        """One entry per row; waits for the step."""
+        self._mark.wait()
+        ids, largest = (part[: self._rows].tolist() for part in _split(self._landing))
+        tokens = [sampled_token(token, peak) for token, peak in zip(ids, largest)]
+        if self._logprobs is not None:
+            for place, row in enumerate(self._logprobs.rows):
+                if tokens[row].error is None:
+                    tokens[row] = SampledToken(ids[row], self._logprobs.entry(place, ids[row]))
+        return tokens
+
+
+def _split(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes [12 R] as ids [R] int64 and largest logits [R] float32."""
+    rows = len(result) // 12
+    return result[: 8 * rows].view(torch.int64), result[8 * rows :].view(torch.float32)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)

@@ -1,0 +1,268 @@
+"""Overlapping steps: on a stream that is as late as a GPU may ever be, answers are those of the step-by-step engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner, bucket_sizes
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.staging import Staging
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+CPU = torch.device("cpu")
+SIZE = 16
+CONTEXT = 192
+PROMPTS = [list(range(1, 2 + 7 * i % 45)) for i in range(10)] + [[9] * 40, [9] * 40]
+
+EVERYTHING = [
+    SamplingParams(temperature=0.0, max_tokens=24, logprobs=3),
+    SamplingParams(temperature=0.9, seed=1, max_tokens=30, top_p=0.9),
+    SamplingParams(temperature=1.1, seed=2, max_tokens=9, top_k=7, min_p=0.01, logprobs=0),
+    SamplingParams(temperature=0.8, seed=3, max_tokens=25, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=2),
+    SamplingParams(temperature=0.0, max_tokens=20, presence_penalty=1.5),
+    SamplingParams(temperature=0.7, seed=4, max_tokens=22, logit_bias={65: 4.0, 66: -100.0}, n=3),
+    SamplingParams(temperature=0.7, seed=5, max_tokens=22, allowed_token_ids=[70, 71, 72, 90, 258], min_tokens=4),
+    SamplingParams(temperature=1.3, seed=6, max_tokens=40, bad_words=["he", "q"], ignore_eos=True),
+    SamplingParams(temperature=1.3, seed=7, max_tokens=40, stop=["e", "\x05"], stop_token_ids=[100, 101]),
+    SamplingParams(temperature=0.0, max_tokens=12, prompt_logprobs=2),
+    SamplingParams(temperature=1.0, seed=8, max_tokens=1),
+    SamplingParams(temperature=1.0, seed=8, max_tokens=60, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", toy_config(max_position_embeddings=CONTEXT))
+    return load_model(EngineConfig(model=str(folder), enforce_eager=True), CPU, lambda *_: None)
+
+
+def make(
+    loaded: LoadedModel,
+    runner: ModelRunner,
+    *,
+    blocks: int = 200,
+    sequences: int = 16,
+    budget: int = 64,
+    reproducible: bool = False,
+) -> Engine:
+    scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, reproducible=reproducible)
+    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT, seed=0)
+
+
+def device_runner(
+    loaded: LoadedModel, *, blocks: int = 200, sequences: int = 16, budget: int = 64, graphs: bool = True
+) -> tuple[DeviceRunner, LazyStream]:
+    stream = LazyStream()
+    limits = DeviceLimits(budget, sequences, -(-CONTEXT // SIZE), SIZE)
+    runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, graphs=graphs, finite_cache=True)
+    for work in runner.largest_steps():
+        work()
+    runner.allocate(blocks)
+    return runner, stream
+
+
+def drive(engine: Engine, requests: Iterable[GenerationRequest], *, every: int = 0) -> dict[str, Any]:
+    """Runs requests to their end, a new one every so many steps; what came out, by request id."""
+    waiting = list(requests)
+    collectors = {request.request_id: OutputCollector(request) for request in waiting}
+    steps = 0
+    while waiting or engine.has_work:
+        while waiting and (not every or steps % every == 0):
+            engine.add(engine.prepare(waiting.pop(0)))
+            if every:
+                break
+        for piece in engine.step():
+            collectors[piece.request_id].add(piece)
+        steps += 1
+        assert steps < 5000
+    results = {}
+    for name, collector in collectors.items():
+        output = collector.result()
+        results[name] = [
+            (o.text, tuple(o.token_ids), o.finish_reason, o.stop_reason, rounded(o.logprobs)) for o in output.outputs
+        ] + [rounded(output.prompt_logprobs)]
+    return results
+
+
+def rounded(positions: Any) -> Any:
+    """Logarithms that two ways of summing give to the fifth place."""
+    if positions is None:
+        return None
+    return [
+        p and [(e.token_id, pytest.approx(e.logprob, abs=1e-4), e.rank) for e in (p.chosen, *p.top)] for p in positions
+    ]
+
+
+def asked(params: list[SamplingParams] = EVERYTHING) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(request_id=str(i), prompt_token_ids=PROMPTS[i % len(PROMPTS)], params=params[i % len(params)])
+        for i in range(len(PROMPTS))
+    ]
+
+
+def stepwise(loaded: LoadedModel, params: list[SamplingParams]) -> dict[str, Any]:
+    return drive(make(loaded, EagerRunner(loaded.decoder, 200, SIZE, CPU, torch.float32)), asked(params))
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> dict[str, Any]:
+    return stepwise(loaded, EVERYTHING)
+
+
+@pytest.mark.parametrize(("graphs", "every"), [(True, 0), (True, 3), (False, 2)])
+def test_answers_are_those_of_the_engine_without_overlap(
+    loaded: LoadedModel, expected: dict[str, Any], graphs: bool, every: int
+) -> None:
+    runner, stream = device_runner(loaded, graphs=graphs)
+    found = drive(make(loaded, runner), asked(), every=every)
+    assert found == expected
+    assert {len(found[name]) for name in found} == {2, 4}
+    assert (stream.replayed > 0) == graphs
+
+
+def test_steps_overlap(loaded: LoadedModel) -> None:
+    """A step is launched before the one before is waited for, unless a request must know its last token."""
+    runner, stream = device_runner(loaded)
+    engine = make(loaded, runner)
+    engine.add(engine.prepare(asked([SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)])[0]))
+    pieces = [engine.step() for _ in range(4)]
+    assert [len(step) for step in pieces] == [0, 1, 1, 1], "each step gives what the one before drew"
+    assert stream.pending > 0, "the last one has not run"
+    words = SamplingParams(temperature=0.0, max_tokens=8, bad_words=["abc"])
+    engine.add(engine.prepare(asked([words])[1]))
+    assert len(engine.step()) == 1
+    assert len(engine.step()) == 2, "nothing is drawn twice and nothing is left out"
+    while engine.has_work:
+        engine.step()
+
+
+LONG = [
+    SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=35, ignore_eos=True, repetition_penalty=1.2, logprobs=1),
+]
+
+
+def test_memory_for_few(loaded: LoadedModel) -> None:
+    """Preempted sequences come back with the same answers; reproducible scheduling preempts nobody."""
+    expected = stepwise(loaded, LONG)
+    for reproducible in (False, True):
+        runner, _ = device_runner(loaded, blocks=14, sequences=8)
+        engine = make(loaded, runner, blocks=14, sequences=8, reproducible=reproducible)
+        found = drive(engine, asked(LONG))
+        assert found == expected
+        assert (engine.scheduler.num_preemptions == 0) == reproducible
+        assert engine.scheduler.blocks.num_free == 14
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_what_is_published(loaded: LoadedModel, reproducible: bool) -> None:
+    """Blocks of prompts and answers; where answers must be reproducible, of prompts alone."""
+    runner, _ = device_runner(loaded)
+    engine = make(loaded, runner, reproducible=reproducible)
+    request = GenerationRequest(request_id="0", prompt_token_ids=[9] * 40, params=LONG[0])
+    tokens = [9] * 40 + list(drive(engine, [request])["0"][0][1])
+    again = GenerationRequest(request_id="1", prompt_token_ids=tokens, params=LONG[0])
+    (live,) = engine.prepare(again)
+    shared = engine.scheduler.blocks.lookup(live.sequence.hashes(SIZE))
+    assert len(shared) == (2 if reproducible else 4)  # 40 and 69 of 70 tokens in blocks of 16
+
+
+def test_aborts_at_any_time_leave_nothing_behind(loaded: LoadedModel, expected: dict[str, Any]) -> None:
+    rng = random.Random(5)
+    runner, _ = device_runner(loaded, blocks=40)
+    engine = make(loaded, runner, blocks=40)
+    for _ in range(3):
+        ended: set[str] = set()
+        collectors = {}
+        for request in asked():
+            collectors[request.request_id] = OutputCollector(request)
+            engine.add(engine.prepare(request))
+        while engine.has_work:
+            pieces = engine.step()
+            if rng.random() < 0.2:
+                victim = str(rng.randrange(len(PROMPTS)))
+                aborted = engine.abort(victim)
+                ended |= {piece.request_id for piece in aborted}
+                pieces = [*pieces, *aborted]
+            for piece in pieces:
+                collectors[piece.request_id].add(piece)
+        assert engine.scheduler.blocks.num_free == 40
+        for name, collector in collectors.items():
+            outputs = collector.result().outputs
+            whole = [tuple(entry[1]) for entry in expected[name][:-1]]
+            if name in ended:
+                assert all(
+                    tuple(o.token_ids) == full[: len(o.token_ids)] for o, full in zip(outputs, whole, strict=True)
+                )
+            else:
+                assert [tuple(o.token_ids) for o in outputs] == whole
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = device_runner(loaded)
+    engine = make(loaded, runner)
+    first, second = asked([SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)])[:2]
+    engine.add(engine.prepare(first))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_stage", lambda *_: 1 / 0)
+        pieces = engine.step()
+    assert [piece.finish_reason for piece in pieces] == [FinishReason.ERROR]
+    assert "ZeroDivisionError" in str(pieces[0].error)
+    assert not engine.has_work
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+    assert drive(engine, [second])["1"][0][2] is FinishReason.LENGTH
+
+
+def test_a_broken_device_ends_the_engine(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, _ = device_runner(loaded)
+    engine = make(loaded, runner)
+    engine.add(engine.prepare(asked()[0]))
+
+    def broken(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "launch", broken)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_sizes_of_captured_steps() -> None:
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(3) == [1, 2, 3]
+    assert bucket_sizes(20) == [1, 2, 4, 8, 16, 20]
+    for most in (64, 200, 256, 512, 4096):
+        sizes = bucket_sizes(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == min(most, 512)
+        assert all(b - a <= max(8, a // 4) for a, b in itertools.pairwise(sizes))
+
+
+def test_staged_numbers_are_not_overwritten_before_they_are_copied() -> None:
+    stream = LazyStream()
+    staging = Staging(stream, {"a": ((3,), np.int32), "b": ((4, 2), np.float64)})
+    seen = []
+    for step in range(2):
+        host = staging.host()
+        host["a"][:] = step
+        host["b"][:] = step + 0.5
+        staging.send("b", 2)
+        stream.run(lambda: seen.append((staging.device["a"].tolist(), staging.device["b"][:2].tolist())))
+    stream.mark().wait()
+    assert seen == [([step] * 3, [[step + 0.5] * 2] * 2) for step in range(2)]

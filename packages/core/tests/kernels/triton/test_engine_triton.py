@@ -1,0 +1,105 @@
+"""Whole steps over the Triton kernels: a toy model's answers are those of the references."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.device_stream import CudaStream
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest, OutputCollector
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.loading import model as loading
+from candle_vllm.core.loading.model import LoadedModel
+from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+SIZE, CONTEXT = 16, 64
+PROMPTS = [[5, 9, 200], list(range(40, 62))]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=5, ignore_eos=True),
+    SamplingParams(
+        temperature=0.0, max_tokens=3, prompt_logprobs=5, repetition_penalty=1.5, logprobs=2, ignore_eos=True
+    ),
+]
+
+
+def load(path: Path, device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> LoadedModel:
+    """The model as it lies on a GPU, wherever the test runs."""
+    usual = loading.choose_placement
+
+    def placed(config: EngineConfig, *others: Any) -> Any:
+        return dataclasses.replace(usual(config, *others), **changes)
+
+    monkeypatch.setattr(loading, "choose_placement", placed)
+    config = EngineConfig(model=str(path), enforce_eager=True, dtype=dtype)  # type: ignore[arg-type]
+    return loading.load_model(config, device, lambda *_: None)
+
+
+def answers(loaded: LoadedModel, device: torch.device, *, graphs: bool = True) -> list[GenerationOutput]:
+    stream = LazyStream() if device.type == "cpu" else CudaStream(device)
+    limits = DeviceLimits(32, 2, CONTEXT // SIZE, SIZE)
+    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.dtype, graphs=graphs)
+    for work in runner.largest_steps():
+        work()
+    runner.allocate(12)
+    scheduler = Scheduler(BlockManager(12, SIZE), 2, 32)
+    engine = Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT)
+    collectors = []
+    for index, (prompt, params) in enumerate(zip(PROMPTS, PARAMS)):
+        request = GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
+        collectors.append(OutputCollector(request))
+        engine.add(engine.prepare(request))
+    while engine.has_work:
+        for piece in engine.step():
+            assert piece.error is None, piece.error
+            collectors[int(piece.request_id)].add(piece)
+    return [collector.result() for collector in collectors]
+
+
+def check(got: list[GenerationOutput], wanted: list[GenerationOutput], tolerance: float) -> None:
+    """RMS(error) / RMS of the prompts' log-probabilities is small; where it is very small, answers are the same."""
+    for one, other in zip(got, wanted, strict=True):
+        a, b = (
+            torch.tensor([entry.chosen.logprob for entry in output.prompt_logprobs or () if entry], dtype=torch.float64)
+            for output in (one, other)
+        )
+        assert len(a) == len(b) == len(one.prompt_token_ids) - 1
+        assert float((a - b).square().mean().sqrt()) <= tolerance * float(b.square().mean().sqrt())
+        assert len(one.outputs[0].token_ids) == 3
+        if tolerance < 1e-3:
+            assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+CONFIG = toy_config("qwen3", max_position_embeddings=CONTEXT, head_dim=32, tie_word_embeddings=True)
+SMALL = toy_config("llama", max_position_embeddings=CONTEXT, head_dim=32)
+
+
+def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(write_toy_model(tmp_path / "toy", CONFIG), device, "f32", monkeypatch)
+    got = answers(loaded, device)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    reference = load(write_toy_model(tmp_path / "toy", CONFIG), torch.device("cpu"), "f32", monkeypatch)
+    check(got, answers(reference, torch.device("cpu")), 1e-4)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_quantised_weights(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: bool
+) -> None:
+    """Matrices of a layer in three types, plain ones among them, against the decoded weights in fp32."""
+    path = write_toy_gguf(tmp_path / "toy.gguf", SMALL, quantization="Q4_0", others={"attn_v": "F16", "ffn_up": "Q8_0"})
+    loaded = load(path, device, "bf16", monkeypatch, keeps_quantised=True, invariant=invariant)
+    got = answers(loaded, device)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    reference = load(path, torch.device("cpu"), "f32", monkeypatch, keeps_quantised=False)
+    check(got, answers(reference, torch.device("cpu")), 0.03)

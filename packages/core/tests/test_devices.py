@@ -1,0 +1,109 @@
+"""Which device is chosen, and what is said of a GPU that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from candle_vllm.core import ConfigError, InferenceEngine, devices
+from candle_vllm.core.devices import choose_device, fitting
+
+GB = 1 << 30
+
+
+@dataclasses.dataclass
+class Gpus:
+    """What a pretended driver answers."""
+
+    count: int = 1
+    capability: tuple[int, int] = (9, 0)
+    free: int = 70 * GB
+    fault: str | None = None
+    memory_fault: str | None = None
+    cuda: str | None = "13.0"
+    triton: bool = True
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    fake = Gpus()
+
+    def start() -> None:
+        if fake.fault is not None:
+            raise RuntimeError(fake.fault)
+
+    def memory(index: int) -> tuple[int, int]:
+        if fake.memory_fault is not None:
+            raise RuntimeError(fake.memory_fault)
+        return fake.free, 80 * GB
+
+    monkeypatch.setattr(torch.version, "cuda", fake.cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: fake.count)
+    monkeypatch.setattr(torch.cuda, "init", start)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Pretended GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object() if fake.triton else None)
+    return fake
+
+
+def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
+    gpus.count = 2
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "message"),
+    [
+        ("cuda", {"count": 0}, "no GPU was found"),
+        ("cuda:1", {}, "there is one GPU, numbered from 0 to 0"),
+        ("cuda:7", {"count": 4}, "there are 4 GPUs, numbered from 0 to 3"),
+        ("cuda", {"fault": "The NVIDIA driver on your system is too old (found version 11040)."}, "driver is too old"),
+        ("cuda", {"fault": "Found no NVIDIA driver on your system."}, "no NVIDIA driver"),
+        ("cuda", {"fault": "CUDA unknown error\nmore"}, "CUDA does not start: CUDA unknown error"),
+        ("cuda", {"capability": (7, 5)}, "Pretended GPU has compute capability 7.5 and 8.0 is needed"),
+        ("cuda", {"free": GB}, "its memory is taken: 1024 of 81920 MB are free"),
+        ("cuda", {"memory_fault": "CUDA error: out of memory\nmore"}, "CUDA error: out of memory"),
+        ("cuda", {"triton": False}, "triton is not installed"),
+    ],
+)
+def test_a_gpu_that_cannot(
+    gpus: Gpus, wanted: str, changes: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in changes.items():
+        setattr(gpus, name, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        choose_device(wanted)
+    assert caught.value.setting == "device"
+    assert "--device cpu" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if wanted == "cuda":
+        with caplog.at_level(logging.WARNING):
+            assert choose_device("auto") == torch.device("cpu")
+        assert (message in caplog.text) == (gpus.count > 0), "a GPU that is there and not used is worth a line"
+
+
+def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match="built without CUDA"):
+        choose_device("cuda")
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_engine_refuses_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="--device cpu"):
+        InferenceEngine("anything", device="cuda")
+
+
+def test_memory_that_runs_out_is_named(gpus: Gpus) -> None:
+    gpus.free = 3 * GB
+    message = r"the weights of m take about 20480 MiB .* of which 3072 are left"
+    with pytest.raises(ConfigError, match=message), fitting(torch.device("cuda:0"), "the weights of m", 20 * GB):
+        raise torch.OutOfMemoryError("CUDA out of memory")
