@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from candle_vllm.core.kernels.dispatch import interpreted
 from candle_vllm.core.kernels.gguf_linear import triton_exact
 from candle_vllm.core.kernels.linear import triton as plain
 
@@ -46,7 +47,7 @@ def instructions(build: Build, capability: int) -> set[str]:
     return set(INSTRUCTION.findall(compiled.asm["ptx"]))
 
 
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 class TestInstructions:
     @pytest.mark.parametrize(("build", "capability"), [form for c in CAPABILITIES for form in forms(plain, c)])
     def test_plain(self, build: Build, capability: int) -> None:

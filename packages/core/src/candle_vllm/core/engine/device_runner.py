@@ -167,12 +167,17 @@ class DeviceRunner:
         """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
 
         They show what memory steps take, and compile on the way what later ones use; the small one comes first, for
-        layers prepare themselves when they first run. The results mean nothing.
+        layers prepare themselves when they first run. The results mean nothing: blocks and positions are all 0.
         """
         limits = self._limits
         longest = limits.table_width * limits.block_size
-        starts = np.array([*range(0, limits.tokens, longest), limits.tokens][: limits.sequences + 1], np.int64)
-        rows, tokens = len(starts) - 1, int(starts[-1])
+        # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.
+        others = limits.sequences - 1
+        tokens = min(limits.tokens, others * longest + 1 if others else longest)
+        starts = np.array([*range(0, tokens - 1, longest), tokens - 1, tokens] if others else [0, tokens], np.int64)
+        starts, rows = np.unique(starts), len(np.unique(starts)) - 1
+        contexts = np.diff(starts)
+        contexts[-1] = longest
         zeros = np.zeros(tokens, np.int64)
         tables = np.zeros((rows, limits.table_width), np.int64)
         batch = Batch(
@@ -180,7 +185,7 @@ class DeviceRunner:
             positions=zeros,
             slots=zeros - 1,
             query_start=starts,
-            context_lens=np.diff(starts),
+            context_lens=contexts,
             block_tables=tables,
             sources=zeros - 1,
             num_decodes=0,

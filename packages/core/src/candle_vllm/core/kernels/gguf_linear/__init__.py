@@ -46,6 +46,7 @@ def linear(
     if out is not None:
         assert out.shape == (len(x), matrix.rows)
         assert out.dtype == x.dtype
+        assert out.stride(1) == 1 or matrix.rows == 1, "the numbers of a row lie behind each other"
     if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 

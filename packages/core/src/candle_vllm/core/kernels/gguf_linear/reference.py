@@ -24,9 +24,7 @@ def linear_row_by_row(
     return _rounded(torch.cat([weights.new_empty(0, matrix.rows), *rows]), x.dtype, bias, out)
 
 
-def _rounded(
-    y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None
-) -> torch.Tensor:
+def _rounded(y: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
     y = (y if bias is None else y + bias.float()).to(dtype)
     return y if out is None else out.copy_(y)
 
