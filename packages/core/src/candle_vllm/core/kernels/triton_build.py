@@ -128,7 +128,7 @@ def compile_build(build: Build, capability: int) -> Usage:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, as the assembler noted them in the object."""
+    """Registers and bytes of stack, as the assembler noted them in the object; the most of its functions."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -136,6 +136,6 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path.write_bytes(cubin)
         tool = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
-    match = _USAGE.search(text)
-    assert match, text
-    return int(match[1]), int(match[2])
+    found = [(int(registers), int(stack)) for registers, stack in _USAGE.findall(text)]
+    assert found, text
+    return max(registers for registers, _ in found), max(stack for _, stack in found)

@@ -24,7 +24,7 @@ from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import Fields, read_json
 from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor
-from candle_vllm.core.loading.weights import _expand, _resolve
+from candle_vllm.core.loading.weights import expand, layer_at
 from candle_vllm.core.memory import available_memory
 from candle_vllm.core.models.registry import family_from_hf
 
@@ -107,9 +107,9 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     family, config = family_from_hf(read_json(path), path)
     nothing = Checkpoint(path, "safetensors", (), {}, {})
     model = family.build(config, Placement(torch.device("meta"), torch.float32), nothing)
-    for line in _expand(family.weights, config.num_layers):
+    for line in expand(family.weights, config.num_layers):
         where, part = line.target.split(":")
-        layer = _resolve(model, where)
+        layer = layer_at(model, where)
         parts = layer.parts() if layer is not None else {}
         if line.hf is not None and part in parts:
             yield line.hf, parts[part].shape

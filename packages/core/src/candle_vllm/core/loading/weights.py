@@ -118,10 +118,10 @@ def _match(
     jobs: list[_Job] = []
     missing: list[str] = []
     used: set[str] = set()
-    for line in _expand(table, num_layers):
+    for line in expand(table, num_layers):
         name = line.hf if checkpoint.format == "safetensors" else line.gguf
         path, part = line.target.split(":")
-        layer = _resolve(model, path)
+        layer = layer_at(model, path)
         parts = layer.parts() if layer is not None else {}
         if name is None or part not in parts:
             continue
@@ -142,7 +142,8 @@ def _match(
     return jobs
 
 
-def _expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:
+def expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:
+    """The lines of a table, those with `{i}` once for each layer."""
     for line in table:
         if "{i}" not in line.target:
             yield line
@@ -152,7 +153,7 @@ def _expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName
             yield dataclasses.replace(line, **names)
 
 
-def _resolve(model: object, path: str) -> Loadable | None:
+def layer_at(model: object, path: str) -> Loadable | None:
     """The layer behind a path like "layers.3.attention.qkv"; None where the model has none there (a tied head)."""
     found: Any = model
     for name in path.split("."):

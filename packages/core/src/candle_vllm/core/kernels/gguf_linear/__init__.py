@@ -50,7 +50,7 @@ def linear(
     if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 
-        multiply = triton.linear_small if invariant or len(x) <= SMALL else triton.linear
+        multiply = triton.linear_exact if invariant or len(x) <= SMALL else triton.linear
         return multiply(x, matrix, bias, out)
     if invariant:
         return reference.linear_row_by_row(x, matrix, bias, out)

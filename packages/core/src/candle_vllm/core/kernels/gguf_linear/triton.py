@@ -19,12 +19,12 @@ import triton.language as tl
 from candle_vllm.core.kernels.gguf_linear.launch import build, checked, constants_of, planes_of
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix, Planes
 from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, high_words, scale_of, scale_words
-from candle_vllm.core.kernels.gguf_linear.triton_exact import linear_small
+from candle_vllm.core.kernels.gguf_linear.triton_exact import linear_exact
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
 
-__all__ = ["embedding", "linear", "linear_small"]
+__all__ = ["embedding", "linear", "linear_exact"]
 
 # Tile shapes; chosen by counting instructions and registers of the compiled code, not yet measured on a GPU.
 LARGE_ROWS = 128

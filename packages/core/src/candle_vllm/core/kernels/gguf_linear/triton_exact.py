@@ -12,9 +12,9 @@ same bits wherever it stands in a tile; every tile here gets that instruction, o
 warps 64 rows. Products with a scale are explicit fused operations, so that no form of the kernel rounds differently.
 
 With many rows this is slower than rounding weights first: each group of 32 weights costs two fused operations for each
-result, about as long as the tensor cores take. It serves them all the same where invariance is asked for, because the
-other arithmetic would cost decoding more: rounding takes three instructions for each weight, and decoding has the time
-for four.
+result, by count about as long as the tensor cores take. It serves them all the same where invariance is asked for: a
+weight that is rounded costs about three slow instructions, and at the speed of an H200's memory there is time for two,
+so the other arithmetic would slow decoding; and exact codes lose nothing.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -163,7 +163,7 @@ def exact_kernel(
     tl.store(place, stretch.to(out.dtype.element_ty), mask=stored)
 
 
-def linear_small(
+def linear_exact(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Made for few rows, and right for any number; see the contract in the package."""
