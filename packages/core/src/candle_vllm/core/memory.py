@@ -85,7 +85,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, available, budget)
     num_blocks = min(affordable, per_sequence * sequences)
-    source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free"
+    source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     message = (
         f"KV cache: {num_blocks} blocks of {config.block_size} tokens = {num_blocks * config.block_size} tokens, "
         f"{_size(num_blocks * block_bytes)} of {_size(budget)} ({source}); one token takes "

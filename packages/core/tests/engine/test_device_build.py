@@ -1,0 +1,112 @@
+"""The plan of a GPU's memory and what is refused, over a pretended GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
+from candle_vllm.core.engine import device_build
+from candle_vllm.core.engine.device_build import build_on_gpu
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.memory import MIB
+from candle_vllm.core.testing.lazy_stream import LazyStream
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a pretended GPU says: `peak` is what the largest steps took."""
+
+    free: int = 1000 * MIB
+    peak: int = 100 * MIB
+    capability: tuple[int, int] = (9, 0)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    fake = Memory()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 * MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 50 * MIB + fake.peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (fake.free, 2 * fake.free))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capability)
+    monkeypatch.setattr(device_build, "CudaStream", lambda device: LazyStream())
+    return fake
+
+
+@pytest.fixture(scope="module")
+def loaded(toy_model: Path) -> LoadedModel:
+    config = EngineConfig(model=str(toy_model), enforce_eager=True)
+    return load_model(config, torch.device("cpu"), lambda *_: None)
+
+
+def build(loaded: LoadedModel, **settings: Any) -> Any:
+    config = EngineConfig(model="toy", **({"attention_backend": "torch", "block_size": 16} | settings))
+    return build_on_gpu(config, loaded, 64, 8, 0.9)
+
+
+def test_the_cache_gets_its_share_of_what_steps_leave(
+    loaded: LoadedModel, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory.free = 300 * MIB
+    with caplog.at_level(logging.INFO):
+        runner, plan = build(loaded, kv_fraction=0.01)
+    # 300 MiB less two peaks of 100 and 64 for the rest
+    assert plan.num_blocks == int(36 * MIB * 0.01) // plan.block_bytes
+    assert len(runner.key_caches[0]) == plan.num_blocks
+    assert "0.01 of 36 MiB free beside 50 MiB of weights and 264 MiB for steps" in caplog.text
+    assert "attention by torch cannot be" in caplog.text, "the reference is not captured"
+
+
+def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
+    from candle_vllm.core.engine.block_manager import BlockManager
+    from candle_vllm.core.engine.engine import Engine
+    from candle_vllm.core.engine.scheduler import Scheduler
+
+    runner, plan = build(loaded, kv_cache_memory=MIB)
+    scheduler = Scheduler(BlockManager(plan.num_blocks, 16), 8, 64)
+    engine = Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    engine.add(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=[1, 2, 3], params=params)))
+    tokens = [token for _ in range(8) for piece in engine.step() for token in piece.token_ids]
+    assert len(tokens) == 5
+    runner.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"peak": 600 * MIB}, {}, r"64 tokens and 8 sequences .* try --prefill-chunk-size 16 or --max-num-seqs 2"),
+        ({}, {"kv_cache_memory": 900 * MIB}, r"set --mem 662 or less"),
+        ({}, {"attention_backend": "flash_attn"}, r"attention_backend 'flash_attn' cannot serve this model"),
+        ({}, {"attention_backend": "triton", "block_size": 8}, r"blocks of at least 16 tokens"),
+        ({"capability": (8, 0)}, {"attention_backend": "triton", "kv_cache_dtype": "fp8"}, r"compute capability 8.9"),
+        ({}, {"kv_cache_memory": MIB, "max_model_len": 100000}, "beyond the model's context"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_names_a_flag(
+    loaded: LoadedModel, memory: Memory, changes: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    for name, value in changes.items():
+        setattr(memory, name, value)
+    with pytest.raises(ConfigError, match=message):
+        build(loaded, **settings)
+
+
+def test_memory_that_runs_out_in_the_largest_step(
+    loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loaded.decoder, "forward", full)
+    with pytest.raises(ConfigError, match="1000 of 2000 MiB are free"):
+        build(loaded)
