@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,19 @@ def test_nothing_around_a_request_changes_a_bit_of_it(model: Path, gguf: Path, q
             assert numbers(run(engine)) == alone, (settings, "with a warm cache")
 
 
+def taken() -> int:
+    """Bytes of tensors; a workspace of cuBLAS stays for each thread and stream."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 def test_memory_is_planned_and_given_back(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before = taken()
     with caplog.at_level(logging.INFO), make(model, kv_cache_memory=None, kv_fraction=0.01) as engine:
         run(engine)
         assert "MiB for steps" in caplog.text
-    assert torch.cuda.memory_allocated() - before < 32 << 20
+    assert taken() - before < 8 << 20
     with pytest.raises(ConfigError, match="set --mem"):
         make(model, kv_cache_memory=1 << 49)
 
@@ -132,12 +139,11 @@ def test_streams_and_aborts(model: Path) -> None:
     with make(model) as engine:
         for index, prompt in enumerate(PROMPTS):
             engine.add_request(prompt, SamplingParams(max_tokens=50, ignore_eos=True), request_id=str(index))
-        for step in range(12):
-            engine.step()
-            if step in (3, 5):
-                engine.abort(str(step))
-        ended = {}
+        ended, step = {}, 0
         while engine.has_unfinished_requests:
             ended |= {piece.request_id: piece.finish_reason for piece in engine.step() if piece.finished}
+            if step in (3, 5):
+                engine.abort(str(step))
+            step += 1
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
         assert len(ended) == len(PROMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> 
     blocks = -(-len(tokens) // BLOCK)
     runner = EagerRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32)
     sequence = Sequence(GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams()), 0, 0)
-    sequence.block_table = list(reversed(range(blocks)))
+    sequence.block_table = array("i", reversed(range(blocks)))
     rows = []
     for start in range(0, len(tokens), chunk):
         sequence.num_computed_tokens = start

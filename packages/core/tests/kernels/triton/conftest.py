@@ -5,8 +5,8 @@ are collected in two cases only: on a machine with CUDA, with the marker `gpu`; 
 `test_interpreter.py` starts them, a process for each file. What compiles ahead of time needs the real compiler and runs
 in the suite's own process.
 
-Triton's interpreter (3.9) is wrong in two places, which are put right here: it multiplies the bits of bfloat16 matrices
-as integers, and it truncates to bfloat16 and loses carries on the way to e4m3, where a GPU rounds to nearest even.
+Triton's interpreter is wrong in a few places, which are put right here: it multiplies the bits of bfloat16 matrices as
+integers, and it truncates to bfloat16 and loses carries on the way to e4m3, where a GPU rounds to nearest even.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *others)
 
+    # Triton 3.6 takes the bound of a loop out of an array in a way that numpy 2.4 refuses.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_bounds(tensor: type, scope: interpreter._LangPatchScope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_bounds
     interpreter._convert_float = rounding_convert
     interpreter.InterpreterBuilder.create_dot = widening_dot
 

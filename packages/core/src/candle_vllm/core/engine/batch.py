@@ -62,7 +62,7 @@ def build_batch(
     for row, item in enumerate(scheduled):
         sequence, start, end = item.sequence, item.start, item.start + item.count
         table = sequence.block_table
-        tables[row, : len(table)] = table
+        tables[row, : len(table)] = np.frombuffer(table, np.int32)
         known = sequence.tokens[start:end]
         tokens += known
         sources += [-1] * len(known)

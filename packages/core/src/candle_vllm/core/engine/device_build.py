@@ -21,7 +21,7 @@ from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 logger = logging.getLogger(__name__)
 
 _GRAPH_BYTES = 8 * MIB  # of a captured step, besides its tensors; generous
-_SLACK = 64 * MIB  # modules of kernels that are loaded later, and pieces that memory is cut into
+_SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread, pieces that memory is cut into
 
 
 def build_on_gpu(
@@ -56,7 +56,7 @@ def build_on_gpu(
         _, *peaks = [_peak(work, stream) for work in runner.largest_steps()]
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
-    aside = sum(peaks) + runner.num_graphs * _GRAPH_BYTES + _SLACK
+    aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK
     free = torch.cuda.mem_get_info(device)[0]
     if aside >= free:
         raise _too_little(budget, sequences, device)
@@ -88,7 +88,7 @@ def _peak(work: Work, stream: DeviceStream) -> int:
     device = stream.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_reserved(device)
     work()
     stream.mark().wait()
     peak = torch.cuda.max_memory_reserved(device) - before

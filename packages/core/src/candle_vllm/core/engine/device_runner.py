@@ -33,6 +33,7 @@ from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
 
+_SMALL_PROMPTS = (1, 8, 16, 32, 64, 128)  # tokens; kernels have forms for as many
 MOST_CAPTURED = 512
 """Sequences of the largest step that is captured."""
 
@@ -107,9 +108,10 @@ class DeviceRunner:
                 "positions": ((tokens,), np.int32),
                 "slots": ((tokens,), np.int32),
                 "sources": ((tokens,), np.int32),
-                "block_tables": ((sequences, limits.table_width), np.int32),
+                "tables": ((sequences * limits.table_width,), np.int32),  # rows as wide as a step needs them
             },
         )
+        self._tables = torch.zeros(sequences, limits.table_width, dtype=torch.int32, device=stream.device)
         self._logits = torch.zeros(sequences, decoder.config.vocab_size, dtype=torch.float32, device=stream.device)
         self._sampler = DeviceSampler(stream, self._logits, self._staging.device["controls"], graphs=graphs)
         self._buckets = bucket_sizes(sequences) if graphs else []
@@ -163,6 +165,11 @@ class DeviceRunner:
         """How many steps are captured."""
         return len(self._buckets)
 
+    @property
+    def edit_bytes(self) -> int:
+        """What masks, penalties and log-probabilities may take: copies of the logits, and a table as large."""
+        return 3 * self._logits.nbytes
+
     def largest_steps(self) -> tuple[Work, Work, Work]:
         """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
 
@@ -174,41 +181,47 @@ class DeviceRunner:
         # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.
         others = limits.sequences - 1
         tokens = min(limits.tokens, others * longest + 1 if others else longest)
-        starts = np.array([*range(0, tokens - 1, longest), tokens - 1, tokens] if others else [0, tokens], np.int64)
-        starts, rows = np.unique(starts), len(np.unique(starts)) - 1
+        starts = np.unique([*range(0, tokens - 1, longest), tokens - 1, tokens] if others else [0, tokens])
+
+        def smallest() -> None:
+            self._blank(1)
+            self._stream.run(lambda: self._decode(1))
+            for count in _SMALL_PROMPTS:
+                if count <= min(tokens, longest):
+                    self._launch_blank(np.array([0, count]), count)
+
+        def prompt() -> None:
+            self._launch_blank(starts, longest)
+            self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
+
+        def decoding() -> None:
+            self._blank(limits.sequences)
+            self._stream.run(lambda: self._decode(limits.sequences))
+            self._sampler.warm_up(limits.sequences)
+
+        return smallest, prompt, decoding
+
+    def _launch_blank(self, starts: Ints, last_context: int) -> None:
+        """Prompts of nothing but zeros, which write nothing, the last behind a context."""
+        rows, tokens = len(starts) - 1, int(starts[-1])
         contexts = np.diff(starts)
-        contexts[-1] = longest
+        contexts[-1] = last_context
         zeros = np.zeros(tokens, np.int64)
-        tables = np.zeros((rows, limits.table_width), np.int64)
         batch = Batch(
             token_ids=zeros,
             positions=zeros,
             slots=zeros - 1,
             query_start=starts,
             context_lens=contexts,
-            block_tables=tables,
+            block_tables=np.zeros((rows, self._limits.table_width), np.int64),
             sources=zeros - 1,
             num_decodes=0,
-            sample_rows=np.arange(min(limits.sequences, tokens)),
+            sample_rows=np.arange(min(self._limits.sequences, tokens)),
             samples=(),
         )
-
-        def smallest() -> None:
-            self._blank(1)
-            self._stream.run(lambda: self._decode(1))
-
-        def prompt() -> None:
-            self._stream.mark().wait()
-            self._stage(batch, (), rows)
-            self._stream.run(self._eager(batch))
-            self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
-
-        def decoding() -> None:
-            self._blank(limits.sequences)
-            self._stream.run(lambda: self._decode(limits.sequences))
-            self._sampler.warm_up(1)
-
-        return smallest, prompt, decoding
+        self._stream.mark().wait()
+        self._stage(batch, (), rows)
+        self._stream.run(self._eager(batch))
 
     def _allocate(self, num_blocks: int) -> None:
         config = self.decoder.config
@@ -237,14 +250,17 @@ class DeviceRunner:
             host[name][:tokens] = getattr(batch, name)
         host["query_start"][: rows + 1] = batch.query_start
         host["context_lens"][:rows] = batch.context_lens
-        host["block_tables"][:rows, : batch.block_tables.shape[1]] = batch.block_tables
+        host["tables"][: batch.block_tables.size] = batch.block_tables.reshape(-1)
         host["sample_rows"][: len(batch.sample_rows)] = batch.sample_rows
         if padded > rows:
             _fill_up(host, rows, padded)
         if states:
             host["controls"][: len(states)] = controls_of(states)
         self._controls = host["controls"]
-        self._staging.send("block_tables", padded)
+        self._staging.send("tables", batch.block_tables.size)
+        sent = self._staging.device["tables"][: batch.block_tables.size].view(batch.block_tables.shape)
+        target = self._tables[:rows, : sent.shape[1]]
+        self._stream.run(lambda: _copy(target, sent))
 
     def _blank(self, rows: int) -> None:
         """Sends over a step whose rows decode nothing."""
@@ -252,7 +268,7 @@ class DeviceRunner:
         host = self._staging.host()
         host["query_start"][0] = 0
         _fill_up(host, 0, rows)
-        self._staging.send("block_tables", rows)
+        self._staging.send("tables", 0)
 
     def _captured(self, rows: int) -> Work:
         """The graph of a decoding step. The first of a size runs as it is, and is captured for those after it."""
@@ -269,7 +285,7 @@ class DeviceRunner:
     def _eager(self, batch: Batch) -> Work:
         """Any step, operation by operation."""
         there, rows, tokens = self._staging.device, len(batch.context_lens), len(batch.token_ids)
-        samples, tables = len(batch.sample_rows), there["block_tables"][:rows]
+        samples, tables = len(batch.sample_rows), self._tables[:rows]
         known = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
         places = DeviceRows(
             there["query_start"][: rows + 1],
@@ -282,6 +298,7 @@ class DeviceRunner:
         )
 
         def work() -> None:
+            self._hidden = torch.empty(0)  # that of the step before makes room
             self._hidden = self._forward(tokens, places)
             if samples:
                 wanted = there["sample_rows"][:samples]
@@ -295,7 +312,7 @@ class DeviceRunner:
         places = DeviceRows(
             there["query_start"][: rows + 1],
             there["context_lens"][:rows],
-            there["block_tables"][:rows],
+            self._tables[:rows],
             rows,
             most_tokens=1,
             most_context=limits.table_width * limits.block_size,
@@ -343,6 +360,10 @@ def _fill_up(host: Mapping[str, NDArray[Any]], first: int, last: int) -> None:
         host[name][first:last] = value
     host["query_start"][first + 1 : last + 1] = range(first + 1, last + 1)
     host["controls"][first:last] = (0.0, 0.0, 0.0, 1.0, 0.5)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ it is waited for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -98,13 +99,18 @@ class CudaStream:
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.inference_mode():
-            # Not `torch.cuda.graph`: it empties caches and collects garbage each time, which takes longer than this.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
+            # which a capture registers, must not be made in inference mode.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                work()
-            finally:
-                graph.capture_end()
+                with torch.inference_mode():
+                    work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the first error is the one that says something
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
 
     def mark(self) -> _CudaMark:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 
@@ -151,7 +152,7 @@ class Scheduler:
             taken = self.blocks.allocate(missing)
             if taken is None:
                 return False
-            sequence.block_table += taken
+            sequence.block_table.extend(taken)
         return True
 
     def _admit(self, budget: int) -> Iterator[Sequence]:
@@ -199,7 +200,7 @@ class Scheduler:
         self.blocks.share(shared)
         taken = self.blocks.allocate(fresh)
         assert taken is not None
-        sequence.block_table = shared + taken
+        sequence.block_table = array("i", shared + taken)
         sequence.num_admissions += 1
         sequence.num_computed_tokens = sequence.num_settled_tokens = len(shared) * self.blocks.block_size
         if sequence.num_cached_tokens is None:
@@ -219,7 +220,7 @@ class Scheduler:
         for digest in self._unpublished(sequence):
             self._computed(digest)
         self.blocks.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.num_computed_tokens = sequence.num_settled_tokens = 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest
 
@@ -38,7 +40,7 @@ class Sequence:
         self.max_length = NO_LIMIT
         self.num_admissions = 0
         self.num_cached_tokens: int | None = None
-        self.block_table: list[int] = []
+        self.block_table = array("i")
         self._hashes: list[bytes] = []
 
     @property

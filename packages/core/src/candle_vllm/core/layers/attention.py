@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, paged_attention
-from candle_vllm.core.kernels.kv_write import kv_write
 from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.rotary_write import HeadNorms, rotary_write
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +38,45 @@ class StepInput:
 
 
 class PagedAttention:
-    """Writes the new keys and values of a layer, then attends: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+    """Norms of heads, rotary, cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
-    def __init__(self, layer: int, head_dim: int, *, window: int | None = None, scale: float | None = None) -> None:
+    Args:
+        layer: whose caches it uses.
+        head_dim: D.
+        rotary: positions.
+        q_norm, k_norm: of heads, where the model has them.
+        window: how many positions a token sees, itself included; None is all.
+        scale: of scores; None is D^-0.5.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        head_dim: int,
+        rotary: Rotary,
+        q_norm: RMSNorm | None = None,
+        k_norm: RMSNorm | None = None,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> None:
         self.layer = layer
+        self.rotary = rotary
+        self.norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
 
     def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
         key_cache, value_cache = step.key_caches[self.layer], step.value_caches[self.layer]
         if isinstance(q, Recorded):
+            if self.norms is not None:
+                q, k = self.norms[0](q), self.norms[1](k)
+            q, k = self.rotary(q, k, step.positions)
             return q.attend(k, v, key_cache, value_cache, scale=self.scale, window=self.window)
-        scales = step.cache_scales
-        key_scale, value_scale = (None, None) if scales is None else scales
-        kv_write(k, v, key_cache, value_cache, step.slots, key_scale=key_scale, value_scale=value_scale)
+        norms, scales = None, step.cache_scales
+        if self.norms is not None:
+            norms = HeadNorms(self.norms[0].weight, self.norms[1].weight, self.norms[0].eps)
+        caches, tables = (key_cache, value_cache), self.rotary.tables
+        q = rotary_write(q, k, v, step.positions, tables, caches, step.slots, norms=norms, cache_scales=scales)
         options = {"scale": self.scale, "window": self.window, "cache_scales": scales}
         return step.attend(q, key_cache, value_cache, step.rows, **options)

@@ -92,7 +92,8 @@ class TensorPart:
     def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
         values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
-        self._tensor.copy_(values[_row_order(stored, interleaved_heads)] if interleaved_heads else values)
+        ordered = values[_row_order(stored, interleaved_heads)] if interleaved_heads else values
+        self._tensor.copy_(ordered.to(self._tensor.device))
 
 
 class MatrixPart:

@@ -125,14 +125,12 @@ class Attention:
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         self.q_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
-        self.rotary = rotary
-        self.attend = PagedAttention(layer, dim, window=config.sliding_windows[layer])
+        window = config.sliding_windows[layer]
+        self.attend = PagedAttention(layer, dim, rotary, self.q_norm, self.k_norm, window=window)
 
     def __call__(self, x: Value, step: StepInput) -> Value:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.sizes, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary(q, k, step.positions)  # [T, H, D], [T, K, D]
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
 from candle_vllm.core.sampling.logprobs import LogprobRow
 from candle_vllm.core.sampling.sampler import SampledToken, sampled_token
@@ -81,11 +82,28 @@ class DeviceSampler:
         return self._landed(len(states), logprobs)
 
     def warm_up(self, rows: int) -> None:
-        """Compiles what draws need, and captures them where that is wanted."""
+        """Compiles what draws of `rows`, edits and log-probabilities need, and captures draws where that is wanted."""
         for random, search in ((False, False), (True, False), (True, True)):
             self._stream.run(lambda random=random, search=search: self._draw(rows, random, search))
             if self._graphs is not None:
                 self._captured(rows, random, search)
+        self._stream.run(self._edit_nothing)
+
+    def _edit_nothing(self) -> None:
+        """Every kind of edit of a row that has none; work on the device."""
+        device, logits, vocabulary = self._stream.device, self._logits[:1], self._logits.shape[1]
+
+        def row(kind: torch.dtype, *shape: int, value: int = 0) -> torch.Tensor:
+            return torch.full((1, *shape), value, dtype=kind, device=device)
+
+        nowhere, counts = row(torch.int32, value=-1), row(torch.int32, vocabulary)
+        bias = {"bias_ids": row(torch.int32, 1, value=-1), "bias": row(torch.float32, 1)}
+        masks = {"mask_rows": nowhere, "masks": row(torch.int32, -(-vocabulary // 32))}
+        counted = {"count_rows": nowhere, "counts": counts, "penalties": row(torch.float64, 3)}
+        for edits in (bias, masks, counted, masks | counted):
+            kernels.edit_tensors(logits, DeviceEdits(**edits))
+        kernels.note_tokens(counts, nowhere, self.ids[:1])
+        kernels.stand_tensors(logits, self.ids[:1], row(torch.int64), 1)
 
     def _captured(self, rows: int, random: bool, search: bool) -> Work:
         assert self._graphs is not None

@@ -37,7 +37,8 @@ def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.
     return begin, keys, tl.cdiv(context - begin, keys)
 
 
-@triton.jit(do_not_specialize=["rows", "table_stride"])
+# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(do_not_specialize=["rows", "table_stride"], do_not_specialize_on_alignment=["context_lens", "block_tables"])
 def decode_kernel(
     q,  # [R, H, D]
     key_cache,  # [B, S, K, D]
@@ -302,6 +303,7 @@ def _builds(
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
+            unaligned=("context_lens", "block_tables"),
             label=label,
             capabilities=targets,
         ),

@@ -41,7 +41,11 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
     return row, tile - begin
 
 
-@triton.jit(do_not_specialize=["rows", "table_stride"])
+# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(
+    do_not_specialize=["rows", "table_stride"],
+    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables"],
+)
 def prefill_kernel(
     q,  # [T, H, D]
     key_cache,  # [B, S, K, D]
@@ -257,6 +261,7 @@ def _builds(
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
+            unaligned=("query_start", "context_lens", "block_tables"),
             label=f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8,
             capabilities=(capability,),
         )

@@ -17,6 +17,16 @@ _MOST = 1024  # numbers that a program has in registers at a time
 
 
 @triton.jit
+def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.constexpr):
+    """Numbers as the cache of `dtype` holds them; `scale` points at one number where FP8."""
+    if FP8:
+        # Clamped, for a conversion may make a NaN of what is too large.
+        x = x.to(tl.float32) / tl.load(scale)
+        x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
 def kv_write_kernel(
     key,  # [T, W], W = K * D numbers of a token behind each other
     value,  # [T, W]
@@ -39,12 +49,8 @@ def kv_write_kernel(
         inside = at < W
         k = tl.load(key + token * key_stride + at, mask=inside, other=0.0)
         v = tl.load(value + token * value_stride + at, mask=inside, other=0.0)
-        if FP8:
-            # Clamped, for a conversion may make a NaN of what is too large.
-            k = k.to(tl.float32) / tl.load(key_scale)
-            v = v.to(tl.float32) / tl.load(value_scale)
-            k = tl.clamp(k, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(key_cache.dtype.element_ty)
-            v = tl.clamp(v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(value_cache.dtype.element_ty)
+        k = for_cache(k, key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
+        v = for_cache(v, value_scale, value_cache.dtype.element_ty, FP8, LARGEST)
         tl.store(key_cache + slot * W + at, k, mask=inside)
         tl.store(value_cache + slot * W + at, v, mask=inside)
 

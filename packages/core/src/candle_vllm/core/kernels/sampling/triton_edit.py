@@ -18,7 +18,7 @@ _PART = tl.constexpr(1024)  # entries or logits that a program has at a time; no
 _ROWS = tl.constexpr(256)  # of a program that counts tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def bias_kernel(
     logits,  # [R, V] fp32, rows contiguous
     bias_ids,  # [R, N] int32, -1 where unused

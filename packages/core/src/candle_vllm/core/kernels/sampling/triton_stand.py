@@ -116,7 +116,7 @@ def gather_top_kernel(
         gather(source, chunk, V, tl.load(edges + row), numbers, C, CB, values + to, names + to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["MOST"])
 def name_kernel(
     logits,
     token_ids,

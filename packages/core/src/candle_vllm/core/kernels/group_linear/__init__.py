@@ -1,0 +1,49 @@
+"""Linear layers whose weights are codes of 4 or 8 bits in groups, on a GPU; step 6 of a request's life.
+
+What files of GPTQ, AWQ and compressed-tensors hold once they are unpacked: a weight is scale * (code - zero), and the
+weights of a row share a scale, and where there are any a zero, by groups of 32 or a multiple along K, or all of them.
+
+Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GroupMatrix` [N, K]; bias [N] of x's dtype or None.
+y [T, N] = x W^T + bias has x's dtype, in new memory or in `out`: x's dtype, shape [T, N], the numbers of a row behind
+each other, rows any distance apart; it shares no memory with the others. Products of x with the weights are summed in
+fp32 and the result is rounded once. With up to `SMALL` rows the codes meet x exactly and scales are applied to sums in
+fp32; with more, weights are rounded to x's dtype first.
+
+A row's result depends on the row and the matrix alone, up to `SMALL` rows, and likewise above; `invariant=True`
+promises that its bits are the same for any number of rows. Tensors on the CPU are computed by `reference.py`, for
+tests.
+Source: Frantar et al., 2022, arXiv:2210.17323; Lin et al., 2023, arXiv:2306.00978.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.dispatch import on_gpu
+from candle_vllm.core.kernels.group_linear import reference
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, stack
+from candle_vllm.core.kernels.group_linear.pack import pack
+
+__all__ = ["SMALL", "GroupMatrix", "linear", "pack", "stack"]
+
+SMALL = 16
+"""Most rows for which codes are kept exact where invariance is not asked for."""
+
+
+def linear(
+    x: torch.Tensor,
+    matrix: GroupMatrix,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    invariant: bool = False,
+) -> torch.Tensor:
+    """x times the transpose of the matrix, plus bias."""
+    assert x.dim() == 2
+    assert x.shape[1] == matrix.columns
+    if on_gpu(x):
+        from candle_vllm.core.kernels.group_linear import triton, triton_exact
+
+        exact = invariant or len(x) <= SMALL
+        return (triton_exact.linear if exact else triton.linear)(x, matrix, bias, out)
+    return reference.linear(x, matrix, bias, out)

@@ -1,0 +1,82 @@
+"""Codes, scales and zeros to the GPU's layout: done once, at load, before step 1 of a request's life."""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.group_linear.layout import PART, WORDS, GroupMatrix
+
+CHUNK = 1 << 24
+"""Weights per round: about 10 times as many bytes are needed on the way."""
+
+
+def pack(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    device: torch.device | str,
+) -> GroupMatrix:
+    """Brings a quantised matrix to a device; every number is kept exactly.
+
+    Args:
+        codes: uint8 [N, K], one in each element.
+        scales: float16 or bfloat16 [N, groups]; K / groups is a multiple of 32, or groups is 1.
+        zeros: the code of weight 0, whole numbers [N, groups] from 0 to 65,535, or None for the middle of the codes.
+        bits: 4 or 8.
+        device: where the result lies.
+
+    Raises:
+        ValueError: no kernel multiplies such a matrix; says which number is wrong.
+    """
+    _check(codes, scales, zeros, bits)
+    (rows, columns), groups, device = codes.shape, scales.shape[1], torch.device(device)
+    kind = torch.int16 if zeros is None else torch.int32
+    empty = torch.empty(0, device=device)
+    matrix = GroupMatrix(rows, columns, bits, columns // groups, scales.dtype, empty, empty)
+    plane = torch.empty((matrix.steps, rows, WORDS), dtype=torch.int32, device=device)
+    words = torch.zeros((max(matrix.groups, groups), rows), dtype=kind, device=device)
+    step = max(1, CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        plane[:, part] = _plane(codes[part].to(device), matrix).transpose(0, 1)
+        found = scales[part].to(device).contiguous().view(torch.int16)
+        if zeros is not None:
+            found = (found.to(torch.int32) & 0xFFFF) | zeros[part].to(device).to(torch.int32) << 16
+        words[:groups, part] = found.transpose(0, 1)
+    return GroupMatrix(rows, columns, bits, matrix.group, scales.dtype, plane, words)
+
+
+def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits; there are kernels for 4 and 8")
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or 0 in codes.shape:
+        raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; uint8 [rows, columns] is read")
+    if scales.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"scales are {scales.dtype}; float16 and bfloat16 are read")
+    rows, columns = codes.shape
+    if scales.dim() != 2 or len(scales) != rows or scales.shape[1] < 1 or columns % scales.shape[1]:
+        raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit a matrix of {rows} x {columns}")
+    group = columns // scales.shape[1]
+    if group != columns and group % PART:
+        raise ValueError(f"groups of {group} weights; a multiple of {PART}, or whole rows of {columns}, are read")
+    if bits < 8 and int(codes.max()) >= 1 << bits:
+        raise ValueError(f"a code is {int(codes.max())}; {bits} bits hold less")
+    if zeros is not None:
+        if zeros.shape != scales.shape or zeros.is_floating_point():
+            raise ValueError(
+                f"zeros are {zeros.dtype} of shape {tuple(zeros.shape)}; whole numbers as the scales stand"
+            )
+        if int(zeros.min()) < 0 or int(zeros.max()) > 0xFFFF:
+            raise ValueError(f"zeros from {int(zeros.min())} to {int(zeros.max())}; 0 to 65535 are read")
+
+
+def _plane(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
+    """Codes uint8 [R, K] as int32 [R, steps, 16]."""
+    missing = matrix.steps * matrix.step - matrix.columns
+    codes = torch.nn.functional.pad(codes, (0, missing)).view(len(codes), matrix.steps, matrix.parts, WORDS, 2)
+    plane = torch.zeros((len(codes), matrix.steps, WORDS), dtype=torch.int32, device=codes.device)
+    for half in range(2):
+        for part in range(matrix.parts):
+            plane |= codes[:, :, part, :, half].to(torch.int32) << matrix.bits * (part + matrix.parts * half)
+    return plane

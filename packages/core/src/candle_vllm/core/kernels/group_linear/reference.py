@@ -1,0 +1,30 @@
+"""The linear layer with weights in groups in plain torch, literal enough to check by eye: step 6."""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+
+
+def linear(
+    x: torch.Tensor, matrix: GroupMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See the contract in the package; float32 weights and sums, rounded once."""
+    y = x.float() @ dequantise(matrix).T
+    y = (y if bias is None else y + bias.float()).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def dequantise(matrix: GroupMatrix) -> torch.Tensor:
+    """The weights as float32 [N, K]."""
+    words, parts, bits = matrix.codes.transpose(0, 1), matrix.parts, matrix.bits
+    fields = [
+        torch.stack([words >> bits * (part + parts * half) & (1 << bits) - 1 for half in range(2)], -1)
+        for part in range(parts)
+    ]
+    codes = torch.stack(fields, 2).flatten(1)[:, : matrix.columns].float()
+    group = torch.arange(matrix.columns, device=matrix.device) // matrix.group
+    scale = matrix.scales.to(torch.int16).contiguous().view(matrix.scale_dtype).float().T[:, group]
+    zero = (matrix.scales >> 16 & 0xFFFF).float().T[:, group] if matrix.zeros else matrix.zero
+    return (codes - zero) * scale

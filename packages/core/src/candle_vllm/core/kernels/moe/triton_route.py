@@ -1,0 +1,171 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Choosing a token's experts on a GPU (step 6 of a request's life). A warp has one token's logits in registers.
+
+A choice is the maximum of whole numbers that carry the value above the place, so that one reduction finds both, and
+equal values fall to the lowest place. What is no candidate stands below every number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.moe.arguments import Scoring
+from candle_vllm.core.kernels.moe.reference import LEAST_SUM
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+
+@triton.jit
+def _ordered(values, places):
+    """Values as int64 that order as they do, with the place below; NaN as negative infinity."""
+    values = tl.where(values == 0.0, 0.0, values)  # -0 is 0
+    values = tl.where(values == values, values, float("-inf"))
+    bits = values.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << 16) | (0xFFFF - places)
+
+
+@triton.jit
+def _place(key):
+    return (0xFFFF - (key & 0xFFFF)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def route_kernel(
+    logits,  # [T, X], rows contiguous
+    bias,  # [X]
+    weights,  # [T, K] contiguous
+    experts,  # [T, K] contiguous
+    stride,  # numbers from a token to the next
+    scale,
+    X: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BIAS: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    LEAST: tl.constexpr,
+    G: tl.constexpr,  # GROUPS, to the next power of two
+    M: tl.constexpr,  # experts of a group, likewise
+    SLOTS: tl.constexpr,  # K, likewise
+):
+    SIZE: tl.constexpr = X // GROUPS
+    NONE: tl.constexpr = -(1 << 62)  # below every key
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, G)[:, None]
+    member = tl.arange(0, M)[None, :]
+    expert = group * SIZE + member
+    there = (group < GROUPS) & (member < SIZE)
+    values = tl.load(logits + token * stride + expert, mask=there, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-values))
+    else:
+        above = tl.exp(values - tl.max(tl.max(values, 1), 0))
+        scores = above / tl.sum(tl.sum(above, 1), 0)
+    choice = values
+    if BIAS:
+        choice = scores + tl.load(bias + expert, mask=there, other=0.0).to(tl.float32)
+    keys = tl.where(there, _ordered(choice, expert), NONE)
+    if GROUPS > 1:
+        best = tl.max(keys, 1)
+        worth = tl.max(tl.where(keys == best[:, None], choice, float("-inf")), 1)
+        if BIAS:
+            second = tl.max(tl.where(keys == best[:, None], NONE, keys), 1)
+            worth += tl.max(tl.where(keys == second[:, None], choice, float("-inf")), 1)
+        numbers = tl.arange(0, G)
+        ranks = tl.where(numbers < GROUPS, _ordered(worth, numbers), NONE)
+        chosen = tl.zeros((G,), tl.int32)
+        for _ in tl.static_range(TOP_GROUPS):
+            first = tl.max(ranks, 0)
+            chosen = tl.where(ranks == first, 1, chosen)
+            ranks = tl.where(ranks == first, NONE, ranks)
+        keys = tl.where(chosen[:, None] == 1, keys, NONE)
+    slot = tl.arange(0, SLOTS)
+    found = tl.zeros((SLOTS,), tl.float32)
+    places = tl.zeros((SLOTS,), tl.int32)
+    for j in tl.range(0, K):
+        first = tl.max(tl.max(keys, 1), 0)
+        here = keys == first
+        score = tl.sum(tl.sum(tl.where(here, scores, 0.0), 1), 0)
+        found = tl.where(slot == j, score, found)
+        places = tl.where(slot == j, _place(first), places)
+        keys = tl.where(here, NONE, keys)
+    if RENORMALISE:
+        found = found / (tl.sum(found, 0) + LEAST)
+    tl.store(weights + token * K + slot, found * scale, mask=slot < K)
+    tl.store(experts + token * K + slot, places, mask=slot < K)
+
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    scoring: Scoring,
+    renormalise: bool,
+    bias: torch.Tensor | None,
+    groups: tuple[int, int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract in the package; groups: how many there are, and how many are candidates."""
+    tokens, count = logits.shape
+    assert logits.stride(1) == 1 or count == 1, "the numbers of a row lie behind each other"
+    assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if bias is not None:
+        assert bias.is_contiguous()
+        assert bias.device == logits.device
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    experts = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    if tokens:
+        constants = _constants(count, top_k, groups, scoring == "sigmoid", bias is not None, renormalise)
+        arguments = (logits, bias, weights, experts, logits.stride(0), scale)
+        route_kernel[(tokens,)](*arguments, **constants, num_warps=_warps(constants), **OPTIONS)
+    return weights, experts
+
+
+def _constants(
+    experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool, bias: bool, renormalise: bool
+) -> dict[str, Any]:
+    return {
+        "X": experts,
+        "K": top_k,
+        "GROUPS": groups[0],
+        "TOP_GROUPS": groups[1],
+        "SIGMOID": sigmoid,
+        "BIAS": bias,
+        "RENORMALISE": renormalise,
+        "LEAST": LEAST_SUM,
+        "G": triton.next_power_of_2(groups[0]),
+        "M": triton.next_power_of_2(experts // groups[0]),
+        "SLOTS": triton.next_power_of_2(top_k),
+    }
+
+
+def _warps(constants: dict[str, Any]) -> int:
+    """One, which needs no barriers, up to sixteen numbers for each thread. Not measured yet."""
+    return max(1, constants["G"] * constants["M"] // 512)
+
+
+def _build(dtype: str, experts: int, top_k: int, groups: tuple[int, int], sigmoid: bool) -> Build:
+    constants = _constants(experts, top_k, groups, sigmoid, sigmoid, True)
+    types = {"logits": f"*{dtype}", "weights": "*fp32", "experts": "*i32", "stride": "i32", "scale": "fp32"}
+    return Build(
+        route_kernel,
+        types | ({"bias": "*fp32"} if sigmoid else {}),
+        {**constants, **({} if sigmoid else {"bias": None})},
+        num_warps=_warps(constants),
+        aligned=("stride",),
+        label=f"{dtype}-{experts}x{top_k}-{groups[1]}of{groups[0]}",
+    )
+
+
+AOT = (
+    _build("bf16", 128, 8, (1, 1), False),
+    _build("fp32", 256, 8, (8, 4), True),
+    _build("bf16", 512, 10, (1, 1), False),
+    _build("bf16", 160, 6, (8, 3), False),
+    _build("fp32", 384, 8, (1, 1), True),
+)

@@ -1,0 +1,35 @@
+"""Norms of heads, rotary and the cache write in plain torch, one after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from candle_vllm.core.kernels.kv_write.reference import kv_write
+from candle_vllm.core.kernels.rms_norm.reference import rms_norm
+from candle_vllm.core.kernels.rotary.reference import rotary
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.rotary_write import HeadNorms
+
+
+def rotary_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor,
+    *,
+    norms: HeadNorms | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    if norms is not None:
+        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
+    q, k = rotary(q, positions, *tables), rotary(k, positions, *tables)
+    key_scale, value_scale = (None, None) if cache_scales is None else cache_scales
+    kv_write(k, v, *caches, slots, key_scale=key_scale, value_scale=value_scale)
+    return q

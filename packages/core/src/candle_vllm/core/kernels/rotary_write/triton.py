@@ -1,0 +1,258 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+"""Norms of heads, rotary and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
+
+A program has some heads of one token: of the queries, or of the keys and the values. Slots are read on the device and
+tokens whose slot is negative write nothing, so that a captured step may be longer than what is scheduled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.kv_write.triton import for_cache
+from candle_vllm.core.kernels.rotary_write import HeadNorms
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_PAIRS = 256  # of a program; not measured yet
+
+
+@triton.jit
+def _heads(
+    x,  # a token's heads
+    head_stride,
+    weight,  # [D] fp32, where NORM
+    eps,
+    head,  # [HEADS, 1]
+    cosines,  # [1, HALVES]
+    sines,
+    COUNT: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+    RESTS: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Heads, normed and rotated: both halves of what is rotated [HEADS, HALVES], and the rest [HEADS, RESTS]."""
+    pair = tl.arange(0, HALVES)[None, :]
+    beyond = 2 * HALF + tl.arange(0, RESTS)[None, :]
+    source = x + head.to(tl.int64) * head_stride
+    inside = (head < COUNT) & (pair < HALF)
+    a = tl.load(source + pair, mask=inside, other=0.0)
+    b = tl.load(source + HALF + pair, mask=inside, other=0.0)
+    rest = tl.load(source + beyond, mask=(head < COUNT) & (beyond < D), other=0.0)
+    if NORM:
+        dtype: tl.constexpr = x.dtype.element_ty
+        a, b, rest = a.to(tl.float32), b.to(tl.float32), rest.to(tl.float32)
+        squares = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
+        a = (a * scale * tl.load(weight + pair, mask=pair < HALF, other=0.0)).to(dtype)
+        b = (b * scale * tl.load(weight + HALF + pair, mask=pair < HALF, other=0.0)).to(dtype)
+        rest = (rest * scale * tl.load(weight + beyond, mask=beyond < D, other=0.0)).to(dtype)
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    return a * cosines - b * sines, b * cosines + a * sines, rest
+
+
+@triton.jit(do_not_specialize=["eps"])
+def rotary_write_kernel(
+    q,  # [T, H, D]
+    k,  # [T, K, D]
+    v,  # [T, K, D]
+    q_out,  # [T, H, D] contiguous
+    key_cache,  # [B * S, K, D]
+    value_cache,  # [B * S, K, D]
+    slots,  # [T]
+    positions,  # [T]
+    cos,  # [P, HALF] contiguous, fp32
+    sin,
+    q_weight,  # [D] fp32, where NORM
+    k_weight,
+    key_scale,  # [1] fp32, read where FP8
+    value_scale,
+    eps,
+    q_token,  # strides
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,  # HALF, D - 2 * HALF and D, up to a power of two
+    RESTS: tl.constexpr,
+    DP: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
+    NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # of the queries
+    dtype: tl.constexpr = q.dtype.element_ty
+    pair = tl.arange(0, HALVES)[None, :]
+    beyond = 2 * HALF + tl.arange(0, RESTS)[None, :]
+    at = tl.load(positions + token).to(tl.int64) * HALF + pair
+    cosines = tl.load(cos + at, mask=pair < HALF, other=0.0)
+    sines = tl.load(sin + at, mask=pair < HALF, other=0.0)
+    if part < parts:
+        head = part * HEADS + tl.arange(0, HEADS)[:, None]
+        a, b, rest = _heads(
+            q + token * q_token, q_head, q_weight, eps, head, cosines, sines, H, D, HALF, HALVES, RESTS, NORM
+        )
+        there = head < H
+        target = q_out + token * (H * D) + head * D
+        tl.store(target + pair, a.to(dtype), mask=there & (pair < HALF))
+        tl.store(target + HALF + pair, b.to(dtype), mask=there & (pair < HALF))
+        tl.store(target + beyond, rest.to(dtype), mask=there & (beyond < D))
+    else:
+        slot = tl.load(slots + token).to(tl.int64)
+        if slot >= 0:
+            head = (part - parts) * HEADS + tl.arange(0, HEADS)[:, None]
+            a, b, rest = _heads(
+                k + token * k_token, k_head, k_weight, eps, head, cosines, sines, K, D, HALF, HALVES, RESTS, NORM
+            )
+            there = head < K
+            target = key_cache + slot * (K * D) + head * D
+            a = for_cache(a.to(dtype), key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
+            b = for_cache(b.to(dtype), key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
+            rest = for_cache(rest, key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
+            tl.store(target + pair, a, mask=there & (pair < HALF))
+            tl.store(target + HALF + pair, b, mask=there & (pair < HALF))
+            tl.store(target + beyond, rest, mask=there & (beyond < D))
+            column = tl.arange(0, DP)[None, :]
+            inside = there & (column < D)
+            values = tl.load(v + token * v_token + head.to(tl.int64) * v_head + column, mask=inside, other=0.0)
+            values = for_cache(values, value_scale, value_cache.dtype.element_ty, FP8, LARGEST)
+            tl.store(value_cache + slot * (K * D) + head * D + column, values, mask=inside)
+
+
+def rotary_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor,
+    *,
+    norms: HeadNorms | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """See the contract in the package. Positions and slots may be int32 too."""
+    tokens, heads, dim = q.shape
+    _check(q, k, v, positions, tables, caches, slots, norms, cache_scales)
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    kv_heads = k.shape[1]
+    constants = _constants(heads, kv_heads, dim, tables[0].shape[1], norms is not None, cache_scales is not None)
+    parts = triton.cdiv(heads, constants["HEADS"]) + triton.cdiv(kv_heads, constants["HEADS"])
+    rotary_write_kernel[(tokens, parts)](
+        q,
+        k,
+        v,
+        out,
+        *caches,
+        slots,
+        positions,
+        *tables,
+        norms.q if norms else None,
+        norms.k if norms else None,
+        cache_scales[0] if cache_scales else None,
+        cache_scales[1] if cache_scales else None,
+        norms.eps if norms else 0.0,
+        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
+        **constants,
+        num_warps=4,
+        **OPTIONS,
+    )
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor,
+    norms: HeadNorms | None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    tokens, _, dim = q.shape
+    for x in (q, k, v):
+        assert x.stride(2) == 1
+    for numbers in (positions, slots):
+        assert numbers.shape == (tokens,)
+        assert numbers.is_contiguous()
+        assert numbers.dtype in (torch.int32, torch.int64)
+    for table in tables:
+        assert table.shape == tables[0].shape
+        assert table.is_contiguous()
+        assert table.dtype == torch.float32
+    for cache in caches:
+        assert cache.shape == caches[0].shape
+        assert cache.is_contiguous()
+        assert cache.dtype == (torch.float8_e4m3fn if cache_scales else q.dtype)
+    for weight in norms[:2] if norms else ():
+        assert weight.shape == (dim,)
+        assert weight.is_contiguous()
+        assert weight.dtype == torch.float32
+    tensors = (k, v, positions, slots, *tables, *caches, *(norms[:2] if norms else ()), *(cache_scales or ()))
+    assert all(x.device == q.device for x in tensors)
+
+
+def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: bool) -> dict[str, Any]:
+    halves, rests = triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1))
+    return {
+        "H": heads,
+        "K": kv_heads,
+        "D": dim,
+        "HALF": half,
+        "HALVES": halves,
+        "RESTS": rests,
+        "DP": triton.next_power_of_2(dim),
+        "HEADS": min(max(1, _PAIRS // halves), triton.next_power_of_2(heads)),
+        "NORM": norm,
+        "FP8": fp8,
+        "LARGEST": torch.finfo(torch.float8_e4m3fn).max,
+    }
+
+
+def _build(
+    dtype: str, heads: int, kv_heads: int, dim: int, half: int, *, norm: bool = False, fp8: bool = False
+) -> Build:
+    strides = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")
+    arguments = dict.fromkeys(("q", "k", "v", "q_out"), f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
+    arguments |= dict.fromkeys(("key_cache", "value_cache"), "*fp8e4nv" if fp8 else f"*{dtype}")
+    arguments |= {"positions": "*i32", "slots": "*i32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
+    constants: dict[str, Any] = _constants(heads, kv_heads, dim, half, norm, fp8)
+    for names, there in ((("q_weight", "k_weight"), norm), (("key_scale", "value_scale"), fp8)):
+        if there:
+            arguments |= dict.fromkeys(names, "*fp32")
+        else:
+            constants |= dict.fromkeys(names)
+    return Build(
+        rotary_write_kernel,
+        arguments,
+        constants,
+        aligned=strides,
+        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}" + "-norm" * norm + "-fp8" * fp8,
+        capabilities=(90, 100) if fp8 else (80, 90, 100),
+    )
+
+
+AOT = (
+    _build("bf16", 32, 8, 128, 64),
+    _build("bf16", 16, 8, 128, 64, norm=True),
+    _build("fp16", 9, 3, 64, 32),
+    _build("fp32", 24, 8, 96, 36, norm=True),
+    _build("bf16", 32, 8, 128, 64, fp8=True),
+)
