@@ -20,7 +20,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py")
+DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -1,0 +1,145 @@
+"""Runs a toy engine with every Triton launch compiled as a GPU would specialise it, and not executed.
+
+A process of its own, for it puts a driver in Triton's place that says it is an H100. Prints a JSON line for each form
+of a kernel that is compiled: {"phase": "start" or "serve", "kernel": name, "fault": text or null}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.kernels.triton_build import SHARED_LIMITS
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.sampling import device_sampler
+from candle_vllm.core.sampling.sampler import SampledToken
+from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+
+CONTEXT, SIZE = 512, 16
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    utils = None
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Watch:
+    """Stands before every launch."""
+
+    def __init__(self) -> None:
+        self.phase = "start"
+        self._launch = jit.JITFunction.run
+        self._seen: dict[int, Any] = {}
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        """Checks arguments and grid, and compiles."""
+        compiled = self._launch(kernel, *args, grid=grid, warmup=True, **options)
+        if id(compiled) not in self._seen:
+            self._seen[id(compiled)] = compiled
+            shared = compiled.metadata.shared
+            fault = f"{shared} bytes of shared memory" if shared > SHARED_LIMITS[90] else None
+            print(json.dumps({"phase": self.phase, "kernel": kernel.__name__, "fault": fault}), flush=True)
+        assert all(type(size) is int and size > 0 for size in grid), (kernel.__name__, grid)
+        assert len(grid) < 2 or grid[1] < 1 << 16, (kernel.__name__, grid)
+        for value in args:
+            assert value is None or isinstance(value, torch.Tensor) or type(value) in (int, float), kernel.__name__
+        return compiled
+
+
+def serve(loaded: LoadedModel, watch: Watch) -> None:
+    """Starts an engine and answers requests of every kind; tokens mean nothing."""
+    watch.phase = "start"
+    runner = DeviceRunner(
+        loaded.decoder, DeviceLimits(128, 8, CONTEXT // SIZE, SIZE), LazyStream(), loaded.placement.dtype
+    )
+    for work in runner.largest_steps():
+        work()
+    runner.allocate(400)
+    engine = Engine(runner, Scheduler(BlockManager(400, SIZE), 8, 128), loaded.tokenizer, loaded.eos_token_ids, CONTEXT)
+    watch.phase = "serve"
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {3: 1.0, 4: 2.0}},
+        {"logprobs": 3},
+        {"allowed_token_ids": [5, 6]},
+        {"min_tokens": 2},
+        {"logprobs": 1, "frequency_penalty": 0.3},
+        {"logprobs": 0},
+    ]
+    for index, more in enumerate(kinds):
+        params = SamplingParams(
+            max_tokens=5 + index, ignore_eos=True, temperature=0.9 * (index % 2), top_p=0.95, **more
+        )
+        prompt = [5 + index, *range(40, 42 + 9 * index)]
+        engine.add(engine.prepare(GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)))
+    while engine.has_work:
+        for piece in engine.step():
+            assert piece.error is None, piece.error
+
+
+def main() -> None:
+    """Quantised weights of several types, and plain ones with norms of heads."""
+    driver.set_active(Hopper())  # type: ignore[arg-type]
+    watch = Watch()
+    jit.JITFunction.run = lambda kernel, *args, **options: watch.run(kernel, *args, **options)  # type: ignore[method-assign]
+    dispatch.interpreted = lambda: True  # type: ignore[assignment]  # tensors on the CPU go to Triton
+    device_sampler.DrawnRows.tokens = drawn  # type: ignore[method-assign]
+    folder, device = Path(tempfile.mkdtemp()), torch.device("cpu")
+    sizes = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
+    others = {"attn_v": "Q8_0", "ffn_down": "F16"}
+    quantised = write_toy_gguf(folder / "toy.gguf", toy_config(**sizes), quantization="Q4_0", others=others)
+    plain = write_toy_model(folder / "plain", toy_config("qwen3", **sizes))
+    for path, change in ((quantised, {"keeps_quantised": True}), (plain, {"invariant": True})):
+        serve(load(path, device, change), watch)
+
+
+def drawn(rows: device_sampler.DrawnRows) -> list[SampledToken]:
+    rows._mark.wait()
+    return [SampledToken(5)] * rows._rows
+
+
+def load(path: Path, device: torch.device, change: dict[str, Any]) -> LoadedModel:
+    from candle_vllm.core.loading import model
+
+    usual = model.choose_placement
+    model.choose_placement = lambda *given: dataclasses.replace(usual(*given), **change)
+    try:
+        return load_model(EngineConfig(model=str(path), enforce_eager=True, dtype="bf16"), device, lambda *_: None)
+    finally:
+        model.choose_placement = usual
+
+
+if __name__ == "__main__":
+    assert triton.__version__
+    sys.exit(main())
