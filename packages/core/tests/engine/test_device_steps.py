@@ -13,7 +13,8 @@ import torch
 
 from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner, bucket_sizes
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner, bucket_sizes
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
@@ -221,7 +222,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     engine.add(engine.prepare(first))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_stage", lambda *_: 1 / 0)
+        patch.setattr(runner._inputs, "send", lambda *_: 1 / 0)
         pieces = engine.step()
     assert [piece.finish_reason for piece in pieces] == [FinishReason.ERROR]
     assert "ZeroDivisionError" in str(pieces[0].error)

@@ -2,8 +2,10 @@
 
 The interpreter is chosen when triton is imported, by TRITON_INTERPRET=1, for the whole process. So the tests of kernels
 are collected in two cases only: on a machine with CUDA, with the marker `gpu`; and under the interpreter, where
-`test_interpreter.py` starts them, a process for each file. What compiles ahead of time needs the real compiler and runs
-in the suite's own process.
+`test_interpreter.py` starts them, a process for each file. What compiles ahead of time needs the real compiler.
+
+All that takes long and needs no attention: it is started when the tests are collected, in processes that get what the
+others leave of the machine, and the tests that wait for it come last.
 
 Triton's interpreter is wrong in a few places, which are put right here: it multiplies the bits of bfloat16 matrices as
 integers, and it truncates to bfloat16 and loses carries on the way to e4m3, where a GPU rounds to nearest even.
@@ -12,11 +14,18 @@ integers, and it truncates to bfloat16 and loses carries on the way to e4m3, whe
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
+import subprocess
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from candle_vllm.core.kernels.triton_build import Usage, compile_form
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
@@ -36,6 +45,71 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == HERE and item.path.name not in DRIVERS and not INTERPRETED:
             item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: item.path.parent == HERE and item.path.name in DRIVERS)
+
+
+# ---- what runs beside the other tests --------------------------------------------------------------------------------
+
+
+class Background:
+    """Compilers and test processes under way, by what the tests that wait for them are given."""
+
+    def __init__(self, items: list[pytest.Item]) -> None:
+        self.forms: dict[tuple[str, int, int], Future[Usage | str]] = {}
+        self.files: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+        self._open: set[subprocess.Popen[str]] = set()
+        cores, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
+        self._compilers = ProcessPoolExecutor(cores, mp_context=context, initializer=os.nice, initargs=(10,))
+        self._runs = ThreadPoolExecutor(1)
+        for item in items:
+            if item.path.parent == HERE and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+                given = item.callspec.params
+                if "form" in given:
+                    key = (*given["form"], given["capability"])
+                    self.forms[key] = self._compilers.submit(compile_form, *key)
+                elif "file" in given:
+                    self.files[given["file"]] = self._runs.submit(self._run, given["file"])
+
+    def _run(self, name: str) -> subprocess.CompletedProcess[str]:
+        """A test file under the interpreter, or a script."""
+        script = [] if not name.startswith("test_") else ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if script else {})
+        command = ["nice", "-n", "10", sys.executable, *script, str(HERE / name)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, cwd=HERE, **pipes) as process:
+            self._open.add(process)
+            output, errors = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+    def end(self) -> None:
+        """Ends what still runs."""
+        for pool in (self._compilers, self._runs):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for process in self._open:
+            if process.poll() is None:
+                process.kill()
+
+
+BACKGROUND = pytest.StashKey[Background]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    asked = [item for item in session.items if item.path.parent == HERE and item.path.name in DRIVERS]
+    if asked and not session.config.option.collectonly:
+        session.config.stash[BACKGROUND] = Background(asked)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    background = session.config.stash.get(BACKGROUND, None)
+    if background is not None:
+        background.end()
+
+
+@pytest.fixture(scope="session")
+def background(request: pytest.FixtureRequest) -> Background:
+    """What was started when the tests were collected."""
+    return request.config.stash[BACKGROUND]
 
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:

@@ -20,7 +20,8 @@ from triton.runtime import driver, jit
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler

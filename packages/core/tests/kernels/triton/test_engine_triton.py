@@ -11,7 +11,8 @@ import torch
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.device_stream import CudaStream
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest, OutputCollector

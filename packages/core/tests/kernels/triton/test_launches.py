@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.timeout(600)
-def test_what_an_engine_launches_is_compiled_when_it_starts() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "launches.py")]
-    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, check=False)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("file", ["launches.py"])
+def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, background: Any) -> None:
+    done = background.files[file].result()
     assert done.returncode == 0, done.stderr[-4000:]
     forms = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "exact_kernel", "linear_kernel"} <= {

@@ -11,7 +11,8 @@ import logging
 import torch
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.device_runner import DeviceLimits, DeviceRunner
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose

@@ -17,13 +17,14 @@ import msgspec
 import numpy as np
 import torch
 
+from candle_vllm.core.engine.admission import check_request
 from candle_vllm.core.engine.batch import Batch, build_batch
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Launched, ModelRunner
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class Engine:
         Raises:
             InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
         """
-        max_length = self._check(request)
+        max_length = check_request(request, self.vocab_size, self.max_model_len)
         if request.params.seed is None:
             seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, params=seeded)
@@ -265,35 +266,6 @@ class Engine:
             following = item.sequence.tokens[first + 1 : end + 1]
             scored = self.sampler.prompt_logprobs(self.runner.score(rows), following, top)
             live.prompt_logprobs += [live.describe(row) for row in scored]
-
-    def _check(self, request: GenerationRequest) -> int:
-        """Refuses what cannot be served; returns the length at which the request's sequences end."""
-        prompt, params, most = request.prompt_token_ids, request.params, self.max_model_len
-        if not prompt:
-            raise InvalidParameterError("the prompt is empty: it needs at least one token", "prompt")
-        if not all(0 <= token < self.vocab_size for token in prompt):
-            raise InvalidParameterError(f"the prompt has token ids outside 0..{self.vocab_size - 1}", "prompt")
-        if len(prompt) >= most:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens and the context is {most}: shorten the prompt, or start with a "
-                "larger --max-model-len where the model and the memory allow it",
-                "prompt",
-            )
-        if len(prompt) + params.min_tokens > most:
-            raise InvalidParameterError(
-                f"min_tokens is {params.min_tokens}, and behind {len(prompt)} prompt tokens the context of {most} has "
-                f"room for {most - len(prompt)}",
-                "min_tokens",
-            )
-        if params.max_tokens is None:
-            return most
-        if len(prompt) + params.max_tokens > most:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they exceed the "
-                f"context of {most}; ask for at most {most - len(prompt)}",
-                "max_tokens",
-            )
-        return len(prompt) + params.max_tokens
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and behind a space."""

@@ -14,6 +14,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -125,6 +126,20 @@ def compile_build(build: Build, capability: int) -> Usage:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Usage(registers, compiled.metadata.shared, SHARED_LIMITS[capability], stack)
+
+
+def compile_form(module: str, place: int, capability: int) -> Usage | str:
+    """As `compile_build`, for processes of their own: by names, and with the trace of what goes wrong as a text.
+
+    Args:
+        module: a name of `modules`.
+        place: in its `AOT` table.
+        capability: see `compile_build`.
+    """
+    try:
+        return compile_build(modules()[module].AOT[place], capability)
+    except Exception:
+        return traceback.format_exc()  # Triton's own errors do not travel between processes
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
