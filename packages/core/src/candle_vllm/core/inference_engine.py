@@ -235,7 +235,8 @@ class InferenceEngine:
     def step(self) -> list[TokenOutput]:
         """Runs one step of the requests added with `add_request`; an empty list when there is nothing to do.
 
-        The last pieces of requests that were aborted since the step before come first.
+        The last pieces of requests that were aborted since the step before come first. On a GPU a step launches the
+        next one before it waits, so the pieces are those of the step that was launched before it.
         """
         engine = self._own_loop()
         ended, self._ended = self._ended, []

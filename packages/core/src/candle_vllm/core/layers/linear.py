@@ -49,9 +49,15 @@ class Linear:
         if isinstance(x, Recorded):
             return x.linear([self.matrices[name] for name in self._rows], self.bias)
         if self._product is None:
+            self.finish()
+        assert self._product is not None
+        return self._product(x)
+
+    def finish(self) -> None:
+        """See `Finishes`: on a GPU the parts become one product."""
+        if not self._placement.recorded:
             weights = [self.weight] if self.weight is not None else [self.weights.pop(name) for name in self._rows]
             self._product = Product(weights, self.bias, invariant=self._placement.invariant)
-        return self._product(x)
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""

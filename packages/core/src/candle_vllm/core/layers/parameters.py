@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,6 +75,15 @@ class Loadable(Protocol):
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
+        ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A layer that has something to do once it is filled, rather than when it first runs."""
+
+    def finish(self) -> None:
+        """Every part is filled."""
         ...
 
 

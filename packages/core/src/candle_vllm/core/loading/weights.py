@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.layers.parameters import Loadable, Part, Placement
+from candle_vllm.core.layers.parameters import Finishes, Loadable, Part, Placement
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 
 _SHOWN = 8  # names listed in an error message
@@ -104,6 +104,10 @@ def load_weights(
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
         for count in pool.map(run, jobs):
             progress(count)
+    for path in dict.fromkeys(line.target.split(":")[0] for line in expand(table, num_layers)):
+        layer = layer_at(model, path)
+        if isinstance(layer, Finishes):
+            layer.finish()
 
 
 def _match(
