@@ -62,8 +62,8 @@ def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
     ("wanted", "changes", "message"),
     [
         ("cuda", {"count": 0}, "no GPU was found"),
-        ("cuda:1", {}, "there is one GPU, numbered from 0 to 0"),
-        ("cuda:7", {"count": 4}, "there are 4 GPUs, numbered from 0 to 3"),
+        ("cuda:1", {}, "there is one GPU, cuda:0"),
+        ("cuda:7", {"count": 4}, "there are 4 GPUs, cuda:0 to cuda:3"),
         ("cuda", {"fault": "The NVIDIA driver on your system is too old (found version 11040)."}, "driver is too old"),
         ("cuda", {"fault": "Found no NVIDIA driver on your system."}, "no NVIDIA driver"),
         ("cuda", {"fault": "CUDA unknown error\nmore"}, "CUDA does not start: CUDA unknown error"),

@@ -224,8 +224,9 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     with monkeypatch.context() as patch:
         patch.setattr(runner._inputs, "send", lambda *_: 1 / 0)
         pieces = engine.step()
-    assert [piece.finish_reason for piece in pieces] == [FinishReason.ERROR]
-    assert "ZeroDivisionError" in str(pieces[0].error)
+    assert [piece.finish_reason for piece in pieces] == [None, FinishReason.ERROR]
+    assert len(pieces[0].token_ids) == 1, "what the step before drew is not lost"
+    assert "ZeroDivisionError" in str(pieces[1].error)
     assert not engine.has_work
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     assert drive(engine, [second])["1"][0][2] is FinishReason.LENGTH

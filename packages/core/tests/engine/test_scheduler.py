@@ -90,6 +90,25 @@ def test_the_youngest_is_preempted_and_comes_back_with_its_tokens() -> None:
     assert engine.blocks.num_free == 5
 
 
+def test_nobody_overtakes_a_preempted_sequence_whose_token_is_on_its_way() -> None:
+    engine = scheduler(blocks=9, size=4, budget=64, cache=False)
+    for order in range(2):
+        engine.add(make([order] * 15, order, max_tokens=9))
+    first = engine.schedule()
+    for item in first:
+        engine.launched(item)
+    for item in engine.schedule():
+        engine.launched(item)
+    for item in first:
+        engine.settle(item)
+        item.sequence.append(7)
+    engine.add(make([7] * 3, 2))
+    # Both need a fifth block and one is free: the second gives its four back, while its token is on its way.
+    assert [item.sequence.order for item in engine.schedule()] == [0]
+    assert engine.num_preemptions == 1
+    assert [sequence.order for sequence in engine.waiting] == [1, 2]
+
+
 def test_a_prompt_waits_until_all_of_it_fits() -> None:
     engine = scheduler(blocks=4, size=4, budget=8, cache=False)
     engine.add(make([1] * 8, 0, max_tokens=3))

@@ -76,7 +76,7 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
     [
         ("triton", change(capability=(7, 5)), "compute capability 8.0", "'torch'"),
         ("auto", change(head_dim=512), "at most 256 numbers, not 512", "'torch'"),
-        ("triton", change(block_size=8), "block_size is 8", "'torch'"),
+        ("triton", change(block_size=8), "block_size is 8", "--block-size 16"),
         ("triton", change(capability=(8, 6), fp8_cache=True), "8.9", "'torch'"),
         ("triton", change(dtype=torch.float64), "float64", "'torch'"),
         ("triton", change(dtype=torch.float64, deterministic=True), "float64", "without 'deterministic'"),

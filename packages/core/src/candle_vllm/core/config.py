@@ -56,13 +56,13 @@ class EngineConfig:
         dtype: what plain matrices are converted to. On the CPU "auto" keeps the type of each (F64 becomes f32) and
             quantised ones stay as they are. On a GPU it is the type of activations too, "auto" being bf16. With
             `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
-        enforce_eager: run the layers op by op in torch with decoded weights: slow, and what the kernels are compared
-            with.
+        enforce_eager: decode the weights and run the layers one by one: on the CPU in torch, which is slow and what the
+            kernels are compared with; on a GPU with the same kernels, without CUDA graphs.
         attention_backend: what computes attention on a GPU: "triton" (what "auto" is), "torch_flash" (the
             FlashAttention that torch carries), "flash_attn" (the package of that name) or "torch" (the reference).
         kv_cache_dtype: "auto" keeps keys and values in the type of activations (bf16 on the CPU); "fp8" keeps them as
             float8_e4m3fn with a scale of 1, on GPUs from compute capability 8.9 on.
-        cuda_graphs: on a GPU, capture the steps that only decode as CUDA graphs.
+        cuda_graphs: on a GPU, capture the steps that only decode, of up to 512 sequences, as CUDA graphs.
         deterministic: on a GPU, a seeded answer is the same whatever else is in the batch, however its prompt was cut,
             and whatever the prefix cache held. On the CPU it always is.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
@@ -73,7 +73,7 @@ class EngineConfig:
         kv_fraction: share of the free memory that the KV cache may take, (0, 1); None is 0.4 on the CPU, 0.9 on a GPU.
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
         max_queued_requests: most sequences waiting or running before new requests are refused.
-        threads: CPU threads; None is one per physical core that the process may use.
+        threads: CPU threads, on a GPU of loading alone; None is one per physical core that the process may use.
         seed: makes requests without a seed of their own reproducible, in order of arrival.
     """
 

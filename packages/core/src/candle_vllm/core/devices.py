@@ -32,7 +32,9 @@ def choose_device(wanted: str) -> torch.device:
     if obstacle is None:
         return torch.device("cuda", index)
     if wanted != "auto":
-        raise ConfigError(f"device {wanted!r} cannot be used: {obstacle}; or set --device cpu", "device")
+        raise ConfigError(
+            f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set --device cpu", "device"
+        )
     if _has_gpu():
         logger.warning("computing on the CPU: %s", obstacle)
     return torch.device("cpu")
@@ -51,7 +53,7 @@ def gpu_obstacle(index: int) -> str | None:
     if not count:
         return _driver_fault("")
     if index >= count:
-        return f"there {'is one GPU' if count == 1 else f'are {count} GPUs'}, numbered from 0 to {count - 1}"
+        return "there is one GPU, cuda:0" if count == 1 else f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
     capability = torch.cuda.get_device_capability(index)
     if capability < LEAST_CAPABILITY:
         name = torch.cuda.get_device_name(index)
@@ -82,6 +84,12 @@ def fitting(device: torch.device, what: str, size: int) -> Iterator[None]:
             "take a model with fewer bits, another GPU (--device cuda:N) or --device cpu",
             "device",
         ) from error
+
+
+def give_back() -> None:
+    """Memory of GPUs that torch keeps for tensors to come goes back to the system, so that others see it as free."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _driver_fault(message: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import choose_device
+from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.live import LiveSequence
@@ -262,6 +262,7 @@ class InferenceEngine:
             self._finalizer()
             self._engine = self._loaded = self._thread = None
         gc.collect()
+        give_back()
 
     def __enter__(self) -> Self:
         return self

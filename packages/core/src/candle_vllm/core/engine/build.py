@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import MappingProxyType
 
 import torch
 
@@ -29,7 +30,7 @@ class Defaults:
     share: float
 
 
-DEFAULTS = {"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(8192, 256, 0.9)}
+DEFAULTS = MappingProxyType({"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(8192, 256, 0.9)})
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
@@ -48,31 +49,32 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
             f"step: set --prefill-chunk-size {sequences} or --max-num-seqs {budget}",
             "max_num_batched_tokens",
         )
-    if placement.device.type == "cuda" and not config.enforce_eager:
+    if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import build_on_gpu
 
         runner, plan = build_on_gpu(config, loaded, budget, sequences, defaults.share)
     else:
-        runner, plan = _build_on_host(config, loaded, budget, sequences, defaults.share)
+        runner, plan = _build_on_cpu(config, loaded, budget, sequences, defaults.share)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible)
     return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
 
 
-def _build_on_host(
+def _build_on_cpu(
     config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
 ) -> tuple[ModelRunner, CachePlan]:
-    """On the CPU; with `enforce_eager` on a GPU too."""
     placement = loaded.placement
     if config.kv_cache_dtype != "auto":
-        where = "with --enforce-eager" if config.enforce_eager else "on the CPU"
+        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype} needs a GPU: leave it out", "kv_cache_dtype")
+    if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
         raise ConfigError(
-            f"kv_cache_dtype {config.kv_cache_dtype!r} is not there {where}: leave it out", "kv_cache_dtype"
+            f"--attention-backend {config.attention_backend} needs a GPU: on the CPU leave it out, or take torch "
+            "together with --enforce-eager",
+            "attention_backend",
         )
     dtype_bytes = 2 if placement.recorded else placement.dtype.itemsize  # the compiled kernels keep bfloat16
-    free = available_memory() if placement.device.type == "cpu" else torch.cuda.mem_get_info(placement.device)[0]
-    plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(free, share))
+    plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(available_memory(), share))
     logger.info(plan.message)
     loaded.decoder.prepare(plan.max_model_len)
     Sampler.prepare(placement.device)

@@ -11,6 +11,7 @@ import logging
 import torch
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
@@ -37,14 +38,15 @@ def build_on_gpu(
     backend = choose(config.attention_backend, _needs(config, loaded))
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
-    graphs = config.cuda_graphs and backend.capturable
-    if config.cuda_graphs and not graphs:
+    graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
+    if config.cuda_graphs and not backend.capturable:
         logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
     dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.dtype
     limits = DeviceLimits(budget, sequences, -(-model.max_position // config.block_size), config.block_size)
     stream = CudaStream(device)
-    loaded.decoder.prepare(model.max_position)
+    give_back()
     try:
+        loaded.decoder.prepare(model.max_position)
         runner = DeviceRunner(
             loaded.decoder,
             limits,
@@ -67,7 +69,12 @@ def build_on_gpu(
     try:
         runner.allocate(plan.num_blocks)
     except torch.OutOfMemoryError as error:
-        raise _too_little(budget, sequences, device) from error
+        size = plan.num_blocks * plan.block_bytes // MIB
+        raise ConfigError(
+            f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set --mem "
+            f"{size * 3 // 4}, or --kv-fraction to a smaller share, or --disable-cuda-graph",
+            "kv_cache_memory",
+        ) from error
     return runner, plan
 
 

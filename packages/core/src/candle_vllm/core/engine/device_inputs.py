@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.device_stream import DeviceStream
+from candle_vllm.core.engine.device_stream import DeviceStream, copy
 from candle_vllm.core.engine.staging import Staging
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
 from candle_vllm.core.sampling.sampler import controls as controls_of
@@ -98,7 +98,7 @@ class DeviceInputs:
         self._staging.send("tables", batch.block_tables.size)
         sent = self._there["tables"][: batch.block_tables.size].view(batch.block_tables.shape)
         target = self._tables[:rows, : sent.shape[1]]
-        self._stream.run(lambda: _copy(target, sent))
+        self._stream.run(lambda: copy(target, sent))
         return host["controls"][: len(states)]
 
     def send_blank(self, rows: int) -> None:
@@ -181,7 +181,3 @@ def _fill_up(host: Mapping[str, NDArray[Any]], first: int, last: int) -> None:
         host[name][first:last] = value
     host["query_start"][first + 1 : last + 1] = range(first + 1, last + 1)
     host["controls"][first:last] = (0.0, 0.0, 0.0, 1.0, 0.5)
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)

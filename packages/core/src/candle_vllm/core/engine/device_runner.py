@@ -109,6 +109,7 @@ class DeviceRunner:
         with contextlib.suppress(torch.AcceleratorError):  # a broken device has nothing to wait for
             self._stream.mark().wait()
         self._graphs.clear()
+        self._sampler.close()
         self.key_caches = self.value_caches = ()
 
     def allocate(self, num_blocks: int) -> None:
@@ -127,8 +128,8 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """How many steps are captured."""
-        return len(self._buckets)
+        """How many graphs there may be: of each size a step, and the three kinds of draws."""
+        return 4 * len(self._buckets)
 
     @property
     def edit_bytes(self) -> int:
@@ -138,8 +139,8 @@ class DeviceRunner:
     def largest_steps(self) -> tuple[Work, Work, Work]:
         """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
 
-        They show what memory steps take, and compile on the way what later ones use; the small one comes first, for
-        layers prepare themselves when they first run. The results mean nothing: blocks and positions are all 0.
+        They show what memory steps take, and compile on the way what later ones use; the small one comes first, for it
+        is not measured. The results mean nothing: blocks and positions are all 0.
         """
         limits = self._limits
         # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.

@@ -58,6 +58,11 @@ class DeviceStream(Protocol):
         ...
 
 
+def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies between the device and staged memory, or on the device; work."""
+    target.copy_(source, non_blocking=True)
+
+
 class Sent:
     """An array of the host on its way to the device: a copy in staged memory, from which work need not wait.
 

@@ -175,7 +175,8 @@ class Engine:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            pieces += [self._fail(item.sequence, error) for item in scheduled]
+            pieces += self._land()  # what was drawn before is not lost
+            pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
         for item in scheduled:
             self.scheduler.launched(item)
@@ -252,6 +253,8 @@ class Engine:
                 continue
             try:
                 self._score_prompt(item, offset, top)
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 failed.append(self._fail(item.sequence, error))
         return failed

@@ -160,9 +160,8 @@ class Scheduler:
         deferred = 0
         while budget and len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[deferred]
-            if sequence.num_ahead:  # preempted before its last token was known
-                deferred += 1
-                continue
+            if sequence.num_ahead:  # preempted before its last token was known; nobody takes its place
+                return
             hashes = self._shareable(sequence)
             shared = self.blocks.lookup(hashes)
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:

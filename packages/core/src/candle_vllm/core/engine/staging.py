@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.device_stream import DeviceStream
+from candle_vllm.core.engine.device_stream import DeviceStream, copy
 
 _ALIGNMENT = 256  # bytes; the largest that a kernel could want of an array's begin
 
@@ -63,8 +63,4 @@ class Staging:
         begin, end = self._places[last]
         end = begin + (end - begin) // len(self.device[last]) * rows
         source, target = self._host[self._turn][:end], self._device[:end]
-        self._stream.run(lambda: _copy(target, source))
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)
+        self._stream.run(lambda: copy(target, source))

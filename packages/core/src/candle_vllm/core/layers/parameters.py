@@ -35,7 +35,7 @@ class Placement:
             the layers run op by op in torch.
         plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
         keeps_quantised: quantised matrices stay as they are stored, in the layouts of the GPU's kernels, and each part
-            of a layer is held by itself until the layer first runs.
+            of a layer is held by itself until all are loaded.
         invariant: a token's numbers do not depend on what else is in the step, at some cost.
     """
 

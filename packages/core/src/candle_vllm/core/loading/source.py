@@ -149,7 +149,8 @@ def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders
 
 def _without_weights(folder: Path, name: str) -> ModelFiles:
     if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"{folder} has no config.json, from which load_format 'dummy' makes the weights")
+        what = "has no config.json" if folder.is_dir() else "is not a folder with a config.json"
+        raise ModelNotFoundError(f"{folder} {what}, from which load_format 'dummy' makes the weights")
     return _files(folder, name, (), "dummy")
 
 

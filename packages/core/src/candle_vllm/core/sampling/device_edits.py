@@ -40,7 +40,7 @@ class HostEdits:
         if ids.shape[1]:
             self._sent |= {"bias_ids": Sent(stream, ids), "bias": Sent(stream, values)}
         allowed = [state.allowed if state.masks_tokens else None for state in states]
-        masks = [_bits(ids, states[0].vocab_size) for ids in allowed if ids is not None]
+        masks = [state.allowed_bits for state, ids in zip(states, allowed) if ids is not None]
         if masks:
             rows = np.cumsum([ids is not None for ids in allowed], dtype=np.int32) - 1
             rows[[ids is None for ids in allowed]] = -1
@@ -125,10 +125,3 @@ def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[n
     for row, (ids, values) in enumerate(rows):
         all_ids[row, : len(ids)], all_values[row, : len(ids)] = ids, values
     return all_ids, all_values
-
-
-def _bits(ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int32]:
-    """[ceil(V / 32)]: bit i % 32 of word i // 32 is 1 for the ids."""
-    flags = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    flags[ids] = 1
-    return np.packbits(flags, bitorder="little").view(np.int32)

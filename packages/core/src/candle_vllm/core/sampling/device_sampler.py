@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work
+from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
@@ -89,6 +89,10 @@ class DeviceSampler:
                 self._captured(rows, random, search)
         self._stream.run(self._edit_nothing)
 
+    def close(self) -> None:
+        """Lets go of graphs."""
+        self._graphs = None
+
     def _edit_nothing(self) -> None:
         """Every kind of edit of a row that has none; work on the device."""
         device, logits, vocabulary = self._stream.device, self._logits[:1], self._logits.shape[1]
@@ -152,7 +156,7 @@ class DeviceSampler:
     def _landed(self, rows: int, logprobs: StandingRows | None) -> DrawnRows:
         self._turn = (self._turn + 1) % _PIECES
         landing, result = self._landings[self._turn], self._result
-        self._stream.run(lambda: _copy(landing, result))
+        self._stream.run(lambda: copy(landing, result))
         return DrawnRows(self._stream.mark(), landing, rows, logprobs)
 
 
@@ -183,22 +187,13 @@ class StandingRows:
             (self._top_ids, found.top_ids),
             (self._top_logits, found.top_logits),
         ):
-            _copy(target, source)
+            copy(target, source)
 
     def entry(self, place: int, token_id: int) -> LogprobRow:
         """What there is for the row at `place` of `rows`, which drew `token_id`."""
-        offset = float(self._offsets[place])
-        named = [
-            (token, logit) for token, logit in zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
-        ]
-        named = [(token, logit) for token, logit in named if token >= 0]
-        return LogprobRow(
-            token_id,
-            min(float(self._logits[place]) - offset, 0.0),
-            int(self._ranks[place]),
-            [token for token, _ in named],
-            [min(logit - offset, 0.0) for _, logit in named],
-        )
+        top = zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
+        logit, offset = float(self._logits[place]), float(self._offsets[place])
+        return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
 
 
 class DrawnRows:
@@ -226,7 +221,3 @@ def _split(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes [12 R] as ids [R] int64 and largest logits [R] float32."""
     rows = len(result) // 12
     return result[: 8 * rows].view(torch.int64), result[8 * rows :].view(torch.float32)
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)

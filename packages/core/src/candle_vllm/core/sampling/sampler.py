@@ -100,7 +100,7 @@ class Sampler:
         rows: list[LogprobRow] = []
         step = max(1, LOGPROB_CHUNK // max(1, logits.shape[1]))
         for start in range(0, len(logits), step):
-            chunk = logits[start : start + step].cpu().contiguous()
+            chunk = logits[start : start + step].contiguous()
             if not bool(chunk.amax(1).isfinite().all()):
                 raise RequestError(_BROKEN, "prompt_logprobs")
             ids = next_token_ids[start : start + step]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,14 @@ class SamplingState:
     def masks_tokens(self) -> bool:
         """Whether the next token may not be just any of the vocabulary."""
         return self._always_masks or self.position < self.params.min_tokens
+
+    @cached_property
+    def allowed_bits(self) -> NDArray[np.int32]:
+        """[ceil(V / 32)]: bit i % 32 of word i // 32 is 1 for each of `allowed`."""
+        assert self.allowed is not None
+        flags = np.zeros(-(-self.vocab_size // 32) * 32, np.uint8)
+        flags[self.allowed] = 1
+        return np.packbits(flags, bitorder="little").view(np.int32)
 
     def forbidden_ids(self) -> NDArray[np.int64]:
         """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.

@@ -57,8 +57,9 @@ def bench(
     """Measures and prints one JSON object, or a table for people."""
     began = time.perf_counter()
     # All requests run at once: waiting in a queue is not what is measured.
-    room = {"max_num_seqs": concurrency if concurrency > 64 else None,
-            "max_queued_requests": max(concurrency, EngineConfig.max_queued_requests)}  # fmt: skip
+    room: dict[str, Any] = {"max_queued_requests": max(concurrency, EngineConfig.max_queued_requests)}
+    if concurrency > min(settings.max_num_seqs or 64, 64):
+        room["max_num_seqs"] = max(concurrency, settings.max_num_seqs or 64)
     with load_engine(settings, enable_prefix_caching=False, **room) as engine:
         load_s = time.perf_counter() - began
         _check_room(engine, prompt_tokens + output_tokens, concurrency)

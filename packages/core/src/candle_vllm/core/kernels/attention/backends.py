@@ -192,6 +192,8 @@ def _attend_by_reference(
 
 def _advice(refused: str, needs: AttentionNeeds) -> str:
     """A value that works, or that none does."""
+    if needs.block_size < 16 and triton_refusal(dataclasses.replace(needs, block_size=16)) is None:
+        return "set --block-size 16 or more"
     if refused != "triton" and triton_refusal(needs) is None:
         return f"set {SETTING} to 'triton'"
     if refused != "torch" and isinstance(_torch(needs), Backend):
