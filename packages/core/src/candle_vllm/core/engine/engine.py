@@ -131,7 +131,7 @@ class Engine:
         Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
         """
         pieces: list[TokenOutput] = []
-        if self._flight is not None and any(live.state.reads_tokens for live in self._live.values()):
+        if self._flight is not None and any(self._reads_tokens(item) for item in self._flight.batch.samples):
             pieces += self._land()
         flight = self._launch(pieces)
         pieces += self._land()
@@ -156,6 +156,11 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self._counts["steps"],
         )
+
+    def _reads_tokens(self, item: ScheduledSequence) -> bool:
+        """Whether the token that a launched step draws must be known before the next one is drawn."""
+        live = self._live.get(item.sequence)
+        return live is not None and live.state.reads_tokens
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
         """Schedules and starts a step. Pieces of what failed are added."""
@@ -249,7 +254,7 @@ class Engine:
         failed = []
         for item, offset in zip(scheduled, batch.query_start.tolist()):
             top = item.sequence.request.params.prompt_logprobs
-            if top is None or item.sequence.index or item.sequence not in self._live:
+            if top is None or item.sequence.index:
                 continue
             try:
                 self._score_prompt(item, offset, top)

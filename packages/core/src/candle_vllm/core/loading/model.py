@@ -123,9 +123,8 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         with _naming(described, checkpoint.path):
             _check_weights(family, model_config, checkpoint)
             placement = choose_placement(config, device, checkpoint, model_config)
-            with fitting(
-                device, f"the weights of {files.name}", sum(each.nbytes for each in checkpoint.tensors.values())
-            ):
+            weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+            with fitting(device, f"the weights of {files.name}", weight_bytes):
                 decoder = family.build(model_config, placement, checkpoint)
                 _fill(decoder, family, model_config, checkpoint, heads, progress)
         loaded = LoadedModel(
@@ -140,7 +139,7 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
             default_sampling=default_sampling,
             quantization=_quantization(checkpoint),
             num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
-            weight_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+            weight_bytes=weight_bytes,
         )
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, loaded.weight_bytes / 1e6, seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,11 +11,22 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.triton_build import Build
 
 
-def checked(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
+class Sized(Protocol):
+    """A quantised matrix, however it lies."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def checked(x: torch.Tensor, matrix: Sized, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
     """Whether the kernels read and write these tensors."""
     assert x.dim() == 2
     assert x.dtype in (torch.bfloat16, torch.float16)
-    assert x.stride(1) == 1, "the numbers of a row lie behind each other"
+    assert x.stride(1) == 1 or matrix.columns == 1, "the numbers of a row lie behind each other"
     assert x.shape[1] == matrix.columns
     assert x.device == matrix.device
     if bias is not None:

@@ -44,24 +44,6 @@ def scale_and_zero(w0, w1, w2, w3, unit: tl.constexpr, ZEROS: tl.constexpr, ZERO
     return scale, zero
 
 
-def checked(x: torch.Tensor, matrix: GroupMatrix, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
-    """Whether the kernels read and write these tensors."""
-    assert x.dim() == 2
-    assert x.dtype in (torch.bfloat16, torch.float16)
-    assert x.stride(1) == 1 or matrix.columns == 1, "the numbers of a row lie behind each other"
-    assert x.shape[1] == matrix.columns
-    assert x.device == matrix.device
-    if bias is not None:
-        assert bias.shape == (matrix.rows,)
-        assert bias.is_contiguous()
-        assert bias.device == x.device
-    if out is not None:
-        assert out.shape == (len(x), matrix.rows)
-        assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or matrix.rows == 1, "the numbers of a row lie behind each other"
-        assert out.device == x.device
-
-
 def constants_of(matrix: GroupMatrix) -> dict[str, Any]:
     """What the kernels know of a matrix when they are compiled."""
     return {

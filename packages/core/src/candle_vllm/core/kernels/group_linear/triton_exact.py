@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.gguf_linear.launch import checked
 from candle_vllm.core.kernels.gguf_linear.triton_codes import pair_tile
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
 from candle_vllm.core.kernels.group_linear.triton_codes import (
     build,
-    checked,
     constants_of,
     scale_and_zero,
     step_words,
