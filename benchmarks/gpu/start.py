@@ -114,7 +114,7 @@ def start(options: argparse.Namespace) -> None:
     compiled: list[float] = []
     with ExitStack() as stack:
         for module, name, stage in (
-            (front, "load_model", "load"),
+            (front, "load_any_model", "load"),
             (loading, "load_weights", "weights"),
             (front, "build_engine", "build"),
         ):

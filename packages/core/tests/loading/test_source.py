@@ -226,6 +226,13 @@ def test_an_id_fetches_safetensors_and_what_lies_beside(hub: Hub, tmp_path: Path
     assert fake.calls[1][1]["cache_dir"] == tmp_path / "cache"
 
 
+def test_parts_of_a_sentence_transformers_model_are_fetched(hub: Hub) -> None:
+    parts = ["modules.json", "1_Pooling/config.json"]
+    fake = hub([*SAFETENSORS, *parts, "1_Pooling/notes.txt", "onnx/config.json", "3_x/y/config.json"])
+    resolve("org/name")
+    assert fake.downloaded() == sorted([*SAFETENSORS, *parts])
+
+
 def test_shards_are_fetched_with_their_index(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     fake = hub(["config.json", "model.safetensors.index.json", *shards, "consolidated.safetensors"])

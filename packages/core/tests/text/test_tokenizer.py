@@ -169,6 +169,7 @@ def test_the_html_tag_as_plain_text_ends_nothing() -> None:
     changes = {"tokens": tokens, "token_type": [1] * 257 + [3], "merges": []}
     tokenizer = Tokenizer.from_gguf(gpt2(eos_token_id=257, padding_token_id=None, **changes))
     assert tokenizer.eos_token_ids == (257,)
+    assert tokenizer.decode([256, 257]) == "</s>"
 
 
 HOSTILE: list[tuple[dict[str, Any], str]] = [

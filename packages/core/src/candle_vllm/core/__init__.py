@@ -1,7 +1,7 @@
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
-`InferenceEngine` is imported when it is first used, because torch takes seconds to import and the settings, errors and
-request types do not need it.
+`InferenceEngine` and `RemoteEngine` are imported when they are first used, because torch takes seconds to import and
+the settings, errors and request types do not need it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.request import (
     CompletionOutput,
+    EmbeddingOutput,
     EngineStats,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
     ModelInfo,
     PositionLogprobs,
+    ScoreOutput,
     TokenLogprob,
     TokenOutput,
 )
@@ -34,16 +36,20 @@ from candle_vllm.core.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from candle_vllm.core.pooling.params import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
+    from candle_vllm.core.remote import RemoteEngine
 
 __all__ = [
     "CandleVllmError",
     "ChatTemplateError",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
     "EngineConfig",
     "EngineDeadError",
     "EngineOverloadedError",
@@ -57,11 +63,15 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFoundError",
+    "PoolingParams",
     "PositionLogprobs",
     "PromptTooLongError",
+    "RemoteEngine",
     "RequestAbortedError",
     "RequestError",
     "SamplingParams",
+    "ScoreOutput",
+    "StructuredOutputsParams",
     "TokenLogprob",
     "TokenOutput",
     "UnsupportedModelError",
@@ -74,4 +84,8 @@ def __getattr__(name: str) -> Any:
         from candle_vllm.core.inference_engine import InferenceEngine
 
         return InferenceEngine
+    if name == "RemoteEngine":
+        from candle_vllm.core.remote import RemoteEngine
+
+        return RemoteEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,12 @@ import torch
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.encoder_engine import EncoderEngine, EncoderRunner
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, ModelRunner
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.loading.encoder import LoadedEncoder
 from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
 from candle_vllm.core.sampling.sampler import Sampler
@@ -31,6 +33,17 @@ class Defaults:
 
 
 DEFAULTS = MappingProxyType({"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(8192, 256, 0.9)})
+
+_NOT_FOR_ENCODERS = MappingProxyType(
+    {
+        "chat_template": None,
+        "attention_backend": "auto",
+        "kv_cache_dtype": "auto",
+        "kv_cache_memory": None,
+        "kv_fraction": None,
+        "deterministic": False,
+    }
+)
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
@@ -58,7 +71,33 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible)
-    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed)
+    engine = Engine(
+        runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed, loaded.pooling
+    )
+    engine.cache_bytes = plan.num_blocks * plan.block_bytes
+    return engine
+
+
+def build_encoder_engine(config: EngineConfig, loaded: LoadedEncoder) -> EncoderEngine:
+    """The engine for a loaded encoder.
+
+    Raises:
+        ConfigError: a setting of caches or of generation, which would set nothing.
+    """
+    for name, unset in _NOT_FOR_ENCODERS.items():
+        if getattr(config, name) != unset:
+            raise ConfigError(
+                f"{loaded.name} reads texts whole and generates none, so {name} sets nothing: leave it out", name
+            )
+    defaults = DEFAULTS[loaded.placement.device.type]
+    return EncoderEngine(
+        EncoderRunner(loaded.encoder, loaded.placement.device),
+        loaded.name,
+        loaded.pooling,
+        loaded.max_model_len,
+        config.max_num_seqs or defaults.sequences,
+        config.max_num_batched_tokens or defaults.tokens,
+    )
 
 
 def _build_on_cpu(

@@ -104,6 +104,14 @@ class DeviceRunner:
         self._stream.mark().wait()
         return scores[0]
 
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`. Waits for the step."""
+        found: list[torch.Tensor] = []
+        wanted = Sent(self._stream, rows)
+        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float()))
+        self._stream.mark().wait()
+        return found[0]
+
     def close(self) -> None:
         """Waits for what was launched, and lets go of caches and graphs."""
         with contextlib.suppress(torch.AcceleratorError):  # a broken device has nothing to wait for

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 
-import msgspec
-import numpy as np
 import torch
 
-from candle_vllm.core.engine.admission import check_request
 from candle_vllm.core.engine.batch import Batch, build_batch
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Launched, ModelRunner
-from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.model_runner import Launched, ModelRunner
+from candle_vllm.core.engine.pooled import finished_piece
+from candle_vllm.core.engine.preparation import Preparation
+from candle_vllm.core.engine.request import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenOutput,
+)
+from candle_vllm.core.engine.row_readers import read_rows
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError, RequestError
+from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ class Engine:
         eos_token_ids: the model's end-of-sequence tokens.
         max_model_len: longest prompt plus output.
         seed: makes requests without a seed reproducible, in order of preparation.
+        pooling: how vectors are made of hidden states; None is by the last one, of length 1.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Engine:
         eos_token_ids: Seq[int],
         max_model_len: int,
         seed: int | None = None,
+        pooling: ModelPooling | None = None,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -68,14 +76,35 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.vocab_size = runner.decoder.config.vocab_size
+        self.pooling = pooling or ModelPooling(runner.decoder.config.hidden_size)
+        self.cache_bytes = 0  # of a full KV cache, where that is known
         self.sampler = Sampler()
-        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
+        self.grammars = LlguidanceBackend(tokenizer, self.vocab_size, self.eos_token_ids)
+        self._preparation = Preparation(
+            tokenizer,
+            eos_token_ids,
+            self.vocab_size,
+            max_model_len,
+            pooling=self.pooling,
+            grammars=self.grammars,
+            seed=seed,
+        )
         self._flight: _Flight | None = None
         self._live: dict[Sequence, LiveSequence] = {}
         self._requests: dict[str, list[LiveSequence]] = {}
         self._arrivals = 0
         self._counts: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one step."""
+        return self.scheduler.max_num_batched_tokens
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most sequences of one step."""
+        return self.scheduler.max_num_seqs
 
     @property
     def has_work(self) -> bool:
@@ -88,22 +117,7 @@ class Engine:
         Raises:
             InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
         """
-        max_length = check_request(request, self.vocab_size, self.max_model_len)
-        if request.params.seed is None:
-            seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
-            request = msgspec.structs.replace(request, params=seeded)
-        state = SamplingState(
-            request.params,
-            request.prompt_token_ids,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
-        )
-        states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
-        return [
-            LiveSequence(Sequence(request, index, order=-1), own, self.tokenizer, self.eos_token_ids, max_length)
-            for index, own in enumerate(states)
-        ]
+        return self._preparation.prepare(request)
 
     def add(self, prepared: Seq[LiveSequence]) -> None:
         """Queues a prepared request; its id must not be in use."""
@@ -187,7 +201,7 @@ class Engine:
             self.scheduler.launched(item)
         for state in states:
             state.num_ahead += 1
-        pieces += self._score_prompts(scheduled, batch)
+        pieces += self._read_rows(scheduled, batch)
         return _Flight(scheduled, batch, launched)
 
     def _land(self) -> list[TokenOutput]:
@@ -213,6 +227,9 @@ class Engine:
         for item, token in zip(batch.samples, sampled, strict=True):
             if item.sequence in self._live:  # it may have ended since it was launched
                 pieces.append(self._advance(item.sequence, token))
+        for item in scheduled:
+            if item.sequence.is_pooled and item.sequence in self._live:
+                pieces += self._end_pooled(item)
         return pieces
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
@@ -223,6 +240,8 @@ class Engine:
             self._counts["cached"] += sequence.num_cached_tokens or 0
         try:
             piece = live.accept(token)
+        except RequestError as error:  # of the request's own form: no failure of ours
+            return self._fail(sequence, error)
         except Exception as error:
             logger.exception("a token could not be added to its sequence")
             return self._fail(sequence, error)
@@ -249,33 +268,43 @@ class Engine:
         message = f"the engine failed on this request: {type(error).__name__}: {error}"
         return self._finish(live, live.end(FinishReason.ERROR, message, "engine"))
 
-    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
-        """Log-probabilities of prompt tokens, where asked for, from the rows of this step; pieces of what failed."""
+    def _read_rows(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
+        """What some sequences want of this step's rows beside a token; pieces of what failed."""
         failed = []
         for item, offset in zip(scheduled, batch.query_start.tolist()):
-            top = item.sequence.request.params.prompt_logprobs
-            if top is None or item.sequence.index:
-                continue
             try:
-                self._score_prompt(item, offset, top)
+                read_rows(self._live[item.sequence], item, offset, self.runner, self.sampler)
             except torch.AcceleratorError:
                 raise
             except Exception as error:
+                if not isinstance(error, RequestError):
+                    logger.exception("the rows of a sequence could not be read")
                 failed.append(self._fail(item.sequence, error))
         return failed
 
-    def _score_prompt(self, item: ScheduledSequence, offset: int, top: int) -> None:
-        live = self._live[item.sequence]
-        known = len(live.prompt_logprobs) - 1  # after a preemption the first positions are known already
-        last = min(item.start + item.count, item.sequence.num_prompt_tokens - 1)
-        for first in range(max(item.start, known), last, MAX_SCORED_ROWS):
-            end = min(first + MAX_SCORED_ROWS, last)
-            rows = np.arange(offset + first - item.start, offset + end - item.start)
-            following = item.sequence.tokens[first + 1 : end + 1]
-            scored = self.sampler.prompt_logprobs(self.runner.score(rows), following, top)
-            live.prompt_logprobs += [live.describe(row) for row in scored]
+    def _end_pooled(self, item: ScheduledSequence) -> list[TokenOutput]:
+        """The piece of a text whose last token has been run."""
+        live, sequence = self._live[item.sequence], item.sequence
+        if item.start + item.count < sequence.num_prompt_tokens:
+            return []
+        assert live.pooler is not None
+        self._counts["prompt"] += sequence.num_prompt_tokens
+        self._counts["cached"] += sequence.num_cached_tokens or 0
+        try:
+            piece = finished_piece(live.end(FinishReason.STOP), live.pooler.vector())
+        except Exception as error:
+            return [self._fail(sequence, error)]
+        return [self._finish(live, piece)]
 
-    def _bad_words(self, words: Seq[str]) -> list[list[int]]:
-        """Token sequences of each word, at the start of a text and behind a space."""
-        texts = [text for word in words for text in (word, " " + word.lstrip())]
-        return [ids for ids in self.tokenizer.encode_batch(texts, add_special_tokens=False) if ids]
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Raises what a request with such a form would raise. Thread-safe; the compiled grammar is kept.
+
+        Raises:
+            InvalidParameterError: the form is wrong or not supported.
+        """
+        self.grammars.compile(params)
+
+    def close(self) -> None:
+        """Lets go of the model's caches and of the threads that fill masks."""
+        self.runner.close()
+        self.grammars.close()

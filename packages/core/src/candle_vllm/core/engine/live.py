@@ -17,6 +17,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.pooling.pooler import Pooler
 from candle_vllm.core.sampling.logprobs import LogprobRow
 from candle_vllm.core.sampling.sampler import SampledToken
 from candle_vllm.core.sampling.state import SamplingState
@@ -49,7 +50,9 @@ class LiveSequence:
         self.state = state
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        # A grammar takes an end token where the text may end, and then nothing else: `ignore_eos` only holds it back.
+        ends = not params.ignore_eos or state.grammar is not None
+        self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.detokenizer = Detokenizer(
             tokenizer,
@@ -60,6 +63,7 @@ class LiveSequence:
             min_tokens=params.min_tokens,
         )
         self.prompt_logprobs: list[PositionLogprobs | None] = [None]
+        self.pooler: Pooler | None = None  # of a text whose hidden states are wanted
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
@@ -81,7 +85,7 @@ class LiveSequence:
     def accept(self, sampled: SampledToken) -> TokenOutput:
         """Appends a sampled token; the piece has a finish reason when it was the last."""
         if sampled.error is not None:
-            return self.end(FinishReason.ERROR, sampled.error, "request" if sampled.by_request else "engine")
+            return self._failed(sampled)
         token, params = sampled.token_id, self.request.params
         first = self.num_output_tokens == 0
         self.sequence.append(token)
@@ -90,6 +94,17 @@ class LiveSequence:
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
         reason, stop_reason, text = self._ending(token, params.include_stop_str_in_output)
         return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
+
+    def _failed(self, sampled: SampledToken) -> TokenOutput:
+        """The last piece where no token could be drawn; the message begins with the field to blame."""
+        assert sampled.error is not None
+        grammar = self.state.grammar
+        if grammar is not None and grammar.failure is not None:
+            return self.end(FinishReason.ERROR, str(grammar.failure), "request")
+        if not sampled.by_request:
+            return self.end(FinishReason.ERROR, sampled.error, "engine")
+        field = "allowed_token_ids" if grammar is None else "structured_outputs"
+        return self.end(FinishReason.ERROR, f"{field}: {sampled.error}", "request")
 
     def end(
         self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
@@ -109,18 +124,20 @@ class LiveSequence:
     def _ending(self, token: int, include_stop: bool) -> tuple[FinishReason | None, str | int | None, str]:
         """Finish reason, stop reason and new text after `token`."""
         enough = self.num_output_tokens >= self.request.params.min_tokens
-        if enough and (token in self.eos_token_ids or token in self.stop_token_ids):
+        exhausted = self.state.grammar is not None and self.state.grammar.exhausted
+        ends = token in self.eos_token_ids and (enough or exhausted)
+        if ends or (enough and token in self.stop_token_ids):
             text = self.detokenizer.add(token) if include_stop else ""
-            stop_reason = token if token in self.stop_token_ids else None
+            stop_reason = token if enough and token in self.stop_token_ids else None
             return FinishReason.STOP, stop_reason, text + self.detokenizer.finish()
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped_by is not None:
             return FinishReason.STOP, self.detokenizer.stopped_by, text
-        if len(self.sequence.tokens) >= self.max_length:
+        if exhausted or len(self.sequence.tokens) >= self.max_length:
             text += self.detokenizer.finish()
             if self.detokenizer.stopped_by is not None:
                 return FinishReason.STOP, self.detokenizer.stopped_by, text
-            return FinishReason.LENGTH, None, text
+            return FinishReason.STOP if exhausted else FinishReason.LENGTH, None, text
         return None, None, text
 
     def _piece(
@@ -133,12 +150,15 @@ class LiveSequence:
         *,
         first: bool = False,
     ) -> TokenOutput:
+        special_tokens = tuple(self.detokenizer.special_tokens)
+        self.detokenizer.special_tokens.clear()
         asked = first and self.sequence.index == 0 and self.request.params.prompt_logprobs is not None
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,
             text=text,
             token_ids=token_ids,
+            special_tokens=special_tokens,
             logprobs=logprobs,
             prompt_logprobs=tuple(self.prompt_logprobs) if asked else None,
             finish_reason=reason,

@@ -45,12 +45,20 @@ class ModelRunner(Protocol):
         """Logits [len(rows), V] of any rows of the last step; at most `MAX_SCORED_ROWS`. Overwrites earlier logits."""
         ...
 
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """Hidden states [len(rows), E] in fp32 of any rows of the last step, behind the last norm.
+
+        At most `MAX_HIDDEN_ROWS`; in memory of their own.
+        """
+        ...
+
     def close(self) -> None:
         """Ends what runs beside the caller's thread."""
         ...
 
 
 MAX_SCORED_ROWS = 64
+MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,10 @@ class StepwiseRunner(ABC):
 
     @abstractmethod
     def score(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+
+    @abstractmethod
+    def hidden(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
@@ -130,3 +142,8 @@ class EagerRunner(StepwiseRunner):
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
         return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
+
+    @torch.inference_mode()
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+        return self._hidden[torch.from_numpy(rows).to(self.device)].float()

@@ -1,20 +1,29 @@
 """What crosses the engine's boundary: small frozen structs, so that the engine can move to its own process.
 
 A caller hands in a `GenerationRequest`; the engine hands back `TokenOutput`s, one per sequence and step in which
-the sequence has something new to say; `GenerationOutput` is their sum, made by `OutputCollector`.
+the sequence has something new to say; `GenerationOutput` is their sum, made by `OutputCollector`. A `PoolingRequest`
+has one piece, with numbers in place of tokens.
 """
 
 from __future__ import annotations
 
+import builtins
 import enum
 import time
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.pooling.params import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    Numbers = array[float]
+else:
+    Numbers = array  # what decodes a struct looks its annotations up, and Python 3.11 has no array[float]
 
 MAX_REQUEST_ID = 256
 MAX_PRIORITY = 1 << 31
@@ -57,6 +66,21 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidParameterError("sampling_params must be SamplingParams", "sampling_params")
 
 
+class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
+    """One text, or a pair of them, of which numbers are wanted rather than a continuation.
+
+    Attributes:
+        pooling: how a vector is made of it.
+        task: "embed" for a vector, "score" for the number of a cross-encoder.
+        token_type_ids: which of a pair's texts each token belongs to, 0 or 1; None is 0 throughout.
+    """
+
+    params: SamplingParams = msgspec.field(default_factory=SamplingParams)
+    pooling: PoolingParams = msgspec.field(default_factory=PoolingParams)
+    task: Literal["embed", "score"] = "embed"
+    token_type_ids: Sequence[int] | None = None
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """The log-probability of one token, before penalties, bias and temperature.
 
@@ -72,7 +96,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     logprob: float
     rank: int
     text: str
-    bytes: bytes
+    bytes: builtins.bytes
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True):
@@ -103,6 +127,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
         index: which of its `n` sequences.
         text: new text.
         token_ids: new tokens.
+        special_tokens: (offset, id) of new special tokens whose names stand in the text, where they are not skipped;
+            offsets in characters of the sequence's whole text, which may not have come that far.
         logprobs: one entry per new token when asked for.
         prompt_logprobs: on the first piece of sequence 0 when asked for; one per prompt token, None for the first.
         finish_reason: set on the last piece of the sequence.
@@ -112,12 +138,14 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
         metrics: set on the last piece.
         error: the message when `finish_reason` is ERROR.
         error_kind: "request" when the request's own parameters led to the error, "engine" otherwise.
+        pooled: on the only piece of a `PoolingRequest`: its vector, or its score alone; float32.
     """
 
     request_id: str
     index: int = 0
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    special_tokens: tuple[tuple[int, int], ...] = ()
     logprobs: tuple[PositionLogprobs, ...] | None = None
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
@@ -127,6 +155,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     metrics: RequestMetrics | None = None
     error: str | None = None
     error_kind: Literal["request", "engine"] | None = None
+    pooled: Numbers | None = None
 
     @property
     def finished(self) -> bool:
@@ -224,8 +253,44 @@ def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
     )
 
 
+class EmbeddingOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """The vector of one text.
+
+    Attributes:
+        request_id: of the text.
+        embedding: float32 numbers, `array("f")`: numpy takes them without copying, `tobytes` is little-endian.
+        prompt_token_ids: the text's tokens, those that the tokenizer adds included.
+        num_cached_tokens: how many of them came from the prefix cache.
+    """
+
+    request_id: str
+    embedding: array[float]
+    prompt_token_ids: tuple[int, ...]
+    num_cached_tokens: int = 0
+
+
+class ScoreOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """How well two texts belong together.
+
+    Attributes:
+        score: what the model's head says (a cross-encoder), or the cosine of the texts' vectors.
+        num_tokens: tokens that were run for the pair. A text that stands in several pairs is run once for its vector
+            and counts in the first of them.
+    """
+
+    score: float
+    num_tokens: int
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is served, for people and for `/v1/models`."""
+    """What is served, for people and for `/v1/models`.
+
+    Attributes:
+        tasks: what the model does: "generate", "embed", "score".
+        embedding_size: length of its vectors; 0 where it gives none.
+        max_num_seqs: most sequences in one step.
+        kv_cache_bytes: size of the KV cache when it is full; memory of a CPU is taken as it fills.
+    """
 
     name: str
     architecture: str
@@ -239,6 +304,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     default_sampling: Mapping[str, float | int]
+    tasks: tuple[str, ...] = ("generate",)
+    embedding_size: int = 0
+    max_num_seqs: int = 1
+    kv_cache_bytes: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

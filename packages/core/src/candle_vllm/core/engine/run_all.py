@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.request import (
     FinishReason,
     GenerationOutput,
@@ -16,10 +16,9 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     TokenOutput,
 )
-from candle_vllm.core.engine.thread import EngineThread
+from candle_vllm.core.engine.thread import Delivery, EngineThread
 from candle_vllm.core.errors import (
     CandleVllmError,
-    EngineDeadError,
     EngineOverloadedError,
     RequestAbortedError,
     RequestError,
@@ -27,7 +26,7 @@ from candle_vllm.core.errors import (
 
 
 def run_all(
-    thread: EngineThread, todo: Sequence[tuple[GenerationRequest, list[LiveSequence]]], use_tqdm: bool
+    thread: EngineThread, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: bool
 ) -> Iterator[tuple[int, GenerationOutput]]:
     """Runs requests with no more in the engine at a time than its queue takes; yields each with its number, as it ends.
 
@@ -56,7 +55,7 @@ def run_all(
 
 def _try_submit(
     thread: EngineThread,
-    entry: tuple[int, tuple[GenerationRequest, list[LiveSequence]]],
+    entry: tuple[int, tuple[GenerationRequest, Sequence[Any]]],
     sink: _QueueSink,
     collectors: dict[str, tuple[int, OutputCollector]],
 ) -> bool:
@@ -75,14 +74,14 @@ class _QueueSink:
     loop = None
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[TokenOutput | EngineDeadError] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.put = self._items.put
 
     def next_finished(self, collectors: dict[str, tuple[int, OutputCollector]]) -> tuple[int, GenerationOutput]:
         """Waits until one request is complete, and takes it out of `collectors`."""
         while True:
             item = self._items.get()
-            if isinstance(item, EngineDeadError):
+            if isinstance(item, CandleVllmError):
                 raise item
             raise_failure(item)
             position, collector = collectors[item.request_id]

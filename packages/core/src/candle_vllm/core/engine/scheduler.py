@@ -35,7 +35,8 @@ class ScheduledSequence:
     """Run `count` tokens of `sequence` from position `start` on.
 
     Attributes:
-        samples: the step computes the sequence's last token, so that the next one can be sampled.
+        samples: the step computes the sequence's last token, so that the next one can be sampled; never where hidden
+            states are pooled.
         admission: the sequence's `num_admissions` when it was scheduled.
     """
 
@@ -49,7 +50,8 @@ class ScheduledSequence:
     def next(cls, sequence: Sequence, count: int) -> ScheduledSequence:
         """The next `count` tokens of a sequence."""
         start = sequence.num_computed_tokens
-        return cls(sequence, start, count, start + count == sequence.num_tokens, sequence.num_admissions)
+        samples = start + count == sequence.num_tokens and not sequence.is_pooled
+        return cls(sequence, start, count, samples, sequence.num_admissions)
 
     @property
     def decodes(self) -> bool:

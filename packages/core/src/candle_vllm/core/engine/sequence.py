@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 
 from candle_vllm.core.engine.block_manager import block_hashes
-from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 
 NO_LIMIT = 1 << 62
 
@@ -19,6 +19,7 @@ class Sequence:
         order: number of arrival, unique; breaks ties of priority.
         tokens: prompt and output so far, as far as known.
         num_prompt_tokens: how many of `tokens` are the prompt.
+        is_pooled: its hidden states are wanted, and no token behind the prompt.
         num_ahead: tokens behind `tokens` that launched steps will draw; more than 0 only where steps overlap.
         num_computed_tokens: tokens whose keys and values are in the cache, or will be when what was launched has run.
         num_settled_tokens: tokens that are in the cache for certain, because their step is over.
@@ -34,6 +35,7 @@ class Sequence:
         self.order = order
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
+        self.is_pooled = isinstance(request, PoolingRequest)
         self.num_ahead = 0
         self.num_computed_tokens = 0
         self.num_settled_tokens = 0

@@ -19,6 +19,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.registry import Decoder
 
@@ -45,9 +46,9 @@ class RecordedRunner(StepwiseRunner):
         nothing = torch.empty(0)
         step = StepInput(nothing, nothing, AttentionRows((), (), nothing), tuple(keys), tuple(values))
         self._caches = (keys, values)
-        hidden = decoder.forward(recorder.tokens(), step)
+        self._hidden: Recorded = decoder.forward(recorder.tokens(), step)
         head_start, layer_rows = len(recorder.plan), recorder.num_rows
-        decoder.logits(hidden)
+        decoder.logits(self._hidden)
         assert recorder.logits is not None
         self._plan = np.array(recorder.plan, np.int64)
         self._num_rows = recorder.num_rows
@@ -71,6 +72,10 @@ class RecordedRunner(StepwiseRunner):
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
         return self._with_rows(rows, self._head, self._head_rows)
+
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+        return self._hidden.rows(rows)
 
     def close(self) -> None:
         """Ends the team's threads."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 from candle_vllm.core.engine.request import GenerationRequest, TokenOutput
-from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.engine.thread import Delivery
+from candle_vllm.core.errors import CandleVllmError
 
 
 class Inbox:
@@ -15,11 +17,22 @@ class Inbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.items: asyncio.Queue[TokenOutput | EngineDeadError] = asyncio.Queue()
+        self._items: deque[Delivery] = deque()
+        self._arrival: asyncio.Future[None] | None = None
 
-    def put(self, item: TokenOutput | EngineDeadError) -> None:
-        """Takes one piece, or the error that ends everything; called in `loop`."""
-        self.items.put_nowait(item)
+    def put(self, item: Delivery) -> None:
+        """Takes one piece, or the error that ends the request; called in `loop`."""
+        self._items.append(item)
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None and not arrival.done():
+            arrival.set_result(None)
+
+    async def take(self) -> Delivery:
+        """The next item; for one reader."""
+        while not self._items:  # no asyncio.Queue: it asks for the running loop each time, a system call in 3.11
+            self._arrival = self.loop.create_future()
+            await self._arrival
+        return self._items.popleft()
 
 
 class TokenStream(AsyncIterator[TokenOutput]):
@@ -48,11 +61,11 @@ class TokenStream(AsyncIterator[TokenOutput]):
         if self._unfinished == 0 or self._closed:
             raise StopAsyncIteration
         try:
-            item = await self._inbox.items.get()
+            item = await self._inbox.take()
         except asyncio.CancelledError:
             self._close()
             raise
-        if isinstance(item, EngineDeadError):
+        if isinstance(item, CandleVllmError):
             self._unfinished = 0
             raise item
         self._unfinished -= item.finished

@@ -8,14 +8,15 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.request import TokenOutput
-from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
 
 logger = logging.getLogger(__name__)
+
+Delivery = TokenOutput | CandleVllmError
+"""What a caller gets: a piece, or the error that ends its request."""
 
 
 class Sink(Protocol):
@@ -26,8 +27,8 @@ class Sink(Protocol):
         """The event loop in which `put` must be called; None for any thread."""
         ...
 
-    def put(self, item: TokenOutput | EngineDeadError) -> None:
-        """Takes one piece, or the error that ends everything."""
+    def put(self, item: Delivery) -> None:
+        """Takes one piece, or the error that ends the request."""
         ...
 
 
@@ -39,6 +40,35 @@ class _Client:
     unfinished: int
 
 
+class Prepared(Protocol):
+    """One sequence of a request that was checked: a `LiveSequence` or an `EncodedText`."""
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+
+class StepEngine(Protocol):
+    """What the thread and its callers need of an engine: `Engine` and `EncoderEngine` have it."""
+
+    max_model_len: int
+
+    @property
+    def max_step_tokens(self) -> int: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def prepare(self, request: GenerationRequest) -> Sequence[Any]: ...
+
+    def add(self, prepared: Sequence[Any]) -> None: ...
+
+    def abort(self, request_id: str) -> list[TokenOutput]: ...
+
+    def step(self) -> list[TokenOutput]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
 class EngineThread:
     """Runs steps while there is work and sleeps otherwise; wakes at once for a new request.
 
@@ -47,7 +77,7 @@ class EngineThread:
         max_sequences: most live sequences before new requests are refused.
     """
 
-    def __init__(self, engine: Engine, max_sequences: int) -> None:
+    def __init__(self, engine: StepEngine, max_sequences: int) -> None:
         self._engine = engine
         self._max_sequences = max_sequences
         self._clients: dict[str, _Client] = {}
@@ -64,7 +94,7 @@ class EngineThread:
         """False once the thread has stopped or failed."""
         return self._thread.is_alive() and self._dead is None and not self._closing
 
-    def submit(self, prepared: Sequence[LiveSequence], sink: Sink) -> None:
+    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
         """Hands a prepared request to the engine; its pieces go to `sink`.
 
         Raises:
@@ -123,11 +153,25 @@ class EngineThread:
                         self._deliver(self._engine.abort(request_id))
                     return
                 self._deliver(self._engine.step())
+                self._after_step()
+        except EngineDeadError as error:  # of an engine elsewhere
+            logger.error("%s", error)
+            end = error
         except BaseException as error:
             logger.exception("the engine thread failed")
             end = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
         finally:
             self._end(end)
+
+    def _after_step(self) -> None:
+        """Called in the thread after each step, when its pieces have been handed over."""
+
+    def _refuse(self, request_id: str, error: CandleVllmError) -> None:
+        """Ends a request with an error in place of pieces."""
+        with self._wake:
+            client = self._clients.pop(request_id)
+            self._live_sequences -= client.unfinished
+        _put(client.sink, error)
 
     def _abort(self, request_id: str, client: _Client) -> None:
         if self._clients.get(request_id) is client:
@@ -158,10 +202,14 @@ class EngineThread:
             clients, self._clients = list(self._clients.values()), {}
             self._live_sequences = 0
         for client in clients:
-            if client.sink.loop is None:
-                client.sink.put(error)
-            else:
-                _call_in(client.sink.loop, client.sink.put, error)
+            _put(client.sink, error)
+
+
+def _put(sink: Sink, item: Delivery) -> None:
+    if sink.loop is None:
+        sink.put(item)
+    else:
+        _call_in(sink.loop, sink.put, item)
 
 
 def _put_all(items: Sequence[tuple[Sink, TokenOutput]]) -> None:

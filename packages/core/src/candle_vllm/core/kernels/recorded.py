@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 Value: TypeAlias = Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
@@ -66,6 +68,10 @@ class Recorded(ABC):
     @abstractmethod
     def logits(self, matrix: Matrix) -> Recorded:
         """Scores of the rows whose successor is wanted."""
+
+    @abstractmethod
+    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+        """What some rows were when a step ran last: a copy [len(wanted), width]. Of what the layers gave last only."""
 
 
 class RecordedTokens(ABC):

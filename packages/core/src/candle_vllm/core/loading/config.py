@@ -134,6 +134,44 @@ class ModelConfig:
         assert len(self.sliding_windows) == self.num_layers
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What the engine and the layers need to know of an encoder, which reads a text whole and in both directions.
+
+    Attributes:
+        model_type: Hugging Face's name of the family.
+        vocab_size: rows of the embedding table.
+        max_position: longest text, in tokens.
+        first_position: row of the position table for a text's first token (RoBERTa's begin behind the padding token).
+        token_types: rows of the table that tells a pair's texts apart; 1 where a model does not.
+        activation: of the feed-forward layer.
+        scores: the model is a cross-encoder, whose head gives one number for a text or pair.
+        sigmoid: that number is brought to 0..1.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    max_position: int
+    norm_eps: float
+    first_position: int = 0
+    token_types: int = 1
+    activation: str = "gelu"
+    scores: bool = False
+    sigmoid: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise InvalidFileError(f"hidden states of {self.hidden_size} cannot be cut into {self.num_heads} heads")
+        if not 0 < self.max_position <= MAX_COUNT:
+            raise InvalidFileError(f"the model's config leaves room for texts of {self.max_position} tokens")
+        if not 0 < self.norm_eps < 1:
+            raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
+
+
 class Fields:
     """Typed access to a mapping from a file.
 

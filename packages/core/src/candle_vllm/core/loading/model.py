@@ -22,12 +22,14 @@ from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
 from candle_vllm.core.loading.dummy import open_dummy
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.placement import choose_placement, computing_dtype
+from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens, fit_tokenizer
 from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.registry import Decoder, Family, family_from_gguf, family_from_hf, gguf_heads
+from candle_vllm.core.pooling.model_pooling import ModelPooling
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -52,6 +54,7 @@ class LoadedModel:
         template: the chat template, where the model has one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: sampling defaults of the model's generation config.
+        pooling: how vectors are made of its hidden states.
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
         weight_bytes: stored bytes.
@@ -66,13 +69,23 @@ class LoadedModel:
     template: ChatTemplate | None
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]
+    pooling: ModelPooling
     quantization: str | None
     num_parameters: int
     weight_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model's files, its stored tensors, and the metadata of a GGUF file."""
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    metadata: Mapping[str, Any]
+
+
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keeps Python's cycle collector from going through the vocabulary again and again while it grows."""
     running = gc.isenabled()
     gc.disable()
@@ -83,20 +96,9 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collector_paused()
-def load_model(config: EngineConfig, device: torch.device, progress: Callable[[int, int], object]) -> LoadedModel:
-    """Resolves `config.model`, downloads it where needed, and loads it.
-
-    Args:
-        config: the engine's settings.
-        device: where to load it.
-        progress: called with bytes done and bytes in all.
-
-    Raises:
-        ModelNotFoundError: the model names nothing that exists.
-        ModelLoadError: its files cannot be used; the message names the file.
-    """
-    files = resolve(
+def model_files(config: EngineConfig) -> ModelFiles:
+    """The files of `config.model`, downloaded where needed; errors as `load_model`."""
+    return resolve(
         config.model,
         weight_file=config.weight_file,
         revision=config.revision,
@@ -105,22 +107,44 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
         offline=config.offline,
         load_format=config.load_format,
     )
+
+
+@collector_paused()
+def load_model(
+    config: EngineConfig,
+    device: torch.device,
+    progress: Callable[[int, int], object],
+    opened: Opened | None = None,
+) -> LoadedModel:
+    """Resolves `config.model`, downloads it where needed, and loads it.
+
+    Args:
+        config: the engine's settings.
+        device: where to load it.
+        progress: called with bytes done and bytes in all.
+        opened: what `open_model` gave, where that was called already; it is closed.
+
+    Raises:
+        ModelNotFoundError: the model names nothing that exists.
+        ModelLoadError: its files cannot be used; the message names the file.
+    """
+    opened = opened or open_model(model_files(config), device)
+    files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
     started = time.perf_counter()
-    described = _config_file(files)
-    with _naming(described):
-        checkpoint, metadata = _open(files, device)
+    described = config_file(files)
     with checkpoint:
-        with _naming(described):
+        with naming(described):
             family, model_config, heads = _describe(files, checkpoint, metadata)
         limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
         model_config = dataclasses.replace(model_config, max_position=limit)
         # What is small comes first: a model that cannot be served is refused before its weights are read.
         generation = _generation_config(files)
         default_sampling = _default_sampling(generation)
-        tokenizer = _tokenizer(config, files, metadata, model_config.vocab_size)
+        tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
         template = _template(config, tokenizer, described)
+        pooling = _pooling(files, metadata, model_config.hidden_size)
         eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
-        with _naming(described, checkpoint.path):
+        with naming(described, checkpoint.path):
             _check_weights(family, model_config, checkpoint)
             placement = choose_placement(config, device, checkpoint, model_config)
             weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -137,7 +161,8 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
             template=template,
             eos_token_ids=eos_token_ids,
             default_sampling=default_sampling,
-            quantization=_quantization(checkpoint),
+            pooling=pooling,
+            quantization=stored_types(checkpoint),
             num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
             weight_bytes=weight_bytes,
         )
@@ -146,13 +171,13 @@ def load_model(config: EngineConfig, device: torch.device, progress: Callable[[i
     return loaded
 
 
-def _config_file(files: ModelFiles) -> Path:
+def config_file(files: ModelFiles) -> Path:
     """The file that describes the model."""
     return files.weights[0] if files.format == "gguf" else files.config or files.folder
 
 
 @contextmanager
-def _naming(source: object, *others: object) -> Iterator[None]:
+def naming(source: object, *others: object) -> Iterator[None]:
     """Puts `source` before the message of a loading error, whoever raised it, unless it names that or `others`."""
     try:
         yield
@@ -162,14 +187,16 @@ def _naming(source: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def _open(files: ModelFiles, device: torch.device) -> tuple[Checkpoint, Mapping[str, Any]]:
-    if files.format == "gguf":
-        gguf = open_gguf(files.weights[0])
-        return gguf, gguf.metadata
-    if files.format == "dummy":
-        assert files.config is not None
-        return open_dummy(files.config, device), {}
-    return open_safetensors(files.folder), {}
+def open_model(files: ModelFiles, device: torch.device) -> Opened:
+    """Opens what `model_files` found; errors as `load_model`."""
+    with naming(config_file(files)):
+        if files.format == "gguf":
+            gguf = open_gguf(files.weights[0])
+            return Opened(files, gguf, gguf.metadata)
+        if files.format == "dummy":
+            assert files.config is not None
+            return Opened(files, open_dummy(files.config, device), {})
+        return Opened(files, open_safetensors(files.folder), {})
 
 
 def _describe(
@@ -220,18 +247,24 @@ def _fill(
     )
 
 
-def _tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
+def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
+    """The tokenizer, brought to the `rows` of the embedding table."""
     inside = files.format == "gguf" and config.tokenizer is None
     source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    with _naming(source):
+    with naming(source):
         tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
         return fit_tokenizer(tokenizer, rows, source)
 
 
 def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
     source = config.chat_template or tokenizer.chat_template
-    with _naming("the chat_template setting" if config.chat_template else config.tokenizer or described):
+    with naming("the chat_template setting" if config.chat_template else config.tokenizer or described):
         return ChatTemplate(source, tokenizer.special_tokens) if source else None
+
+
+def _pooling(files: ModelFiles, metadata: Mapping[str, Any], size: int) -> ModelPooling:
+    config = None if files.config is None else Fields(read_json(files.config), files.config)
+    return read_pooling(files, metadata, size, "last", config)
 
 
 def _generation_config(files: ModelFiles) -> Fields:
@@ -255,10 +288,10 @@ def _default_sampling(generation: Fields) -> dict[str, float | int]:
     return values
 
 
-def _quantization(checkpoint: Checkpoint) -> str | None:
+def stored_types(checkpoint: Checkpoint) -> str | None:
     """Stored types with their counts, most frequent first, where any is not a plain float."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
-    if set(kinds) <= {"F32", "F16", "BF16", "F64"}:
+    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
         return None
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
 

@@ -1,6 +1,7 @@
 """What a batch's states ask to be done to its logits, as tensors for a GPU's kernels (step 7 of ten).
 
-Bias and forbidden tokens are short lists, made anew for each step. Allowed tokens are a bit for each of the vocabulary.
+Bias and forbidden tokens are short lists, made anew for each step. Allowed tokens, and those that a grammar leaves, are
+a bit for each of the vocabulary.
 Occurrences for the penalties stay on the device, a row for each sequence that needs them, where the kernels count on.
 """
 
@@ -39,12 +40,12 @@ class HostEdits:
         ids, values = _bias(states)
         if ids.shape[1]:
             self._sent |= {"bias_ids": Sent(stream, ids), "bias": Sent(stream, values)}
-        allowed = [state.allowed if state.masks_tokens else None for state in states]
-        masks = [state.allowed_bits for state, ids in zip(states, allowed) if ids is not None]
-        if masks:
-            rows = np.cumsum([ids is not None for ids in allowed], dtype=np.int32) - 1
-            rows[[ids is None for ids in allowed]] = -1
-            self._sent |= {"mask_rows": Sent(stream, rows), "masks": Sent(stream, np.stack(masks))}
+        masks = [state.mask_bits() if state.masks_tokens else None for state in states]
+        found = [bits for bits in masks if bits is not None]
+        if found:
+            rows = np.cumsum([bits is not None for bits in masks], dtype=np.int32) - 1
+            rows[[bits is None for bits in masks]] = -1
+            self._sent |= {"mask_rows": Sent(stream, rows), "masks": Sent(stream, np.stack(found))}
         self.counts_tokens = any(slot >= 0 for slot in slots)
         if self.counts_tokens:
             params = [state.params for state in states]

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
@@ -33,7 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         max_tokens: most tokens to generate; None means up to the context length.
-        min_tokens: no end-of-sequence or stop before this many tokens.
+        min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
+            leaves nothing but the end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
         stop_token_ids: token ids that end the sequence, besides the model's own.
         ignore_eos: go on past the model's end-of-sequence tokens.
@@ -44,6 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logit_bias: token id -> value added to its logit, [-100, 100].
         allowed_token_ids: only these tokens may be chosen.
         bad_words: texts that must not be produced.
+        structured_outputs: the form that the text must have. Where nothing but the end may follow, the sequence ends
+            with `FinishReason.STOP`, also before `min_tokens` and with `ignore_eos`.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
     """
@@ -69,6 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
 
@@ -126,6 +131,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise InvalidParameterError(
                     f"bad_words must be texts of 1 to {MAX_STOP_LENGTH} characters", "bad_words"
                 )
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
 

@@ -1,7 +1,8 @@
 """What changes logits before a token is chosen: masks, bias and penalties (step 7 of ten).
 
-The order is vLLM's: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty. Each feature touches only the entries it is about, and one that no row uses costs a test per row.
+The order is vLLM's: structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
+frequency_penalty, presence_penalty. Each feature touches only the entries it is about, and one that no row uses costs a
+test per row.
 
 Shapes: R rows, V vocabulary, N entries over all rows. Entries are addressed by their place in the flattened [R * V].
 """
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.sampling.bit_masks import mask_flags, mask_row
 from candle_vllm.core.sampling.state import SamplingState
 
 _INF = float("inf")
@@ -33,6 +35,8 @@ def apply_processors(logits: torch.Tensor, states: Sequence[SamplingState]) -> N
     if logits.device.type == "cpu" and kernels.compiled():
         table = logits.numpy()
         for row, state in enumerate(states):
+            if state.grammar is not None and (bits := state.mask_bits()) is not None:
+                mask_row(table[row], bits)
             if state.masks_tokens or len(state.bias_ids) or state.counts is not None:
                 kernels.adjust(table[row], _adjustment(state))
         return
@@ -43,7 +47,7 @@ def _adjustment(state: SamplingState) -> kernels.Adjustment:
     params, counts, masked = state.params, state.counts, state.masks_tokens
     return kernels.Adjustment(
         masked=masked,
-        allowed=state.allowed if masked else None,
+        allowed=state.allowed if masked and state.grammar is None else None,  # else it is in the grammar's mask
         forbidden=state.forbidden_ids() if masked else _NO_IDS,
         bias_ids=state.bias_ids,
         bias=state.bias_values,
@@ -72,6 +76,10 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
 
 def _mask(logits: torch.Tensor, states: Sequence[SamplingState], rows: list[int]) -> None:
     flat = logits.view(-1)
+    for row in rows:
+        if states[row].grammar is not None and (bits := states[row].mask_bits()) is not None:
+            flags = torch.from_numpy(mask_flags(bits, logits.shape[1])).to(logits.device)
+            logits[row].masked_fill_(~flags, -_INF)
     allowed = [(row, ids) for row in rows if (ids := states[row].allowed) is not None]
     if allowed:
         places = _places(logits, [row for row, _ in allowed], [ids for _, ids in allowed])

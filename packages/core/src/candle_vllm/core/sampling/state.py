@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.grammar_state import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 
@@ -33,6 +34,7 @@ class SamplingState:
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
+        grammar: which tokens the form of the text leaves, or None where any text will do.
         output_token_ids: tokens generated so far; grows by `append` only.
         num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
     """
@@ -46,6 +48,7 @@ class SamplingState:
         eos_token_ids: Sequence[int],
         index: int = 0,
         bad_word_token_ids: Sequence[Sequence[int]] = (),
+        grammar: GrammarState | None = None,
     ) -> None:
         """Checks what depends on the vocabulary.
 
@@ -57,6 +60,7 @@ class SamplingState:
                 need no mask.
             index: which of the request's `n` sequences this is.
             bad_word_token_ids: `params.bad_words` as tokens, each at least one.
+            grammar: of `params.structured_outputs`, at the start of a text.
 
         Raises:
             InvalidParameterError: a token id lies outside the vocabulary.
@@ -68,6 +72,7 @@ class SamplingState:
         self._uniforms = (-1, [0.0])  # which run of positions, and its numbers
         self.output_token_ids: list[int] = []
         self.num_ahead = 0
+        self.grammar = grammar
         self.allowed = self._allowed_ids()
         self.bias_ids, self.bias_values = self._bias()
         stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
@@ -78,7 +83,7 @@ class SamplingState:
         self.counts = _penalty_counts(params, prompt_ids)
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
-        self._always_masks = self.allowed is not None or bool(bad_word_token_ids)
+        self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
 
     def sibling(self, index: int) -> SamplingState:
         """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
@@ -88,6 +93,7 @@ class SamplingState:
         other.output_token_ids = []
         other.num_ahead = 0
         other.counts = copy.deepcopy(self.counts)
+        other.grammar = None if self.grammar is None else self.grammar.sibling()
         other._uniforms = (-1, [0.0])
         return other
 
@@ -107,20 +113,37 @@ class SamplingState:
     @property
     def reads_tokens(self) -> bool:
         """Whether the tokens before the next one must be known on the host before it is drawn."""
-        return self.bad_words.has_sequences
+        return self.bad_words.has_sequences or self.grammar is not None
 
     def append(self, token_id: int) -> None:
-        """Takes note of the token that was chosen."""
+        """Takes note of the token that was chosen.
+
+        Raises:
+            InvalidParameterError: the grammar cannot go on behind it.
+            RuntimeError: the grammar does not take it.
+        """
         assert 0 <= token_id < self.vocab_size
         self.output_token_ids.append(token_id)
         self.num_ahead = max(0, self.num_ahead - 1)
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
 
     @property
     def masks_tokens(self) -> bool:
         """Whether the next token may not be just any of the vocabulary."""
         return self._always_masks or self.position < self.params.min_tokens
+
+    def mask_bits(self) -> NDArray[np.int32] | None:
+        """As `allowed_bits`, what `allowed` and the grammar leave; None where there is neither. Waits for the grammar.
+
+        Valid until the next `append`.
+        """
+        if self.grammar is None:
+            return None if self.allowed is None else self.allowed_bits
+        bits = self.grammar.bits()
+        return bits if self.allowed is None else bits & self.allowed_bits
 
     @cached_property
     def allowed_bits(self) -> NDArray[np.int32]:
@@ -133,12 +156,21 @@ class SamplingState:
     def forbidden_ids(self) -> NDArray[np.int64]:
         """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
 
-        As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too.
+        As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too. The form of a text wins:
+        where it leaves nothing but these, they may come.
         """
         words = self.bad_words.completions(self.output_token_ids)
-        if self.position >= self.params.min_tokens:
+        if self.position >= self.params.min_tokens or self._must_stop():
             return words
         return np.concatenate((words, self._stop_ids))
+
+    def _must_stop(self) -> bool:
+        """Whether the grammar leaves nothing but stop tokens here. Waits for it."""
+        if self.grammar is None:
+            return False
+        others = np.unpackbits(self.grammar.bits().view(np.uint8), bitorder="little")
+        others[self._stop_ids] = 0
+        return not others.any()
 
     def _allowed_ids(self) -> NDArray[np.int64] | None:
         if self.params.allowed_token_ids is None:

@@ -7,20 +7,32 @@ from collections.abc import Sequence
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are bytes; four special tokens follow. Every text is representable."""
+    """Ids 0 to 255 are bytes; four special tokens follow, and those that are asked for. Every text is representable.
+
+    Args:
+        special_tokens: names of more special tokens.
+
+    Attributes:
+        special_tokens: all of them, by name.
+    """
 
     SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
     bos_token_id = 256
     eos_token_id = 257
-    vocab_size = 256 + len(SPECIAL_TOKENS)
-    _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """UTF-8 bytes as ids, special tokens recognised in the text, the beginning token first unless unwanted."""
+    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+        names = (*self.SPECIAL_TOKENS, *special_tokens)
+        self.special_tokens = {name: 256 + place for place, name in enumerate(names)}
+        self.vocab_size = 256 + len(names)
+        self._names = names
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
+        """UTF-8 bytes as ids; special tokens are recognised and the beginning token is first, unless unwanted."""
         ids = [self.bos_token_id] if add_special_tokens else []
-        for part in self._SPLIT.split(text):
-            if part in self.SPECIAL_TOKENS:
-                ids.append(256 + self.SPECIAL_TOKENS.index(part))
+        for part in self._split.split(text) if parse_special else (text,):
+            if parse_special and part in self.special_tokens:
+                ids.append(self.special_tokens[part])
             else:
                 ids.extend(part.encode("utf-8"))
         return ids
@@ -32,4 +44,8 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, also of a special one."""
-        return bytes([token_id]) if token_id < 256 else self.SPECIAL_TOKENS[token_id - 256].encode()
+        return bytes([token_id]) if token_id < 256 else self._names[token_id - 256].encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """True for the special tokens."""
+        return token_id >= 256

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from candle_vllm.core.engine.pooled import check_encoder_task
 from candle_vllm.core.engine.request import (
     EngineStats,
     GenerationOutput,
@@ -20,9 +21,13 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
 from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, ScriptedStream
+from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
+from candle_vllm.core.text.chat_conventions import ChatConventions
 
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
@@ -35,7 +40,7 @@ class TemplateCall(NamedTuple):
     options: dict[str, Any]
 
 
-class ScriptedEngine:
+class ScriptedEngine(ScriptedVectors):
     """An engine that answers every prompt with a script.
 
     Args:
@@ -48,11 +53,16 @@ class ScriptedEngine:
         fail_after: after this many pieces of a request, `failure` happens.
         failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
         num_cached_tokens: what every answer reports.
+        chat_template: what `chat_conventions` shows; the engine renders ChatML whatever it is.
+        special_tokens: names of more special tokens, which a script may have in its text.
+        architecture: shown in `model_info`.
+        tasks: what it does; without "generate" it is an embedding model, with "score" alone a cross-encoder.
 
     Attributes:
         requests: every request taken, in order.
         aborted: ids of requests whose stream was closed before its end.
         template_calls: every conversation rendered.
+        chat_conventions: as of a model.
     """
 
     def __init__(
@@ -67,11 +77,20 @@ class ScriptedEngine:
         fail_after: int | None = None,
         failure: Exception | str = "scripted failure",
         num_cached_tokens: int = 0,
+        chat_template: str | None = None,
+        special_tokens: Sequence[str] = (),
+        architecture: str = "scripted",
+        tasks: Sequence[str] = ("generate", "embed", "score"),
     ) -> None:
-        self.tokenizer = ByteTokenizer()
+        super().__init__()
+        self.tokenizer = ByteTokenizer(special_tokens)
+        self.chat_conventions = ChatConventions(
+            chat_template=chat_template, special_tokens=self.tokenizer.special_tokens
+        )
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self.template_calls: list[TemplateCall] = []
+        self._grammars = LlguidanceBackend(self.tokenizer, self.tokenizer.vocab_size, (self.tokenizer.eos_token_id,))
         self.submit_error = submit_error
         self.fail_after = fail_after
         self.failure = failure
@@ -83,7 +102,7 @@ class ScriptedEngine:
         self._generated = 0
         self._info = ModelInfo(
             name=name,
-            architecture="scripted",
+            architecture=architecture,
             num_parameters=0,
             max_model_len=max_model_len,
             vocab_size=self.tokenizer.vocab_size,
@@ -94,6 +113,9 @@ class ScriptedEngine:
             eos_token_ids=(self.tokenizer.eos_token_id,),
             has_chat_template=has_chat_template,
             default_sampling=self._default_sampling,
+            tasks=tuple(tasks),
+            embedding_size=SIZE if "embed" in tasks else 0,
+            max_num_seqs=256,
         )
 
     @property
@@ -116,6 +138,7 @@ class ScriptedEngine:
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """ChatML; tool calls are appended to their message as JSON, other options are only remembered."""
+        self._check_generates()
         if not self._info.has_chat_template:
             raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
         self.template_calls.append(TemplateCall([dict(message) for message in messages], options))
@@ -123,6 +146,10 @@ class ScriptedEngine:
         if options.get("continue_final_message"):
             return text.removesuffix("<|im_end|>\n")
         return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Compiles the form for bytes as tokens, and raises what the engine would; no script is held to it."""
+        self._grammars.compile(params)
 
     def stream(
         self,
@@ -134,6 +161,7 @@ class ScriptedEngine:
         add_special_tokens: bool = True,
     ) -> ScriptedStream:
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
+        self._check_generates()
         ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
         request = GenerationRequest(
             request_id=request_id or uuid.uuid4().hex,
@@ -189,7 +217,13 @@ class ScriptedEngine:
     def close(self) -> None:
         """Nothing to let go of."""
 
+    def _check_generates(self) -> None:
+        if "generate" not in self._info.tasks:
+            check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
+
     def _check(self, request: GenerationRequest) -> None:
+        if request.params.structured_outputs is not None:
+            self.check_structured_outputs(request.params.structured_outputs)
         if self.submit_error is not None:
             raise self.submit_error
         ids, limit = request.prompt_token_ids, self._info.max_model_len

@@ -64,6 +64,8 @@ class ScriptedSequence:
         self._num_cached = num_cached_tokens
         self._num_tokens = 0
         self._held = ""
+        self._length = 0  # characters decoded
+        self._special: list[tuple[int, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._finish: FinishReason | None = None
         self._stop_reason: str | int | None = None
@@ -110,7 +112,11 @@ class ScriptedSequence:
             token >= 256 and params.skip_special_tokens
         )
         if not silent:
-            self._held += self._decoder.decode(self._token_bytes(token))
+            text = self._decoder.decode(self._token_bytes(token))
+            self._held += text
+            self._length += len(text)
+            if token >= 256:
+                self._special.append((self._length - len(self._token_bytes(token)), token))
         if self._finish is None and may_stop:
             self._find_stop_string()
         if self._finish is None and self._num_tokens >= self._max_tokens:
@@ -151,12 +157,14 @@ class ScriptedSequence:
         error: str | None = None,
     ) -> TokenOutput:
         arrival = self._request.arrival_time
+        special, self._special = tuple(self._special), []
         times = RequestMetrics(arrival, arrival, arrival + 0.25, arrival + 1.0)  # seconds, made up
         return TokenOutput(
             request_id=self._request.request_id,
             index=self._index,
             text=text,
             token_ids=token_ids,
+            special_tokens=special,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=self._finish,

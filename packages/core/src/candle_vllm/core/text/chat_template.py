@@ -32,12 +32,14 @@ class ChatTemplate:
 
     Attributes:
         supports_tools: the template reads `tools`.
+        source: as given.
 
     Raises:
         UnsupportedModelError: a template is too long or has a syntax error.
     """
 
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.source = source if isinstance(source, str) else dict(source)
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self._special_tokens = dict(special_tokens)
         self._templates: dict[str, Any] = {}
@@ -151,12 +153,15 @@ class ChatTemplate:
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A copy for the template: plain data, no keys without a value, and reasoning under each name in use."""
+    """A copy for the template: plain data, and reasoning under each name in use.
+
+    Keys without a value are left out, but for the content: some templates ask whether that is none.
+    """
     if not messages:
         raise InvalidParameterError("messages must hold at least one message", "messages")
     conversation = []
     for message in _objects("messages", messages):
-        kept = {key: value for key, value in message.items() if value is not None}
+        kept = {key: value for key, value in message.items() if value is not None or key == "content"}
         reasoning = next((kept[key] for key in _REASONING if key in kept), None)
         if reasoning is not None:
             kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}

@@ -26,6 +26,8 @@ class Detokenizer:
 
     Attributes:
         stopped_by: the stop string that ended the text, or None.
+        special_tokens: (offset, id) of each special token that stands in the text, offsets in characters of the whole
+            text; the caller takes them out. A text that reads like a special token can so be told from one.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
         self._num_tokens = 0
+        self._length = 0  # characters decoded
+        self.special_tokens: list[tuple[int, int]] = []
         self._decoder = _utf8_decoder("replace")
         self._scanner = StopScanner(stop_strings, include_stop=include_stop)
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
@@ -57,13 +61,17 @@ class Detokenizer:
             InvalidParameterError: the vocabulary has no such token.
         """
         self._num_tokens += 1
-        data = self._tokenizer.token_bytes(token_id)
-        if not data or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+        data, special = self._tokenizer.token_bytes(token_id), self._tokenizer.is_special(token_id)
+        if not data or (self._skip_special_tokens and special):
             return ""
         if self._strip_space:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        return self._scanner.feed(self._decoder.decode(data), armed=self._num_tokens > self._min_tokens)
+        text = self._decoder.decode(data)
+        self._length += len(text)
+        if special:
+            self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
+        return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
 
     def finish(self) -> str:
         """Returns what was held back: the sequence has ended. Half a character becomes U+FFFD."""

@@ -55,10 +55,18 @@ def refusing_panics(what: str) -> Iterator[None]:
         raise InvalidFileError(f"{what} cannot be used as a tokenizer: {error}") from error
 
 
+def marked_texts(vocab: GgufVocab) -> dict[str, int]:
+    """Text -> id of every token but `</s>` where that is the HTML tag: Qwen's vocabulary has it as plain text."""
+    texts = {text: index for index, text in enumerate(vocab.tokens)}
+    if "</s>" in texts and vocab.types[texts["</s>"]] == NORMAL:
+        del texts["</s>"]
+    return texts
+
+
 def special_ids(vocab: GgufVocab) -> set[int]:
     """Ids that are hidden from the text: control and unknown tokens, and whatever ends a turn."""
     hidden = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)}
-    texts = {text: index for index, text in enumerate(vocab.tokens)}
+    texts = marked_texts(vocab)
     ends = end_of_turn_ids(texts)
     shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
     return (hidden | ends) - shown

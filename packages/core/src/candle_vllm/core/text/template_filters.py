@@ -13,16 +13,26 @@ from datetime import datetime
 from types import GeneratorType
 from typing import Any
 
-from jinja2 import filters
+from jinja2 import filters, tests
 from jinja2.exceptions import TemplateError, TemplateRuntimeError
 
 from candle_vllm.core.text.template_budget import BudgetExceededError, budget
-from candle_vllm.core.text.template_guards import check_join, check_needle, check_percent, check_replace, check_width
+from candle_vllm.core.text.template_guards import (
+    check_compared,
+    check_join,
+    check_needle,
+    check_percent,
+    check_replace,
+    check_width,
+)
 
 MAX_LIST = 100_000  # rows or columns that a list may be cut into, and entries that may be sorted
 MAX_SLOW_TEXT = 1 << 20  # characters for filters that take a text apart in Python
 _REFUSED_FILTERS = ("pprint", "urlize", "xmlattr", "wordwrap")
 _SORTING = ("sort", "unique", "groupby", "dictsort", "min", "max")
+_COMPARING = (
+    "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in",
+)  # fmt: skip
 _SLOW = ("title", "wordcount", "urlencode", "striptags", "list", "batch", "slice", "filesizeformat")
 _CALENDAR = re.compile(r"(?:%-?[A-Za-z%]|[^%])*")
 
@@ -74,6 +84,8 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
     values = (*args, *kwargs.values())
     first = values[0] if values else None
     _check_length(name, value)
+    if name in _SORTING:
+        check_compared(value, *values)
     if name in ("center", "truncate", "round"):
         check_width(first)
         if name == "round" and isinstance(first, int) and abs(first) > 100:
@@ -138,6 +150,9 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget().check_time()
         rest = args[1:] if marked else args
+        if rest and name in _SORTING and isinstance(rest[0], Iterator):  # a list can be measured
+            rest = (list(_ticking(rest[0])), *rest[1:])
+            args = (*args[: 1 if marked else 0], *rest)
         if rest:
             _check_filter(name, rest[0], rest[1:], kwargs)
         result = original(*args, **kwargs)
@@ -147,6 +162,20 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return guarded
+
+
+def guarded_tests() -> dict[str, Callable[..., Any]]:
+    """Jinja's own tests; those that compare measure first."""
+    return {name: _measured(test) if name in _COMPARING else test for name, test in tests.TESTS.items()}
+
+
+def _measured(test: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def measured(*values: Any) -> Any:
+        check_compared(*values)
+        return test(*values)
+
+    return measured
 
 
 def guarded_filters() -> dict[str, Callable[..., Any]]:

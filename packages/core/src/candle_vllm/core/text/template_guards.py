@@ -14,6 +14,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 
 from candle_vllm.core.text.template_budget import (
+    CONTAINERS,
     MAX_INTEGER_BITS,
     BudgetExceededError,
     budget,
@@ -108,6 +109,7 @@ _TEXT_METHODS = frozenset((
     "startswith", "strip", "striptags", "swapcase", "title", "unescape", "upper", "zfill",
 ))
 # fmt: on
+_COMPARING = frozenset(("index", "count", "get", "changed"))
 _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (str, _TEXT_METHODS),
     (dict, frozenset(("get", "items", "keys", "values", "copy"))),
@@ -120,10 +122,25 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
 )
 
 
+def check_compared(*values: Any) -> None:
+    """Measures what is about to be compared or hashed.
+
+    A list that holds another one twice, and so on for a hundred levels, is small and takes for ever to compare, in one
+    operation that nothing can stop.
+    """
+    for value in values:
+        if isinstance(value, CONTAINERS):
+            budget().measure(value)
+
+
 def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Measures a call of a built-in method before it is made."""
     budget().check_time()
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if name in _COMPARING:
+        check_compared(*args)
+        if isinstance(owner, (list, tuple)):
+            check_compared(owner)
     for kind, allowed in _METHODS:
         if isinstance(owner, kind):
             if name not in allowed:

@@ -20,8 +20,8 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from candle_vllm.core.text.template_budget import CONTAINERS, budget
-from candle_vllm.core.text.template_filters import guarded_filters, raise_exception, strftime_now
-from candle_vllm.core.text.template_guards import check_format, check_method, check_operator
+from candle_vllm.core.text.template_filters import guarded_filters, guarded_tests, raise_exception, strftime_now
+from candle_vllm.core.text.template_guards import check_compared, check_format, check_method, check_operator
 
 
 class Generation(Extension):
@@ -64,6 +64,11 @@ class Limits(Extension):
         budget().spend_value(piece)
         return piece
 
+    def compared(self, value: Any) -> Any:
+        """A value that is about to be compared or hashed."""
+        check_compared(value)
+        return value
+
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment; make templates with `compile_template`."""
@@ -73,6 +78,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols, Limits])
         self.filters = guarded_filters()  # type: ignore[assignment]
+        self.tests = guarded_tests()  # type: ignore[assignment]
         self.globals.pop("lipsum")
         self.globals |= {
             "raise_exception": raise_exception,
@@ -95,6 +101,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            check_compared(argument)
+        return super().getitem(obj, argument)
+
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
@@ -116,6 +127,7 @@ class TemplateNamespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # the odd signature leaves the name `self` to templates
         self, rest = args[0], args[1:]
+        check_compared(*rest)
         attributes = dict(*rest, **kwargs)
         for name in attributes:
             _check_name(name)
@@ -135,6 +147,7 @@ def _check_name(name: object) -> None:
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    check_compared(*args)
     return dict(*args, **kwargs)
 
 
@@ -188,6 +201,30 @@ class _Rewriter(NodeTransformer):
             return node
         bounds = [part or nodes.Const(None) for part in (node.arg.start, node.arg.stop, node.arg.step)]
         return _call("cut", [node.node, *bounds], node.lineno)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        operands = [node.expr, *(operand.expr for operand in node.ops)]
+        if sum(not _is_flat(operand) for operand in operands) > 1:  # a fixed text is compared with anything at once
+            node.expr = _compared(node.expr)
+            for operand in node.ops:
+                operand.expr = _compared(operand.expr)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = _compared(node.key)
+        return node
+
+
+def _is_flat(node: nodes.Expr) -> bool:
+    """Fixed values, in lists perhaps."""
+    items = node.items if isinstance(node, (nodes.List, nodes.Tuple)) else [node]
+    return all(isinstance(item, nodes.Const) for item in items)
+
+
+def _compared(node: nodes.Expr) -> nodes.Expr:
+    return node if _is_flat(node) else _call("compared", [node], node.lineno)
 
 
 def _statement(lineno: int, size: int = 0) -> nodes.Node:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
-from candle_vllm.core.text.gguf_backend import build_backend, refusing_panics
-from candle_vllm.core.text.gguf_vocab import NORMAL, GgufVocab, read_gguf_vocab
+from candle_vllm.core.text.gguf_backend import build_backend, marked_texts, refusing_panics
+from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
 
@@ -29,6 +30,7 @@ class Tokenizer:
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
         special_tokens: texts of `bos_token`, `eos_token`, `pad_token` and `unk_token` as far as known, for templates.
         chat_template: the template that came with the vocabulary, several by name, or None.
+        response_template: the form of an answer, where the tokenizer's configuration tells it.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
         longest_token: characters of the longest token text.
     """
@@ -41,6 +43,7 @@ class Tokenizer:
         eos_token_ids: Sequence[int] = (),
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplateSource | None = None,
+        response_template: Mapping[str, Any] | None = None,
     ) -> None:
         self.backend = backend
         added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab()
@@ -49,6 +52,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.chat_template = chat_template
+        self.response_template = response_template
         self._special = frozenset(index for index, token in added.items() if token.special)
         rule = byte_rule(backend)
         self._literals = {i: token.content for i, token in added.items() if token.special or not rule.spells_added}
@@ -76,6 +80,7 @@ class Tokenizer:
             eos_token_ids=parts.eos_token_ids,
             special_tokens=parts.special_tokens,
             chat_template=parts.chat_template,
+            response_template=parts.response_template,
         )
 
     @classmethod
@@ -130,6 +135,17 @@ class Tokenizer:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encoded]
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts as one input with the model's own separators, and each token's text: 0 or 1.
+
+        Errors as `encode`.
+        """
+        _check_text(first)
+        _check_text(second)
+        with refusing_panics("the model's vocabulary"):
+            encoding = self.backend.encode(first, second)
+        return encoding.ids, encoding.type_ids
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
@@ -158,6 +174,11 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token alone as text; U+FFFD where its bytes are no complete character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Name -> id of the tokens that structure the text and are not part of it."""
+        return {self._literals[index]: index for index in sorted(self._special)}
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that structure the text and are not part of it."""
@@ -194,9 +215,7 @@ def _check_text(text: str) -> None:
 
 
 def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
-    texts = {text: index for index, text in enumerate(vocab.tokens)}
-    if "</s>" in texts and vocab.types[texts["</s>"]] == NORMAL:
-        del texts["</s>"]  # the HTML tag: Qwen's vocabulary has it as plain text
+    texts = marked_texts(vocab)
     named = [vocab.ids[name] for name in ("eos", "eot", "eom") if name in vocab.ids]
     return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
 

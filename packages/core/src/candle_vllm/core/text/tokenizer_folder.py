@@ -35,6 +35,7 @@ class FolderParts:
     eos_token_ids: list[int] = field(default_factory=list)
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | dict[str, str] | None = None
+    response_template: dict[str, Any] | None = None
 
 
 def load_folder(folder: Path) -> FolderParts:
@@ -51,7 +52,13 @@ def load_folder(folder: Path) -> FolderParts:
         eos_token_ids=_eos_ids(backend, ids.get("eos_token")),
         special_tokens=names,
         chat_template=_chat_template(folder, config),
+        response_template=_response_template(config),
     )
+
+
+def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
+    value = config.get("response_template")
+    return value if isinstance(value, dict) else None
 
 
 def _load_backend(folder: Path) -> Backend:

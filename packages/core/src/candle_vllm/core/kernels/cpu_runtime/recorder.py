@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.attention.cpu import attend_operation, attend_row, merge_operation
@@ -40,6 +41,7 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, StepNumber, address_of
 from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens
+from candle_vllm.core.kernels.rms_norm import reference as rms_norm_reference
 from candle_vllm.core.kernels.rms_norm.cpu import head_norm_operation, head_norm_row
 
 if TYPE_CHECKING:
@@ -268,6 +270,10 @@ class _Value(Recorded):
     def logits(self, matrix: Matrix) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).logits(matrix)
 
+    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+        whole = self.buffer.array.reshape(-1, self.buffer.stride)
+        return torch.from_numpy(whole[wanted, self.column : self.column + self.width])
+
 
 class _Wrapper(_Value):
     """A value that is computed together with what uses it; `source` is what it is computed from."""
@@ -312,6 +318,11 @@ class _Prepared(_Wrapper):
             rows_from=StepNumber.LOGIT_ROWS,
         )
         return self
+
+    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+        assert self._prologue is not Prologue.SILU, "no model ends with a gate"
+        found = self.source.rows(wanted)
+        return found if self._weight is None else rms_norm_reference.rms_norm(found, self._weight, self._eps)
 
     def _from(self, picked: int = 0, rows_from: StepNumber = StepNumber.TOKENS) -> Source:
         return Source(

@@ -1,0 +1,332 @@
+"""EngineFront: what callers do with an engine, wherever it runs (steps 3 and 10 of a request's life).
+
+`InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. What both share stands here:
+texts become token ids, prompts become requests, pieces become outputs. No torch is imported for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.pooled import check_encoder_task
+from candle_vllm.core.engine.request import (
+    EmbeddingOutput,
+    EngineStats,
+    GenerationOutput,
+    GenerationRequest,
+    ModelInfo,
+    OutputCollector,
+    ScoreOutput,
+)
+from candle_vllm.core.engine.run_all import raise_failure, run_all
+from candle_vllm.core.engine.stream import Inbox, TokenStream
+from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.pooling.calls import MAX_TEXT, Pair, PoolingCalls
+from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+class TextParts(Protocol):
+    """What turns texts into tokens and conversations into texts."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def template(self) -> ChatTemplate | None: ...
+
+
+class EngineFront(ABC):
+    """The methods that every engine has.
+
+    Attributes:
+        config: the engine's settings.
+    """
+
+    config: EngineConfig
+    _info: ModelInfo
+
+    # ---- what is loaded ----------------------------------------------------------------------------------------------
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """Name, architecture, size, context, and the sampling defaults that the model itself brings."""
+        return self._info
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the defaults of the model's generation config."""
+        return msgspec.convert(self._info.default_sampling, SamplingParams)
+
+    @property
+    def chat_conventions(self) -> ChatConventions:
+        """How the model was trained to chat: its template and the tokens that structure a conversation."""
+        loaded = self._require()[1]
+        template = None if loaded.template is None else loaded.template.source
+        return chat_conventions(loaded.tokenizer, template)
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """False once the engine is closed or has failed for good."""
+
+    def stats(self) -> EngineStats:
+        """Counters since the start and gauges of now."""
+        return self._require()[0].stats()
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, by default with the beginning token that the model asks for.
+
+        Raises:
+            PromptTooLongError: the text is longer than any prompt could be; it is refused before work is spent on it.
+        """
+        tokenizer = self._require()[1].tokenizer
+        most = self._info.max_model_len * tokenizer.longest_token
+        most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
+        if len(text) > most:
+            raise PromptTooLongError(
+                f"the text has {len(text)} characters; a context of {self._info.max_model_len} tokens holds at most "
+                f"{most} of them",
+                "prompt",
+            )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The conversation as one prompt text, by the model's own template.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, and anything that the
+                template itself understands (`enable_thinking`, ...).
+
+        Raises:
+            ChatTemplateError: the model has no template, or it refused the conversation.
+        """
+        self._check_generates()
+        template = self._require()[1].template
+        if template is None:
+            raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (--chat-template)", "messages")
+        return template.render([dict(message) for message in messages], **options)
+
+    @abstractmethod
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Checks a form of texts as a request with it would, and keeps what was compiled for that request.
+
+        The first call of an engine takes a second or two, later ones as long as the form takes to compile; call it in a
+        worker thread where an event loop must go on. Thread-safe.
+
+        Raises:
+            InvalidParameterError: the form is wrong, or something in it is not supported; it is named.
+        """
+
+    # ---- whole answers -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[GenerationOutput]:
+        """Continues every prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list; a prompt is a text or a list of token ids.
+            sampling_params: one for all, or one each; None is the model's defaults.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            RequestError: a prompt or its parameters are wrong; nothing has run then.
+            RequestAbortedError: the engine was closed meanwhile.
+            CandleVllmError: the engine failed on a request.
+        """
+        todo = self._requests(as_prompts(prompts), sampling_params)
+        return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> GenerationOutput:
+        """Answers one conversation; `options` go to `apply_chat_template`."""
+        tokens = self.tokenize(self.apply_chat_template(messages, **options), add_special_tokens=False)
+        return self.generate([tokens], sampling_params, use_tqdm=False)[0]
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationOutput:
+        """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
+        stream = self.stream(
+            prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        )
+        collector = OutputCollector(stream.request)
+        try:
+            async for piece in stream:
+                raise_failure(piece)
+                collector.add(piece)
+        finally:
+            await stream.aclose()
+        return collector.result()
+
+    # ---- vectors and scores ------------------------------------------------------------------------------------------
+
+    def embed(
+        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, *, use_tqdm: bool = True
+    ) -> list[EmbeddingOutput]:
+        """The vector of every text; outputs in the order of the inputs.
+
+        A model that generates text gives vectors as well: its hidden states behind the last norm, pooled.
+
+        Args:
+            inputs: one text or a list; a text may be a list of token ids.
+            params: how the vectors are made; None is as the model's files say.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            RequestError: an input or its parameters are wrong, or the model gives no vectors; nothing has run then.
+            RequestAbortedError: the engine was closed meanwhile.
+            CandleVllmError: the engine failed on a text.
+        """
+        return self._pooling().embed(inputs, params, use_tqdm=use_tqdm)
+
+    async def aembed(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """`embed` in an event loop. Cancelling it aborts what has not been run."""
+        return await self._pooling().aembed(
+            inputs,
+            params,
+            request_id=request_id or uuid.uuid4().hex,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
+
+    def score(self, pairs: Sequence[Pair], *, use_tqdm: bool = True) -> list[ScoreOutput]:
+        """How well the two texts of each pair belong together.
+
+        A cross-encoder reads both texts at once, and its head's number is the score (brought to 0..1 by a sigmoid where
+        the model's config does not say otherwise). Of other models it is the cosine of the texts' vectors, -1..1.
+        Errors as `embed`.
+        """
+        return self._pooling().score(pairs, use_tqdm=use_tqdm)
+
+    async def ascore(
+        self, pairs: Sequence[Pair], *, request_id: str | None = None, priority: int = 0
+    ) -> list[ScoreOutput]:
+        """`score` in an event loop. Cancelling it aborts what has not been run."""
+        return await self._pooling().ascore(pairs, request_id=request_id or uuid.uuid4().hex, priority=priority)
+
+    # ---- pieces as they come -----------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> TokenStream:
+        """Submits a prompt and returns its pieces as an async iterator; call it inside an event loop.
+
+        The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
+        it aborts the request.
+
+        Raises:
+            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+        """
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        prepared = self._require()[0].prepare(request)
+        thread = self._running_thread()
+        inbox = Inbox(asyncio.get_running_loop())
+        thread.submit(prepared, inbox)
+        return TokenStream(request, lambda: thread.abort(request.request_id, inbox), inbox)
+
+    # ---- lifetime ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def close(self) -> None:
+        """Aborts what is running and lets go of everything. Closing twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _require(self) -> tuple[StepEngine, TextParts]:
+        """The engine and its texts; raises `EngineDeadError` once it is closed."""
+
+    @abstractmethod
+    def _running_thread(self) -> EngineThread:
+        """The thread that drives the engine, started on first use."""
+
+    def _pooling(self) -> PoolingCalls:
+        engine, loaded = self._require()
+        return PoolingCalls(engine, self._running_thread, loaded.tokenizer, self._info)
+
+    def _check_generates(self) -> None:
+        """Refuses work that an encoder cannot do before its input is looked at."""
+        if "generate" not in self._info.tasks:
+            check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> GenerationRequest:
+        self._check_generates()
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else as_token_ids(prompt)
+        return GenerationRequest(
+            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            prompt=text,
+            prompt_token_ids=ids,
+            params=self.default_sampling_params if params is None else params,
+            priority=priority,
+        )
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
+        if params is None or isinstance(params, SamplingParams):
+            each: list[SamplingParams | None] = [params] * len(prompts)
+        else:
+            each = list(params)
+        if len(each) != len(prompts):
+            raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
+        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
+        return [(request, self._require()[0].prepare(request)) for request in requests]

@@ -1,0 +1,159 @@
+"""From resolved files to an encoder that is ready to run, or to a decoder where the files hold one.
+
+Stands where `loading/model.py` stands for decoders, and shares its parts: before step 1 of a request's life.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import fitting
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import EncoderConfig, Fields, read_json
+from candle_vllm.core.loading.model import (
+    LoadedModel,
+    Opened,
+    collector_paused,
+    config_file,
+    load_model,
+    model_files,
+    naming,
+    open_model,
+    open_tokenizer,
+    stored_types,
+)
+from candle_vllm.core.loading.placement import DTYPES
+from candle_vllm.core.loading.pooling import longest_text, read_pooling
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.weights import check_weights, load_weights
+from candle_vllm.core.models.registry import (
+    Encoder,
+    EncoderFamily,
+    encoder_from_gguf,
+    encoder_from_hf,
+)
+from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEncoder:
+    """Everything that comes out of an encoder's files; names as in `LoadedModel`.
+
+    Attributes:
+        encoder: the model with its weights.
+        pooling: how its vectors are made; a cross-encoder has none.
+        max_model_len: longest text, in tokens.
+    """
+
+    name: str
+    encoder: Encoder
+    placement: Placement
+    dtype: str
+    config: EncoderConfig
+    tokenizer: Tokenizer
+    pooling: ModelPooling | None
+    max_model_len: int
+    quantization: str | None
+    num_parameters: int
+    weight_bytes: int
+    template: None = None
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+
+
+def load_any_model(
+    config: EngineConfig, device: torch.device, progress: Callable[[int, int], object]
+) -> LoadedModel | LoadedEncoder:
+    """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`."""
+    files = model_files(config)
+    found = None
+    if files.config is not None and files.format != "gguf":
+        with naming(files.config):
+            found = encoder_from_hf(read_json(files.config), files.config)
+    if found is not None and files.format == "dummy":
+        raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
+    with collector_paused():
+        opened = open_model(files, device)
+    if files.format == "gguf":
+        with naming(files.weights[0]):
+            found = encoder_from_gguf(opened.metadata, opened.checkpoint)
+    if found is None:
+        return load_model(config, device, progress, opened)
+    with opened.checkpoint:
+        return _load_encoder(config, device, progress, opened, *found)
+
+
+@collector_paused()
+def _load_encoder(
+    config: EngineConfig,
+    device: torch.device,
+    progress: Callable[[int, int], object],
+    opened: Opened,
+    family: EncoderFamily,
+    model: EncoderConfig,
+) -> LoadedEncoder:
+    started = time.perf_counter()
+    files, checkpoint = opened.files, opened.checkpoint
+    described = config_file(files)
+    limit = _longest(config, files, model)
+    tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
+    fields = None if files.config is None else Fields(read_json(files.config), files.config)
+    pooling = None if model.scores else read_pooling(files, opened.metadata, model.hidden_size, "mean", fields)
+    placement = Placement(device, DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16))
+    table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
+    tensors = checkpoint.tensors.values()
+    weight_bytes = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, weight_bytes)
+
+    with naming(described, checkpoint.path):
+        check_weights(
+            lambda where: family.build(model, where), table, checkpoint, num_layers=model.num_layers, ignored=ignored
+        )
+        with fitting(device, f"the weights of {files.name}", weight_bytes):
+            encoder = family.build(model, placement)
+            load_weights(
+                encoder, table, checkpoint, num_layers=model.num_layers, heads={}, ignored=ignored, progress=report
+            )
+    logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
+    return LoadedEncoder(
+        name=files.name,
+        encoder=encoder,
+        placement=placement,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == placement.dtype),
+        config=model,
+        tokenizer=tokenizer,
+        pooling=pooling,
+        max_model_len=limit,
+        quantization=stored_types(checkpoint),
+        num_parameters=sum(tensor.numel for tensor in tensors),
+        weight_bytes=weight_bytes,
+    )
+
+
+def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
+    """The longest text: what was set, else what the model was tuned for, else what it has positions for."""
+    if config.max_model_len is None:
+        tuned = longest_text(files.folder) if files.format != "gguf" else None
+        return min(model.max_position, tuned or model.max_position)
+    if config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the model's {model.max_position} positions: set "
+            f"--max-model-len {model.max_position} or leave it out",
+            "max_model_len",
+        )
+    return config.max_model_len

@@ -1,0 +1,137 @@
+"""How a model's own vectors are made, by its files (loading, before step 1 of a request).
+
+A folder of sentence-transformers names its parts in `modules.json`: the transformer, a pooling (with a `config.json`
+in a folder of its own), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file that says
+something which is not implemented is refused, because every vector would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.config import MAX_CONFIG_BYTES, Fields, read_json
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling.params import MAX_DIMENSIONS, PoolingKind
+
+logger = logging.getLogger(__name__)
+
+MAX_MODULES = 16
+_PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # one folder below the model's own
+_MODES: Mapping[str, PoolingKind] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_OLD_FLAGS: Mapping[str, str] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+}
+_GGUF_KINDS: Mapping[int, PoolingKind | None] = {0: None, 1: "mean", 2: "cls", 3: "last"}
+
+
+def read_pooling(
+    files: ModelFiles, metadata: Mapping[str, Any], size: int, default: PoolingKind, config: Fields | None = None
+) -> ModelPooling:
+    """How a model's vectors are made.
+
+    Args:
+        files: the model's.
+        metadata: of a GGUF file; empty for others.
+        size: of a hidden state.
+        default: the pooling where the files name none.
+        config: `config.json`, where there is one.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: the files are damaged, or name what is not implemented.
+    """
+    if files.format == "gguf":
+        return ModelPooling(size, _gguf_pooling(files, metadata) or default)
+    matryoshka, dimensions = (False, ()) if config is None else _matryoshka(config, size)
+    modules = files.folder / "modules.json"
+    pooling, normalize = default, True
+    if modules.is_file():
+        pooling, normalize = _folder_pooling(modules)
+    return ModelPooling(size, pooling, normalize, matryoshka, dimensions)
+
+
+def longest_text(folder: Path) -> int | None:
+    """The tokens that a sentence-transformers folder says its texts may have; None where it says nothing."""
+    path = folder / "sentence_bert_config.json"
+    return Fields(read_json(path), path).count("max_seq_length", None) if path.is_file() else None
+
+
+def _gguf_pooling(files: ModelFiles, metadata: Mapping[str, Any]) -> PoolingKind | None:
+    architecture = metadata.get("general.architecture")
+    kind = Fields(metadata, files.weights[0], prefix=f"{architecture}.").get("pooling_type", int, 0)
+    if kind not in _GGUF_KINDS:
+        raise UnsupportedModelError(
+            f"{files.weights[0]}: {architecture}.pooling_type is {kind}; implemented: 0 (none), 1 (mean), 2 (cls), "
+            "3 (last)"
+        )
+    return _GGUF_KINDS[kind]
+
+
+def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
+    lengths = config.get("matryoshka_dimensions", list, [])
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= min(size, MAX_DIMENSIONS) for n in lengths):
+        raise InvalidFileError(
+            f"{config.path}: matryoshka_dimensions is {lengths!r:.80}, not a list of whole numbers from 1 to {size}"
+        )
+    return config.get("is_matryoshka", bool, bool(lengths)), tuple(lengths)
+
+
+def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
+    """Pooling and normalisation, in that order behind the transformer."""
+    parts = [_part(entry, path) for entry in _read_list(path)]
+    kinds = [kind for kind, _ in parts]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UnsupportedModelError(
+            f"{path}: the model is made of {', '.join(kinds) or 'nothing'}; implemented: a Transformer, a Pooling and "
+            "perhaps a Normalize"
+        )
+    return _pooling_config(path.parent / parts[1][1] / "config.json"), "Normalize" in kinds
+
+
+def _part(entry: object, path: Path) -> tuple[str, str]:
+    """Class and folder of one module."""
+    kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
+        raise InvalidFileError(
+            f"{path}: each entry must have a type, and as path a folder beside it, not {entry!r:.80}"
+        )
+    return kind.rpartition(".")[2], folder
+
+
+def _pooling_config(path: Path) -> PoolingKind:
+    if not path.is_file():
+        raise InvalidFileError(f"{path} is missing, which says how the model's vectors are made: download it too")
+    fields = Fields(read_json(path), path)
+    if not fields.get("include_prompt", bool, True):
+        raise UnsupportedModelError(f"{path}: include_prompt is false, which is not implemented")
+    modes = [mode for flag, mode in _OLD_FLAGS.items() if fields.get(flag, bool, False)]
+    if "pooling_mode" in fields:
+        modes = [fields.get("pooling_mode", str)]
+    if len(modes) != 1 or modes[0] not in _MODES:
+        raise UnsupportedModelError(
+            f"{path}: the pooling is {' and '.join(modes) or 'not named'}; implemented: one of {', '.join(_MODES)}"
+        )
+    return _MODES[modes[0]]
+
+
+def _read_list(path: Path) -> list[object]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, list) or len(value) > MAX_MODULES:
+        raise InvalidFileError(f"{path}: must hold a list of at most {MAX_MODULES} modules")
+    return value

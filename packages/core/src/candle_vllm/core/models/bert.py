@@ -1,0 +1,235 @@
+"""BERT and the families that differ from it by flags: RoBERTa and XLM-RoBERTa count positions from behind the padding
+token and tell no texts of a pair apart. As encoders of texts, and as cross-encoders with a head of one number.
+
+Each block is norm(x + attention(x)), then norm(x + mlp(x)). Matrices are multiplied in the placement's type; what is
+added and normalised stays fp32. Source: Devlin et al., 2018, arXiv:1810.04805.
+Shapes: T tokens, R texts, N texts of one length L, H heads, D head size, E hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from types import MappingProxyType
+
+import torch
+from torch.nn import functional
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.layer_norm import LayerNorm
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig, Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {
+        "gelu": functional.gelu,
+        "gelu_new": partial(functional.gelu, approximate="tanh"),
+        "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+        "relu": functional.relu,
+    }
+)
+
+
+def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> EncoderConfig:
+    """Reads `config.json` of bert, roberta and xlm-roberta."""
+    fields.choice("position_embedding_type", "absolute", "absolute")
+    if fields.get("is_decoder", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: is_decoder is true, which is not implemented for {model_type}")
+    positions = fields.count("max_position_embeddings")
+    first = 0 if model_type == "bert" else fields.get("pad_token_id", int, 1) + 1
+    if scores:
+        _check_labels(fields)
+    return EncoderConfig(
+        model_type=model_type,
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=fields.count("hidden_size"),
+        intermediate_size=fields.count("intermediate_size"),
+        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
+        num_heads=fields.count("num_attention_heads"),
+        max_position=positions - first,
+        norm_eps=fields.get("layer_norm_eps", float, 1e-12),
+        first_position=first,
+        token_types=fields.count("type_vocab_size", 2),
+        activation=fields.choice("hidden_act", "gelu", *_ACTIVATIONS),
+        scores=scores,
+        sigmoid=scores and _sigmoid(fields),
+    )
+
+
+def _check_labels(fields: Fields) -> None:
+    labels = fields.get("num_labels", int, len(fields.get("id2label", dict, {"0": "", "1": ""})))
+    if labels != 1:
+        raise UnsupportedModelError(
+            f"{fields.path}: the model tells {labels} labels apart; of these only cross-encoders, which have one, "
+            "are implemented"
+        )
+
+
+def _sigmoid(fields: Fields) -> bool:
+    """sentence-transformers' rule: a class that the config names, else a sigmoid."""
+    nested = fields.section("sentence_transformers")
+    name = nested.get("activation_fn", str, fields.get("sbert_ce_default_activation_function", str, "Sigmoid"))
+    kind = name.rpartition(".")[2]
+    if kind not in ("Sigmoid", "Identity"):
+        raise UnsupportedModelError(
+            f"{fields.path}: the score's activation is {name!r:.80}; implemented: Sigmoid, Identity"
+        )
+    return kind == "Sigmoid"
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> EncoderConfig:
+    """Reads GGUF metadata of bert."""
+    table = checkpoint.tensors.get("token_embd.weight")
+    types = checkpoint.tensors.get("token_types.weight")
+    return EncoderConfig(
+        model_type="bert",
+        vocab_size=table.shape[0] if table and table.shape else fields.count("vocab_size"),
+        hidden_size=fields.count("embedding_length"),
+        intermediate_size=fields.count("feed_forward_length"),
+        num_layers=fields.count("block_count", most=MAX_LAYERS),
+        num_heads=fields.count("attention.head_count"),
+        max_position=fields.count("context_length"),
+        norm_eps=fields.get("attention.layer_norm_epsilon", float),
+        token_types=types.shape[0] if types and types.shape else 1,
+    )
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Every token of a text sees all of that text: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: EncoderConfig, placement: Placement) -> None:
+        size = config.hidden_size
+        self.heads = config.num_heads
+        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=True)
+        self.output = Linear(size, size, placement, bias=True)
+
+    def __call__(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        qkv = self.qkv(x)
+        out, start = torch.empty_like(x), 0
+        for length, group in groupby(lengths):
+            count = sum(1 for _ in group)
+            rows = slice(start, start + count * length)
+            q, k, v = (
+                part.view(count, length, self.heads, -1).transpose(1, 2) for part in qkv[rows].chunk(3, dim=-1)
+            )  # [N, H, L, D]
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+            out[rows] = mixed.transpose(1, 2).reshape(count * length, -1)
+            start = rows.stop
+        return self.output(out)
+
+
+# ---- mlp, block ------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One layer: [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: EncoderConfig, placement: Placement) -> None:
+        size = config.hidden_size
+        self.dtype = placement.dtype
+        self.activation = _ACTIVATIONS[config.activation]
+        self.attention = Attention(config, placement)
+        self.attention_norm = LayerNorm(size, config.norm_eps, placement)
+        self.up = Linear(size, config.intermediate_size, placement, bias=True)
+        self.down = Linear(config.intermediate_size, size, placement, bias=True)
+        self.output_norm = LayerNorm(size, config.norm_eps, placement)
+
+    def __call__(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        x = self.attention_norm(x + self.attention(x.to(self.dtype), lengths).float())
+        wide = self.activation(self.up(x.to(self.dtype)).float())
+        return self.output_norm(x + self.down(wide.to(self.dtype)).float())
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Bert:
+    """The encoder: token ids [T] of R texts behind each other -> hidden states [T, E], and scores [R]."""
+
+    def __init__(self, config: EncoderConfig, placement: Placement) -> None:
+        size = config.hidden_size
+        self.config = config
+        self.dtype = placement.dtype
+        self.embed = Embedding(config.vocab_size, size, placement)
+        self.positions = Embedding(config.first_position + config.max_position, size, placement)
+        self.types = Embedding(config.token_types, size, placement)
+        self.norm = LayerNorm(size, config.norm_eps, placement)
+        self.layers = [Block(config, placement) for _ in range(config.num_layers)]
+        self.head = Linear(size, size, placement, bias=True) if config.scores else None
+        self.score = Linear(size, 1, placement, bias=True) if config.scores else None
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Hidden states [T, E] in fp32.
+
+        Args:
+            token_ids, positions, types: [T] int64; a text's positions begin at 0.
+            lengths: tokens of each text, in order; texts of one length side by side are computed together.
+        """
+        places = self.positions(positions + self.config.first_position)
+        x = self.norm(self.embed(token_ids).float() + places.float() + self.types(types).float())
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return x
+
+    def scores(self, first: torch.Tensor) -> torch.Tensor:
+        """Scores [R] in fp32 of the hidden states [R, E] of the texts' first tokens; of a cross-encoder."""
+        assert self.head is not None
+        assert self.score is not None
+        mixed = torch.tanh(self.head(first.to(self.dtype)).float())
+        logits = self.score(mixed.to(self.dtype)).float()[:, 0]
+        return logits.sigmoid() if self.config.sigmoid else logits
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _pair(target: str, hf: str, gguf: str | None) -> list[WeightName]:
+    return [
+        WeightName(f"{target}{kind}", f"{hf}.{kind}", None if gguf is None else f"{gguf}.{kind}")
+        for kind in ("weight", "bias")
+    ]
+
+
+def weights(config: EncoderConfig, stored: Iterable[str]) -> list[WeightName]:
+    """The table of names; in a model that was `stored` with its head, the encoder's have a prefix."""
+    family = "bert" if config.model_type == "bert" else "roberta"
+    prefix = f"{family}." if any(name.startswith(f"{family}.") for name in stored) else ""
+    at, layer, block = f"{prefix}embeddings.", f"{prefix}encoder.layer.{{i}}.", "blk.{i}."
+    head = ("bert.pooler.dense", "classifier") if family == "bert" else ("classifier.dense", "classifier.out_proj")
+    return [
+        WeightName("embed:weight", at + "word_embeddings.weight", "token_embd.weight"),
+        WeightName("positions:weight", at + "position_embeddings.weight", "position_embd.weight"),
+        WeightName("types:weight", at + "token_type_embeddings.weight", "token_types.weight"),
+        *_pair("norm:", at + "LayerNorm", "token_embd_norm"),
+        *_pair("layers.{i}.attention.qkv:q.", layer + "attention.self.query", block + "attn_q"),
+        *_pair("layers.{i}.attention.qkv:k.", layer + "attention.self.key", block + "attn_k"),
+        *_pair("layers.{i}.attention.qkv:v.", layer + "attention.self.value", block + "attn_v"),
+        *_pair("layers.{i}.attention.output:", layer + "attention.output.dense", block + "attn_output"),
+        *_pair("layers.{i}.attention_norm:", layer + "attention.output.LayerNorm", block + "attn_output_norm"),
+        *_pair("layers.{i}.up:", layer + "intermediate.dense", block + "ffn_up"),
+        *_pair("layers.{i}.down:", layer + "output.dense", block + "ffn_down"),
+        *_pair("layers.{i}.output_norm:", layer + "output.LayerNorm", block + "layer_output_norm"),
+        *_pair("head:", head[0], None),
+        *_pair("score:", head[1], None),
+    ]
+
+
+def ignored(config: EncoderConfig) -> list[str]:
+    """Stored names that a vector does not need: counted positions, the pooler, the heads of pre-training."""
+    buffers = r"(bert\.|roberta\.)?embeddings\.(position_ids|token_type_ids)"
+    unused = (
+        [] if config.scores and config.model_type == "bert" else [r"(bert\.|roberta\.)?pooler\.dense\.(weight|bias)"]
+    )
+    return [buffers, *unused, r"cls\..*", r"lm_head\..*"]

@@ -1,0 +1,79 @@
+"""Pooler: the vector of one text from its hidden states, which may come in pieces (behind step 6 of a request).
+
+Sums are float64, so that the pieces in which a prompt was run make no difference that float32 shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+import torch
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.pooling.model_pooling import PoolingPlan
+
+_SMALLEST_NORM = 1e-12
+
+assert sys.byteorder == "little"  # vectors leave as the bytes that they are
+
+
+class Pooler:
+    """Collects what a plan wants of a text's positions.
+
+    Args:
+        plan: what is asked for.
+        num_positions: tokens of the text.
+    """
+
+    def __init__(self, plan: PoolingPlan, num_positions: int) -> None:
+        self.plan = plan
+        self.num_positions = num_positions
+        self._next = num_positions - 1 if plan.pooling == "last" else 0
+        self._end = 1 if plan.pooling == "cls" else num_positions
+        self._sum: torch.Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Every position that counts has been added."""
+        return self._next >= self._end
+
+    def wanted(self, start: int, end: int) -> range:
+        """Which of the positions from `start` to before `end` are missing yet; a preempted text is run again."""
+        missing = range(max(start, self._next), min(end, self._end))
+        assert not missing or missing.start == self._next, "a position that counts was left out"
+        return missing
+
+    def add(self, hidden: torch.Tensor) -> None:
+        """Takes the hidden states [P, E] of the next P positions."""
+        total = hidden.sum(0, dtype=torch.float64).cpu()
+        self._sum = total if self._sum is None else self._sum + total
+        self._next += len(hidden)
+
+    def vector(self) -> array[float]:
+        """The vector, float32.
+
+        Raises:
+            CandleVllmError: the model gave a number that is not finite.
+        """
+        assert self.is_complete
+        assert self._sum is not None
+        pooled = self._sum / (self.num_positions if self.plan.pooling == "mean" else 1)
+        pooled = pooled[: self.plan.dimensions]
+        if self.plan.normalize:
+            pooled = pooled / pooled.norm().clamp_min(_SMALLEST_NORM)
+        return as_array(pooled)
+
+
+def as_array(values: torch.Tensor) -> array[float]:
+    """A vector as float32 numbers that need no torch.
+
+    Raises:
+        CandleVllmError: one of them is not finite.
+    """
+    numbers = values.to("cpu", torch.float32)
+    if not bool(numbers.isfinite().all()):
+        raise CandleVllmError("the model gave numbers that are not finite (NaN or infinite): its weights are damaged")
+    made = array("f")
+    made.frombytes(numbers.contiguous().numpy().tobytes())
+    return made

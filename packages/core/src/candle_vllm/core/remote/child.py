@@ -1,0 +1,157 @@
+"""The engine's process: loads the model, serves it until it is told to end or its parent has gone.
+
+Started as `python -m candle_vllm.core.remote.child` by `EngineProcess`, which says everything else over the standard
+input. Steps 4 to 9 of a request's life happen here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import zmq
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.remote.bell import Bell
+from candle_vllm.core.remote.process import CONTROL, END, STEPS, set_limits
+from candle_vllm.core.remote.start import Start, read_start
+from candle_vllm.core.remote.wire import (
+    Failed,
+    MalformedMessageError,
+    Ready,
+    TokenizerParts,
+    describe_error,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from candle_vllm.core.remote.served import ServedEngine
+
+logger = logging.getLogger(__name__)
+
+_LOOK_UP = 0.5  # seconds between looks at the parent
+SWITCH_SECONDS = 0.0005  # threads that compile forms give way to the engine's steps ten times sooner
+
+
+def main() -> int:
+    """Runs an engine; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which may have answers to finish first
+        signal.signal(number, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    parent = os.getppid()
+    start = read_start(sys.stdin.fileno())
+    os.set_inheritable(start.alive, False)
+    logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s engine process: %(name)s: %(message)s")
+    told = Told()
+    watch = threading.Thread(
+        target=watch_parent, args=(parent, start.folder, told.tell), name="candle-vllm-parent", daemon=True
+    )
+    watch.start()
+    context = zmq.Context()
+    try:
+        return serve(start, context, told)
+    finally:
+        context.destroy(linger=1000)
+
+
+def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> int:
+    """Loads the model and answers requests to it; returns the exit status."""
+    control = connected(context, CONTROL, start)
+    try:
+        from candle_vllm.core.remote.desk import RequestDesk
+        from candle_vllm.core.remote.outbox import Outbox
+        from candle_vllm.core.remote.served import ServedEngine
+
+        outbox = Outbox(connected(context, STEPS, start), told.bell.ring)
+        engine = ServedEngine(EngineConfig(**start.config), outbox)
+    except CandleVllmError as error:
+        control.send(encode(Failed(error=describe_error(error))))
+        return 1
+    with engine:
+        control.send(encode(describe(engine)))
+        desk = RequestDesk(engine, outbox, control, told.bell)
+        try:
+            while not told.ended and not outbox.failed:
+                desk.turn()
+        except MalformedMessageError as error:
+            logger.error("the parent sent what is no message: %s", error)
+            return 1
+        finally:
+            desk.close()
+    return 1 if outbox.failed else 0
+
+
+def describe(engine: ServedEngine) -> Ready:
+    """What the parent needs to know of a loaded engine."""
+    tokenizer, template, pooling = engine.parts
+    return Ready(
+        info=engine.model_info,
+        tokenizer=TokenizerParts(
+            backend=tokenizer.backend.to_str(),
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_ids=tokenizer.eos_token_ids,
+            special_tokens=tokenizer.special_tokens,
+            chat_template=tokenizer.chat_template,
+            response_template=None if tokenizer.response_template is None else dict(tokenizer.response_template),
+        ),
+        template=None if template is None else template.source,
+        pooling=pooling,
+        max_step_tokens=engine.max_step_tokens,
+        stats=engine.stats(),
+    )
+
+
+def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start) -> zmq.Socket[bytes]:
+    """A socket to the parent, which knows it by the token. It is never connected again: a new parent is a stranger."""
+    end = context.socket(zmq.DEALER)
+    set_limits(end)
+    end.setsockopt(zmq.SNDTIMEO, -1)  # a parent that is slow holds the steps up; one that has gone ends this process
+    end.setsockopt(zmq.RECONNECT_IVL, -1)
+    end.setsockopt(zmq.ROUTING_ID, kind + start.token)
+    end.connect(start.address)
+    return end
+
+
+class Told:
+    """Whether the parent has said that this process is to end.
+
+    Attributes:
+        bell: rings when it has.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.bell = Bell()
+
+    def tell(self) -> None:
+        """It has."""
+        self.ended = True
+        self.bell.ring()
+
+
+def watch_parent(parent: int, folder: str, tell: Callable[[], None]) -> None:
+    """Waits for the parent's word; where the parent has gone, removes the folder and ends this process at once."""
+    while True:
+        readable, _, _ = select.select([sys.stdin.fileno()], [], [], _LOOK_UP)
+        if readable:
+            if os.read(sys.stdin.fileno(), 1) == END:
+                tell()
+                return
+            break
+        if os.getppid() != parent:
+            break
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

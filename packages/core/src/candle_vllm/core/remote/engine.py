@@ -1,0 +1,136 @@
+"""RemoteEngine: an engine in a process of its own, with the methods of `InferenceEngine`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.remote.link import RemoteLink
+from candle_vllm.core.remote.preparation import RemotePreparation
+from candle_vllm.core.remote.process import EngineProcess
+from candle_vllm.core.remote.thread import RemoteThread
+from candle_vllm.core.remote.wire import Ready, TokenizerParts
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+class RemoteEngine(EngineFront):
+    """A model in a process of its own, so that what this process does never holds up a step, nor a step this process.
+
+    Args:
+        model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
+        settings: fields of `EngineConfig`, where `model` is not one.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+
+    Tokens and templates are this process's own work: neither waits for the engine. A request that the engine refuses
+    (a form that does not compile) raises when its first piece is awaited. When the process ends, however it ends,
+    everything that waits gets an `EngineDeadError`; only a new `RemoteEngine` can go on. `close` (or leaving the `with`
+    block) ends the process, and it ends with this one.
+    """
+
+    def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=str(model), **settings)
+        if isinstance(model, EngineConfig) and settings:
+            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        self.config = config
+        process = EngineProcess(config)
+        try:
+            ready = process.greeting()
+            self._texts: _Texts | None = _Texts(ready)
+            preparation = RemotePreparation(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
+            self._link = RemoteLink(process, ready, preparation)
+        except BaseException:  # an interrupt, while it loads, as well
+            process.close(kill=True)
+            raise
+        self._info = ready.info
+        self._process = process
+        self._lock = threading.Lock()  # guards closing
+        self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill)
+        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._link, process)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine's process."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine is closed, or its process has ended."""
+        return self._texts is not None and self._thread.is_alive
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once, when the process ends without being told to; at once where it has.
+
+        It is called in the thread that reads from the process: it must not wait, and takes itself to an event loop with
+        `call_soon_threadsafe`.
+        """
+        self._thread.add_death_callback(callback)
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """See `EngineFront`; waits for the engine's process, which compiles beside its steps.
+
+        Raises:
+            InvalidParameterError: the form is wrong, or something in it is not supported; it is named.
+            EngineOverloadedError: too many forms wait to be checked, or this one takes too long.
+            EngineDeadError: the process has ended.
+        """
+        self._check_generates()
+        self._require()
+        self._thread.check(params)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks before the next step; unknown ids are ignored."""
+        self._running_thread().abort(request_id)
+
+    def close(self) -> None:
+        """Aborts what is running and ends the process, by force after 10 s. Closing twice is fine."""
+        with self._lock:
+            self._finalizer()
+            self._texts = None
+
+    def _require(self) -> tuple[StepEngine, _Texts]:
+        if self._texts is None:
+            raise EngineDeadError("the engine is closed")
+        return self._link, self._texts
+
+    def _running_thread(self) -> EngineThread:
+        self._require()
+        return self._thread
+
+
+class _Texts:
+    """The model's tokenizer and template, as the child described them."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.tokenizer = _tokenizer(ready.tokenizer)
+        self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
+
+
+def _tokenizer(parts: TokenizerParts) -> Tokenizer:
+    tokenizer = Tokenizer(
+        Backend.from_str(parts.backend),
+        bos_token_id=parts.bos_token_id,
+        eos_token_ids=parts.eos_token_ids,
+        special_tokens=parts.special_tokens,
+        chat_template=parts.chat_template,
+        response_template=parts.response_template,
+    )
+    tokenizer.cover(parts.vocab_size)
+    return tokenizer
+
+
+def _shut_down(thread: RemoteThread, link: RemoteLink, process: EngineProcess) -> None:
+    thread.close()
+    link.close()
+    process.close()

@@ -1,0 +1,178 @@
+"""RemoteLink: this process's end of the line to the engine, as an engine whose steps are run elsewhere.
+
+`RemoteThread` drives it as it drives `Engine`: `add` and `abort` send, `step` waits for what comes. Only that thread
+touches the socket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import msgspec
+import zmq
+
+from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError
+from candle_vllm.core.remote.bell import Bell
+from candle_vllm.core.remote.preparation import Parcel, RemotePreparation
+from candle_vllm.core.remote.process import EngineProcess
+from candle_vllm.core.remote.wire import (
+    Abort,
+    Checked,
+    Ended,
+    FromChild,
+    MalformedMessageError,
+    Pieces,
+    Reader,
+    Ready,
+    Refused,
+    encode,
+    make_error,
+)
+
+_LOOK_UP = 1000  # ms after which the process is looked at even if nothing was heard
+_MAX_AT_ONCE = 64  # messages that are read before their pieces are handed over
+
+
+@dataclasses.dataclass
+class _Live:
+    """A request that the engine has."""
+
+    request: GenerationRequest
+    ticket: str
+    unfinished: set[int]
+
+
+class RemoteLink:
+    """What `EngineThread` needs of an engine, over a socket.
+
+    Args:
+        process: the child, which has loaded its model.
+        ready: what it said then.
+        preparation: checks requests before they are sent.
+
+    Attributes:
+        wake: makes `step` return soon; thread-safe.
+        on_refused: called with the request id and the error where the child does not take a request.
+    """
+
+    has_work = True  # the thread always waits in `step`: for pieces, for requests, and for the end
+
+    def __init__(self, process: EngineProcess, ready: Ready, preparation: RemotePreparation) -> None:
+        self.max_model_len = ready.info.max_model_len
+        self.max_step_tokens = ready.max_step_tokens
+        self.prepare = preparation.prepare
+        self.on_refused: Callable[[str, CandleVllmError], None] = lambda _id, _error: None
+        self._process = process
+        self._stats = ready.stats
+        self._reader = Reader(FromChild)
+        self._by_ticket: dict[str, _Live] = {}
+        self._by_id: dict[str, _Live] = {}
+        self._calls: dict[int, Future[None]] = {}
+        self._bell = Bell()
+        self.wake = self._bell.ring
+        self._poller = zmq.Poller()
+        self._poller.register(process.socket, zmq.POLLIN)
+        self._poller.register(process.alive, zmq.POLLIN | zmq.POLLERR)
+        self._poller.register(self._bell.descriptor, zmq.POLLIN)
+
+    def close(self) -> None:
+        """Lets go of what `wake` needs; the thread must have ended."""
+        self._bell.close()
+
+    def stats(self) -> EngineStats:
+        """What the child said last: at most a tenth of a second old, and exact while it has nothing to do."""
+        return self._stats
+
+    # ---- what goes out -----------------------------------------------------------------------------------------------
+
+    def add(self, prepared: Sequence[Parcel]) -> None:
+        """Sends a request."""
+        parcel = prepared[0]
+        live = _Live(parcel.request, parcel.ticket, set(range(parcel.request.params.n)))
+        self._by_ticket[parcel.ticket] = self._by_id[parcel.request.request_id] = live
+        self._process.send(parcel.data)
+
+    def abort(self, request_id: str) -> list[TokenOutput]:
+        """Tells the child that nobody waits any more; the last pieces are made here, and its own are not read."""
+        live = self._by_id.get(request_id)
+        if live is None:
+            return []
+        self._forget(live)
+        self._process.send(encode(Abort(live.ticket)))
+        length = len(live.request.prompt_token_ids)
+        return [
+            TokenOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT, num_prompt_tokens=length)
+            for index in sorted(live.unfinished)
+        ]
+
+    def call(self, number: int, data: bytes, answer: Future[None]) -> None:
+        """Sends a question; `answer` is set when the child has answered it."""
+        self._calls[number] = answer
+        self._process.send(data)
+
+    # ---- what comes in -----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenOutput]:
+        """Waits until something is heard; the pieces in it, with their callers' request ids.
+
+        Raises:
+            EngineDeadError: the child has ended, or what it says makes no sense.
+        """
+        events = dict(self._poller.poll(_LOOK_UP))
+        if self._bell.descriptor in events:
+            self._bell.clear()
+        pieces: list[TokenOutput] = []
+        for data in self._process.received(_MAX_AT_ONCE):
+            self._take(data, pieces)
+        if not pieces and (self._process.alive in events or not events) and not self._process.has_more():
+            self._process.check()
+        return pieces
+
+    def _take(self, data: bytes, pieces: list[TokenOutput]) -> None:
+        try:
+            message = self._reader.read(data)
+        except MalformedMessageError as error:
+            raise EngineDeadError(f"the engine process sent what is no message and is ended: {error}") from None
+        if isinstance(message, Pieces):
+            self._stats = message.stats or self._stats
+            for piece in message.pieces:
+                self._take_piece(piece, pieces)
+        elif isinstance(message, Refused):
+            live = self._by_ticket.get(message.ticket)
+            if live is not None:
+                self._forget(live)
+                self.on_refused(live.request.request_id, make_error(message.error))
+        elif isinstance(message, Checked):
+            self._answer(message)
+        else:
+            assert isinstance(message, Ended)
+            raise EngineDeadError(message.message)
+
+    def _take_piece(self, piece: TokenOutput, pieces: list[TokenOutput]) -> None:
+        live = self._by_ticket.get(piece.request_id)
+        if live is None:  # aborted meanwhile
+            return
+        if piece.index not in live.unfinished:
+            raise EngineDeadError("the engine process sent a piece of a sequence that is not there, and is ended")
+        if piece.finished:
+            live.unfinished.remove(piece.index)
+            if not live.unfinished:
+                self._forget(live)
+        msgspec.structs.force_setattr(piece, "request_id", live.request.request_id)
+        pieces.append(piece)
+
+    def _answer(self, message: Checked) -> None:
+        answer = self._calls.pop(message.number, None)
+        if answer is None or not answer.set_running_or_notify_cancel():  # it has waited too long
+            return
+        if message.error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(make_error(message.error))
+
+    def _forget(self, live: _Live) -> None:
+        del self._by_ticket[live.ticket]
+        del self._by_id[live.request.request_id]

@@ -1,0 +1,134 @@
+"""Checks of a request in the caller's process, and its bytes for the engine's (between steps 3 and 4 of its life).
+
+Everything that follows from the request, the vocabulary and the context is refused here, before it is sent. What takes
+the engine to know (a form that does not compile) the engine refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+
+import msgspec
+
+from candle_vllm.core.engine.admission import check_request
+from candle_vllm.core.engine.pooled import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.request import GenerationRequest, ModelInfo, PoolingRequest
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.remote.wire import Check, FrameTooLargeError, Pool, Submit, encode
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Parcel:
+    """A checked request, ready to be sent."""
+
+    request: GenerationRequest
+    ticket: str
+    data: bytes
+
+
+class RemotePreparation:
+    """Checks requests to one model and writes them. Thread-safe.
+
+    Args:
+        info: what is served.
+        tokenizer: the model's.
+        pooling: how its vectors are made; None of a cross-encoder.
+        seed: makes requests without a seed reproducible, in order of preparation.
+    """
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, pooling: ModelPooling | None, seed: int | None) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._pooling = pooling
+        self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
+        self._tickets = itertools.count()
+
+    def prepare(self, request: GenerationRequest) -> list[Parcel]:
+        """Checks a request; the same parcel stands for each of its sequences.
+
+        Raises:
+            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+        """
+        ticket = f"{next(self._tickets):d}"
+        if isinstance(request, PoolingRequest):
+            self._check_pooled(request)
+            message = Pool(msgspec.structs.replace(request, request_id=ticket, prompt=None))
+        else:
+            params = self._checked_params(request)
+            message = Submit(msgspec.structs.replace(request, request_id=ticket, prompt=None, params=params))
+        return [Parcel(request, ticket, _written(message))] * request.params.n
+
+    def _check_pooled(self, request: PoolingRequest) -> None:
+        info = self._info
+        if "generate" not in info.tasks:
+            check_encoder_task(info.name, request.task, scores=self._pooling is None)
+        check_pooling_request(request, info.vocab_size, info.max_model_len)
+        if self._pooling is not None:
+            self._pooling.plan(request.pooling)
+
+    def _checked_params(self, request: GenerationRequest) -> SamplingParams:
+        """The request's parameters with nothing left to chance."""
+        info, params = self._info, request.params
+        if "generate" not in info.tasks:
+            check_encoder_task(info.name, "generate", scores=self._pooling is None)
+        check_request(request, info.vocab_size, info.max_model_len)
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
+        if params.allowed_token_ids or params.stop_token_ids or params.logit_bias or params.bad_words:
+            SamplingState(
+                params,
+                request.prompt_token_ids,
+                vocab_size=info.vocab_size,
+                eos_token_ids=info.eos_token_ids,
+                bad_word_token_ids=self._bad_words(params),
+            )
+        if params.structured_outputs is not None:
+            params = msgspec.structs.replace(params, structured_outputs=portable(params.structured_outputs))
+        return params
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The words as tokens, which is what may be refused of them."""
+        ids = self._tokenizer.encode_batch(list(params.bad_words or ()), add_special_tokens=False)
+        return [word for word in ids if word]
+
+
+def portable(params: StructuredOutputsParams) -> StructuredOutputsParams:
+    """A form whose schema is a text: JSON has numbers that MessagePack has not.
+
+    Raises:
+        InvalidParameterError: the schema is no JSON, or too much of it.
+    """
+    changes = {}
+    for name in ("json", "structural_tag"):
+        value = getattr(params, name)
+        if value is not None and not isinstance(value, (str, bool)):
+            changes[name] = json.dumps(parsed_json(name, value))
+    try:
+        return msgspec.structs.replace(params, **changes) if changes else params
+    except RecursionError:
+        raise refused("the schema is nested too deeply") from None
+
+
+def write_check(number: int, params: StructuredOutputsParams) -> bytes:
+    """The question whether a form is possible; errors as `RemotePreparation.prepare`."""
+    return _written(Check(number, portable(params)))
+
+
+def _written(message: Submit | Pool | Check) -> bytes:
+    try:
+        return encode(message)
+    except UnicodeEncodeError as error:
+        raise InvalidParameterError(
+            f"a text of the request has half a surrogate pair (U+{ord(error.object[error.start]):04X}), which UTF-8 "
+            "cannot carry; send whole characters"
+        ) from None
+    except FrameTooLargeError as error:
+        raise InvalidParameterError(f"the request is too large: {error}") from None

@@ -1,0 +1,252 @@
+"""EngineProcess: the child that runs an engine, and the socket to it. Before step 1 of a request's life.
+
+The socket lies in a folder that only this user can enter, and the child is known by a token that it read from its
+standard input. While this process lives, so does the other end of that input; while the child lives, so does the other
+end of `alive`. Each end notices by that when the other has gone, however it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import zmq
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import EngineDeadError, ModelLoadError
+from candle_vllm.core.remote.start import TOKEN_BYTES, write_start
+from candle_vllm.core.remote.wire import (
+    MAX_FRAME,
+    MAX_QUEUED,
+    PATIENCE,
+    Failed,
+    Greeting,
+    MalformedMessageError,
+    Reader,
+    Ready,
+    make_error,
+)
+
+logger = logging.getLogger(__name__)
+
+CONTROL, STEPS = b"c", b"s"  # the child's two sockets: requests and answers, and what its steps make
+CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
+END = b"e"
+_LONGEST_FOLDER = 80  # bytes; the address of a socket in it may have 107
+_MAX_STRANGERS = 10  # strangers' messages that are logged
+_LOOK_UP = 1000  # ms
+_LAST_WORDS = 20  # ms that what a child said before it ended may need to get here
+
+
+class EngineProcess:
+    """A child that loads a model and serves it.
+
+    Args:
+        config: of its engine.
+        command: what to start.
+
+    Attributes:
+        socket: to the child, of whoever drives it; not thread-safe.
+        alive: descriptor that becomes readable when the child has ended.
+        pid: the child's process id.
+
+    Raises:
+        ConfigError: a setting cannot be handed over.
+    """
+
+    def __init__(self, config: EngineConfig, command: Sequence[str] = CHILD) -> None:
+        self._model = config.model
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        self._ending = threading.Lock()
+        self._ended = False
+        self._strangers = 0
+        self._folder = _private_folder()
+        self._context = zmq.Context()
+        self._near, far = socket.socketpair()
+        try:
+            with far:
+                self.socket = self._context.socket(zmq.ROUTER)
+                address = f"ipc://{self._folder}/engine"
+                set_limits(self.socket)
+                self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+                self.socket.bind(address)
+                start = write_start(config, self._token, address, self._folder, far.fileno())
+                self._popen = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, pass_fds=(far.fileno(),), start_new_session=True
+                )
+        except BaseException:
+            self._let_go()
+            raise
+        self.alive = self._near.fileno()
+        self.pid = self._popen.pid
+        try:
+            self._write(start)
+        except BrokenPipeError:
+            logger.debug("the engine process has ended early")  # `greeting` says why
+        except BaseException:
+            self.close(kill=True)
+            raise
+
+    def greeting(self) -> Ready:
+        """Waits until the child has loaded its model.
+
+        Raises:
+            ConfigError, ModelNotFoundError, ModelLoadError: it has not; what it said.
+        """
+        poller, reader = zmq.Poller(), Reader(Greeting)
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(self.alive, zmq.POLLIN | zmq.POLLERR)
+        ended = False
+        while True:
+            events = dict(poller.poll(_LOOK_UP))
+            for data in self.received(1):
+                try:
+                    message = reader.read(data)
+                except MalformedMessageError as error:
+                    raise ModelLoadError(f"the engine process sent what is no message: {error}") from None
+                if isinstance(message, Failed):
+                    raise make_error(message.error)
+                return message
+            if ended:
+                raise ModelLoadError(
+                    f"the process that was loading {self._model} has ended ({self._fate()}); its last words are in "
+                    "the log. Where memory is short, the system kills it: take a smaller model or less cache (--mem)"
+                )
+            ended = (self.alive in events or self._popen.poll() is not None) and not self.has_more()
+
+    def has_more(self) -> bool:
+        """Whether anything is yet to be read; waits for it a little."""
+        return self.socket.poll(_LAST_WORDS) != 0
+
+    def received(self, most: int) -> Iterator[bytes]:
+        """What has come from the child so far, without waiting; what comes from others is dropped."""
+        for _ in range(most):
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) == 2 and self._is_child(frames[0]):
+                yield frames[1]
+            else:
+                self._strangers += 1
+                if self._strangers <= _MAX_STRANGERS:
+                    logger.warning("a message on the engine's socket was not from the engine, and was dropped")
+
+    def send(self, data: bytes) -> None:
+        """Sends a message to the child.
+
+        Raises:
+            EngineDeadError: it is not there, or takes nothing any more.
+        """
+        try:
+            self.socket.send_multipart((CONTROL + self._token, data))
+        except zmq.Again:
+            raise EngineDeadError(f"the engine process took no message for {PATIENCE:.0f} s and is ended") from None
+        except zmq.ZMQError:
+            raise EngineDeadError(f"the engine process has ended ({self._fate()})") from None
+
+    def check(self) -> None:
+        """Raises `EngineDeadError` where the child has ended."""
+        if self._popen.poll() is not None or self._closed_its_end():
+            raise EngineDeadError(f"the engine process has ended ({self._fate()})")
+
+    def kill(self) -> None:
+        """Ends the child at once, and lets the system forget it. Thread-safe."""
+        self._popen.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(PATIENCE)
+
+    def close(self, *, kill: bool = False) -> None:
+        """Asks the child to end, waits, kills it where it does not; nothing of it is left. Closing twice is fine."""
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+            try:
+                self._stop(kill)
+            finally:
+                self.kill()
+                with contextlib.suppress(OSError):
+                    self._input.close()
+                self._let_go()
+
+    def _stop(self, kill: bool) -> None:
+        if kill:
+            return
+        with contextlib.suppress(OSError):
+            self._write(END)
+        try:
+            self._popen.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            logger.warning("the engine process did not end within %.0f s and is killed", PATIENCE)
+
+    @property
+    def _input(self) -> IO[bytes]:
+        assert self._popen.stdin is not None
+        return self._popen.stdin
+
+    def _write(self, data: bytes) -> None:
+        self._input.write(data)
+        self._input.flush()
+
+    def _is_child(self, identity: bytes) -> bool:
+        return any(hmac.compare_digest(identity, kind + self._token) for kind in (CONTROL, STEPS))
+
+    def _closed_its_end(self) -> bool:
+        try:
+            return self._near.recv(1, socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _fate(self) -> str:
+        """How the child ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(1.0)
+        status = self._popen.returncode
+        if status is None:
+            return "it closed its end of the line"
+        return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+
+    def _let_go(self) -> None:
+        self._near.close()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> str:
+    """A new folder that nobody else can enter, with a path that leaves room for a socket's name."""
+    folder = tempfile.mkdtemp(prefix="candle-vllm-")
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+        return folder
+    os.rmdir(folder)
+    return tempfile.mkdtemp(prefix="candle-vllm-", dir="/tmp")
+
+
+def set_limits(end: zmq.Socket[bytes]) -> None:
+    """Bounds of every socket: sizes, queues and waits."""
+    end.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    end.setsockopt(zmq.SNDHWM, MAX_QUEUED)
+    end.setsockopt(zmq.RCVHWM, MAX_QUEUED)
+    end.setsockopt(zmq.SNDTIMEO, int(PATIENCE * 1000))
+    end.setsockopt(zmq.LINGER, 0)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

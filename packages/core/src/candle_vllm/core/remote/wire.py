@@ -1,0 +1,229 @@
+"""What crosses the boundary between the processes, and how it is written: MessagePack, read into typed structs.
+
+A request is known by its ticket, a number that is never used twice: the caller's request id stays in the caller's
+process, and may be used again as soon as the request is over. Nothing here can name code or a class of its own.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from candle_vllm.core import errors
+from candle_vllm.core.engine.request import EngineStats, GenerationRequest, ModelInfo, PoolingRequest, TokenOutput
+from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
+from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.tokenizer import ChatTemplateSource
+
+MAX_FRAME: Final = 1 << 28  # bytes of a message; log-probabilities of a whole prompt are the largest
+MAX_QUEUED: Final = 10_000  # messages in a socket before its sender waits
+PATIENCE: Final = 10.0  # seconds that this process waits for room in a socket, or for a child to end
+
+T = TypeVar("T")
+
+
+class WireError(msgspec.Struct, frozen=True, array_like=True):
+    """One of our errors: its class, its message, and the field or setting that it blames."""
+
+    kind: str
+    message: str
+    blamed: str | None = None
+
+
+# ---- to the child ----------------------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """A prompt to continue; its request id is the ticket."""
+
+    request: GenerationRequest
+
+
+class Pool(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
+    """A text of which numbers are wanted; its request id is the ticket."""
+
+    request: PoolingRequest
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """Nobody waits for a request any more."""
+
+    ticket: str
+
+
+class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
+    """Is a form of texts possible? Answered by `Checked` with the same number."""
+
+    number: int
+    params: StructuredOutputsParams
+
+
+# ---- from the child --------------------------------------------------------------------------------------------------
+
+
+class TokenizerParts(msgspec.Struct, frozen=True, kw_only=True):
+    """A `Tokenizer`, its backend as the JSON of a tokenizer.json."""
+
+    backend: str
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    special_tokens: dict[str, str]
+    chat_template: ChatTemplateSource | None
+    response_template: dict[str, Any] | None
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The model is loaded.
+
+    Attributes:
+        info: what is served.
+        tokenizer: brought to the rows of the model's embedding table.
+        template: the chat template in use, several by name, or None.
+        pooling: how vectors are made; None of a cross-encoder.
+        max_step_tokens: most tokens of one step.
+        stats: before the first request.
+    """
+
+    info: ModelInfo
+    tokenizer: TokenizerParts
+    template: ChatTemplateSource | None
+    pooling: ModelPooling | None
+    max_step_tokens: int
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The model cannot be loaded."""
+
+    error: WireError
+
+
+class Pieces(msgspec.Struct, frozen=True, array_like=True, tag="pieces"):
+    """All that one step had to say, and now and then the counters; request ids are tickets."""
+
+    pieces: list[TokenOutput]
+    stats: EngineStats | None = None
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """A request that was not taken."""
+
+    ticket: str
+    error: WireError
+
+
+class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
+    """The answer to `Check`; None is yes."""
+
+    number: int
+    error: WireError | None = None
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
+    """The engine has failed for good."""
+
+    message: str
+
+
+ToChild = Submit | Pool | Abort | Check
+FromChild = Pieces | Refused | Checked | Ended
+Greeting = Ready | Failed
+
+
+# ---- writing and reading ---------------------------------------------------------------------------------------------
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A message as bytes.
+
+    Raises:
+        FrameTooLargeError: it has more than `MAX_FRAME` bytes.
+        TypeError, ValueError, OverflowError: something in it cannot be written.
+    """
+    data = msgspec.msgpack.encode(message, enc_hook=_plain)
+    if len(data) > MAX_FRAME:
+        raise FrameTooLargeError(f"a message of {len(data)} bytes; {MAX_FRAME} are possible")
+    return data
+
+
+class Reader:
+    """Reads messages of some kinds: of one struct, or of a union of them."""
+
+    def __init__(self, kinds: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kinds, dec_hook=_numbers)
+
+    def read(self, data: bytes) -> Any:
+        """One message.
+
+        Raises:
+            MalformedMessageError: the bytes are no message of these kinds.
+        """
+        try:
+            return self._decoder.decode(data)
+        except (msgspec.MsgspecError, ValueError, TypeError, CandleVllmError, RecursionError) as error:
+            raise MalformedMessageError(f"{type(error).__name__}: {error}") from None
+
+
+class FrameTooLargeError(ValueError):
+    """A message is larger than the other end takes."""
+
+
+class MalformedMessageError(ValueError):
+    """Bytes from the other process are no message."""
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that MessagePack does not know: `SamplingParams` takes any sequence and mapping."""
+    if isinstance(value, array):
+        return value.tobytes()
+    for kind in (str, int, float):  # a subclass, as numpy's float64 is
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} cannot be sent to another process")
+
+
+def _numbers(kind: type[T], value: Any) -> T:
+    """The other direction of `_plain`, for vectors: float32, little-endian."""
+    if kind is array and isinstance(value, bytes) and len(value) % 4 == 0:
+        return array("f", value)  # type: ignore[return-value]
+    raise TypeError(f"{type(value).__name__} is no {kind.__name__}")
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def describe_error(error: CandleVllmError) -> WireError:
+    """An error for the other process; a class that it may not know becomes the nearest that it does."""
+    kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _kinds())
+    blamed = getattr(error, "param", None) or getattr(error, "setting", None)
+    return WireError(kind, writable(str(error)), None if blamed is None else writable(str(blamed)))
+
+
+def make_error(described: WireError) -> CandleVllmError:
+    """The error that the other process described."""
+    kind = _kinds().get(described.kind, CandleVllmError)
+    if issubclass(kind, (RequestError, ConfigError)):
+        return kind(described.message, described.blamed)
+    return kind(described.message)
+
+
+def writable(text: str) -> str:
+    """A text as UTF-8 can carry it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _kinds() -> dict[str, type[CandleVllmError]]:
+    return {
+        name: kind
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, CandleVllmError)
+    }

@@ -1,0 +1,150 @@
+"""Pieces of grammars in llguidance's dialect of Lark: quoted texts, special tokens, and a user's own grammar.
+
+A user's grammar is looked through before it is compiled: options that would be passed over or that break what the
+engine promises are refused by name, JSON schemas in it are checked as any other, and its shape is bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+from candle_vllm.core.sampling.json_schema import Budget, checked_schema
+from candle_vllm.core.sampling.lark_shape import LarkShape
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
+
+DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"
+ANY_TEXT = "/(?s:.*)/"
+MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
+_ESCAPES = 'nrbtf\\"'  # no \u: it would let a key be spelled in two ways
+_TOKENS = re.compile(  # llguidance's own, as far as they matter here
+    r"""(?P<string>"(?:\\.|[^"\\\n])*"i?)|(?P<comment>(?://|\#)[^\n]*)|(?P<regex>/(?:\\.|[^/\\])+/[a-z]*)"""
+    r"""|(?P<token><[^<>\s]+>)|(?P<json>%json\b)|(?P<option>\b(?:temperature|max_tokens|stop)\s*=)"""
+    r"""|^[ \t]*[?!]?(?P<rule>\w[\w-]*)(?=[^\n"/]*:)|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*)""",
+    re.MULTILINE,
+)
+
+Grammar = dict[str, Any]
+"""A named grammar in llguidance's list: `name`, and `lark_grammar` or `json_schema`."""
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Lark."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
+
+
+class Literals:
+    """Texts in which the names of special tokens mean these tokens.
+
+    Args:
+        special: name -> token id.
+    """
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self._special = special
+        names = sorted(filter(None, special), key=len, reverse=True)
+        self._names = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def pieces(self, text: str) -> list[str]:
+        """The text as expressions of Lark that follow each other: strings, and tokens as `<[id]>`."""
+        parts = self._names.split(text) if self._names is not None else [text]
+        return [f"<[{self._special[part]}]>" if part in self._special else quoted(part) for part in parts if part]
+
+    def expression(self, text: str) -> str:
+        """The text as one expression of Lark."""
+        return " ".join(self.pieces(text)) or '""'
+
+
+def is_token(piece: str) -> bool:
+    """Whether an expression of `Literals.pieces` is a token."""
+    return piece.startswith("<[")
+
+
+def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
+    """The grammar of a JSON schema, which may be changed.
+
+    Args:
+        name: of the grammar.
+        schema: as `json.loads` gives it.
+        spec: for whitespace.
+        budget: of all schemas of one form.
+
+    Raises:
+        InvalidParameterError: see `checked_schema`.
+    """
+    return {"name": name, "json_schema": _compilable(schema, spec, budget)}
+
+
+def choice_grammar(name: str, choices: Sequence[str]) -> Grammar:
+    """The grammar of one of some texts."""
+    return {"name": name, "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, choices))}
+
+
+def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Budget) -> Grammar:
+    """A user's grammar, Lark or GBNF.
+
+    Raises:
+        InvalidParameterError: it cannot be read, or has what is not supported.
+    """
+    if not is_lark_syntax(text):
+        text = _from_gbnf(text)
+    return {"name": name, "lark_grammar": _checked_lark(text, spec, budget)}
+
+
+def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> dict[str, Any]:
+    checked = checked_schema(schema, budget)
+    options: dict[str, Any] = {"json_allowed_escapes": _ESCAPES}
+    if spec.disable_any_whitespace:
+        options["whitespace_flexible"] = False
+    else:
+        options["whitespace_pattern"] = spec.whitespace_pattern or DEFAULT_WHITESPACE
+    return {"x-guidance": options} | checked
+
+
+def _from_gbnf(text: str) -> str:
+    brackets = len(re.findall(r"[(\[{]|::=", text))
+    if brackets > MAX_GBNF:
+        raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise refused("the grammar is nested too deeply") from None
+    except Exception as error:  # the converter's only way to say what is wrong; a text that ends early is an IndexError
+        raise refused(f"the grammar is neither Lark (no rule 'start:') nor GBNF: {error}") from None
+
+
+def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> str:
+    kept, position, inline, shape = [], 0, 0, LarkShape()
+    while match := _TOKENS.search(text, position):
+        kept.append(text[position : match.end()])
+        position, kind, found = match.end(), match.lastgroup, match.group(match.lastgroup or 0)
+        if kind == "option":
+            raise refused(f"the grammar has the option {found.rstrip('= ')!r}, which is not supported; leave it out")
+        if kind == "rule":
+            shape.rule(found)
+        elif kind == "mark":
+            shape.bracket(found)
+        elif kind == "json":
+            schema, position = _inline_schema(text, position)
+            kept.append(" " + json.dumps(_compilable(schema, spec, budget)))
+            inline += 1
+        elif kind != "comment":
+            shape.word(found if kind == "name" else None)
+    if text.count("%json") != inline:
+        raise refused("the grammar has %json where no schema can be, in a text or a comment; spell it in another way")
+    shape.check()
+    return "".join([*kept, text[position:]])
+
+
+def _inline_schema(text: str, position: int) -> tuple[Any, int]:
+    """The JSON schema behind `%json`, and where it ends."""
+    start = len(text) - len(text[position:].lstrip())
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise refused(f"the grammar has no JSON schema behind %json: {error}") from None
+    return parsed_json("%json", text[start:end]), end

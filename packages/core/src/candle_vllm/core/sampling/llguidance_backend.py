@@ -1,0 +1,140 @@
+"""Grammars by llguidance, over our own tokenizer's bytes (step 7 of ten).
+
+A vocabulary becomes a trie once, when the first grammar is asked for. Compiled grammars are kept, so that a form that
+is asked for again costs a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, refused
+from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from candle_vllm.core.sampling.llguidance_compiler import Compiler
+
+MAX_CACHED = 64  # compiled grammars
+MAX_CACHED_CHARACTERS = 4 << 20  # of their descriptions; a large one takes some 30 bytes of memory for each
+
+
+class LlguidanceBackend:
+    """Compiles grammars; see `GrammarBackend`. Cheap to make: the work is done when the first grammar is asked for.
+
+    Args:
+        tokenizer: the vocabulary. Ids without bytes are never allowed.
+        vocab_size: V, the width of the logits.
+        eos_token_ids: every token that ends a text; those outside the vocabulary are left out.
+    """
+
+    def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self._lock = threading.Lock()  # guards what is kept and what is under way
+        self._building = threading.Lock()
+        self._compiler: tuple[Compiler, TokenTrie] | None = None
+        self._workers: ThreadPoolExecutor | None = None
+        self._compiled: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
+        self._under_way: dict[bytes, Future[LLMatcher]] = {}
+        self._closed = False
+
+    @property
+    def workers(self) -> Executor:
+        """See `GrammarBackend`."""
+        with self._lock:
+            if self._closed:
+                raise EngineDeadError("the engine was closed and fills no more masks; make a new one")
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "candle-vllm-grammar")
+            return self._workers
+
+    def compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar:
+        """See `GrammarBackend`."""
+        compiler, trie = self._built()
+        key = hashlib.blake2b(_described(spec)).digest()
+        with self._lock:
+            known = self._compiled.get(key)
+            if known is not None:
+                self._compiled.move_to_end(key)
+                return LlguidanceGrammar(known[0], trie)
+            mine: Future[LLMatcher] = Future()
+            other = self._under_way.setdefault(key, mine)
+        if other is not mine:
+            return LlguidanceGrammar(_awaited(other), trie)
+        try:
+            matcher, size = compiler.compile(spec)
+            self._keep(key, matcher, size)
+            mine.set_result(matcher)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._under_way[key]
+        return LlguidanceGrammar(matcher, trie)
+
+    def close(self) -> None:
+        """Ends the threads, and lets go of what was compiled."""
+        with self._lock:
+            workers, self._workers, self._closed = self._workers, None, True
+            self._compiled.clear()
+        if workers is not None:
+            workers.shutdown()
+
+    def _built(self) -> tuple[Compiler, TokenTrie]:
+        with self._building:
+            if self._compiler is None:
+                from candle_vllm.core.sampling.llguidance_compiler import Compiler
+
+                trie = TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids)
+                compiler = Compiler(trie)
+                compiler.compile(StructuredOutputsParams(json_object=True))  # what the first mask makes is made now
+                self._compiler = compiler, trie
+            return self._compiler
+
+    def _keep(self, key: bytes, matcher: LLMatcher, size: int) -> None:
+        with self._lock:
+            self._compiled[key] = (matcher, size)
+            while len(self._compiled) > 1 and not self._fits():
+                self._compiled.popitem(last=False)
+
+    def _fits(self) -> bool:
+        size = sum(size for _, size in self._compiled.values())
+        return len(self._compiled) <= MAX_CACHED and size <= MAX_CACHED_CHARACTERS
+
+
+def _awaited(other: Future[LLMatcher]) -> LLMatcher:
+    """What another thread compiles of the same form; its refusal is raised anew, for each thread adds its own trace."""
+    try:
+        return other.result()
+    except InvalidParameterError as error:
+        raise InvalidParameterError(str(error), error.param) from None
+
+
+def _described(spec: StructuredOutputsParams) -> bytes:
+    """Equal for equal forms; the order of keys matters, for it is that of the text."""
+    try:
+        return msgspec.json.encode(msgspec.structs.asdict(spec), enc_hook=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise refused(f"the {spec.kind} is not JSON, or nested too deeply: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")

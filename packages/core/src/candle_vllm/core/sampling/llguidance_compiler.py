@@ -1,0 +1,121 @@
+"""From the form that a text must have to llguidance's matcher (step 7 of ten).
+
+A form is a list of named grammars: its own, those that it refers to, one of what stands around it, and before them one
+that has the free text of the reasoning. llguidance decides on bytes alone: it is told not to force the tokenizer's own
+way of cutting a text, which would call back into Python for every mask.
+"""
+
+from __future__ import annotations
+
+import json
+from types import MappingProxyType
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+
+from candle_vllm.core.sampling import lark
+from candle_vllm.core.sampling.json_schema import Budget
+from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar, shortened
+from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
+from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
+from candle_vllm.core.sampling.token_trie import TokenTrie
+
+_OPTIONS = '%llguidance {"no_forcing": true}'
+_NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", "structural_tag": "structural tag"})
+
+
+class Compiler:
+    """Compiles forms for one vocabulary. Thread-safe."""
+
+    def __init__(self, trie: TokenTrie) -> None:
+        self._trie = trie
+
+    def compile(self, spec: StructuredOutputsParams) -> tuple[LLMatcher, int]:
+        """A matcher at the start of a text, and the characters of its description.
+
+        Raises:
+            InvalidParameterError: see `GrammarBackend`.
+        """
+        if spec.whitespace_pattern is not None:
+            self._check_whitespace(spec.whitespace_pattern)
+        name = _NAMES.get(spec.kind, spec.kind)
+        text = json.dumps({"grammars": self._grammars(spec)}, ensure_ascii=False)
+        matcher = LLMatcher(self._trie.ll, text, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise refused(f"the {name} is not supported or wrong: {shortened(matcher.get_error())}")
+        warnings = matcher.get_grammar_warnings()
+        if warnings:
+            raise refused(f"the {name} is not supported as it is: {shortened(' '.join(warnings))}")
+        if not self._may_begin(matcher):
+            raise refused(f"no text that this model can write has the form of the {name}, but for the empty one")
+        return matcher, len(text)
+
+    def _may_begin(self, matcher: LLMatcher) -> bool:
+        """Whether any token but an end token may come first.
+
+        Raises:
+            InvalidParameterError: the first mask alone takes too much.
+        """
+        bits = np.zeros(-(-self._trie.vocab_size // 32), np.int32)
+        LlguidanceGrammar(matcher, self._trie).fill_mask(bits)
+        others = np.unpackbits(bits.view(np.uint8), bitorder="little")
+        others[list(self._trie.eos_ids)] = 0
+        return bool(others.any())
+
+    def _check_whitespace(self, pattern: str) -> None:
+        """Refuses a pattern that matches more than JSON's whitespace: the text would be JSON no more."""
+        more = f"start: MORE\nMORE: /{regex_to_lark(pattern, '')}/ & ~/[ \\t\\r\\n]*/"
+        matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise refused(f"whitespace_pattern is not supported or wrong: {shortened(matcher.get_error())}")
+        bits = np.zeros(self._trie.words, np.int32)
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if not matcher.is_error():  # it is one where nothing may come
+            raise refused("whitespace_pattern may match nothing but spaces, tabs and newlines, as in [ \\n]{0,4}")
+
+    def _grammars(self, spec: StructuredOutputsParams) -> list[lark.Grammar]:
+        budget = Budget()
+        grammars = self._form(spec, budget)
+        if spec.around is not None:
+            grammars.append(lark.user_grammar("around", spec.around, spec, budget))
+        answer = "@form" if spec.around is None else "@around"
+        if spec.reasoning_end is None:
+            rules = [f"start: {answer}"]
+        else:
+            rules = [f"answer: {answer}", *self._reasoning(spec.reasoning_start, spec.reasoning_end)]
+        return [{"name": "top", "lark_grammar": "\n".join([_OPTIONS, *rules])}, *grammars]
+
+    def _form(self, spec: StructuredOutputsParams, budget: Budget) -> list[lark.Grammar]:
+        if spec.json is not None:
+            return [lark.json_grammar("form", parsed_json("json", spec.json), spec, budget)]
+        if spec.json_object:
+            return [lark.json_grammar("form", {"type": "object"}, spec, budget)]
+        if spec.regex is not None:
+            return [{"name": "form", "lark_grammar": f"start: /{regex_to_lark(spec.regex, '')}/"}]
+        if spec.choice is not None:
+            return [lark.choice_grammar("form", spec.choice)]
+        if spec.grammar is not None:
+            return [lark.user_grammar("form", spec.grammar, spec, budget)]
+        return structural_tag_grammars(spec, "form", self._trie.literals, budget)
+
+    def _reasoning(self, start: str | None, end: str) -> list[str]:
+        """Rules of free text up to a mark, white space as models write it there, then the answer."""
+        first, *rest = self._trie.literals.pieces(end)
+        if lark.is_token(first):  # any tokens but the mark and the ends
+            stops = ",".join(map(str, sorted({int(first[2:-2]), *self._trie.eos_ids})))
+            rules = [f"thought: <[^{stops}]>* {' '.join([first, *rest])}"]
+        else:
+            rules = [f"said[lazy]: TEXT {first}", f"thought: {' '.join(['said', *rest])}", f"TEXT: {lark.ANY_TEXT}"]
+        rules += [r"SPACE: /[ \t\r\n]{1,16}/", r"GAP: /\n{1,2}/"]
+        if start is None:
+            return ["start: thought GAP? answer", *rules]
+        opening = f"opening: SPACE? {self._trie.literals.expression(start)}"
+        return ["start: opening thought GAP? answer | answer", opening, *rules]
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(
+        max_lexer_states=60_000,  # up to 2 kB each, for every sequence
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )

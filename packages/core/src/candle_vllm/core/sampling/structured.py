@@ -1,0 +1,161 @@
+"""StructuredOutputsParams: what form a text must have. The names are vLLM's; `reasoning_*` and `around` are ours.
+
+What can be checked without a vocabulary is checked here; a `GrammarBackend` checks the rest when it compiles.
+"""
+
+from __future__ import annotations
+
+import json as _json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from candle_vllm.core.errors import InvalidParameterError
+
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+MAX_SCHEMA = 1 << 20  # characters of a schema or a structural tag, as JSON
+MAX_REGEX = 1 << 16  # characters
+MAX_GRAMMAR = 1 << 20  # characters
+MAX_CHOICES = 50_000
+MAX_CHOICE_CHARACTERS = 1 << 20  # of all choices together
+MAX_WHITESPACE_PATTERN = 256  # characters
+MAX_REASONING_MARK = 256  # characters
+_PARAM = "structured_outputs"
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The form that a generated text must have. Exactly one of the first six is given.
+
+    The form wins over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
+
+    Attributes:
+        json: a JSON schema, as a mapping, as its text, or true for any JSON value.
+        regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
+        choice: the texts of which one is said.
+        grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
+        json_object: true for any JSON object.
+        structural_tag: tagged parts in free text: vLLM's older form (`structures`, `triggers`), or xgrammar's newer one
+            (`type` "structural_tag", `format`), as a mapping or its text.
+        whitespace_pattern: a regular expression of the whitespace that may stand at each place between the tokens of
+            JSON. The default is two spaces at most, or a newline and its indentation: a model cannot go on printing
+            whitespace for ever.
+        disable_any_whitespace: JSON without whitespace between its tokens.
+        reasoning_start: with `reasoning_end`: the text may begin with this mark (behind whitespace), and what follows
+            up to the end mark is free. Without it the text is inside the reasoning from its start.
+        reasoning_end: the mark up to which anything may be said before the form begins. The name of a special token
+            means that token, in both marks and in the texts of a structural tag.
+        around: a grammar, as `grammar`, of the whole text behind the reasoning, in which `@form` is the form: marks
+            that the model writes around an answer, or tool calls in place of it.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    reasoning_start: str | None = None
+    reasoning_end: str | None = None
+    around: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ()))]
+        if len(given) != 1:
+            what = f"it has {' and '.join(given)}" if given else "it has none"
+            raise refused(f"must have exactly one of {', '.join(KINDS)}; {what}")
+        for name, most in (
+            ("regex", MAX_REGEX),
+            ("grammar", MAX_GRAMMAR),
+            ("around", MAX_GRAMMAR),
+            ("whitespace_pattern", 256),
+        ):
+            _text(name, getattr(self, name), most)
+        for name in ("reasoning_start", "reasoning_end"):
+            _text(name, getattr(self, name), MAX_REASONING_MARK)
+        for name in ("json", "structural_tag"):
+            if isinstance(getattr(self, name), str):
+                _text(name, getattr(self, name), MAX_SCHEMA)
+        self._check_kinds()
+        if self.reasoning_start is not None and self.reasoning_end is None:
+            raise refused("reasoning_start needs reasoning_end: give the mark that ends the reasoning too")
+        if self.around is not None and "@form" not in self.around:
+            raise refused("around must have @form where the form is to stand")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise refused("give whitespace_pattern or disable_any_whitespace, not both")
+
+    @property
+    def kind(self) -> str:
+        """Which of `KINDS` is given."""
+        return next(name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ())))
+
+    def _check_kinds(self) -> None:
+        if not isinstance(self.json, (str, Mapping, bool, type(None))):
+            raise refused("json must be a JSON schema: an object, its text, or true")
+        if not isinstance(self.structural_tag, (str, Mapping, type(None))):
+            raise refused("structural_tag must be an object or its text")
+        for name in ("json_object", "disable_any_whitespace"):
+            if getattr(self, name) not in (None, True, False):
+                raise refused(f"{name} must be true or false")
+        if self.choice is None:
+            return
+        if isinstance(self.choice, (str, bytes)) or not isinstance(self.choice, Sequence):
+            raise refused("choice must be a list of texts")
+        if not 0 < len(self.choice) <= MAX_CHOICES:
+            raise refused(f"choice must have 1 to {MAX_CHOICES} texts, not {len(self.choice)}")
+        if not all(isinstance(text, str) and text for text in self.choice):
+            raise refused("every choice must be a text of at least one character")
+        if sum(map(len, self.choice)) > MAX_CHOICE_CHARACTERS:
+            raise refused(f"the choices have more than {MAX_CHOICE_CHARACTERS} characters together")
+
+
+_NOT_ASKED: Mapping[str, tuple[bool, ...]] = {"json_object": (False,)}
+
+
+def refused(message: str) -> InvalidParameterError:
+    """The error of a request whose form cannot be honoured."""
+    return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
+
+
+def parsed_json(name: str, value: str | Mapping[str, Any] | bool) -> Any:
+    """A schema or a structural tag as fresh dicts and lists, which the caller may change.
+
+    Raises:
+        InvalidParameterError: no JSON, or too much of it.
+    """
+    try:
+        text = value if isinstance(value, str) else _json.dumps(value, default=_plain, allow_nan=False)
+        if len(text) > MAX_SCHEMA:
+            raise refused(f"{name} has {len(text)} characters as JSON; at most {MAX_SCHEMA} are allowed")
+        return _json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise refused(f"{name} is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise refused(f"{name} is not JSON: {error}") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _text(name: str, value: Any, most: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise refused(f"{name} must be a text, not {type(value).__name__}")
+    if not 0 < len(value) <= most:
+        raise refused(f"{name} must have 1 to {most} characters, not {len(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot carry; send whole characters") from None

@@ -1,0 +1,121 @@
+"""Vectors and scores for `ScriptedEngine`: made up from the tokens, the same for the same text, without a model."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from candle_vllm.core.engine.pooled import check_pooling_request
+from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput
+from candle_vllm.core.errors import CandleVllmError, RequestError
+from candle_vllm.core.pooling.model_pooling import ModelPooling, PoolingPlan
+from candle_vllm.core.pooling.params import PoolingParams
+
+SIZE = 16
+
+
+class PoolingCall(NamedTuple):
+    """What one `aembed` or `ascore` was asked."""
+
+    inputs: list[str | list[int]] | list[tuple[str, str]]
+    params: PoolingParams | None
+    request_id: str | None
+    priority: int
+
+
+class ScriptedVectors:
+    """The part of `ScriptedEngine` that gives vectors and scores.
+
+    A vector counts a text's tokens by their id modulo `SIZE`; it may be cut to any length. A score is the cosine of two
+    vectors; that of a cross-encoder (`tasks=("score",)`) is the share of the second text's tokens that the first has.
+
+    Attributes:
+        pooling_calls: every call, in order.
+    """
+
+    submit_error: Exception | None
+    fail_after: int | None
+    failure: Exception | str
+
+    def __init__(self) -> None:
+        self.pooling_calls: list[PoolingCall] = []
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """Of the engine that this is a part of."""
+        raise NotImplementedError
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Of the engine that this is a part of."""
+        raise NotImplementedError
+
+    async def aembed(
+        self,
+        inputs: str | Sequence[int] | Sequence[str | Sequence[int]],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
+        one = isinstance(inputs, str) or all(isinstance(token, int) for token in inputs)
+        items = [inputs] if one and inputs else list(inputs)
+        texts = [
+            self.tokenize(item, add_special_tokens) if isinstance(item, str) else list(item)  # type: ignore[arg-type]
+            for item in items
+        ]
+        self.pooling_calls.append(PoolingCall(items, params, request_id, priority))  # type: ignore[arg-type]
+        plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
+        for number, ids in enumerate(texts):
+            self._check_text(ids, number, len(texts))
+        self._fail()
+        return [
+            EmbeddingOutput(request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids))
+            for n, ids in enumerate(texts)
+        ]
+
+    async def ascore(
+        self, pairs: Sequence[tuple[str, str]], *, request_id: str | None = None, priority: int = 0
+    ) -> list[ScoreOutput]:
+        """The score of every pair."""
+        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority))
+        made = []
+        for number, pair in enumerate(pairs):
+            first, second = (self.tokenize(text) for text in pair)
+            if "embed" in self.model_info.tasks:
+                self._check_text(first, number, len(pairs), 0)
+                self._check_text(second, number, len(pairs), 1)
+                plan = PoolingPlan("mean", True, SIZE)
+                score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
+            else:
+                self._check_text(first + second, number, len(pairs))
+                score = sum(token in first for token in second) / len(second)
+            made.append(ScoreOutput(score=score, num_tokens=len(first) + len(second)))
+        self._fail()
+        return made
+
+    def _check_text(self, ids: list[int], number: int, count: int, side: int | None = None) -> None:
+        info = self.model_info
+        request = PoolingRequest(request_id="scripted", prompt_token_ids=ids)
+        try:
+            check_pooling_request(request, info.vocab_size, info.max_model_len)
+        except RequestError as error:
+            if count == 1 and side is None:
+                raise
+            param = f"inputs.{number}" if side is None else f"inputs.{number}.{side}"
+            raise type(error)(f"input {number}: {error}", param) from None
+
+    def _fail(self) -> None:
+        if self.submit_error is not None:
+            raise self.submit_error
+        if self.fail_after is not None:
+            raise self.failure if isinstance(self.failure, Exception) else CandleVllmError(self.failure)
+
+
+def _vector(ids: Sequence[int], plan: PoolingPlan) -> array[float]:
+    counts = [float(sum(token % SIZE == place for token in ids)) for place in range(plan.dimensions)]
+    length = math.sqrt(math.fsum(count * count for count in counts)) if plan.normalize else 1.0
+    return array("f", [count / (length or 1.0) for count in counts])

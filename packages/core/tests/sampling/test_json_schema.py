@@ -1,0 +1,202 @@
+"""Schemas that are refused before they are compiled, by name, and what older drafts become."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+import jsonschema
+import pytest
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling import json_schema
+from candle_vllm.core.sampling.json_dialect import FORMATS
+from candle_vllm.core.sampling.json_schema import checked_schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"not": {}}, "keyword 'not' is not supported .at #."),
+        ({"properties": {"a": {"if": {}}}}, "keyword 'if' is not supported .at #/properties/a."),
+        ({"items": {"uniqueItems": True}}, "'uniqueItems'"),
+        ({"contains": {}}, "'contains'"),
+        ({"propertyNames": {}}, "'propertyNames'"),
+        ({"dependentRequired": {}}, "'dependentRequired'"),
+        ({"unevaluatedProperties": False}, "'unevaluatedProperties'"),
+        ({"$dynamicRef": "#a"}, "dynamicRef"),
+        ({"x-guidance": {"lenient": True}}, "'x-guidance' is not supported"),
+        ({"minLenght": 3}, "is 'minLength' meant"),
+        ({"propertys": {}}, "is 'properties' meant"),
+        ({"$schema": "http://example.com/mine"}, "follows 'http://example.com/mine'"),
+        ({"properties": {"a": {"$id": "b"}}}, "only the root may have one"),
+        ({"prefixItems": [{}], "items": [{}]}, "only one can be meant"),
+        ({"$ref": "http://example.com/x.json"}, "refer to a place of the same schema"),
+        ({"$ref": "file:///etc/passwd"}, "refer to a place of the same schema"),
+        ({"$ref": "#/$defs/none"}, "points to nothing"),
+        ({"$ref": 5}, "ref 5 is not supported"),
+        ({"minLength": -1}, "minLength must be a whole number"),
+        ({"maxLength": 1 << 40}, "maxLength must be a whole number"),
+        ({"minItems": True}, "minItems must be a whole number"),
+        ({"multipleOf": 0}, "multipleOf must be a number above 0"),
+        ({"multipleOf": 1234567}, "multipleOf is supported up to 50000"),
+        ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple"),
+        ({"minimum": (1 << 53) + 1}, "number that is too large .at #/minimum."),
+        ({"const": (1 << 53) + 1}, "number that is too large"),
+        ({"enum": [{"a": [1e999]}]}, "number that is too large"),
+        ({"minimum": "1"}, "a bound must be a number"),
+        ({"const": "a\x00"}, r"control character U\+0000"),
+        ({"enum": "abc"}, "enum must be a list"),
+        ({"required": "a"}, "required must be a list of names"),
+        ({"properties": []}, "properties must be an object"),
+        ({"anyOf": {}}, "anyOf must be a list"),
+        ({"properties": {"a": 5}}, "must be an object or a boolean .at #/properties/a."),
+        ({"minProperties": 2}, "a key could be said twice"),
+        ({"minProperties": 1, "properties": {f"p{i}": {} for i in range(65)}}, "more than 64 optional"),
+        (5, "must be an object or true"),
+        (False, "must be an object or true"),
+    ],
+)
+def test_refused_by_name(schema: Any, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message) as caught:
+        checked_schema(schema)
+    assert caught.value.param == "structured_outputs"
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+        {"type": "array", "items": {"$ref": "#"}, "minItems": 1},
+        {"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1},
+        {"type": "object", "additionalProperties": {"$ref": "#"}, "required": ["a"]},
+        {"anyOf": [{"$ref": "#/$defs/endless"}, {}], "$defs": {"endless": {"anyOf": [{"$ref": "#/$defs/endless"}]}}},
+    ],
+)
+def test_recursion_without_an_end_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="no finite instance"):
+        checked_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"$ref": "#"}}},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "string"}]},
+        {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    ],
+)
+def test_recursion_with_an_end_is_not(schema: Any) -> None:
+    checked_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"enum": list(range(50_001))}, "more than 50000 enum values"),
+        (lambda: {"enum": [[i] for i in range(2_001)]}, "objects and arrays as values"),
+        (lambda: {"properties": {f"p{i}": True for i in range(4_001)}}, "more than 4000 properties"),
+        (lambda: {"patternProperties": {f"^{i}$": {} for i in range(65)}}, "more than 64 patternProperties"),
+        (lambda: {"anyOf": [{"type": "string"}] * 10_001}, "more than 10000 subschemas"),
+        (lambda: {"anyOf": [{"pattern": "a"}] * 1_001}, "more than 1000 patterns"),
+        (lambda: {f"word{i}": 1 for i in range(1_001)}, "more than 1000 keywords that are none"),
+        (lambda: {"anyOf": [{"multipleOf": 49_999}] * 5}, "added up"),
+        (
+            lambda: {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}},
+            "nested 6.. deep, added up|points to nothing",
+        ),
+    ],
+)
+def test_what_would_explode_is_refused_at_once(make: Any, message: str) -> None:
+    schema = make()
+    start = time.perf_counter()
+    with pytest.raises(InvalidParameterError, match=message):
+        checked_schema(schema)
+    assert time.perf_counter() - start < 5
+
+
+def test_nesting_is_bounded() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(120):
+        schema = {"items": schema}
+    with pytest.raises(InvalidParameterError, match="nested more than 100 deep"):
+        checked_schema(schema)
+
+
+def test_endless_chains_are_found_in_linear_time() -> None:
+    """A chain in the worst order, and ten thousand that wait for its end."""
+    chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(250)} | {"d250": {"type": "null"}}
+    schema = {"$defs": chain, "anyOf": [{"$ref": "#/$defs/d0"}] * 4_000}
+    start = time.perf_counter()
+    checked_schema(schema)
+    assert time.perf_counter() - start < 3
+
+
+def test_annotations_are_left_alone() -> None:
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "T",
+        "description": "not",
+        "default": {"not": 1},
+        "x-order": 3,
+        "markdownDescription": "m",
+        "$comment": "c",
+        "uniqueItems": False,
+        "properties": {"not": {"type": "string"}, "minLenght": {"example": 1}},
+    }
+    assert checked_schema(json.loads(json.dumps(schema)))["properties"] == schema["properties"]
+
+
+def test_older_drafts_are_brought_forward() -> None:
+    schema = {"items": [{"type": "string"}], "additionalItems": {"type": "null"}}
+    assert checked_schema(schema) == {"prefixItems": [{"type": "string"}], "items": {"type": "null"}}
+    assert checked_schema({"items": {"type": "string"}, "additionalItems": False}) == {"items": {"type": "string"}}
+    root = {"$id": "http://example.com/r", "$ref": "http://example.com/r#/definitions/a", "definitions": {"a": {}}}
+    assert checked_schema(root)["$ref"] == "#/definitions/a"
+    assert checked_schema({"minLength": 2.0}) == {"minLength": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "1963-06-19"], ["2023-02-29", "1900-02-29", "2020-04-31", "2020-1-01"]),
+        ("time", ["08:30:06Z", "23:59:59.123+01:30"], ["24:00:00Z", "23:59:60Z", "08:30:06", "08:30Z"]),
+        ("date-time", ["2024-02-29T08:30:06Z"], ["2023-02-29T08:30:06Z", "2024-02-29 08:30:06Z"]),
+    ],
+)
+def test_time_formats(name: str, right: list[str], wrong: list[str]) -> None:
+    for text in right:
+        assert re.search(FORMATS[name], text), text
+    for text in wrong:
+        assert not re.search(FORMATS[name], text), text
+    both = checked_schema({"type": "string", "format": name, "pattern": "^2"})
+    for text in right:
+        assert jsonschema.Draft202012Validator(both).is_valid(text) == text.startswith("2")
+
+
+@pytest.mark.parametrize("more", [{}, {"additionalProperties": False}, {"patternProperties": {"^x": {}}}])
+def test_an_object_has_no_more_optional_properties_than_the_parser_takes(more: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {} for i in range(481)}, **more}
+    with pytest.raises(InvalidParameterError, match=r"481 optional properties .at #.; at most 480 are supported"):
+        checked_schema(json.loads(json.dumps(schema)))
+    checked_schema(schema | {"required": ["p7"]})
+
+
+def test_only_the_first_unknown_keywords_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a millisecond in which no other thread runs."""
+    compared: list[str] = []
+
+    def counting(name: str, *_: Any) -> list[str]:
+        compared.append(name)
+        return []
+
+    monkeypatch.setattr(json_schema.difflib, "get_close_matches", counting)
+    checked_schema({f"word{i}": 1 for i in range(900)})
+    assert compared == [f"word{i}" for i in range(8)]
