@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.text.chat_template import MAX_TEMPLATE
 from candle_vllm.openai import (
     ADVISORY_FIELDS,
     REFUSED_FIELDS,
@@ -23,7 +24,13 @@ from candle_vllm.openai import (
     to_error,
     to_sampling_params,
 )
-from candle_vllm.openai.protocol.fields import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_MESSAGES, MAX_PROMPTS
+from candle_vllm.openai.protocol.fields import (
+    COMPLETION_REFUSED_FIELDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+)
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -80,13 +87,7 @@ def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
         ({"logprobs": 3}, "logprobs", "must be true or false, not 3"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "not implemented"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type", "not implemented"),
-        ({"response_format": "text"}, "response_format", '{"type": "text"}'),
         ({"modalities": ["text", "audio"]}, "modalities", '["text"]'),
-        ({"tools": [{"type": "function"}]}, "tools", "not implemented yet"),
-        ({"tools": [{"type": "function"}], "tool_choice": "none"}, "tools", "not implemented yet"),
-        ({"tool_choice": "required"}, "tool_choice", "not implemented yet"),
         ({"best_of": 2}, "best_of", "equal n"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
         ({"xyzzy": None}, "xyzzy", "not a known field"),
@@ -103,6 +104,12 @@ def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
         ({"service_tier": "gold"}, "service_tier", "must be one of"),
         ({"priority": 1 << 31}, "priority", "must be at most"),
         ({"documents": ["a"]}, "documents.0", "must be an object"),
+        ({"chat_template": ""}, "chat_template", "must not be empty"),
+        ({"chat_template": "x" * (MAX_TEMPLATE + 1)}, "chat_template", f"at most {MAX_TEMPLATE} characters"),
+        ({"include_reasoning": "no"}, "include_reasoning", "must be true or false"),
+        ({"guided_json": {}}, "guided_json", "use structured_outputs"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "not implemented"),
+        ({"separate_reasoning": False}, "separate_reasoning", "include_reasoning"),
         ({"messages": []}, "messages", "must not be empty"),
         ({"messages": HI * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES}"),
         ({"messages": "hi"}, "messages", "must be a list"),
@@ -133,6 +140,11 @@ def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str, messag
         ({"logprobs": 21}, "logprobs", "must be at most 20"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"suffix": "x"}, "suffix", "not implemented"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "belongs to chat requests"),
+        ({"tool_choice": "required"}, "tool_choice", "belongs to chat requests"),
+        ({"messages": HI}, "messages", "belongs to chat requests"),
+        ({"chat_template": "x"}, "chat_template", "belongs to chat requests"),
+        ({"include_reasoning": False}, "include_reasoning", "belongs to chat requests"),
         ({"best_of": 3, "n": 2}, "best_of", "equal n"),
         ({"max_completion_tokens": 3}, "max_completion_tokens", "not a known field"),
     ],
@@ -157,7 +169,7 @@ def test_required_fields() -> None:
 def test_null_is_absent_everywhere() -> None:
     for kind, given_fields in ((ChatCompletionRequest, {"messages": HI}), (CompletionRequest, {"prompt": "hi"})):
         parse = parse_chat_request if kind is ChatCompletionRequest else parse_completion_request
-        nulls = {name: None for name in [*kind.model_fields, *REFUSED_FIELDS] if name not in given_fields}
+        nulls = {name: None for name in [*kind.model_fields, *kind.refused_fields] if name not in given_fields}
         assert parse({**nulls, **given_fields}) == parse(given_fields)
 
 
@@ -168,6 +180,9 @@ def test_every_refused_field_is_refused_by_name_and_its_neutral_values_are_not()
         assert caught.value.param == name
         for neutral in entry.neutral:
             assert chat(**{name: neutral}) == chat()
+    for name, entry in COMPLETION_REFUSED_FIELDS.items():
+        for neutral in entry.neutral:
+            assert completion(**{name: neutral}) == completion()
     assert refusal(chat, use_beam_search=0)[0] == "use_beam_search"  # 0 is not false
 
 
@@ -178,7 +193,6 @@ def test_advisory_fields_are_declared_and_change_nothing() -> None:
         "service_tier": "flex",
         "prompt_cache_retention": "24h",
         "prompt_cache_options": {"mode": "implicit"},
-        "parallel_tool_calls": False,
         "verbosity": "low",
     }
     for name in ADVISORY_FIELDS:
@@ -192,7 +206,7 @@ def test_advisory_fields_are_declared_and_change_nothing() -> None:
 def test_unknown_and_unsupported_have_their_own_codes() -> None:
     for fields, kind, code in (
         ({"foo": 1}, UnknownParameterError, "unknown_parameter"),
-        ({"tools": [1]}, UnsupportedParameterError, "unsupported_parameter"),
+        ({"functions": [1]}, UnsupportedParameterError, "unsupported_parameter"),
     ):
         with pytest.raises(kind) as caught:
             chat(**fields)
@@ -221,8 +235,9 @@ def test_every_sampling_field_arrives() -> None:
     bias = {"logit_bias": {"7": -5}}
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
-    # skip_reading_prefix_cache is the engine's own switch and no request field
-    assert set(SamplingParams.__struct_fields__) == {*fields, "logprobs", "logit_bias", "skip_reading_prefix_cache"}
+    # skip_reading_prefix_cache is the engine's own switch and no request field; structured output has tests of its own
+    others = {"logprobs", "logit_bias", "structured_outputs", "skip_reading_prefix_cache"}
+    assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 
 def test_logprob_counts() -> None:
@@ -247,11 +262,13 @@ def test_template_variables() -> None:
 KEYS = st.sampled_from([
     *sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, *REFUSED_FIELDS}),
     *("role", "content", "type", "text", "tool_calls", "tool_call_id", "function", "name", "arguments", "id"),
+    *("parameters", "strict", "properties", "json_schema", "schema", "json", "choice", "allowed_tools", "format"),
 ])  # fmt: skip
 ODD = st.recursive(
     st.none()
     | st.booleans()
     | st.sampled_from([0, 1, -1, 0.5, 2**31, 2**64, 10**400, 1e308, "", "a", "user", "text", "default", "none"])
+    | st.sampled_from(["function", "required", "json_object", "json_schema", "structural_tag", "object", "refusal"])
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | KEYS, inner, max_size=3),
     max_leaves=8,
@@ -259,6 +276,21 @@ ODD = st.recursive(
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]) | ODD, "content": ODD},
     optional={"tool_calls": ODD, "tool_call_id": ODD, "name": ODD, "reasoning": ODD, "refusal": ODD},
+)
+
+
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.sampled_from(["a", "b", "x y"]) | ODD},
+    optional={"parameters": st.dictionaries(KEYS, ODD, max_size=3) | ODD, "strict": ODD, "description": ODD},
+)
+TOOL = st.fixed_dictionaries({"function": FUNCTION | ODD}, optional={"type": st.sampled_from(["function", "custom"])})
+TOOL_FIELDS = st.fixed_dictionaries(
+    {"tools": st.lists(TOOL | ODD, max_size=4) | ODD},
+    optional={
+        "tool_choice": st.sampled_from(["none", "auto", "required"]) | TOOL | ODD,
+        "response_format": st.dictionaries(KEYS, ODD, max_size=3) | ODD,
+        "structured_outputs": st.dictionaries(KEYS, ODD, max_size=3) | ODD,
+    },
 )
 
 
@@ -285,6 +317,13 @@ def test_any_json_is_a_request_or_a_request_error(body: object) -> None:
 @given(st.lists(MESSAGE | ODD, max_size=4), st.dictionaries(KEYS, ODD, max_size=2))
 def test_any_messages_are_a_request_or_a_request_error(messages: list[object], more: dict[str, object]) -> None:
     check_any(parse_chat_request, {**more, "messages": messages})
+
+
+@settings(deadline=None, max_examples=150)
+@given(TOOL_FIELDS)
+def test_any_tools_and_formats_are_a_request_or_a_request_error(fields: dict[str, object]) -> None:
+    check_any(parse_chat_request, {"messages": HI, **fields})
+    check_any(parse_completion_request, {"prompt": "hi", **fields})
 
 
 @settings(deadline=None, max_examples=150)

@@ -23,6 +23,7 @@ from candle_vllm.openai import (
     to_error,
     to_json_bytes,
 )
+from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_streaming import CompletionChunker, EchoedPrompt, join_completion
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.streaming import ChatChunker, Head, TokenCounts
@@ -136,7 +137,7 @@ async def test_answers_do_not_depend_on_the_cuts(script: list[bytes], options: d
 
 def chunker() -> ChatChunker:
     request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}]})
-    return ChatChunker(Head("id", 1, "m", "fp"), request, [1])
+    return ChatChunker(Head("id", 1, "m", "fp"), request, [1], AnswerPlan())
 
 
 def test_errors_and_aborts_of_the_engine_are_raised() -> None:

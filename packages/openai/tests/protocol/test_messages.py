@@ -52,20 +52,70 @@ def test_template_form() -> None:
                 for one in ("x", "y")
             ],
         },
-        {"role": "tool", "content": "sunny", "tool_call_id": "y"},
-        {"role": "tool", "content": "sunny", "tool_call_id": "x"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "y", "name": "weather"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "x", "name": "weather"},
         {"role": "system", "content": "later"},
     ]
 
 
-def test_empty_arguments_are_no_arguments() -> None:
-    message = {"role": "assistant", "tool_calls": [call("x", "")]}
+@pytest.mark.parametrize("arguments", ["", " ", "{}", "null", " {\n}"])
+def test_empty_arguments_are_no_arguments(arguments: str) -> None:
+    message = {"role": "assistant", "tool_calls": [call("x", arguments)]}
     assert rendered(USER, message, result("x"))[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{",
+        '{"city": "Ul',
+        "[1]",
+        '"text"',
+        "3",
+        "no JSON",
+        '{"a": 1, "a": 2}',
+        '{"a": NaN}',
+        "[" * 100_000,
+        '"\\ud800"',
+    ],
+)
+def test_arguments_that_are_no_object_stay_as_the_model_wrote_them(arguments: str) -> None:
+    message = {"role": "assistant", "tool_calls": [call("x", arguments)]}
+    assert rendered(USER, message, result("x"))[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_results_have_the_name_of_their_function_unless_they_bring_one() -> None:
+    named = {**result("x"), "name": "forecast"}
+    assert [message.get("name") for message in rendered(calls("x", "y"), named, result("y"))] == [
+        None,
+        "forecast",
+        "weather",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+def test_results_may_be_empty(content: object) -> None:
+    assert rendered(calls("x"), {**result("x"), "content": content})[1]["content"] == ""
+
+
+def test_a_refusal_is_text_that_the_model_sees() -> None:
+    refused: dict[str, Any] = {"role": "assistant", "content": None, "refusal": "I will not."}
+    assert rendered(USER, refused)[1] == {"role": "assistant", "content": "I will not."}
+    assert rendered(USER, {**refused, "content": "Well."})[1]["content"] == "Well.\nI will not."
+    parts = [{"type": "text", "text": "Well."}, {"type": "refusal", "refusal": "No."}]
+    assert rendered(USER, {"role": "assistant", "content": parts})[1]["content"] == "Well.\nNo."
+    assert rendered(USER, {"role": "assistant", "content": "Hm", "refusal": ""})[1]["content"] == "Hm"
 
 
 def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
     answer = ChatCompletionMessage(role="assistant", content="hello", annotations=[]).model_dump()
-    assert rendered(USER, answer, USER)[1] == {"role": "assistant", "content": "hello"}
+    parsed = {**answer, "parsed": {"a": 1}, "audio": None, "function_call": None}
+    for held in (answer, parsed):
+        assert rendered(USER, held, USER)[1] == {"role": "assistant", "content": "hello"}
+    held_call = {**call("x"), "index": 0}
+    held_call["function"] = {**held_call["function"], "parsed_arguments": {"city": "Ulm"}}
+    with_call = {**answer, "content": None, "tool_calls": [held_call]}
+    assert rendered(USER, with_call, result("x"))[1] == rendered(USER, calls("x"), result("x"))[1]
 
 
 @pytest.mark.parametrize(
@@ -85,19 +135,30 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
         ([{"role": "user"}], "messages.0.content", "is required"),
         ([{"role": "user", "content": None}], "messages.0.content", "must be a string or a list, not null"),
         ([{"role": "user", "content": []}], "messages.0.content", "must not be empty"),
-        ([{"role": "function", "content": "x"}], "messages.0.role", "must be one of system, developer"),
+        ([{"role": "function", "content": "x", "name": "f"}], "messages.0.role", "by 'tool', with a tool_call_id"),
+        ([{"role": "robot", "content": "x"}], "messages.0.role", "must be one of system, developer"),
+        ([{**USER, "content": [{"type": "refusal", "refusal": "x"}]}], "messages.0.content.0.refusal", "not a known"),
+        ([{"role": "assistant", "content": [{"type": "refusal"}]}], "messages.0.content.0.refusal", "is required"),
+        ([{"role": "assistant", "refusal": ""}], "messages.0.content", "is required"),
+        ([{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": ""}}],
+         "messages.0.function_call", "replaced it by tool_calls"),
+        ([{"role": "assistant", "content": "x", "annotations": [{}]}], "messages.0.annotations", "cannot be shown"),
+        ([calls("x"), {**result("x"), "content": None}], "messages.1.content", "must be a string or a list"),
+        ([calls("x"), {**result("x"), "content": [{"type": "refusal", "refusal": "x"}]}],
+         "messages.1.content.0.refusal", "not a known"),
+        ([{"role": "user", "content": [{"type": "hologram"}]}], "messages.0.content.0.type", "must be one of 'text'"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x", "function": {"arguments": "{}"}}]}],
+         "messages.0.tool_calls.0.function.name", "is required"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {}}}]}],
+         "messages.0.tool_calls.0.function.arguments", "must be a string"),
         ([{"content": "x"}], "messages.0.role", "must be one of"),
-        (["hi"], "messages.0.role", "must be one of"),
+        (["hi"], "messages.0", "must be an object"),
         ([{"role": ["user"], "content": "x"}], "messages.0.role", "must be one of"),
         ([{**USER, "contents": "x"}], "messages.0.contents", "did you mean 'content'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text", "is required"),
         ([{"role": "user", "content": ["x"]}], "messages.0.content.0", "must be an object"),
         ([{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}],
          "messages.0.reasoning", "must be equal"),
-        ([{"role": "assistant", "tool_calls": [call("x", "[1]")]}, result("x")],
-         "messages.0.tool_calls.0.function.arguments", "one JSON object"),
-        ([{"role": "assistant", "tool_calls": [call("x", "{")]}, result("x")],
-         "messages.0.tool_calls.0.function.arguments", "not valid JSON"),
         ([{"role": "assistant", "tool_calls": [{**call("x"), "type": "custom"}]}, result("x")],
          "messages.0.tool_calls.0.type", "'function'"),
     ],

@@ -1,6 +1,7 @@
 """The OpenAI API over a candle-vllm engine, without HTTP: requests, answers, streams and errors."""
 
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.errors import (
     ErrorResponse,
@@ -14,12 +15,16 @@ from candle_vllm.openai.errors import (
 from candle_vllm.openai.piece_streams import ChunkStream
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
 from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
 from candle_vllm.openai.protocol.fields import ADVISORY_FIELDS, REFUSED_FIELDS
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
+from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
+from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, to_sampling_params
 from candle_vllm.openai.streaming import to_json_bytes
+from candle_vllm.openai.sync_adapter import SyncOpenAIAdapter
 
 __all__ = [
     "ADVISORY_FIELDS",
@@ -30,6 +35,8 @@ __all__ = [
     "ChunkStream",
     "Completion",
     "CompletionRequest",
+    "EmbeddingList",
+    "EmbeddingRequest",
     "EngineLike",
     "ErrorBody",
     "ErrorEnvelope",
@@ -40,12 +47,20 @@ __all__ = [
     "ModelList",
     "ModelNotServedError",
     "OpenAIAdapter",
+    "Ranking",
+    "RerankRequest",
+    "ScoreList",
+    "ScoreRequest",
+    "SyncOpenAIAdapter",
     "TokenStream",
     "UnknownParameterError",
     "UnsupportedParameterError",
     "Usage",
     "parse_chat_request",
     "parse_completion_request",
+    "parse_embedding_request",
+    "parse_rerank_request",
+    "parse_score_request",
     "to_error",
     "to_json_bytes",
     "to_sampling_params",

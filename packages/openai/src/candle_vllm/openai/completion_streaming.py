@@ -67,7 +67,7 @@ class CompletionChunker:
 
     def add(self, prompt: int, piece: TokenOutput) -> list[Completion]:
         """The chunks that one piece of prompt number `prompt` makes; none when it has nothing to show."""
-        check_piece(piece)
+        check_piece(piece, self._request.structured_field)
         if piece.prompt_logprobs is not None:
             self._prompt_logprobs[prompt] = piece.prompt_logprobs
         elif self._awaits_prompt and prompt not in self._prompt_logprobs:

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, GenerationOutput, ModelInfo, TokenOutput
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.openai.embedding import EmbeddingEngineLike
 
 
 class TokenStream(Protocol):
@@ -23,11 +26,18 @@ class TokenStream(Protocol):
     async def aclose(self) -> None: ...
 
 
-class EngineLike(Protocol):
-    """An engine, called from the event loop's thread."""
+class EngineLike(EmbeddingEngineLike, Protocol):
+    """An engine, called from the event loop's thread; what only computes may be called from any."""
 
     @property
     def model_info(self) -> ModelInfo: ...
+
+    @property
+    def chat_conventions(self) -> ChatConventions: ...
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Raises what a request with these parameters would raise."""
+        ...
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 

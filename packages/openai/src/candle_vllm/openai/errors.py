@@ -32,6 +32,15 @@ class UnsupportedParameterError(InvalidParameterError):
     """The request asks for something that exists elsewhere and is not implemented here."""
 
 
+def no_priority() -> UnsupportedParameterError:
+    """For a `priority` where no request may go before others."""
+    return UnsupportedParameterError(
+        "priority is not supported: this server lets no request go before others, unless it is started with "
+        "--enable-request-priority",
+        "priority",
+    )
+
+
 class ModelNotServedError(RequestError):
     """The request names a model that this server does not serve."""
 
@@ -57,6 +66,8 @@ class _Row(NamedTuple):
     public_message: str | None = None  # None: the exception's own message, written for the client
 
 
+_DEAD = "The engine has stopped. Try again; where that does not help, the server has to be restarted."
+
 # The first row whose class matches counts, so subclasses stand above their bases.
 _TABLE = (
     _Row(InvalidBodyError, 400, "invalid_request_error", "invalid_body"),
@@ -67,7 +78,7 @@ _TABLE = (
     _Row(ModelNotServedError, 404, "invalid_request_error", "model_not_found"),
     _Row(RequestError, 400, "invalid_request_error", "invalid_request"),
     _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
-    _Row(EngineDeadError, 503, "server_error", "engine_dead", {}, "The engine has stopped; restart the server."),
+    _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
     # The caller of an aborted request is gone; whoever still reads this lost it to a shutdown, and may try again.
     _Row(RequestAbortedError, 503, "server_error", "request_aborted"),
     _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),

@@ -91,16 +91,22 @@ def _too_deep(name: str) -> InvalidBodyError:
 
 
 def _check_depth(value: Any, name: str) -> None:
+    if is_deeper(value, MAX_DEPTH):
+        raise _too_deep(name)
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether more than `levels` arrays and objects of a JSON value lie inside each other."""
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
+    for _ in range(levels):
         inner: list[Any] = []
         for item in level:
             members = item.values() if isinstance(item, dict) else item
             inner.extend(member for member in members if isinstance(member, (dict, list)))
         level = inner
         if not level:
-            return
-    raise _too_deep(name)
+            return False
+    return bool(level)
 
 
 def _check_surrogates(value: Any, name: str) -> None:

@@ -6,17 +6,12 @@ Precedence of sampling values: the request's, then the model's own defaults, the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
-from candle_vllm.openai.protocol.generation import GenerationFields
-from candle_vllm.openai.validation import to_request_error
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -42,27 +37,15 @@ _SAME_NAMES = (
     "cache_salt",
 )
 
-_Request = TypeVar("_Request", bound=GenerationFields)
-
 
 def parse_chat_request(body: bytes | Mapping[str, Any]) -> ChatCompletionRequest:
     """A checked chat request from the body's bytes or from an object; raises `RequestError`."""
-    return _parse(ChatCompletionRequest, body)
+    return parse_body(ChatCompletionRequest, body)
 
 
 def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionRequest:
     """A checked completion request from the body's bytes or from an object; raises `RequestError`."""
-    return _parse(CompletionRequest, body)
-
-
-def _parse(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
-    value = decode_json(body) if isinstance(body, bytes) else dict(body)
-    if not isinstance(value, dict):
-        raise InvalidBodyError("The body must be one JSON object.")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise to_request_error(error) from None
+    return parse_body(CompletionRequest, body)
 
 
 def to_sampling_params(
@@ -85,6 +68,8 @@ def to_sampling_params(
         limit = None if request.max_tokens is None else max(request.max_tokens, 1)
         given["logprobs"] = request.logprobs
         given["prompt_logprobs"] = _prompt_logprobs(request)
+    if (structured := request.structured()) is not None:
+        given["structured_outputs"] = structured
     if limit is not None:
         given["max_tokens"] = limit
     return SamplingParams(**{**ours, **defaults, **given})

@@ -1,6 +1,7 @@
-"""Engine outputs -> chunks (step 10), and chunks -> whole answers.
+"""Engine outputs -> chunks (step 10).
 
-There is one path: a whole answer is the sum of the chunks that a stream would have sent, so the two cannot differ.
+There is one path: a whole answer is the sum of the chunks that a stream would have sent (`whole_chat`), so the two
+cannot differ.
 """
 
 from __future__ import annotations
@@ -13,22 +14,20 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
-from candle_vllm.openai.conversation import text_of
+from candle_vllm.openai.answers import AnswerPlan
+from candle_vllm.openai.conversation import message_text
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
 from candle_vllm.openai.protocol.chat import (
-    ChatChoice,
-    ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
     ChunkChoice,
     PromptLogprobs,
 )
-from candle_vllm.openai.protocol.usage import PromptTokensDetails, Usage
+from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails, Usage
 
+_FORM, _IDS = "structured_outputs", "allowed_token_ids"  # how core's messages about these begin
 _DEAD_END = "no token may be chosen"  # how the sampler's message begins
 
 
@@ -53,6 +52,7 @@ class TokenCounts:
         self._prompts: dict[int, int] = {}
         self._cached: dict[int, int] = {}
         self._completion = 0
+        self.reasoning: int | None = None  # tokens of thoughts, where there may be any
         self._prompt_ms: int | UnsetType = UNSET
         self._completion_ms: int | UnsetType = UNSET
 
@@ -73,6 +73,7 @@ class TokenCounts:
             completion_tokens=self._completion,
             total_tokens=prompt + self._completion,
             prompt_tokens_details=PromptTokensDetails(sum(self._cached.values())),
+            completion_tokens_details=UNSET if self.reasoning is None else CompletionTokensDetails(self.reasoning),
             prompt_time_costs=self._prompt_ms if final else UNSET,
             completion_time_costs=self._completion_ms if final else UNSET,
         )
@@ -88,11 +89,17 @@ def _longer(known: int | UnsetType, start: float | None, end: float | None) -> i
     return max(round((end - start) * 1000), 0 if known is UNSET else known)
 
 
-def check_piece(piece: TokenOutput) -> None:
-    """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame."""
+def check_piece(piece: TokenOutput, form: str | None = None) -> None:
+    """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame.
+
+    `form` is the request's name for what core calls `structured_outputs`.
+    """
     if piece.finish_reason is FinishReason.ERROR:
         if _is_the_requests_fault(piece):
-            raise RequestError(piece.error or "the request cannot be continued")
+            message = piece.error or "the request cannot be continued"
+            if form is not None and message.startswith(_FORM):
+                raise RequestError(message.replace(_FORM, form, 1), form)
+            raise RequestError(message, _IDS if message.startswith(_IDS) else None)
         raise GenerationFailedError(piece.error or "the engine gave no reason")
     if piece.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
@@ -111,12 +118,23 @@ class ChatChunker:
     """
 
     def __init__(
-        self, head: Head, request: ChatCompletionRequest, prompt_token_ids: Sequence[int], *, whole: bool = False
+        self,
+        head: Head,
+        request: ChatCompletionRequest,
+        prompt_token_ids: Sequence[int],
+        plan: AnswerPlan,
+        *,
+        whole: bool = False,
     ) -> None:
         self._head = head
         self._request = request
+        self._readers = [plan.reader() for _ in range(request.sequences)]
+        self._may_reason = plan.may_reason
+        self._form = request.structured_field if request.structured() is not None else "tools"
+        # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
+        self._first_content = None if plan.tools else ""
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
-        self._echo = text_of(request.messages[-1].content) if request.echo else ""
+        self._echo = message_text(request.messages[-1]) if request.echo else ""
         self._usage_last = whole or request.include_usage
         self._counts = TokenCounts()
         self._started: set[int] = set()
@@ -124,14 +142,14 @@ class ChatChunker:
 
     def add(self, prompt: int, piece: TokenOutput) -> list[ChatCompletionChunk]:
         """The chunks that one piece makes; none when it has nothing to show."""
-        check_piece(piece)
+        check_piece(piece, self._form)
+        reader = self._readers[piece.index]
+        deltas = reader.read(piece)
         self._counts.add(prompt, piece, len(piece.token_ids))
+        if self._may_reason:
+            self._counts.reasoning = sum(one.reasoning_tokens for one in self._readers)
         chunks = [] if piece.index in self._started else self._first(piece)
-        ids = piece.token_ids if self._request.return_token_ids else UNSET
-        if piece.text or (piece.token_ids and (piece.logprobs is not None or ids is not UNSET)):
-            logprobs = None if piece.logprobs is None else chat_logprobs(piece.logprobs)
-            delta = ChatDelta(content=piece.text)
-            chunks.append(self._chunk(ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, token_ids=ids)))
+        chunks += self._news(piece, deltas)
         if piece.finish_reason is not None:
             self._unfinished -= 1
             chunks.append(
@@ -139,12 +157,28 @@ class ChatChunker:
                     ChunkChoice(
                         index=piece.index,
                         delta=ChatDelta(),
-                        finish_reason=piece.finish_reason.value,
+                        finish_reason=reader.finish_reason(piece),
                         stop_reason=piece.stop_reason,
                         token_ids=() if self._request.return_token_ids else UNSET,
                     )
                 )
             )
+        return chunks
+
+    def _news(self, piece: TokenOutput, deltas: list[ChatDelta]) -> list[ChatCompletionChunk]:
+        """One chunk per delta; the first has what there is to say of the tokens, which may be all there is."""
+        if self._readers[piece.index].hides:
+            piece = msgspec.structs.replace(piece, token_ids=(), logprobs=None)
+        ids = piece.token_ids if self._request.return_token_ids else UNSET
+        if not deltas and piece.token_ids and (piece.logprobs is not None or ids is not UNSET):
+            deltas = [ChatDelta(content="")]
+        chunks = []
+        for number, delta in enumerate(deltas):
+            choice = ChunkChoice(index=piece.index, delta=delta)
+            if number == 0:
+                logprobs = None if piece.logprobs is None else chat_logprobs(piece.logprobs)
+                choice = ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, token_ids=ids)
+            chunks.append(self._chunk(choice))
         return chunks
 
     def end(self) -> list[ChatCompletionChunk]:
@@ -160,7 +194,7 @@ class ChatChunker:
         shown: PromptLogprobs | UnsetType = UNSET
         if piece.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             shown = prompt_logprobs(piece.prompt_logprobs, self._request.prompt_logprobs)
-        role = ChunkChoice(index=piece.index, delta=ChatDelta(role="assistant", content=""))
+        role = ChunkChoice(index=piece.index, delta=ChatDelta(role="assistant", content=self._first_content))
         first = self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids)
         if not self._echo:
             return [first]
@@ -190,40 +224,6 @@ def check_complete(unfinished: int) -> None:
     """Raises when the engine's stream ended before its sequences did."""
     if unfinished:
         raise GenerationFailedError(f"the stream ended with {unfinished} sequences unfinished")
-
-
-def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
-    """The whole answer that `chunks`, the last of which has the usage, amount to."""
-    head, usage = chunks[0], chunks[-1].usage
-    assert isinstance(usage, Usage)
-    choices: dict[int, list[ChunkChoice]] = {}
-    for chunk in chunks:
-        for choice in chunk.choices:
-            choices.setdefault(choice.index, []).append(choice)
-    return ChatCompletion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        system_fingerprint=head.system_fingerprint,
-        choices=tuple(_join_choice(index, choices[index]) for index in sorted(choices)),
-        usage=usage,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
-        prompt_token_ids=head.prompt_token_ids,
-    )
-
-
-def _join_choice(index: int, parts: Sequence[ChunkChoice]) -> ChatChoice:
-    last = parts[-1]
-    assert last.finish_reason is not None
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return ChatChoice(
-        index=index,
-        message=ChatMessage(content="".join(part.delta.content or "" for part in parts)),
-        finish_reason=last.finish_reason,
-        logprobs=ChatLogprobs(tuple(entry for part in logprobs for entry in part.content)) if logprobs else None,
-        stop_reason=None if last.stop_reason is UNSET else last.stop_reason,
-        token_ids=join_token_ids([part.token_ids for part in parts]),
-    )
 
 
 def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TEMPLATE_KWARGS, invalid, unsupported
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, invalid, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Message, check_history
+from candle_vllm.openai.protocol.templating import TemplateFields
+from candle_vllm.openai.protocol.tool_use import ToolUse, tool_use
+from candle_vllm.openai.protocol.tools import Tool, ToolChoice, check_tools
 from candle_vllm.openai.protocol.usage import Usage
-
-# Arguments of the template call, which `chat_template_kwargs` must not shadow.
-_TEMPLATE_ARGUMENTS = frozenset({
-    "self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
-    "tokenize", "template", "conversation",
-})  # fmt: skip
-
-
-def _text_format(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") in ("json_object", "json_schema", "grammar", "structural_tag"):
-        raise unsupported("type", "structured output is not implemented yet; only 'text' is")
-    if value is not None and value != {"type": "text"}:
-        raise invalid("", 'must be {"type": "text"}')
-    return value
 
 
 def _text_modality(value: Any) -> Any:
@@ -34,11 +23,11 @@ def _text_modality(value: Any) -> Any:
     return value
 
 
-class ChatCompletionRequest(GenerationFields):
+class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
-    `max_completion_tokens` and `max_tokens` are two names of one limit, `thinking` and `enable_thinking` of one
-    template switch. None of either limit means: up to the model's context.
+    `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
+    `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -46,27 +35,17 @@ class ChatCompletionRequest(GenerationFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    response_format: Annotated[dict[str, str] | None, BeforeValidator(_text_format)] = None
     modalities: Annotated[list[str] | None, BeforeValidator(_text_modality)] = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    thinking: bool | None = None
-    enable_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("tools")
     @classmethod
-    def _template_names(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        if kwargs is not None and len(kwargs) > MAX_TEMPLATE_KWARGS:
-            raise invalid("", f"must have at most {MAX_TEMPLATE_KWARGS} entries, not {len(kwargs)}")
-        for name in kwargs or ():
-            if not name.isidentifier() or len(name) > 64:
-                raise invalid("", f"names template variables; {name!r:.70} cannot be one")
-            if name in _TEMPLATE_ARGUMENTS:
-                raise invalid(name, "cannot be set here; it is a part of every call of the template")
-        return kwargs
+    def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
+        check_tools(tools or ())
+        return tools
 
     @model_validator(mode="after")
     def _chat_rules(self) -> Self:
@@ -80,31 +59,12 @@ class ChatCompletionRequest(GenerationFields):
             raise invalid("echo", "repeats a last message of role assistant, and there is none")
         check_history(self.messages)
         self.template_kwargs()
+        self.tool_use()
         return self
 
-    def template_kwargs(self) -> dict[str, Any]:
-        """The template's variables: `chat_template_kwargs` and the fields that are variables too.
-
-        Templates know the thinking switch under two names, so both are set; effort "none" turns it off as well,
-        for templates that know the switch only. Raises where two of these contradict each other.
-        """
-        kwargs = dict(self.chat_template_kwargs or {})
-        for field in ("thinking", "enable_thinking"):
-            switch = getattr(self, field)
-            if switch is not None:
-                _agree(kwargs, field, "thinking", switch)
-                _agree(kwargs, field, "enable_thinking", switch)
-        if self.reasoning_effort is not None:
-            _agree(kwargs, "reasoning_effort", "reasoning_effort", self.reasoning_effort)
-        if self.reasoning_effort == "none":
-            _agree(kwargs, "reasoning_effort", "thinking", False)
-            _agree(kwargs, "reasoning_effort", "enable_thinking", False)
-        return kwargs
-
-
-def _agree(kwargs: dict[str, Any], field: str, name: str, value: Any) -> None:
-    if kwargs.setdefault(name, value) != value:
-        raise invalid(field, f"contradicts another setting of the template variable {name!r}")
+    def tool_use(self) -> ToolUse:
+        """What the request says about tools, in one piece."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -131,12 +91,29 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer."""
+class FunctionCallOut(msgspec.Struct, frozen=True):
+    """The called function; `arguments` is JSON text as the model wrote it, cut short where the answer was."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the model asks for; the result refers to its `id`."""
+
+    id: str
+    type: str = "function"
+    function: FunctionCallOut
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer; `content` is null where there are only tool calls or only thoughts."""
+
     role: str = "assistant"
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: tuple[ToolCallOut, ...] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,15 +131,15 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
-PromptLogprobs = tuple["dict[str, PromptLogprob] | None", ...]
-
-
 class PromptLogprob(msgspec.Struct, frozen=True):
     """vLLM's form of a prompt token's log-probability; keyed by the token id."""
 
     logprob: float
     rank: int
     decoded_token: str
+
+
+PromptLogprobs = tuple[dict[str, PromptLogprob] | None, ...]
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,11 +156,29 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
 
 
+class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new of a called function: its name once, then its arguments in pieces."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new of the call with this index; id and type stand in its first delta only."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCallDelta | None = None
+
+
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is new in one choice; the role stands in the first delta only."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[ToolCallDelta, ...] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -10,7 +11,14 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling.params import MAX_TOKENS
 from candle_vllm.openai.protocol.chat import PromptLogprobs
-from candle_vllm.openai.protocol.fields import MAX_CHOICES, MAX_PROMPTS, TokenId, invalid
+from candle_vllm.openai.protocol.fields import (
+    COMPLETION_REFUSED_FIELDS,
+    MAX_CHOICES,
+    MAX_PROMPTS,
+    Refusal,
+    TokenId,
+    invalid,
+)
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
 from candle_vllm.openai.protocol.usage import Usage
 
@@ -40,6 +48,8 @@ class CompletionRequest(GenerationFields):
 
     Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and adds nothing.
     """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = COMPLETION_REFUSED_FIELDS
 
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None

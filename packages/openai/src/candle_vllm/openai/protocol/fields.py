@@ -10,9 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
+_MAX_FIELD = 128  # characters of a field's path in an error
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024  # content parts of one message
 MAX_TOOL_CALLS = 128  # of one message
+MAX_TOOLS = 1024  # of one request; OpenAI's limit is 128, agents with several MCP servers bring hundreds
+MAX_TOOL_NAME = 64  # characters of a function's name: OpenAI's rule
+MAX_TOOLS_SIZE = 2 << 20  # characters of all tools of a request as JSON
+MAX_SCHEMA_DEPTH = 48  # lists and objects inside each other in one JSON schema
 MAX_DOCUMENTS = 256
 MAX_TEMPLATE_KWARGS = 64
 MAX_PROMPTS = 128  # of one completion request
@@ -37,21 +42,32 @@ class Refusal(NamedTuple):
         return value is None or any(type(value) is type(one) and value == one for one in self.neutral)
 
 
-_LATER_TOOLS = "tool calls are not implemented yet"
-_LATER_STRUCTURED = "structured output is not implemented yet"
-_OLD_FUNCTIONS = "OpenAI replaced it by tools, and tool calls are not implemented yet"
+_OLD_FUNCTIONS = "OpenAI replaced it by tools and tool_choice"
+_ONE_BACKEND = "there is one backend for structured output; use structured_outputs"
 _INTERNAL = "it belongs to another server's internals"
+_TEXT_ONLY = "the server takes text only"
+_NEVER_CUT = "prompts are never cut"
+_ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
+_CHAT_ONLY = "it belongs to chat requests"
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
-    "tools": Refusal(_LATER_TOOLS, ([],)),
-    "tool_choice": Refusal(_LATER_TOOLS, ("none", "auto")),
     "functions": Refusal(_OLD_FUNCTIONS, ([],)),
     "function_call": Refusal(_OLD_FUNCTIONS, ("none", "auto")),
-    "structured_outputs": Refusal(_LATER_STRUCTURED),
-    "guided_json": Refusal(_LATER_STRUCTURED),
-    "guided_regex": Refusal(_LATER_STRUCTURED),
-    "guided_choice": Refusal(_LATER_STRUCTURED),
-    "guided_grammar": Refusal(_LATER_STRUCTURED),
+    "guided_json": Refusal("use structured_outputs with json"),
+    "guided_regex": Refusal("use structured_outputs with regex"),
+    "guided_choice": Refusal("use structured_outputs with choice"),
+    "guided_grammar": Refusal("use structured_outputs with grammar"),
+    "guided_json_object": Refusal("use structured_outputs with json_object", (False,)),
+    "guided_whitespace_pattern": Refusal("use structured_outputs with whitespace_pattern"),
+    "guided_decoding_backend": Refusal(_ONE_BACKEND),
+    "json_schema": Refusal("use response_format, or structured_outputs with json"),
+    "grammar": Refusal("use structured_outputs with grammar"),
+    "ebnf": Refusal("use structured_outputs with grammar"),
+    "regex": Refusal("use structured_outputs with regex"),
+    "structural_tag": Refusal("use structured_outputs with structural_tag"),
+    "separate_reasoning": Refusal(_ALWAYS_APART, (True,)),
+    "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,)),
+    "thinking_token_budget": Refusal("a limit for reasoning alone is not implemented", (-1,)),
     "audio": Refusal("audio output is not implemented"),
     "prediction": Refusal("predicted output is not implemented"),
     "web_search_options": Refusal("the server searches no web"),
@@ -60,15 +76,37 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "use_beam_search": Refusal("beam search is not implemented", (False,)),
     "length_penalty": Refusal("beam search is not implemented", (1, 1.0)),
     "repeat_last_n": Refusal("penalties look at the whole text"),
-    "chat_template": Refusal("only the model's own template is used, because a template is a program"),
-    "chat_template_format": Refusal("only the model's own template is used"),
-    "mm_processor_kwargs": Refusal("the server takes text only", ({},)),
+    "repetition_detection": Refusal("only stop, stop_token_ids and max_tokens end a text early"),
+    "watermarking": Refusal("watermarks are not implemented", (False,)),
+    "logprob_token_ids": Refusal("only the likeliest tokens are reported"),
+    "chat_template_format": Refusal("templates are Jinja templates"),
+    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "media_io_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "return_mm_kwargs": Refusal(_TEXT_ONLY, (True,)),
+    "prompt_embeds": Refusal("prompts are texts or token ids"),
     "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,)),
     "return_tokens_as_token_ids": Refusal("use return_token_ids", (False,)),
-    "truncate_prompt_tokens": Refusal("prompts are never cut"),
+    "return_token_offsets": Refusal("use return_token_ids", (False,)),
+    "return_prompt_text": Refusal("use return_token_ids, which has the prompt's tokens", (False,)),
+    "truncate_prompt_tokens": Refusal(_NEVER_CUT),
+    "truncation_side": Refusal(_NEVER_CUT),
+    "stream_interval": Refusal("every piece is sent as soon as it is there", (1,)),
     "logits_processors": Refusal("a request cannot bring code", ([],)),
     "kv_transfer_params": Refusal(_INTERNAL, ({},)),
+    "ec_transfer_params": Refusal(_INTERNAL, ({},)),
+    "routed_experts_prompt_start": Refusal(_INTERNAL, (0,)),
     "vllm_xargs": Refusal(_INTERNAL, ({},)),
+}
+
+COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
+    **REFUSED_FIELDS,
+    "messages": Refusal(_CHAT_ONLY),
+    "tools": Refusal(_CHAT_ONLY, ([],)),
+    "tool_choice": Refusal(_CHAT_ONLY, ("none", "auto")),
+    "parallel_tool_calls": Refusal(_CHAT_ONLY, (True, False)),
+    "chat_template": Refusal(_CHAT_ONLY),
+    "chat_template_kwargs": Refusal(_CHAT_ONLY, ({},)),
+    "include_reasoning": Refusal(_CHAT_ONLY, (True,)),
 }
 
 ADVISORY_FIELDS: Mapping[str, str] = {
@@ -80,7 +118,7 @@ ADVISORY_FIELDS: Mapping[str, str] = {
     "prompt_cache_key": "routes to a warm cache; there is one prefix cache for all",
     "prompt_cache_retention": "bounds the cache's life; blocks stay until memory is needed",
     "prompt_cache_options": "sets cache breakpoints; every full block of every prompt is cached",
-    "parallel_tool_calls": "without tools there is nothing to allow",
+    "session_id": "routes related requests to one server; there is one",
     "verbosity": "a hint that open models are not trained on",
 }
 
@@ -90,7 +128,7 @@ def rule_error(kind: str, field: str, text: str) -> PydanticCustomError:
 
     `kind` is `unknown_field`, `unsupported_field` or `invalid_field`; `text` follows the path in the message.
     """
-    return PydanticCustomError(kind, "{text}", {"field": field, "text": text})  # pyright: ignore[reportArgumentType]
+    return PydanticCustomError(kind, "{text}", {"field": field[:_MAX_FIELD], "text": text})  # pyright: ignore[reportArgumentType]
 
 
 def unsupported(field: str, reason: str) -> PydanticCustomError:
@@ -116,7 +154,8 @@ class WireModel(BaseModel):
         if not isinstance(data, dict):
             return data
         cls.check_kind(data)
-        extra = [name for name in data if name not in cls.model_fields]
+        known = cls.wire_names()
+        extra = [name for name in data if name not in known]
         if not extra:
             return data
         for name in extra:
@@ -132,6 +171,11 @@ class WireModel(BaseModel):
         """Refuses objects of another kind before their names are looked at."""
 
     @classmethod
+    def wire_names(cls) -> set[str]:
+        """The names that an object of this kind may have."""
+        return {field.alias or name for name, field in cls.model_fields.items()}
+
+    @classmethod
     def _suggestion(cls, name: str) -> str:
-        near = difflib.get_close_matches(name[:MAX_NAME], [*cls.model_fields, *cls.refused_fields], n=1)
+        near = difflib.get_close_matches(name[:MAX_NAME], sorted({*cls.wire_names(), *cls.refused_fields}), n=1)
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.protocol.fields import (
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
@@ -22,6 +23,7 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     unsupported,
 )
+from candle_vllm.openai.protocol.structured import ResponseFormat, StructuredOutputs, blamed_field, structured_params
 
 Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
@@ -95,6 +97,8 @@ class GenerationFields(WireModel):
     ) = None
     bad_words: Annotated[list[Text], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -111,7 +115,7 @@ class GenerationFields(WireModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
     @field_validator("logit_bias", mode="before")
@@ -141,7 +145,17 @@ class GenerationFields(WireModel):
             raise invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
+        self.structured()
         return self
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the answer must look like; None when any text will do."""
+        return structured_params(self.response_format, self.structured_outputs)
+
+    @property
+    def structured_field(self) -> str:
+        """The path of what core calls `structured_outputs`, for errors that core finds later."""
+        return blamed_field(self.response_format, self.structured_outputs)
 
     @property
     def sequences(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
@@ -13,7 +13,6 @@ from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, 
 
 _OTHER_PARTS = frozenset({
     "image_url", "input_image", "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
-    "refusal",
 })  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -34,14 +33,42 @@ class TextPart(WireModel):
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text only")
 
 
+class RefusalPart(WireModel):
+    """What a model said when it refused; shown to the model like any other text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The text, by the name that it has in other parts."""
+        return self.refusal
+
+
 def _content_form(value: Any) -> str:
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
+def _part_form(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<refusal>" if kind == "refusal" else "<text>"
+
+
 # Tags in angle brackets are left out of the paths in error messages.
+_String = Annotated[str, Tag("<string>")]
 Content = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    _String | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_form),
+]
+_SpokenPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_form)
+]
+SpokenContent = Annotated[
+    _String | Annotated[list[_SpokenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_form),
+]
+ResultContent = Annotated[
+    _String | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_form),
 ]
 
@@ -63,41 +90,49 @@ class UserMessage(WireModel):
 
 
 class FunctionCall(WireModel):
-    """The function that an earlier answer called, with its arguments as JSON text."""
+    """The function that an earlier answer called, with its arguments as JSON text.
+
+    The text may be broken JSON, because a model wrote it: an answer that was cut short must not end a conversation.
+    `parsed_arguments` is what the official client makes of the text; it has no effect.
+    """
 
     name: Name
     arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _must_be_object(cls, arguments: str) -> str:
-        try:
-            value = decode_json(arguments or "{}", "the text")
-        except InvalidBodyError as error:
-            raise invalid("", f"must hold one JSON object as text, but {error}") from None
-        if not isinstance(value, dict):
-            raise invalid("", "must hold one JSON object as text")
-        return arguments
+    parsed_arguments: Any = None
 
     @property
-    def parsed(self) -> dict[str, Any]:
-        """The arguments as an object; empty text means none."""
-        return decode_json(self.arguments or "{}")
+    def template_arguments(self) -> dict[str, Any] | str:
+        """The arguments as an object, or the text as it stands where it holds none; empty and null mean none."""
+        try:
+            value = decode_json(self.arguments.strip() or "{}")
+        except InvalidBodyError:
+            return self.arguments
+        if value is None:
+            return {}
+        return value if isinstance(value, dict) else self.arguments
 
 
 class ToolCall(WireModel):
-    """A call in an assistant message."""
+    """A call in an assistant message; `index` is its place in a stream and has no effect."""
 
     id: Name
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: Annotated[int, Field(ge=0)] | None = None
 
 
 class AssistantMessage(WireModel):
-    """An earlier answer; `reasoning_content` and `reasoning` are two names for its thoughts."""
+    """An earlier answer; `reasoning_content` and `reasoning` are two names for its thoughts.
+
+    Attributes:
+        refusal: what the model said instead of an answer; shown to the model after the content.
+        parsed: what the official client makes of the content; no effect.
+    """
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: SpokenContent | None = None
+    refusal: str | None = None
+    parsed: Any = None
     name: Name | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -105,17 +140,16 @@ class AssistantMessage(WireModel):
 
     # Clients send answers back as they got them, so the fields of an answer may stand here when they are empty.
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "refusal": Refusal("refusals of other models cannot be shown to this one", ("",)),
         "annotations": Refusal("annotations cannot be shown to the model", ([],)),
         "audio": Refusal("the server takes text only"),
-        "function_call": Refusal("OpenAI replaced it by tool_calls"),
+        "function_call": Refusal("OpenAI replaced it by tool_calls, with an id"),
     }
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
         if self.reasoning is not None and self.reasoning_content not in (None, self.reasoning):
             raise invalid("reasoning", "and reasoning_content are two names of one field and must be equal")
-        if self.content is None and not self.tool_calls and not self.thoughts:
+        if self.content is None and not self.refusal and not self.tool_calls and not self.thoughts:
             raise invalid("content", "is required where an assistant message has no tool_calls")
         return self
 
@@ -126,12 +160,20 @@ class AssistantMessage(WireModel):
 
 
 class ToolMessage(WireModel):
-    """What a called function gave back."""
+    """What a called function gave back, which may be nothing: an empty text or no parts."""
 
     role: Literal["tool"]
-    content: Content
+    content: ResultContent
     tool_call_id: Name
     name: Name | None = None
+
+
+def _not_older(value: Any) -> Any:
+    if not isinstance(value, (dict, WireModel)):
+        raise invalid("", "must be an object with a role and content")
+    if isinstance(value, dict) and value.get("role") == "function":
+        raise unsupported("role", "OpenAI replaced 'function' by 'tool', with a tool_call_id")
+    return value
 
 
 def _role(value: Any) -> str | None:
@@ -152,6 +194,7 @@ Message = Annotated[
         custom_error_message="unknown role",
         custom_error_context={"field": "role", "text": f"must be one of {', '.join(_ROLES)}"},
     ),
+    BeforeValidator(_not_older),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +15,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         root: the model's own name, which `id` may be an alias of.
         max_model_len: most tokens of prompt and output together.
         modalities: what the model takes and gives.
+        tool_parser: the format that the model's tool calls are read in; null where it calls no tools.
+        reasoning_parser: the format that its thoughts are read in; null where they are not told apart.
     """
 
     id: str
@@ -23,6 +26,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "model"
     owned_by: str = "candle-vllm"
     modalities: tuple[str, ...] = ("text",)
+    tool_parser: str | UnsetType | None = UNSET
+    reasoning_parser: str | UnsetType | None = UNSET
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,10 +12,17 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the whole request: each prompt counted once, the output of every choice.
 
     Attributes:
+        completion_tokens_details: there where the model may have reasoned.
         prompt_time_costs: milliseconds from first work on the prompt to the first token; in final counts only.
         completion_time_costs: milliseconds from the first token to the last; in final counts only.
     """
@@ -24,5 +31,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
     prompt_time_costs: int | UnsetType = UNSET
     completion_time_costs: int | UnsetType = UNSET

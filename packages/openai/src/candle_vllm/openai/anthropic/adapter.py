@@ -1,0 +1,122 @@
+"""MessagesAdapter: Anthropic's Messages API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
+
+Requests are translated to OpenAI's and answers back; what lies between is OpenAI's (steps 2, 3 and 10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import Any
+
+from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
+from candle_vllm.openai.anthropic.habits import TemplateHabits, template_habits
+from candle_vllm.openai.anthropic.request import (
+    CountTokensRequest,
+    MessagesRequest,
+    ThinkingOn,
+    parse_count_tokens_request,
+    parse_messages_request,
+)
+from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
+from candle_vllm.openai.anthropic.translation import Translation, blame, blamed_on, translate
+from candle_vllm.openai.anthropic.turns import needs_habits
+from candle_vllm.openai.piece_streams import ChunkStream
+from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+
+Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
+
+
+class MessagesAdapter:
+    """Answers Anthropic's requests.
+
+    Requests are plain objects, or come from `parse_messages_request` and `parse_count_tokens_request`. Every method
+    raises what `OpenAIAdapter` raises; `to_anthropic_error` turns it into an answer.
+    """
+
+    def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Fields | None = None) -> None:
+        """
+        Args:
+            adapter: answers the translated requests.
+            sampling_defaults: for OpenAI's sampling fields that a request leaves open; they go before the model's own.
+        """
+        self._adapter = adapter
+        self._sampling_defaults = dict(sampling_defaults or {})
+        self._habits: TemplateHabits | None = None  # found out when a request needs them
+
+    async def create(self, request: MessagesRequest | Fields) -> Message:
+        """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
+        async with aclosing(await self.create_stream(request)) as events:
+            return join_message([event async for event in events])
+
+    async def create_stream(self, request: MessagesRequest | Fields) -> MessageStream:
+        """Submits the request and gives its events as they come; close the stream to abort it."""
+        parsed = request if isinstance(request, MessagesRequest) else parse_messages_request(request)
+        made = await self._translate(parsed)
+        with blamed_on(made.messages, made.tools):
+            try:
+                chunks, bound = await self._adapter.chat_stream(made.chat), False
+            except PromptTooLongError as error:
+                if error.param != "max_tokens":
+                    raise
+                # As Anthropic's models do: the answer goes on up to the context's end, and says that it ended there.
+                chat = made.chat.model_copy(update={"max_tokens": None})
+                chunks, bound = await self._unbound(chat), True
+        shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
+        return MessageStream(chunks, EventWriter(show_thinking=shown, context_bound=bound), made)
+
+    async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
+        """The tokens of the prompt that `create` would make, found in the cache or not; nothing is generated."""
+        parsed = request if isinstance(request, CountTokensRequest) else parse_count_tokens_request(request)
+        made = await self._translate(parsed)
+        with blamed_on(made.messages, made.tools):
+            return TokenCount(await self._adapter.count_chat_tokens(made.chat))
+
+    async def _unbound(self, chat: Any) -> ChunkStream[ChatCompletionChunk]:
+        try:
+            return await self._adapter.chat_stream(chat)
+        except PromptTooLongError as error:
+            error.param = "messages"
+            raise
+
+    async def _translate(self, request: MessagesRequest | CountTokensRequest) -> Translation:
+        """Not in the event loop: conversations may be long, and are checked again."""
+        if self._habits is None and needs_habits(request.messages):
+            self._habits = await template_habits(self._adapter)
+        return await asyncio.to_thread(
+            translate, request, habits=self._habits or TemplateHabits(), sampling_defaults=self._sampling_defaults
+        )
+
+
+class MessageStream:
+    """The events of one answer. Close it (`aclose`) when the reader goes away: that aborts the request.
+
+    It closes itself when it ends or fails.
+    """
+
+    def __init__(self, chunks: ChunkStream[ChatCompletionChunk], writer: EventWriter, made: Translation) -> None:
+        self._chunks = chunks
+        self._writer = writer
+        self._made = made
+        self._ready: deque[MessageEvent] = deque()
+
+    def __aiter__(self) -> MessageStream:
+        return self
+
+    async def __anext__(self) -> MessageEvent:
+        while not self._ready:
+            try:
+                self._ready.extend(self._writer.add(await anext(self._chunks)))
+            except RequestError as error:
+                blame(error, self._made.messages, self._made.tools)
+                raise
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """Ends the stream and aborts the request if it is still running."""
+        self._ready.clear()
+        await self._chunks.aclose()

@@ -1,0 +1,213 @@
+"""Content blocks of Anthropic's requests (step 2).
+
+Text, what a model thought, the calls it made, and their results can be read. Every other type is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+
+from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
+
+_USER = ("text", "tool_result")
+_ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
+_RESULT = ("text", "tool_reference")
+_SYSTEM = ("text",)
+_OURS = frozenset({*_USER, *_ASSISTANT, *_RESULT})
+_MEDIA = frozenset({"image", "document", "search_result", "container_upload"})
+_HOSTED = frozenset({
+    "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
+    "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result",
+    "mcp_tool_use", "mcp_tool_result", "tool_addition", "tool_removal", "browser_state", "compaction", "fallback",
+})  # fmt: skip
+
+CacheControl = dict[str, Any]
+
+
+class TextBlock(WireModel):
+    """Text. The cache mark has no effect, because every full block is cached; nor has `parsed_output`.
+
+    `parsed_output` is what the official client makes of an answer's text.
+    """
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    parsed_output: Any = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "citations": Refusal("citations cannot be shown to the model", ([],))
+    }
+
+
+class WrittenBlock(TextBlock):
+    """Text of a user or of a system prompt, which says something."""
+
+    text: Annotated[str, Field(min_length=1)]
+
+
+class ThinkingBlock(WireModel):
+    """What a model thought; the signature is not looked at."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class RedactedThinkingBlock(WireModel):
+    """Thoughts that only Anthropic can read; left out."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class _Caller(WireModel):
+    """Who called a tool: the model itself."""
+
+    type: Literal["direct"]
+
+
+class ToolUseBlock(WireModel):
+    """A call that an earlier answer made."""
+
+    type: Literal["tool_use"]
+    id: Name
+    name: Name
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: _Caller | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("there are no toolsets")}
+
+    @field_validator("input")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:  # objects of Python that are no JSON
+            raise invalid("", f"must be JSON: {error}") from None
+        return value
+
+
+class ToolReferenceBlock(WireModel):
+    """A tool that a search found; the model reads its name."""
+
+    type: Literal["tool_reference"]
+    tool_name: Name
+    cache_control: CacheControl | None = None
+
+    @property
+    def text(self) -> str:
+        """What the model reads."""
+        return f"Tool: {self.tool_name}"
+
+
+def type_of(value: Any) -> str:
+    """The `type` of an object that has one; raises the error that pydantic reports where there is none."""
+    if isinstance(value, WireModel):
+        return str(getattr(value, "type", ""))
+    if not isinstance(value, dict):
+        raise invalid("", "must be an object with a type")
+    if "type" not in value:
+        raise invalid("type", "is required")
+    if not isinstance(value["type"], str):
+        raise invalid("type", "must be a string")
+    return value["type"]
+
+
+def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
+    """A check that an object's type is one of `allowed`; null passes."""
+
+    def check(value: Any) -> Any:
+        if value is not None and (kind := type_of(value)) not in allowed:
+            raise invalid("type", f"must be one of {', '.join(allowed)}, not {kind!r:.60}")
+        return value
+
+    return check
+
+
+def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
+    """A check that a block's type is one of `allowed`; `place` is where the block stands, in words."""
+
+    def check(value: Any) -> Any:
+        kind = type_of(value)
+        if kind in allowed:
+            return value
+        if kind in _MEDIA:
+            raise unsupported("type", f"{kind!r} blocks cannot be read, the server takes text only")
+        if kind in _HOSTED:
+            raise unsupported("type", f"{kind!r} blocks are of Anthropic's own service, whose tools are not run here")
+        if kind in _OURS:
+            raise invalid("type", f"must be one of {', '.join(allowed)} in {place}, not {kind!r}")
+        raise invalid("type", f"must be one of {', '.join(allowed)}, not {kind!r:.60}")
+
+    return check
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>"
+
+
+def _form(value: Any) -> str:
+    return "<blocks>" if isinstance(value, list) else "<string>"
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+_ResultBlock = Annotated[
+    Annotated[TextBlock, Tag("<text>")] | Annotated[ToolReferenceBlock, Tag("<tool_reference>")],
+    Discriminator(_kind),
+    BeforeValidator(_checked(_RESULT, "a tool_result")),
+]
+_ResultContent = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[_ResultBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
+    Discriminator(_form),
+]
+
+
+class ToolResultBlock(WireModel):
+    """What a called tool gave back, which may be nothing; `is_error` says that it failed."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Name
+    content: _ResultContent | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("there are no toolsets")}
+
+
+_SystemBlock = Annotated[WrittenBlock, BeforeValidator(_checked(_SYSTEM, "a system prompt"))]
+_UserBlock = Annotated[
+    Annotated[WrittenBlock, Tag("<text>")] | Annotated[ToolResultBlock, Tag("<tool_result>")],
+    Discriminator(_kind),
+    BeforeValidator(_checked(_USER, "a user message")),
+]
+_AssistantBlock = Annotated[
+    Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[RedactedThinkingBlock, Tag("<redacted_thinking>")]
+    | Annotated[ToolUseBlock, Tag("<tool_use>")],
+    Discriminator(_kind),
+    BeforeValidator(_checked(_ASSISTANT, "an assistant message")),
+]
+_String = Annotated[str, Tag("<string>")]
+_Words = Annotated[str, Field(min_length=1), Tag("<string>")]
+
+SystemContent = Annotated[
+    _String | Annotated[list[_SystemBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
+    Discriminator(_form),
+]
+UserContent = Annotated[
+    _Words | Annotated[list[_UserBlock], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
+    Discriminator(_form),
+]
+AssistantContent = Annotated[
+    _String | Annotated[list[_AssistantBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<blocks>")],
+    Discriminator(_form),
+]

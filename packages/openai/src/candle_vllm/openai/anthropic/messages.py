@@ -1,0 +1,122 @@
+"""The messages of Anthropic's requests, and the rules that tie calls to their results (step 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag, model_validator
+
+from candle_vllm.openai.anthropic.blocks import (
+    AssistantContent,
+    SystemContent,
+    ToolResultBlock,
+    ToolUseBlock,
+    UserContent,
+)
+from candle_vllm.openai.protocol.fields import WireModel, invalid
+
+_ROLES = ("user", "assistant", "system")
+
+
+class UserMessage(WireModel):
+    """What the user said, and what tools gave back."""
+
+    role: Literal["user"]
+    content: UserContent
+
+
+class AssistantMessage(WireModel):
+    """An earlier answer; as the last message, the beginning of the next one. An answer may have been empty."""
+
+    role: Literal["assistant"]
+    content: AssistantContent
+
+
+class _TurnConfig(WireModel):
+    """Settings from this message on; an effort has no effect, as in `output_config`."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class SystemMessage(WireModel):
+    """Instructions in the middle of a conversation.
+
+    `clear_at: "next_user_message"` means that they are shown until a user message follows.
+    """
+
+    role: Literal["system"]
+    content: SystemContent | None = None
+    clear_at: Literal["next_user_message", "never"] | None = None
+    output_config: _TurnConfig | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> SystemMessage:
+        if self.content is None and self.output_config is None:
+            raise invalid("content", "is required")
+        return self
+
+
+def _role(value: Any) -> str | None:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return f"<{role}>" if role in _ROLES else None
+
+
+Message = Annotated[
+    Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[SystemMessage, Tag("<system>")],
+    Discriminator(
+        _role,
+        custom_error_type="invalid_field",
+        custom_error_message="unknown role",
+        custom_error_context={"field": "role", "text": f"must be one of {', '.join(_ROLES)}"},
+    ),
+]
+
+
+def check_history(messages: Sequence[Message]) -> None:
+    """Every call is answered in the turn after it, once, and nothing else is; results stand before text.
+
+    Consecutive messages of one role are one turn, and system messages do not end a turn. Raises the error that
+    pydantic reports.
+    """
+    used: set[str] = set()
+    pending: dict[str, None] = {}
+    answered_in: int | None = None  # the first user message behind the calls
+    for index, message in enumerate(messages):
+        if isinstance(message, AssistantMessage):
+            if answered_in is not None:
+                _all_answered(pending, answered_in)
+            answered_in = None
+            for place, block in _blocks(message, ToolUseBlock):
+                if block.id in used:
+                    raise invalid(f"messages.{index}.content.{place}.id", f"{block.id!r:.80} is already another call's")
+                used.add(block.id)
+                pending[block.id] = None
+        elif isinstance(message, UserMessage):
+            answered_in = index if answered_in is None else answered_in
+            _take_results(message, index, pending)
+    if pending:
+        _all_answered(pending, len(messages) - 1 if answered_in is None else answered_in)
+
+
+def _take_results(message: UserMessage, index: int, pending: dict[str, None]) -> None:
+    for number, (place, block) in enumerate(_blocks(message, ToolResultBlock)):
+        here = f"messages.{index}.content.{place}"
+        if number != place:
+            raise invalid(f"{here}.type", "tool_result must stand before the text of its message")
+        if block.tool_use_id not in pending:
+            raise invalid(f"{here}.tool_use_id", f"{block.tool_use_id!r:.80} answers no tool_use of the turn before")
+        del pending[block.tool_use_id]
+
+
+def _blocks(message: UserMessage | AssistantMessage, kind: type[Any]) -> Iterator[tuple[int, Any]]:
+    if not isinstance(message.content, str):
+        yield from ((place, block) for place, block in enumerate(message.content) if isinstance(block, kind))
+
+
+def _all_answered(pending: Mapping[str, None], index: int) -> None:
+    if pending:
+        missing = ", ".join(repr(one)[:80] for one in list(pending)[:5])
+        raise invalid(f"messages.{index}.content", f"leaves tool_use blocks without a tool_result: {missing}")

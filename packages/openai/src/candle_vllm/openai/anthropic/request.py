@@ -1,0 +1,164 @@
+"""Anthropic's requests: bytes to a checked object (step 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of, type_of
+from candle_vllm.openai.anthropic.fields import REFUSED_COUNT_FIELDS, REFUSED_MESSAGES_FIELDS
+from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
+from candle_vllm.openai.anthropic.tools import AnyTool, ToolChoice
+from candle_vllm.openai.parsing import parse_body
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.generation import MaxTokens, Text
+from candle_vllm.openai.protocol.tools import check_depth
+
+MIN_BUDGET = 1024  # Anthropic's least `budget_tokens`
+
+_Display = Literal["summarized", "omitted", "updates"]
+
+
+class ThinkingOn(WireModel):
+    """The model thinks (`enabled`), or decides itself (`adaptive`); templates know one switch for both.
+
+    Attributes:
+        budget_tokens: checked and without effect: thoughts have no limit of their own, `max_tokens` ends them.
+        display: `omitted` leaves their text out of the answer; else they are shown as they come.
+        block_binding: about signatures, which are not looked at; no effect.
+    """
+
+    type: Literal["enabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=MIN_BUDGET, le=caps.MAX_TOKENS)] | None = None
+    display: _Display | None = None
+    block_binding: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _budget_of_its_kind(self) -> Self:
+        if self.type == "enabled" and self.budget_tokens is None:
+            raise invalid("budget_tokens", "is required where the type is 'enabled'")
+        if self.type == "adaptive" and self.budget_tokens is not None:
+            raise invalid("budget_tokens", "belongs to the type 'enabled'")
+        return self
+
+
+class ThinkingOff(WireModel):
+    """The model is told not to think; thoughts of one that cannot be told are left out of the answer."""
+
+    type: Literal["disabled"]
+
+
+def _thinking(value: Any) -> str:
+    return "<off>" if type_of(value) == "disabled" else "<on>"
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+Thinking = Annotated[
+    Annotated[ThinkingOn, Tag("<on>")] | Annotated[ThinkingOff, Tag("<off>")],
+    Discriminator(_thinking),
+    BeforeValidator(one_of(("enabled", "adaptive", "disabled"))),
+]
+
+
+class JsonFormat(WireModel):
+    """JSON that follows a schema; the model is not shown the schema."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+    @field_validator("json_schema")
+    @classmethod
+    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        check_depth(schema)
+        return schema
+
+
+class OutputConfig(WireModel):
+    """The form of the answer; `effort` has no effect, because templates differ in the efforts that they take."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JsonFormat | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "task_budget": Refusal("the model is not told of budgets; use max_tokens")
+    }
+
+
+class Metadata(WireModel):
+    """Names the caller's user; no effect."""
+
+    user_id: str | None = None
+
+
+class PromptRequest(WireModel):
+    """What the model sees, and the fields that both requests share. None always means absent."""
+
+    model: Name
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    system: SystemContent | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+    # ADVISORY_MESSAGES_FIELDS: checked and without effect.
+    cache_control: CacheControl | None = None
+    context_management: dict[str, Any] | None = None
+    speed: Literal["standard", "fast"] | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
+
+    @model_validator(mode="after")
+    def _history_fits(self) -> Self:
+        check_history(self.messages)
+        last = self.messages[-1]
+        if isinstance(last, AssistantMessage) and last.content:
+            end = last.content if isinstance(last.content, str) else getattr(last.content[-1], "text", "")
+            if end and end[-1].isspace():
+                place = f"messages.{len(self.messages) - 1}.content"
+                raise invalid(place, "is the beginning of the answer and must not end with white space")
+        return self
+
+
+class MessagesRequest(PromptRequest):
+    """A conversation to continue: `POST /v1/messages`."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_MESSAGES_FIELDS
+
+    max_tokens: MaxTokens
+    stream: bool | None = None
+    stop_sequences: Annotated[list[Text], Field(max_length=caps.MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=caps.MAX_TOP_K)] | None = None
+
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    diagnostics: dict[str, Any] | None = None
+    inference_geo: str | None = None
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> Self:
+        budget = getattr(self.thinking, "budget_tokens", None)
+        if budget is not None and budget >= self.max_tokens:
+            raise invalid("thinking.budget_tokens", f"must be less than max_tokens, which is {self.max_tokens}")
+        return self
+
+
+class CountTokensRequest(PromptRequest):
+    """A conversation whose tokens are counted: `POST /v1/messages/count_tokens`."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
+
+
+def parse_messages_request(body: bytes | Mapping[str, Any]) -> MessagesRequest:
+    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(MessagesRequest, body)
+
+
+def parse_count_tokens_request(body: bytes | Mapping[str, Any]) -> CountTokensRequest:
+    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(CountTokensRequest, body)

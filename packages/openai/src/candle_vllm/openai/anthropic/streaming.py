@@ -1,0 +1,195 @@
+"""OpenAI's chunks -> Anthropic's events, and those -> the whole message (step 10).
+
+There is one path: a whole message is the sum of the events that a stream would have sent, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from candle_vllm.openai.anthropic.answers import (
+    SIGNATURE,
+    ContentBlock,
+    ContentBlockDelta,
+    ContentBlockStart,
+    ContentBlockStop,
+    InputJsonDelta,
+    Message,
+    MessageDelta,
+    MessageEvent,
+    MessageStart,
+    MessageStop,
+    OutputTokensDetails,
+    Ping,
+    SignatureDelta,
+    StopDelta,
+    TextBlock,
+    TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
+    ToolUseBlock,
+    Usage,
+)
+from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
+from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChunkChoice, ToolCallDelta
+from candle_vllm.openai.protocol.usage import Usage as ChatUsage
+
+_Kind = Literal["text", "thinking"]
+
+
+class EventWriter:
+    """The events of one answer.
+
+    Blocks follow each other: one is closed before the next begins. White space between blocks is left out, because
+    clients send blocks back and this API takes none without text.
+
+    Args:
+        show_thinking: whether thoughts are shown; where not, their blocks are empty.
+        context_bound: the answer may go on up to the context's end, because `max_tokens` lies behind it.
+    """
+
+    def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:
+        self._show_thinking = show_thinking
+        self._context_bound = context_bound
+        self._started = False
+        self._index = -1
+        self._open: _Kind | ToolInput | None = None
+        self._space: tuple[_Kind, str] | None = None  # white space that may be the beginning of a block
+        self._stop: StopDelta | None = None
+
+    def add(self, chunk: ChatCompletionChunk) -> list[MessageEvent]:
+        """The events that one chunk makes; every chunk must have its counts."""
+        assert isinstance(chunk.usage, ChatUsage)
+        events: list[MessageEvent] = []
+        if not self._started:
+            self._started = True
+            message = Message(
+                id="msg_" + chunk.id.removeprefix("chatcmpl-"),
+                model=chunk.model,
+                content=(),
+                usage=_usage(chunk.usage),
+            )
+            events += [MessageStart(message=message), Ping()]
+        if not chunk.choices:  # the last one
+            assert self._stop is not None
+            return [*events, MessageDelta(delta=self._stop, usage=_usage(chunk.usage)), MessageStop()]
+        choice = chunk.choices[0]
+        if choice.delta.reasoning_content:
+            events += self._say("thinking", choice.delta.reasoning_content)
+        if choice.delta.content:
+            events += self._say("text", choice.delta.content)
+        for call in choice.delta.tool_calls or ():
+            events += self._call(call)
+        if choice.finish_reason is not None:
+            events += self._close(cut=choice.finish_reason != "tool_calls")
+            self._stop = self._stopped(choice)
+        return events
+
+    def _say(self, kind: _Kind, text: str) -> list[MessageEvent]:
+        if self._open == kind:
+            return self._words(kind, text)
+        if self._space is not None and self._space[0] == kind:
+            text = self._space[1] + text
+        if not text.strip():
+            self._space = kind, text
+            return []
+        block = TextBlock(text="") if kind == "text" else ThinkingBlock(thinking="", signature="")
+        if self._index >= 0:
+            text = text.lstrip()
+        return [*self._close(), *self._begin(kind, block), *self._words(kind, text)]
+
+    def _words(self, kind: _Kind, text: str) -> list[MessageEvent]:
+        if kind == "text":
+            return [ContentBlockDelta(index=self._index, delta=TextDelta(text=text))]
+        if not self._show_thinking:
+            return []
+        return [ContentBlockDelta(index=self._index, delta=ThinkingDelta(thinking=text))]
+
+    def _call(self, call: ToolCallDelta) -> list[MessageEvent]:
+        events: list[MessageEvent] = []
+        function = call.function
+        if call.id is not None:
+            name = (function and function.name) or ""
+            block = ToolUseBlock(id=call.id, name=name, input={})
+            events += [*self._close(), *self._begin(ToolInput(), block)]
+        if function is not None and function.arguments:
+            assert isinstance(self._open, ToolInput)
+            events += self._json(self._open.feed(function.arguments))
+        return events
+
+    def _json(self, text: str) -> list[MessageEvent]:
+        return [ContentBlockDelta(index=self._index, delta=InputJsonDelta(partial_json=text))] if text else []
+
+    def _begin(self, kind: _Kind | ToolInput, block: ContentBlock) -> list[MessageEvent]:
+        self._index += 1
+        self._open, self._space = kind, None
+        return [ContentBlockStart(index=self._index, content_block=block)]
+
+    def _close(self, *, cut: bool = False) -> list[MessageEvent]:
+        """`cut`: the answer ends here, and not where the model was done with a call."""
+        kind, self._open, self._space = self._open, None, None
+        if kind is None:
+            return []
+        events: list[MessageEvent] = []
+        if kind == "thinking":
+            events.append(ContentBlockDelta(index=self._index, delta=SignatureDelta(signature=SIGNATURE)))
+        elif isinstance(kind, ToolInput):
+            events += self._json(kind.finish(cut=cut))
+        return [*events, ContentBlockStop(index=self._index)]
+
+    def _stopped(self, choice: ChunkChoice) -> StopDelta:
+        if choice.finish_reason == "tool_calls":
+            return StopDelta(stop_reason="tool_use")
+        if choice.finish_reason == "length":
+            bound = self._context_bound
+            return StopDelta(stop_reason="model_context_window_exceeded" if bound else "max_tokens")
+        if isinstance(choice.stop_reason, str):
+            return StopDelta(stop_reason="stop_sequence", stop_sequence=choice.stop_reason)
+        return StopDelta(stop_reason="end_turn")
+
+
+def _usage(counts: ChatUsage) -> Usage:
+    cached, details = counts.prompt_tokens_details.cached_tokens, counts.completion_tokens_details
+    return Usage(
+        input_tokens=counts.prompt_tokens - cached,
+        cache_read_input_tokens=cached,
+        output_tokens=counts.completion_tokens,
+        output_tokens_details=UNSET if details is UNSET else OutputTokensDetails(details.reasoning_tokens),
+    )
+
+
+def join_message(events: Sequence[MessageEvent]) -> Message:
+    """The whole message that `events` amount to."""
+    start = events[0]
+    assert isinstance(start, MessageStart)
+    message, blocks = start.message, list[ContentBlock]()
+    deltas: list[list[ContentBlockDelta]] = []
+    for event in events:
+        if isinstance(event, ContentBlockStart):
+            blocks.append(event.content_block)
+            deltas.append([])
+        elif isinstance(event, ContentBlockDelta):
+            deltas[event.index].append(event)
+        elif isinstance(event, MessageDelta):
+            message = replace(
+                message,
+                stop_reason=event.delta.stop_reason,
+                stop_sequence=event.delta.stop_sequence,
+                usage=event.usage,
+            )
+    return replace(message, content=tuple(_filled(block, news) for block, news in zip(blocks, deltas, strict=True)))
+
+
+def _filled(block: ContentBlock, news: Sequence[ContentBlockDelta]) -> ContentBlock:
+    deltas = [one.delta for one in news]
+    if isinstance(block, TextBlock):
+        return TextBlock(text="".join(one.text for one in deltas if isinstance(one, TextDelta)))
+    if isinstance(block, ThinkingBlock):
+        thoughts = "".join(one.thinking for one in deltas if isinstance(one, ThinkingDelta))
+        return ThinkingBlock(thinking=thoughts, signature=SIGNATURE)
+    text = "".join(one.partial_json for one in deltas if isinstance(one, InputJsonDelta))
+    return replace(block, input=parsed_input(text))

@@ -1,0 +1,232 @@
+"""The arguments of a call as they come -> JSON text of an object that clients can read at every moment (step 10).
+
+Clients of this API parse a call's input while it streams, and fail on text that is no JSON. Models write such text. So
+names and texts at the top of the object are passed on as they come, every other value when it is complete. Where the
+text turns out to be no JSON object, the whole of it is added as a member `INVALID_JSON`: no schema of a tool has that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pydantic_core import from_json
+
+from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
+
+INVALID = "INVALID_JSON"
+_SPACE = " \t\r\n"
+_PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
+_STRUCTURE = re.compile(r'["\[\]{}]')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_SCALAR_END = re.compile(r"[,}\s]")
+_HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
+_LOW = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_UNIT = re.compile(r"\\u[0-9a-fA-F]{4}")
+_ESCAPES = '"\\/bfnrt'
+_REPLACED = "\\ufffd"  # for half of a surrogate pair
+
+
+class _Broken(Exception):
+    """The text is no JSON object."""
+
+
+class ToolInput:
+    """The input of one call."""
+
+    def __init__(self) -> None:
+        self._raw: list[str] = []
+        self._text = ""  # what has come and is not taken
+        self._held = ""  # what stands before the next value, to be passed on with it
+        self._scan = _Scan()
+        self._has_members = self._begun = self._complete = self._in_text = self._broken = False
+        self._state: Callable[[list[str]], bool] = self._begin
+
+    def feed(self, text: str) -> str:
+        """Takes more of the arguments; returns what can be passed on."""
+        self._raw.append(text)
+        if self._broken or self._complete:
+            return ""
+        self._text += text
+        parts: list[str] = []
+        try:
+            while not self._complete and self._state(parts):
+                pass
+        except _Broken:
+            self._broken = True
+        return "".join(parts)
+
+    def finish(self, *, cut: bool) -> str:
+        """The call is over; returns the rest. A call that was `cut` stays open where it was right so far."""
+        raw = "".join(self._raw)
+        if self._complete or (not self._broken and (cut or not raw.strip())):
+            return ""
+        bridge = '"' if self._in_text else ""
+        bridge += ", " if self._has_members or self._in_text else ""
+        readable = raw.encode(errors="replace").decode()  # halves of surrogate pairs cannot be sent
+        member = f"{json.dumps(INVALID)}: {json.dumps(readable)}"
+        return f"{bridge if self._begun else '{'}{member}}}"
+
+    # Each state takes what it can of the text; False where it needs more to go on.
+
+    def _begin(self, parts: list[str]) -> bool:
+        if not self._skip():
+            return False
+        self._take("{")
+        parts.append("{")
+        self._begun = True
+        self._state = self._name
+        return True
+
+    def _name(self, parts: list[str]) -> bool:
+        if not self._skip():
+            return False
+        if self._text[0] == "}":
+            return self._close(parts)
+        if self._text[0] != '"':
+            raise _Broken
+        match = _STRING.match(self._text)
+        rest = "" if match is None else self._text[match.end() :].lstrip(_SPACE)
+        if match is None or not rest:
+            return False
+        _check(match[0])
+        self._held += f"{match[0]}: "
+        self._text = rest
+        self._take(":")
+        self._state = self._value
+        return True
+
+    def _value(self, parts: list[str]) -> bool:
+        if not self._scan.place and not self._skip():
+            return False
+        if self._text[0] == '"':
+            parts.append(self._held + '"')
+            self._held, self._text = "", self._text[1:]
+            self._in_text = True
+            self._state = self._string
+            return True
+        end = self._scan.end(self._text)
+        if end is None:
+            return False
+        _check(self._text[:end])
+        parts.append(self._held + self._text[:end])
+        self._text = self._text[end:]
+        return self._end_of_member()
+
+    def _string(self, parts: list[str]) -> bool:
+        plain = _PLAIN.match(self._text)
+        assert plain is not None
+        parts.append(plain[0])
+        self._text = self._text[plain.end() :]
+        if not self._text:
+            return False
+        if self._text[0] != '"':
+            text, length = _escaped(self._text)
+            parts.append(text)
+            self._text = self._text[length:]
+            return length > 0
+        parts.append('"')
+        self._text = self._text[1:]
+        self._in_text = False
+        return self._end_of_member()
+
+    def _end_of_member(self) -> bool:
+        self._held, self._scan, self._has_members = "", _Scan(), True
+        self._state = self._next
+        return True
+
+    def _next(self, parts: list[str]) -> bool:
+        if not self._skip():
+            return False
+        if self._text[0] == "}":
+            return self._close(parts)
+        self._take(",")
+        self._held = ", "
+        self._state = self._name
+        return True
+
+    def _close(self, parts: list[str]) -> bool:
+        parts.append("}")
+        self._complete = True
+        return False
+
+    def _skip(self) -> bool:
+        self._text = self._text.lstrip(_SPACE)
+        return bool(self._text)
+
+    def _take(self, character: str) -> None:
+        if self._text[0] != character:
+            raise _Broken
+        self._text = self._text[1:]
+
+
+class _Scan:
+    """Looks for the end of a value that is no text; goes on where it was when there is more."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        self._depth = 0
+
+    def end(self, text: str) -> int | None:
+        """Where the value at the beginning of `text` ends; None where it is not complete."""
+        if text[0] not in "[{":
+            match = _SCALAR_END.search(text)
+            return None if match is None else match.start()
+        while (match := _STRUCTURE.search(text, self.place)) is not None:
+            if match[0] == '"':
+                string = _STRING.match(text, match.start())
+                if string is None:
+                    self.place = match.start()
+                    return None
+                self.place = string.end()
+                continue
+            self.place = match.end()
+            self._depth += 1 if match[0] in "[{" else -1
+            if self._depth == 0:
+                return self.place
+        self.place = len(text)
+        return None
+
+
+def _escaped(text: str) -> tuple[str, int]:
+    """What stands for the escape, or for the character that needs one, and how long it is; 0 where more is needed."""
+    if text[0] != "\\":
+        return (_REPLACED if text[0] > "\x1f" else json.dumps(text[0])[1:-1]), 1
+    if len(text) < 2 or (text[1] == "u" and len(text) < 6):
+        return "", 0
+    if text[1] in _ESCAPES:
+        return text[:2], 2
+    if _UNIT.match(text) is None:
+        return "\\\\", 1
+    if _HIGH.match(text) is not None:
+        if len(text) < 12 and '"' not in text:
+            return "", 0
+        return (text[:12], 12) if _LOW.match(text, 6) else (_REPLACED, 6)
+    return (_REPLACED, 6) if _LOW.match(text) else (text[:6], 6)
+
+
+def _check(text: str) -> None:
+    """Raises where the text is no JSON value that every client can read."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        if is_deeper(value, MAX_DEPTH - 1) or _has_wide_integer(value):
+            raise _Broken
+    except (ValueError, RecursionError):  # also halves of surrogate pairs
+        raise _Broken from None
+
+
+def _has_wide_integer(value: Any) -> bool:
+    """Integers of more than 64 bits, which answers cannot have."""
+    if isinstance(value, dict):
+        return any(map(_has_wide_integer, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_wide_integer, value))
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 64
+
+
+def parsed_input(text: str) -> dict[str, Any]:
+    """The object that a call's passed on text stands for, also where it is cut."""
+    return from_json(text, allow_partial=True) if text else {}

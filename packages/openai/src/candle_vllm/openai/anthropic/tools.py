@@ -1,0 +1,119 @@
+"""Tools of Anthropic's requests, and the choice among them (step 2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+
+from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
+from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
+
+_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
+_SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
+
+
+class Tool(WireModel):
+    """A tool that the client runs.
+
+    `defer_loading` has no effect: every tool is shown to the model from the start, which keeps the beginning of the
+    prompt, and so the prefix cache, the same. Nor has `eager_input_streaming`: the input is always streamed as it
+    comes.
+    """
+
+    type: Literal["custom"] | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+    defer_loading: bool | None = None
+    eager_input_streaming: bool | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "allowed_callers": Refusal("only the model itself calls tools", (["direct"],)),
+        "input_examples": Refusal("put examples into the description", ([],)),
+        "parameters": Refusal("it is OpenAI's; use input_schema"),
+        "function": Refusal("it is OpenAI's; name, description and input_schema stand in the tool itself"),
+    }
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise invalid(
+                "", f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, not {name!r:.80}"
+            )
+        return name
+
+
+class SearchTool(WireModel):
+    """Anthropic's search among deferred tools; left out, because every tool is shown from the start."""
+
+    type: str
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
+    cache_control: CacheControl | None = None
+
+
+def _is_search(value: Any) -> bool:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return isinstance(kind, str) and _SEARCH.fullmatch(kind) is not None
+
+
+def _run_by_the_client(value: Any) -> Any:
+    """Names the tools that Anthropic runs, or knows without a schema."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "custom" and not _is_search(value):
+        if kind == "function":
+            raise unsupported("type", "'function' is OpenAI's; leave it out, and put name and input_schema here")
+        raise unsupported("type", f"{kind!r:.60} is a tool of Anthropic's own; define one with name and input_schema")
+    return value
+
+
+def _tool_form(value: Any) -> str:
+    return "<search>" if _is_search(value) or isinstance(value, SearchTool) else "<tool>"
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+AnyTool = Annotated[
+    Annotated[Tool, Tag("<tool>")] | Annotated[SearchTool, Tag("<search>")],
+    Discriminator(_tool_form),
+    BeforeValidator(_run_by_the_client),
+]
+
+
+class AutoChoice(WireModel):
+    """The model calls tools or answers (`auto`), or it must call (`any`)."""
+
+    type: Literal["auto", "any"]
+    disable_parallel_tool_use: bool | None = None
+
+
+class ToolNameChoice(WireModel):
+    """Exactly one call of the named tool."""
+
+    type: Literal["tool"]
+    name: str
+    disable_parallel_tool_use: bool | None = None
+
+
+class NoneChoice(WireModel):
+    """No call; the model is not shown the tools either."""
+
+    type: Literal["none"]
+
+
+def _choice(value: Any) -> str:
+    kind = type_of(value)
+    return f"<{kind}>" if kind in ("tool", "none") else "<auto>"
+
+
+ToolChoice = Annotated[
+    Annotated[AutoChoice, Tag("<auto>")]
+    | Annotated[ToolNameChoice, Tag("<tool>")]
+    | Annotated[NoneChoice, Tag("<none>")],
+    Discriminator(_choice),
+    BeforeValidator(one_of(("auto", "any", "tool", "none"))),
+]

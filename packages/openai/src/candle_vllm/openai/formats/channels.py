@@ -1,0 +1,279 @@
+"""Messages in several parts, each with a header that says what it is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from typing import NamedTuple
+
+from candle_vllm.openai.formats.code_spans import CodeSpans
+from candle_vllm.openai.formats.json_value import read_value
+from candle_vllm.openai.formats.layout import Body
+from candle_vllm.openai.formats.output import Output
+from candle_vllm.openai.formats.raw_text import RawArgument, read_arguments, text_argument
+from candle_vllm.openai.formats.reader import SPACE, SPACES, Markers, Need, Reader, Sink, markers
+
+_MOST_HEADER = 512
+_TO = "to="
+_RECIPIENT = re.compile(rf"\b{_TO}([^\s<\ud800-\udfff]+)")
+_ROLE = re.compile(r"\s*([^\s<\ud800-\udfff]*)")
+_CHANNEL = re.compile(r"\s*(?:analysis|commentary|final)\b")
+_KINDS = ("json", "code")  # of a part's text, as headers name them
+
+
+class _Header(NamedTuple):
+    """What stands before a part's text.
+
+    Attributes:
+        text: with the marks in it; "" where there is no header.
+        recipient: whom the part is addressed to; "" is nobody.
+        role: whose part it is; "" where that is not said.
+        lead: what was taken for a header and is the beginning of the text.
+    """
+
+    text: str = ""
+    recipient: str = ""
+    role: str = ""
+    lead: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Harmony:
+    """OpenAI's harmony: `<|channel|>analysis<|message|>...<|end|><|start|>assistant to=functions.f...<|call|>`.
+
+    The analysis channel is reasoning, the others are content, and a part that is addressed to a function calls it.
+    Parts of others than the model are left out.
+
+    Attributes:
+        start, channel, message: marks before a part, before its channel ("" where there are none), and before its text.
+        constrain: the mark before the kind of text, in a header.
+        ends: marks behind a part.
+        reasoning: what a header has where the part is reasoning.
+        role: the model's own.
+        people: recipients that are no functions.
+        name_space: before a function's name.
+        body: how a call is written, where it is not an object of arguments.
+        body_open: before that.
+    """
+
+    start: str = "<|start|>"
+    channel: str = "<|channel|>"
+    message: str = "<|message|>"
+    constrain: str = "<|constrain|>"
+    ends: tuple[str, ...] = ("<|end|>", "<|return|>", "<|call|>")
+    reasoning: tuple[str, ...] = ("<|channel|>analysis",)
+    role: str = "assistant"
+    people: tuple[str, ...] = ("user", "assistant", "all")
+    name_space: str = "functions."
+    body: Body | None = None
+    body_open: str = ""
+
+    def run(self, reader: Reader, output: Output, *, tools: bool) -> Need[None]:
+        """Reads a message to its end; calls are text unless `tools`."""
+        stops = markers(self.start, self.channel, *self.ends)
+        while True:
+            header = yield from self._header(reader)
+            if not header.role.startswith(self.role):
+                yield from self._text(reader, stops, _ignore)
+            elif header.recipient and tools:
+                yield from self._call(reader, output, header.recipient.removeprefix(self.name_space), stops)
+                yield from reader.take(*self.ends)
+            else:
+                output.thinking = any(mark in header.text for mark in self.reasoning)
+                sink = output.reasoning if output.thinking else output.content
+                sink(header.lead)
+                yield from self._text(reader, stops, sink)
+                output.thinking = False
+            if not (yield from reader.peek()):
+                return
+            output.part_ends()
+
+    def _text(self, reader: Reader, stops: Markers, sink: Sink) -> Need[None]:
+        """A part's text, and the mark that ends it."""
+        mark = yield from reader.until(stops, sink)
+        reader.put_back("" if mark in self.ends else mark)
+
+    def _call(self, reader: Reader, output: Output, name: str, stops: Markers) -> Need[None]:
+        """A part that is addressed to a function, up to the mark behind it."""
+        if self.body is None:
+            yield from read_arguments(reader, output.calls, name, stops)
+            return
+        reader.mark()
+        yield from reader.skip_space()
+        if self.body_open:
+            yield from reader.take(self.body_open)
+        called = yield from self.body.read(reader, output.calls)
+        if not called:
+            reader.unread()
+        reader.forget()
+        reader.put_back((yield from reader.until(stops, _ignore if called else output.content)))
+
+    def _header(self, reader: Reader) -> Need[_Header]:
+        """What stands before a part's text, with the mark behind it."""
+        yield from reader.skip_space()
+        begins = (self.start, self.message, _TO, *filter(None, (self.channel,)))
+        begun = yield from reader.take(*begins)
+        if begun in ("", self.message):
+            if not begun:
+                _drop_begun(reader, begins)
+            return _Header(role=self.role)
+        text, mark = yield from reader.name(markers(self.message, self.start, *self.ends), _MOST_HEADER)
+        if mark == self.message:
+            found, role = _RECIPIENT.search(begun + text), _ROLE.match(text if begun == self.start else "")
+            recipient = found[1] if found and found[1] not in self.people else ""
+            return _Header(begun + text, recipient, role[1] if role and role[1] else self.role)
+        reader.put_back(mark)
+        if _cut(reader):
+            return _Header(role=self.role)
+        return self._unended(begun, text)
+
+    def _unended(self, begun: str, text: str) -> _Header:
+        """What began as a header does, without the mark behind one: what is no header is the beginning of the text."""
+        if begun == _TO:
+            return _Header(role=self.role, lead=begun + text)
+        _, channel, rest = (begun + text).rpartition(self.channel or begun)
+        if channel in ("", self.start):
+            rest = text.lstrip(SPACE).removeprefix(self.role)
+        elif match := _CHANNEL.match(rest):
+            rest = rest[match.end() :]
+        match = re.match(rf"(?:\s*(?:{_RECIPIENT.pattern}|{re.escape(self.constrain)}\s*\w*))*\s*", rest)
+        rest = rest[match.end() :] if match else rest
+        return _Header(begun + text, role=self.role, lead="" if rest.strip(SPACE) in _KINDS else rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Headed:
+    """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` is for the answer.
+
+    The prompt ends with the first part's `>>>`. A further part may begin within a line, as templates write it, but not
+    in code, and only with the name of a tool that is offered and with its arguments.
+    """
+
+    mark: str = ">>>"
+    answer: str = "all"
+
+    def run(self, reader: Reader, output: Output, *, tools: bool) -> Need[None]:
+        """Reads a message to its end; calls are text unless `tools`."""
+        parts = _Parts(self, reader, output, tools)
+        name = yield from parts.first()
+        while name:
+            name = yield from parts.content() if name == self.answer else parts.call(name)
+            if name:
+                output.part_ends()
+
+
+class _Parts:
+    """The reading of one message's parts; each tells the name of the next, "" at the end."""
+
+    def __init__(self, shape: Headed, reader: Reader, output: Output, tools: bool) -> None:
+        self._shape = shape
+        self._reader = reader
+        self._output = output
+        self._stops = markers(shape.mark)
+        offered = output.calls.tools if tools else ()
+        self._heads = {f"{name}\n": name for name in (*offered, shape.answer)}
+
+    def first(self) -> Need[str]:
+        """The name of the first part; without one it is the answer."""
+        reader, heads = self._reader, self._heads
+        yield from reader.take(self._shape.mark)
+        line, end = yield from reader.name(markers("\n"))
+        if not end and _cut(reader):
+            if not any(head.startswith(line.rstrip(SPACE)) for head in heads):
+                self._output.content(line)
+            return ""
+        name = heads.get(line.strip(SPACE) + "\n", "")
+        if not name:
+            self._output.content(line + end)
+        return name or self._shape.answer
+
+    def content(self) -> Need[str]:
+        """Text of the answer."""
+        return (yield from self._until_part(self._output.content, CodeSpans()))
+
+    def call(self, name: str) -> Need[str]:
+        """A call's arguments."""
+        reader, calls = self._reader, self._output.calls
+        yield from reader.skip_space()
+        start = yield from reader.peek()
+        if not start and not reader.whole:
+            return ""
+        calls.begin(name)
+        if start == "{":
+            calls.end((yield from read_value(reader, calls.arguments, self._stops)))
+            return (yield from self._until_part(_ignore))
+        raw = RawArgument(calls, self._text_argument(name))
+        following = yield from self._until_part(raw.add, inside=True)
+        closed = bool(following) or reader.whole
+        if closed:
+            raw.end()
+        calls.end(closed)
+        return following
+
+    def _text_argument(self, name: str) -> str:
+        return text_argument(name, self._output.calls.tools.get(name, {}))
+
+    def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
+        """Text up to the next part. Within text (`code`, or `inside` of an argument) only arguments tell of a call."""
+        reader, last = self._reader, ""
+
+        def text(part: str) -> None:
+            nonlocal last
+            last = (last + part[-3:])[-3:]
+            if code:
+                code.add(part)
+            sink(part)
+
+        while True:
+            mark = yield from reader.until(self._stops, text, inside=inside)
+            if not mark:
+                return ""
+            if code and _in_code(code, last):
+                text(mark)
+                continue
+            head = yield from reader.take(*self._heads)
+            if not head:
+                if _drop_begun(reader, self._heads):
+                    return ""
+                text(mark[0])
+                reader.put_back(mark[1:])
+                continue
+            name, spaces = self._heads[head], list[str]()
+            if name == self._shape.answer or not (code or inside):
+                return name
+            yield from reader.match(SPACES, spaces.append)
+            start = yield from reader.peek()
+            if start == "{" or (start and self._text_argument(name)):
+                return name
+            if _cut(reader):
+                return ""
+            text(mark + head + "".join(spaces))
+
+
+def _in_code(code: CodeSpans, last: str) -> bool:
+    """Whether a text goes on as code; `last` are its last characters, which may close a block."""
+    if code.inside and last in ("```", "~~~"):
+        code = copy.copy(code)
+        code.end_line()
+    return code.inside
+
+
+def _cut(reader: Reader) -> bool:
+    """Whether all was read of a text that was cut."""
+    return reader.ended and not reader.whole and reader.at == len(reader.text)
+
+
+def _drop_begun(reader: Reader, literals: tuple[str, ...] | dict[str, str]) -> bool:
+    """Reads what may be the beginning of one of the literals, where the text was cut in it; False where it was not."""
+    rest = len(reader.text) - reader.at
+    longest = max(map(len, literals))
+    if not reader.ended or reader.whole or rest > longest:
+        return False
+    begun = any(one.startswith(reader.text[reader.at :]) for one in literals)
+    reader.at += rest if begun else 0
+    return begun
+
+
+def _ignore(_: str) -> None:
+    pass

@@ -1,0 +1,191 @@
+"""Which formats a model writes: asked for, told by its tokenizer, seen in its chat template, or known of its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from candle_vllm.core.errors import ConfigError, UnsupportedModelError
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.response_template import response_reasoning, response_tools
+from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
+from candle_vllm.openai.formats.template_marks import (
+    marked_reasoning,
+    marked_tools,
+    writer_of_calls,
+    writer_of_thoughts,
+)
+from candle_vllm.openai.formats.template_needs import TemplateNeeds, template_needs
+from candle_vllm.openai.formats.template_probe import TemplateProbe
+
+_OFF = ("none", "passthrough", "off")
+_AUTO = "auto"
+_GENERIC = "json"
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates write without asking for them
+_Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
+_ByTemplate = Callable[[], tuple[_Row | None, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The formats of a model, and why these.
+
+    Attributes:
+        tools, reasoning: the formats; None where calls or thoughts are not looked for.
+        tools_reason, reasoning_reason: what decided, for people to read.
+        needs: what the chat template needs; None where there is no template that can be used.
+    """
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    tools_reason: str
+    reasoning_reason: str
+    needs: TemplateNeeds | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Both."""
+        return Layout(self.reasoning, self.tools)
+
+
+def choose_layout(
+    *,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
+    template: str | Mapping[str, str] | None = None,
+    response_template: Any | None = None,
+    model_type: str | None = None,
+    chat_template: ChatTemplate | None = None,
+) -> Choice:
+    """Chooses the formats of a model.
+
+    The first of these decides: the option; the tokenizer's response template; what the chat template writes, or which
+    marks its text has; the model's type. A model of which nothing is known, and whose template has tools, writes JSON.
+
+    Args:
+        tool_parser, reasoning_parser: names of formats, as we, vLLM, SGLang or candle-vllm have them; "none" looks for
+            nothing, and None and "auto" leave the choice.
+        template: the chat template, or several by name.
+        response_template: of the tokenizer (`tokenizer_config.json`).
+        model_type: of `config.json`, or a GGUF file's architecture.
+        chat_template: `template`, where it was compiled already; otherwise that is done here.
+
+    Raises:
+        ConfigError: no format has that name; the message has the names that there are.
+    """
+    text = _text(template)
+    probe = _probe(template, chat_template)
+    needs = template_needs(probe) if probe is not None else None
+    kind = _plain(model_type or "")
+
+    def tools_by_template() -> tuple[ToolFormat | None, str]:
+        if probe is not None and needs is not None and needs.writes_calls:
+            row = writer_of_calls(probe, as_text=needs.arguments_as_text)
+            if row is not None:
+                return row, "the chat template writes calls so"
+        return marked_tools(text), "the chat template has its marks"
+
+    tools, tools_reason = _first(
+        tool_parser,
+        "tool_parser",
+        tool_names(),
+        TOOL_FORMATS,
+        response_template,
+        response_tools,
+        tools_by_template,
+        kind,
+    )
+    if tools is None and not tools_reason:
+        reads = needs.writes_tools if needs is not None else re.search(r"\btools\b", text) is not None
+        tools = tool_names()[_GENERIC] if reads else None
+        tools_reason = "the chat template shows tools and no format of calls" if reads else "nothing tells of tools"
+
+    def reasoning_by_template() -> tuple[ReasoningFormat | None, str]:
+        row, reason = writer_of_thoughts(probe) if probe is not None else None, "the chat template writes thoughts so"
+        if row is None:
+            row, reason = marked_reasoning(text), "the chat template has its marks"
+        return row and _with_answer_marks(row, text, kind), reason
+
+    reasoning, reasoning_reason = _first(
+        reasoning_parser,
+        "reasoning_parser",
+        reasoning_names(),
+        REASONING_FORMATS,
+        response_template,
+        response_reasoning,
+        reasoning_by_template,
+        kind,
+    )
+    return Choice(tools, reasoning, tools_reason, reasoning_reason or "nothing tells of thoughts", needs)
+
+
+def _first(
+    option: str | None,
+    setting: str,
+    names: Mapping[str, _Row],
+    rows: tuple[_Row, ...],
+    response_template: Any | None,
+    translate: Callable[[Any], _Row | str],
+    by_template: _ByTemplate[_Row],
+    kind: str,
+) -> tuple[_Row | None, str]:
+    """The row that is decided first, and by what; no reason where nothing decides."""
+    if option is not None and _plain(option) != _AUTO:
+        return _named(option, setting, names), f"{setting} is {option!r}"
+    note = ""
+    if response_template is not None:
+        found = translate(response_template)
+        if not isinstance(found, str):
+            return found, "the tokenizer's response_template says so"
+        note = f"; the tokenizer's response_template was of no use: {found}"
+    row, reason = by_template()
+    if row is None and kind:
+        row = next((one for one in rows if kind in map(_plain, one.model_types)), None)
+        reason = "models of this type write so"
+    return row, reason + note if row is not None else ""
+
+
+def _with_answer_marks(row: ReasoningFormat, text: str, kind: str) -> ReasoningFormat:
+    """The row with the same marks and more around answers, where the template or the type tells of those."""
+    for other in REASONING_FORMATS:
+        told = kind in map(_plain, other.model_types) or any(hint in text for hint in other.hints)
+        if told and other.answer and (other.open, other.close) == (row.open, row.close):
+            return other
+    return row
+
+
+def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
+    plain = _plain(option)
+    if plain in _OFF:
+        return None
+    found = next((row for name, row in names.items() if _plain(name) == plain), None)
+    if found is None:
+        known = ", ".join(sorted({*names, _AUTO, _OFF[0]}))
+        raise ConfigError(f"{setting} is {option!r:.100}, which is no format; the formats are {known}", setting)
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name without what people write differently."""
+    return re.sub(r"[-_. ]", "", name.strip().lower())
+
+
+def _text(template: str | Mapping[str, str] | None) -> str:
+    """The text of the template that is used for tools."""
+    if isinstance(template, Mapping):
+        return next((template[name] for name in ("tool_use", "default") if name in template), "")
+    return template or ""
+
+
+def _probe(template: str | Mapping[str, str] | None, compiled: ChatTemplate | None) -> TemplateProbe | None:
+    """The template to be asked; None where it cannot be compiled."""
+    if compiled is None and template:
+        try:
+            compiled = ChatTemplate(template, dict.fromkeys(_SPECIAL, ""))
+        except UnsupportedModelError:
+            return None
+    return TemplateProbe(compiled) if compiled is not None else None

@@ -1,0 +1,151 @@
+"""Gemma's calls: `call:get_weather{city:<escape>Paris<escape>,days:2}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+from candle_vllm.openai.formats.calls import NAME, CallSink
+from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.json_value import read_value
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
+from candle_vllm.openai.formats.values import argument_types, to_json
+
+_BARE = re.compile(r"[^,{}\[\]\ud800-\udfff]*")
+_MOST_DEPTH = 64
+_UNKNOWN: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma:
+    """A name and an object whose keys and numbers are bare and whose strings stand between `quote`s.
+
+    Attributes:
+        quote: around a string.
+        closers: what may follow the call.
+        prefix: before the name.
+        known_only: only names of the request's tools are calls; for text without marks.
+    """
+
+    quote: str
+    closers: tuple[str, ...] = ()
+    prefix: str = "call:"
+    known_only: bool = False
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        before = calls.count
+        while True:
+            yield from reader.skip_space()
+            if not (yield from reader.take(self.prefix, ":" + self.prefix)):
+                break
+            name, mark = yield from reader.name(markers("{"))
+            name = name.strip(SPACE)
+            if not mark or NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+                break
+            calls.begin(name)
+            calls.end((yield from _Object(self.quote, reader, calls, name).read()))
+            yield from reader.skip_space()
+            yield from reader.take(",")
+        if calls.count == before:
+            return False
+        yield from skip_closers(reader, self.closers)
+        return True
+
+
+class _Object:
+    """The reading of one call's arguments; its opening bracket was read."""
+
+    def __init__(self, quote: str, reader: Reader, calls: CallSink, name: str) -> None:
+        self._quote = quote
+        self._reader = reader
+        self._emit = calls.arguments
+        self._schema = calls.tools.get(name, {})
+
+    def read(self) -> Need[bool]:
+        """True when the object was closed, or the model was done."""
+        self._emit("{")
+        return (yield from self._entries(1))
+
+    def _entries(self, depth: int) -> Need[bool]:
+        reader, empty = self._reader, True
+        while True:
+            yield from reader.skip_space()
+            mark = yield from reader.take("}", ",")
+            if mark == ",":
+                continue
+            at_end = not mark and not (yield from reader.peek())
+            if mark == "}" or (at_end and reader.whole):
+                self._emit("}")
+                return True
+            if at_end:
+                return False
+            key = yield from self._key()
+            if key is None:
+                return False
+            if not empty:
+                self._emit(", ")
+            empty = False
+            self._emit(json.dumps(key, ensure_ascii=False) + ": ")
+            types = argument_types(self._schema, key) if depth == 1 else _UNKNOWN
+            if not (yield from self._value(depth, types)):
+                return False
+
+    def _key(self) -> Need[str | None]:
+        reader = self._reader
+        if (yield from reader.take(self._quote)):
+            key, mark = yield from reader.name(markers(self._quote))
+            yield from reader.skip_space()
+            return key if mark and (yield from reader.take(":")) else None
+        key, mark = yield from reader.name(markers(":"))
+        return key.strip(SPACE).strip("\"'") if mark else None
+
+    def _value(self, depth: int, types: frozenset[str]) -> Need[bool]:
+        reader = self._reader
+        yield from reader.skip_space()
+        if (yield from reader.take(self._quote)):
+            return (yield from self._text())
+        mark = yield from reader.peek()
+        if mark == '"':
+            return (yield from read_value(reader, self._emit))
+        if mark in ("{", "[") and depth < _MOST_DEPTH:
+            reader.at += 1
+            self._emit(mark)
+            return (yield from (self._entries if mark == "{" else self._items)(depth + 1))
+        parts: list[str] = []
+        yield from reader.match(_BARE, parts.append)
+        end = yield from reader.peek()
+        if not (end or reader.whole) or (end and end not in ",}]"):
+            return False
+        self._emit(to_json("".join(parts).strip(SPACE), types))
+        return True
+
+    def _text(self) -> Need[bool]:
+        self._emit('"')
+        mark = yield from self._reader.until(
+            markers(self._quote), lambda text: self._emit(json.dumps(text, ensure_ascii=False)[1:-1]), inside=True
+        )
+        if not mark and not self._reader.whole:
+            return False
+        self._emit('"')
+        return True
+
+    def _items(self, depth: int) -> Need[bool]:
+        reader, empty = self._reader, True
+        while True:
+            yield from reader.skip_space()
+            mark = yield from reader.take("]", ",")
+            if mark == ",":
+                continue
+            at_end = not mark and not (yield from reader.peek())
+            if mark == "]" or (at_end and reader.whole):
+                self._emit("]")
+                return True
+            if at_end or (yield from reader.peek()) == "}":
+                return False
+            if not empty:
+                self._emit(", ")
+            empty = False
+            if not (yield from self._value(depth, _UNKNOWN)):
+                return False

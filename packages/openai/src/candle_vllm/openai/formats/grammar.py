@@ -1,0 +1,301 @@
+"""A grammar of tool calls from a row of `table`: what a model may write, and nothing else (step 2).
+
+In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call is held to the
+form of its row from its opening mark on. White space is what models write by habit. Each kind of body has its module in
+`grammars`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import singledispatch
+from typing import Any, Literal
+
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.channels import Harmony, Headed
+from candle_vllm.openai.formats.gemma import Gemma
+from candle_vllm.openai.formats.grammars.context import Block, Context
+from candle_vllm.openai.formats.grammars.gemma import gemma
+from candle_vllm.openai.formats.grammars.json_bodies import begun_objects, json_calls, named_json
+from candle_vllm.openai.formats.grammars.messages import harmony, harmony_answer, headed, headed_answer
+from candle_vllm.openai.formats.grammars.nested import nested
+from candle_vllm.openai.formats.grammars.pythonic import begun_calls, pythonic
+from candle_vllm.openai.formats.grammars.schemas import Tool
+from candle_vllm.openai.formats.grammars.tagged import tagged
+from candle_vllm.openai.formats.grammars.writer import SPACE, Writer, quoted, sequence
+from candle_vllm.openai.formats.json_calls import JsonCalls
+from candle_vllm.openai.formats.layout import Body, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.nested import Nested
+from candle_vllm.openai.formats.pythonic import Pythonic
+from candle_vllm.openai.formats.tagged import Tagged
+
+_LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<[^/]*tool.?calls(?!.*end)")
+_TRAILING = re.compile("tool.?calls|calls.?>|message|end_of")
+_NONE = re.compile("(?!)")
+_FENCE = "```json"
+_WORD = re.compile(r"[\w :]+")  # marks that text may hold without meaning a call
+
+
+def tool_grammar(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    mode: Literal["required", "auto"],
+    parallel: bool,
+    reasoning: ReasoningFormat | None,
+    in_reasoning: bool,
+    special: Mapping[str, int],
+    loose: Collection[str] = (),
+    always: bool = False,
+) -> str | None:
+    """The grammar of a message, in llguidance's dialect of Lark.
+
+    Args:
+        form: how the model writes calls: its first body, behind its first mark.
+        tools: what may be called; at least one.
+        mode: whether a call must come.
+        parallel: more than one call may come.
+        reasoning: how the model writes thoughts, which are free.
+        in_reasoning: the prompt has opened the thoughts already.
+        special: texts of the vocabulary's special tokens -> their ids.
+        loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict are.
+        always: calls are held to their form in mode "auto" even where no tool is strict.
+
+    Returns:
+        None in mode "auto" where nothing is to be guaranteed: no tool is strict.
+
+    Raises:
+        UnsupportedParameterError: a schema asks for what the format cannot express.
+        InvalidParameterError: a schema is wrong, or constrained decoding does not support it.
+    """
+    assert tools
+    auto = mode == "auto"
+    if auto and not always and not any(tool.strict for tool in tools):
+        return None
+    context = Context(
+        Writer(special),
+        form,
+        tools,
+        loose=[tool.name for tool in tools if not tool.strict] if auto else loose,
+        many=parallel,
+    )
+    if form.flow is not None:
+        return context.writer.lark(_message(form.flow, context, required=not auto))
+    message = _Message(context, reasoning, in_reasoning)
+    start = message.lazy() if auto else message.required()
+    return start and context.writer.lark(start)
+
+
+def answer_grammar(
+    form: ToolFormat | None,
+    tools: Sequence[Tool],
+    *,
+    parallel: bool,
+    reasoning: ReasoningFormat | None,
+    in_reasoning: bool,
+    special: Mapping[str, int],
+    loose: Collection[str] = (),
+) -> str | None:
+    """The grammar of a message whose answer must have a form, `@form` in it, or be calls; see `tool_grammar`.
+
+    Returns:
+        None where nothing but thoughts may stand beside the form.
+    """
+    row = form or ToolFormat("none")
+    if reasoning is not None:
+        strays, answer = (*row.strays, *reasoning.strays), (*row.answer, *reasoning.answer)
+        row = dataclasses.replace(row, strays=tuple(dict.fromkeys(strays)), answer=tuple(dict.fromkeys(answer)))
+    context = Context(Writer(special), row, tools, loose=loose, many=parallel)
+    flow = row.flow or (reasoning and reasoning.flow)
+    if isinstance(flow, Harmony):
+        return context.writer.lark(harmony_answer(flow, context, _one_call(flow, context)))
+    if isinstance(flow, Headed):
+        return context.writer.lark(headed_answer(flow, context))
+    if not row.answer and not tools:
+        return None
+    return context.writer.lark(_Message(context, reasoning, in_reasoning).answer())
+
+
+@singledispatch
+def _block(body: Any, context: Context) -> Block:
+    raise UnsupportedParameterError(
+        f"tool_choice: calls of the format {context.form.name!r} cannot be guaranteed ({type(body).__name__}); use "
+        "tool_choice 'auto' and tools that are not strict",
+        "tool_choice",
+    )
+
+
+_block.register(JsonCalls, json_calls)
+_block.register(NamedJson, named_json)
+_block.register(Tagged, tagged)
+_block.register(Pythonic, pythonic)
+_block.register(Gemma, gemma)
+_block.register(Nested, nested)
+
+
+def _message(flow: Any, context: Context, *, required: bool) -> str:
+    """Messages that are no text with marks in it."""
+    if isinstance(flow, Harmony):
+        return harmony(flow, context, _one_call(flow, context), required=required)
+    if isinstance(flow, Headed):
+        return headed(flow, context, required=required)
+    return _block(flow, context).rest
+
+
+def _one_call(flow: Harmony, context: Context) -> Callable[[Tool], Block]:
+    """Writes a call of one tool as the body of a message has it."""
+    return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
+
+
+class _Message:
+    """Messages that are text with marks in it."""
+
+    def __init__(self, context: Context, reasoning: ReasoningFormat | None, in_reasoning: bool) -> None:
+        self._context = context
+        self._writer = context.writer
+        self._form = context.form
+        self._pairs = reasoning.pairs if reasoning else {}
+        self._open_close = next(iter(self._pairs.values())) if in_reasoning and self._pairs else ""
+
+    @property
+    def _body(self) -> Body:
+        return self._form.bodies[0]
+
+    def required(self) -> str:
+        """Thoughts and calls."""
+        return sequence(self._thoughts(), self._calls())
+
+    def answer(self) -> str:
+        """Thoughts, and then what has a form, in marks each of which may be left out, or calls."""
+        found = "@form"
+        if self._form.answer:
+            sides = zip(*self._form.answer, strict=True)
+            before, behind = (" | ".join(map(self._writer.mark, dict.fromkeys(side))) for side in sides)
+            # no white space: it would be content, which has to have the form
+            found = sequence(self._strays(_LEADING, space=""), f"({before})? @form ({behind})?")
+        calls = [self._calls()] if self._context.tools else []
+        return sequence(self._thoughts(SPACE), self._writer.rule(" | ".join([found, *calls])))
+
+    def _calls(self) -> str:
+        writer, form = self._writer, self._form
+        block = _block(self._body, self._context)
+        mark = self._opening()
+        tag = _is_tag(mark, self._body)
+        if block.lead in form.names and not tag:  # that mark is the only one
+            mark = ""
+        calls = sequence(writer.mark(block.lead), block.rest)
+        marked = writer.rule(sequence(writer.mark(mark), SPACE if mark else "", calls))
+        closers = getattr(self._body, "closers", ())
+        many = self._context.many and not any(mark.startswith(closer) for closer in closers)  # as "```" and "```json"
+        inside = sequence(marked, f"({SPACE} {marked})*" if many else "")
+        if form.bare is not None and not tag:
+            inside = writer.rule(f"{inside} | {self._bare(form.bare)}")
+        around = self._strays(_LEADING), SPACE, inside, self._strays(_TRAILING, _LEADING)
+        return sequence(*self._empty_parts(), *around)
+
+    def _opening(self) -> str:
+        """The mark before calls: the first that is made of tokens that the vocabulary has, if there is one."""
+        known = (mark for mark in self._form.opens if not self._writer.is_text(mark))
+        return next(known, next(iter(self._form.opens), ""))
+
+    def _strays(self, these: re.Pattern[str], but: re.Pattern[str] = _NONE, *, space: str = SPACE) -> str:
+        """Marks around all calls of a message, each of which may be left out."""
+        marks = [mark for mark in self._form.strays if these.search(mark) and not but.search(mark)]
+        return sequence(*(f"({space} {self._writer.mark(mark)})?" for mark in marks)) if marks else ""
+
+    def _bare(self, body: Body) -> str:
+        block = _block(body, self._context)
+        return sequence(self._writer.mark(block.lead), block.rest)
+
+    def _thoughts(self, behind: str = "") -> str:
+        """Thoughts before calls or a form. A fence could be the second of the quotes around a mark that ends none."""
+        writer = self._writer
+        thought = writer.thought if self._opening().startswith("`") else writer.until
+        if self._open_close:
+            return sequence(SPACE, thought(self._open_close), behind)
+        pairs = [f"{writer.mark(begin)} {thought(end)}" for begin, end in self._pairs.items()]
+        return f"({SPACE} {writer.rule(' | '.join(pairs))} {behind})?" if pairs else ""
+
+    def _empty_parts(self) -> Iterator[str]:
+        """Parts of a message that are written though nothing is in them, as Kimi K3's answer before its calls."""
+        for begin, end in self._form.answer:
+            yield f"({SPACE} {self._writer.mark(begin)} {self._writer.mark(end)})?"
+
+    def lazy(self) -> str | None:
+        """Free text, in which calls have their form."""
+        writer, form = self._writer, self._form
+        found: list[str] = []
+        marks: list[str] = []
+        if not getattr(self._body, "known_only", False):
+            marks = [*(mark for mark in form.opens if not mark.startswith("`")), *form.names]
+            block = _block(self._body, self._context)
+            found = [part for mark in marks if (part := self._begun(mark, block))]
+        fenced, whole, begun = self._unmarked()
+        found += [f"{fenced} {whole}"] if fenced else []
+        if form.bare is not None:  # behind thoughts a message begins anew
+            thoughts = ((begin, writer.thought(end)) for begin, end in self._pairs.items())
+            found += [writer.trigger(begin, sequence(thought, whole)) for begin, thought in thoughts]
+        if not found and not whole:
+            return None
+        main = self._text([*found, *self._free("TEXT")], "TEXT")
+        rest = main
+        if not self._context.many:
+            body = writer.without("TEXT", marks)
+            rest = self._text([*self._free(body)], body)
+            free = self._text([*self._free("TEXT")], "TEXT")
+            before = writer.rule(" | ".join(parts)) + "*" if (parts := [*self._free("TEXT")]) else ""
+            main = writer.rule(f"{sequence(before, writer.rule(' | '.join(found)), rest)} | {free}") if found else free
+        if form.bare is not None:
+            main = writer.rule(f"{whole} {rest} | {begun} {main} | {main}")
+        return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
+
+    def _text(self, parts: Sequence[str], body: str) -> str:
+        """Text with some parts in it, to its end; thoughts at its end need not be closed."""
+        ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
+        lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
+        return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))
+
+    def _unmarked(self) -> tuple[str, str, str]:
+        """Text up to a fenced block, calls without marks, and what begins as these; "" is none."""
+        bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
+        body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
+        if body is None or not (self._form.bare or _FENCE in (*self._form.opens, self._form.fenced and _FENCE)):
+            return "", "", ""
+        objects = isinstance(body, JsonCalls)
+        whole, begun = begun_objects(body, self._context) if objects else begun_calls(self._context)
+        fence = (
+            self._writer.rule(f"TEXT {quoted(_FENCE)}", "[lazy]")
+            if _FENCE in (*self._form.opens, self._form.fenced and _FENCE)
+            else ""
+        )
+        return fence, whole, begun
+
+    def _begun(self, mark: str, block: Block) -> str:
+        """Text, a mark, and the calls that must follow it."""
+        if mark in self._form.names:
+            if not block.lead.startswith(mark):
+                return ""  # the beginning of another body
+            return self._writer.trigger(mark, sequence(self._writer.mark(block.lead[len(mark) :]), block.rest))
+        if _WORD.fullmatch(mark):
+            return self._writer.trigger(mark, block.rest, lead=block.lead)
+        return self._writer.trigger(mark, sequence(SPACE, self._writer.mark(block.lead), block.rest))
+
+    def _free(self, body: str) -> Iterator[str]:
+        """Thoughts, and special tokens that mean nothing, behind text of terminal `body`."""
+        fence, _, begun = self._unmarked() if body == "TEXT" else ("", "", "")
+        bare = f"({begun})?" if begun and self._form.bare is not None else ""
+        for begin, end in self._pairs.items():
+            yield self._writer.trigger(begin, sequence(self._writer.thought(end), bare), body)
+        if fence:
+            yield from (fence, f"{fence} {begun}")
+        for mark in self._form.strays:
+            if not self._writer.is_text(mark):
+                yield self._writer.rule(self._writer.until(mark, body))
+
+
+def _is_tag(mark: str, body: Any) -> bool:
+    """Whether a mark is a tag with a closing tag, which models do not leave out."""
+    return mark.startswith("<") and f"</{mark[1:]}" in getattr(body, "closers", ())

@@ -1,0 +1,1 @@
+"""Grammars of tool calls, derived from the rows of `formats.table`: one module for each way to write calls."""

@@ -1,0 +1,125 @@
+"""Grammars of whole messages that come in parts with headers: `Harmony` and `Headed`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from candle_vllm.openai.formats.channels import Harmony, Headed
+from candle_vllm.openai.formats.grammars.context import Block, Context
+from candle_vllm.openai.formats.grammars.schemas import Tool
+from candle_vllm.openai.formats.grammars.writer import SPACE, quoted, sequence
+
+_THOUGHTS = "{0,8}"  # parts of reasoning before calls that must come
+_ROLE = '"assistant"'
+_CHANNELS = '("analysis" | "commentary" | "final")'
+
+
+def harmony(flow: Harmony, context: Context, write: Callable[[Tool], Block], *, required: bool) -> str:
+    """A message whose prompt ends with the role of its first part."""
+    writer, mark = context.writer, context.writer.mark
+    calls = _calls(flow, context, write)
+    if required:
+        return sequence(_thoughts(flow, context), calls)
+    message, text = mark(flow.message), _text(flow, context)
+    if flow.channel:
+        part = f"{mark(flow.channel)} {_CHANNELS} {message}"
+    else:
+        people = " | ".join(quoted(name) for name in flow.people)
+        part = f'" to=" ({people}) {message}'
+    begun = writer.rule(f"{part} | {message}" if flow.channel else f"({part}) | {message}")
+    lead = writer.rule(sequence(begun, writer.until(flow.ends[0], text), _next_part(flow, context)))
+    ends = writer.rule(" | ".join(writer.until(end, text) for end in flow.ends))
+    return f"{lead}* ({calls} | {begun} ({text} | {ends}))"
+
+
+def harmony_answer(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+    """Thoughts, and then an answer that has a form, or calls."""
+    mark = context.writer.mark
+    if flow.channel:
+        header = f'{mark(flow.channel)} "final" (" "? {mark("<|constrain|>")} "json")? {mark(flow.message)}'
+    else:
+        header = f"{quoted(f' to={flow.people[-1]}')} {mark(flow.message)}"
+    answer = f"{header} @form ({mark(flow.ends[1])})?"
+    calls = [_calls(flow, context, write)] if context.tools else []
+    return sequence(_thoughts(flow, context), context.writer.rule(" | ".join([answer, *calls])))
+
+
+def _calls(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+    writer, mark = context.writer, context.writer.mark
+    call = _named(flow, context) if flow.body is None else _written(flow, context, write)
+    between = mark(flow.ends[-1] if flow.channel else flow.ends[0])
+    last = writer.rule(" | ".join(dict.fromkeys([mark(flow.ends[-1]), between])))
+    return sequence(call, f"({between} {_next_part(flow, context)} {call})*" if context.many else "", last)
+
+
+def _thoughts(flow: Harmony, context: Context) -> str:
+    """Parts of reasoning, with the beginnings of the parts behind them."""
+    writer = context.writer
+    head = writer.mark(flow.reasoning[0]) if flow.channel else quoted(" " + flow.reasoning[0])
+    text = writer.until(flow.ends[0], _text(flow, context))
+    return writer.rule(sequence(head, writer.mark(flow.message), text, _next_part(flow, context))) + _THOUGHTS
+
+
+def _next_part(flow: Harmony, context: Context) -> str:
+    return sequence(context.writer.mark(flow.start), _ROLE)
+
+
+def _text(flow: Harmony, context: Context) -> str:
+    """A part's text, which holds no mark."""
+    return context.writer.without("TEXT", [_common(flow.start, flow.channel or flow.start, *flow.ends)])
+
+
+def _named(flow: Harmony, context: Context) -> str:
+    """A header with the function's name, and its arguments."""
+    writer, mark = context.writer, context.writer.mark
+    message = mark(flow.message)
+    kind = f'({mark("<|constrain|>")})? "json"'
+    behind = writer.rule(f'(" " {kind})? {message}')
+    before = writer.rule(f'{mark(flow.channel)} "commentary" (" " {kind})? {message}')
+    arguments = [(quoted(tool.name), context.json(tool)) for tool in context.tools]
+    channel = writer.rule(" | ".join(f"{name} {behind} {json}" for name, json in arguments))
+    role = writer.rule(" | ".join(f"{name} {before} {json}" for name, json in arguments))
+    to = quoted(f" to={flow.name_space}")
+    return writer.rule(f'{mark(flow.channel)} "commentary" {to} {channel} | {to} {role}')
+
+
+def _written(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+    """A header with the function's name, and a call as another format writes it."""
+    writer = context.writer
+    parts = []
+    for tool in context.tools:
+        block = write(tool)
+        head = sequence(quoted(f" to={flow.name_space}{tool.name}"), writer.mark(flow.message))
+        parts.append(sequence(head, writer.mark(flow.body_open), SPACE, writer.mark(block.lead), block.rest))
+    return writer.rule(" | ".join(parts))
+
+
+def headed(flow: Headed, context: Context, *, required: bool) -> str:
+    """A message whose prompt ends with the mark before its first part."""
+    calls = _headed_calls(flow, context)
+    if required:
+        return calls
+    answer = quoted(flow.answer + "\n")
+    lead = context.writer.rule(f"{answer} {context.writer.until(flow.mark)}")
+    return f"{lead}* ({calls} | {answer} TEXT)"
+
+
+def headed_answer(flow: Headed, context: Context) -> str:
+    """An answer that has a form, or calls."""
+    calls = [_headed_calls(flow, context)] if context.tools else []
+    return " | ".join([f'{quoted(flow.answer)} "\\n" @form', *calls])
+
+
+def _headed_calls(flow: Headed, context: Context) -> str:
+    context.check_names()
+    named = [f'{quoted(tool.name)} "\\n" {context.json(tool)}' for tool in context.tools]
+    call = context.writer.rule(" | ".join(named))
+    again = f"({SPACE} {context.writer.mark(flow.mark)} {call})*" if context.many else ""
+    return sequence(call, again)
+
+
+def _common(*marks: str) -> str:
+    """How all of them begin."""
+    same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*marks, strict=False))
+    return "".join(characters[0] for characters in same)

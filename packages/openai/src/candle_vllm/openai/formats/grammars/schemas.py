@@ -1,0 +1,233 @@
+"""JSON schemas of arguments, taken apart for formats that do not write JSON.
+
+What a schema asks for and a format cannot express is refused by the name of the tool and of the keyword.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.json_schema import SUPPORTED, checked_schema
+from candle_vllm.openai.errors import UnsupportedParameterError
+
+Schema = Mapping[str, Any]
+TYPES = ("null", "boolean", "integer", "number", "array", "object", "string")
+OBJECT: Schema = {"type": "object"}
+_OWN = {
+    "string": ("minLength", "maxLength", "pattern", "format"),
+    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "array": ("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
+    "object": ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
+}
+_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_MOST_STEPS = 64  # references and alternatives inside each other
+_MOST_BRANCHES = 256
+
+
+class Tool(Protocol):
+    """What is to be known of a function."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+
+    @property
+    def strict(self) -> bool: ...
+
+
+class Branch(NamedTuple):
+    """One type that a value may have.
+
+    Attributes:
+        type: its JSON type.
+        schema: what else is asked of it; keywords of this type only.
+        values: where not None, the values that it may be.
+    """
+
+    type: str
+    schema: Schema
+    values: tuple[Any, ...] | None = None
+
+
+class Root:
+    """The schema of one tool's arguments.
+
+    Args:
+        tool: the tool.
+        schema: what its arguments must be; its references point into it.
+
+    Raises:
+        InvalidParameterError: the schema is wrong, or constrained decoding does not support it.
+    """
+
+    def __init__(self, tool: Tool, schema: Schema) -> None:
+        self.tool = tool
+        try:
+            self.schema: dict[str, Any] = checked_schema(copy.deepcopy(dict(schema)))
+        except InvalidParameterError as error:
+            message = str(error).removeprefix("structured_outputs: ")
+            raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
+
+    def refused(self, keyword: str, why: str) -> UnsupportedParameterError:
+        """The error of a keyword that the model's way to write calls cannot express."""
+        return UnsupportedParameterError(
+            f"tools: the parameters of {self.tool.name!r} have {keyword!r}, which cannot be guaranteed in this model's "
+            f"tool format: {why}",
+            "tools",
+        )
+
+    def resolved(self, schema: Any) -> Any:
+        """A schema that is no reference; siblings of a reference are refused."""
+        for _ in range(_MOST_STEPS):
+            if not isinstance(schema, Mapping) or "$ref" not in schema:
+                return schema
+            if len(_asserted(schema)) > 1:
+                raise self.refused("$ref", "other keywords stand beside it; put them into the definition")
+            schema = self._target(schema["$ref"])
+        raise self.refused("$ref", "references refer to references without an end")
+
+    def self_contained(self, schema: Schema) -> dict[str, Any]:
+        """A part of the schema with the definitions that it needs."""
+        names: dict[str, str] = {}
+        definitions: dict[str, Any] = {}
+
+        def moved(part: Any) -> Any:
+            if isinstance(part, list):
+                return [moved(one) for one in part]
+            if not isinstance(part, Mapping):
+                return part
+            found = {}
+            for key in filter(SUPPORTED.__contains__, part):
+                value = part[key]
+                if key == "$ref":
+                    found[key] = reference(value)
+                elif key in ("properties", "patternProperties"):
+                    found[key] = {name: moved(one) for name, one in value.items()}
+                else:
+                    found[key] = value if key in ("enum", "const") else moved(value)
+            return found
+
+        def reference(pointer: str) -> str:
+            if pointer not in names:
+                names[pointer] = f"d{len(names)}"
+                definitions[names[pointer]] = moved(self._target(pointer))
+            return f"#/$defs/{names[pointer]}"
+
+        whole = moved(schema)
+        return {**whole, "$defs": definitions} if definitions else whole
+
+    def branches(self, schema: Any) -> list[Branch]:
+        """What a value may be, by type; an empty schema may be of every type."""
+        found = list(self._branches(schema, 0))
+        if len(found) > _MOST_BRANCHES:
+            raise self.refused("anyOf", f"there are {len(found)} alternatives; at most {_MOST_BRANCHES} are supported")
+        return found
+
+    def _branches(self, schema: Any, depth: int) -> Iterator[Branch]:
+        schema = self.resolved(schema)
+        if schema is True:
+            schema = {}
+        if schema is False:
+            raise self.refused("false", "no value fits that schema")
+        asserted = _asserted(schema)
+        several = next((name for name in ("allOf", "oneOf", "anyOf") if name in asserted), None)
+        if depth > _MOST_STEPS:
+            raise self.refused(several or "$ref", "alternatives are nested too deeply")
+        if several:
+            yield from self._alternatives(schema, several, depth)
+        elif "enum" in asserted or "const" in asserted:
+            yield from self._values(schema, asserted)
+        else:
+            kinds = schema.get("type", TYPES)
+            for kind in [kinds] if isinstance(kinds, str) else kinds:
+                own = {name: schema[name] for name in _OWN.get(kind, ()) if name in schema}
+                if not (kind == "integer" and "number" in kinds and not isinstance(kinds, str)):
+                    yield Branch(kind, own)
+
+    def _alternatives(self, schema: Schema, name: str, depth: int) -> Iterator[Branch]:
+        options = schema[name]
+        if name == "allOf" and len(options) != 1:
+            raise self.refused("allOf", "write its parts as one schema")
+        rest = {key: value for key, value in schema.items() if key != name}
+        seen: set[str] = set()
+        for option in options:
+            option = self.resolved(option)
+            if not isinstance(option, Mapping):
+                option = {} if option else {"enum": []}
+            clash = (_asserted(rest) & _asserted(option)) - {"type"}
+            if clash or ("type" in rest and option.get("type", rest["type"]) != rest["type"]):
+                raise self.refused(name, f"{sorted(clash or {'type'})[0]!r} stands beside it and in it too")
+            found = list(self._branches({**rest, **option}, depth + 1))
+            kinds = {"number" if branch.type == "integer" else branch.type for branch in found}
+            if name == "oneOf" and kinds & seen and not all(branch.values is not None for branch in found):
+                raise self.refused("oneOf", "two of its schemas may fit one value; use anyOf")
+            seen |= kinds
+            yield from found
+
+    def _values(self, schema: Schema, asserted: set[str]) -> Iterator[Branch]:
+        others = asserted - {"enum", "const", "type"}
+        if others or {"enum", "const"} <= asserted:
+            raise self.refused(next(iter(others or {"const"})), "it stands beside enum or const")
+        values = [schema["const"]] if "const" in asserted else schema["enum"]
+        kinds = schema.get("type", TYPES)
+        groups: dict[str, list[Any]] = {}
+        for value in values:
+            kind = "null" if value is None else _NAMES[type(value)]
+            if kind in kinds or (kind == "integer" and "number" in kinds):
+                groups.setdefault(kind, []).append(value)
+        for kind, listed in groups.items():
+            yield Branch(kind, {}, tuple(listed))
+
+    def _target(self, pointer: str) -> Any:
+        found: Any = self.schema
+        for step in pointer.removeprefix("#").split("/")[1:]:
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            found = found[int(name)] if isinstance(found, list) else found[name]  # `checked_schema` has looked
+        return found
+
+
+class Entries(NamedTuple):
+    """An object, for formats that write its entries one by one.
+
+    Attributes:
+        known: (key, schema, whether it is required), in the schema's order.
+        others: the schema of further entries; None where there are none.
+    """
+
+    known: Sequence[tuple[str, Any, bool]]
+    others: Any | None
+
+
+def entries(root: Root, schema: Schema) -> Entries:
+    """The entries of an object's schema.
+
+    Further entries are written where the schema asks for them, or tells of none: `additionalProperties` that is left
+    out beside `properties` allows them and does not ask for them.
+    """
+    schema = root.resolved(schema)
+    for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):
+        if keyword in schema and schema[keyword] not in ({}, 0 if keyword == "minProperties" else None):
+            raise root.refused(keyword, "it says something about the arguments together; leave it out")
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    others = schema.get("additionalProperties", None if properties else True)
+    known = [(key, part, key in required) for key, part in properties.items()]
+    missing = [key for key in dict.fromkeys(required) if key not in properties]
+    if missing and others is False:
+        raise root.refused("required", f"{missing[0]!r} is required, and no property of that name is allowed")
+    known += [(key, True if others is None else others, True) for key in missing]
+    return Entries([entry for entry in known if entry[1] is not False], None if others is False else others)
+
+
+_OBJECT = {"type", *_OWN["object"]}
+
+
+def _asserted(schema: Schema) -> set[str]:
+    return {*SUPPORTED} & schema.keys()

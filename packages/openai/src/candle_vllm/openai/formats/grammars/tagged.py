@@ -1,0 +1,150 @@
+"""Grammars of calls whose arguments are tagged texts: `Tagged`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from candle_vllm.openai.formats.grammars.context import Block, Context
+from candle_vllm.openai.formats.grammars.guarded import Guard
+from candle_vllm.openai.formats.grammars.schemas import TYPES, Branch, Root, Schema, Tool, entries
+from candle_vllm.openai.formats.grammars.texts import edged, json_value, scalar, string_body
+from candle_vllm.openai.formats.grammars.writer import SPACE, Writer, quoted, sequence
+from candle_vllm.openai.formats.tagged import Tagged
+from candle_vllm.openai.formats.values import argument_types
+
+_FREE_KEY = "/[A-Za-z_][A-Za-z0-9_.\\-]{0,63}/"
+_INDEX = "/[1-9][0-9]{0,2}/"
+
+
+def tagged(body: Tagged, context: Context) -> Block:
+    """Names, each with tagged values behind it."""
+    context.check_names()
+    writer = context.writer
+    call = writer.rule(" | ".join(_Call(body, context, tool).expression() for tool in context.tools))
+    end = sequence(SPACE, writer.mark(body.closers[0])) if body.closers else ""
+    if not (body.name_open and body.closers and context.many):
+        return Block(body.name_open, sequence(call, end))
+    again = writer.rule(sequence(SPACE, writer.mark(body.name_open), call))
+    return Block(body.name_open, sequence(call, f"{again}*", end))
+
+
+class _Call:
+    """One tool."""
+
+    def __init__(self, body: Tagged, context: Context, tool: Tool) -> None:
+        self._body = body
+        self._writer: Writer = context.writer
+        self._root: Root = context.root(tool)
+        self._tool = tool
+        self._untold = tool.name in context.loose
+
+    def expression(self) -> str:
+        """A call, from its name to its end."""
+        body, mark = self._body, self._writer.mark
+        known, others = entries(self._root, self._root.schema)
+        name_end = mark(body.name_end)
+        if not body.name_open and body.name_end.isspace():  # GLM 4.7 leaves it out
+            name_end = f"({name_end})?"
+        attribute = sequence('"\\" index=\\""', _INDEX, '"\\""') if body.name_head else ""
+        values = []
+        for key, schema, required in known:
+            value = self._writer.rule(sequence(SPACE, self._entry(key, schema)))
+            values.append(value if required else f"{value}?")
+        if others is not None:
+            values.append(self._others([key for key, _, _ in known], others) + "*")
+        return sequence(quoted(self._tool.name), attribute, name_end, *values, SPACE, mark(body.call_end))
+
+    def _entry(self, key: str, schema: Schema) -> str:
+        marks = (self._body.key_end, self._body.key_open, *(['"'] if self._body.head else []))
+        if not key or key != key.strip() or any(mark in key for mark in marks):
+            raise self._root.refused(f"properties: {key!r:.60}", "that name cannot be told from the marks around it")
+        return self._value(quoted(key), schema, argument_types(self._tool.parameters, key))
+
+    def _others(self, known: list[str], schema: Schema) -> str:
+        """Entries of any other name; what the parser knows nothing of is read as what it looks like."""
+        names = " | ".join(quoted(key) for key in known)
+        key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
+        return self._writer.rule(sequence(SPACE, self._value(key, schema, frozenset())))
+
+    def _value(self, key: str, schema: Schema, types: frozenset[str]) -> str:
+        """A key, its value, and the marks around them."""
+        body, found = self._body, self._root.branches(schema)
+        free = all(branch.values is None and not branch.schema for branch in found) and len(found) == len(TYPES) - 1
+        texts = [branch for branch in found if branch.type == "string"]
+        others = [branch for branch in found if branch.type != "string"]
+        if not body.head:
+            unlike: set[str] = set() if self._untold or free else {*types, *(one.type for one in others)} - {"string"}
+            if not types and not free and not self._untold:
+                unlike = set(TYPES)
+            others = [] if free else others
+            words = {branch.type: word for branch in others if texts and (word := self._word(branch))}
+            parts = [self._text(branch, unlike, words.values()) for branch in texts]
+            parts += [self._json(branch) for branch in others if branch.type not in words]
+            return sequence(self._key(key, ""), self._writer.rule(" | ".join(parts)))
+        typed = "?P<type>" in body.head
+        alternatives = []
+        for branch in [*texts, *others]:
+            text = branch.type == "string"
+            kind = "number" if branch.type == "integer" else branch.type
+            attribute = f' type="{kind}"' if typed else f' string="{"true" if text else "false"}"'
+            value = self._text(branch, set()) if text else self._json(branch)
+            alternatives.append(sequence(self._key(key, attribute), value))
+        return self._writer.rule(" | ".join(alternatives))
+
+    def _key(self, key: str, attribute: str) -> str:
+        body, mark = self._body, self._writer.mark
+        before = body.head.partition("(?P<key>")[0] if body.head else ""
+        attribute = quoted(f'"{attribute}') if body.head else ""
+        opened = sequence(SPACE, mark(body.value_open)) if body.value_open else ""
+        return sequence(mark(body.key_open + before), key, attribute, mark(body.key_end), opened)
+
+    def _text(self, branch: Branch, unlike: set[str], words: Iterable[str] = ()) -> str:
+        """A string, or one of the terminals `words`, and the mark behind it.
+
+        Where a value may be either, one terminal has to tell: a lexer could not, before the mark has come.
+        """
+        body, writer = self._body, self._writer
+        for value in branch.values or ():
+            if body.value_end in value or body.call_end in value:
+                raise self._root.refused("enum", f"{value!r:.60} has a mark of the format in it")
+        terminal = string_body(writer, self._root, branch, unlike)
+        if body.newlines and branch.values is not None:
+            terminal = self._listed(branch.values)
+        elif body.newlines:
+            terminal = edged(writer, terminal) if branch.schema else terminal
+        outer = [closer for closer in body.closers if closer != body.call_end]
+        if branch.values is None and outer and all(map(writer.is_text, (body.call_end, *outer))):
+            ends = " | ".join(map(quoted, outer))
+            terminal = writer.terminal(f"{terminal} & ~(TEXT {quoted(body.call_end)} /[ \\t\\r\\n]*/ ({ends}) TEXT)")
+        if body.text_open and branch.values is None:
+            inner = sequence(writer.until(body.text_end, terminal), writer.mark(body.value_end))
+            marked = sequence(writer.mark(body.text_open), inner)
+            bare = self._or_words(writer.terminal(f"{terminal} & ~({quoted(body.text_open)} TEXT)"), words)
+            return writer.rule(f"{marked} | {writer.until(body.value_end, bare)}")
+        end = writer.until(body.value_end, self._or_words(terminal, words))
+        return writer.rule(f"{end} | {writer.mark(body.value_end)}") if branch.values and "" in branch.values else end
+
+    def _or_words(self, terminal: str, words: Iterable[str]) -> str:
+        return self._writer.terminal(" | ".join([terminal, *(f"{SPACE} {word} {SPACE}" for word in words)]))
+
+    def _word(self, branch: Branch) -> str | None:
+        """The terminal of a number or a word.
+
+        Templates that write line breaks or CDATA around values write whatever is no list and no object as Python does.
+        """
+        return scalar(self._writer, branch, python=self._body.newlines or bool(self._body.text_open))
+
+    def _listed(self, values: tuple[str, ...]) -> str:
+        """Some texts, with the line breaks around them that the parser takes off."""
+        parts = []
+        for value in filter(None, values):
+            bare = value.startswith("\n") or value.endswith("\n")
+            parts.append(f'"\\n" {quoted(value)} "\\n"' if bare else f"/\\n?/ {quoted(value)} /\\n?/")
+        return self._writer.terminal(" | ".join(parts) or '"\\n"')
+
+    def _json(self, branch: Branch) -> str:
+        """JSON and the mark behind it. In a string of it, a mark followed by another would be taken for one."""
+        body = self._body
+        marks = [mark for mark in (body.value_end, body.call_end) if self._writer.is_text(mark)]
+        value = self._word(branch) or json_value(self._writer, self._root, branch, Guard(self._root, marks))
+        return sequence(SPACE, value, SPACE, self._writer.mark(body.value_end))

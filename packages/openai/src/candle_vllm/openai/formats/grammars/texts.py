@@ -1,0 +1,144 @@
+"""Terminals of strings that stand without quotes, and of the numbers and words between them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from llguidance import regex_to_lark
+
+from candle_vllm.openai.formats.grammars.guarded import Guard
+from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema
+from candle_vllm.openai.formats.grammars.writer import Writer, quoted
+
+INTEGER = "/-?(0|[1-9][0-9]{0,17})/"
+NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
+_MOST_LENGTH = 1 << 16
+_FORMATS = {  # beside those that core writes as patterns: date, time and date-time
+    "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
+    "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])",
+    "email": r"[A-Za-z0-9_+\-]{1,32}(\.[A-Za-z0-9_+\-]{1,31}){0,3}@[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?"
+    r"(\.[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?){1,3}",
+}
+_WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
+_AROUND = r"[\s\x1c-\x1f]*"
+_READ_AS = {  # how texts are read by `values.to_json` where they may be more than strings
+    "null": "(?i:null|none|nil)",
+    "boolean": "(?i:true|false|yes|no)",
+    "integer": r"-?[0-9]+(\.[0-9]+)?([eE][+\-]?[0-9]+)?",
+    "number": r"-?[0-9]+(\.[0-9]+)?([eE][+\-]?[0-9]+)?",
+    "array": r"(\[(?s:.*))?",
+    "object": r"(\{(?s:.*))?",
+}
+
+
+def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
+    """The terminal of a string's characters.
+
+    Args:
+        writer: gets the terminals.
+        root: what the branch is part of.
+        branch: of type string.
+        unlike: types that the text must not be taken for.
+    """
+    if branch.values is not None:
+        return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
+    parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
+    parts += [f"~/{_AROUND}({_READ_AS[kind]}){_AROUND}/" for kind in sorted(unlike) if kind in _READ_AS]
+    if not parts:
+        return "TEXT"
+    return writer.terminal(" & ".join(["TEXT", *dict.fromkeys(parts)]))
+
+
+def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | None:
+    """The terminal of a number, boolean or null that nothing more is asked of; None for what is more.
+
+    Args:
+        writer: gets the rules.
+        branch: of any type.
+        python: booleans and null may be written as Python writes them, too.
+    """
+    if branch.type in _WORDS:
+        values = _WORDS[branch.type] if branch.values is None else branch.values
+        words = [json.dumps(value) for value in values] + [str(value) for value in values if python]
+        return writer.terminal(" | ".join(map(quoted, words)))
+    if branch.values is not None or branch.schema:
+        return None
+    numbers = {"integer": INTEGER, "number": NUMBER}
+    return writer.terminal(numbers[branch.type]) if branch.type in numbers else None
+
+
+def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None = None) -> str:
+    """A branch as JSON."""
+    plain = scalar(writer, branch)
+    if plain is not None:
+        return plain
+    whole: Schema = {"type": branch.type, **branch.schema} if branch.values is None else {"enum": [*branch.values]}
+    schema = root.self_contained(whole)
+    return writer.json(guard.apply(schema) if guard and branch.type in ("array", "object") else schema)
+
+
+def edged(writer: Writer, body: str) -> str:
+    """A text that a line break may stand before and behind, which are no part of it."""
+    if body == "TEXT":
+        return body
+    inner = writer.terminal(rf"{body} & ~/\n(?s:.*)/ & ~/(?s:.*)\n/")
+    return writer.terminal(rf"/\n?/ {inner} /\n?/")
+
+
+def _lengths(root: Root, schema: Schema) -> list[str]:
+    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    for keyword in ("minLength", "maxLength"):
+        if schema.get(keyword, 0) > _MOST_LENGTH:
+            raise root.refused(keyword, f"at most {_MOST_LENGTH} is supported")
+    if most is not None and least > most:
+        raise root.refused("minLength", f"{least} is above maxLength {most}")
+    if most is None and not least:
+        return []
+    return [f"/(?s:.){{{least},{'' if most is None else most}}}/"]
+
+
+def _patterns(root: Root, schema: Schema) -> list[str]:
+    found = []
+    if "pattern" in schema:
+        found.append(f"/{_anchored(root, schema['pattern'])}/")
+    if "format" in schema:
+        if schema["format"] not in _FORMATS:
+            raise root.refused(
+                f"format: {schema['format']}", f"supported are date, time, date-time, {', '.join(_FORMATS)}"
+            )
+        found.append(f"/{_FORMATS[schema['format']]}/")
+    return found
+
+
+def _anchored(root: Root, pattern: str) -> str:
+    """A pattern, which may match anywhere, as one of the whole text."""
+    marks = [(match.group(), depth) for match, depth in _structure(pattern)]
+    inner = pattern.removeprefix("^")
+    begins, ends = inner != pattern, bool(marks) and marks[-1] == ("$", 0) and pattern.endswith("$")
+    inner = inner[:-1] if ends else inner
+    anchors = sum(mark in "^$" for mark, _ in marks)
+    if anchors != begins + ends or re.search(r"\\[bB]|\(\?<?[=!]", pattern):
+        raise root.refused("pattern", "only ^ at its beginning and $ at its end are supported, and no look-around")
+    if (begins or ends) and ("|", 0) in marks:
+        raise root.refused("pattern", "put the alternatives between ^ and $ in brackets: ^(?:a|b)$")
+    try:
+        inner = regex_to_lark(inner, "dw")
+    except ValueError as error:
+        raise root.refused("pattern", str(error)) from None
+    return f"{'' if begins else '(?s:.*)'}(?:{inner}){'' if ends else '(?s:.*)'}"
+
+
+def _structure(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Brackets, bars and anchors that are none of a class and not escaped, and how many brackets they are in."""
+    depth = 0
+    for match in _REGEX.finditer(pattern):
+        depth -= match.group() == ")"
+        if len(match.group()) == 1:
+            yield match, depth
+        depth += match.group() == "("
+
+
+_REGEX = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|^$]", re.DOTALL)

@@ -1,0 +1,130 @@
+"""Puts a grammar together, in llguidance's dialect of Lark (its docs/syntax.md).
+
+A special token in a mark is that token, never its letters; free text has no special tokens. White space where a model
+writes some by habit is optional and bounded, so that no model can write it for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
+from candle_vllm.core.sampling.lark import quoted as lark_string
+
+SPACE = "WS?"
+_SPACE = r"/\n{1,3}[ ]{0,4}|[ ]{1,4}/"
+_QUOTES = "`\"'"
+_UNQUOTED = "/(?s:(.*[^`\"'])?)/"
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Lark; core takes `%json` in one for a schema."""
+    return lark_string(text).replace("%json", "\\x25json")
+
+
+def sequence(*parts: str) -> str:
+    """Expressions that follow each other; "" is none."""
+    return " ".join(filter(None, parts)) or '""'
+
+
+class Writer:
+    """Rules and terminals of one grammar.
+
+    Args:
+        special: special token -> its id.
+    """
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self._literals = Literals(special)
+        self._lines: list[str] = [f"WS: {_SPACE}", f"TEXT: {ANY_TEXT}"]
+        self._known: dict[str, str] = {}
+
+    def lark(self, start: str) -> str:
+        """The grammar as text."""
+        return "\n".join([f"start: {start}", *self._lines])
+
+    def rule(self, expression: str, options: str = "") -> str:
+        """A rule's name; the same expression gives the same rule."""
+        key = f"{options}:{expression}"
+        if key not in self._known:
+            self._known[key] = self.define(self.reserve(), expression, options)
+        return self._known[key]
+
+    def reserve(self) -> str:
+        """A name for a rule that refers to itself; see `define`."""
+        self._lines.append("")
+        return f"r{len(self._lines)}"
+
+    def define(self, name: str, expression: str, options: str = "") -> str:
+        """Gives a reserved name its meaning."""
+        self._lines[int(name[1:]) - 1] = f"{name}{options}: {expression}"
+        return name
+
+    def terminal(self, expression: str) -> str:
+        """A terminal's name; its expression has strings, regexes, and terminals only."""
+        if expression.isidentifier():
+            return expression
+        key = f"terminal:{expression}"
+        if key not in self._known:
+            self._known[key] = f"T{len(self._lines)}"
+            self._lines.append(f"{self._known[key]}: {expression}")
+        return self._known[key]
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """A JSON value; the schema stands for itself, so its references are its own."""
+        return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
+
+    def mark(self, text: str) -> str:
+        """A text in which names of special tokens are these tokens."""
+        return " ".join(self._literals.pieces(text))
+
+    def is_special(self, text: str) -> bool:
+        """Whether a mark begins with a special token."""
+        return bool(text) and is_token(self._literals.pieces(text)[0])
+
+    def is_text(self, text: str) -> bool:
+        """Whether a mark has no special token, so that a text may hold it."""
+        return not any(map(is_token, self._literals.pieces(text)))
+
+    def without(self, body: str, marks: Iterable[str]) -> str:
+        """The texts of terminal `body` that hold none of these marks, as a terminal."""
+        held = [f"~(TEXT {quoted(mark)} TEXT)" for mark in marks if self.is_text(mark)]
+        return self.terminal(" & ".join([body, *held])) if held else body
+
+    def until(self, end: str, body: str = "TEXT") -> str:
+        """A text of terminal `body`, and the mark that ends it where it comes first."""
+        first, *rest = self._literals.pieces(end)
+        if is_token(first):
+            return sequence(self.terminal(body), first, *rest)
+        if not rest:
+            # Free text ends at the first mark; what must have a length or a form could have one inside.
+            return self.rule(f"{body if body == 'TEXT' else self.without(body, [end])} {first}", "[lazy]")
+        return sequence(self.terminal(f"{body} {first}"), *rest)
+
+    def thought(self, end: str) -> str:
+        """Thoughts, and the mark that ends them. A mark between quotes ends none, so none is written behind a quote."""
+        if not self.is_text(end):
+            return self.until(end)
+        body = self.terminal(f"{_UNQUOTED} & ~(TEXT /[`\"']/ {quoted(end)} TEXT)")
+        return self.rule(f"{body} {quoted(end)}", "[lazy]")
+
+    def trigger(self, mark: str, then: str, body: str = "TEXT", lead: str = "") -> str:
+        """Text up to a mark, and what must follow it; a mark in quotes is text.
+
+        Args:
+            mark: what to wait for.
+            then: an expression.
+            body: the terminal of the text before the mark.
+            lead: a text behind the mark and white space without which the mark is none.
+        """
+        if not self.is_text(mark):
+            return self.rule(sequence(self.until(mark, body), SPACE if lead else "", self.mark(lead), then))
+        behind = sequence(quoted(mark), "/[ \\n]{0,4}/" if lead else "", quoted(lead) if lead else "")
+        plain = _UNQUOTED if body == "TEXT" else self.terminal(f"{body} & {_UNQUOTED}")
+        found = [f"{self.rule(f'{plain} {behind}', '[lazy]')} {then}"]
+        for quote in _QUOTES if not mark.startswith("`") else "":
+            within = self.rule(f"{body} {quoted(quote)} {behind}", "[lazy]")
+            found += [f"{within} {quoted(quote)}", f"{within} {then}"]
+        return self.rule(" | ".join(found))

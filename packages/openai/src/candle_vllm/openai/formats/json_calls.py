@@ -1,0 +1,232 @@
+"""Calls that are JSON objects: `{"name": "f", "arguments": {...}}`, alone, in a row, or in a list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from candle_vllm.openai.formats.calls import NAME, CallSink, call_id
+from candle_vllm.openai.formats.json_value import read_string, read_text_of_string, read_value
+from candle_vllm.openai.formats.reader import Markers, Need, Reader, markers
+
+NAME_KEYS = ("name", "tool_name", "function", "function_name")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+_IDS = ("id", "tool_call_id", "call_id")
+_HARMLESS = ("type", "index", *_IDS)
+_MOST_KEY = 1 << 10
+_MOST_DEPTH = 4  # of `{"function": {...}}`
+_FENCE = "```"
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonCalls:
+    """One or more objects, each a call.
+
+    Attributes:
+        closers: what may follow the calls, and ends arguments that were not closed.
+        known_only: nothing but an object of a known tool's name and of arguments is a call; for text without marks.
+        offered_only: no names but those of the request's tools are called, and an empty list is no calls; behind a mark
+            that is a word like others.
+        silent: names that stand for no call, where the request does not offer them.
+        keyed: the object has one entry, of the tool's name and its arguments (Apertus).
+        listed: calls stand in a list, as `grammar` writes them.
+        name_key, arguments_key: the names that this model was trained to write.
+        id_key: the name of the call's id, where the model is trained to write one.
+        fenced: the objects stand in a fenced block.
+    """
+
+    closers: tuple[str, ...] = ()
+    known_only: bool = False
+    offered_only: bool = False
+    silent: tuple[str, ...] = ()
+    keyed: bool = False
+    listed: bool = False
+    name_key: str = "name"
+    arguments_key: str = "arguments"
+    id_key: str = ""
+    fenced: bool = False
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        stops = markers(*self.closers)
+        before, found = calls.count, False
+        yield from reader.skip_space()
+        if self.fenced:
+            yield from reader.take("```json", "```")
+            yield from reader.skip_space()
+        listed = (yield from reader.peek()) == "["
+        if listed:
+            reader.at += 1
+        while True:
+            yield from reader.skip_space()
+            if (yield from reader.peek()) != "{":
+                break
+            if not (yield from _ObjectReader(self, reader, calls, stops).read()):
+                return calls.count > before
+            found = True
+            yield from reader.skip_space()
+            yield from reader.take(",", ";")
+            if not listed and self.known_only and not (yield from self._another(reader)):
+                break
+        if not found:
+            words = self.known_only or self.offered_only
+            return listed and not words and (yield from self._empty_list(reader))
+        if listed:
+            yield from reader.take("]")
+        yield from skip_closers(reader, self.closers)
+        return True
+
+    @staticmethod
+    def _another(reader: Reader) -> Need[bool]:
+        yield from reader.skip_space()
+        return (yield from reader.peek()) == "{"
+
+    def _empty_list(self, reader: Reader) -> Need[bool]:
+        if not (yield from reader.take("]")):
+            return False
+        yield from skip_closers(reader, self.closers)
+        return True
+
+
+def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
+    """Reads closing marks and the white space between them, and the beginning of one where the text was cut in it."""
+    while closers:
+        yield from reader.skip_space()
+        if (yield from reader.take(*closers)) in ("", _FENCE):  # behind a fence another one opens the next block
+            break
+    rest = reader.text[reader.at :]
+    if rest and reader.ended and not reader.whole and any(closer.startswith(rest) for closer in closers):
+        reader.at = len(reader.text)
+
+
+class _ObjectReader:
+    """The reading of one object."""
+
+    def __init__(self, shape: JsonCalls, reader: Reader, calls: CallSink, stops: Markers) -> None:
+        self._shape = shape
+        self._reader = reader
+        self._calls = calls
+        self._stops = stops
+        self._name = ""
+        self._id = ""
+        self._early: list[str] | None = None  # arguments that came before the name
+        self._begun = False
+        self._whole = True
+
+    def read(self) -> Need[bool]:
+        """True when a call was made of it."""
+        reader = self._reader
+        reader.at += 1
+        yield from reader.skip_space()
+        doubled = yield from reader.take("{")  # as in the example that Qwen2.5's template shows
+        sound = yield from self._entries()
+        if doubled and sound:
+            yield from reader.skip_space()
+            yield from reader.take("}")
+        if not self._begun and sound and self._name and (self._early is not None or not self._shape.known_only):
+            yield from self._begin(None)
+        if self._begun:
+            self._calls.end(self._whole)
+        return self._begun
+
+    def _entries(self, depth: int = 1) -> Need[bool]:
+        """The entries up to the closing bracket; False where the text is not what it should be."""
+        reader = self._reader
+        while True:
+            yield from reader.skip_space()
+            mark = yield from reader.peek()
+            if mark == "}":
+                reader.at += 1
+                return True
+            if mark == ",":
+                reader.at += 1
+                continue
+            if not mark or mark not in "\"'":
+                return self._begun and not mark
+            key = yield from read_string(reader, _MOST_KEY)
+            yield from reader.skip_space()
+            if key is None or not (yield from reader.take(":")):
+                return False
+            yield from reader.skip_space()
+            if not (yield from self._entry(key, depth)):
+                return False
+
+    def _entry(self, key: str, depth: int) -> Need[bool]:
+        reader, shape = self._reader, self._shape
+        if shape.keyed and not self._name:
+            self._name = key
+            return (yield from self._arguments())
+        mark = yield from reader.peek()
+        if key in NAME_KEYS and not self._name and not self._begun:
+            if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # OpenAI's form: the call is one level deeper
+                reader.at += 1
+                return (yield from self._entries(depth + 1))
+            name = yield from read_string(reader, _MOST_KEY)
+            self._name = (name or "").strip()
+            return self._may_call()
+        if key in ARGUMENT_KEYS and not self._begun and self._early is None:
+            return (yield from self._arguments())
+        if key in _IDS and mark and mark in "\"'" and not self._begun:
+            self._id = (yield from read_string(reader, _MOST_KEY)) or ""
+            return True
+        if shape.known_only and not self._begun and key not in _HARMLESS:
+            return False
+        if mark in (",", "}"):
+            return True
+        return (yield from read_value(reader, _ignore, self._stops))
+
+    def _may_call(self) -> bool:
+        """Whether the name is that of a call, or of none."""
+        shape, tools = self._shape, self._calls.tools
+        if self._name in tools:
+            return True
+        if self._name in shape.silent:
+            self._calls = CallSink(_ignore, tools, call_id)
+            return True
+        return not (shape.known_only or shape.offered_only) and NAME.fullmatch(self._name) is not None
+
+    def _arguments(self) -> Need[bool]:
+        if self._name:
+            return (yield from self._begin(self._calls.arguments))
+        self._early = []
+        self._whole = yield from self._value(self._early.append)
+        return self._whole
+
+    def _begin(self, sink: Callable[[str], object] | None) -> Need[bool]:
+        """The call begins; its arguments are those read before, or come through `sink`."""
+        mark = yield from self._reader.peek()
+        if sink is not None and not mark:  # cut before the first character of the arguments
+            return False
+        self._begun = True
+        self._calls.begin(self._name, self._id if self._shape.id_key else "")
+        if sink is None:
+            self._calls.arguments("".join(self._early or ["{}"]))
+            return True
+        self._whole = yield from self._value(sink)
+        return self._whole
+
+    def _value(self, sink: Callable[[str], object]) -> Need[bool]:
+        reader = self._reader
+        mark = yield from reader.peek()
+        if mark and mark in "\"'":
+            return (yield from read_text_of_string(reader, sink))
+        if mark in ("{", "["):
+            doubled = yield from reader.take("{{")
+            reader.put_back(doubled[1:])
+            whole = yield from read_value(reader, sink, self._stops)
+            if doubled and whole:
+                yield from reader.skip_space()
+                yield from reader.take("}")
+            return whole
+        if mark in (",", "}"):
+            sink("{}")
+            return True
+        scalar: list[str] = []
+        whole = yield from read_value(reader, scalar.append, self._stops)
+        text = "".join(scalar)
+        sink("{}" if text in ("null", "") else text)
+        return whole
+
+
+def _ignore(_: object) -> None:
+    pass

@@ -1,0 +1,271 @@
+"""One JSON value, passed on as it comes (step 10).
+
+What is valid is passed on byte for byte. Slips that models make and that have one meaning are mended on the way: raw
+control characters and unknown escapes in strings, single quotes, Python's True, False and None, commas before a closing
+bracket, closing brackets that are missing where the model was done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink
+
+_ESCAPES = 'bfnrtu"\\/'
+_WORDS = {"True": "true", "False": "false", "None": "null", "undefined": "null"}
+_RUNS = {quote: re.compile(rf'[^"\\\x00-\x1f\ud800-\udfff{quote}]*') for quote in ('"', "'")}
+_WORD = re.compile(r"[A-Za-z0-9_+\-.]*")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_CLOSING = {"{": "}", "[": "]"}
+_NOTHING = Markers(())
+
+
+def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bool]:
+    """Reads one value and hands its text to `sink`.
+
+    Args:
+        reader: stands at the value's first character, or at white space before it.
+        sink: gets the text.
+        stops: markers that end the value early where they stand outside of its strings; they are not read. A marker
+            of one special token (see `binding`) ends it inside of a string too.
+
+    Returns:
+        True when the value is closed, by itself or by brackets that were missing.
+    """
+    yield from reader.skip_space()
+    return (yield from _Value(reader, sink, stops).read())
+
+
+def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
+    """Reads a quoted string and returns what it means; None where there is none or it is not closed within `most`."""
+    quote = yield from reader.peek()
+    if quote not in ('"', "'") or not quote:
+        return None
+    parts: list[str] = []
+    closed = yield from _Value(reader, parts.append, _NOTHING, most).string()
+    if not closed:
+        return None
+    try:
+        value = json.loads(_LONE.sub("", "".join(parts)))
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
+    """Reads a quoted string and hands on what it means: JSON inside of JSON. True when it is closed."""
+    held = ""
+
+    def decoded(text: str) -> None:
+        nonlocal held  # runs of characters and whole escapes come, one at a time
+        if _LONE.fullmatch(text):  # a special token
+            return
+        if text == '"':  # one of the quotes around it: those inside are escaped
+            whole, held = held, ""
+        elif _FIRST_HALF.fullmatch(text):
+            whole, held = held, text
+        else:
+            whole, held = held + text, ""
+        if whole:
+            sink(_LONE.sub("\ufffd", json.loads(f'"{whole}"')))
+
+    return (yield from _Value(reader, decoded, _NOTHING).string())
+
+
+_LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
+_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that is one character
+
+
+class _Value:
+    """The reading of one value."""
+
+    def __init__(self, reader: Reader, sink: Sink, stops: Markers, most: int = 1 << 30) -> None:
+        self._reader = reader
+        self._sink = sink
+        self._stops = stops
+        self._open: list[str] = []  # closing brackets to come
+        self._count = {"}": 0, "]": 0}  # how many of each
+        self._left = most
+        self._comma = ""  # a comma and the space behind it, until it is known what follows
+        self._state = "value"  # what may come next: value, key, colon, or more (a comma or a closing bracket)
+
+    def read(self) -> Need[bool]:
+        reader = self._reader
+        while True:
+            text, at = reader.text, reader.at
+            if at == len(text) or text[at] in SPACE:
+                yield from reader.match(_SPACE, self._space)
+                if reader.at == len(reader.text):
+                    return self._ended()
+            character = reader.text[reader.at]
+            if character in "\"'":
+                self._begin_value()
+                if not (yield from self.string()):
+                    return False
+                self._state = "colon" if self._state == "key" else "more"
+            elif character in "{[}],:":
+                reader.at += 1
+                self._structure(character)
+            elif self._stops and (yield from self._stopped()):
+                return self._close()
+            elif self._begun_stop():
+                return False
+            else:
+                self._begin_value()
+                yield from self._word()
+                self._state = "more"
+            if not self._open and self._state == "more":
+                return True
+
+    def string(self) -> Need[bool]:
+        """A quoted string as JSON; False when it is not closed."""
+        reader = self._reader
+        quote = reader.text[reader.at]
+        reader.at += 1
+        self._sink('"')
+        while True:
+            yield from reader.match(_RUNS[quote], self._run)
+            if reader.at == len(reader.text) or self._left < 0:
+                return False
+            character = reader.text[reader.at]
+            if character == quote:
+                reader.at += 1
+                self._sink('"')
+                return True
+            if character == "\\":
+                if not (yield from self._escape()):
+                    return False
+            elif character in self._stops.literals:  # a special token: the model has left the string
+                return False
+            else:
+                reader.at += 1  # a special token that means nothing here is what it reads like
+                self._run(character if _LONE.match(character) else json.dumps(character)[1:-1])
+
+    def _run(self, text: str) -> None:
+        self._left -= len(text)
+        self._sink(text)
+
+    def _escape(self) -> Need[bool]:
+        """A backslash and what it escapes; what JSON does not know means itself."""
+        reader = self._reader
+        while len(reader.text) - reader.at < 2:
+            if reader.ended:
+                reader.at = len(reader.text)
+                return False
+            yield
+        following = reader.text[reader.at + 1]
+        if following == "u":
+            return (yield from self._unicode())
+        if following in _ESCAPES:
+            self._run("\\" + following)
+            reader.at += 2
+        elif following == "'":
+            self._run("'")
+            reader.at += 2
+        else:
+            self._run("\\\\")
+            reader.at += 1
+        return True
+
+    def _unicode(self) -> Need[bool]:
+        reader = self._reader
+        while len(reader.text) - reader.at < 6:
+            if reader.ended:
+                reader.at = len(reader.text)
+                return False
+            yield
+        digits = reader.text[reader.at + 2 : reader.at + 6]
+        valid = re.fullmatch("[0-9a-fA-F]{4}", digits) is not None
+        self._run(f"\\u{digits}" if valid else "\\\\")
+        reader.at += 6 if valid else 1
+        return True
+
+    def _word(self) -> Need[None]:
+        """A number or a word; any other character as it is."""
+        parts: list[str] = []
+        yield from self._reader.match(_WORD, parts.append)
+        word = "".join(parts)
+        if not word:
+            character = self._reader.text[self._reader.at]
+            self._reader.at += 1
+            if not "\ud800" <= character <= "\udfff":
+                self._sink(character)
+        elif not self._cut() or not any(one.startswith(word) for one in _WORDS):
+            self._sink(_WORDS.get(word, word))
+
+    def _cut(self) -> bool:
+        reader = self._reader
+        return reader.ended and not reader.whole and reader.at == len(reader.text)
+
+    def _space(self, text: str) -> None:
+        if self._comma:
+            self._comma += text
+        else:
+            self._sink(text)
+
+    def _begin_value(self) -> None:
+        if self._comma:
+            self._sink(self._comma)
+            self._comma = ""
+
+    def _structure(self, character: str) -> None:
+        if character in _CLOSING:
+            self._begin_value()
+            self._sink(character)
+            self._open.append(_CLOSING[character])
+            self._count[_CLOSING[character]] += 1
+            self._state = "key" if character == "{" else "value"
+        elif character == ",":
+            self._begin_value()
+            self._comma = ","
+            self._state = "key" if self._open and self._open[-1] == "}" else "value"
+        elif character == ":":
+            self._sink(":")
+            self._state = "value"
+        else:
+            self._drop_comma()
+            closed = "" if self._count[character] else character  # one that closes nothing is left out
+            while closed != character:
+                closed = self._open.pop()
+                self._count[closed] -= 1
+                self._sink(closed)
+            self._state = "more"
+
+    def _drop_comma(self) -> None:
+        if self._comma:
+            self._sink(self._comma[1:])
+            self._comma = ""
+
+    def _stopped(self) -> Need[bool]:
+        """Whether one of the stops stands here; it is not read."""
+        reader = self._reader
+        while True:
+            hit = self._stops.pattern.match(reader.text, reader.at)
+            if hit is not None:
+                return True
+            if reader.ended or self._stops.begun_at(reader.text, reader.at) != reader.at:
+                return False
+            yield
+
+    def _begun_stop(self) -> bool:
+        """Whether the text was cut in what may be a stop."""
+        reader = self._reader
+        cut = bool(self._stops) and reader.ended and not reader.whole
+        if not cut or self._stops.begun_at(reader.text, reader.at) != reader.at:
+            return False
+        reader.at = len(reader.text)
+        return True
+
+    def _ended(self) -> bool:
+        return self._close() if self._reader.whole else False
+
+    def _close(self) -> bool:
+        """Adds the brackets that are missing, where that makes a value."""
+        after_colon = self._state == "value" and self._open[-1:] == ["}"]
+        if not self._open or self._state == "colon" or after_colon:
+            return False
+        self._drop_comma()
+        while self._open:
+            self._sink(self._open.pop())
+        return True

@@ -1,0 +1,109 @@
+"""Calls whose name stands before JSON arguments: `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from candle_vllm.openai.formats.calls import NAME, CallSink
+from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.json_value import read_text_of_string, read_value
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedJson:
+    """A name, a mark, and arguments.
+
+    Attributes:
+        before_name: what may stand before the name and says nothing of it (DeepSeek's type, Kimi's name space).
+        name_end: the mark between name and arguments, "" where the arguments' bracket follows the name.
+        id_mark: a mark after which an id stands before `name_end` (Mistral).
+        id_end: a mark before which an id stands, in front of the name (Solar).
+        counted: the name is followed by its number, and both are the call's id: `functions.f:0` (Kimi).
+        fenced: arguments stand in a fenced block (DeepSeek V3).
+        again: what begins a further call without an opening mark of its own.
+        closers: what follows the arguments.
+    """
+
+    before_name: tuple[str, ...] = ()
+    name_end: str = ""
+    id_mark: str = ""
+    id_end: str = ""
+    counted: bool = False
+    fenced: bool = False
+    again: tuple[str, ...] = ()
+    closers: tuple[str, ...] = ()
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        before = calls.count
+        while (yield from self._call(reader, calls)):
+            yield from skip_closers(reader, self.closers)
+            if not self.again or not (yield from reader.take(*self.again)):
+                break
+        return calls.count > before
+
+    def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        yield from reader.skip_space()
+        first_id = prefix = ""
+        if self.id_end:
+            first_id, mark = yield from reader.name(markers(self.id_end))
+            if not mark:
+                return False
+        if self.before_name:
+            prefix = yield from reader.take(*self.before_name)
+        head = yield from self._head(reader)
+        if head is None:
+            return False
+        name, given_id = head[0], head[1] or first_id
+        if self.counted:
+            match = _COUNTED.fullmatch(name)
+            given_id = prefix + name if match else ""
+            name = match[1] if match else name
+        if NAME.fullmatch(name) is None:
+            return False
+        return (yield from self._arguments(reader, calls, name, given_id))
+
+    def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
+        """Name and id, read with the mark behind them."""
+        ends = markers(self.name_end, self.id_mark, "{", *self.closers)
+        name, mark = yield from reader.name(ends)
+        given_id = ""
+        if self.id_mark and mark == self.id_mark:
+            given_id, mark = yield from reader.name(markers(self.name_end, "{"))
+        if mark == "{" or mark in self.closers:
+            reader.put_back(mark)
+        return (name.strip(SPACE), given_id.strip(SPACE)) if mark else None
+
+    def _arguments(self, reader: Reader, calls: CallSink, name: str, given_id: str) -> Need[bool]:
+        yield from reader.skip_space()
+        if self.fenced and (yield from reader.take("```json", "```")):
+            yield from reader.skip_space()
+        mark = yield from reader.peek()
+        if mark == '"':
+            calls.begin(name, given_id)
+            calls.end((yield from read_text_of_string(reader, calls.arguments)))
+            return True
+        if mark == "{":
+            calls.begin(name, given_id)
+            calls.end((yield from read_value(reader, calls.arguments, markers(*self.closers))))
+        elif (self.closers and (yield from self._closed(reader))) or (not mark and reader.whole):
+            calls.begin(name, given_id)
+            calls.arguments("{}")
+            calls.end()
+            return True
+        else:
+            return False
+        if self.fenced:
+            yield from reader.skip_space()
+            yield from reader.take("```")
+        return True
+
+    def _closed(self, reader: Reader) -> Need[bool]:
+        closer = yield from reader.take(*self.closers)
+        reader.put_back(closer)
+        return bool(closer)
+
+
+_COUNTED = re.compile(r"([\w.\-:/]+):\d+")

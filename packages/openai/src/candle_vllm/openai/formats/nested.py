@@ -1,0 +1,118 @@
+"""Calls whose arguments are tags in tags: MiniMax M3's `<invoke name="f"><tags><item>a</item></tags></invoke>`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from candle_vllm.openai.formats.calls import NAME, CallSink
+from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
+from candle_vllm.openai.formats.values import argument_types, sub_schema, to_json
+
+_MOST_DEPTH = 64
+_EMPTY = {"object": "{}", "array": "[]"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """A name and tagged values; objects and lists are tags inside of them.
+
+    Attributes:
+        tag: stands before every tag, so that no text can be mistaken for one.
+        call: the tag of a call, which has a name.
+        item: the tag of a list's entry.
+        closers: what may follow the calls.
+    """
+
+    tag: str
+    call: str = "invoke"
+    item: str = "item"
+    closers: tuple[str, ...] = ()
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        before = calls.count
+        while True:
+            yield from reader.skip_space()
+            if not (yield from reader.take(f'{self.tag}<{self.call} name="')):
+                break
+            name, mark = yield from reader.name(markers('">'))
+            if not mark or NAME.fullmatch(name) is None:
+                break
+            calls.begin(name)
+            calls.end((yield from _Arguments(self, reader, calls, name).read()))
+        if calls.count == before:
+            return False
+        yield from skip_closers(reader, self.closers)
+        return True
+
+
+class _Arguments:
+    """The reading of one call's arguments."""
+
+    def __init__(self, shape: Nested, reader: Reader, calls: CallSink, name: str) -> None:
+        self._shape = shape
+        self._reader = reader
+        self._emit: Sink = calls.arguments
+        self._schema = calls.tools.get(name, {})
+
+    def read(self) -> Need[bool]:
+        """True when the call was closed, or the model was done."""
+        self._emit("{")
+        return (yield from self._entries(self._schema, 1))
+
+    def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
+        """Tags up to the one that closes what they are in; the name of the `first` was read already."""
+        reader, key, empty = self._reader, first, True
+        while True:
+            if not key:
+                yield from reader.skip_space()
+                key = yield from self._tag()
+            if not key and not (reader.whole and reader.ended and reader.at == len(reader.text)):
+                return False
+            if not key or key.startswith("/"):
+                self._emit("]" if listed else "}")
+                return True
+            self._emit(("" if empty else ", ") + ("" if listed else json.dumps(key, ensure_ascii=False) + ": "))
+            within = sub_schema(schema, None if listed else key)
+            if depth >= _MOST_DEPTH or not (yield from self._value(within, depth + 1)):
+                return False
+            key, empty = "", False
+
+    def _tag(self) -> Need[str]:
+        """A tag's name, with the stroke of one that closes; "" where none stands here."""
+        if not (yield from self._reader.take(f"{self._shape.tag}<")):
+            return ""
+        name, end = yield from self._reader.name(markers(">"))
+        return name if end else ""
+
+    def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
+        """A value and the tag that closes it."""
+        reader = self._reader
+        types = argument_types({**self._schema, "properties": {"": schema}}, "")
+        text = types == {"string"}
+        if text:
+            self._emit('"')
+        parts: list[str] = []
+        sink = (lambda part: self._emit(json.dumps(part, ensure_ascii=False)[1:-1])) if text else parts.append
+        mark = yield from reader.until(markers(f"{self._shape.tag}<"), sink, inside=True)
+        name, end = (yield from reader.name(markers(">"))) if mark else ("", "")
+        if (mark and not end) or not (mark or reader.whole):
+            return False
+        if not name or name.startswith("/"):
+            self._emit('"' if text else _scalar("".join(parts), types))
+            return True
+        if text:  # a tag in a string: there is none that could be meant
+            return False
+        listed = name == self._shape.item and (not types or "array" in types)
+        self._emit("[" if listed else "{")
+        return (yield from self._entries(schema, depth, listed, name))
+
+
+def _scalar(text: str, types: frozenset[str]) -> str:
+    """A value without tags in it; one without text is an empty object or list where the schema says so."""
+    kind = "" if text.strip(SPACE) else next((kind for kind in _EMPTY if kind in types), "")
+    return _EMPTY.get(kind) or to_json(text, types)

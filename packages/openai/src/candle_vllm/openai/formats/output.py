@@ -1,0 +1,150 @@
+"""What a parser has found of one message so far, put together as events."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from candle_vllm.openai.formats.calls import CallSink, MakeId, Schemas
+from candle_vllm.openai.formats.events import Event, TextPiece
+from candle_vllm.openai.formats.reader import SPACE
+
+_SPECIAL = re.compile("[\ud800-\udfff]")
+
+
+class Output:
+    """Takes what is found and keeps events until they are fetched.
+
+    White space around reasoning, and between content and calls, separates them and is part of neither. Where content
+    goes on behind them, that before them stays in it, or else a line break.
+
+    Args:
+        tools: what the request offers, by name.
+        make_id: makes ids of calls.
+        most_calls: further calls are left out; None is no limit.
+        shown: texts of the special tokens that are to be shown, by their characters here (see `binding`); the others
+            are left out.
+        names: texts of special tokens by their characters, for the strings in arguments.
+
+    Attributes:
+        calls: where calls go.
+        thinking: what is read now is reasoning.
+    """
+
+    def __init__(
+        self,
+        tools: Schemas,
+        make_id: MakeId,
+        most_calls: int | None,
+        shown: Mapping[str, str],
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._events: list[Event] = []
+        self._shown = shown
+        self.thinking = False
+        self._reasoning = _Text(self._piece("reasoning"))
+        self._content = _Text(self._piece("content"), joined="\n")
+        self._reasoning.separate()
+        self.calls = CallSink(lambda event: self._events.append(event), tools, make_id, most_calls, names)
+
+    @property
+    def in_content(self) -> bool:
+        """There is content since the last part began."""
+        return self._content.begun
+
+    def content(self, text: str) -> None:
+        """Text of the answer."""
+        self._content.add(self._clean(text))
+
+    def reasoning(self, text: str) -> None:
+        """Text of the thoughts."""
+        self._reasoning.add(self._clean(text))
+
+    def part_ends(self) -> None:
+        """What comes next is something else."""
+        self._content.separate()
+        self._reasoning.separate()
+
+    def end(self) -> None:
+        """The message is over; content keeps the white space at its end."""
+        self._content.flush()
+
+    def fetch(self) -> list[Event]:
+        """The events since the last time, pieces of a kind joined."""
+        self.calls.flush()
+        if len(self._events) < 2:
+            events, self._events = self._events, []
+            return events
+        events: list[Event] = []
+        run: list[str] = []  # texts that are joined to the last event's
+        for event in self._events:
+            last = events[-1] if events else None
+            if isinstance(event, TextPiece) and isinstance(last, TextPiece) and event.kind == last.kind:
+                run.append(event.text)
+                continue
+            _join(events, run)
+            events.append(event)
+        _join(events, run)
+        self._events.clear()
+        return events
+
+    def _piece(self, kind: Literal["content", "reasoning"]) -> Callable[[str], None]:
+        return lambda text: self._events.append(TextPiece(kind, text))
+
+    def _clean(self, text: str) -> str:
+        return text if text.isascii() else _SPECIAL.sub(lambda match: self._shown.get(match.group(), ""), text)
+
+
+def _join(events: list[Event], run: list[str]) -> None:
+    """Puts the texts of a run behind that of the last event."""
+    if run:
+        last = events[-1]
+        assert isinstance(last, TextPiece)
+        events[-1] = TextPiece(last.kind, last.text + "".join(run))
+        run.clear()
+
+
+class _Text:
+    """Text whose white space at either end is held back.
+
+    Args:
+        emit: takes the text.
+        joined: stands between two parts where the first ends without white space; "" joins them as they are.
+    """
+
+    def __init__(self, emit: Callable[[str], None], joined: str = "") -> None:
+        self._emit = emit
+        self._joined = joined
+        self._held: list[str] = []
+        self._lead = False  # nothing of the present part was emitted; white space at its beginning is dropped
+        self._between = ""  # stands before the next part
+        self._empty = True  # nothing was emitted
+
+    @property
+    def begun(self) -> bool:
+        """Something of the present part was emitted."""
+        return not (self._lead or self._empty)
+
+    def add(self, text: str) -> None:
+        if self._lead:
+            text = text.lstrip(SPACE)
+        kept = text.rstrip(SPACE)
+        if kept:
+            self._emit("".join([self._between, *self._held, kept]))
+            self._held.clear()
+            self._lead = self._empty = False
+            self._between = ""
+        if len(kept) < len(text):
+            self._held.append(text[len(kept) :])
+
+    def separate(self) -> None:
+        if self.begun and self._joined:
+            self._between = "".join(self._held) or self._joined
+        self._held.clear()
+        self._lead = True
+
+    def flush(self) -> None:
+        if self._held:
+            self._emit("".join(self._held))
+            self._held.clear()

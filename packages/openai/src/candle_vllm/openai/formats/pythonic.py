@@ -1,0 +1,171 @@
+"""Calls written as Python: `[get_weather(city="Paris", days=2), get_time()]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+from candle_vllm.openai.formats.calls import CallSink
+from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
+from candle_vllm.openai.formats.values import python_value
+
+_NAME = re.compile(r"[A-Za-z_][\w.\-]{0,255}")
+_KEY = re.compile(r"[A-Za-z_]\w{0,255}")
+_PLAIN = re.compile(r"[^\"'()\[\]{},=\ud800-\udfff]*")
+_STRING = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+_SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
+_ONE = re.compile(_STRING, re.DOTALL)
+_IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
+_OPEN, _CLOSE = "([{", ")]}"
+_WORDS = {"true": "true", "false": "false", "null": "null"}
+_METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
+
+
+@dataclasses.dataclass(frozen=True)
+class Pythonic:
+    """Calls with keyword arguments, in a list or on lines of their own.
+
+    Attributes:
+        closers: what may follow the calls.
+        known_only: only names of the request's tools are calls; for text without marks.
+        listed: they stand in a list, as `grammar` writes them.
+    """
+
+    closers: tuple[str, ...] = ()
+    known_only: bool = False
+    listed: bool = True
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        before = calls.count
+        yield from reader.skip_space()
+        listed = bool((yield from reader.take("[")))
+        if self.known_only and self.listed and not listed:
+            return False
+        while (yield from self._call(reader, calls)):
+            yield from reader.skip_space()
+            yield from reader.take(",", ";")
+        if calls.count == before:
+            return False
+        if listed:
+            yield from reader.take("]")
+        yield from skip_closers(reader, self.closers)
+        return True
+
+    def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        yield from reader.skip_space()
+        first = yield from reader.peek()
+        if not first or not (first.isalpha() or first == "_"):
+            return False
+        name, mark = yield from reader.name(markers("("))
+        name = name.removesuffix(_METHOD)
+        if not mark or _NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
+            return False
+        calls.begin(name)
+        calls.end((yield from _Arguments(reader, calls, name).read()))
+        return True
+
+
+class _Arguments:
+    """The arguments of one call."""
+
+    def __init__(self, reader: Reader, calls: CallSink, name: str) -> None:
+        self._reader = reader
+        self._calls = calls
+        properties = calls.tools.get(name, {}).get("properties")
+        self._order = list(properties) if isinstance(properties, dict) else []
+        self._keys: set[str] = set()
+
+    def read(self) -> Need[bool]:
+        """True when the bracket was closed, or the model was done."""
+        while True:
+            text, end = yield from self._piece()
+            key = ""
+            if end == "=" and _KEY.fullmatch(text):
+                key = text
+                text, end = yield from self._piece(inside=True)
+            if not end and not self._reader.whole:
+                return False
+            if text:
+                self._argument(key or self._next_key(), text)
+            if end in (")", ""):
+                break
+        self._calls.arguments("}" if self._keys else "{}")
+        return True
+
+    def _argument(self, key: str, text: str) -> None:
+        if key in self._keys:
+            return
+        self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
+        self._keys.add(key)
+        self._calls.arguments(_to_json(text))
+
+    def _next_key(self) -> str:
+        """The name of an argument that is given by its place."""
+        return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
+
+    def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
+        """Text up to a comma, the closing bracket, or (unless `inside` a value) an equals sign, and which it was."""
+        reader, parts, stack = self._reader, list[str](), list[str]()
+        while True:
+            yield from reader.match(_PLAIN, parts.append)
+            mark = yield from reader.peek()
+            if not mark:
+                return "".join(parts).strip(SPACE), ""
+            if not stack and (mark in ",)" or (mark == "=" and not inside)):
+                reader.at += 1
+                return "".join(parts).strip(SPACE), mark
+            if mark in "\"'":
+                yield from self._string(mark, parts)
+                continue
+            if "\ud800" <= mark <= "\udfff":  # a special token: the model has left the call
+                return "".join(parts).strip(SPACE), ""
+            reader.at += 1
+            parts.append(mark)
+            if mark in _OPEN:
+                stack.append(_CLOSE[_OPEN.index(mark)])
+            elif mark in _CLOSE and stack:
+                stack.pop()
+
+    def _string(self, quote: str, parts: list[str]) -> Need[None]:
+        """A quoted text with its quotes, single or triple."""
+        reader = self._reader
+        mark = yield from reader.take(quote * 3, quote)
+        parts.append(mark)
+        while True:
+            yield from reader.match(_IN_STRING[quote], parts.append)
+            found = yield from reader.peek()
+            if not found:
+                return
+            if found == "\\":
+                while len(reader.text) - reader.at < 2 and not reader.ended:
+                    yield
+                parts.append(reader.text[reader.at : reader.at + 2])
+                reader.at = min(reader.at + 2, len(reader.text))
+            elif (yield from reader.take(mark)):
+                parts.append(mark)
+                return
+            else:
+                reader.at += 1
+                parts.append(found)
+
+
+def _to_json(text: str) -> str:
+    """A value of Python or JSON; what is neither is taken for a text."""
+    word = _WORDS.get(text)
+    if word is not None:
+        return word
+    value = python_value(text)
+    if value is None and _SUM.fullmatch(text):
+        return json.dumps("".join(json.loads(_to_json(one)) for one in _ONE.findall(text)), ensure_ascii=False)
+    if value is None and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # a text with raw line breaks
+        value = python_value(text.replace("\n", "\\n")) or json.dumps(text[1:-1], ensure_ascii=False)
+    if value is not None:
+        return value
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    return text

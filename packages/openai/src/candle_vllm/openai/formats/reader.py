@@ -1,0 +1,223 @@
+"""A model's text as it comes, for parsers that are written as if it were all there.
+
+A parser is a generator: it `yield`s whenever it needs more text than there is, and is resumed when more has come. What
+it decides depends on the text and on whether that has ended, never on how it was cut; so every cut gives one result.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Generator, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+Need = Generator[None, None, T]  # a parser with a result of type T
+Sink = Callable[[str], object]
+
+SPACE = " \t\r\n"
+SPACES = re.compile(r"[ \t\r\n]*")
+
+
+class Markers:
+    """A set of literals to look for; none may be the beginning of another.
+
+    Args:
+        literals: texts of at least one character.
+    """
+
+    def __init__(self, literals: Iterable[str]) -> None:
+        self.literals = frozenset(literals)
+        ordered = sorted(self.literals)
+        clash = next((pair for pair in itertools.pairwise(ordered) if pair[1].startswith(pair[0])), None)
+        assert clash is None, f"one marker begins with another: {clash}"
+        assert "" not in self.literals
+        self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._reach = max(map(len, ordered), default=1) - 1  # most characters that can be the beginning of one
+        begun = "|".join(_beginnings(literal) for literal in ordered if len(literal) > 1)
+        self._begun = re.compile(rf"(?:{begun})\Z") if begun else None
+
+    def __bool__(self) -> bool:
+        return bool(self.literals)
+
+    def begun_at(self, text: str, start: int) -> int:
+        """Where the end of `text` may be the beginning of a literal; its length where it cannot."""
+        if self._begun is None:
+            return len(text)
+        match = self._begun.search(text, max(start, len(text) - self._reach))
+        return len(text) if match is None else match.start()
+
+
+@functools.lru_cache(maxsize=512)
+def markers(*literals: str) -> Markers:
+    """Markers of these literals, made once; repeated and empty ones count for nothing."""
+    return Markers(literal for literal in literals if literal)
+
+
+@functools.lru_cache(maxsize=512)
+def _longest_first(literals: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(literals, key=len, reverse=True))
+
+
+class Reader:
+    """Text that was not read yet.
+
+    Attributes:
+        text, at: what has come, and how far it was read.
+        ended: no more will come.
+        whole: it has ended because the model was done, not because it was cut.
+    """
+
+    __slots__ = ("_from", "_kept", "at", "ended", "text", "whole")
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.at = 0
+        self.ended = False
+        self.whole = False
+        self._kept: list[str] | None = None  # read since the mark and no longer in `text`
+        self._from = 0  # where in `text` what is kept of it begins
+
+    def feed(self, text: str) -> None:
+        """More text."""
+        if self._kept is not None:
+            self._kept.append(self.text[self._from : self.at])
+        self.text = self.text[self.at :] + text
+        self.at = self._from = 0
+
+    def end(self, whole: bool) -> None:
+        """No more text."""
+        self.ended = True
+        self.whole = whole
+
+    def mark(self) -> None:
+        """Keeps what is read from here on, for `unread`."""
+        self._from = self.at
+        self._kept = []
+
+    def unread(self) -> int:
+        """Back to the mark; how many characters that is."""
+        assert self._kept is not None
+        size = sum(map(len, self._kept)) + self.at - self._from
+        if self._kept:
+            self.text = "".join(self._kept) + self.text[self._from :]
+            self._from = 0
+            self._kept = []
+        self.at = self._from
+        return size
+
+    def since_mark(self) -> str:
+        """What was read since the mark."""
+        return "".join(self._kept or ()) + self.text[: self.at]
+
+    def forget(self) -> None:
+        """There is no way back to the mark."""
+        self._kept = None
+
+    def put_back(self, text: str) -> None:
+        """Makes the text that was read last unread; not across a mark."""
+        if self.at >= len(text):
+            self.at -= len(text)
+        else:
+            self.text = text + self.text[self.at :]
+            self.at = 0
+
+    def next(self, count: int) -> str:
+        """Reads characters that have come already."""
+        start, self.at = self.at, self.at + count
+        return self.text[start : self.at]
+
+    def skip_space(self) -> Need[None]:
+        """Reads white space."""
+        if self.at < len(self.text) and self.text[self.at] not in SPACE:
+            return
+        while True:
+            match = SPACES.match(self.text, self.at)
+            assert match is not None
+            self.at = match.end()
+            if self.at < len(self.text) or self.ended:
+                return
+            yield
+
+    def peek(self) -> Need[str]:
+        """The next character, not read; "" at the end."""
+        while self.at == len(self.text) and not self.ended:
+            yield
+        return self.text[self.at : self.at + 1]
+
+    def take(self, *literals: str) -> Need[str]:
+        """Reads the longest of the literals that stands here; "" where none does."""
+        ordered = literals if len(literals) == 1 else _longest_first(literals)
+        while True:
+            rest = self.text[self.at : self.at + len(ordered[0])]
+            for literal in ordered:
+                if rest.startswith(literal):
+                    self.at += len(literal)
+                    return literal
+                if not self.ended and literal.startswith(rest):
+                    break
+            else:
+                return ""
+            yield
+
+    def match(self, pattern: re.Pattern[str], sink: Sink) -> Need[None]:
+        """Reads characters as long as `pattern`, a class of characters with a star, matches them."""
+        while True:
+            match = pattern.match(self.text, self.at)
+            assert match is not None
+            if match.end() > self.at:
+                sink(match.group())
+                self.at = match.end()
+            if self.at < len(self.text) or self.ended:
+                return
+            yield
+
+    def until(self, markers: Markers, sink: Sink, *, inside: bool = False) -> Need[str]:
+        """Hands text on up to one of the markers, which is read and returned; "" when the text ended before one.
+
+        `inside` of a call the beginning of a marker at the end of a text that was cut is not handed on: it would be
+        taken for a part of the arguments.
+        """
+        while True:
+            hit = markers.pattern.search(self.text, self.at)
+            if hit is not None:
+                if hit.start() > self.at:
+                    sink(self.text[self.at : hit.start()])
+                self.at = hit.end()
+                return hit.group()
+            done = self.ended and (self.whole or not inside)
+            stop = len(self.text) if done else markers.begun_at(self.text, self.at)
+            if stop > self.at:
+                sink(self.text[self.at : stop])
+                self.at = stop
+            if self.ended:
+                self.at = len(self.text)
+                return ""
+            yield
+
+    def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
+        """A short text and the marker that ended it; the marker is "" where there is none in reach."""
+        parts: list[str] = []
+        size = 0
+        while True:
+            hit = ends.pattern.search(self.text, self.at)
+            stop = hit.start() if hit else (len(self.text) if self.ended else ends.begun_at(self.text, self.at))
+            parts.append(self.text[self.at : stop])
+            size += stop - self.at
+            self.at = stop
+            if hit is not None and size <= most:
+                self.at = hit.end()
+                return "".join(parts), hit.group()
+            if self.ended or size > most:
+                self.at -= max(0, size - most)  # so far and no further, however much has come
+                return "".join(parts)[:most], ""
+            yield
+
+
+def _beginnings(literal: str) -> str:
+    """A pattern of every proper beginning of `literal`, longest first."""
+    pattern = ""
+    for character in reversed(literal[1:-1]):
+        pattern = f"(?:{re.escape(character)}{pattern})?"
+    return re.escape(literal[0]) + pattern

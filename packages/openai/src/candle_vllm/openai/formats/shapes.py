@@ -1,0 +1,117 @@
+"""Ways to write calls that more than one row of `table` has, and marks that rows share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from candle_vllm.openai.formats.channels import Harmony
+from candle_vllm.openai.formats.json_calls import JsonCalls
+from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.tagged import Tagged
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text: for lists of names that are long."""
+    return tuple(text.split())
+
+
+HERMES = JsonCalls(closers=("</tool_call>",))
+QWEN = Tagged(
+    name_open="<function=",
+    name_end=">",
+    key_open="<parameter=",
+    key_end=">",
+    value_end="</parameter>",
+    call_end="</function>",
+    closers=("</tool_call>",),
+    newlines=True,
+)
+QWEN_NAMED = dataclasses.replace(QWEN, known_only=True)
+MINICPM = Tagged(
+    name_open='<function name="',
+    name_end='">',
+    key_open='<param name="',
+    key_end='">',
+    value_end="</param>",
+    call_end="</function>",
+    text_open="<![CDATA[",
+    text_end="]]>",
+)
+MINICPM_NAMED = dataclasses.replace(MINICPM, known_only=True)
+GLM = Tagged(
+    name_open="",
+    name_end="\n",
+    key_open="<arg_key>",
+    key_end="</arg_key>",
+    value_open="<arg_value>",
+    value_end="</arg_value>",
+    call_end="</tool_call>",
+)
+HUNYUAN = (
+    dataclasses.replace(
+        GLM,
+        name_end="<tool_sep:opensource>",
+        key_open="<arg_key:opensource>",
+        key_end="</arg_key:opensource>",
+        value_open="<arg_value:opensource>",
+        value_end="</arg_value:opensource>",
+        call_end="</tool_call:opensource>",
+    ),
+    dataclasses.replace(GLM, name_end="<tool_sep>"),
+)
+BARE_JSON = JsonCalls(known_only=True)
+BARE_HERMES = JsonCalls(known_only=True, closers=("</tool_call>",))
+FENCED_JSON = JsonCalls(known_only=True, closers=("```",))
+NAMED_TAG = NamedJson(before_name=("<function=",), name_end=">", closers=("</function>",))
+MISTRAL = (
+    JsonCalls(listed=True, id_key="id", closers=("[/TOOL_CALLS]",)),
+    NamedJson(name_end="[ARGS]", id_mark="[CALL_ID]"),
+)
+COHERE_STRAYS = ("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>")
+K3_STRAYS = ("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>", "<|end_of_msg|>")
+SOLAR_STRAYS = ("<|begin|>assistant", "<|content|>", "<|end|>", "<|tool_calls|>", "<|calls|>")
+DEEPSEEK_STRAYS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+DEEPSEEK = NamedJson(
+    before_name=("function<｜tool▁sep｜>",), name_end="\n", fenced=True, closers=("<｜tool▁call▁end｜>",)
+)
+DEEPSEEK_PLAIN = NamedJson(name_end="<｜tool▁sep｜>", closers=("<｜tool▁call▁end｜>",))
+
+
+def dsml(section: str) -> Tagged:
+    return Tagged(
+        name_open='<｜DSML｜invoke name="',
+        name_end='">',
+        key_open='<｜DSML｜parameter name="',
+        key_end=">",
+        head=r'(?P<key>[^"]*)"(?: string="(?P<text>true|false)")?',
+        value_end="</｜DSML｜parameter>",
+        call_end="</｜DSML｜invoke>",
+        closers=(f"</｜DSML｜{section}>",),
+    )
+
+
+DSML_NAMED = dataclasses.replace(dsml("function_calls"), known_only=True)
+DSML_NAMED_V4 = dataclasses.replace(dsml("tool_calls"), known_only=True)
+
+
+def invokes(section: str, tag: str = "") -> Tagged:
+    return Tagged(
+        name_open=f'<{tag}invoke name="',
+        name_end='">',
+        key_open=f'<{tag}parameter name="',
+        key_end='">',
+        value_end=f"</{tag}parameter>",
+        call_end=f"</{tag}invoke>",
+        closers=(section,),
+    )
+
+
+MUSE = Harmony(
+    channel="",
+    ends=("<|eom|>", "<|eot|>"),
+    reasoning=("to=self",),
+    people=("self", "user"),
+    name_space="",
+    body=invokes("</atem:function_calls>", "atem:"),
+    body_open="<atem:function_calls>",
+)

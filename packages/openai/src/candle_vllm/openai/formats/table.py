@@ -1,0 +1,432 @@
+"""The table of formats: one row for each way in which models write calls. `reasoning_table` has those of thoughts.
+
+The samples that tests check are in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+from candle_vllm.openai.formats.calls import mistral_id
+from candle_vllm.openai.formats.channels import Harmony, Headed
+from candle_vllm.openai.formats.gemma import Gemma
+from candle_vllm.openai.formats.json_calls import JsonCalls
+from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.nested import Nested
+from candle_vllm.openai.formats.pythonic import Pythonic
+from candle_vllm.openai.formats.raw_text import RawCode
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.shapes import (
+    BARE_HERMES,
+    BARE_JSON,
+    COHERE_STRAYS,
+    DEEPSEEK,
+    DEEPSEEK_PLAIN,
+    DEEPSEEK_STRAYS,
+    DSML_NAMED,
+    DSML_NAMED_V4,
+    FENCED_JSON,
+    GLM,
+    HERMES,
+    HUNYUAN,
+    K3_STRAYS,
+    MINICPM,
+    MINICPM_NAMED,
+    MISTRAL,
+    MUSE,
+    NAMED_TAG,
+    QWEN,
+    QWEN_NAMED,
+    SOLAR_STRAYS,
+    dsml,
+    invokes,
+    words,
+)
+from candle_vllm.openai.formats.tagged import Tagged
+
+_Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
+
+GEMMA = Gemma(quote='<|"|>', closers=("<tool_call|>",))
+TOOL_FORMATS: tuple[ToolFormat, ...] = (
+    ToolFormat("json", opens=("```json",), bodies=(FENCED_JSON,), bare=BARE_JSON, bare_starts="{[", aliases=("xlam",)),
+    ToolFormat(
+        "hermes",
+        opens=("<tool_call>",),
+        bodies=(HERMES, QWEN),
+        ends_thoughts=True,
+        on_lines=True,
+        fenced=FENCED_JSON,
+        bare=BARE_HERMES,
+        bare_starts="{[",
+        aliases=words("qwen qwen2 qwen25 granite4 smollm3 ernie45 exaone4 trinity"),
+        model_types=words(
+            "qwen2 qwen2_moe qwen2_vl qwen2_5_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe qwen3_next smollm3 "
+            "granitemoehybrid granite_hybrid ernie4_5 ernie4_5_moe exaone4 phi yi stablelm"
+        ),
+    ),
+    ToolFormat(  # before Qwen's, which reads such calls too
+        "functionary_v31",
+        opens=("<|python_tag|>",),
+        names=("<function=",),
+        bodies=(NAMED_TAG, RawCode()),
+        aliases=("functionary_v3_llama_3_1",),
+    ),
+    ToolFormat(
+        "qwen3_coder",
+        opens=("<tool_call>",),
+        names=("<function=",),
+        bodies=(QWEN, HERMES),
+        named=QWEN_NAMED,
+        ends_thoughts=True,
+        aliases=words("qwen_coder qwen3_xml qwen3_5 nemotron_3 step3p5 mimo"),
+        model_types=words("qwen3_5 qwen3_5_moe nemotron_h nemotron_h_moe step3p5 step35"),
+    ),
+    ToolFormat(
+        "seed_oss",
+        opens=("<seed:tool_call>",),
+        bodies=(
+            Tagged(
+                name_open="<function=",
+                name_end=">",
+                key_open="<parameter=",
+                key_end=">",
+                value_end="</parameter>",
+                call_end="</function>",
+                closers=("</seed:tool_call>",),
+                newlines=True,
+            ),
+        ),
+        model_types=("seed_oss",),
+    ),
+    ToolFormat(
+        "glm45",
+        opens=("<tool_call>",),
+        bodies=(GLM, HERMES),
+        ends_thoughts=True,
+        aliases=words("glm glm4_moe glm46 glm47 glm47_moe ling3 spark spark25 laguna poolside_v1"),
+        model_types=words("glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe"),
+    ),
+    ToolFormat(
+        "hunyuan_v3",
+        opens=("<tool_call:opensource>", "<tool_call>"),
+        bodies=HUNYUAN,
+        strays=("<tool_calls:opensource>", "</tool_calls:opensource>", "<tool_calls>", "</tool_calls>"),
+        aliases=("hy_v3",),
+        model_types=("hy_v3",),
+    ),
+    ToolFormat(
+        "mistral_v13",
+        opens=("[TOOL_CALLS]",),
+        bodies=(NamedJson(name_end="[ARGS]"), *MISTRAL),
+        make_id=mistral_id,
+        aliases=("devstral", "ministral3", "magistral"),
+        model_types=("mistral3", "ministral3"),
+    ),
+    ToolFormat("mistral_v11", opens=("[TOOL_CALLS]",), bodies=MISTRAL[::-1], make_id=mistral_id),
+    ToolFormat(
+        "mistral",
+        opens=("[TOOL_CALLS]",),
+        bodies=MISTRAL,
+        make_id=mistral_id,
+        aliases=("mistral_v3", "mistral_v7"),
+        model_types=("mistral", "mixtral"),
+    ),
+    ToolFormat(
+        "llama3_json",
+        opens=("<|python_tag|>",),
+        names=("<function=",),
+        bodies=(
+            JsonCalls(arguments_key="parameters"),
+            NAMED_TAG,
+            Pythonic(listed=False, known_only=True),
+            RawCode(),
+        ),
+        bare=JsonCalls(known_only=True, arguments_key="parameters"),
+        bare_starts="{[",
+        aliases=("llama", "llama3"),
+        model_types=("llama", "mllama"),
+    ),
+    ToolFormat(
+        "llama4_json",
+        opens=("<|python_end|>", "<|python_tag|>"),
+        bodies=(JsonCalls(arguments_key="parameters"),),
+        bare=JsonCalls(known_only=True, arguments_key="parameters"),
+        bare_starts="{[",
+        strays=("<|python_start|>",),
+    ),
+    ToolFormat(
+        "functionary_v32",
+        flow=Headed(),
+        aliases=("functionary_v3_2", "functionary"),
+        hints=(">>>${recipient}",),
+    ),
+    ToolFormat(
+        "pythonic",
+        opens=("<|python_start|>",),
+        bodies=(Pythonic(closers=("<|python_end|>",)),),
+        bare=Pythonic(known_only=True),
+        bare_starts="[",
+        aliases=("llama4", "llama4_pythonic"),
+        model_types=("llama4",),
+    ),
+    ToolFormat(
+        "olmo3",
+        opens=("<function_calls>",),
+        bodies=(Pythonic(listed=False, closers=("</function_calls>",)),),
+        model_types=("olmo3",),
+    ),
+    ToolFormat(
+        "lfm2",
+        opens=("<|tool_call_start|>",),
+        bodies=(Pythonic(closers=("<|tool_call_end|>",)), JsonCalls(closers=("<|tool_call_end|>",))),
+        aliases=("lfm25",),
+        hints=("<|tool_list_start|>", "List of tools: ["),
+        model_types=("lfm2", "lfm2_moe"),
+    ),
+    ToolFormat(
+        "deepseek_v3",
+        opens=("<｜tool▁call▁begin｜>",),
+        bodies=(DEEPSEEK, DEEPSEEK_PLAIN),
+        strays=DEEPSEEK_STRAYS,
+        aliases=("deepseek", "deepseek_r1"),
+        model_types=("deepseek_v2", "deepseek_v3", "deepseek2"),
+    ),
+    ToolFormat(
+        "deepseek_v31",
+        opens=("<｜tool▁call▁begin｜>",),
+        bodies=(DEEPSEEK_PLAIN, DEEPSEEK),
+        ends_thoughts=True,
+        strays=DEEPSEEK_STRAYS,
+    ),
+    ToolFormat(
+        "deepseek_v32",
+        opens=("<｜DSML｜function_calls>",),
+        names=(DSML_NAMED.name_open,),
+        bodies=(dsml("function_calls"),),
+        named=DSML_NAMED,
+        ends_thoughts=True,
+        model_types=("deepseek_v32",),
+    ),
+    ToolFormat(
+        "deepseek_v4",
+        opens=("<｜DSML｜tool_calls>",),
+        names=(DSML_NAMED_V4.name_open,),
+        bodies=(dsml("tool_calls"),),
+        named=DSML_NAMED_V4,
+        ends_thoughts=True,
+        model_types=("deepseek_v4",),
+    ),
+    ToolFormat(
+        "phi4_mini_json",
+        opens=("functools",),
+        bodies=(JsonCalls(listed=True, offered_only=True),),
+        aliases=("phi4_mini", "firefunction"),
+        hints=("<|tool|>", "functools["),
+        model_types=("phi3", "phi4mm"),
+    ),
+    ToolFormat(
+        "functiongemma",
+        opens=("<start_function_call>",),
+        bodies=(Gemma(quote="<escape>", closers=("<end_function_call>",)),),
+        aliases=("gemma", "gemma3"),
+        model_types=("gemma2", "gemma3", "gemma3_text"),
+    ),
+    ToolFormat(
+        "gemma4",
+        opens=("<|tool_call>",),
+        bodies=(GEMMA,),
+        unmarked=dataclasses.replace(GEMMA, known_only=True),
+        bare_starts="c:",
+        model_types=("gemma4", "gemma4_text"),
+    ),
+    ToolFormat(
+        "granite",
+        opens=("<|tool_call|>", "<tool_call>"),
+        bodies=(JsonCalls(listed=True),),
+        aliases=("granite3",),
+        hints=("<|start_of_role|>available_tools<|end_of_role|>",),
+        model_types=("granite", "granitemoe"),
+    ),
+    ToolFormat("granite_20b", opens=("<function_call>",), bodies=(JsonCalls(),), aliases=("granite-20b-fc",)),
+    ToolFormat(
+        "kimi_k2",
+        opens=("<|tool_call_begin|>",),
+        bodies=(
+            NamedJson(
+                before_name=("functions.",),
+                name_end="<|tool_call_argument_begin|>",
+                counted=True,
+                closers=("<|tool_call_end|>",),
+            ),
+        ),
+        strays=(
+            *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+            *("<|tool_call_section_begin|>", "<|tool_call_section_end|>"),
+        ),
+        ends_thoughts=True,
+        model_types=("kimi_k2", "kimi_k25"),
+    ),
+    ToolFormat(
+        "kimi_k3",
+        opens=("<|open|>tools<|sep|>",),
+        bodies=(
+            Tagged(
+                name_open='<|open|>call tool="',
+                name_head=r'(?P<name>[^"]*)".*',
+                name_end="<|sep|>",
+                key_open="<|open|>argument ",
+                key_end="<|sep|>",
+                head=r'key="(?P<key>[^"]*)"(?: type="(?P<type>\w+)")?',
+                value_end="<|close|>argument<|sep|>",
+                call_end="<|close|>call<|sep|>",
+                closers=("<|close|>tools<|sep|>",),
+            ),
+        ),
+        strays=K3_STRAYS,
+        answer=(("<|open|>response<|sep|>", "<|close|>response<|sep|>"),),
+        model_types=("kimi_k3",),
+    ),
+    ToolFormat(
+        "minimax_m2",
+        opens=("<minimax:tool_call>",),
+        bodies=(invokes("</minimax:tool_call>"),),
+        ends_thoughts=True,
+        model_types=("minimax_m2",),
+    ),
+    ToolFormat(
+        "minimax_m3",
+        opens=("]<]minimax[>[<tool_call>",),
+        bodies=(Nested("]<]minimax[>[", closers=("]<]minimax[>[</tool_call>",)),),
+        model_types=("minimax_m3",),
+    ),
+    ToolFormat("dots", opens=("<dots_function_call>",), bodies=(invokes("</dots_function_call>"), JsonCalls())),
+    ToolFormat("openai", flow=Harmony(), aliases=("gpt_oss", "harmony"), model_types=("gpt_oss",)),
+    ToolFormat("muse", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
+    ToolFormat(
+        "solar",
+        opens=("<|tool_call:begin|>",),
+        bodies=(
+            NamedJson(
+                id_end="<|tool_call:name|>", name_end="<|tool_call:args|>", closers=("<|tool_call:end|>", "<|calls|>")
+            ),
+        ),
+        strays=SOLAR_STRAYS,
+        answer=(("<|content|>", "<|end|>"),),
+        aliases=("solar_open",),
+        model_types=("solar_open",),
+    ),
+    ToolFormat(
+        "solar_open2",
+        opens=("<|tool_call:start|>",),
+        bodies=(
+            Tagged(
+                name_open="",
+                name_end="\n",
+                key_open="<|tool_arg:start|>",
+                key_end="<|tool_arg:value|>",
+                value_end="<|tool_arg:end|>",
+                call_end="<|tool_call:end|>",
+            ),
+        ),
+        model_types=("solar_open2",),
+    ),
+    ToolFormat(
+        "cohere",
+        opens=("<|START_ACTION|>",),
+        bodies=(
+            JsonCalls(
+                listed=True,
+                name_key="tool_name",
+                arguments_key="parameters",
+                id_key="tool_call_id",
+                closers=("<|END_ACTION|>",),
+            ),
+        ),
+        strays=COHERE_STRAYS,
+        answer=(("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<|START_TEXT|>", "<|END_TEXT|>")),
+        aliases=words("command_r7b cohere2 command_a cohere_command3 cohere_command4"),
+        model_types=("cohere2", "cohere2_moe"),
+    ),
+    ToolFormat(
+        "command_r_plus",
+        opens=("Action:",),
+        bodies=(
+            JsonCalls(
+                listed=True,
+                fenced=True,
+                offered_only=True,
+                silent=("directly-answer", "directly_answer"),
+                name_key="tool_name",
+                arguments_key="parameters",
+                closers=("```",),
+            ),
+        ),
+        line_start=True,
+        aliases=("command_r",),
+        model_types=("cohere", "command_r"),
+    ),
+    ToolFormat(
+        "tool_calls_json",
+        opens=("<tool_calls>",),
+        bodies=(JsonCalls(listed=True, closers=("</tool_calls>",)),),
+        aliases=words("hunyuan_a13b hunyuan apriel minimax minimax_m1 jamba"),
+        model_types=words("hunyuan_v1_moe hunyuan_v1_dense minimax minimax_m1 jamba"),
+    ),
+    ToolFormat("nemotron_nano", opens=("<TOOLCALL>",), bodies=(JsonCalls(listed=True, closers=("</TOOLCALL>",)),)),
+    ToolFormat(
+        "apertus",
+        opens=("<|tools_prefix|>",),
+        bodies=(JsonCalls(listed=True, keyed=True, closers=("<|tools_suffix|>",)),),
+        aliases=("apertus2509",),
+        model_types=("apertus",),
+    ),
+    ToolFormat(
+        "internlm",
+        opens=("<|action_start|><|plugin|>",),
+        bodies=(JsonCalls(arguments_key="parameters", closers=("<|action_end|>",)),),
+        aliases=("internlm2", "interns1"),
+        model_types=("internlm2", "internlm3", "interns1"),
+    ),
+    ToolFormat(
+        "gigachat3",
+        opens=("<|function_call|>", "function call<|role_sep|>"),
+        bodies=(JsonCalls(closers=("<|message_sep|>",)),),
+        strays=("<|message_sep|>",),
+    ),
+    ToolFormat(
+        "longcat",
+        opens=("<longcat_tool_call>",),
+        bodies=(JsonCalls(closers=("</longcat_tool_call>",)),),
+        model_types=("longcat_flash",),
+    ),
+    ToolFormat(
+        "minicpm5",
+        names=('<function name="',),
+        bodies=(MINICPM,),
+        named=MINICPM_NAMED,
+    ),
+    ToolFormat(
+        "step3",
+        opens=("<｜tool_call_begin｜>function<｜tool_sep｜>",),
+        bodies=(invokes("<｜tool_call_end｜>", "steptml:"),),
+        strays=("<｜tool_calls_begin｜>", "<｜tool_calls_end｜>"),
+        model_types=("step3_text", "step3_vl"),
+    ),
+)
+
+
+def tool_names() -> dict[str, ToolFormat]:
+    """Every name of a tool format, its own first."""
+    return _by_name(TOOL_FORMATS)
+
+
+def reasoning_names() -> dict[str, ReasoningFormat]:
+    """Every name of a reasoning format, its own first."""
+    return _by_name(REASONING_FORMATS)
+
+
+def _by_name(rows: tuple[_Row, ...]) -> dict[str, _Row]:
+    own = {row.name: row for row in rows}
+    return own | {alias: row for row in rows for alias in row.aliases if alias not in own}

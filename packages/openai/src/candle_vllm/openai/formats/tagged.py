@@ -1,0 +1,331 @@
+"""Calls whose arguments are tagged texts: `<function=f><parameter=a>1</parameter></function>` and its kin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+
+from candle_vllm.openai.formats.calls import NAME, CallSink
+from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
+from candle_vllm.openai.formats.json_value import read_value
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
+from candle_vllm.openai.formats.values import argument_types, to_json
+
+_SPACES = re.compile(r"[ \t\r\n]*")
+_SPECIAL = re.compile("[\ud800-\udfff]")
+_SHORT = frozenset({"integer", "number", "boolean", "null"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    """A name and tagged values, which the tool's schema tells the types of.
+
+    Attributes:
+        name_open, name_end: around the name; where `name_open` is "", the name stands behind the opening mark.
+        name_head: reads attributes that stand beside the name; its group is `name`.
+        key_open, key_end: around the key.
+        value_open: between key and value.
+        value_end: behind the value. It is a mark only where another key, the end of the call, or nothing follows.
+        call_end: behind the last value.
+        closers: what may follow the calls.
+        head: reads attributes that stand beside the key; its groups are `key`, and `text`, "true" where the value is
+            a string and "false" where it is JSON, or `type`, a JSON type.
+        newlines: a line break stands before and behind each value and is no part of it.
+        paired: that behind a value is part of it where none stands before.
+        text_open, text_end: stand around a text that could be mistaken for tags (XML's CDATA).
+        known_only: one tool that the request offers, and its arguments or its end, are a call; for names that no mark
+            stands before: `std::function<function=f>` is text.
+    """
+
+    name_open: str
+    name_end: str
+    key_open: str
+    key_end: str
+    value_end: str
+    call_end: str
+    closers: tuple[str, ...] = ()
+    value_open: str = ""
+    name_head: str = ""
+    head: str = ""
+    newlines: bool = False
+    paired: bool = False
+    text_open: str = ""
+    text_end: str = ""
+    known_only: bool = False
+
+    def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        before = calls.count
+        while (yield from self._call(reader, calls)):
+            yield from reader.skip_space()
+            if not self.name_open or self.known_only:
+                break
+        if self.closers:
+            yield from skip_closers(reader, (*self.closers, self.value_end))
+        return calls.count > before
+
+    def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
+        yield from reader.skip_space()
+        if self.name_open and not (yield from reader.take(self.name_open)):
+            return False
+        first = "" if self.name_open else self.key_open
+        ends = markers(self.name_end, first, self.call_end, "" if self.name_open else "{")
+        name, mark = yield from reader.name(ends)
+        name = name.strip(SPACE)
+        if self.name_head and (match := re.fullmatch(self.name_head, name)):
+            name = match["name"]
+        if NAME.fullmatch(name) is None or not (mark or (reader.whole and not self.name_open)):
+            return False
+        if mark in (first, self.call_end, "{"):
+            reader.put_back(mark)
+        if self.known_only and (name not in calls.tools or not (yield from self._goes_on(reader))):
+            return False
+        calls.begin(name)
+        calls.end((yield from _Arguments(self, reader, calls, name).read()))
+        return True
+
+    def _goes_on(self, reader: Reader) -> Need[bool]:
+        yield from reader.skip_space()
+        found = yield from reader.take(self.key_open, self.call_end, "{")
+        reader.put_back(found)
+        return bool(found)
+
+
+class _Arguments:
+    """The reading of one call's arguments."""
+
+    def __init__(self, shape: Tagged, reader: Reader, calls: CallSink, name: str) -> None:
+        self._shape = shape
+        self._reader = reader
+        self._calls = calls
+        self._schema = calls.tools.get(name, {})
+        self._keys: set[str] = set()
+
+    def read(self) -> Need[bool]:
+        """True when the call was closed, or the model was done."""
+        shape, reader, emit = self._shape, self._reader, self._calls.arguments
+        yield from reader.skip_space()
+        if (yield from reader.peek()) == "{":
+            return (yield from self._object())
+        closed = True
+        while closed:
+            yield from reader.skip_space()
+            mark = yield from reader.take(shape.key_open, shape.value_end, shape.call_end, *shape.closers)
+            if mark == shape.value_end:  # a stray one
+                continue
+            if mark != shape.key_open:
+                closed = bool(mark) or reader.whole or not reader.ended
+                break
+            closed = yield from self._argument()
+        if closed:
+            emit("}" if self._keys else "{}")
+        return closed
+
+    def _object(self) -> Need[bool]:
+        """All arguments as one object of JSON, which models write where other formats do."""
+        shape, reader = self._shape, self._reader
+        closed = yield from read_value(reader, self._calls.arguments, markers(shape.call_end, *shape.closers))
+        if closed:
+            yield from reader.skip_space()
+            yield from reader.take(shape.call_end)
+        return closed
+
+    def _argument(self) -> Need[bool]:
+        """One key and its value; False when the text was cut within."""
+        shape, reader = self._shape, self._reader
+        head, mark = yield from reader.name(markers(shape.key_end))
+        if mark and shape.value_open:
+            yield from reader.skip_space()
+            if not (yield from reader.take(shape.value_open)):
+                return (yield from self._unopened(head))
+        if not mark:
+            return reader.whole
+        key, types = self._key(head)
+        if types != {"string"} and self._may_wrap(key):
+            return (yield from self._wrapped(key, types))
+        sink = self._begin(key)
+        if shape.text_open:
+            if (yield from reader.take(shape.text_open)):
+                return (yield from self._plain_text(sink))
+            rest = reader.text[reader.at :]
+            if reader.ended and not reader.whole and shape.text_open.startswith(rest):
+                return False
+        return (yield from self._text(sink) if types == {"string"} else self._other(sink, types))
+
+    def _may_wrap(self, key: str) -> bool:
+        """Whether an argument that the tool does not have may hold all those that it has."""
+        properties = self._schema.get("properties")
+        return key in ARGUMENT_KEYS and isinstance(properties, Mapping) and bool(properties) and key not in properties
+
+    def _wrapped(self, key: str, types: frozenset[str]) -> Need[bool]:
+        """A value that may be an object of the tool's arguments; False when the text was cut within."""
+        parts: list[str] = []
+        inner = _Inner(parts.append, self._shape)
+        closed = yield from self._value(inner.add, short=False)
+        if closed:
+            value = to_json("".join(parts), types)
+            found = json.loads(value)
+            if isinstance(found, dict) and found.keys() <= self._schema["properties"].keys():
+                for own, one in found.items():
+                    self._begin(own)(_quoted(one))
+            else:
+                self._begin(key)(value)
+        return closed
+
+    def _unopened(self, head: str) -> Need[bool]:
+        """A value without the mark before it; a key without a value is left out. False when the text was cut within."""
+        shape, reader, parts = self._shape, self._reader, list[str]()
+        ends = markers(shape.value_end, shape.key_open, shape.call_end, *shape.closers)
+        mark = yield from reader.until(ends, parts.append, inside=True)
+        if mark == shape.value_end:
+            key, types = self._key(head)
+            self._begin(key)(to_json("".join(parts), types))
+        else:
+            reader.put_back(mark)
+        return bool(mark) or reader.whole
+
+    def _begin(self, key: str) -> Sink:
+        """Where the value of an argument goes: nowhere where it has one."""
+        if key in self._keys:
+            return _ignore
+        self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
+        self._keys.add(key)
+        return self._calls.arguments
+
+    def _key(self, head: str) -> tuple[str, frozenset[str]]:
+        match = re.fullmatch(self._shape.head, head.strip(SPACE)) if self._shape.head else None
+        if match is None:
+            key = head.strip(SPACE)
+            return key, argument_types(self._schema, key)
+        groups = match.groupdict()
+        key, told, kind = groups["key"], groups.get("text"), groups.get("type")
+        if told == "true" or kind == "string":
+            return key, frozenset({"string"})
+        if kind:
+            return key, frozenset({kind})
+        types = argument_types(self._schema, key)
+        return key, (types - {"string"} if told == "false" else types)
+
+    def _text(self, sink: Sink) -> Need[bool]:
+        """A string, handed on as it comes."""
+        sink('"')
+        inner = _Inner(lambda text: sink(_escaped(text)), self._shape)
+        closed = yield from self._value(inner.add, short=False)
+        if closed:
+            sink('"')
+        return closed
+
+    def _plain_text(self, sink: Sink) -> Need[bool]:
+        """A string that its own mark ends."""
+        sink('"')
+        ends = markers(self._shape.text_end)
+        mark = yield from self._reader.until(ends, lambda text: sink(_escaped(text)), inside=True)
+        if mark or self._reader.whole:
+            sink('"')
+            yield from self._reader.skip_space()
+            yield from self._reader.take(self._shape.value_end)
+        return bool(mark) or self._reader.whole
+
+    def _other(self, sink: Sink, types: frozenset[str]) -> Need[bool]:
+        """A value that can be understood only when it is there."""
+        parts: list[str] = []
+        inner = _Inner(parts.append, self._shape)
+        closed = yield from self._value(inner.add, short=bool(types) and types <= _SHORT)
+        if closed:
+            text = "".join(parts)
+            plain = _SPECIAL.sub("", text)
+            value = to_json(plain, types)
+            sink(_quoted(text) if value == _quoted(plain) else value)
+        return closed
+
+    def _value(self, sink: Sink, *, short: bool) -> Need[bool]:
+        """The text up to the end of the value; False when the text was cut within.
+
+        What ends a value is believed where it makes sense: a text may well hold the same tags, a `short` value none.
+        """
+        shape, reader = self._shape, self._reader
+        outer = [closer for closer in shape.closers if closer != shape.call_end]
+        ends = markers(
+            shape.value_end,
+            shape.call_end if outer or short else "",
+            shape.key_open if shape.newlines or short else "",
+            *(outer if short else ()),
+        )
+        last = ""
+
+        def text(part: str) -> None:
+            nonlocal last
+            last = part[-1:]
+            sink(part)
+
+        while True:
+            mark = yield from reader.until(ends, text, inside=True)
+            if not mark:
+                return reader.whole
+            if mark != shape.value_end and short:
+                reader.put_back(mark)
+                return True
+            if mark == shape.key_open:
+                if last == "\n" and (yield from self._new_key()):
+                    reader.put_back(mark)
+                    return True
+                if reader.ended and reader.at == len(reader.text) and not reader.whole:
+                    return False
+                text(mark)
+                continue
+            spaces: list[str] = []
+            yield from reader.match(_SPACES, spaces.append)
+            next_ones = (shape.key_open, shape.call_end, *shape.closers) if mark == shape.value_end else outer
+            following = yield from reader.take(*next_ones)
+            reader.put_back(following)
+            rest = reader.text[reader.at : reader.at + max(map(len, next_ones))] if next_ones else ""
+            if following or (not rest and reader.whole):
+                return True
+            if reader.ended and not reader.whole and any(one.startswith(rest) for one in next_ones):
+                return False
+            text(mark + "".join(spaces))
+
+    def _new_key(self) -> Need[bool]:
+        """Whether the name of an argument that has no value yet stands here; it is not read unless it was cut."""
+        reader = self._reader
+        head, mark = yield from reader.name(markers(self._shape.key_end))
+        if not mark and reader.ended and reader.at == len(reader.text) and not reader.whole:
+            return False
+        reader.put_back(head + mark)
+        key, properties = self._key(head)[0], self._schema.get("properties")
+        return bool(mark) and key not in self._keys and isinstance(properties, Mapping) and key in properties
+
+
+class _Inner:
+    """A value without the line breaks that stand around it."""
+
+    def __init__(self, sink: Sink, shape: Tagged) -> None:
+        self._sink = sink
+        self._first = self._newlines = shape.newlines
+        self._paired = shape.paired
+        self._held = ""
+
+    def add(self, text: str) -> None:
+        if self._first:
+            self._first = False
+            self._newlines = text.startswith("\n") or not self._paired
+            text = text.removeprefix("\n")
+        text = self._held + text
+        self._held = "\n" if self._newlines and text.endswith("\n") else ""
+        if text := text.removesuffix(self._held):
+            self._sink(text)
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """A text as the inside of a JSON string."""
+    return _quoted(text)[1:-1]
+
+
+def _ignore(_: str) -> None:
+    pass

@@ -1,0 +1,285 @@
+"""Messages that are text with marks in it: where thoughts and calls begin and end (step 10).
+
+A mark is believed where it makes sense. What was taken for one and is none is text, which is looked at again, but not
+without end.
+"""
+
+from __future__ import annotations
+
+import re
+
+from candle_vllm.openai.formats.calls import CallBegins, CallProbe
+from candle_vllm.openai.formats.code_spans import CodeSpans
+from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat
+from candle_vllm.openai.formats.output import Output
+from candle_vllm.openai.formats.reader import SPACES, Markers, Need, Reader, Sink, markers
+
+FENCE = "```json"
+_QUOTES = "`\"'"
+# How calls without a mark begin where a grammar holds them (`grammars.json_bodies`, `grammars.pythonic`).
+_HELD = re.compile(
+    r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
+    r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
+)
+_MOST_AGAIN = 1 << 16  # characters of a message that are looked at again because they were no calls
+
+
+def _lead(form: ToolFormat) -> str:
+    """What the calls begin with that a grammar holds: those of the first body."""
+    body = form.bodies[0] if form.bodies else None
+    return getattr(body, "name_open", "") or next(iter(getattr(body, "before_name", ())), "")
+
+
+def is_special(mark: str) -> bool:
+    """Whether a mark is made of a special token, which no text can be mistaken for."""
+    return "\ud800" <= mark[0] <= "\udfff"
+
+
+class TextFlow:
+    """A message that is text with marks in it."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        form: ToolFormat | None,
+        reader: Reader,
+        output: Output,
+        *,
+        in_reasoning: bool,
+        held: bool = False,
+        lazy: bool = False,
+    ) -> None:
+        """
+        Args:
+            layout: what the message may hold.
+            form: how calls are written; None where they are not looked for.
+            reader: has the text.
+            output: takes what is found.
+            in_reasoning: the prompt has opened the thoughts already.
+            held: a grammar holds calls to their form: thoughts end with their mark alone.
+            lazy: it does so once a call has begun; one without a mark is one only where it begins as it has it.
+        """
+        self._reader = reader
+        self._output = output
+        self._form = form
+        self._pairs = layout.reasoning.pairs if layout.reasoning else {}
+        fences = (FENCE,) if form and form.fenced else ()
+        names = [mark for mark in form.names if not lazy or _lead(form).startswith(mark)] if form else ()
+        self._opens = frozenset((*form.opens, *names, *fences)) if form else frozenset()
+        strays = (*(form.strays if form else ()), *(layout.reasoning.strays if layout.reasoning else ()))
+        self._strays = frozenset(strays)
+        answers = (*(form.answer if form else ()), *(layout.reasoning.answer if layout.reasoning else ()))
+        self._answers = frozenset(begin for begin, _ in answers)
+        self._marks = markers(*sorted({*self._pairs, *self._pairs.values(), *self._opens, *strays}))
+        tags = (*form.opens, *form.names, *form.strays) if form and form.ends_thoughts and not held else ()
+        self._tags = frozenset(tag for tag in tags if not is_special(tag))  # those end thoughts whatever follows
+        self._in_reasoning = in_reasoning
+        self._lazy = lazy
+        self._code = CodeSpans()
+        self._unclosed = False  # thoughts were ended by a call
+        self._again = 0  # characters that were looked at again
+
+    def run(self) -> Need[None]:
+        """Reads the message."""
+        if self._in_reasoning and self._pairs:
+            yield from self._reasoning(next(iter(self._pairs)))
+        fresh = True
+        while True:
+            if fresh and (yield from self._bare()):
+                continue
+            mark = yield from self._until_mark(self._marks, self._output.content, self._code)
+            if not mark:
+                return
+            fresh = mark in self._pairs and (is_special(mark) or self._code.at_line_start)
+            if fresh:
+                self._part_ends()
+                yield from self._reasoning(mark)
+            elif mark in self._opens and self._in_line(mark):
+                self._text(mark)
+            elif mark in self._opens:
+                yield from self._calls(mark)
+            elif mark not in self._strays:
+                fresh = self._is_end(mark)
+
+    def _is_end(self, mark: str) -> bool:
+        """Whether a mark ends thoughts that nothing began; in a line, or behind content, it is text."""
+        if is_special(mark) or (mark not in self._pairs and (self._unclosed or not self._output.in_content)):
+            self._unclosed = False
+            self._part_ends()
+            return True
+        self._text(mark)
+        return False
+
+    def _in_line(self, mark: str) -> bool:
+        """Whether a mark stands where it is a word like others; what a grammar has taken for one is one."""
+        apart = is_special(mark) or self._lazy or self._code.at_line_start
+        return not apart and self._form is not None and self._form.line_start
+
+    def _text(self, text: str) -> None:
+        self._code.add(text)
+        self._output.content(text)
+
+    def _part_ends(self) -> None:
+        self._output.part_ends()
+        self._code.end_line()
+
+    def _no_calls(self, read: int, text: str = "") -> None:
+        """What was taken for calls is text.
+
+        Marks are looked for in the `read` characters that are unread now, but not without end: a text of nothing but
+        beginnings of calls would be read to its end from every one.
+        """
+        self._again += read
+        text += self._reader.next(read) if self._again > _MOST_AGAIN else ""
+        if text:
+            self._text(text)
+
+    def _bare(self) -> Need[bool]:
+        """Calls without a mark at the beginning of the message."""
+        form, reader = self._form, self._reader
+        body = form and (form.bare or (None if self._lazy else form.unmarked))
+        if form is None or body is None:
+            return False
+        reader.mark()
+        yield from reader.skip_space()
+        start = yield from reader.peek()
+        if start and start in form.bare_starts and (yield from self._read(body)):
+            reader.forget()
+            self._part_ends()
+            return True
+        read = reader.unread()
+        reader.forget()
+        self._no_calls(read)
+        return False
+
+    def _calls(self, mark: str) -> Need[None]:
+        """Calls behind a mark; where there is none, the mark is text."""
+        form, reader, calls = self._form, self._reader, self._output.calls
+        assert form is not None
+        if mark in form.names:
+            reader.put_back(mark)
+            text = ""
+        else:
+            text = yield from self._repeated(mark)
+        reader.mark()
+        before, most = calls.count, 0
+        for body in self._bodies(mark):
+            yield from reader.skip_space()
+            if (yield from self._read(body)) or calls.count > before:
+                reader.forget()
+                self._part_ends()
+                return
+            most = max(most, reader.unread())
+        reader.forget()
+        if mark in form.names:
+            text = yield from reader.take(mark)
+        self._no_calls(max(0, most - len(mark)) if mark in form.names else most, text)
+
+    def _read(self, body: Body) -> Need[bool]:
+        """Whether calls are here; where they are held to a form, those without a mark must begin in it."""
+        calls = self._output.calls
+        named = self._form is not None and body is self._form.named  # its mark is the beginning that a grammar has
+        if self._lazy and not named and getattr(body, "known_only", False):
+            calls.may_begin = lambda: _HELD.fullmatch(self._reader.since_mark()) is not None
+        try:
+            return (yield from body.read(self._reader, calls))
+        except CallBegins:
+            return False
+        finally:
+            calls.may_begin = None
+
+    def _bodies(self, mark: str) -> tuple[Body, ...]:
+        """What may follow a mark."""
+        form = self._form
+        assert form is not None
+        if mark == FENCE and form.fenced:
+            return (form.fenced,)
+        return (form.named,) if mark in form.names and form.named else form.bodies
+
+    def _repeated(self, *marks: str) -> Need[str]:
+        """A mark that was read, the first of these, and what follows of them: models open more than once."""
+        reader, parts = self._reader, [marks[0]]
+        while True:
+            spaces: list[str] = []
+            yield from reader.match(SPACES, spaces.append)
+            again = yield from reader.take(*marks)
+            if not again:
+                reader.put_back("".join(spaces))
+                return "".join(parts)
+            parts += [*spaces, again]
+
+    def _reasoning(self, opened: str) -> Need[None]:
+        """Thoughts up to the mark that closes them, or to a call, which models begin without closing them."""
+        reader, output, code = self._reader, self._output, CodeSpans()
+        output.thinking = True
+        yield from reader.skip_space()
+        yield from reader.take(opened)  # a prompt that opened them, and a model that does so again
+        close = self._pairs[opened]
+        ends = {close, *filter(is_special, self._opens | self._answers)}
+        marks = markers(*sorted(ends | self._tags))
+        while True:
+            mark = yield from self._until_mark(marks, output.reasoning, code, close)
+            text = "" if mark in ends else (yield from self._no_call_in_thoughts(mark, code))
+            if not text:
+                break
+            code.add(text)
+            output.reasoning(text)
+        output.thinking = False
+        self._part_ends()
+        self._unclosed = mark != close
+        if self._unclosed:
+            self._code = CodeSpans()
+            reader.put_back(mark if mark in ends else "")
+
+    def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
+        """The text that a mark is; "", and it is unread, where a call of a tool that is offered begins with it."""
+        form, reader = self._form, self._reader
+        if not mark or form is None:
+            return ""
+        text = mark if mark in form.names else (yield from self._repeated(mark, *self._tags.difference(form.names)))
+        opened = any(one in text for one in (*form.opens, *form.names))
+        most = 0
+        if opened and (code.at_line_start or not form.on_lines):
+            begun = mark if mark in form.names else ""
+            reader.put_back(begun)
+            reader.mark()
+            for body in self._bodies(mark):
+                name = yield from self._name(body)
+                most = max(most, reader.unread() - len(begun))
+                if name in self._output.calls.tools:
+                    reader.forget()
+                    reader.put_back(text if not begun else "")
+                    return ""
+            reader.forget()
+            yield from reader.take(begun)
+        self._again += most
+        return text + (reader.next(most) if self._again > _MOST_AGAIN else "")
+
+    def _name(self, body: Body) -> Need[str]:
+        """The name of the call that begins here; "" where none does."""
+        yield from self._reader.skip_space()
+        try:
+            yield from body.read(self._reader, CallProbe(self._output.calls.tools))
+        except CallBegins as call:
+            return call.name
+        return ""
+
+    def _until_mark(self, marks: Markers, sink: Sink, code: CodeSpans, always: str = "") -> Need[str]:
+        """Text up to a mark that is one; those in quotes are text, and those in code that are not `always` marks."""
+        reader = self._reader
+        last = ""
+
+        def text(part: str) -> None:
+            nonlocal last
+            last = part[-1:]
+            code.add(part)
+            sink(part)
+
+        while True:
+            mark = yield from reader.until(marks, text, inside=bool(always))
+            if not mark or is_special(mark):
+                return mark
+            quoted = last != "" and last in _QUOTES and (yield from reader.peek()) == last
+            if not quoted and (mark == always or not code.inside or mark.startswith("`")):
+                return mark
+            text(mark)

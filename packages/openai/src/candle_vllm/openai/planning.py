@@ -1,0 +1,126 @@
+"""What a chat request's answers may hold and how they are held to it: formats, tools and structured output (step 2).
+
+The formats are chosen once per model, by its files; a plan is made once per request, when its prompt is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.openai.answers import AnswerPlan
+from candle_vllm.openai.constraints import constrain
+from candle_vllm.openai.formats.binding import bind
+from candle_vllm.openai.formats.choice import Choice, choose_layout
+from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.reader import SPACE
+from candle_vllm.openai.formats.template_needs import reasoning_is_open
+from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.protocol.tool_use import ToolUse
+
+logger = logging.getLogger(__name__)
+_TAIL = 1 << 14  # characters at a prompt's end in which its last marks are looked for
+
+
+class Planned(NamedTuple):
+    """A plan for the answers of one request, and the form that their text must have."""
+
+    answers: AnswerPlan
+    structured: StructuredOutputsParams | None
+
+
+class AnswerPlanner:
+    """Plans answers of one model.
+
+    Args:
+        conventions: how the model was trained to chat.
+        model_type: its architecture.
+        tool_parser, reasoning_parser: names of formats; None is the model's own.
+
+    Attributes:
+        choice: the formats, and why.
+
+    Raises:
+        ConfigError: there is no format of that name.
+    """
+
+    def __init__(
+        self,
+        conventions: ChatConventions,
+        model_type: str,
+        *,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
+        self.choice: Choice = choose_layout(
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+            template=conventions.chat_template,
+            response_template=conventions.response_template,
+            model_type=model_type,
+            chat_template=_compiled(conventions),
+        )
+        tools, reasoning = self.choice.tools, self.choice.reasoning
+        logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
+        logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
+        self._special = conventions.special_tokens
+        self._with_tools = bind(Layout(reasoning, tools), self._special)
+        frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
+        self._without = bind(Layout(reasoning, frame), self._special)
+
+    def plan(
+        self, request: ChatCompletionRequest, use: ToolUse, prompt: str, *, loose: Collection[str] = ()
+    ) -> Planned:
+        """The plan for a request whose rendered prompt is `prompt`; raises `RequestError`.
+
+        Tools whose names are in `loose` are not held to their schemas.
+        """
+        tools, reasoning, needs = self.choice.tools, self.choice.reasoning, self.choice.needs
+        if needs is not None and needs.writes_calls and not needs.parallel_calls:
+            use = replace(use, parallel=False)  # the conversation could not be rendered with more
+        called = tools if use.mode != "none" else None
+        tail, continued = prompt[-_TAIL:], bool(request.continue_final_message)
+        is_open = reasoning_is_open(tail, reasoning, continued=continued)
+        closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
+        structured = constrain(
+            request.structured(),
+            tools,
+            use,
+            reasoning=None if continued or (closed and not is_open) else reasoning,
+            in_reasoning=is_open,
+            special=self._special,
+            loose=loose,
+            continued=continued,
+        )
+        bound = self._with_tools if called else self._without
+        if bound.layout == Layout():
+            return Planned(AnswerPlan(), structured)
+        answers = AnswerPlan(
+            bound=bound,
+            tools={tool.name: tool.parameters for tool in use.tools} if called else None,
+            held=called is not None and structured is not None,
+            lazy=structured is not None and use.mode == "auto" and request.structured() is None,
+            most_calls=None if use.parallel else 1,
+            in_reasoning=is_open,
+            behind_reasoning=closed,
+            show_reasoning=request.include_reasoning is not False,
+            show_special_tokens=request.skip_special_tokens is False,
+            special_tokens=bool(bound.characters),
+        )
+        return Planned(answers, structured)
+
+
+def _compiled(conventions: ChatConventions) -> ChatTemplate | None:
+    if conventions.chat_template is None:
+        return None
+    try:
+        return ChatTemplate(conventions.chat_template, conventions.token_names)
+    except UnsupportedModelError:  # the engine would not have loaded it either
+        return None

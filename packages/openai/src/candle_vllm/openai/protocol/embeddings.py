@@ -1,0 +1,105 @@
+"""Wire types of `/v1/embeddings`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import msgspec
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from candle_vllm.core.pooling.params import MAX_DIMENSIONS, PoolingParams
+from candle_vllm.openai.protocol.fields import Refusal, TokenId, invalid
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+PoolingName = Literal["mean", "last", "cls"]
+
+EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
+    **POOLING_REFUSED_FIELDS,
+    "embed_dtype": Refusal("vectors are float32", ("float32",)),
+    "endianness": Refusal("vectors are little-endian", ("native", "little")),
+    "input_type": Refusal("put the words that the model wants for queries or documents into the text"),
+    "task": Refusal("put the words that the model wants for a task into the text"),
+    "output_dtype": Refusal("vectors are float32", ("float", "float32")),
+}
+
+
+def _input_form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<token lists>"
+    return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+Input = Annotated[
+    Annotated[Words, Tag("<string>")]
+    | Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("<strings>")]
+    | Annotated[TokenIds, Tag("<tokens>")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("<token lists>")],
+    Discriminator(_input_form),
+]
+
+
+class EmbeddingRequest(PoolingFields):
+    """Texts whose vectors are wanted: a text, several, token ids, or several lists of them.
+
+    Attributes:
+        encoding_format: numbers, or the bytes of little-endian float32 in base64.
+        dimensions: length of the vectors, where the model was trained to be cut.
+        pooling, embedding_type: which positions a vector is made of; two names of one field, the second candle-vllm's.
+        normalize: scale the vectors to length 1; None is as the model says.
+        add_special_tokens: of texts; None adds them.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
+
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+    pooling: PoolingName | None = None
+    embedding_type: PoolingName | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_pooling(self) -> Self:
+        if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
+            raise invalid("embedding_type", "and pooling are two names of one field and must be equal")
+        return self
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one entry each."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [cast("list[int]", self.input)]
+        return cast("list[str | list[int]]", self.input)
+
+    def pooling_params(self) -> PoolingParams:
+        """How the vectors are made."""
+        return PoolingParams(
+            dimensions=self.dimensions, normalize=self.normalize, pooling=self.pooling or self.embedding_type
+        )
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector; a text where base64 was asked for."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
+    """The vectors in the order of the texts."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Embedding, ...]
+    usage: PoolingUsage
+    object: str = "list"

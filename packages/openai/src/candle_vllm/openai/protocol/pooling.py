@@ -1,0 +1,69 @@
+"""What requests for vectors and for scores share, and their token counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from pydantic import Field, field_validator
+
+from candle_vllm.openai.protocol.fields import MAX_PRIORITY, Name, Refusal, WireModel, invalid
+
+MAX_INPUTS = 2048  # texts of one request for vectors; OpenAI's limit
+MAX_PAIRS = 2048  # pairs of texts that one request has scored
+MAX_POOLED_TOKENS = 1 << 20  # of all texts or pairs of a request together
+
+_NEVER_CUT = "texts are never cut; one that is too long is refused with its number"
+_TEXT_ONLY = "the server takes text only"
+
+POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
+    "truncate_prompt_tokens": Refusal(_NEVER_CUT),
+    "truncation_side": Refusal(_NEVER_CUT),
+    "truncate": Refusal(_NEVER_CUT, (False, "NONE")),
+    "late_chunking": Refusal("each text gets one vector of its own", (False,)),
+    "softmax": Refusal("the model's config says what its score goes through", (True,)),
+    "activation": Refusal("the model's config says what its score goes through", (True,)),
+    "use_activation": Refusal("the model's config says what its score goes through", (True,)),
+    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "messages": Refusal("a conversation has no vector; send its text as input"),
+    "chat_template": Refusal("texts are read as they are"),
+    "additional_data": Refusal("there is no plug-in that reads it"),
+    "instruction": Refusal("put the instruction into the text, as the model's page says"),
+}
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+Words = Annotated[str, Field(min_length=1)]
+"""A text that is not empty."""
+
+
+class PoolingFields(WireModel):
+    """Fields of every request that generates nothing. None always means absent; `user` has no effect."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = POOLING_REFUSED_FIELDS
+
+    model: Name | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    request_id: str | None = None
+    user: str | None = None
+
+    @field_validator("request_id")
+    @classmethod
+    def _plain_id(cls, value: str | None) -> str | None:
+        if value is not None and not _REQUEST_ID.fullmatch(value):
+            raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
+        return value
+
+
+def text_form(value: Any) -> str:
+    """The tag of a text or a list of texts."""
+    return "<strings>" if isinstance(value, list) else "<string>"
+
+
+class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that were read; nothing is generated, so that both numbers are the same."""
+
+    prompt_tokens: int
+    total_tokens: int

@@ -1,0 +1,83 @@
+"""Wire types of `/v1/score`, as vLLM has it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+import msgspec
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from candle_vllm.openai.protocol.fields import invalid
+from candle_vllm.openai.protocol.pooling import MAX_PAIRS, PoolingFields, PoolingUsage, Words, text_form
+
+Texts = Annotated[
+    Annotated[Words, Tag("<string>")]
+    | Annotated[list[Words], Field(min_length=1, max_length=MAX_PAIRS, fail_fast=True), Tag("<strings>")],
+    Discriminator(text_form),
+]
+
+# Names that vLLM has for the two sides of its pairs.
+_SIDES = (("text_1", "text_2"), ("queries", "items"), ("queries", "documents"), ("data_1", "data_2"))
+
+
+class ScoreRequest(PoolingFields):
+    """Pairs of texts: one against several, or as many on one side as on the other, in order."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    items: Texts | None = None
+    documents: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+
+    @model_validator(mode="after")
+    def _two_sides(self) -> Self:
+        given = {name for side in _SIDES for name in side if getattr(self, name) is not None}
+        if not any(given == set(side) for side in _SIDES):
+            ways = ", or ".join(" and ".join(side) for side in _SIDES)
+            raise invalid(min(given) if given else "text_1", f"is one side of pairs, which are given as {ways}")
+        left, right = self._lists()
+        if len(left) not in (1, len(right)):
+            raise invalid(
+                self._names()[0], f"has {len(left)} texts and {self._names()[1]} {len(right)}: one, or as many, can be"
+            )
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every pair of texts."""
+        left, right = self._lists()
+        return list(zip(left * len(right) if len(left) == 1 else left, right))
+
+    def blamed(self, number: int, side: int) -> str:
+        """The field that has the first (0) or second (1) text of a pair."""
+        name = self._names()[side]
+        texts = getattr(self, name)
+        return name if isinstance(texts, str) else f"{name}.{min(number, len(texts) - 1)}"
+
+    def _names(self) -> tuple[str, str]:
+        return next(side for side in _SIDES if all(getattr(self, name) is not None for name in side))
+
+    def _lists(self) -> tuple[list[str], list[str]]:
+        left, right = (getattr(self, name) for name in self._names())
+        return [left] if isinstance(left, str) else left, [right] if isinstance(right, str) else right
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """The score of one pair."""
+
+    index: int
+    score: float
+    object: str = "score"
+
+
+class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
+    """The scores in the order of the pairs."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Score, ...]
+    usage: PoolingUsage
+    object: str = "list"

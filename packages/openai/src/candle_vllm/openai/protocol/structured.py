@@ -1,0 +1,227 @@
+"""Wire types of structured output: OpenAI's `response_format` and vLLM's `structured_outputs` (step 2).
+
+Both become core's `StructuredOutputsParams`, whose caps and whose grammar compiler have the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling import structured as core
+from candle_vllm.core.sampling.structured import KINDS, StructuredOutputsParams
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import FunctionName, check_depth
+
+_Choice = Annotated[str, Field(min_length=1)]
+_FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+_OTHER_FORMATS = frozenset({"grammar", "regex", "json", "choice", "ebnf"})
+
+
+class TextFormat(WireModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+    @classmethod
+    def check_kind(cls, data: dict[str, Any]) -> None:
+        """Names the formats that others define, and lists ours."""
+        kind = data.get("type")
+        if isinstance(kind, str) and kind in _OTHER_FORMATS:
+            raise unsupported("type", f"it has no {kind!r}; use structured_outputs instead of response_format")
+        if kind != "text":
+            raise invalid("type", f"must be one of {', '.join(_FORMATS)}")
+
+
+class JsonObjectFormat(WireModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"schema": Refusal("use the type json_schema")}
+
+    def core_fields(self) -> dict[str, Any]:
+        """The fields of core's `StructuredOutputsParams` that say the same."""
+        return {"json_object": True}
+
+
+class JsonSchema(WireModel):
+    """A schema that the answer always follows, whether `strict` or not.
+
+    Name and description are labels: the model sees neither them nor the schema.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        check_depth(schema)
+        return schema
+
+
+class JsonSchemaFormat(WireModel):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    def core_fields(self) -> dict[str, Any]:
+        """The fields of core's `StructuredOutputsParams` that say the same."""
+        return {"json": self.json_schema.json_schema}
+
+
+class Structure(WireModel):
+    """One tagged part: JSON by the schema between two texts."""
+
+    begin: str
+    content_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    end: str
+
+
+class StructuralTagFormat(WireModel):
+    """Free text with tagged parts, in the older form (`structures`, `triggers`) or the newer (`format`)."""
+
+    type: Literal["structural_tag"]
+    structures: list[Structure] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        older = self.structures is not None or self.triggers is not None
+        if older == (self.format is not None):
+            raise invalid("format", "must be given, or structures and triggers instead of it")
+        if older and (self.structures is None or self.triggers is None):
+            missing = "structures" if self.structures is None else "triggers"
+            raise invalid(missing, "is required where the other of structures and triggers is given")
+        check_depth(self.format)
+        return self
+
+    def core_fields(self) -> dict[str, Any]:
+        """The fields of core's `StructuredOutputsParams` that say the same."""
+        if self.format is not None:
+            return {"structural_tag": {"type": self.type, "format": self.format}}
+        structures = [
+            {"begin": one.begin, "schema": one.content_schema, "end": one.end} for one in self.structures or ()
+        ]
+        return {"structural_tag": {"structures": structures, "triggers": self.triggers}}
+
+
+def _format(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if isinstance(kind, str) and kind in _FORMATS else "<text>"
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
+    | Annotated[StructuralTagFormat, Tag("<structural_tag>")],
+    Discriminator(_format),
+]
+
+
+class StructuredOutputs(WireModel):
+    """vLLM's way to constrain an answer: exactly one of the first six fields.
+
+    Attributes:
+        json_value: a JSON schema, as an object or as JSON text.
+        disable_fallback: there is one backend, so nothing is ever left to another one.
+    """
+
+    json_value: Any = Field(default=None, alias="json")
+    regex: Annotated[str, Field(min_length=1, max_length=core.MAX_REGEX)] | None = None
+    choice: Annotated[list[_Choice], Field(min_length=1, max_length=core.MAX_CHOICES, fail_fast=True)] | None = None
+    grammar: Annotated[str, Field(min_length=1, max_length=core.MAX_GRAMMAR)] | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: Annotated[str, Field(min_length=1, max_length=core.MAX_WHITESPACE_PATTERN)] | None = None
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "disable_additional_properties": Refusal('write "additionalProperties": false into the schema', (False,)),
+    }
+
+    @field_validator("json_value", "structural_tag")
+    @classmethod
+    def _object_or_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            try:
+                value = decode_json(value, "the text")
+            except InvalidBodyError as error:
+                raise invalid("", f"must be an object, or one as JSON text, but {error}") from None
+        schema_without_object = isinstance(value, bool) and info.field_name == "json_value"
+        if value is not None and not isinstance(value, dict) and not schema_without_object:
+            raise invalid("", "must be an object, or one as JSON text")
+        check_depth(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [kind for kind in KINDS if self.asks_for(kind)]
+        if len(given) != 1:
+            found = f"{', '.join(given)} are given" if given else "none is given"
+            raise invalid("", f"needs exactly one of {', '.join(KINDS)}; {found}")
+        if self.whitespace_pattern is not None and self.disable_any_whitespace:
+            raise invalid("whitespace_pattern", "and disable_any_whitespace exclude each other; give one of them")
+        return self
+
+    def asks_for(self, kind: str) -> bool:
+        """Whether the answer must be of this kind; `json_object: false` asks for nothing."""
+        value = self._value(kind)
+        return value is not None and (kind != "json_object" or value)
+
+    def _value(self, kind: str) -> Any:
+        return self.json_value if kind == "json" else getattr(self, kind)
+
+    def core_fields(self) -> dict[str, Any]:
+        """The fields of core's `StructuredOutputsParams` that say the same."""
+        fields: dict[str, Any] = {kind: self._value(kind) for kind in KINDS if self.asks_for(kind)}
+        if self.whitespace_pattern is not None:
+            fields["whitespace_pattern"] = self.whitespace_pattern
+        if self.disable_any_whitespace:
+            fields["disable_any_whitespace"] = True
+        return fields
+
+
+def structured_params(
+    response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
+) -> StructuredOutputsParams | None:
+    """What the answer must look like, or None for any text.
+
+    Raises the error that pydantic reports when both fields ask for something, or when core refuses the value.
+    """
+    fields: dict[str, Any] = {}
+    if response_format is not None and not isinstance(response_format, TextFormat):
+        if structured_outputs is not None:
+            raise invalid("structured_outputs", "and response_format exclude each other; give one of them")
+        fields = response_format.core_fields()
+    elif structured_outputs is not None:
+        fields = structured_outputs.core_fields()
+    if not fields:
+        return None
+    try:
+        return StructuredOutputsParams(**fields)
+    except InvalidParameterError as error:
+        reason = str(error).removeprefix("structured_outputs: ")
+        raise invalid(blamed_field(response_format, structured_outputs), f"cannot be used: {reason}") from None
+
+
+def blamed_field(response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None) -> str:
+    """The path of the part of a request that core knows as `structured_outputs`."""
+    if isinstance(response_format, JsonSchemaFormat):
+        return "response_format.json_schema.schema"
+    if structured_outputs is None:
+        return "response_format"
+    return f"structured_outputs.{next(kind for kind in KINDS if structured_outputs.asks_for(kind))}"

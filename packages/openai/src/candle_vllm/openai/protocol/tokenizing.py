@@ -1,0 +1,94 @@
+"""Wire types of `/tokenize` and `/detokenize`, as vLLM has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from pydantic import Field
+
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, TokenId, WireModel
+from candle_vllm.openai.protocol.messages import Message
+from candle_vllm.openai.protocol.templating import TemplateFields
+from candle_vllm.openai.protocol.tools import Tool
+
+MAX_DETOKENIZED = 1 << 19  # token ids of one request
+
+_TEXT_ONLY = Refusal("the server takes text only", ({},))
+
+
+class TokenizeTextRequest(WireModel):
+    """A text to cut into tokens.
+
+    Attributes:
+        add_special_tokens: with the tokens that the model wants around every text; None adds them.
+        return_token_strs: each token's text as well.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "mm_processor_kwargs": _TEXT_ONLY,
+        "messages": Refusal("a request has a prompt or messages"),
+    }
+
+    model: Name | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(TemplateFields):
+    """A conversation to cut into tokens, as a chat request with the same fields would be.
+
+    Attributes:
+        add_special_tokens: around what the template writes; None does not, because templates write them themselves.
+        return_token_strs: each token's text as well.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "mm_processor_kwargs": _TEXT_ONLY,
+        "media_io_kwargs": _TEXT_ONLY,
+        "prompt": Refusal("a request has a prompt or messages"),
+    }
+
+    model: Name | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    def chat_fields(self) -> dict[str, Any]:
+        """The fields that a chat request has too, checked already each for itself."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "return_token_strs"}
+
+
+TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
+
+
+class DetokenizeRequest(WireModel):
+    """Token ids whose text is wanted."""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED, fail_fast=True)]
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a text.
+
+    Attributes:
+        count: how many they are.
+        max_model_len: most tokens of prompt and output together.
+        tokens: their ids.
+        token_strs: their texts, where asked for; U+FFFD where a token's bytes are no complete character.
+    """
+
+    count: int
+    max_model_len: int
+    tokens: tuple[int, ...]
+    token_strs: tuple[str, ...] | None = None
+
+
+class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
+    """The text of token ids, with the names of special tokens in it."""
+
+    prompt: str

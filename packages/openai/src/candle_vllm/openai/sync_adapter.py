@@ -1,0 +1,141 @@
+"""SyncOpenAIAdapter: the adapter for programs without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError
+from typing import Any, Generic, Self, TypeVar
+
+from candle_vllm.core.errors import EngineDeadError, RequestAbortedError
+from candle_vllm.openai.adapter import Fields, OpenAIAdapter
+from candle_vllm.openai.piece_streams import ChunkStream
+from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
+from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
+from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
+
+T = TypeVar("T")
+
+
+class SyncOpenAIAdapter:
+    """Calls an `OpenAIAdapter` from any thread and waits for it; errors are those of the adapter.
+
+    It has an event loop of its own, in a thread that `close` (or leaving the `with` block) ends. The engine stays open.
+    """
+
+    def __init__(self, adapter: OpenAIAdapter) -> None:
+        self._adapter = adapter
+        self._closed = False
+        self._lock = threading.Lock()  # guards `_closed`
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="openai-adapter", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
+        """The whole answer."""
+        return self.wait(self._adapter.chat, request)
+
+    def chat_stream(self, request: ChatCompletionRequest | Fields) -> SyncChunks[ChatCompletionChunk]:
+        """The chunks as they come; close it to abort the request."""
+        return SyncChunks(self, self.wait(self._adapter.chat_stream, request))
+
+    def complete(self, request: CompletionRequest | Fields) -> Completion:
+        """The whole answer."""
+        return self.wait(self._adapter.complete, request)
+
+    def complete_stream(self, request: CompletionRequest | Fields) -> SyncChunks[Completion]:
+        """The chunks as they come; close it to abort the request."""
+        return SyncChunks(self, self.wait(self._adapter.complete_stream, request))
+
+    def embed(self, request: EmbeddingRequest | Fields) -> EmbeddingList:
+        """The vectors of texts."""
+        return self.wait(self._adapter.embed, request)
+
+    def score(self, request: ScoreRequest | Fields) -> ScoreList:
+        """How well texts belong together."""
+        return self.wait(self._adapter.score, request)
+
+    def rerank(self, request: RerankRequest | Fields) -> Ranking:
+        """Documents by how well they answer a query."""
+        return self.wait(self._adapter.rerank, request)
+
+    def close(self) -> None:
+        """Aborts what is running and ends the thread. Closing twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        """The result of a coroutine function, run in the loop."""
+        with self._lock:
+            if self._closed:
+                raise EngineDeadError("this SyncOpenAIAdapter is closed")
+            future = asyncio.run_coroutine_threadsafe(call(*arguments), self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RequestAbortedError("The adapter was closed before the request finished.") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class SyncChunks(Generic[T]):
+    """The chunks of one answer, for a `for` loop; leaving the `with` block aborts what is not finished."""
+
+    def __init__(self, adapter: SyncOpenAIAdapter, chunks: ChunkStream[T]) -> None:
+        self._adapter = adapter
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        found = self._adapter.wait(self._next)
+        if found is None:
+            raise StopIteration
+        return found
+
+    def close(self) -> None:
+        """Aborts the request if it is still running; nothing to do where the adapter is closed."""
+        if self._adapter.closed:
+            return
+        self._adapter.wait(self._chunks.aclose)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _next(self) -> T | None:
+        async for chunk in self._chunks:
+            return chunk
+        return None
+
+
+async def _cancel_others() -> None:
+    """Cancels every task of this loop but itself, and waits for their ends."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

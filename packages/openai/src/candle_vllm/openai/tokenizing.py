@@ -1,0 +1,104 @@
+"""TokenizingAdapter: texts and conversations to token ids and back, without HTTP (steps 2 and 3 of a request's life).
+
+A conversation is prepared exactly as a chat request with the same fields, so the count is that of its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.engine import EngineLike
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.parsing import parse_body
+from candle_vllm.openai.preparation import Preparation
+from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.protocol.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenizeTextRequest,
+)
+from candle_vllm.openai.requests import parse_chat_request
+from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.worker_threads import WorkerThreads
+
+_PLAIN = "a"  # a text whose tokens are whole characters
+
+
+def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> TokenizeRequest:
+    """A checked request for tokens from the body's bytes or from an object; raises `RequestError`."""
+    value = decode_json(body) if isinstance(body, bytes) else body
+    if not isinstance(value, Mapping):
+        raise InvalidBodyError("The body must be one JSON object.")
+    if value.get("messages") is None:
+        return parse_body(TokenizeTextRequest, value)
+    request = parse_body(TokenizeChatRequest, value)
+    parse_chat_request(request.chat_fields())  # the rules between fields
+    return request
+
+
+def parse_detokenize_request(body: bytes | Mapping[str, Any]) -> DetokenizeRequest:
+    """A checked request for the text of tokens from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(DetokenizeRequest, body)
+
+
+class TokenizingAdapter:
+    """Answers requests for tokens with one engine, which computes nothing for it.
+
+    Every method raises `RequestError` for a wrong request.
+
+    Args:
+        engine: knows the tokens.
+        preparation: prepares conversations.
+        names: under which the model is served.
+        work: threads for long texts.
+    """
+
+    def __init__(self, engine: EngineLike, preparation: Preparation, names: ServedNames, work: WorkerThreads) -> None:
+        self._engine = engine
+        self._preparation = preparation
+        self._names = names
+        self._work = work
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokenized:
+        """The tokens of a text or of a conversation; it may be longer than the model's context."""
+        self._names.served(request.model)
+        return await self._work.prepare(self._tokenized, request)
+
+    async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
+        """The text of tokens."""
+        self._names.served(request.model)
+        return await self._work.prepare(self._detokenized, request.tokens)
+
+    def _tokenized(self, request: TokenizeRequest) -> Tokenized:
+        if isinstance(request, TokenizeTextRequest):
+            ids = self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+        else:
+            ids = self._preparation.chat(ChatCompletionRequest.model_validate(request.chat_fields())).prompt
+        return Tokenized(
+            count=len(ids),
+            max_model_len=self._engine.model_info.max_model_len,
+            tokens=tuple(ids),
+            token_strs=self._texts(ids) if request.return_token_strs else None,
+        )
+
+    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token's text. Some tokenizers drop a space at the beginning, so it is taken from behind another one."""
+        first = self._engine.tokenize(_PLAIN, add_special_tokens=False)
+        start = len(self._engine.detokenize(first, skip_special_tokens=False))
+        texts = {token: self._engine.detokenize([*first, token], skip_special_tokens=False)[start:] for token in {*ids}}
+        return tuple(texts[token] for token in ids)
+
+    def _detokenized(self, ids: Sequence[int]) -> Detokenized:
+        vocabulary = self._engine.model_info.vocab_size
+        for place, token in enumerate(ids):
+            if token >= vocabulary:
+                raise InvalidParameterError(
+                    f"tokens.{place} is {token}, but the model's vocabulary ends at {vocabulary - 1}", f"tokens.{place}"
+                )
+        return Detokenized(prompt=self._engine.detokenize(ids, skip_special_tokens=False))

@@ -1,0 +1,43 @@
+"""Threads for what would hold up an event loop: some for prompts, others for grammars, which may take seconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from candle_vllm.core.errors import EngineOverloadedError
+
+T = TypeVar("T")
+
+MAX_COMPILING = 1024  # requests whose grammars wait or are compiled
+
+
+class WorkerThreads:
+    """Work of one adapter; the threads end with it."""
+
+    def __init__(self) -> None:
+        self._prompts = ThreadPoolExecutor(4, "candle-vllm-prompt")
+        self._grammars = ThreadPoolExecutor(2, "candle-vllm-compile")
+        self._compiling = 0
+
+    async def prepare(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs work on a prompt."""
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, function, *arguments)
+
+    async def compile(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs work on a grammar.
+
+        Raises:
+            EngineOverloadedError: too many wait.
+        """
+        if self._compiling >= MAX_COMPILING:
+            raise EngineOverloadedError(
+                f"the grammars of {self._compiling} requests wait to be compiled, and no more may: try again later"
+            )
+        self._compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._grammars, function, *arguments)
+        finally:
+            self._compiling -= 1

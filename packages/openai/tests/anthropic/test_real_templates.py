@@ -1,0 +1,85 @@
+"""A coding agent's conversation through the chat templates of real models: all of it reaches the prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.errors import RequestError
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.openai.anthropic import MessagesAdapter
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+SCHEMA = {"type": "object", "properties": {"command": {"type": "string", "description": "d"}}}
+BODY: dict[str, Any] = {
+    "model": "default",
+    "max_tokens": 5,
+    "system": [{"type": "text", "text": "First instructions."}],
+    "tools": [{"name": "Bash", "description": "d", "input_schema": SCHEMA}],
+    "thinking": {"type": "adaptive"},
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What is here?"}]},
+        {"role": "system", "content": "Late instructions."},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": "s"},
+                {"type": "tool_use", "id": "toolu_0123456789", "name": "Bash", "input": {"command": "ls"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_0123456789", "content": "README.md"},
+                {"type": "text", "text": "And what else?"},
+            ],
+        },
+        {"role": "system", "content": "Last instructions."},
+    ],
+}
+SAID = ("First instructions.", "What is here?", "Late instructions.", "And what else?", "Last instructions.")
+
+REFUSED = {  # whatever the route: the template cannot render it here, or has no place for instructions
+    "Kimi-K2-Instruct", "Kimi-K2-Thinking", "fireworks-ai-llama-3-firefunction-v2", "google-gemma-2-2b-it",
+    "llama-cpp-deepseek-r1",
+}  # fmt: skip
+MISSING = {  # whatever the route
+    "llama-cpp-rwkv-world": ["README.md"],  # knows no results
+    "microsoft-Phi-3.5-mini-instruct": ["README.md"],
+    "mistralai-Mistral-Nemo-Instruct-2407": ["First instructions."],  # stand before a last message of the user only
+}
+
+
+class TemplateEngine(ScriptedEngine):
+    """Renders with a real template."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__("ok", max_model_len=1 << 17)
+        self.chat_conventions = ChatConventions(
+            chat_template=source, special_tokens=self.tokenizer.special_tokens, token_names=NAMES
+        )
+        self._template = ChatTemplate(source, NAMES)
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        return self._template.render(messages, **options)
+
+
+async def test_all_that_is_said_is_in_the_prompt(llama_cpp_models: Path) -> None:
+    refused, missing = set[str](), dict[str, list[str]]()
+    files = sorted((llama_cpp_models / "templates").glob("*.jinja"))
+    for file in files:
+        engine = TemplateEngine(file.read_text(encoding="utf-8"))
+        try:
+            await MessagesAdapter(OpenAIAdapter(engine)).create(BODY)
+        except RequestError:
+            refused.add(file.stem)
+            continue
+        prompt = engine.detokenize(engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+        if lost := [text for text in (*SAID, "README.md") if text not in prompt]:
+            missing[file.stem] = lost
+    assert len(files) > 60
+    assert refused == REFUSED
+    assert missing == MISSING

@@ -1,0 +1,433 @@
+"""Grammars of tool calls: whatever they allow is read back as valid calls of known tools, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jsonschema
+import pytest
+from messages import Parsed, parse
+from samples import SAMPLES, TOOLS, Sample
+from walks import Vocabulary, accepts, allowed, walk
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.binding import bind
+from candle_vllm.openai.formats.grammar import tool_grammar
+from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
+
+ROWS = {row.name: row for row in TOOL_FORMATS}
+THOUGHTS = {row.name: row for row in REASONING_FORMATS}
+THINK = THOUGHTS["think"]
+
+
+class Tool(NamedTuple):
+    name: str
+    parameters: dict[str, Any]
+    strict: bool = True
+
+
+def _object(
+    properties: dict[str, Any], required: list[str] | None = None, defs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+        "additionalProperties": False,
+        **({"$defs": defs} if defs else {}),
+    }
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "write_text": _object({"text": {"type": "string"}, "title": {"type": "string"}}, ["text"]),
+    "choose": _object(
+        {
+            "unit": {"enum": ["celsius", "fahren'heit", 'a "b"', "x\ny", "</b> <i>"]},
+            "level": {"type": "integer", "enum": [1, 2, 30]},
+            "kind": {"const": "fixed"},
+            "mixed": {"enum": ["auto", 5, None, True]},
+        }
+    ),
+    "count": _object(
+        {
+            "n": {"type": "integer", "minimum": -3, "maximum": 1200},
+            "x": {"type": "number", "exclusiveMinimum": 0},
+            "free": {"type": "number"},
+            "on": {"type": "boolean"},
+            "none": {"type": "null"},
+        },
+        ["n", "on"],
+    ),
+    "nest": _object(
+        {
+            "place": _object({"city": {"type": "string"}, "at": _object({"lat": {"type": "number"}})}, ["city"]),
+            "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 3},
+            "grid": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+        },
+        ["place", "tags"],
+    ),
+    "maybe": _object(
+        {
+            "a": {"type": "string"},
+            "b": {"type": "integer"},
+            "c": {"type": "boolean"},
+            "d": {"type": ["string", "null"]},
+            "e": {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "string"}, {"type": "null"}]},
+        },
+        [],
+    ),
+    "refer": _object(
+        {"who": {"$ref": "#/$defs/person"}, "why": {"$ref": "#/$defs/reason"}},
+        defs={
+            "person": _object(
+                {"name": {"type": "string"}, "boss": {"anyOf": [{"$ref": "#/$defs/boss"}, {"type": "null"}]}}
+            ),
+            "boss": _object({"name": {"type": "string", "maxLength": 5}}),
+            "reason": {"type": "string", "pattern": "^[a-z]{2,8}$"},
+        },
+    ),
+    "limit": _object(
+        {
+            "short": {"type": "string", "minLength": 2, "maxLength": 6},
+            "id": {"type": "string", "format": "uuid"},
+            "day": {"type": "string", "format": "date"},
+            "code": {"type": "string", "pattern": "^[A-Z]{3}-\\d+$"},
+            "word": {"anyOf": [{"type": "string", "maxLength": 4}, {"type": "boolean"}]},
+        },
+        ["short", "code"],
+    ),
+    "now": _object({}),
+}
+TOOLSET = [Tool(name, schema) for name, schema in SCHEMAS.items()]
+WALKS = 8
+
+
+def _literals(form: Any) -> Iterator[str]:
+    """Every mark of a row."""
+    if isinstance(form, str):
+        yield form
+    elif isinstance(form, tuple):
+        for one in form:
+            yield from _literals(one)
+    elif dataclasses.is_dataclass(form):
+        for field in dataclasses.fields(form):
+            if field.name not in ("name", "aliases", "hints", "model_types", "head", "name_head"):
+                yield from _literals(getattr(form, field.name))
+
+
+def special_tokens(form: ToolFormat, reasoning: ReasoningFormat) -> list[str]:
+    """What would be special tokens in a vocabulary: marks in angle brackets, and Mistral's."""
+    found = re.findall(
+        r"<\|?[\w:/▁｜|]+\|?>|\[/?[A-Z_]+\]|<｜[^>]*｜>", "\n".join([*_literals(form), *_literals(reasoning)])
+    )
+    return sorted({name for name in found if len(name) < 40})
+
+
+def vocabulary(form: ToolFormat, reasoning: ReasoningFormat, *, bound: bool) -> Vocabulary:
+    """Bytes and the marks of a row, which are special tokens where `bound`."""
+    literals = [*_literals(form), *_literals(reasoning), '", "', "\n```", '": ', "</think>"]
+    special = special_tokens(form, reasoning) if bound else ()
+    literals += [text + "</" for text in _literals(form) if text.endswith("[>[")]
+    return Vocabulary([text for text in literals if text not in special], special)
+
+
+def read(
+    form: ToolFormat,
+    reasoning: ReasoningFormat | None,
+    vocab: Vocabulary,
+    ids: list[int],
+    tools: list[Tool],
+    *,
+    bound: bool,
+    in_reasoning: bool = False,
+    whole: bool = True,
+) -> Parsed:
+    """The message in some tokens."""
+    layout, characters = Layout(reasoning, form), None
+    if bound:
+        found = bind(layout, vocab.special)
+        layout, characters = found.layout, found.characters
+    schemas = {tool.name: tool.parameters for tool in tools}
+    parser = OutputParser(layout, tools=schemas, in_reasoning=in_reasoning)
+    return parse(parser, [vocab.text(ids, characters)], whole)
+
+
+def check(parsed: Parsed, tools: list[Tool], text: str) -> None:
+    """Every call is closed, known, and valid."""
+    schemas = {tool.name: tool for tool in tools}
+    for _, name, arguments, closed in parsed.calls:
+        assert closed, text
+        assert name in schemas, text
+        value = json.loads(arguments)
+        assert isinstance(value, dict), text
+        if schemas[name].strict:
+            jsonschema.Draft202012Validator(schemas[name].parameters).validate(value)
+
+
+def _reasoning(name: str) -> ReasoningFormat:
+    return THOUGHTS.get(name) or THINK
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_required_text_is_calls(name: str, bound: bool) -> None:
+    form, reasoning = ROWS[name], _reasoning(name)
+    vocab = vocabulary(form, reasoning, bound=bound)
+    rng = random.Random(f"{name}{bound}")
+    for parallel, in_reasoning in ((True, False), (False, True)):
+        grammar = tool_grammar(
+            form, TOOLSET, mode="required", parallel=parallel, reasoning=reasoning, in_reasoning=in_reasoning,
+            special=vocab.special if bound else {},
+        )  # fmt: skip
+        assert grammar is not None
+        begin = vocab.compiler(grammar)
+        for _ in range(WALKS):
+            ids = walk(begin(), vocab, rng)
+            text = vocab.text(ids)
+            parsed = read(form, reasoning, vocab, ids, TOOLSET, bound=bound, in_reasoning=in_reasoning)
+            assert parsed.calls, text
+            assert not parsed.content, text
+            assert parallel or len(parsed.calls) == 1, text
+            check(parsed, TOOLSET, text)
+            cut = ids[: rng.randrange(len(ids))]
+            part = read(
+                form, reasoning, vocab, vocab.whole(cut), TOOLSET, bound=bound, in_reasoning=in_reasoning, whole=False
+            )
+            assert _begins(part, parsed), (text, vocab.text(vocab.whole(cut)))
+
+
+def _begins(part: Parsed, whole: Parsed) -> bool:
+    """Whether the calls of a cut text are the beginning of those of the whole text."""
+    if len(part.calls) > len(whole.calls):
+        return False
+    for one, other in zip(part.calls, whole.calls, strict=False):
+        if one[1] != other[1] or not other[2].startswith(one[2]):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize("name", ROWS)
+def test_calls_in_free_text_are_held_to_their_form(name: str, bound: bool) -> None:
+    form, reasoning = ROWS[name], _reasoning(name)
+    vocab = vocabulary(form, reasoning, bound=bound)
+    tools = [tool if tool.name != "nest" else tool._replace(strict=False) for tool in TOOLSET]
+    rng = random.Random(f"{name}{bound}")
+    for parallel in (True, False):
+        grammar = tool_grammar(
+            form, tools, mode="auto", parallel=parallel, reasoning=reasoning, in_reasoning=False,
+            special=vocab.special if bound else {},
+        )  # fmt: skip
+        assert grammar is not None
+        begin = vocab.compiler(grammar)
+        for number in range(2 * WALKS):
+            begun = vocab.encode(_beginning(form, number)) if number % 2 else ()
+            ids = walk(begin(), vocab, rng, begun=begun)
+            text = vocab.text(ids)
+            parsed = read(form, reasoning, vocab, ids, tools, bound=bound)
+            assert parsed.calls or not begun or form.flow, text
+            assert parallel or len(parsed.calls) < 2, text
+            check(parsed, tools, text)
+
+
+def _beginning(form: ToolFormat, number: int) -> str:
+    """Free text and what begins a call."""
+    if form.flow is not None:
+        return ""
+    if form.bare is not None and number % 4 == 1:
+        return ("<think>Hm.</think>" if number % 8 == 1 else "") + (
+            "\n[limit(" if form.bare_starts == "[" else '[{"name": "maybe", "parameters": '
+        )
+    mark = (*form.opens, *form.names)[0]
+    end = {"functools": "[", "Action:": "\n```json\n[", "```json": '\n{"name": "choose", "arguments":'}.get(mark, "")
+    return f"Hm, well.\n{mark}{end}"
+
+
+# Texts that parsers understand and that no model should write where its calls are constrained: (format, part of the
+# text, why).
+NOT_WRITTEN = (
+    ("hermes", '{"arguments": {}, "name"', "arguments before the name"),
+    ("hermes", "\\u00e9", "an escape that is not needed"),
+    ("hermes", '"arguments": "{', "arguments as a string"),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {}}', "no closing tag"),
+    ("hermes", "{'name'", "single quotes"),
+    ("hermes", "```json", "a fenced block in place of the tag"),
+    ("qwen3_coder", "x = '</parameter>'", "the closing tag in a value"),
+    ("qwen3_coder", "True\n<parameter=city>", "no closing tag"),
+    ("mistral_v13", "[TOOL_CALLS]f2{", "no [ARGS]"),
+    ("functionary_v32", "print('>')", "code in place of JSON"),
+    ("pythonic", 'f2("x"', "arguments by place"),
+    ("lfm2", "a\nb", "a line break in a string"),
+    ("llama3_json", "<|python_tag|>", "code or a built-in tool"),
+    ("functionary_v31", "<|python_tag|>", "code"),
+    ("gigachat3", "<|message_sep|>", "white space behind the last mark, or the mark of the first version"),
+    ("minicpm5", "['a', '</b>']", "a list as Python writes it"),
+    ("minicpm5", "<![CDATA[</param></function>\n]]]>", "not a string"),
+    ("hunyuan_v3", "<tool_sep>", "the marks of another version"),
+    ("minimax_m3", 'name="g"', "a tool that is not offered"),
+)
+# Where calls must come, these begin in another way than the first body does.
+NOT_REQUIRED = (("qwen3_coder", "<function="), ("llama3_json", "<function="), ("llama4_json", "<|python_start|>"))
+
+
+def _written(mode: str) -> Iterator[Any]:
+    """Samples that the grammar of a mode has to accept."""
+    for number, sample in enumerate(SAMPLES):
+        other = any(sample.tools == name and part in sample.text for name, part, _ in NOT_WRITTEN)
+        late = any(sample.tools == name and sample.text.startswith(part) for name, part in NOT_REQUIRED)
+        if sample.calls and not other and (mode == "auto" or not (sample.content or late)):
+            yield pytest.param(mode, sample, id=f"{mode}-{sample.tools}-{number}")
+
+
+@pytest.mark.parametrize(("mode", "sample"), [*_written("required"), *_written("auto")])
+def test_what_models_write_is_accepted(mode: Literal["required", "auto"], sample: Sample) -> None:
+    form, reasoning = ROWS[sample.tools], THOUGHTS[sample.reasoning]
+    vocab = vocabulary(form, reasoning, bound=False)
+    tools = [Tool(name, schema) for name, schema in TOOLS.items()]
+    grammar = tool_grammar(
+        form, tools, mode=mode, parallel=True, reasoning=reasoning, in_reasoning=sample.prefilled, special={}
+    )  # fmt: skip
+    assert grammar is not None
+    text = sample.text.replace("`</think>`", "'</think >'")  # in thoughts, no mark is written behind a quote
+    ids = vocab.encode(text)
+    taken, ends = accepts(vocab.compiler(grammar)(), ids)
+    assert ends, vocab.text(vocab.whole(ids[:taken]))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_text_is_accepted_however_tokens_cut_it(name: str) -> None:
+    """Tokens reach over the edges of marks, as byte-pair encoding makes them."""
+    form, rng = ROWS[name], random.Random(name)
+    marks = vocabulary(form, THINK, bound=False)
+    grammar = _grammar(TOOLSET, name)
+    assert grammar is not None
+    begin = marks.compiler(grammar)
+    texts = [marks.text(walk(begin(), marks, rng)) for _ in range(4)]
+    cuts = [sorted({0, len(text), *rng.choices(range(len(text)), k=len(text) // 3)}) for text in texts]
+    pieces = [[text[i:j] for i, j in itertools.pairwise(cut)] for text, cut in zip(texts, cuts, strict=True)]
+    vocab = Vocabulary(piece for cut in pieces for piece in cut)
+    ids = {token: index for index, token in enumerate(vocab.tokens)}
+    begin = vocab.compiler(grammar)
+    for cut in pieces:
+        assert accepts(begin(), [ids[piece.encode()] for piece in cut]) == (len(cut), True)
+
+
+def _grammar(tools: list[Tool], form: str = "hermes", **options: Any) -> str | None:
+    asked = {"mode": "required", "parallel": True, "reasoning": None, "in_reasoning": False, "special": {}} | options
+    return tool_grammar(ROWS[form], tools, **asked)
+
+
+def test_nothing_is_constrained_where_no_tool_is_strict() -> None:
+    assert _grammar([TOOLSET[0]._replace(strict=False)], mode="auto") is None
+
+
+@pytest.mark.parametrize("name", [row.name for row in TOOL_FORMATS if row.flow is None])
+def test_free_text_may_be_anything_but_special_tokens(name: str) -> None:
+    form, reasoning = ROWS[name], _reasoning(name)
+    vocab = Vocabulary(["the", " cat"], [*special_tokens(form, reasoning), "<other>"])
+    grammar = tool_grammar(
+        form, TOOLSET, mode="auto", parallel=True, reasoning=reasoning, in_reasoning=False, special=vocab.special
+    )  # fmt: skip
+    assert grammar is not None
+    begun = vocab.compiler(grammar)()
+    assert begun.may_end
+    assert begun.accept(ord("a"))
+    found = set(allowed(begun, vocab.vocab_size))
+    ordinary = {index for index in range(0x80) if index not in vocab.special.values()}
+    assert ordinary <= found
+    assert set(range(vocab.special["<other>"] + 1, vocab.vocab_size)) <= found
+    assert vocab.end in found
+    assert vocab.special["<other>"] not in found
+    opened = [mark for mark in form.opens if mark in vocab.special]
+    assert {vocab.special[mark] for mark in opened} <= found
+
+
+def test_a_mark_in_quotes_begins_no_call() -> None:
+    grammar = _grammar(TOOLSET, mode="auto")
+    assert grammar is not None
+    vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
+    begin = vocab.compiler(grammar)
+    for text in ('Write "<tool_call>" here', "Write `<tool_call>` here", "a < b"):
+        assert accepts(begin(), vocab.encode(text))[1]
+    for text in ("Write <tool_call> here", 'Write "<tool_call> here'):
+        assert not accepts(begin(), vocab.encode(text))[1]
+
+
+def test_only_strict_tools_are_held_to_their_schemas_in_free_text() -> None:
+    tools = [TOOLSET[0], TOOLSET[1]._replace(strict=False)]
+    grammar = _grammar(tools, mode="auto")
+    assert grammar is not None
+    vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
+    begin = vocab.compiler(grammar)
+
+    def accepted(name: str, arguments: str) -> bool:
+        text = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+        return accepts(begin(), vocab.encode(text))[1]
+
+    assert accepted(tools[0].name, '{"text": "x"}')
+    assert not accepted(tools[0].name, '{"other": 1}')
+    assert accepted(tools[1].name, '{"other": [1, {}]}')
+    assert not accepted(tools[1].name, "[]")
+    assert not accepted("unknown", "{}")
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("hermes", {"a": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+    ("hermes", {"a": {"not": {}}}, "not"),
+    ("hermes", {"a": {"$ref": "https://example.com/x"}}, "ref"),
+    ("hermes", {"a": {"type": "object", "x-guidance": {"lenient": True}}}, "x-guidance"),
+    ("qwen3_coder", {"a": {"type": "string", "format": "hostname"}}, "hostname"),
+    ("qwen3_coder", {"a": {"type": "string", "pattern": "a\\b"}}, "pattern"),
+    ("qwen3_coder", {"a": {"type": "string", "pattern": "^a|b$"}}, "pattern"),
+    ("qwen3_coder", {"a": {"type": "string", "minLength": 3, "maxLength": 2}}, "minLength"),
+    ("qwen3_coder", {"a": {"enum": ["x</parameter>"]}}, "enum"),
+    ("qwen3_coder", {"a>b": {"type": "string"}}, "a>b"),
+    ("qwen3_coder", {"a": {"allOf": [{"minLength": 1}, {"maxLength": 2}]}}, "allOf"),
+    ("qwen3_coder", {"a": {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}}, "oneOf"),
+    ("qwen3_coder", {"a": {"type": "object", "patternProperties": {"x": {}}}}, "patternProperties"),
+    ("pythonic", {"a-b": {"type": "string"}}, "a-b"),
+    ("pythonic", {"class": {"type": "string"}}, "class"),
+    ("pythonic", {"a": {"type": "array", "prefixItems": [{}]}}, "prefixItems"),
+    ("pythonic", {"a": {"type": "object", "minProperties": 1}}, "minProperties"),
+    ("gemma4", {"a": {"type": "array", "minItems": 3, "maxItems": 2}}, "minItems"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "properties", "keyword"), REFUSED, ids=lambda one: one if isinstance(one, str) else ""
+)
+def test_what_cannot_be_guaranteed_is_refused_by_name(form: str, properties: dict[str, Any], keyword: str) -> None:
+    tool = Tool("the_tool", {"type": "object", "properties": properties})
+    with pytest.raises(InvalidParameterError) as caught:
+        _grammar([tool], form)
+    assert "the_tool" in str(caught.value)
+    assert keyword in str(caught.value)
+    assert caught.value.param == "tools"
+
+
+def test_a_name_that_no_parser_takes_is_refused() -> None:
+    tool = TOOLSET[0]._replace(name="1st")
+    assert _grammar([tool]) is not None
+    with pytest.raises(UnsupportedParameterError, match="1st"):
+        _grammar([tool], "qwen3_coder")
+
+
+def test_many_tools_are_compiled_in_bounded_time() -> None:
+    tools = [Tool(f"tool_{index}", SCHEMAS["maybe" if index % 2 else "write_text"]) for index in range(1024)]
+    vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
+    for form in ("hermes", "qwen3_coder", "pythonic", "gemma4"):
+        begun = time.monotonic()
+        grammar = _grammar(tools, form)
+        assert grammar is not None
+        assert vocab.compiler(grammar)().accept(ord("[" if form == "pythonic" else "<"))
+        assert time.monotonic() - begun < 20, form  # seconds, on a machine with much else to do

@@ -1,0 +1,412 @@
+"""Vectors, scores and rankings over a scripted engine, judged by the official client's types."""
+
+from __future__ import annotations
+
+import base64
+import json
+from array import array
+from typing import Any
+
+import openai.types as official
+import pytest
+from openai.types.embedding_create_params import EmbeddingCreateParams
+
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestError,
+)
+from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.testing.scripted_vectors import SIZE
+from candle_vllm.openai import (
+    GenerationFailedError,
+    InvalidBodyError,
+    ModelNotServedError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+    embedding,
+    to_error,
+    to_json_bytes,
+)
+from candle_vllm.openai.embedding import (
+    EmbeddingAdapter,
+    parse_embedding_request,
+    parse_rerank_request,
+    parse_score_request,
+)
+from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS, MAX_PAIRS, MAX_POOLED_TOKENS, POOLING_REFUSED_FIELDS
+
+
+async def embed(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    body = to_json_bytes(await EmbeddingAdapter(engine).embed(parse_embedding_request(fields)))
+    if fields.get("encoding_format") != "base64":
+        official.CreateEmbeddingResponse.model_validate_json(body, strict=True)
+    return json.loads(body)
+
+
+async def score(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    return json.loads(to_json_bytes(await EmbeddingAdapter(engine).score(parse_score_request(fields))))
+
+
+async def rerank(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    return json.loads(to_json_bytes(await EmbeddingAdapter(engine).rerank(parse_rerank_request(fields))))
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("ab", [[256, 97, 98]]),
+        (["ab"], [[256, 97, 98]]),
+        (["ab", "c"], [[256, 97, 98], [256, 99]]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+async def test_every_form_of_input(given: Any, texts: list[list[int]]) -> None:
+    engine = ScriptedEngine()
+    answer = await embed(engine, input=given, model="scripted")
+    assert engine.pooling_calls[0].inputs == texts
+    assert [entry["index"] for entry in answer["data"]] == list(range(len(texts)))
+    assert {entry["object"] for entry in answer["data"]} == {"embedding"}
+    assert (answer["object"], answer["model"]) == ("list", "scripted")
+    count = sum(map(len, texts))
+    assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count}
+
+
+async def test_base64_holds_the_same_numbers() -> None:
+    engine = ScriptedEngine()
+    floats = await embed(engine, input=["one", "two"], encoding_format="float")
+    packed = await embed(engine, input=["one", "two"], encoding_format="base64")
+    for plain, other in zip(floats["data"], packed["data"]):
+        numbers = array("f")
+        numbers.frombytes(base64.b64decode(other["embedding"], validate=True))
+        assert numbers.tolist() == plain["embedding"]
+        assert len(numbers) == SIZE
+
+
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({}, PoolingParams()),
+        ({"dimensions": 4}, PoolingParams(dimensions=4)),
+        ({"pooling": "cls", "normalize": False}, PoolingParams(pooling="cls", normalize=False)),
+        ({"embedding_type": "last"}, PoolingParams(pooling="last")),
+        ({"embedding_type": "mean", "pooling": "mean"}, PoolingParams(pooling="mean")),
+        ({"dimensions": None, "user": "u", "pooling": None}, PoolingParams()),
+    ],
+)
+async def test_fields_reach_the_engine(fields: dict[str, Any], params: PoolingParams) -> None:
+    engine = ScriptedEngine()
+    answer = await embed(engine, input="x", request_id="mine", priority=3, **fields)
+    call = engine.pooling_calls[0]
+    assert (call.params, call.priority, call.request_id) == (params, 3, "embd-mine")
+    assert answer["id"] == "embd-mine"
+    assert len(answer["data"][0]["embedding"]) == (params.dimensions or SIZE)
+
+
+async def test_special_tokens_can_be_left_out() -> None:
+    engine = ScriptedEngine()
+    await embed(engine, input="a", add_special_tokens=False)
+    assert engine.pooling_calls[0].inputs == [[97]]
+
+
+def test_every_official_field_is_known() -> None:
+    assert set(EmbeddingCreateParams.__annotations__) <= set(EmbeddingRequest.model_fields)
+
+
+INPUT_FAULTS: list[tuple[Any, str, str]] = [
+    ("", "input", "input must not be empty"),
+    ([], "input", "input must not be empty"),
+    ([""], "input.0", "must not be empty"),
+    (["a", ""], "input.1", "must not be empty"),
+    ([[]], "input.0", "must not be empty"),
+    ([[1], []], "input.1", "must not be empty"),
+    (["a", 1], "input.1", "must be a string"),
+    ([1, "a"], "input.1", "must be an integer"),
+    ([[1], "a"], "input.1", "must be a list"),
+    ([[1, "a"]], "input.0.1", "must be an integer"),
+    ([1.5], "input.0", "must be an integer"),
+    ([True], "input.0", "must be an integer"),
+    ([-1], "input.0", "must be at least 0"),
+    ([1 << 31], "input.0", "must be at most"),
+    (5, "input", "must be a string or a list"),
+    (None, "input", "must be a string or a list"),
+    ({}, "input", "must be a string or a list"),
+    ([None], "input.0", "must be an integer"),
+    (["a"] * (MAX_INPUTS + 1), "input", f"must have at most {MAX_INPUTS} entries"),
+]
+
+
+@pytest.mark.parametrize(("given", "param", "message"), INPUT_FAULTS)
+def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> None:
+    with pytest.raises(InvalidParameterError, match=message) as caught:
+        parse_embedding_request({"input": given})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "kind"),
+    [
+        ({"dimensions": 0}, "dimensions", InvalidParameterError),
+        ({"dimensions": "8"}, "dimensions", InvalidParameterError),
+        ({"dimensions": 8.0}, "dimensions", InvalidParameterError),
+        ({"dimensions": 1 << 40}, "dimensions", InvalidParameterError),
+        ({"encoding_format": "int8"}, "encoding_format", InvalidParameterError),
+        ({"pooling": "max"}, "pooling", InvalidParameterError),
+        ({"pooling": "mean", "embedding_type": "last"}, "embedding_type", InvalidParameterError),
+        ({"normalize": 1}, "normalize", InvalidParameterError),
+        ({"request_id": "a b"}, "request_id", InvalidParameterError),
+        ({"priority": 1 << 40}, "priority", InvalidParameterError),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", UnsupportedParameterError),
+        ({"truncate": True}, "truncate", UnsupportedParameterError),
+        ({"input_type": "query"}, "input_type", UnsupportedParameterError),
+        ({"embed_dtype": "float16"}, "embed_dtype", UnsupportedParameterError),
+        ({"dimension": 8}, "dimension", UnknownParameterError),
+        ({"temperature": 1}, "temperature", UnknownParameterError),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(fields: dict[str, Any], param: str, kind: type[RequestError]) -> None:
+    with pytest.raises(kind, match=param) as caught:
+        parse_embedding_request({"input": "a", **fields})
+    assert caught.value.param == param
+
+
+def test_values_that_ask_for_nothing_may_stand() -> None:
+    neutral = {"truncate": False, "embed_dtype": "float32", "endianness": "little", "truncate_prompt_tokens": None}
+    assert parse_embedding_request({"input": "a", **neutral}).inputs == ["a"]
+
+
+def test_a_body_is_one_object() -> None:
+    for body in (b"[]", b"{", b'{"input": "a", "input": "b"}', b"\xff"):
+        with pytest.raises(InvalidBodyError):
+            parse_embedding_request(body)
+    with pytest.raises(InvalidParameterError, match="input is required"):
+        parse_embedding_request(b"{}")
+
+
+async def test_errors_of_the_engine_name_the_input() -> None:
+    engine = ScriptedEngine(max_model_len=8)
+    with pytest.raises(PromptTooLongError, match="input 1: the text has 10 tokens and the model takes 8") as caught:
+        await embed(engine, input=["a", "a" * 9])
+    assert caught.value.param == "input.1"
+    with pytest.raises(PromptTooLongError, match=r"^the text has 10 tokens") as caught:
+        await embed(engine, input="a" * 9)
+    assert caught.value.param == "input"
+    with pytest.raises(InvalidParameterError, match="no token 5000") as wrong:
+        await embed(engine, input=[[1], [5000]])
+    assert wrong.value.param == "input.1"
+    with pytest.raises(InvalidParameterError, match="17 and the model's vectors have 16") as wrong:
+        await embed(engine, input="a", dimensions=17)
+    assert wrong.value.param == "dimensions"
+
+
+async def test_too_many_tokens_in_all() -> None:
+    engine = ScriptedEngine(max_model_len=1 << 20)
+    text = "a" * (MAX_POOLED_TOKENS // 4)
+    with pytest.raises(InvalidParameterError, match=r"more than 1048576 tokens in all \(text 3 passes that\)"):
+        await embed(engine, input=[text] * 5)
+    assert not engine.pooling_calls
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("text_1", "text_2"), ("queries", "items"), ("queries", "documents"), ("data_1", "data_2")]
+)
+async def test_every_name_of_the_two_sides(left: str, right: str) -> None:
+    engine = ScriptedEngine(tasks=("score",))
+    answer = await score(engine, **{left: "ab", right: ["ab", "xy"]})
+    assert engine.pooling_calls[0].inputs == [("ab", "ab"), ("ab", "xy")]
+    assert [(entry["index"], entry["score"], entry["object"]) for entry in answer["data"]] == [
+        (0, 1.0, "score"),
+        (1, pytest.approx(1 / 3), "score"),
+    ]
+    assert answer["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
+    assert answer["object"] == "list"
+
+
+async def test_as_many_on_both_sides() -> None:
+    engine = ScriptedEngine()
+    answer = await score(engine, text_1=["a", "b"], text_2=["a", "c"], request_id="r")
+    assert engine.pooling_calls[0].inputs == [("a", "a"), ("b", "c")]
+    assert answer["data"][0]["score"] == pytest.approx(1.0)
+    assert answer["id"] == "score-r"
+    assert len((await score(engine, text_1="a", text_2="b"))["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "text_1"), ({"text_1": "a"}, "text_1"), ({"items": "a"}, "items"),
+        ({"text_1": "a", "items": "b"}, "items"), ({"text_1": "a", "text_2": "b", "items": "c"}, "items"),
+        ({"text_1": ["a", "b"], "text_2": "c"}, "text_1"), ({"text_1": ["a", "b"], "text_2": ["c"] * 3}, "text_1"),
+        ({"text_1": "", "text_2": "b"}, "text_1"), ({"text_1": "a", "text_2": ["b", ""]}, "text_2.1"),
+        ({"text_1": "a", "text_2": []}, "text_2"), ({"text_1": "a", "text_2": [1]}, "text_2.0"),
+        ({"text_1": 5, "text_2": "b"}, "text_1"), ({"text_1": "a", "text_2": ["b"] * (MAX_PAIRS + 1)}, "text_2"),
+        ({"text_1": "a", "text_2": "b", "activation": False}, "activation"),
+        ({"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+    ],
+)  # fmt: skip
+def test_wrong_pairs_name_their_place(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        parse_score_request(fields)
+    assert caught.value.param == param
+
+
+async def test_a_pair_that_is_too_long_is_named() -> None:
+    engine = ScriptedEngine(max_model_len=8, tasks=("score",))
+    with pytest.raises(PromptTooLongError, match="input 1: the text has 12 tokens") as caught:
+        await score(engine, text_1="a", text_2=["b", "b" * 9])
+    assert caught.value.param == "text_2.1"
+
+
+# ---- rankings --------------------------------------------------------------------------------------------------------
+
+
+DOCUMENTS = ["xyz", "abc", {"text": "abz"}, "abc"]
+
+
+async def test_documents_best_first() -> None:
+    answer = await rerank(ScriptedEngine(tasks=("score",)), query="abc", documents=DOCUMENTS, model="scripted")
+    assert [result["index"] for result in answer["results"]] == [1, 3, 2, 0], "equal ones keep their order"
+    assert [result["document"] for result in answer["results"]][:3] == [
+        {"text": "abc"},
+        {"text": "abc"},
+        {"text": "abz"},
+    ]
+    scores = [result["relevance_score"] for result in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
+    assert answer["model"] == "scripted"
+    assert answer["usage"]["total_tokens"] == 32
+
+
+@pytest.mark.parametrize(("top_n", "count"), [(None, 4), (0, 4), (1, 1), (3, 3), (99, 4)])
+async def test_the_best_few(top_n: int | None, count: int) -> None:
+    engine = ScriptedEngine()
+    answer = await rerank(engine, query="abc", documents=DOCUMENTS, top_n=top_n, return_documents=False)
+    assert len(answer["results"]) == count
+    assert all(set(result) == {"index", "relevance_score"} for result in answer["results"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"query": ""}, "query"), ({"query": ["a"]}, "query"), ({"documents": []}, "documents"),
+        ({"documents": ["a", ""]}, "documents.1"), ({"documents": ["a", {"text": ""}]}, "documents.1.text"),
+        ({"documents": [{"txt": "a"}]}, "documents.0.txt"), ({"documents": [{"image": "a"}]}, "documents.0.image"),
+        ({"documents": [1]}, "documents.0"), ({"documents": "a"}, "documents"),
+        ({"documents": [{}]}, "documents.0.text"),
+        ({"documents": ["a"] * (MAX_PAIRS + 1)}, "documents"), ({"top_n": -1}, "top_n"), ({"top_n": "1"}, "top_n"),
+        ({"return_documents": 1}, "return_documents"), ({"max_tokens_per_doc": 10}, "max_tokens_per_doc"),
+        ({"rank_fields": ["a"]}, "rank_fields"), ({"document": ["a"]}, "document"),
+    ],
+)  # fmt: skip
+def test_wrong_rankings_name_their_place(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        parse_rerank_request({"query": "a", "documents": ["b"], **fields})
+    assert caught.value.param == param
+
+
+async def test_a_document_that_is_too_long_is_named() -> None:
+    engine = ScriptedEngine(max_model_len=8, tasks=("score",))
+    with pytest.raises(PromptTooLongError, match="input 2") as caught:
+        await rerank(engine, query="a", documents=["b", "c", "b" * 9])
+    assert caught.value.param == "documents.2"
+
+
+async def test_a_query_that_is_too_long_is_named() -> None:
+    engine = ScriptedEngine(max_model_len=8)
+    with pytest.raises(PromptTooLongError) as caught:
+        await rerank(engine, query="q" * 9, documents=["b", "c"])
+    assert caught.value.param == "query"
+    with pytest.raises(PromptTooLongError) as caught:
+        await score(engine, text_1=["a", "b" * 9], text_2=["b", "c"])
+    assert caught.value.param == "text_1.1"
+    with pytest.raises(PromptTooLongError) as caught:
+        await score(engine, text_1="b" * 9, text_2=["b", "c"])
+    assert caught.value.param == "text_1"
+
+
+# ---- what all have in common -----------------------------------------------------------------------------------------
+
+
+CALLS = {
+    "embed": (embed, {"input": "a"}),
+    "score": (score, {"text_1": "a", "text_2": "b"}),
+    "rerank": (rerank, {"query": "a", "documents": ["b"]}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_models_are_served_by_name(name: str) -> None:
+    call, fields = CALLS[name]
+    for model in (None, "default", "scripted"):
+        assert (await call(ScriptedEngine(), model=model, **fields))["model"] == "scripted"
+    with pytest.raises(ModelNotServedError, match="'other' is not served here; served are: scripted"):
+        await call(ScriptedEngine(), model="other", **fields)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("error", [EngineOverloadedError("full"), EngineDeadError("dead")])
+async def test_an_engine_that_takes_nothing(name: str, error: CandleVllmError) -> None:
+    call, fields = CALLS[name]
+    with pytest.raises(type(error)):
+        await call(ScriptedEngine(submit_error=error), **fields)
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_an_engine_that_fails_keeps_its_words_to_the_log(name: str) -> None:
+    call, fields = CALLS[name]
+    with pytest.raises(GenerationFailedError) as caught:
+        await call(ScriptedEngine(fail_after=0, failure="NaN in /secret/path"), **fields)
+    answer = to_error(caught.value)
+    assert answer.status == 500
+    assert "secret" not in answer.body.error.message
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_priority_where_it_is_not_allowed(name: str) -> None:
+    parse = {"embed": parse_embedding_request, "score": parse_score_request, "rerank": parse_rerank_request}[name]
+    adapter = EmbeddingAdapter(ScriptedEngine(), allow_priority=False)
+    _, fields = CALLS[name]
+    with pytest.raises(UnsupportedParameterError, match="--enable-request-priority"):
+        await getattr(adapter, name)(parse({**fields, "priority": 1}))
+    assert await getattr(adapter, name)(parse({**fields, "priority": 0}))
+
+
+async def test_the_wrong_task_names_the_right_route() -> None:
+    with pytest.raises(InvalidParameterError, match="does not give vectors; it answers /v1/score and /v1/rerank"):
+        await embed(ScriptedEngine(tasks=("score",)), input="a")
+    with pytest.raises(InvalidParameterError, match="does not score pairs of texts; it answers /v1/chat/completions"):
+        await score(ScriptedEngine(tasks=("generate",)), text_1="a", text_2="b")
+
+
+def test_refused_names_have_reasons() -> None:
+    assert all(refusal.reason and not refusal.reason.endswith(".") for refusal in POOLING_REFUSED_FIELDS.values())
+
+
+async def test_the_tokens_of_all_pairs_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cross-encoder reads a text in each of its pairs, a model of vectors reads it once."""
+    monkeypatch.setattr(embedding, "MAX_POOLED_TOKENS", 20)
+    cross = ScriptedEngine(tasks=("score",))
+    await rerank(cross, query="ab", documents=["cd", "ef", "gh"])  # 3 tokens each
+    for fields in ({"query": "ab", "documents": ["cd"] * 4}, {"query": "ab", "documents": ["cd", "ef", "gh", "ij"]}):
+        with pytest.raises(InvalidParameterError, match=r"documents has more than 20 tokens .*text 3 passes") as caught:
+            await rerank(cross, **fields)
+        assert caught.value.param == "documents"
+    with pytest.raises(InvalidParameterError, match="text_2 has more than 20 tokens") as caught:
+        await score(cross, text_1="ab", text_2=["cd"] * 4)
+    assert caught.value.param == "text_2"
+    assert len(cross.pooling_calls) == 1, "what is refused is not run"
+    await rerank(ScriptedEngine(), query="ab", documents=["cd"] * 9)
+    with pytest.raises(InvalidParameterError, match="more than 20 tokens"):
+        await rerank(ScriptedEngine(), query="ab", documents=["cd", "ef", "gh", "ij", "kl", "mn"])

@@ -1,0 +1,315 @@
+"""Chat answers with tool calls and reasoning through the whole adapter: scripted engine, official types."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import openai.types.chat as official
+import pytest
+
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, RequestAbortedError, RequestError
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
+
+sys.path.append(str(Path(__file__).parent / "formats"))
+from samples import SAMPLES, Sample
+from samples import TOOLS as SCHEMAS
+
+HI = [{"role": "user", "content": "Hi"}]
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
+CALL = '<tool_call>\n{"name": "f2", "arguments": {"city": "x"}}\n</tool_call>'
+
+
+def adapter(script: Any, **options: Any) -> OpenAIAdapter:
+    settings = {name: options.pop(name) for name in ("tool_parser", "reasoning_parser") if name in options}
+    return OpenAIAdapter(ScriptedEngine(script, **options), **{"tool_parser": "hermes", **settings})
+
+
+async def whole(made: OpenAIAdapter, **fields: Any) -> official.ChatCompletion:
+    answer = await made.chat({"messages": HI, "tools": TOOLS, **fields})
+    return official.ChatCompletion.model_validate_json(to_json_bytes(answer))
+
+
+async def chunks(made: OpenAIAdapter, **fields: Any) -> list[official.ChatCompletionChunk]:
+    stream = await made.chat_stream({"messages": HI, "tools": TOOLS, "stream": True, **fields})
+    return [official.ChatCompletionChunk.model_validate_json(to_json_bytes(chunk)) async for chunk in stream]
+
+
+def added_up(stream: list[official.ChatCompletionChunk]) -> tuple[str, str, list[tuple[str, str]], str | None]:
+    content, thoughts, calls, reason = "", "", [], None
+    for choice in (choice for chunk in stream for choice in chunk.choices):
+        content += choice.delta.content or ""
+        thoughts += getattr(choice.delta, "reasoning_content", None) or ""
+        for call in choice.delta.tool_calls or ():
+            if call.id is not None:
+                assert call.index == len(calls)
+                assert call.type == "function"
+                calls.append([call.function.name, ""])
+            calls[call.index][1] += call.function.arguments or ""
+        reason = choice.finish_reason or reason
+    return content, thoughts, [tuple(call) for call in calls], reason
+
+
+def cut(text: str) -> list[str]:
+    """Pieces of a text that end in odd places."""
+    return [text[start : start + 3] for start in range(0, len(text), 3)]
+
+
+# The scripted engine's prompts open no thoughts: a sample that begins in them gets its opening mark.
+BEGUN = [sample for sample in SAMPLES if not sample.prefilled or sample.reasoning == "think"]
+
+
+@pytest.mark.parametrize("sample", BEGUN, ids=lambda sample: sample.tools)
+async def test_every_format_streams_what_it_gives_whole(sample: Sample) -> None:
+    text = f"<think>{sample.text}" if sample.prefilled else sample.text
+    made = adapter(cut(text), tool_parser=sample.tools, reasoning_parser=sample.reasoning)
+    answer, stream = await whole(made), await chunks(made)
+    message = answer.choices[0].message
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    assert [(name, json.loads(text)) for name, text in calls] == sample.calls
+    assert (message.content or "") == sample.content
+    thoughts = getattr(message, "reasoning_content", None) or ""
+    assert thoughts == sample.thoughts
+    reason = "tool_calls" if sample.calls else "stop"
+    assert answer.choices[0].finish_reason == reason
+    assert added_up(stream) == (sample.content, thoughts, calls, reason)
+
+
+async def test_special_tokens_are_marks_and_texts_like_them_are_not() -> None:
+    special = ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "<pad>")
+    text = ['Write "', *"[TOOL_CALLS]", '" first.', "<pad>", '[TOOL_CALLS]f2[ARGS]{"city": "x"}']
+    made = adapter(text, tool_parser="mistral_v13", reasoning_parser="mistral", special_tokens=special)
+    message = (await whole(made)).choices[0].message
+    assert message.content == 'Write "[TOOL_CALLS]" first.'
+    assert [call.function.arguments for call in message.tool_calls] == ['{"city": "x"}']
+    assert len(message.tool_calls[0].id) == 9
+    shown = (await whole(made, skip_special_tokens=False)).choices[0].message
+    assert shown.content == 'Write "[TOOL_CALLS]" first.<pad>'
+
+
+async def test_a_cut_call_is_length_and_is_not_closed() -> None:
+    known = CALL[: CALL.index('"x"') + 3]
+    answer = await whole(adapter([CALL]), max_tokens=len(known))
+    choice = answer.choices[0]
+    assert choice.finish_reason == "length"
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "x"'
+    ended = await whole(adapter([known]))
+    assert ended.choices[0].message.tool_calls[0].function.arguments == '{"city": "x"}'
+
+
+async def test_no_tools_no_calls() -> None:
+    made = adapter([CALL])
+    for fields in ({"tool_choice": "none"}, {"tools": []}):
+        message = (await whole(made, **fields)).choices[0].message
+        assert (message.content, message.tool_calls) == (CALL, None)
+
+
+async def test_without_parallel_calls_the_first_counts() -> None:
+    made = adapter([CALL, "\n", CALL])
+    assert len((await whole(made)).choices[0].message.tool_calls) == 2
+    assert len((await whole(made, parallel_tool_calls=False)).choices[0].message.tool_calls) == 1
+
+
+async def test_reasoning_in_answer_and_usage() -> None:
+    made = adapter(["<think>", "Hm", ".", "</think>", "\n\n", "Hello"], reasoning_parser="think")
+    answer = await whole(made)
+    assert answer.choices[0].message.content == "Hello"
+    assert answer.choices[0].message.reasoning_content == "Hm."
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
+    hidden = await whole(made, include_reasoning=False)
+    assert not hasattr(hidden.choices[0].message, "reasoning_content")
+    assert hidden.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
+
+
+async def test_only_thoughts_leave_content_null() -> None:
+    answer = await whole(adapter(["<think>Hm"], reasoning_parser="think"))
+    assert answer.choices[0].message.content is None
+    assert answer.choices[0].message.reasoning_content == "Hm"
+
+
+async def test_each_choice_has_its_own_calls() -> None:
+    scripts = iter([[CALL], ["Hello"]])
+    answer = await whole(adapter(lambda _: next(scripts)), n=2)
+    assert [choice.finish_reason for choice in answer.choices] == ["tool_calls", "stop"]
+
+
+async def test_logprobs_cover_every_token_of_a_call() -> None:
+    made = adapter(cut(CALL))
+    answer, stream = await whole(made, logprobs=True), await chunks(made, logprobs=True)
+    tokens = [entry.token for entry in answer.choices[0].logprobs.content]
+    assert "".join(tokens).startswith(CALL)
+    streamed = [entry.token for chunk in stream for c in chunk.choices if c.logprobs for entry in c.logprobs.content]
+    assert streamed == tokens
+
+
+async def test_required_and_named_calls_bring_a_grammar() -> None:
+    engine = ScriptedEngine([CALL])
+    made = OpenAIAdapter(engine, tool_parser="hermes")
+    for choice in ("auto", "required", {"type": "function", "function": {"name": "f2"}}):
+        await made.chat({"messages": HI, "tools": TOOLS, "tool_choice": choice})
+    auto, required, named = [request.params.structured_outputs for request in engine.requests]
+    assert auto is None
+    assert "get_weather" in required.grammar
+    assert "get_weather" not in named.grammar
+
+
+async def test_a_strict_tool_is_held_to_its_schema_in_auto_mode() -> None:
+    engine = ScriptedEngine([CALL])
+    strict = [{"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}]
+    await OpenAIAdapter(engine, tool_parser="hermes").chat({"messages": HI, "tools": strict})
+    assert engine.requests[0].params.structured_outputs.grammar
+
+
+async def test_tools_that_are_shown_but_not_allowed_are_left_out_by_the_grammar() -> None:
+    engine = ScriptedEngine([CALL])
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f2"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    await OpenAIAdapter(engine, tool_parser="hermes").chat({"messages": HI, "tools": TOOLS, "tool_choice": choice})
+    form = engine.requests[0].params.structured_outputs
+    assert "f2" in form.grammar
+    assert "get_weather" not in form.grammar
+
+
+async def test_structured_output_comes_behind_thoughts_and_beside_tools() -> None:
+    engine = ScriptedEngine(["{}"])
+    made = OpenAIAdapter(engine, tool_parser="hermes", reasoning_parser="think")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    await made.chat({"messages": HI, "response_format": form})
+    await made.chat({"messages": HI, "response_format": form, "tools": TOOLS})
+    plain, beside = [request.params.structured_outputs for request in engine.requests]
+    assert (plain.reasoning_start, plain.reasoning_end, plain.around) == ("<think>", "</think>", None)
+    assert "get_weather" in beside.around
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}}},
+         "response_format.json_schema.schema"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
+            "properties": {"a": {"not": {"type": "string"}}}}}}]}, "tools"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    ],
+)  # fmt: skip
+async def test_what_cannot_be_guaranteed_is_refused_before_anything_runs(fields: dict[str, Any], param: str) -> None:
+    engine = ScriptedEngine()
+    made = OpenAIAdapter(engine, tool_parser="hermes", allow_chat_template=False)
+    with pytest.raises(RequestError) as caught:
+        await made.chat_stream({"messages": HI, "stream": True, **fields})
+    error = to_error(caught.value)
+    assert error.status == 400
+    assert error.body.error.param.startswith(param)
+    assert engine.requests == []
+
+
+def tool(name: str, schema: dict[str, Any], strict: bool = False) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}}
+
+
+ODD = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+EVEN = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 7}}}
+
+
+async def test_a_tool_that_is_not_strict_is_called_even_if_its_schema_cannot_be_guaranteed() -> None:
+    engine = ScriptedEngine([CALL])
+    made = OpenAIAdapter(engine, tool_parser="hermes")
+    await made.chat({"messages": HI, "tools": [tool("odd", ODD), tool("f2", EVEN)], "tool_choice": "required"})
+    grammar = engine.requests[0].params.structured_outputs.grammar
+    assert "uniqueItems" not in grammar
+    assert "maxLength" in grammar  # the other tool is held to its schema all the same
+
+
+@pytest.mark.parametrize("beside", [{}, {"response_format": {"type": "json_object"}}, {"tool_choice": "required"}])
+async def test_a_strict_tool_that_cannot_be_guaranteed_is_blamed_by_name(beside: dict[str, Any]) -> None:
+    made = adapter([CALL])
+    for schema, keyword in ((ODD, "uniqueItems"), ({"properties": {"a": {"type": "strin"}}}, "strin")):
+        with pytest.raises(RequestError, match=f"'odd'.*{keyword}") as caught:
+            await made.chat({"messages": HI, "tools": [tool("f2", EVEN), tool("odd", schema, True)], **beside})
+        assert caught.value.param == "tools.1.function.parameters"
+
+
+async def test_a_stop_string_inside_a_call_is_no_call_to_execute() -> None:
+    made = adapter(cut(CALL))
+    cut_short = (await whole(made, stop=["city"])).choices[0]
+    assert (cut_short.finish_reason, cut_short.message.tool_calls[0].function.arguments) == ("stop", '{"')
+    complete = (await whole(made, stop=["</tool_call>"])).choices[0]
+    assert complete.finish_reason == "tool_calls"
+
+
+async def test_hidden_thoughts_are_not_in_log_probabilities_either() -> None:
+    made = adapter(["<think>", "Hm", "</think>", "Hello"], reasoning_parser="think")
+    fields = {"include_reasoning": False, "logprobs": True, "return_token_ids": True}
+    choice = (await whole(made, **fields)).choices[0]
+    assert "".join(entry.token for entry in choice.logprobs.content).startswith("Hello")
+    assert "Hm" not in str(await chunks(made, **fields))
+
+
+async def test_names_in_errors_are_short() -> None:
+    with pytest.raises(RequestError) as caught:
+        await adapter([""]).chat({"messages": HI, "x" * 60_000: 1})
+    assert len(caught.value.param) < 200
+    assert len(str(caught.value)) < 300
+
+
+def test_closing_aborts_what_is_running() -> None:
+    engine = ScriptedEngine(lambda _: "a" * 3000)
+    made = SyncOpenAIAdapter(OpenAIAdapter(engine))
+    stream = made.chat_stream({"messages": HI})
+    next(stream)
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            made.chat({"messages": HI})
+        except CandleVllmError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while len(engine.requests) < 2:
+        time.sleep(0.001)
+    made.close()
+    asking.join(10)
+    assert [type(error) for error in failures] == [RequestAbortedError]
+    assert engine.requests[1].request_id in engine.aborted
+    stream.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        made.chat({"messages": HI})
+
+
+async def test_required_without_a_format_is_refused() -> None:
+    made = adapter(["Hi"], tool_parser="none")
+    with pytest.raises(RequestError, match="--tool-parser"):
+        await made.chat({"messages": HI, "tools": TOOLS, "tool_choice": "required"})
+
+
+async def test_a_template_of_the_request() -> None:
+    engine = ScriptedEngine()
+    await OpenAIAdapter(engine).chat({"messages": HI, "chat_template": "{{ messages[0].content }}!"})
+    assert engine.detokenize(engine.requests[0].prompt_token_ids) == "Hi!"
+    with pytest.raises(RequestError, match="chat_template cannot be used"):
+        await OpenAIAdapter(engine).chat({"messages": HI, "chat_template": "{% if %}"})
+
+
+def test_formats_are_shown_and_unknown_ones_refused() -> None:
+    card = adapter([""], reasoning_parser="qwen3").models().data[0]
+    assert (card.tool_parser, card.reasoning_parser) == ("hermes", "think")
+    with pytest.raises(ConfigError, match="hermes"):
+        adapter([""], tool_parser="hermess")
+
+
+def test_without_an_event_loop() -> None:
+    request = parse_chat_request({"messages": HI, "tools": TOOLS})
+    with SyncOpenAIAdapter(adapter([CALL])) as made:
+        assert made.chat(request).choices[0].finish_reason == "tool_calls"
+        with made.chat_stream({"messages": HI, "stream": True}) as stream:
+            assert "".join(c.choices[0].delta.content or "" for c in stream) == CALL
+        assert made.complete({"prompt": "a"}).choices[0].text == CALL[:16]
+        with pytest.raises(RequestError):
+            made.chat({"messages": []})
