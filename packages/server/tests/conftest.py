@@ -4,60 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
 sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
 
+from running_server import Running
 from server_fakes import PacedEngine
 
-from candle_vllm.server.serve import bind, make_server
+from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.settings import Settings
-
-
-class Running:
-    """A server in a thread and clients for it."""
-
-    def __init__(self, engine: PacedEngine, settings: Settings) -> None:
-        self.engine = engine
-        self._clients: list[openai.OpenAI] = []
-        self.server = make_server(engine, settings)
-        listener = bind(settings.address)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.port = int(listener.getsockname()[1])
-        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        self.wait_for(lambda: self.server.started)
-
-    def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, trust_env=False, **options)
-
-    def openai(self, api_key: str = "none") -> openai.OpenAI:
-        http = openai.DefaultHttpxClient(trust_env=False)
-        client = openai.OpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, http_client=http)
-        self._clients.append(client)
-        return client
-
-    def stop(self) -> None:
-        for client in self._clients:
-            client.close()
-        self.server.should_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-    @staticmethod
-    def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.005)
 
 
 @pytest.fixture
@@ -65,7 +24,7 @@ def start() -> Iterator[Callable[..., Running]]:
     """Starts servers that end with the test: `start(engine, api_key=("k",))`."""
     with contextlib.ExitStack() as stack:
 
-        def start(engine: PacedEngine | None = None, **settings: Any) -> Running:
+        def start(engine: PacedEngine | ModelManager | None = None, **settings: Any) -> Running:
             running = Running(engine or PacedEngine(), Settings(port=0, shutdown_timeout=1, **settings))
             stack.callback(running.stop)
             return running

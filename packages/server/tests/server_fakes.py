@@ -1,14 +1,22 @@
-"""Engines for the server's tests: `ScriptedEngine` with a pace, a pulse and a `with` block."""
+"""Engines for the server's tests, with a pace and a pulse, and a loader of them for the model manager."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import msgspec
 
 from candle_vllm.core.engine.request import EngineStats, TokenOutput
 from candle_vllm.core.testing import ScriptedEngine, ScriptedStream
+from candle_vllm.server.catalogue import ModelEntry
+from candle_vllm.server.model_loader import serve_engine
+from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.model_switcher import NoRoomError
+from candle_vllm.server.observing.metrics import Metrics
 
 
 class PacedEngine(ScriptedEngine):
@@ -22,9 +30,19 @@ class PacedEngine(ScriptedEngine):
         self.alive = True
         self.closed = False
 
+        self._watchers: list[Callable[[], None]] = []
+
     @property
     def is_alive(self) -> bool:
         return self.alive
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        self._watchers.append(callback)
+
+    def die(self) -> None:
+        self.alive = False
+        for callback in self._watchers:
+            callback()
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(super().stats(), num_blocks=self.num_blocks)
@@ -60,3 +78,37 @@ class PacedStream:
 
     async def aclose(self) -> None:
         await self._inner.aclose()
+
+
+class FakeLoader:
+    """Loads scripted engines: `room` of them fit, each takes `seconds`; `broken` ones fail, `hopeless` ones early."""
+
+    def __init__(self, room: int = 9, seconds: float = 0.0) -> None:
+        self.room = room
+        self.seconds = seconds
+        self.broken: dict[str, Exception] = {}
+        self.hopeless: dict[str, Exception] = {}
+        self.loads: list[str] = []
+        self.engines: list[PacedEngine] = []
+        self.together = 0
+        self.metrics = Metrics()
+        self._lock = threading.Lock()
+
+    def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
+        if entry.name in self.hopeless:
+            raise self.hopeless[entry.name]
+
+    def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
+        assert self._lock.acquire(blocking=False), "two models are loaded at the same time"
+        try:
+            time.sleep(self.seconds)
+            if entry.name in self.broken:
+                raise self.broken[entry.name]
+            if len(beside) >= self.room:
+                raise NoRoomError(f"{entry.name} does not fit")
+            self.loads.append(entry.name)
+            self.together = max(self.together, len(beside) + 1)
+            self.engines.append(PacedEngine(name=entry.name))
+            return serve_engine(self.engines[-1], entry, self.metrics)
+        finally:
+            self._lock.release()

@@ -7,6 +7,9 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import openai
@@ -14,8 +17,12 @@ import pytest
 from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.server import Settings, create_app, http_protocol
 from candle_vllm.server import body as body_module
-from candle_vllm.server import http_protocol
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.mailbox.service import Mailbox
+from candle_vllm.server.serve import bind, make_server
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}
@@ -366,6 +373,55 @@ def test_request_ids(start) -> None:
     assert made[0] != made[1]
 
 
+class Broken(PacedEngine):
+    def stream(self, *_: object, **__: object) -> NoReturn:
+        raise ZeroDivisionError("secret path /root")
+
+
+@pytest.mark.parametrize(("path", "anthropic"), [("/v1/chat/completions", False), ("/v1/messages", True)])
+def test_what_nobody_foresaw_is_answered_as_any_other_failure(start, caplog, path: str, anthropic: bool) -> None:
+    running = start(Broken(), cors_origin=("https://page.example",), served_model_name=("m",))
+    headers = {"x-request-id": "mine", "origin": "https://page.example"}
+    with running.http(headers=headers) as client:
+        response = client.post(path, json={**CHAT, "model": "m", "max_tokens": 5})
+        samples = client.get("/metrics").text
+        assert client.get("/health").status_code == 200
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "mine"
+    assert response.headers["access-control-allow-origin"] == "https://page.example"
+    assert (response.json().get("type") == "error") is anthropic
+    assert "secret" not in response.text
+    assert [line for line in samples.splitlines() if line.startswith("http_requests_total{") and '"5xx"' in line]
+    assert 'status="none"' not in samples
+    assert caplog.text.count("ZeroDivisionError: secret path /root") == 1
+
+
+@pytest.mark.parametrize(("path", "anthropic"), [("/v1/chat/completions", False), ("/v1/messages", True)])
+def test_what_a_drain_cuts_off_is_answered_as_any_other_failure(start, path: str, anthropic: bool) -> None:
+    running = start(PacedEngine(["a"] * 5000, pause=0.02, max_model_len=1 << 21), served_model_name=("m",))
+    body = {"model": "m", "messages": MESSAGES, "max_tokens": 1_000_000}
+    with running.http(headers={"x-request-id": "mine"}) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, path, json=body)
+        running.wait_for(lambda: running.engine.stats().num_running)
+        running.stop()
+        response = answer.result(10)
+    assert (response.status_code, response.headers["x-request-id"]) == (503, "mine")
+    assert (response.json().get("type") == "error") is anthropic
+    assert anthropic is ("request_id" in response.json())
+
+
+def test_a_mailbox_that_cannot_be_opened_ends_the_start_in_one_line(tmp_path: Path, caplog) -> None:
+    (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
+    app = create_app(PacedEngine(), mailbox=Mailbox(MailboxOptions(url=f"sqlite:///{tmp_path / 'm.sqlite'}")))
+    assert app.state.failure is None
+    settings = Settings(port=0)
+    with bind(settings.address) as listener:
+        make_server(app, settings).run(sockets=[listener])
+    assert isinstance(app.state.failure, UsageError)
+    assert "Traceback" not in caplog.text
+    assert "cannot open the mailbox: file is not a database" in caplog.text
+
+
 def test_a_drain_lets_streams_finish_and_then_aborts(start) -> None:
     running = start(PacedEngine(["a"] * 30, pause=0.01))
     with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as r:
@@ -385,3 +441,23 @@ def test_a_drain_ends_after_its_time(start) -> None:
         next(chunks)
         running.stop()
         assert len(running.engine.aborted) == 1
+
+
+def test_head_is_get_without_its_body(start) -> None:
+    with start().http() as client:
+        for path in ("/health", "/version", "/v1/models", "/metrics"):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert client.head("/v1/chat/completions").status_code == 405
+        assert 'handler="/health",method="HEAD"' in client.get("/metrics").text
+
+
+def test_compressed_bodies_are_refused_by_name(start) -> None:
+    with start().http() as client:
+        response = client.post(
+            "/v1/chat/completions",
+            content=b"{}",
+            headers={"content-type": "application/json", "content-encoding": "gzip"},
+        )
+        assert (response.status_code, response.json()["error"]["param"]) == (415, "Content-Encoding")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import openai
 import pytest
-from starlette.routing import Route
+from server_fakes import PacedEngine
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.auth import PUBLIC_PATHS
+from candle_vllm.server.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
+from candle_vllm.server.kinds import UsageError
 
 KEYS = ("first-key", "second-key")
+APP = create_app(PacedEngine(), Settings())
+ROUTES = sorted({re.sub(r"\{.*?\}", "x", path) for path in APP.openapi()["paths"]} - PUBLIC_PATHS)
 PATHS = [
-    "/", "/version", "/docs", "/redoc", "/openapi.json", "/v1/models", "/v1/models/scripted", "/v1/chat/completions",
-    "/v1/completions", "/nothing", "/health/", "//health", "/health/../v1/models", "/HEALTH", "/v1/models?x=/health",
+    *ROUTES, "/docs", "/redoc", "/openapi.json",
+    "/nothing", "/health/", "//health", "/health/../v1/models", "/HEALTH", "/v1/models?x=/health",
 ]  # fmt: skip
 
 
@@ -23,21 +31,15 @@ def test_nothing_is_reached_without_a_key(start) -> None:
         for path, method in itertools.product(PATHS, ["GET", "POST", "OPTIONS", "HEAD", "PUT"]):
             response = client.request(method, path)
             assert response.status_code == 401, (method, path)
-            assert response.headers["www-authenticate"] == "Bearer"
-            assert method == "HEAD" or response.json()["error"]["code"] == "invalid_api_key"
+            page = method in ("GET", "HEAD") and path in PAGES
+            assert response.headers["www-authenticate"] == ('Basic realm="candle-vllm"' if page else "Bearer")
+            if method != "HEAD":
+                error = response.json()["error"]  # in the words of the API that was asked
+                assert error.get("code", error["type"]) in ("invalid_api_key", "authentication_error")
 
 
-def test_every_route_of_the_application_is_among_the_tested_ones() -> None:
-    from server_fakes import PacedEngine
-
-    app = create_app(PacedEngine(), Settings())
-    paths = set(app.openapi()["paths"]) | {route.path for route in app.routes if isinstance(route, Route)}
-    assert paths <= {
-        *PATHS,
-        "/health",
-        "/v1/models/{model_id}",
-        "/v1/models/{model_id:path}",
-    }
+def test_the_routes_are_known_and_only_health_is_public() -> None:
+    assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/ready", "/"} <= set(ROUTES)
     assert {"/health"} == PUBLIC_PATHS
 
 
@@ -104,3 +106,58 @@ def test_cors_for_the_configured_origin_only(start) -> None:
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
         assert client.options("/v1/models").status_code == 401
+
+
+def test_the_header_of_anthropic_clients_opens_as_well(start) -> None:
+    with start(api_key=KEYS).http() as client:
+        assert client.get("/v1/models", headers={"x-api-key": "second-key"}).status_code == 200
+        assert client.get("/v1/models", headers={"x-api-key": "second"}).status_code == 401
+        both = {"x-api-key": "second-key", "authorization": "Bearer wrong"}
+        assert client.get("/v1/models", headers=both).status_code == 401
+
+
+def test_routes_of_operators_want_their_own_key(start) -> None:
+    with start(api_key=KEYS, management_key=("operator",)).http() as client:
+        for path in sorted(MANAGEMENT_PATHS):
+            for key in (*KEYS, "wrong"):
+                assert client.get(path, headers={"authorization": f"Bearer {key}"}).status_code == 401, path
+            assert client.get(path, headers={"authorization": "Bearer operator"}).status_code != 401, path
+        assert client.get("/v1/models", headers={"authorization": "Bearer operator"}).status_code == 401
+
+
+def test_a_management_key_alone_leaves_the_other_routes_open(start) -> None:
+    with start(management_key=("operator",)).http() as client:
+        assert client.get("/v1/models").status_code == 200
+        assert client.get("/v1/models/status").status_code == 401
+
+
+def test_an_application_in_another_one_keeps_its_keys() -> None:
+    outer = Starlette(routes=[Mount("/inner", app=create_app(PacedEngine(), Settings(management_key=("operator",))))])
+    with TestClient(outer) as client:
+        assert client.get("/inner/v1/models").status_code == 200
+        assert client.get("/inner/v1/models/status").status_code == 401
+
+
+def test_keys_from_a_file(start, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# people\nfirst-key\n\n  second-key  \n")
+    running = start(api_key_file=path)
+    with running.http() as client:
+        assert client.get("/v1/models").status_code == 401
+        for key in KEYS:
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("# none\n", "holds no key"), ("two words\n", "key 1 must be"), ("a\n" * 10_001, "more than")]
+)
+def test_key_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        create_app(PacedEngine(), Settings(api_key_file=path))
+
+
+def test_a_key_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the API keys"):
+        create_app(PacedEngine(), Settings(api_key_file=tmp_path / "none"))

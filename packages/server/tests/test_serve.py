@@ -14,8 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_fakes import PacedEngine
+from server_fakes import FakeLoader, PacedEngine
 
+from candle_vllm.server.app import create_app
+from candle_vllm.server.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.configuration import Configuration
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
@@ -27,8 +30,14 @@ sys.path.append({tests!r})
 from server_fakes import PacedEngine
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
+from candle_vllm.server.model_loader import serve_engine
 engine = PacedEngine(["a"] * {pieces}, pause=0.02, max_model_len=1 << 21)
-serve.load_engine = lambda settings: engine
+class Loader(serve.ModelLoader):
+    def check(self, entry, beside):
+        pass
+    def __call__(self, entry, beside):
+        return serve_engine(engine, entry, self._metrics)
+serve.ModelLoader = Loader
 status = main({arguments!r})
 sys.stderr.write("aborted %d closed %s\\n" % (len(engine.aborted), engine.closed))
 sys.exit(status)
@@ -36,13 +45,16 @@ sys.exit(status)
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
 
-def test_a_port_in_use_is_found_before_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.serve.load_engine", lambda _: pytest.fail("the model was loaded"))
+def test_a_port_in_use_is_found_before_the_model_loads() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
+        settings = Settings(port=other.getsockname()[1])
+        configuration = Configuration(settings, Catalogue([ModelEntry("m", settings)]), ())
+        loader = FakeLoader()
         with pytest.raises(UsageError, match=r"port \d+ on 127.0.0.1 is in use: .* choose another --port"):
-            serve(Settings(port=other.getsockname()[1]))
+            serve(configuration, loader)
+        assert loader.loads == []
 
 
 def test_a_second_server_on_the_port_is_refused_while_the_first_one_loads() -> None:
@@ -88,7 +100,7 @@ def test_unix_sockets(tmp_path: Path) -> None:
 
 def test_the_banner_says_where_and_what() -> None:
     settings = Settings(host="0.0.0.0", api_key=("k",), served_model_name=("n",))
-    text = banner(PacedEngine(), settings, settings.address)
+    text = banner(create_app(PacedEngine(), settings), settings.address)
     for part in ("http://127.0.0.1:2000/v1", "n (scripted", "required", "Ctrl+C to stop", "tokens"):
         assert part in text
 
@@ -190,3 +202,27 @@ def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
             response = answer.result(20)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
         assert process.wait(20) == 0
+
+
+def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
+    script = SCRIPT.format(tests=TESTS, pieces=1, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"])
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
+    assert ended.returncode == 2
+    assert "candle-vllm: error: cannot open the mailbox: file is not a database" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_a_signal_lets_what_is_kept_for_a_client_that_left_be_completed(tmp_path: Path) -> None:
+    mailbox = ("--mailbox", f"sqlite:///{tmp_path}/m.sqlite")
+    body, headers = {**BODY, "request_id": "k"}, {"x-mailbox-mode": "on_disconnect"}
+    with _process(*mailbox, cwd=tmp_path) as (process, url), _client(url) as client:
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            next(response.iter_bytes())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    with _process(*mailbox, cwd=tmp_path) as (_, url), _client(url) as client:
+        assert client.get("/v1/mailbox/chatcmpl-k").json()["status"] == "completed"

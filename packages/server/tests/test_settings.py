@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from candle_vllm.server.configuration import load_configuration, load_settings
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.parser import parse
-from candle_vllm.server.settings import Settings, load_settings
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.sources import Source
 
 MODELS = """
 default_model: small
@@ -270,3 +272,40 @@ def test_settings_made_in_python_are_checked_too() -> None:
         Settings(max_body_mb=0)
     with pytest.raises(UsageError, match="api_key must be"):
         Settings(api_key=("",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models:\n  - {name: default, local_path: x}\n", "cannot be called 'default'"),
+        ("models:\n  - {name: a, name: b, local_path: x}\n", "the key 'name' stands twice"),
+        ("models: []\nmodels: []\n", "line 2: .*the key 'models' stands twice"),
+        ("models:\n  - {name: a, local_path: x}\nmailbox: {url: mysql://x}\n", "models.yaml: mailbox must be sqlite"),
+        ("models:\n  - {name: a, local_path: x}\nmailbox: {retention_secs: 5}\n", "needs a mailbox"),
+        ("models:\n  - {name: a, local_path: x}\nparking_lot: {queue: {}}\n", "queue is not supported"),
+    ],
+)
+def test_models_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "models.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_settings(Source("the command line"), {}, folder=tmp_path, home=tmp_path)
+
+
+def test_candle_vllm_s_limits_and_mailbox_are_read(tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text(
+        "models: [{name: a, local_path: x}]\nidle_unload_secs: 60\nparking_lot:\n"
+        "  pool: {max_queue_depth: 5}\n  limits: {max_queue_depth: 7, timeout_secs: 30}\n"
+        "  mailbox: {backend: memory, retention_secs: 9}\n"
+    )
+    made = load_configuration(Source("the command line"), {}, folder=tmp_path, home=tmp_path)
+    assert (made.settings.max_queued_requests, made.settings.request_timeout) == (7, 30)
+    assert made.settings.idle_unload_secs == 60
+    assert made.mailbox is not None
+    assert made.mailbox.retention_secs == 9
+    assert made.mailbox.url.endswith(".candle-vllm/mailbox.sqlite")
+
+
+def test_prompts_cannot_be_logged_without_the_log() -> None:
+    with pytest.raises(UsageError, match="set log_requests as well"):
+        Settings(log_prompts=True)
+    assert Settings(log_prompts=True, log_requests=True).log_prompts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
-from candle_vllm.server.sse import DONE, KEEP_ALIVE, EventStream
+from candle_vllm.server.sse import DONE, KEEP_ALIVE, EventStream, data_event
 
 
 class Connection:
@@ -30,7 +31,7 @@ class Connection:
 
 
 async def _run(chunks: AsyncIterator[bytes], connection: Connection, keep_alive: float = 15.0) -> None:
-    stream = EventStream(chunks, lambda chunk: chunk, lambda failure: repr(failure).encode(), keep_alive)
+    stream = EventStream(chunks, data_event, lambda failure: data_event(repr(failure).encode()), keep_alive=keep_alive)
     await stream({"type": "http"}, connection.receive, connection.send)
 
 
@@ -141,3 +142,55 @@ async def test_a_failing_connection_closes_the_chunks() -> None:
     with pytest.raises(OSError, match="connection lost"):
         await stream({"type": "http"}, Connection().receive, broken)
     assert source.closed
+
+
+class Noting(Source):
+    """Chunks that want to know whether the client has them all."""
+
+    def __init__(self, make: Callable[[], AsyncGenerator[bytes, None]]) -> None:
+        super().__init__(make)
+        self.taken = False
+
+    def delivered(self) -> None:
+        assert not self.closed
+        self.taken = True
+
+
+async def _two() -> AsyncGenerator[bytes, None]:
+    yield b"x"
+    yield b"y"
+
+
+async def test_the_chunks_hear_that_the_client_has_everything() -> None:
+    source, connection = Noting(_two), Connection()
+    await _run(source, connection)
+    assert source.taken
+    assert connection.closed
+    assert b"".join(connection.sent) == b"data: x\n\ndata: y\n\n" + DONE
+
+
+async def test_a_client_that_leaves_with_the_last_bytes_has_not_everything() -> None:
+    source, connection = Noting(_two), Connection()
+
+    async def slow(message: Any) -> None:
+        await connection.send(message)
+        if message.get("body", b"").endswith(DONE):  # what was sent waits, and the client leaves
+            connection.gone.set()
+            await asyncio.sleep(0.01)
+
+    await EventStream(source, data_event, lambda _: b"")({"type": "http"}, connection.receive, slow)
+    assert source.closed
+    assert not source.taken
+
+
+async def test_a_stream_that_ends_too_late_has_not_delivered_everything() -> None:
+    async def silent() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(10)
+        yield b"x"
+
+    source, connection = Noting(silent), Connection()
+    stream = EventStream(source, data_event, lambda _: b"late", deadline=time.monotonic() + 0.05)
+    await stream({"type": "http"}, connection.receive, connection.send)
+    assert b"".join(connection.sent) == b"late"
+    assert source.closed
+    assert not source.taken

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from candle_vllm.server.app import create_app
-    from candle_vllm.server.settings import Settings, load_settings
+    from candle_vllm.server.configuration import load_settings
+    from candle_vllm.server.settings import Settings
 
 __all__ = ["Settings", "create_app", "load_settings"]
 
@@ -19,8 +20,12 @@ def __getattr__(name: str) -> Any:
         from candle_vllm.server.app import create_app
 
         return create_app
-    if name in ("Settings", "load_settings"):
-        from candle_vllm.server import settings
+    if name == "load_settings":
+        from candle_vllm.server.configuration import load_settings
 
-        return getattr(settings, name)
+        return load_settings
+    if name == "Settings":
+        from candle_vllm.server.settings import Settings
+
+        return Settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""create_app: the ASGI application around one adapter.
+"""create_app: the ASGI application around a model manager, or around one engine.
 
 Steps 1 and 10 of a request's life. No globals: everything a route needs stands on `app.state`, so that several
 applications can live in one process.
@@ -6,42 +6,53 @@ applications can live in one process.
 
 from __future__ import annotations
 
-import logging
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import version
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.openai import EngineLike, OpenAIAdapter, to_error, to_json_bytes
 from candle_vllm.server import health
-from candle_vllm.server.auth import ApiKeyMiddleware
+from candle_vllm.server.auth import ApiKeyMiddleware, read_keys
+from candle_vllm.server.catalogue import ModelEntry
+from candle_vllm.server.drain import CutOffMiddleware
 from candle_vllm.server.errors import ClientGone, HttpError
+from candle_vllm.server.failures import FailureMiddleware, answer_failure
+from candle_vllm.server.head_requests import HeadMiddleware
+from candle_vllm.server.keeping import Keeper
+from candle_vllm.server.model_loader import serve_engine
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
+from candle_vllm.server.observing.metrics import Metrics, Outcome
+from candle_vllm.server.observing.setup import Observation
+from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.request_id import RequestIdMiddleware
-from candle_vllm.server.routes import generation, models
+from candle_vllm.server.routes import docs, embeddings, generation, messages, metrics, models, tokenizing
+from candle_vllm.server.routes import mailbox as mailbox_routes
+from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Settings
 
-CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
+if TYPE_CHECKING:
+    from candle_vllm.server.mailbox.service import Mailbox
 
-logger = logging.getLogger(__name__)
-
-
-class ServedEngine(EngineLike, Protocol):
-    """What the server needs of an engine; `InferenceEngine` has it."""
-
-    @property
-    def is_alive(self) -> bool: ...
+_MODULES = (generation, messages, embeddings, tokenizing, models, mailbox_routes, metrics, health, docs)
+ROUTERS = tuple(module.router for module in _MODULES)
 
 
-def create_app(engine: ServedEngine, settings: Settings | None = None) -> FastAPI:
-    """The server as an ASGI application; it does not own the engine and does not close it.
+def create_app(
+    served: ServedEngine | ModelManager, settings: Settings | None = None, *, mailbox: Mailbox | None = None
+) -> FastAPI:
+    """The server as an ASGI application.
 
     Args:
-        engine: a loaded engine.
+        served: a loaded engine, which the application does not own and does not close; or a manager of models, which
+            it closes when it ends.
         settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
+        mailbox: where answers are kept for clients that ask for it; the application starts and closes it.
     """
     settings = settings or Settings()
     app = FastAPI(
@@ -51,57 +62,84 @@ def create_app(engine: ServedEngine, settings: Settings | None = None) -> FastAP
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         openapi_url=None,
+        lifespan=_lifespan,
     )
-    app.state.engine = engine
-    app.state.adapter = OpenAIAdapter(
-        engine,
-        served_model_names=settings.served_model_name,
-        allow_priority=settings.enable_request_priority,
-    )
+    app.state.manager = served if isinstance(served, ModelManager) else manager_of(served, settings)
+    app.state.metrics = app.state.manager.metrics
     app.state.settings = settings
-    for router in (generation.router, models.router, health.router):
+    app.state.mailbox = mailbox
+    if mailbox is not None:
+        _count_pushes(mailbox, app.state.metrics)
+    app.state.keeper = Keeper(mailbox, app.state.metrics)
+    app.state.stopping = lambda: False
+    app.state.failure = None  # why it could not start
+    for router in ROUTERS:
         app.include_router(router)
-    app.add_exception_handler(Exception, _failure)
-    for kind in (HttpError, HTTPException, CandleVllmError, ClientGone):
-        app.add_exception_handler(kind, _failure)
+    _describe(app, settings)
+    for kind in (Exception, HttpError, HTTPException, CandleVllmError, ClientGone):
+        app.add_exception_handler(kind, answer_failure)
     _add_layers(app, settings)
     return app
 
 
+def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
+    """A manager of one engine that somebody else has loaded and will close."""
+    names = settings.served_model_name or (engine.model_info.name,)
+    entry = ModelEntry(names[0], settings, names)
+    metrics = Observation(settings).metrics
+    return ModelManager.of_loaded(serve_engine(engine, entry, metrics), metrics)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+    """Yields what the server that runs the application has to know of it: a drain waits for the keeper."""
+    mailbox: Mailbox | None = app.state.mailbox
+    try:
+        if mailbox is not None:
+            await _start(app, mailbox)
+        yield {"keeper": app.state.keeper}
+    finally:
+        await app.state.keeper.close()
+        await app.state.manager.close()
+        if mailbox is not None:
+            await mailbox.close()
+
+
+def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
+    mailbox.pushed = lambda delivered: metrics.webhook_sent(Outcome.OK if delivered else Outcome.FAILED)
+
+
+async def _start(app: FastAPI, mailbox: Mailbox) -> None:
+    try:
+        await mailbox.start()
+    except Exception as failure:
+        app.state.failure = failure
+        raise
+
+
+def _describe(app: FastAPI, settings: Settings) -> None:
+    """The OpenAPI document: ours, made from the wire types, in the place of FastAPI's."""
+    keys = bool(settings.api_key or settings.api_key_file)
+    document = ApiDocument(ROUTERS, keys=keys, management_keys=bool(settings.management_key))
+    app.state.document = document
+    app.openapi = lambda: document.value
+
+
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Each layer goes around those before it: request id > CORS > key > routes."""
-    if settings.api_key:
-        app.add_middleware(ApiKeyMiddleware, keys=settings.api_key)
+    """Each layer goes around those before it: id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
+    keys = settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
+    if keys or settings.management_key:
+        app.add_middleware(ApiKeyMiddleware, keys=keys, management_keys=settings.management_key)
+    app.add_middleware(HeadMiddleware)
+    app.add_middleware(FailureMiddleware)
+    app.add_middleware(CutOffMiddleware)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
+    app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
-
-
-async def _failure(request: Request, failure: Exception) -> Response:
-    """Every failure of a route, in OpenAI's envelope."""
-    if isinstance(failure, HttpError):
-        return failure.response
-    if isinstance(failure, ClientGone):
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if isinstance(failure, HTTPException):
-        return _routing_error(request, failure)
-    error = to_error(failure)
-    if error.status >= 500:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=failure)
-    return Response(to_json_bytes(error.body), error.status, dict(error.headers), media_type="application/json")
-
-
-def _routing_error(request: Request, failure: HTTPException) -> Response:
-    path, method = request.scope["path"][:200], request.method
-    messages = {
-        404: (f"There is no route {path!r} here; the API is under /v1.", "not_found"),
-        405: (f"{path!r} does not take {method}.", "method_not_allowed"),
-    }
-    message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
-    return HttpError(failure.status_code, message, code, failure.headers).response

@@ -1,53 +1,143 @@
 """API keys: pure ASGI middleware before every route but /health.
 
-Step 1 of a request's life. The decision rests on the ASGI path and the Authorization header alone, never on the
-Host header or the raw URL, and takes the same time whichever key is right.
+The pages for people are guarded too. A browser cannot send a key from its address bar, so these take it as the
+password of HTTP Basic as well.
+
+Step 1 of a request's life. The decision rests on the ASGI path and two headers alone, never on the Host header or the
+raw URL, and takes the same time whichever key is right and however long it is. Routes of operators can have keys of
+their own.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import hmac
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from candle_vllm.server.errors import HttpError
+from candle_vllm.server.failures import refusal
+from candle_vllm.server.kinds import Secret, UsageError
+from candle_vllm.server.paths import route_path
 
 PUBLIC_PATHS = frozenset({"/health"})
+MANAGEMENT_PATHS = frozenset(
+    {"/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage"}
+)
+PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
+MAX_KEYS = 10_000
+
+
+class _Key(NamedTuple):
+    text: str
+    digest: bytes
 
 
 class ApiKeyMiddleware:
-    """Lets a request pass when it carries one of `keys` as `Authorization: Bearer KEY`.
+    """Lets a request pass when it carries a key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    Attributes:
-        keys: at least one key.
+    The label of the key, "1" for the first, stands in `scope["state"]["key"]` afterwards, and the key in `api_key`.
+
+    Args:
+        keys: those of clients; without any, routes for clients are open.
+        management_keys: those of operators; without any, a client's key opens their routes as well.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        assert keys
+    def __init__(self, app: ASGIApp, keys: Sequence[str], management_keys: Sequence[str] = ()) -> None:
         self._app = app
-        self._keys = tuple(key.encode("ascii") for key in keys)
+        self._keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in keys)
+        self._management_keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in management_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in PUBLIC_PATHS):
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif scope["type"] != "http":
+            return
+        path = route_path(scope)
+        manages = path in MANAGEMENT_PATHS and bool(self._management_keys)
+        keys = self._management_keys if manages else self._keys
+        if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif self._allowed(scope):
+        elif not keys or path in PUBLIC_PATHS:
+            await self._app(scope, receive, send)
+        elif (number := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
+            label = f"m{number}" if manages else str(number)
+            scope.setdefault("state", {}).update(key=label, api_key=keys[number - 1].text)
             await self._app(scope, receive, send)
         else:
+            which = "management key" if manages else "key"
             error = HttpError(
                 401,
-                "Missing or wrong API key: send the header `Authorization: Bearer <key>` with a key of this server.",
+                f"Missing or wrong API key: send the header `Authorization: Bearer <key>` with a {which} of this "
+                "server.",
                 "invalid_api_key",
-                {"WWW-Authenticate": "Bearer"},
+                {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"},
             )
-            await error.response(scope, receive, send)
+            await refusal(scope, error)(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(values) != 1:
-            return False
-        scheme, _, key = values[0].partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+
+def _is_page(method: str, path: str) -> bool:
+    """Whether a browser asks for one of the pages or of their files."""
+    return method == "GET" and (path in PAGES or path.startswith("/docs/"))
+
+
+def _matching(keys: Sequence[_Key], scope: Scope, page: bool) -> int | None:
+    """The number of the request's key, from 1; None where it has none of these."""
+    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
+    own = [value for name, value in scope["headers"] if name == b"x-api-key"]
+    if bearers:
+        given = _authorized(bearers[0], page) if len(bearers) == 1 else None
+    else:
+        given = own[0].strip() if len(own) == 1 else None
+    if given is None:
+        return None
+    digest = _digest(given)
+    matches = [hmac.compare_digest(digest, key.digest) for key in keys]
+    return matches.index(True) + 1 if any(matches) else None
+
+
+def _digest(key: bytes) -> bytes:
+    """What is compared instead of a key, so that its length does not show in the time."""
+    return hashlib.sha256(key).digest()
+
+
+def _authorized(header: bytes, page: bool) -> bytes | None:
+    """The key in an Authorization header: after `Bearer`, or for a page the password of `Basic`."""
+    scheme, _, given = header.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return given.strip()
+    if scheme.lower() != b"basic" or not page:
+        return None
+    try:
+        _, colon, password = base64.b64decode(given.strip(), validate=True).partition(b":")
+    except binascii.Error:
+        return None
+    return password if colon else None
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one in a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        UsageError: the file cannot be read, has no key, or something that cannot be one.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise UsageError(f"the API key file {path} holds no key: the server would be open")
+    if len(keys) > MAX_KEYS:
+        raise UsageError(f"the API key file {path} holds more than {MAX_KEYS} keys")
+    for number, key in enumerate(keys, 1):
+        try:
+            Secret().check(key)
+        except ValueError as error:
+            raise UsageError(f"{path}: key {number} {error}") from None
+    return tuple(keys)

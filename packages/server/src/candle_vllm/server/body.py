@@ -7,8 +7,7 @@ the request in the engine.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from starlette.types import Receive, Scope
@@ -33,6 +32,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     if media_type != b"application/json":
         raise HttpError(415, "The body must be JSON: send the header `Content-Type: application/json`.",
                         "unsupported_media_type")  # fmt: skip
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+        raise HttpError(415, "The body must not be compressed: leave the header Content-Encoding out.",
+                        "unsupported_media_type", param="Content-Encoding")  # fmt: skip
     length = headers.get(b"content-length", b"0")
     if not length.isdigit():
         raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
@@ -71,24 +73,40 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def unless_disconnected(answer: Awaitable[T], receive: Receive) -> T:
-    """The answer; a disconnect cancels it and raises ClientGone."""
+async def unless_disconnected(
+    answer: Awaitable[T], receive: Receive, dropped: Callable[[T], Awaitable[object] | None] | None = None
+) -> T:
+    """The answer; a disconnect cancels it and raises ClientGone.
+
+    Args:
+        answer: what is waited for.
+        receive: of the ASGI connection; the body must have been read.
+        dropped: given an answer that came while the waiting was cancelled, so that nobody takes it.
+    """
     working = asyncio.ensure_future(answer)
     watching = asyncio.ensure_future(disconnected(receive))
+    taken = False
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
+        taken = working.done()
+        if taken:
             return working.result()
         raise ClientGone
     finally:
         watching.cancel()
-        if not working.done():
+        if not taken:
             working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
+            await asyncio.wait({working})
+            if not working.cancelled() and working.exception() is None and dropped is not None:
+                closing = dropped(working.result())
+                if closing is not None:
+                    await closing
 
 
 def _too_large(limit: int) -> HttpError:
     return HttpError(
-        413, f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.", "request_too_large"
+        413,
+        f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.",
+        "request_too_large",
+        {"connection": "close"},  # what is left of the body is not read
     )

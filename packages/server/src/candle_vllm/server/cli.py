@@ -1,4 +1,4 @@
-"""The `candle-vllm` command: serve, generate, chat, bench.
+"""The `candle-vllm` command: serve, generate, chat, bench, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
 the traceback is shown only with `--log-level debug`.
@@ -12,11 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.server.parser import parse, split_command
-from candle_vllm.server.settings import Settings, load_settings
+from candle_vllm.server.settings import Settings
+
+if TYPE_CHECKING:
+    from candle_vllm.server.configuration import Configuration
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -31,10 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, rest = split_command(sys.argv[1:] if argv is None else argv)
         given, own = parse(command, rest)
-        settings = load_settings(given, os.environ, folder=Path.cwd(), home=Path.home())
+        from candle_vllm.server.configuration import load_configuration
+
+        configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home())
+        settings = configuration.settings
         debug = settings.log_level == "debug"
-        configure_logging(settings.log_level if command == "serve" else _quiet(given.values, settings))
-        return run_command(command, settings, own)
+        level = settings.log_level if command == "serve" else _quiet(given.values, settings)
+        configure_logging(level, settings.log_format)
+        return run_command(command, configuration, own)
     except BrokenPipeError:
         # Whoever read our output has left: standard output must not be flushed again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,12 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
 
 
-def run_command(command: str, settings: Settings, own: dict[str, Any]) -> int:
+def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Runs one command; its module, and with it the engine, is imported only here."""
+    settings = configuration.settings
     if command == "serve":
         from candle_vllm.server.serve import serve
 
-        return serve(settings)
+        return serve(configuration)
+    if command == "config":
+        from candle_vllm.server.commands.config import config
+
+        return config(configuration, **own)
     if command == "generate":
         from candle_vllm.server.commands.generate import generate
 
@@ -67,11 +79,13 @@ def run_command(command: str, settings: Settings, own: dict[str, Any]) -> int:
     return bench(settings, **own)
 
 
-def configure_logging(level: str) -> None:
-    """Sends the log to standard error, one line per record."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+def configure_logging(level: str, style: str = "text") -> None:
+    """Sends the log to standard error, one line per record: as text, or as one JSON object."""
+    from candle_vllm.server.observing.request_log import log_formatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_formatter("json" if style == "json" else "text"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     if level != "debug":
         for noisy in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -11,20 +11,43 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.server.errors import HttpError
+from candle_vllm.server.failures import refusal
+
+if TYPE_CHECKING:
+    from candle_vllm.server.keeping import Keeper
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
+_LOOK_SECONDS = 0.05
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, except that a second signal of any kind ends the drain at once, and a drain is a success."""
+    """uvicorn's server, with another end and another failure to start.
+
+    A second signal of any kind ends the drain at once, answers that are read on for the mailbox are drained too, and a
+    drain is a success. An application that cannot start ends `run` without an exception; it knows why
+    (`app.state.failure`).
+    """
+
+    begin: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """What runs beside the server from its start on."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            self.should_exit = True
+            return
+        if self.begin is not None:
+            self._beginning = asyncio.create_task(self.begin())
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -43,6 +66,10 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn waits for these tasks, as long as for a request.
+        outlived = asyncio.create_task(self._outlived())
+        self.server_state.tasks.add(outlived)
+        outlived.add_done_callback(self.server_state.tasks.discard)
         drained = asyncio.create_task(super().shutdown(sockets))
         forced = asyncio.create_task(self._forced())
         await asyncio.wait({drained, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -55,14 +82,23 @@ class DrainingServer(uvicorn.Server):
         drained.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await drained
+        if self.force_exit:  # uvicorn leaves it out then
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
 
     async def _forced(self) -> None:
         while not self.force_exit:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _outlived(self) -> None:
+        """Until no request runs and no answer is read on for a client that has gone."""
+        keeper: Keeper | None = self.lifespan.state.get("keeper")
+        while keeper is not None and (keeper.busy or len(self.server_state.tasks) > 1):
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 class CutOffMiddleware:
-    """The outermost layer: a request that the end of the drain cancels is answered, and the cancellation ends here.
+    """A request that the end of the drain cancels is answered as any other, and the cancellation ends here.
 
     A stream that has begun says it itself (`EventStream`); anything else that has not begun gets a 503.
     """
@@ -73,14 +109,14 @@ class CutOffMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
 
-        async def note_begin(message: Message) -> None:
+        def note_begin(message: Message) -> Awaitable[None]:
             nonlocal begun
             begun = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, note_begin)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
                 error = HttpError(503, "The server was stopped before the answer was complete.", "shutting_down")
-                await error.response(scope, receive, send)
+                await refusal(scope, error)(scope, receive, send)

@@ -105,7 +105,8 @@ def _template(path: Path | None) -> str | None:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the chat template {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the chat template {path}: {reason}") from None
     if len(text) > _MAX_TEMPLATE:
         raise UsageError(f"the chat template {path} has more than {_MAX_TEMPLATE} characters")
     return text

@@ -18,19 +18,30 @@ class HttpError(Exception):
         status: HTTP status.
         code: OpenAI error code, for programs.
         headers: further response headers.
+        param: the field or header at fault.
     """
 
-    def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.headers = dict(headers or {})
+        self.param = param
 
     @property
     def body(self) -> bytes:
         """The OpenAI error envelope."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return msgspec.json.encode({"error": {"message": str(self), "type": kind, "param": None, "code": self.code}})
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
 
     @property
     def response(self) -> Response:

@@ -19,16 +19,19 @@ COMMANDS = {
     "generate": "continue one prompt on the terminal",
     "chat": "talk with the model on the terminal",
     "bench": "measure the model on this machine",
+    "config": "show every setting, and where its value comes from",
 }
-MODEL, DEVICE, LIMITS, SAMPLING, HTTP, LOGGING = (
-    "model", "device and memory", "scheduling", "default sampling", "HTTP server", "logging",
+MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, HTTP, LOGGING = (
+    "model", "device and memory", "scheduling", "default sampling", "several models", "mailbox and webhooks",
+    "HTTP server", "logging",
 )  # fmt: skip
-GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, HTTP, LOGGING)
+GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, HTTP, LOGGING)
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "serve": GROUPS,
     "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
+    "config": GROUPS,
 }
 
 
@@ -74,9 +77,9 @@ def _switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more:
     return Option(name, group, (), Boolean(), text, constants=constants, **more)
 
 
-_SERVE = ("serve",)  # bench sizes the batch itself, and one conversation has no batch
-_WITH_TEXT = ("serve", "generate", "chat")  # bench has no text, and always takes the likeliest token
-_REUSING = ("serve", "chat")  # those with requests that begin alike
+_SERVE = ("serve", "config")  # bench sizes the batch itself, and one conversation has no batch
+_WITH_TEXT = ("serve", "generate", "chat", "config")  # bench has no text, and always takes the likeliest token
+_REUSING = ("serve", "chat", "config")  # those with requests that begin alike
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 _ATTENTION = Choice(("auto", "triton", "torch_flash", "flash_attn", "torch"), {"flash-attn": "flash_attn"})
@@ -96,6 +99,12 @@ OPTIONS: tuple[Option, ...] = (
            in_yaml=True),
     Option("chat_template", MODEL, ("--chat-template",), FilePath(), "file with the Jinja chat template to use instead",
            "FILE", in_yaml=True, commands=_WITH_TEXT),
+    Option("tool_parser", MODEL, ("--tool-parser", "--tool-call-parser", "--enforce-parser"), Text(128),
+           "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files", "NAME",
+           in_yaml=True, commands=_SERVE),
+    Option("reasoning_parser", MODEL, ("--reasoning-parser",), Text(128),
+           "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
+           commands=_WITH_TEXT),
     Option("served_model_name", MODEL, ("--served-model-name",), Text(512),
            "name of the model for clients; repeatable, the first is reported", "NAME", repeat=True, in_yaml=True,
            commands=_SERVE),
@@ -138,6 +147,9 @@ OPTIONS: tuple[Option, ...] = (
            in_yaml=True, rivals="KV cache size"),
     Option("block_size", DEVICE, ("--block-size",), Integer(1, 1024), "tokens in one KV block, a power of two", "N",
            in_yaml=True),
+    _switch("engine_process", DEVICE,
+            "run the engine in a process of its own, which is started again when it dies", in_yaml=True,
+            commands=_SERVE),
     Option("threads", DEVICE, ("--threads",), Integer(1, 1024), "CPU threads; without it, one per physical core", "N",
            in_yaml=True),
     Option("max_model_len", LIMITS, ("--max-model-len",), _TOKENS, "longest prompt plus answer, in tokens", "N",
@@ -163,24 +175,61 @@ OPTIONS: tuple[Option, ...] = (
            "X", in_yaml=True),
     Option("presence_penalty", SAMPLING, ("--presence-penalty",), Number(-2, 2), "penalty for having occurred", "X",
            in_yaml=True),
+    Option("max_loaded_models", MODELS, ("--max-loaded-models",), Integer(1, 1024),
+           "most models in memory; without it, as many as fit", "N"),
+    Option("idle_unload_secs", MODELS, ("--idle-unload-secs",), Integer(1, 1 << 24),
+           "unload a model that was not used for so long; without it, models stay", "SECONDS"),
+    Option("queue_size", MODELS, ("--queue-size",), Integer(1, 1 << 16),
+           "requests that may wait for a model that is not loaded, for each model", "N"),
+    Option("model_wait_timeout", MODELS, ("--model-wait-timeout",), Integer(1, 86400),
+           "how long a request waits for a model that is not loaded", "SECONDS"),
+    Option("model_drain_timeout", MODELS, ("--model-drain-timeout",), Integer(0, 86400),
+           "how long a model that makes room for another may finish its requests", "SECONDS"),
+    Option("mailbox", MAILBOX, ("--mailbox",), Secret(),
+           "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or postgresql://...",
+           "URL"),
+    Option("mailbox_retention_secs", MAILBOX, ("--mailbox-retention-secs",), Integer(1, 30 * 86400),
+           "how long a finished answer is kept", "SECONDS"),
+    Option("webhook_allowed_hosts", MAILBOX, ("--webhook-allowed-hosts",), Text(512),
+           "host to which clients may have answers pushed, or *.example.com; repeatable", "HOST", repeat=True),
+    _switch("webhook_allow_private", MAILBOX, "hosts that are listed by name may have private addresses"),
     Option("host", HTTP, ("--h", "--host"), Text(512),
            "address to listen on: host, host:port, [v6]:port, tcp://, http:// or unix:///path", "HOST"),
     Option("port", HTTP, ("--p", "--port"), Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT"),
     Option("api_key", HTTP, ("--api-key",), Secret(),
            "key that clients must send as `Authorization: Bearer`; repeatable", "KEY", repeat=True),
+    Option("api_key_file", HTTP, ("--api-key-file",), FilePath(), "file with one API key per line", "FILE"),
+    Option("management_key", HTTP, ("--management-key",), Secret(),
+           "key for loading and unloading models and for /metrics, where API keys shall not do; repeatable", "KEY",
+           repeat=True),
+    Option("max_queued_per_key", HTTP, ("--max-queued-per-key",), Integer(1, 1 << 20),
+           "most unfinished sequences of one API key before its further requests are refused with 429", "N"),
+    Option("request_timeout", HTTP, ("--request-timeout",), Integer(1, 1 << 20),
+           "seconds after which a request is ended, waiting included", "SECONDS"),
     Option("cors_origin", HTTP, ("--cors-origin",), Text(512),
            "web origin whose pages may call this server, or *; repeatable", "ORIGIN", repeat=True),
     Option("max_body_mb", HTTP, ("--max-body-mb",), Integer(1, 1024), "largest request body, in MB of 2^20 bytes",
            "MB"),
     _switch("enable_request_priority", HTTP, "let clients put their requests before those of others (`priority`)"),
+    _switch("trust_request_chat_template", HTTP, "let clients send a chat template of their own (`chat_template`)"),
     Option("shutdown_timeout", HTTP, ("--shutdown-timeout",), Integer(0, 86400),
            "seconds that running requests get to finish on shutdown", "SECONDS"),
-    _switch("log_requests", HTTP, "log one line per HTTP request, without its content"),
+    _switch("log_requests", LOGGING, "log one line per HTTP request and one per generation, without its content",
+            commands=_SERVE),
+    _switch("log_prompts", LOGGING,
+            "write the beginning of prompts to the request log as well (needs --log-requests)", commands=_SERVE),
+    Option("log_format", LOGGING, ("--log-format",), Choice(("text", "json"), {}),
+           "text, or json: one object per line", "FORMAT", commands=_SERVE),
+    Option("otlp_endpoint", LOGGING, ("--otlp-endpoint",), Text(2048),
+           "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs candle-vllm-server[telemetry]", "URL",
+           commands=_SERVE),
     Option("log_level", LOGGING, ("--log-level",), _LEVELS, "debug, info, warning or error", "LEVEL"),
 )  # fmt: skip
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
 _MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
+
+_AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
 
 COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "serve": (),
@@ -198,8 +247,9 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         Option("output_tokens", "command", ("--output-tokens",), _TOKENS, "length of each answer", "N"),
         Option("concurrency", "command", ("--concurrency",), Integer(1, 4096), "requests at the same time", "N"),
         Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
-        Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True}),
+        _AS_JSON,
     ),
+    "config": (_AS_JSON,),
 }
 """Options of single commands; they have no environment variable and no models.yaml key."""
 

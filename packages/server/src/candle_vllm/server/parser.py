@@ -98,7 +98,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 def _usage(command: str) -> str:
     if command == "serve":
-        return "candle-vllm [serve | generate | chat | bench] [options]"
+        return "candle-vllm [serve | generate | chat | bench | config] [options]"
     return f"candle-vllm {command} [options]" + (" PROMPT" if command == "generate" else "")
 
 

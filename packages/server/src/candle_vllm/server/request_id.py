@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,14 +32,17 @@ class RequestIdMiddleware:
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _HARMLESS.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 0
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
+            """No coroutine of its own: it is called for every token of every stream."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-            await send(message)
+                ids = ((b"x-request-id", request_id), (b"request-id", request_id))  # OpenAI's name, Anthropic's
+                message["headers"] = [*message.get("headers", ()), *ids]
+            return send(message)
 
         start = time.perf_counter()
         try:

@@ -1,8 +1,8 @@
-"""serve: bind the address, load the model, run uvicorn, drain on a signal.
+"""serve: bind the address, run uvicorn, load the model, drain on a signal.
 
 The frame around steps 1 to 10. The address is taken before the model is loaded, because a port in use should cost
-no minutes. SIGTERM or Ctrl+C stops accepting, lets running requests finish for `--shutdown-timeout` seconds, then
-aborts them; a second signal does not wait.
+no minutes, and `/health` and `/ready` answer while it is loaded. SIGTERM or Ctrl+C stops accepting, lets running
+requests finish for `--shutdown-timeout` seconds, then aborts them; a second signal does not wait.
 """
 
 from __future__ import annotations
@@ -10,53 +10,155 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import logging
 import os
 import socket
 import stat
 import sys
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 
-from candle_vllm.server.app import ServedEngine, create_app
-from candle_vllm.server.drain import CutOffMiddleware, DrainingServer
-from candle_vllm.server.engine_setup import load_engine
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
+from candle_vllm.server.app import create_app
+from candle_vllm.server.catalogue import Catalogue
+from candle_vllm.server.configuration import Configuration
+from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http_protocol import http_protocol
 from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.model_loader import ModelLoader
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.model_slot import ModelSlot
+from candle_vllm.server.model_switcher import Load, ManagerLimits
+from candle_vllm.server.observing.setup import Observation
+from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Address, Settings
 
+if TYPE_CHECKING:
+    from candle_vllm.server.mailbox.service import Mailbox
+
+logger = logging.getLogger(__name__)
+
 _BACKLOG = 2048
+SWITCH_SECONDS = 0.0005  # a thread that parses a large request gives way to the engine's steps ten times sooner
+COLLECTOR = (50_000, 20, 20)  # a thousand streams make so many objects that the usual thresholds stop them all the time
 
 
-def serve(settings: Settings) -> int:
-    """Serves until a signal; 0 after a drain."""
+def serve(configuration: Configuration, load: Load | None = None) -> int:
+    """Serves until a signal; 0 after a drain.
+
+    Args:
+        configuration: what to serve, and where.
+        load: loads a model; None is the usual way.
+
+    Raises:
+        CandleVllmError: the address or the first model cannot be had.
+    """
+    settings = configuration.settings
     listener = bind(settings.address)
+    warn_of_missing(configuration.catalogue)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        with load_engine(settings) as engine:
-            run(engine, settings, listener)
+        observation = Observation(settings)
+        load = load or ModelLoader(observation.metrics)
+        manager = ModelManager(configuration.catalogue, load, limits_of(settings), observation.metrics)
+        app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox))
+        server = make_server(app, settings)
+        app.state.stopping = lambda: server.should_exit
+        starting = Start(app, server, _bound(settings.address, listener))
+        server.begin = starting.run
+        server.run(sockets=[listener])
+        observation.close()
     finally:
         listener.close()
         _remove_socket(settings.address)
+    failure = app.state.failure or starting.failure
+    if failure is not None:
+        raise failure
     return 0
 
 
-def run(engine: ServedEngine, settings: Settings, listener: socket.socket) -> None:
-    """Serves a loaded engine on a listening socket until a signal."""
-    server = make_server(engine, settings)
-    gc.collect()
-    gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
-    sys.stdout.write(banner(engine, settings, _bound(settings.address, listener)))
-    sys.stdout.flush()
-    server.run(sockets=[listener])
+def warn_of_missing(catalogue: Catalogue) -> None:
+    """Says at the start what the first client of a model would find out."""
+    for entry in catalogue.entries:
+        model = entry.settings.model or ""
+        if (model.endswith(".gguf") or Path(model).is_absolute()) and not Path(model).expanduser().exists():
+            logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)
 
 
-def make_server(engine: ServedEngine, settings: Settings) -> DrainingServer:
+def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
+    """The mailbox, where there shall be one; SQLAlchemy is imported only then."""
+    if options is None:
+        return None
+    from candle_vllm.server.mailbox.service import Mailbox
+
+    return Mailbox(options)
+
+
+def limits_of(settings: Settings) -> ManagerLimits:
+    """The manager's limits as the settings have them."""
+    return ManagerLimits(
+        max_loaded=settings.max_loaded_models,
+        max_waiting=settings.queue_size,
+        patience=settings.model_wait_timeout,
+        drain_seconds=settings.model_drain_timeout,
+        idle_seconds=settings.idle_unload_secs,
+    )
+
+
+class Start:
+    """Loads the default model while the server already answers `/health`, and says when it is there.
+
+    Attributes:
+        failure: why it could not be loaded; the server stops then.
+    """
+
+    def __init__(self, app: FastAPI, server: DrainingServer, address: Address) -> None:
+        self._app = app
+        self._server = server
+        self._address = address
+        self.failure: Exception | None = None
+
+    async def run(self) -> None:
+        """To the banner, or to the end of the server."""
+        manager: ModelManager = self._app.state.manager
+        try:
+            slot = await manager.start()
+        except Exception as error:
+            if not self._server.should_exit:  # else it was stopped while it loaded
+                self.failure = error
+            self._server.should_exit = True
+            return
+        gc.collect()
+        gc.set_threshold(*COLLECTOR)
+        gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
+        sys.stdout.write(banner(self._app, self._address, slot))
+        sys.stdout.flush()
+        for model in manager.loaded:
+            _warm_up(model.engine)
+
+
+def _warm_up(engine: ServedEngine) -> None:
+    """Makes what every grammar needs of the vocabulary beside the first requests: it takes a second or two."""
+    if "generate" in engine.model_info.tasks:
+        form = StructuredOutputsParams(json_object=True)
+        threading.Thread(
+            target=engine.check_structured_outputs, args=(form,), name="grammar-warm-up", daemon=True
+        ).start()
+
+
+def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
     """uvicorn around the application; it serves until `should_exit` is set."""
     config = uvicorn.Config(
-        CutOffMiddleware(create_app(engine, settings)),
+        app,
         http=http_protocol(),
         ws="none",
-        lifespan="off",
+        lifespan="on",
         backlog=_BACKLOG,
         access_log=False,
         log_config=None,
@@ -143,19 +245,37 @@ def _bound(address: Address, listener: socket.socket) -> Address:
     return address if address.unix_path is not None else Address(address.host, listener.getsockname()[1])
 
 
-def banner(engine: ServedEngine, settings: Settings, address: Address) -> str:
-    """What is served, and where."""
+def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> str:
+    """What an application of `create_app` serves, and where.
+
+    Args:
+        app: its default model is loaded.
+        address: where it listens.
+        started: the model that it started with; None is the default one.
+    """
+    manager, settings = app.state.manager, app.state.settings
+    slot = started or manager.slots[manager.active]
+    assert slot.model is not None
+    engine, choice = slot.model.engine, slot.model.adapter.planner.choice
     info, stats = engine.model_info, engine.stats()
-    names = ", ".join(settings.served_model_name) or info.name
+    names = ", ".join(slot.entry.names)
+    others = [other.entry.names[0] for other in manager.slots.values() if other is not slot]
     quantization = f", {info.quantization}" if info.quantization else ""
-    url = address.url
+    url, guarded = address.url, settings.api_key or settings.api_key_file
     lines = [
         f"model            {names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",
+        *([f"other models     {', '.join(others)} (loaded when a request names them)"] if others else []),
         f"device           {info.device}, {info.dtype}",
+        f"tool calls       {_format(choice.tools, choice.tools_reason)}",
+        f"reasoning        {_format(choice.reasoning, choice.reasoning_reason)}",
         f"KV cache         {stats.num_blocks * stats.block_size:,} tokens; longest request {info.max_model_len:,}",
         f"address          {url}",
         f"OpenAI base URL  {url}/v1",
-        f"API key          {'required' if settings.api_key else 'none: everybody who reaches the address may use it'}",
+        f"API key          {'required' if guarded else 'none: everybody who reaches the address may use it'}",
         "Ctrl+C to stop",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _format(row: ToolFormat | ReasoningFormat | None, reason: str) -> str:
+    return f"{row.name if row else 'not looked for'} ({reason})"

@@ -16,7 +16,7 @@ from typing import Any
 
 from candle_vllm.server.flags import OPTIONS, SAMPLING
 from candle_vllm.server.kinds import Integer, UsageError
-from candle_vllm.server.sources import ModelsFile, Source, environment_source, find_models_file, read_dotenv
+from candle_vllm.server.sources import Source
 
 _OPTIONS = {option.name: option for option in OPTIONS}
 
@@ -31,6 +31,8 @@ class Settings:
     revision: str | None = None
     tokenizer: Path | None = None
     chat_template: Path | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     served_model_name: tuple[str, ...] = ()
     models_config: Path | None = None
     hf_token: str | None = field(default=None, repr=False)
@@ -49,6 +51,7 @@ class Settings:
     kv_cache_memory_bytes: int | None = None
     kv_fraction: float | None = None
     block_size: int | None = None
+    engine_process: bool = False
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -62,15 +65,32 @@ class Settings:
     min_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    max_loaded_models: int | None = None
+    idle_unload_secs: int | None = None
+    queue_size: int = 256
+    model_wait_timeout: int = 600
+    model_drain_timeout: int = 120
+    mailbox: str | None = field(default=None, repr=False)
+    mailbox_retention_secs: int = 3600
+    webhook_allowed_hosts: tuple[str, ...] = ()
+    webhook_allow_private: bool = False
     host: str = "127.0.0.1"
     port: int = 2000
     api_key: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
+    management_key: tuple[str, ...] = field(default=(), repr=False)
+    max_queued_per_key: int | None = None
+    request_timeout: int = 3600
     cors_origin: tuple[str, ...] = ()
     max_body_mb: int = 8
     enable_request_priority: bool = False
+    trust_request_chat_template: bool = False
     shutdown_timeout: int = 30
-    log_level: str = "info"
     log_requests: bool = False
+    log_prompts: bool = False
+    log_format: str = "text"
+    otlp_endpoint: str | None = None
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -83,6 +103,8 @@ class Settings:
                     option.kind.check(single)
             except ValueError as error:
                 raise UsageError(f"{item.name} {error}") from None
+        if self.log_prompts and not self.log_requests:
+            raise UsageError("log_prompts adds to the request log, which is off: set log_requests as well")
         parse_address(self.host, self.port)
 
     @property
@@ -146,70 +168,30 @@ def split_host(host: str) -> tuple[str, int | None]:
         raise UsageError(f"the port in host {host!r} {error}") from None
 
 
-def load_settings(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
-    """Merges all sources.
-
-    Args:
-        command_line: values of the flags that were given.
-        environ: the process's environment.
-        folder: the working folder, where `.env` and models.yaml may lie.
-        home: the home folder, where `.candle-vllm/models.yaml` may lie.
-    """
-    dotenv = read_dotenv(folder / ".env")
-    upper = [
-        command_line,
-        environment_source(environ, "the environment"),
-        environment_source(dotenv, str(folder / ".env")),
-    ]
-    merged = merge(upper)
-    models_file = find_models_file(merged.get("models_config"), home, folder)
-    entry = _entry(models_file, merged)
-    if entry is not None:
-        upper = [dataclasses.replace(source, values=_without(source.values, "model")) for source in upper]
-        merged = merge([*upper, entry])
-    _settle_port(merged, upper)
-    merged["hf_token"] = _token(merged, {**dotenv, **environ}, folder)
-    return Settings(**merged)
-
-
 def merge(sources: Sequence[Source]) -> dict[str, Any]:
     """One value per setting, from the first source that has it; of rival settings, only the first source's."""
-    merged: dict[str, Any] = {}
+    return {name: source.values[name] for name, source in origins(sources).items()}
+
+
+def origins(sources: Sequence[Source]) -> dict[str, Source]:
+    """The source that decides on each setting that anybody gives."""
+    deciding: dict[str, Source] = {}
     taken: set[str] = set()
     for source in sources:
         rivals: dict[str, str] = {}
-        for name, value in source.values.items():
+        for name in source.values:
             group = _OPTIONS[name].rivals or name
             if group in rivals:
                 spelled = [source.given_as.get(each, each) for each in (rivals[group], name)]
                 raise UsageError(f"{spelled[0]} and {spelled[1]} both set the {group}: give one ({source.title})")
             rivals[group] = name
             if group not in taken:
-                merged[name] = value
+                deciding[name] = source
         taken.update(rivals)
-    return merged
+    return deciding
 
 
-def _entry(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> Source | None:
-    if models_file is None:
-        if merged.get("model") == "default":
-            raise UsageError("model 'default' needs a models.yaml with a default_model")
-        return None
-    name = merged.get("model")
-    if name is None and ("weight_path" in merged or "weight_file" in merged):
-        return None
-    if name in (None, "default") and "default" not in models_file.models:
-        if name == "default" and models_file.default_model is None:
-            raise UsageError(f"model 'default' needs a default_model in {models_file.path}")
-        name = models_file.default_model
-    return models_file.models.get(name) if name is not None else None
-
-
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
-
-
-def _settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
+def settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
     """Of a port inside `host` and a `port`, the one from the stronger source counts."""
     if "host" not in merged or "port" not in merged or merged["host"].startswith("unix:"):
         return
@@ -223,7 +205,7 @@ def _settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
         merged["host"] = f"[{name}]" if ":" in name else name
 
 
-def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
+def token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
     """The Hugging Face token: itself, by the name of a variable, from a file, or from HF_TOKEN."""
     if merged.get("hf_token_path") is not None:
         path = folder / merged["hf_token_path"]

@@ -10,14 +10,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from candle_vllm.server import parking_lot
 from candle_vllm.server.flags import ENV_PREFIX, OPTIONS, Option
 from candle_vllm.server.kinds import FilePath, Kind, Text, UsageError, nearest
 
+if TYPE_CHECKING:
+    import yaml
+
 _MAX_FILE = 1 << 20  # bytes of .env and models.yaml
 _MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes")
-_TOP_KEYS = ("models", "default_model")
+_TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot")
+_GLOBAL = ("idle_unload_secs",)
 _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 
 
@@ -93,11 +98,21 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ModelsFile:
-    """A models.yaml: named models with their settings."""
+    """A models.yaml: named models with their settings.
+
+    Attributes:
+        path: of the file.
+        models: the settings of each model by name.
+        default_model: the one that is meant where none is named.
+        globals: settings of the file that are not of one model.
+        mailbox: the section on the mailbox, as it stands there.
+    """
 
     path: Path
     models: Mapping[str, Source]
     default_model: str | None
+    globals: Source
+    mailbox: Mapping[str, Any] | None = None
 
 
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
@@ -105,7 +120,7 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
     if explicit is not None:
         path = folder / explicit
         if not path.is_file():
-            raise UsageError(f"models file {path} does not exist")
+            raise UsageError(f"models file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
         return read_models_file(path)
     for base in (home / ".candle-vllm", folder):
         for name in ("models.yaml", "models.yml"):
@@ -119,7 +134,11 @@ def read_models_file(path: Path) -> ModelsFile:
     import yaml
 
     try:
-        content = yaml.safe_load(_read_small(path))
+        loader = _unique_loader()(_read_small(path))
+        try:
+            content = loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -138,11 +157,54 @@ def read_models_file(path: Path) -> ModelsFile:
     default = content.get("default_model")
     if default is not None and default not in models:
         raise UsageError(f"{path}: default_model {default!r} is not one of its models{nearest(str(default), models)}")
-    return ModelsFile(path, models, default)
+    return ModelsFile(path, models, default, _globals(content, path), _mailbox(content, path))
+
+
+def _globals(content: Mapping[str, Any], path: Path) -> Source:
+    """What is not of one model: keys of the top, and candle-vllm's limits."""
+    given = {name: content[name] for name in _GLOBAL if name in content}
+    if "parking_lot" in content:
+        given = {**parking_lot.limits_of(content["parking_lot"], f"{path}: parking_lot"), **given}
+    values = {
+        option.name: convert(option.kind, given[option.name], f"{path}: {option.name}")
+        for option in OPTIONS
+        if option.name in given
+    }
+    return Source(str(path), values, {name: name for name in values})
+
+
+def _mailbox(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    lot = parking_lot.mailbox_of(content["parking_lot"], f"{path}: parking_lot") if "parking_lot" in content else None
+    if "mailbox" not in content:
+        return lot
+    if lot is not None:
+        raise UsageError(f"{path}: mailbox and parking_lot.mailbox both set up the mailbox: give one")
+    return _mapping(content["mailbox"], f"{path}: mailbox")
+
+
+def _unique_loader() -> type[yaml.SafeLoader]:
+    """YAML's safe loader, which also refuses a key that stands twice; yaml itself takes the last one."""
+    import yaml
+
+    class UniqueLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {str(key.value)[:60]!r} stands twice", key.start_mark
+                    )
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return UniqueLoader
 
 
 def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str, Source]:
     name = convert(Text(512), entry.get("name"), f"{path}: name of model {number}")
+    if name == "default":
+        raise UsageError(f"{path}: model {number} cannot be called 'default', which always means default_model")
     title = f"model {name!r} of {path}"
     _known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):

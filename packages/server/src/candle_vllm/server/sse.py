@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -32,13 +33,27 @@ _HEADERS = {
 logger = logging.getLogger(__name__)
 
 
+def data_event(data: bytes) -> bytes:
+    """One event without a name; `data` has no line ends."""
+    return b"data: " + data + b"\n\n"
+
+
+def named_event(name: str, data: bytes) -> bytes:
+    """One event with a name; `data` has no line ends."""
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
 class EventStream(Response):
-    """A response that sends each chunk as one `data:` event, then `data: [DONE]`.
+    """A response that sends each chunk as one event.
 
     Args:
-        chunks: what to send; its `aclose` is called however the stream ends.
-        encode: a chunk as JSON bytes, without line ends.
-        error: an exception of `chunks` as the JSON bytes of an error event; the stream ends after it.
+        chunks: what to send; its `aclose` is called however the stream ends, and where it has one, its `delivered`
+            before that, once the client was handed everything.
+        encode: a chunk as the bytes of an event.
+        error: an exception of `chunks` as the bytes of an event; the stream ends after it.
+        done: the last event of a stream that ends well.
+        deadline: `time.monotonic()` at which the stream ends with `too_late`.
+        released: called once nothing more is taken from `chunks`.
         keep_alive: seconds of silence before a comment is sent.
     """
 
@@ -49,6 +64,11 @@ class EventStream(Response):
         chunks: AsyncIterator[Any],
         encode: Callable[[Any], bytes],
         error: Callable[[Exception], bytes],
+        *,
+        done: bytes = DONE,
+        deadline: float | None = None,
+        too_late: Exception | None = None,
+        released: Callable[[], object] | None = None,
         keep_alive: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         self.status_code = 200
@@ -57,79 +77,136 @@ class EventStream(Response):
         self._chunks = chunks
         self._encode = encode
         self._error = error
+        self._done = done
+        self._deadline = deadline
+        self._too_late = too_late or RequestAbortedError("The request took too long.")
+        self._released = released
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
         self._buffered = 0
-        self._filled = asyncio.Event()  # something to write, or the end
+        self._idle: asyncio.Future[None] | None = None  # what the writer waits for: something to write, or the end
+        self._idle_since = 0.0  # by the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()  # the producer may go on
         self._ended = False
+        self._complete = False  # the last message has been sent
+        self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(disconnected(receive))
         watcher.add_done_callback(lambda _: self._end())
+        tasks = [producer, watcher]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._write(send, watcher)
+            # A task of its own: waking this one costs every layer around it, for every token.
+            writer = asyncio.create_task(self._write(send, watcher))
+            tasks.append(writer)
+            await asyncio.wait({writer})
+            writer.result()
         except asyncio.CancelledError:
-            await self._last_words(send)
+            await self._last_words(send, tasks)
             raise
         finally:
-            await asyncio.shield(self._close(producer, watcher))
+            await asyncio.shield(self._close(tasks))
 
     async def _write(self, send: Send, watcher: asyncio.Task[None]) -> None:
-        while not watcher.done():
-            try:
-                async with asyncio.timeout(self._keep_alive):
-                    await self._filled.wait()
-            except TimeoutError:
-                if not self._pending:  # a chunk may have come in the same tick as the time
-                    self._pending.append(KEEP_ALIVE)
+        loop = asyncio.get_running_loop()
+        self._idle_since = loop.time()
+        self._watch_time()
+        while True:
+            if not self._pending and not self._ended:
+                self._idle_since = loop.time()
+                self._idle = loop.create_future()
+                await self._idle
             if watcher.done():
                 return
-            self._filled.clear()
             ended, data = self._ended, b"".join(self._pending)
             self._pending.clear()
             self._buffered = 0
             self._drained.set()
-            await send({"type": "http.response.body", "body": data, "more_body": not ended})
-            if ended:
+            # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
+            last = ended and not (data and self._delivered)
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
+            self._complete = last
+            if last:
+                if self._delivered is not None and not watcher.done():
+                    self._delivered()
                 return
 
-    async def _last_words(self, send: Send) -> None:
+    def _watch_time(self) -> None:
+        """Breaks a silence and ends what is too late: one timer for the stream, not one for every event."""
+        if self._ended:
+            return
+        loop = asyncio.get_running_loop()
+        left = float("inf") if self._deadline is None else self._deadline - time.monotonic()
+        if left <= 0:
+            self._delivered = None
+            self._push(self._error(self._too_late))
+            self._end()
+            return
+        silence = loop.time() - self._idle_since if self._idle is not None else 0.0
+        if silence >= self._keep_alive:
+            self._push(KEEP_ALIVE)
+            silence = 0.0
+        self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
+
+    async def _last_words(self, send: Send, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Tells the client of a stream that is cut off by the server's end."""
+        await _stop(tasks)
+        if self._complete:
+            return
         data = self._error(RequestAbortedError("The server was stopped before the answer was complete."))
-        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": False})
+        await send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _produce(self) -> None:
         try:
             async for chunk in self._chunks:
-                self._push(b"data: " + self._encode(chunk) + b"\n\n")
+                self._push(self._encode(chunk))
                 while self._buffered > MAX_BUFFERED:
                     self._drained.clear()
                     await self._drained.wait()
-            self._push(DONE)
+            self._push(self._done)
         except Exception as failure:
             logger.debug("stream ended by %r", failure)
-            self._push(b"data: " + self._error(failure) + b"\n\n")
+            self._push(self._error(failure))
         finally:
+            self._release()
             self._end()
 
     def _push(self, data: bytes) -> None:
-        self._pending.append(data)
-        self._buffered += len(data)
-        self._filled.set()
+        if not self._ended:
+            self._pending.append(data)
+            self._buffered += len(data)
+            self._wake()
+
+    def _release(self) -> None:
+        released, self._released = self._released, None
+        if released is not None:
+            released()
 
     def _end(self) -> None:
         self._ended = True
-        self._filled.set()
+        self._wake()
 
-    async def _close(self, producer: asyncio.Task[None], watcher: asyncio.Task[None]) -> None:
-        """Stops both tasks, then closes the chunks: also when they were never asked for the first one."""
-        for task in (producer, watcher):
-            task.cancel()
-        await asyncio.gather(producer, watcher, return_exceptions=True)
+    def _wake(self) -> None:
+        idle, self._idle = self._idle, None
+        if idle is not None and not idle.done():
+            idle.set_result(None)
+
+    async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Stops all tasks, then closes the chunks: also when they were never asked for the first one."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await _stop(tasks)
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
             with contextlib.suppress(RuntimeError):  # a generator that is being closed already
                 await close()
+        self._release()
+
+
+async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,7 +12,7 @@ import sys
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import RequestError
-from candle_vllm.server.commands.terminal import Message, answer_text, terminal_safe
+from candle_vllm.server.commands.terminal import Display, Message, answer_pieces
 from candle_vllm.server.engine_setup import load_engine
 from candle_vllm.server.settings import Settings
 
@@ -62,11 +62,12 @@ def _turn(
 async def _answer(
     engine: InferenceEngine, settings: Settings, messages: list[Message], max_tokens: int | None, parts: list[str]
 ) -> None:
-    pieces = answer_text(engine, messages, settings.default_sampling, max_tokens)
-    async with contextlib.aclosing(pieces) as texts:
-        async for text in texts:
-            parts.append(text)
-            _say(terminal_safe(text))
+    display = Display()
+    async with contextlib.aclosing(answer_pieces(engine, messages, settings, max_tokens)) as pieces:
+        async for piece in pieces:
+            if not piece.thought:
+                parts.append(piece.text)
+            display.show(piece)
 
 
 def _read_line() -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
-from candle_vllm.server.commands.terminal import answer_text, conversation, terminal_safe
+from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation
 from candle_vllm.server.engine_setup import load_engine
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
@@ -38,7 +38,7 @@ def generate(
     with load_engine(settings) as engine:
         if chat:
             messages = conversation(system, text)
-            pieces = answer_text(engine, messages, settings.default_sampling, max_tokens, stop)
+            pieces = answer_pieces(engine, messages, settings, max_tokens, stop)
         else:
             pieces = _continuation(engine, text, settings, max_tokens, stop)
         asyncio.run(_write(pieces))
@@ -47,7 +47,7 @@ def generate(
 
 async def _continuation(
     engine: InferenceEngine, prompt: str, settings: Settings, max_tokens: int, stop: tuple[str, ...]
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[Said, None]:
     sampling: dict[str, Any] = {**engine.model_info.default_sampling, **settings.default_sampling}
     sampling |= {"max_tokens": max_tokens, "stop": stop or None}
     stream = engine.stream(prompt, SamplingParams(**sampling))
@@ -55,16 +55,16 @@ async def _continuation(
         async for piece in stream:
             if piece.error is not None:
                 raise CandleVllmError(f"the engine failed on this prompt: {piece.error}")
-            yield piece.text
+            yield Said(piece.text)
     finally:
         await stream.aclose()
 
 
-async def _write(pieces: AsyncGenerator[str, None]) -> None:
-    async with contextlib.aclosing(pieces) as texts:
-        async for text in texts:
-            sys.stdout.write(terminal_safe(text))
-            sys.stdout.flush()
+async def _write(pieces: AsyncGenerator[Said, None]) -> None:
+    display = Display()
+    async with contextlib.aclosing(pieces) as said:
+        async for piece in said:
+            display.show(piece)
     sys.stdout.write("\n")
     sys.stdout.flush()
 

@@ -6,11 +6,12 @@ Step 2 and the first half of step 10 of a request's life, without HTTP.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, NamedTuple
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
+from candle_vllm.server.settings import Settings
 
 Message = dict[str, str]
 
@@ -21,16 +22,24 @@ def conversation(system: str | None, text: str) -> list[Message]:
     return [*start, {"role": "user", "content": text}]
 
 
-async def answer_text(
+class Said(NamedTuple):
+    """A piece of an answer, or of the thoughts before it."""
+
+    text: str
+    thought: bool = False
+
+
+async def answer_pieces(
     engine: InferenceEngine,
     messages: Sequence[Message],
-    sampling: Mapping[str, Any],
+    settings: Settings,
     max_tokens: int | None,
     stop: Sequence[str] = (),
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[Said, None]:
     """The pieces of the model's answer to a conversation; closing the iterator aborts the request."""
-    adapter = OpenAIAdapter(engine, served_model_names=[engine.model_info.name])
-    wire: dict[str, Any] = {"model": engine.model_info.name, "messages": list(messages), "stream": True, **sampling}
+    name = engine.model_info.name
+    adapter = OpenAIAdapter(engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser)
+    wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
     if max_tokens is not None:
         wire["max_completion_tokens"] = max_tokens
     if stop:
@@ -39,10 +48,32 @@ async def answer_text(
     try:
         async for chunk in chunks:
             for choice in chunk.choices:
+                if choice.delta.reasoning_content:
+                    yield Said(choice.delta.reasoning_content, thought=True)
                 if choice.delta.content:
-                    yield choice.delta.content
+                    yield Said(choice.delta.content)
     finally:
         await chunks.aclose()
+
+
+class Display:
+    """Writes an answer to standard output; thoughts are shown, dimmed, on a terminal only."""
+
+    def __init__(self) -> None:
+        self._thinking = False
+
+    def show(self, piece: Said) -> None:
+        """Writes one piece."""
+        if piece.thought and not sys.stdout.isatty():
+            return
+        text = terminal_safe(piece.text)
+        if piece.thought:
+            text = f"\x1b[2m{text}\x1b[0m"
+        elif self._thinking:
+            text = "\n\n" + text
+        self._thinking = piece.thought
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def terminal_safe(text: str) -> str:

@@ -1,28 +1,80 @@
-"""`/v1/models`: which names this server answers to (step 1 of a request's life)."""
+"""`/v1/models`: which models there are, and how an operator loads, unloads and chooses them.
+
+Step 1 of a request's life.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.server.answering import parsed
 from candle_vllm.server.errors import HttpError
+from candle_vllm.server.model_cards import anthropic_card, anthropic_list, cards, slot_status, status
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.model_requests import parse_model_request
 
 router = APIRouter()
+
+_ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always send
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """All served names."""
-    return Response(to_json_bytes(request.app.state.adapter.models()), media_type="application/json")
+    """All served names, loaded or not; the default first. Anthropic's clients get Anthropic's list."""
+    listed = cards(request.app.state.manager)
+    if _ANTHROPIC in request.headers:
+        return _json(anthropic_list(listed))
+    return _json({"object": "list", "data": listed})
+
+
+@router.get("/v1/models/status")
+async def models_status(request: Request) -> Response:
+    """What is loaded, what waits, and what went wrong."""
+    return _json(status(request.app.state.manager))
+
+
+@router.post("/v1/models/load")
+async def load_model(request: Request) -> Response:
+    """Loads a model and answers when it is ready."""
+    wanted = await parsed(request, parse_model_request)
+    manager: ModelManager = request.app.state.manager
+    return _json(slot_status(await manager.load(wanted.name)))
+
+
+@router.post("/v1/models/unload")
+async def unload_model(request: Request) -> Response:
+    """Lets a model finish its requests, unloads it, and answers when it is gone."""
+    wanted = await parsed(request, parse_model_request)
+    manager: ModelManager = request.app.state.manager
+    return _json(slot_status(await manager.unload(wanted.name)))
+
+
+@router.post("/v1/models/select")
+async def select_model(request: Request) -> Response:
+    """Makes a model the default and begins to load it: 200 when it is ready, 202 while it is not."""
+    wanted = await parsed(request, parse_model_request)
+    manager: ModelManager = request.app.state.manager
+    slot = manager.select(wanted.name)
+    ready = slot.model is not None
+    answer = {"status": "ready" if ready else "switching", "model": slot.entry.name, "queue_length": len(slot.waiters)}
+    return _json(answer, 200 if ready else 202)
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request, model_id: str) -> Response:
     """One served name; names may hold slashes."""
-    cards = request.app.state.adapter.models().data
-    for card in cards:
+    listed = cards(request.app.state.manager)
+    for card in listed:
         if card.id == model_id:
-            return Response(to_json_bytes(card), media_type="application/json")
-    served = ", ".join(card.id for card in cards)
-    raise HttpError(404, f"The model {model_id!r:.200} does not exist here; served: {served}.", "model_not_found")
+            return _json(anthropic_card(card) if _ANTHROPIC in request.headers else card)
+    served = ", ".join(card.id for card in listed)[:1000]
+    message = f"The model {model_id!r:.200} does not exist here; served: {served}."
+    raise HttpError(404, message, "model_not_found", param="model")

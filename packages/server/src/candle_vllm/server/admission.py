@@ -1,0 +1,192 @@
+"""Admission: a bounded queue before a model's engine, shared fairly between API keys.
+
+Between steps 1 and 2 of a request's life. The engine runs what it is given in order of arrival; so that one key's
+thousand requests do not stand before another key's one, they wait here, and a free place goes to the key that has
+fewest sequences running. Without keys there is one queue in order of arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.observing.metrics import Rejection
+
+MAX_RETRY_AFTER = 60  # seconds
+_FADING = 0.9  # weight of the past in the mean time of a request
+
+
+@dataclass
+class Place:
+    """The right of a request's sequences to be in the engine; `leave` gives it back, once."""
+
+    admission: Admission
+    key: str
+    sequences: int
+    since: float = field(default_factory=time.monotonic)
+
+    def leave(self) -> None:
+        """The request is over."""
+        if self.sequences:
+            self.admission.left(self)
+            self.sequences = 0
+
+
+@dataclass(eq=False)
+class _Waiting:
+    key: str
+    sequences: int
+    entered: asyncio.Future[Place]
+
+
+class RetiredError(Exception):
+    """The model has gone while a request waited for a place in it."""
+
+
+class Admission:
+    """The places of one model.
+
+    Args:
+        capacity: sequences that may be in the engine at a time; a request with more enters an empty engine.
+        max_unfinished: sequences in the engine and before it; beyond, requests are refused with 503.
+        max_per_key: the same of one key; beyond, its requests are refused with 429. None is no limit.
+        refused: told of every refusal.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        max_unfinished: int,
+        max_per_key: int | None = None,
+        refused: Callable[[Rejection], object] = lambda _: None,
+    ) -> None:
+        self._capacity = capacity
+        self._max_unfinished = max_unfinished
+        self._max_per_key = max_per_key
+        self._refused = refused
+        self._running: Counter[str] = Counter()
+        self._unfinished: Counter[str] = Counter()
+        self._queues: dict[int, OrderedDict[str, deque[_Waiting]]] = {}
+        self._seconds = 1.0  # mean time of a request in the engine
+
+    @property
+    def running(self) -> int:
+        """Sequences in the engine."""
+        return self._running.total()
+
+    @property
+    def waiting(self) -> int:
+        """Sequences before it."""
+        return self._unfinished.total() - self.running
+
+    async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
+        """Waits for a place. Cancelling it gives the wait up.
+
+        Args:
+            key: whose request it is.
+            sequences: how many it makes, at least 1.
+            priority: lower ones enter first.
+
+        Raises:
+            HttpError: 503 or 429 with Retry-After when too much is waiting.
+        """
+        self._check_room(key, sequences)
+        self._unfinished[key] += sequences
+        if not self._queues and self._fits(sequences):
+            return self._begin(key, sequences)
+        waiting = _Waiting(key, sequences, asyncio.get_running_loop().create_future())
+        self._queues.setdefault(priority, OrderedDict()).setdefault(key, deque()).append(waiting)
+        try:
+            return await waiting.entered
+        except asyncio.CancelledError:
+            self._give_up(waiting, priority)
+            raise
+
+    def close(self) -> None:
+        """The model has gone: who waits for a place in it hears so (`RetiredError`)."""
+        for queues in self._queues.values():
+            for queue in queues.values():
+                for waiting in queue:
+                    if not waiting.entered.done():
+                        waiting.entered.set_exception(RetiredError())
+                    self._forget(self._unfinished, waiting.key, waiting.sequences)
+        self._queues.clear()
+
+    def left(self, place: Place) -> None:
+        """Takes a place back; called by `Place.leave`."""
+        self._forget(self._running, place.key, place.sequences)
+        self._forget(self._unfinished, place.key, place.sequences)
+        self._seconds = _FADING * self._seconds + (1 - _FADING) * (time.monotonic() - place.since)
+        self._admit()
+
+    def _check_room(self, key: str, sequences: int) -> None:
+        total, own = self._unfinished.total(), self._unfinished[key]
+        if self._max_per_key is not None and own and own + sequences > self._max_per_key:
+            message = (
+                f"This key has {own} sequences running or waiting and may have {self._max_per_key}: "
+                "wait for some of them to finish."
+            )
+            self._refused(Rejection.KEY_LIMIT)
+            raise HttpError(429, message, "rate_limit_exceeded", self._retry_after(own))
+        if total and total + sequences > self._max_unfinished:
+            message = f"{total} sequences are running or waiting and {self._max_unfinished} may be: try again later."
+            self._refused(Rejection.QUEUE_FULL)
+            raise HttpError(503, message, "overloaded", self._retry_after(total))
+
+    def _retry_after(self, unfinished: int) -> dict[str, str]:
+        """How long the engine will need for what is there, as far as the past tells."""
+        seconds = math.ceil(self._seconds * unfinished / self._capacity)
+        return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
+
+    def _fits(self, sequences: int) -> bool:
+        running = self.running
+        return not running or running + sequences <= self._capacity
+
+    def _begin(self, key: str, sequences: int) -> Place:
+        self._running[key] += sequences
+        return Place(self, key, sequences)
+
+    def _admit(self) -> None:
+        """Fills free places. The next in line is waited for, also when a smaller request behind it would fit."""
+        while self._queues:
+            priority = min(self._queues)
+            queues = self._queues[priority]
+            key = min(queues, key=lambda key: self._running[key])
+            waiting = queues[key][0]
+            if not waiting.entered.cancelled():
+                if not self._fits(waiting.sequences):
+                    return
+                waiting.entered.set_result(self._begin(key, waiting.sequences))
+            self._remove(waiting, priority)
+
+    def _give_up(self, waiting: _Waiting, priority: int) -> None:
+        if waiting.entered.done() and not waiting.entered.cancelled():
+            if waiting.entered.exception() is not None:  # the model has gone
+                return
+            waiting.entered.result().leave()  # it was let in in the tick in which it was cancelled
+            return
+        self._remove(waiting, priority)
+        self._forget(self._unfinished, waiting.key, waiting.sequences)
+        self._admit()
+
+    def _remove(self, waiting: _Waiting, priority: int) -> None:
+        queues = self._queues.get(priority, OrderedDict())
+        queue = queues.get(waiting.key, deque())
+        if waiting in queue:
+            queue.remove(waiting)
+            queues.move_to_end(waiting.key)
+            if not queue:
+                del queues[waiting.key]
+        if not queues:
+            self._queues.pop(priority, None)
+
+    @staticmethod
+    def _forget(counter: Counter[str], key: str, count: int) -> None:
+        counter[key] -= count
+        if not counter[key]:
+            del counter[key]

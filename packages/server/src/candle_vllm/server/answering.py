@@ -1,0 +1,203 @@
+"""Answering a generation request, whole or streamed: what the routes of every API share.
+
+Steps 1 and 10 of a request's life. The body is read and checked, the request takes its turn at a model, the adapter
+answers, and what comes back is sent; the turn ends when nothing more is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.server.body import read_body, unless_disconnected
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.keeping import Keeper, KeptForm
+from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.observing.request_context import begin_generation
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.sse import DONE, EventStream
+from candle_vllm.server.turns import Turn, take_turn
+
+JSON = "application/json"
+BIG_BODY = 64 << 10  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it
+
+
+def with_defaults(wire: Any, settings: Settings) -> Any:
+    """The request with the operator's sampling settings where it has none."""
+    absent = {name: value for name, value in settings.default_sampling.items() if getattr(wire, name) is None}
+    return wire.model_copy(update=absent) if absent else wire
+
+
+@dataclass(frozen=True)
+class GenerationApi:
+    """How one API asks and answers.
+
+    Attributes:
+        parse: a body as a checked request.
+        whole, streamed: what a model answers to it.
+        event: a piece of a streamed answer as the bytes of an event.
+        error_event: what a stream that failed ends with.
+        done: what one that did not ends with.
+        defaults: the model's sampling defaults in a request that leaves them open.
+        kept: how its answers are kept for clients that have gone; None where they are not.
+    """
+
+    parse: Callable[[bytes], Any]
+    whole: Callable[[ServedModel, Any], Awaitable[Any]]
+    streamed: Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
+    event: Callable[[Any], bytes]
+    error_event: Callable[[Exception], bytes]
+    done: bytes = DONE
+    defaults: Callable[[Any, Settings], Any] = with_defaults
+    kept: KeptForm | None = None
+
+
+async def answer(request: Request, api: GenerationApi) -> Response:
+    """The whole way of one request; every failure is an exception."""
+    settings: Settings = request.app.state.settings
+    deadline = time.monotonic() + settings.request_timeout
+    wire = await parsed(request, api.parse)
+    begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
+    keeper: Keeper = request.app.state.keeper
+    streams = bool(wire.stream)
+    wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
+    async with in_time(deadline):
+        turn = await unless_disconnected(
+            take_turn(
+                request.app.state.manager,
+                wire.model,
+                key_of(request),
+                sequences=sequences_of(wire),
+                priority=getattr(wire, "priority", None) or 0,
+            ),
+            request.receive,
+            Turn.release,
+        )
+        try:
+            wire = api.defaults(wire, turn.model.entry.settings)
+            if not wire.stream:
+                made = await unless_disconnected(api.whole(turn.model, wire), request.receive)
+                turn.release()
+                return Response(to_json_bytes(made), media_type=JSON)
+            streamed = api.streamed(turn.model, wire)
+            chunks = await unless_disconnected(streamed, request.receive, _closing)
+        except BaseException:
+            turn.release()
+            raise
+        if wish is None or api.kept is None:
+            return _stream(api, chunks, deadline, turn.release)
+        kept = keeper.keep(wish, chunks, api.kept, turn, deadline)
+        if streams:
+            return _stream(api, kept, deadline)
+        return await unless_disconnected(kept.response(to_json_bytes), request.receive, lambda _: kept.aclose())
+
+
+def _closing(chunks: AsyncIterator[Any]) -> Awaitable[object] | None:
+    """Aborts a stream that nobody reads."""
+    close = getattr(chunks, "aclose", None)
+    return None if close is None else close()
+
+
+async def answer_with(
+    request: Request,
+    parse: Callable[[bytes], Any],
+    method: Callable[[ServedModel, Any], Awaitable[Any]],
+    *,
+    queued: bool = True,
+) -> Response:
+    """A request with one answer and no stream: vectors, scores, token counts.
+
+    Args:
+        request: its body has not been read.
+        parse: a body as a checked request.
+        method: what a model answers.
+        queued: it waits for its turn; False for what the engine need not do.
+    """
+    state = request.app.state
+    deadline = time.monotonic() + state.settings.request_timeout
+    wire = await parsed(request, parse)
+    begin_generation(request.scope)
+
+    async def work() -> Any:
+        turn = await (
+            take_turn(
+                state.manager,
+                wire.model,
+                key_of(request),
+                sequences=texts_of(wire),
+                priority=getattr(wire, "priority", None) or 0,
+            )
+            if queued
+            else state.manager.acquire(wire.model)
+        )
+        try:
+            return await method(turn.model, wire)
+        finally:
+            turn.release()
+
+    async with in_time(deadline):
+        made = await unless_disconnected(work(), request.receive)
+    # Thousands of vectors are many megabytes of JSON.
+    return Response(await asyncio.to_thread(to_json_bytes, made), media_type=JSON)
+
+
+def _stream(
+    api: GenerationApi, chunks: AsyncIterator[Any], deadline: float, released: Callable[[], object] | None = None
+) -> EventStream:
+    return EventStream(
+        chunks,
+        api.event,
+        api.error_event,
+        done=api.done,
+        deadline=deadline,
+        too_late=took_too_long(),
+        released=released,
+    )
+
+
+async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
+    """The checked body of a request."""
+    body = await read_body(request.scope, request.receive, request.app.state.settings.max_body_mb << 20)
+    return await asyncio.to_thread(parse, body) if len(body) > BIG_BODY else parse(body)
+
+
+def key_of(request: Request) -> str:
+    """Which API key the request came with, as a label; "" where there are none."""
+    return getattr(request.state, "key", "")
+
+
+def texts_of(wire: Any) -> int:
+    """How many texts a request for vectors or scores has; each is a sequence of the engine's."""
+    texts = next((value for name in ("input", "documents", "text_2") if (value := getattr(wire, name, None))), ())
+    many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
+    return len(texts) if many else 1
+
+
+def sequences_of(wire: Any) -> int:
+    """How many sequences a request makes."""
+    prompts = getattr(wire, "prompts", None)
+    return (len(prompts) if prompts is not None else 1) * getattr(wire, "sequences", 1)
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """Ends what is not done at the deadline (`time.monotonic()`) with an answer for the client."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise took_too_long() from None
+
+
+def took_too_long() -> HttpError:
+    """For a request whose time is over; clients shall not try it again by themselves."""
+    message = "The request took longer than this server allows (--request-timeout)."
+    return HttpError(504, message, "timeout", {"x-should-retry": "false"})

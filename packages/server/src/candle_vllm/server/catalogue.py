@@ -1,0 +1,87 @@
+"""The catalogue: which models this server knows, by which names, each with its settings.
+
+Read in step 1 of a request's life, where the `model` field chooses. What is loaded is the manager's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+ANY_MODEL = "default"  # the name that always means the default
+_LISTED = 20  # names in a message
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model that can be served.
+
+    Attributes:
+        name: what the catalogue calls it: its name in models.yaml, or what its files are called.
+        settings: those of the process, with the model's own in their place.
+        aliases: the names that clients use; the first is reported. None is `name` alone.
+    """
+
+    name: str
+    settings: Settings
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that means this model, the reported one first."""
+        return tuple(dict.fromkeys((*self.aliases, self.name)))
+
+
+class Catalogue:
+    """The models by name.
+
+    Args:
+        entries: at least one, all of their names different.
+        default: name of the one that is meant where a request names none; None is the first.
+
+    Raises:
+        UsageError: two models have the same name.
+    """
+
+    def __init__(self, entries: Sequence[ModelEntry], default: str | None = None) -> None:
+        assert entries
+        self.entries = tuple(entries)
+        by_name: dict[str, ModelEntry] = {}
+        for entry in self.entries:
+            for name in entry.names:
+                if name in by_name:
+                    raise UsageError(f"the models {by_name[name].name!r} and {entry.name!r} are both called {name!r}")
+                by_name[name] = entry
+        self._by_name: Mapping[str, ModelEntry] = by_name
+        self.default = self.entries[0] if default is None else by_name[default]
+
+    def find(self, name: str | None) -> ModelEntry:
+        """The model that a request means.
+
+        Raises:
+            ModelNotServedError: there is none of that name.
+        """
+        if name is not None and name in self._by_name:
+            return self._by_name[name]
+        if name is None or name == ANY_MODEL:
+            return self.default
+        from candle_vllm.openai.errors import ModelNotServedError  # slow to import, and not needed before
+
+        served = [entry.names[0] for entry in self.entries]
+        shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
+        raise ModelNotServedError(f"The model {name!r:.200} is not served here; served are: {shown}.", "model")
+
+
+def source_name(settings: Settings, demo: Path | None) -> str:
+    """What a model that stands in no models.yaml is called before it is loaded: as its files are."""
+    if settings.model is None and settings.weight_path is None and settings.weight_file is None:
+        return "default" if demo is None else demo.stem
+    source = str(settings.weight_path or settings.model or settings.weight_file)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.exists() else source

@@ -1,0 +1,121 @@
+"""The configuration: every source merged into the settings of the process and a catalogue of models.
+
+Made before step 1 of a request's life. Precedence: command line > environment > `.env` > models.yaml > defaults. What
+stands above models.yaml holds for every model in it, but for the choice of the model and its served names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.server.catalogue import Catalogue, ModelEntry, source_name
+from candle_vllm.server.engine_setup import demo_model
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.mailbox_setup import mailbox_options
+from candle_vllm.server.settings import Settings, merge, settle_port, token
+from candle_vllm.server.sources import ModelsFile, Source, environment_source, find_models_file, read_dotenv
+
+_CHOOSING = frozenset(
+    {"model", "weight_path", "weight_file", "served_model_name"}
+)  # which model, and what it is called
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a process was told.
+
+    Attributes:
+        settings: of the process and of the model that it starts with.
+        catalogue: every model that it may serve; its default is the one that it starts with.
+        sources: where settings came from, the strongest first, for `candle-vllm config`.
+        models_file: the models.yaml that was read, if any.
+        mailbox: how answers are kept, or None.
+    """
+
+    settings: Settings
+    catalogue: Catalogue
+    sources: tuple[Source, ...]
+    models_file: Path | None = None
+    mailbox: MailboxOptions | None = None
+
+
+def load_configuration(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Configuration:
+    """Merges all sources.
+
+    Args:
+        command_line: values of the flags that were given.
+        environ: the process's environment.
+        folder: the working folder, where `.env` and models.yaml may lie.
+        home: the home folder, where `.candle-vllm/models.yaml` may lie.
+
+    Raises:
+        UsageError: something in them is wrong; it is named.
+    """
+    dotenv = read_dotenv(folder / ".env")
+    variables = {**dotenv, **environ}
+    upper = [
+        command_line,
+        environment_source(environ, "the environment"),
+        environment_source(dotenv, str(folder / ".env")),
+    ]
+    merged = merge(upper)
+    models_file = find_models_file(merged.get("models_config"), home, folder)
+    name = _started(models_file, merged)
+    lower = [] if models_file is None else [models_file.globals]
+
+    def settings_of(sources: Sequence[Source]) -> Settings:
+        values = merge(sources)
+        settle_port(values, sources)
+        values["hf_token"] = token(values, variables, folder)
+        return Settings(**values)
+
+    if models_file is None or name is None:
+        sources = [*upper, *lower]
+        settings = settings_of(sources)
+        entries = [ModelEntry(source_name(settings, demo_model()), settings, settings.served_model_name)]
+    else:
+        sources, entries = [], []
+        for model, entry in models_file.models.items():
+            kept = {"served_model_name"} if model == name else set[str]()  # others would have the same name
+            own = [*(_without(source, _CHOOSING - kept) for source in upper), entry, *lower]
+            sources = own if model == name else sources
+            settings = settings_of(own)
+            entries.append(ModelEntry(model, settings, settings.served_model_name))
+    catalogue = Catalogue(entries, name if models_file is not None and name is not None else None)
+    settings = catalogue.default.settings
+    section = models_file.mailbox if models_file else None
+    try:
+        mailbox = mailbox_options(settings, section, variables, given=merge(sources), home=home)
+    except UsageError as error:
+        raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
+    return Configuration(settings, catalogue, tuple(sources), models_file and models_file.path, mailbox)
+
+
+def load_settings(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
+    """The settings alone, for a process that runs one model; arguments and errors as `load_configuration`."""
+    return load_configuration(command_line, environ, folder=folder, home=home).settings
+
+
+def _started(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> str | None:
+    """Which entry of models.yaml the process starts with; None where the model stands outside of it."""
+    name = merged.get("model")
+    if models_file is None:
+        if name == "default":
+            raise UsageError("model 'default' needs a models.yaml with a default_model")
+        return None
+    if name is None and ("weight_path" in merged or "weight_file" in merged):
+        return None
+    if name in (None, "default"):
+        if name == "default" and models_file.default_model is None:
+            raise UsageError(f"model 'default' needs a default_model in {models_file.path}")
+        return models_file.default_model or next(iter(models_file.models))
+    return name if name in models_file.models else None
+
+
+def _without(source: Source, names: frozenset[str]) -> Source:
+    return dataclasses.replace(source, values={key: value for key, value in source.values.items() if key not in names})

@@ -1,0 +1,140 @@
+"""Every failure of a request as an answer, in the envelope of the API that was asked (steps 1 and 10).
+
+Anthropic's routes answer in Anthropic's words, all others in OpenAI's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Mapping
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestAbortedError
+from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
+from candle_vllm.server.errors import ClientGone, HttpError
+from candle_vllm.server.observing.request_context import current_request
+from candle_vllm.server.paths import route_path
+from candle_vllm.server.sse import data_event, named_event
+
+CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
+ANTHROPIC = "/v1/messages"
+JSON = "application/json"
+
+logger = logging.getLogger(__name__)
+
+
+class FailureMiddleware:
+    """Answers what no route foresaw, inside the layers that every answer passes; a failed start it tells in short.
+
+    A failure after the first byte goes on to the server, which ends the connection: the client must see a cut.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        def note(message: Message) -> Awaitable[None]:
+            nonlocal begun
+            begun = True
+            return send(_brief(scope, message) if message["type"] == "lifespan.startup.failed" else message)
+
+        try:
+            await self._app(scope, receive, note)
+        except Exception as failure:
+            if scope["type"] != "http" or begun:
+                raise
+            response = await answer_failure(Request(scope), failure)
+            await response(scope, receive, send)
+
+
+def _brief(scope: Scope, message: Message) -> Message:
+    """A start that failed for a reason of the user's is told without where in the program that was."""
+    failure = scope["app"].state.failure
+    return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
+
+
+async def answer_failure(request: Request, failure: Exception) -> Response:
+    """What a client gets instead of an answer; failures that are ours are logged."""
+    if isinstance(failure, ClientGone):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if isinstance(failure, HTTPException):
+        failure = _routing_error(request, failure)
+    if isinstance(failure, HttpError):
+        return refusal(request.scope, failure)
+    _log(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
+    if _speaks_anthropic(request.scope):
+        theirs = to_anthropic_error(failure, request_id=_request_id(request.scope))
+        return _response(to_json_bytes(theirs.body), theirs.status, theirs.headers)
+    error = to_error(failure)
+    return _response(to_json_bytes(error.body), error.status, error.headers)
+
+
+def refusal(scope: Scope, error: HttpError) -> Response:
+    """The server's own refusal of a request."""
+    if not _speaks_anthropic(scope):
+        return error.response
+    status = 529 if error.code == "overloaded" else error.status
+    theirs = anthropic_error(
+        status, str(error), param=error.param, headers=error.headers, request_id=_request_id(scope)
+    )
+    return _response(to_json_bytes(theirs.body), theirs.status, theirs.headers)
+
+
+def error_event(failure: Exception) -> bytes:
+    """The last event of a stream that failed, for OpenAI's clients."""
+    if isinstance(failure, HttpError):
+        return data_event(failure.body)
+    _log("a stream failed", failure)
+    return data_event(to_json_bytes(to_error(failure).body))
+
+
+def anthropic_error_event(failure: Exception) -> bytes:
+    """The last event of a stream that failed, for Anthropic's clients."""
+    context = current_request.get()
+    request_id = _request_id(context.scope) if context is not None else None
+    if isinstance(failure, HttpError):
+        body = anthropic_error(failure.status, str(failure), param=failure.param, request_id=request_id).body
+    else:
+        _log("a stream failed", failure)
+        body = to_anthropic_error(failure, request_id=request_id).body
+    return named_event(body.event_name, to_json_bytes(body))
+
+
+def _log(what: str, failure: Exception) -> None:
+    if isinstance(failure, EngineDeadError):
+        logger.error("%s: %s", what, failure)  # it ends many requests at once, and has been logged where it happened
+    elif to_error(failure).status >= 500 and not isinstance(failure, RequestAbortedError):
+        logger.error("%s", what, exc_info=failure)
+
+
+def _routing_error(request: Request, failure: HTTPException) -> HttpError:
+    path, method = request.scope["path"][:200], request.method
+    messages = {
+        404: (f"There is no route {path!r} here; the API is under /v1.", "not_found"),
+        405: (f"{path!r} does not take {method}.", "method_not_allowed"),
+    }
+    message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
+    headers = failure.headers
+    if failure.status_code == 405:  # the router names the methods of one of the routes at this path
+        headers = {"allow": ", ".join(request.app.state.document.methods(route_path(request.scope)))}
+    return HttpError(failure.status_code, message, code, headers)
+
+
+def _speaks_anthropic(scope: Scope) -> bool:
+    path = route_path(scope)
+    return path == ANTHROPIC or path.startswith(ANTHROPIC + "/")
+
+
+def _request_id(scope: Scope) -> str | None:
+    return scope.get("state", {}).get("request_id")
+
+
+def _response(body: bytes, status: int, headers: Mapping[str, str]) -> Response:
+    return Response(body, status, dict(headers), media_type=JSON)

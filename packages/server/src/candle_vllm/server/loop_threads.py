@@ -1,0 +1,64 @@
+"""Long work in threads of its own, for an event loop that waits for it or gives up (beside step 1)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T], object] | None = None) -> T:
+    """Runs work in a daemon thread, so that the program may end before it does.
+
+    Args:
+        function: the work.
+        name: of the thread.
+        discard: given what was made, in that thread, when nobody waits for it any more.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            value = function()
+        except BaseException as error:  # handed to the task that waits
+            call_in(loop, _fail, result, error)
+            return
+        if result.cancelled() or not call_in(loop, _succeed, result, value, discard):
+            _discard(value, discard)
+
+    threading.Thread(target=run, name=f"candle-vllm-{name}", daemon=True).start()
+    return await result
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:
+    """Calls a function in an event loop; False when that was closed."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        logger.debug("an event loop was closed before a thread was done")
+        return False
+    return True
+
+
+def _succeed(result: asyncio.Future[T], value: T, discard: Callable[[T], object] | None) -> None:
+    if not result.done():
+        result.set_result(value)
+    elif discard is not None:
+        threading.Thread(target=_discard, args=(value, discard), daemon=True).start()
+
+
+def _fail(result: asyncio.Future[T], error: BaseException) -> None:
+    if not result.done():
+        result.set_exception(error)
+
+
+def _discard(value: T, discard: Callable[[T], object] | None) -> None:
+    if discard is not None:
+        discard(value)

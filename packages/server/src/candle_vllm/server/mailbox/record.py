@@ -1,0 +1,91 @@
+"""What the mailbox keeps of one answer, and its forms on the wire.
+
+Made at step 10 of a request's life, when the answer is complete or has failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from enum import StrEnum
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.openai.errors import GenerationFailedError
+from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
+
+MAX_ID = 256  # characters of a request id
+MAX_MODEL = 512  # characters of a model's name
+
+
+class Status(StrEnum):
+    """How far the answer is."""
+
+    COMPLETED = "completed"
+    STREAMING = "streaming"  # still being generated
+    VALIDATION_ERROR = "validation_error"
+    MODEL_ERROR = "model_error"
+    INTERNAL_ERROR = "internal_error"
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer as clients and webhooks see it.
+
+    Attributes:
+        request_id: the id of the answer, `chatcmpl-...`.
+        model: name under which the model was asked.
+        created: seconds since 1970 when the record was made.
+        status: how far it is.
+        response: the whole OpenAI answer, or the error envelope; absent while it streams and in lists.
+    """
+
+    request_id: str
+    model: str
+    created: int
+    status: Status
+    response: msgspec.Raw | UnsetType = UNSET
+
+
+class RecordList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of records, newest first, without their answers."""
+
+    object: str = "list"
+    data: Sequence[Record]
+    has_more: bool
+
+
+def owner_id(salt: bytes, key: str) -> str:
+    """A key as the store knows it: a keyed hash in hex, from which the key cannot be read back."""
+    return hmac.new(salt, key.encode(), hashlib.sha256).hexdigest()
+
+
+def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Status, bytes]:
+    """The status and the JSON of an answer, or of the failure that stands for it.
+
+    Args:
+        answer: OpenAI's answer object, its JSON, or what ended the request.
+        most: bytes; an answer beyond it is kept as an error that says so, because half an answer is none.
+    """
+    if isinstance(answer, Exception):
+        error = to_error(answer)
+        return _failed(answer, error.status), to_json_bytes(error.body)
+    data = answer if isinstance(answer, bytes) else to_json_bytes(answer)
+    if len(data) <= most:
+        return Status.COMPLETED, data
+    text = f"The answer has {len(data)} bytes, and the mailbox keeps at most {most} of one."
+    return Status.INTERNAL_ERROR, failure_body(text, "answer_too_large")
+
+
+def failure_body(message: str, code: str) -> bytes:
+    """An error envelope of the mailbox itself, as JSON."""
+    return to_json_bytes(ErrorEnvelope(error=ErrorBody(message=message, type="server_error", code=code)))
+
+
+def _failed(failure: Exception, status: int) -> Status:
+    if isinstance(failure, GenerationFailedError | EngineDeadError):
+        return Status.MODEL_ERROR
+    return Status.VALIDATION_ERROR if status < 500 else Status.INTERNAL_ERROR

@@ -1,0 +1,218 @@
+"""Mailbox: what the server's routes use of all this.
+
+At step 1 of a request's life `policy` reads what it asks for; at step 10 `keep` takes its answer, also after its
+client has gone. In between, `begin` lets a client that looks too early see that the answer is on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.mailbox.delivery import Deliverer
+from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
+from candle_vllm.server.mailbox.policy import (
+    DeliveryPolicy,
+    Headers,
+    Mode,
+    check_bearer,
+    client_target,
+    read_policy,
+)
+from candle_vllm.server.mailbox.queries import Entry
+from candle_vllm.server.mailbox.record import Status, settled
+from candle_vllm.server.mailbox.refusals import MailboxError, invalid, not_found
+from candle_vllm.server.mailbox.store import Store
+from candle_vllm.server.mailbox.targets import Target, parse_target
+from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
+
+PURGE_SECONDS = 30.0
+_BEGUN_MARGIN_MS = 60_000
+
+logger = logging.getLogger(__name__)
+
+
+class Mailbox:
+    """Answers that outlive their clients; started, used and closed in one event loop.
+
+    Attributes:
+        options: the operator's.
+        store: where records are.
+        pushed: told of every webhook that ended: True where it was delivered, False where it was given up.
+    """
+
+    def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
+        self.options = options
+        self.pushed: Callable[[bool], object] = lambda _: None
+        self.store = Store(options, clock)
+        self._sender = Sender(options.webhook, clock)
+        self._deliverer = Deliverer(self.store, self._sender, options, lambda delivered: self.pushed(delivered))
+        self._pushing: Counter[str] = Counter()  # at the wish of clients, by owner
+        self._purging: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens the store and begins with what an earlier server left; UsageError when it cannot be opened."""
+        await self.store.open()
+        self._deliverer.start()
+        self._purging = asyncio.create_task(self._purge())
+
+    async def close(self) -> None:
+        """Stops pushing within seconds and closes the store; open pushes stay in it."""
+        if self._purging is not None:
+            self._purging.cancel()
+            await asyncio.gather(self._purging, return_exceptions=True)
+        await self._deliverer.close()
+        await self._sender.close()
+        await self.store.close()
+
+    def policy(self, headers: Headers) -> DeliveryPolicy | None:
+        """What a request's headers ask for; None for a plain request, which ends with its client.
+
+        Args:
+            headers: of the ASGI scope.
+
+        Raises:
+            HttpError: 400 that names the wrong header.
+        """
+        return read_policy(headers, self.options)
+
+    def owner(self, key: str) -> str:
+        """The owner of what a request with this API key makes; empty without keys: then all share one."""
+        return self.store.owner(key)
+
+    async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
+        """Shows an answer as `streaming`, when its client has gone or it is kept always.
+
+        Args:
+            limit_secs: the time that the request may take; when the server dies, the record becomes an error after it.
+        """
+        if policy.mailbox is Mode.NEVER:
+            return
+        expires = self.store.now_ms + int(limit_secs * 1000) + _BEGUN_MARGIN_MS
+        await self._put(Entry(owner, request_id, model, Status.STREAMING, None, expires))
+
+    async def keep(
+        self,
+        policy: DeliveryPolicy,
+        owner: str,
+        request_id: str,
+        model: str,
+        answer: msgspec.Struct | bytes | Exception,
+        disconnected: bool,
+    ) -> bool:
+        """Keeps or pushes an answer as its request asked; whether it did either.
+
+        A store that fails is logged and loses the answer: the request itself must not fail for it.
+
+        Args:
+            owner: of `owner(key)`.
+            answer: OpenAI's answer object (also for a stream, of all its chunks), its JSON, or the failure.
+            disconnected: whether its client has gone.
+        """
+        listed, push = policy.mailbox.applies(disconnected), policy.webhook.applies(disconnected)
+        if not listed and not push:
+            if policy.mailbox is not Mode.NEVER:
+                await self._drop(owner, request_id)
+            return False
+        status, data = settled(answer, self.options.max_record_bytes)
+        expires = self.store.now_ms + self.options.retention_secs * 1000
+        kept = await self._put(
+            Entry(
+                owner, request_id, model, status, data, expires, listed, push,
+                policy.url if push else None, policy.bearer if push else None,
+            )
+        )  # fmt: skip
+        if kept and push:
+            self._deliverer.wake()
+        return kept
+
+    async def push(
+        self, owner: str, request_id: str, url: str | None, bearer: str | None, headers: Mapping[str, str]
+    ) -> None:
+        """Pushes a record once, now, at its owner's wish.
+
+        Args:
+            url: a client's; None for the operator's webhook.
+            bearer: token for `url`.
+            headers: further headers, of those that the operator allows.
+
+        Raises:
+            MailboxError: 404 without such a record, 400 for a wrong value, 502 when it did not arrive, 503 when too
+                many are under way.
+        """
+        push_target = self._push_target(url, bearer, headers)
+        push = await self.store.get_push(owner, request_id)
+        if push is None:
+            raise not_found(request_id)
+        if push.record.status is Status.STREAMING:
+            raise invalid("request_id", "names an answer that is still being generated: try again later")
+        with self._place(owner):
+            message = Message(push.record, push.delivery_id, push_target, bearer, headers)
+            attempt = await self._sender.send(message)
+        self.pushed(attempt.outcome is Outcome.DELIVERED)
+        if attempt.outcome is Outcome.FORBIDDEN:
+            raise MailboxError(400, f"The record was not pushed: {attempt.detail}.", "invalid_value", "url")
+        if attempt.outcome is not Outcome.DELIVERED:
+            raise MailboxError(502, f"The record was not delivered: {attempt.detail}.", "webhook_failed")
+
+    @contextlib.contextmanager
+    def _place(self, owner: str) -> Iterator[None]:
+        """One of the places for pushes; one key has at most half of them."""
+        most = self.options.max_deliveries
+        if self._pushing.total() >= most or self._pushing[owner] >= max(1, most // 2):
+            raise MailboxError(503, "Too many pushes are under way: try again later.", "overloaded")
+        self._pushing[owner] += 1
+        try:
+            yield
+        finally:
+            self._pushing[owner] -= 1
+            self._pushing += Counter()  # forgets owners without any
+
+    def _push_target(self, url: str | None, bearer: str | None, headers: Mapping[str, str]) -> Target:
+        for name, value in headers.items():
+            if name.lower() not in self.options.webhook_allowed_headers:
+                raise invalid(f"headers.{name:.64}", "is not a header that this server's operator allows")
+            if not HEADER_VALUE.fullmatch(value):
+                raise invalid(f"headers.{name}", "must be printable ASCII, at most 1024 characters")
+        if bearer is not None:
+            check_bearer("bearer_token", bearer)
+        if url is not None:
+            return client_target("url", url, self.options)
+        if bearer is not None:
+            raise invalid("bearer_token", "is for url, which is missing")
+        if self.options.webhook.url is None:
+            raise invalid("url", "is required: this server has no webhook of its own")
+        return parse_target(self.options.webhook.url)
+
+    async def _put(self, entry: Entry) -> bool:
+        try:
+            dropped = await self.store.put(entry)
+        except HttpError as error:
+            logger.error("the answer %s could not be kept: %s", entry.request_id, error.__cause__ or error)
+            return False
+        if dropped:
+            logger.warning("the mailbox was full: %d of its oldest records made room", dropped)
+        return True
+
+    async def _drop(self, owner: str, request_id: str) -> None:
+        try:
+            await self.store.drop(owner, request_id)
+        except HttpError as error:
+            logger.warning("a record could not be dropped: %s", error.__cause__ or error)
+
+    async def _purge(self) -> None:
+        while True:
+            try:
+                await self.store.purge()
+            except HttpError as error:
+                logger.warning("the mailbox could not be purged: %s", error.__cause__ or error)
+            except Exception:
+                logger.exception("the mailbox could not be purged")
+            await asyncio.sleep(PURGE_SECONDS)

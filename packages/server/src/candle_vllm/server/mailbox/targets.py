@@ -1,0 +1,175 @@
+"""Where a webhook may go: the one parser of its URLs, the operator's list of hosts, and the check of addresses.
+
+The guard of the mailbox against requests that reach into the network of the server. A URL is parsed once, by httpx,
+and that same object is what is connected to; a name is resolved once, and the address that was checked is the one
+that is used. Every refusal is a `ValueError` that follows the name of what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import httpx
+
+MAX_URL = 2048  # characters
+RESOLVE_SECONDS = 10.0
+MAX_ADDRESSES = 4  # of one name that are tried
+
+_PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, quotes or backslashes
+_NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
+_PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
+_PORTS = {"http": 80, "https": 443}
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_PRIVATE: Sequence[_Network] = tuple(
+    map(
+        ipaddress.ip_network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
+    )
+)
+# Not public, or a door to other addresses, though `is_global` lets them pass; and addresses of cloud metadata.
+_NEVER: Sequence[_Network] = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"),
+    )
+)
+_PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresses and NAT64
+
+
+class ForbiddenTarget(ValueError):
+    """A webhook may not go there; trying again does not help."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parsed webhook URL.
+
+    Attributes:
+        url: as httpx will use it.
+        host: name in lower case, or an address without brackets.
+        port: the one in the URL, or the scheme's.
+        trusted: the operator's own, whose address is not checked.
+        private: its address may be private or loopback.
+    """
+
+    url: httpx.URL
+    host: str
+    port: int
+    trusted: bool = False
+    private: bool = False
+
+
+def parse_target(text: str, *, trusted: bool = True) -> Target:
+    """A URL that a webhook could have; whether it may go there is `allowed_target`'s question."""
+    if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
+        raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        raise ForbiddenTarget("is not a valid URL") from None
+    if url.scheme not in _PORTS:
+        raise ForbiddenTarget("must begin with https:// or http://")
+    if url.userinfo or "@" in text.split("?")[0]:
+        raise ForbiddenTarget("must hold no user name and no @")
+    if url.fragment or "#" in text:
+        raise ForbiddenTarget("must hold no fragment")
+    host = url.raw_host.decode("ascii")
+    if not _is_host(host):
+        raise ForbiddenTarget("must name a host: a name in ASCII without a final dot, or an address")
+    port = _PORTS[url.scheme] if url.port is None else url.port
+    if not 1 <= port <= 65535:
+        raise ForbiddenTarget("must have a port between 1 and 65535")
+    return Target(url, _canonical(host), port, trusted)
+
+
+def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> Target:
+    """A client's URL, when the operator's list has its host and port."""
+    target = parse_target(text, trusted=False)
+    matching = [pattern for pattern in patterns if _matches(pattern, target)]
+    if not matching:
+        raise ForbiddenTarget("names a host or a port that this server's operator does not allow for webhooks")
+    exact = any(not pattern.startswith("*.") for pattern in matching)
+    return Target(target.url, target.host, target.port, private=allow_private and exact)
+
+
+def check_pattern(pattern: str) -> None:
+    """ValueError unless `pattern` is `name`, `*.name`, an address, or one of them with `:port`."""
+    match = _PATTERN.fullmatch(pattern)
+    if match is None or not _is_host(match["host"].strip("[]")) or int(match["port"] or 1) > 65535:
+        raise ValueError(
+            f"must be host names in lower case, like example.com, *.example.com or host:8443, not {pattern!r:.80}"
+        )
+    if match["any"] and "." not in match["host"]:
+        raise ValueError(f"must have a dot in the name after *., not {pattern!r:.80}")
+
+
+async def resolve(target: Target, threads: Executor) -> Sequence[str]:
+    """The addresses to connect to, in order; all are checked unless the target is the operator's own.
+
+    Args:
+        threads: where the resolver is asked, so that one that hangs holds up webhooks alone.
+
+    Raises:
+        ForbiddenTarget: one of the addresses may not be reached.
+        OSError, TimeoutError: the name has none now.
+    """
+    async with asyncio.timeout(RESOLVE_SECONDS):
+        asked = asyncio.get_running_loop().run_in_executor(threads, _look_up, target.host, target.port)
+        addresses = await asked
+    if not addresses:
+        raise OSError("the name has no address")
+    if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):
+        raise ForbiddenTarget("has an address that webhooks may not reach")
+    return addresses[:MAX_ADDRESSES]
+
+
+def is_allowed(text: str, private: bool) -> bool:
+    """Whether an address is public, or private where that is allowed; never link-local, multicast or reserved."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:  # with a zone, or none at all
+        return False
+    if any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
+        return False
+    if any(address in network for network in _PRIVATE):
+        return private
+    public = address.is_global and not address.is_multicast and not address.is_reserved
+    return public and (address.version == 4 or address in _PUBLIC_V6)
+
+
+def _look_up(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _is_host(host: str) -> bool:
+    if len(host) > 253:
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        # A name whose last part is a number is an address in an old spelling (127.1, 0x7f000001).
+        last = host.rpartition(".")[2]
+        return _NAME.fullmatch(host) is not None and re.fullmatch(r"\d+|0x[0-9a-f]*", last, re.ASCII) is None
+    return "%" not in host
+
+
+def _canonical(host: str) -> str:
+    """An IPv6 address in its one short spelling; a name as it is."""
+    return ipaddress.ip_address(host).compressed if ":" in host else host
+
+
+def _matches(pattern: str, target: Target) -> bool:
+    match = _PATTERN.fullmatch(pattern)
+    assert match is not None
+    if target.port not in ((int(match["port"]),) if match["port"] else _PORTS.values()):
+        return False
+    host = _canonical(match["host"].strip("[]"))
+    return target.host.endswith("." + host) if match["any"] else target.host == host

@@ -1,0 +1,180 @@
+"""One push: the record as an HTTP request, signed, to an address that was checked.
+
+The body is what `GET /v1/mailbox/{request_id}` answers. Nothing of the receiver's answer is kept but its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+
+import httpx
+import msgspec
+
+from candle_vllm.server.mailbox.options import WebhookAuth, WebhookOptions
+from candle_vllm.server.mailbox.record import Record
+from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, resolve
+
+TIMESTAMP_HEADER = "X-Webhook-Timestamp"
+ID_HEADER = "Idempotency-Key"
+MAX_ANSWER = 16 << 10  # bytes of the receiver's answer that are read, to end it politely
+
+_RESOLVING = 4  # names at a time
+_RETRIED = frozenset({408, 425, 429})  # beside 500 and above
+
+
+class Outcome(Enum):
+    """How one attempt ended."""
+
+    DELIVERED = "delivered"
+    FAILED = "failed"  # trying again may help
+    REFUSED = "refused"  # it does not
+    FORBIDDEN = "forbidden"  # nothing was sent: the address may not be reached
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The end of one attempt.
+
+    Attributes:
+        detail: for the log and for the owner of the record; holds nothing of the receiver's answer but its status.
+    """
+
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is pushed.
+
+    Attributes:
+        record: with its answer.
+        delivery_id: the same for every attempt.
+        target: where to.
+        bearer: a client's token for its own target.
+        headers: a client's, of the operator's list.
+    """
+
+    record: Record
+    delivery_id: str
+    target: Target
+    bearer: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Sender:
+    """Sends messages; each has a connection of its own, so that a checked address is never another host's."""
+
+    def __init__(
+        self,
+        options: WebhookOptions,
+        clock: Callable[[], float] = time.time,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls` says whose certificates count; without it, those of the public authorities."""
+        self._options = options
+        self._clock = clock
+        self._resolving = ThreadPoolExecutor(_RESOLVING, "candle-vllm-webhook")
+        self._client = httpx.AsyncClient(
+            verify=tls or True,
+            trust_env=False,  # a proxy would resolve the name once more
+            follow_redirects=False,
+            timeout=httpx.Timeout(options.timeout_secs, connect=options.timeout_secs / 2),  # a second address may do
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    async def close(self) -> None:
+        """Closes what is open."""
+        self._resolving.shutdown(wait=False, cancel_futures=True)
+        await self._client.aclose()
+
+    async def send(self, message: Message) -> Attempt:
+        """One attempt, within the time of the options; it never raises for what the other side does."""
+        try:
+            async with asyncio.timeout(self._options.timeout_secs):
+                status = await self._post(message)
+        except ForbiddenTarget as error:
+            return Attempt(Outcome.FORBIDDEN, f"the webhook's URL {error}")
+        except TimeoutError:
+            return Attempt(Outcome.FAILED, "the webhook did not answer in time")
+        except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+            return Attempt(Outcome.FAILED, f"the webhook could not be reached ({type(error).__name__})")
+        if 200 <= status < 300:
+            return Attempt(Outcome.DELIVERED, f"the webhook answered {status}")
+        retried = status >= 500 or status in _RETRIED
+        return Attempt(Outcome.FAILED if retried else Outcome.REFUSED, f"the webhook answered {status}")
+
+    async def _post(self, message: Message) -> int:
+        body = msgspec.json.encode(message.record)
+        headers = self._headers(message, body)
+        *others, last = await resolve(message.target, self._resolving)
+        for address in others:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):  # nothing has been sent
+                return await self._post_to(address, message.target, headers, body)
+        return await self._post_to(last, message.target, headers, body)
+
+    async def _post_to(self, address: str, target: Target, headers: Mapping[str, str], body: bytes) -> int:
+        """The connection goes to the address that was checked; the name goes into Host and into TLS."""
+        request = self._client.build_request(
+            "POST",
+            target.url.copy_with(host=address),
+            content=body,
+            headers={**headers, "Host": target.url.netloc.decode("ascii")},
+            extensions={"sni_hostname": target.host},
+        )
+        response = await self._client.send(request, stream=True)
+        try:
+            await _read_a_little(response)
+        finally:
+            await response.aclose()
+        return response.status_code
+
+    def _headers(self, message: Message, body: bytes) -> dict[str, str]:
+        now = str(int(self._clock()))
+        headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": "candle-vllm",
+            ID_HEADER: message.delivery_id,
+            TIMESTAMP_HEADER: now,
+        }
+        if message.bearer is not None:
+            headers["Authorization"] = f"Bearer {message.bearer}"
+        # A signature on what a client sends elsewhere could be shown to the operator's receiver.
+        own = operator_headers(self._options, now, body) if message.target.trusted else {}
+        return {**message.headers, **headers, **own}
+
+
+def operator_headers(options: WebhookOptions, timestamp: str, body: bytes) -> dict[str, str]:
+    """What the operator's pushes carry beside the standard headers: their key and signature."""
+    headers = dict(options.headers)
+    if options.auth.type == "bearer":
+        headers["Authorization"] = f"Bearer {options.auth.secret}"
+    elif options.auth.type == "api_key":
+        headers[options.auth.header_name] = options.auth.secret
+    if options.signature is not None:
+        headers[options.signature.header_name] = sign(options.signature, timestamp, body)
+    return headers
+
+
+def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
+    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed."""
+    signed = timestamp.encode("ascii") + b"." + body
+    return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
+
+
+async def _read_a_little(response: httpx.Response) -> None:
+    size = 0
+    async for piece in response.aiter_raw():
+        size += len(piece)
+        if size > MAX_ANSWER:
+            return

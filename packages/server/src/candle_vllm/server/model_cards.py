@@ -1,0 +1,154 @@
+"""What is said of the models: cards for clients, and the state of each for operators (step 1 of a request's life)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from candle_vllm.openai import ModelCard
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.model_slot import ModelSlot, ModelState
+
+MAX_ERROR = 2000  # characters
+
+
+class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A served name whose model is not loaded, so that little is known of it."""
+
+    id: str
+    created: int
+    root: str
+    status: str
+    default: bool
+    object: str = "model"
+    owned_by: str = "candle-vllm"
+
+
+class LoadedCard(ModelCard, frozen=True, kw_only=True):
+    """A served name whose model is loaded."""
+
+    status: str
+    default: bool
+
+
+class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One model for operators.
+
+    Attributes:
+        id: its first name.
+        status: unloaded, waiting, loading, ready, draining or failed.
+        in_flight: requests that use it, those in its queue included.
+        running, waiting: their sequences, in the engine and before it.
+        waiting_for_load: requests that wait until it is loaded.
+        loaded_at: Unix seconds.
+        load_seconds: how long loading took, what it waited for others included.
+        idle_seconds: since it was last used.
+        memory_bytes: of weights and a full cache.
+        error: why it could not be loaded, or died.
+    """
+
+    id: str
+    status: str
+    in_flight: int
+    running: int
+    waiting: int
+    waiting_for_load: int
+    loaded_at: float | None
+    load_seconds: float | None
+    idle_seconds: float | None
+    memory_bytes: int
+    error: str | None
+
+
+class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """All models for operators; the first six fields are candle-vllm's.
+
+    Attributes:
+        active_model: the one that requests without a name mean.
+        status: Idle, Loading, Ready, Switching or Error, of that model.
+        last_error: why a model could not be loaded, or died.
+        in_flight_requests: requests that use a model.
+        switch_requested_at: Unix seconds, while the switch to `active_model` is not done.
+        queue_lengths: requests that wait for a model to be loaded, by model.
+        models: every model.
+    """
+
+    active_model: str
+    status: str
+    last_error: str | None
+    in_flight_requests: int
+    switch_requested_at: float | None
+    queue_lengths: dict[str, int]
+    models: tuple[SlotStatus, ...]
+
+
+def cards(manager: ModelManager) -> list[LoadedCard | UnloadedCard]:
+    """A card for every served name, those of the active model first."""
+    slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
+    return [card for slot in slots for card in _cards(slot, slot.entry.name == manager.active)]
+
+
+def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
+    if slot.model is None:
+        return [
+            UnloadedCard(id=name, created=0, root=slot.entry.name, status=slot.state.value, default=default)
+            for name in slot.entry.names
+        ]
+    return [
+        LoadedCard(**msgspec.structs.asdict(card), status=slot.state.value, default=default)
+        for card in slot.model.adapter.models().data
+    ]
+
+
+def slot_status(slot: ModelSlot) -> SlotStatus:
+    """One model for operators."""
+    admission = slot.model.admission if slot.model else None
+    return SlotStatus(
+        id=slot.entry.names[0],
+        status=slot.state.value,
+        in_flight=slot.in_flight,
+        running=admission.running if admission else 0,
+        waiting=admission.waiting if admission else 0,
+        waiting_for_load=len(slot.waiters),
+        loaded_at=slot.loaded_at,
+        load_seconds=slot.load_seconds,
+        idle_seconds=time.monotonic() - slot.last_used if slot.model and not slot.in_flight else None,
+        memory_bytes=slot.model.memory if slot.model else 0,
+        error=str(slot.error)[:MAX_ERROR] if slot.error else None,
+    )
+
+
+def status(manager: ModelManager) -> ManagerStatus:
+    """All models for operators."""
+    slots = list(manager.slots.values())
+    active = manager.slots[manager.active]
+    errors = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]
+    words = {ModelState.UNLOADED: "Idle", ModelState.READY: "Ready", ModelState.FAILED: "Error"}
+    word = "Switching" if manager.switch_requested_at is not None else words.get(active.state, "Loading")
+    return ManagerStatus(
+        active_model=active.entry.names[0],
+        status=word,
+        last_error=errors[0] if errors else None,
+        in_flight_requests=sum(slot.in_flight for slot in slots),
+        switch_requested_at=manager.switch_requested_at,
+        queue_lengths={slot.entry.names[0]: len(slot.waiters) for slot in slots},
+        models=tuple(slot_status(slot) for slot in slots),
+    )
+
+
+def anthropic_card(card: LoadedCard | UnloadedCard) -> dict[str, object]:
+    """The card as Anthropic's API has it."""
+    created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    most = card.max_model_len if isinstance(card, LoadedCard) else None
+    return {
+        "type": "model", "id": card.id, "display_name": card.id, "created_at": created, "max_input_tokens": most,
+    }  # fmt: skip
+
+
+def anthropic_list(listed: Sequence[LoadedCard | UnloadedCard]) -> dict[str, object]:
+    """All cards as Anthropic's API lists them, in one page."""
+    data = [anthropic_card(card) for card in listed]
+    return {"data": data, "has_more": False, "first_id": listed[0].id, "last_id": listed[-1].id}

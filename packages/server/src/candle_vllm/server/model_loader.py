@@ -1,0 +1,190 @@
+"""From an entry of the catalogue to a served model: is there room, then engine, adapters and admission.
+
+Before step 1 of a request's life, in a thread of the manager's. The engine is imported inside the functions, because
+that import takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.openai.anthropic import MessagesAdapter
+from candle_vllm.server.admission import Admission
+from candle_vllm.server.catalogue import ModelEntry
+from candle_vllm.server.engine_setup import engine_config
+from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.model_switcher import NoRoomError
+from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.observed_engine import ObservedEngine
+from candle_vllm.server.served_engine import ServedEngine
+from candle_vllm.server.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core import EngineConfig
+
+MIB = 1 << 20
+WORKSPACE = 256 * MIB  # what steps take besides weights and cache
+LEAST_CACHE = 256 * MIB  # a KV cache below this serves nobody
+CACHE_SHARE = 0.4  # of what is left beside other models
+BESIDE_CAPACITY = 8  # one sequence more in the engine for so many in a step
+MAX_UNFINISHED = 1024  # sequences of one model, as in `EngineConfig`
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLoader:
+    """Loads models for the manager.
+
+    Args:
+        metrics: counts what the engines do.
+        start_engine: makes an engine of its configuration; None chooses by `engine_process`.
+    """
+
+    def __init__(self, metrics: Metrics, start_engine: Callable[[EngineConfig], ServedEngine] | None = None) -> None:
+        self._metrics = metrics
+        self._start_engine = start_engine
+
+    def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
+        """Finds the model's files, downloads them where need be, and reads their heads.
+
+        Raises:
+            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served, whatever makes room for it.
+        """
+        if self._start_engine is None:
+            check_model(entry.settings, beside)
+
+    def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
+        """Loads a model beside others.
+
+        Raises:
+            NoRoomError: it does not fit beside them.
+            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served as asked.
+        """
+        changes = room_beside(entry.settings, beside) if beside else {}
+        config = engine_config(entry.settings, **changes)
+        start = self._start_engine or (remote_engine if entry.settings.engine_process else local_engine)
+        return serve_engine(start(config), entry, self._metrics)
+
+
+def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> ServedModel:
+    """A loaded engine with all that answers in its name."""
+    settings, info, name = entry.settings, engine.model_info, entry.names[0]
+    admission = Admission(
+        # Those that run in a step, and a few that wait in the engine itself, so that no step has a place free.
+        info.max_num_seqs + -(-info.max_num_seqs // BESIDE_CAPACITY),
+        settings.max_queued_requests or MAX_UNFINISHED,
+        settings.max_queued_per_key,
+        lambda reason: metrics.refused(name, reason),
+    )
+    watched = ObservedEngine(engine, metrics, model_name=name, queued=lambda: admission.waiting)
+    try:
+        adapter = _adapter(watched, entry)
+    except BaseException:
+        watched.close()
+        raise
+    return ServedModel(
+        entry=entry,
+        engine=watched,
+        adapter=adapter,
+        messages=MessagesAdapter(adapter, sampling_defaults=settings.default_sampling),
+        admission=admission,
+        memory=info.weight_bytes + info.kv_cache_bytes,
+    )
+
+
+def _adapter(engine: ObservedEngine, entry: ModelEntry) -> OpenAIAdapter:
+    settings = entry.settings
+    return OpenAIAdapter(
+        engine,
+        served_model_names=entry.names,
+        allow_priority=settings.enable_request_priority,
+        allow_chat_template=settings.trust_request_chat_template,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
+    )
+
+
+def local_engine(config: EngineConfig) -> ServedEngine:
+    """An engine in a thread of this process."""
+    from candle_vllm.core import InferenceEngine
+
+    return InferenceEngine(config)
+
+
+def remote_engine(config: EngineConfig) -> ServedEngine:
+    """An engine in a process of its own."""
+    from candle_vllm.core.remote import RemoteEngine
+
+    return RemoteEngine(config)
+
+
+def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
+    """Raises what can be known of a model before room is made for it, without reading its weights."""
+    import torch
+
+    from candle_vllm.core.devices import choose_device
+    from candle_vllm.core.loading.model import model_files, open_model
+
+    config = engine_config(settings)
+    files = model_files(config)
+    with open_model(files, torch.device("cpu")).checkpoint:
+        pass
+    if not beside:
+        return
+    weights = sum(path.stat().st_size for path in files.weights)
+    need = weights + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE)
+    device = choose_device(config.device)
+    on_gpu = device.type == "cuda"  # where caches take their memory at once
+    most = _free(device) + sum(each.memory if on_gpu else each.engine.model_info.weight_bytes for each in beside)
+    if need > most:
+        raise ConfigError(
+            f"{settings.model} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model: "
+            "take a smaller --mem, or a model with fewer bits"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    from candle_vllm.core.memory import available_memory
+
+    if device.type == "cpu":
+        return available_memory()
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:
+    """What to change in a model's engine configuration so that it fits beside others.
+
+    On a CPU, caches take memory only as they fill, so what the others may still take is set aside in full. On a GPU
+    they have taken theirs, and what is free is free.
+
+    Raises:
+        NoRoomError: it does not fit.
+    """
+    from candle_vllm.core.devices import choose_device
+    from candle_vllm.core.loading.model import model_files
+
+    config = engine_config(settings)
+    device = choose_device(config.device)
+    weights = sum(path.stat().st_size for path in model_files(config).weights)
+    promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
+    free = _free(device) - promised
+    cache = config.kv_cache_memory or LEAST_CACHE
+    need = weights + WORKSPACE + cache
+    if need > free:
+        raise NoRoomError(
+            f"{settings.model} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
+            f"{len(beside)} loaded models (a smaller --mem leaves more)"
+        )
+    if config.kv_cache_memory is not None or device.type == "cuda":
+        return {}
+    share = config.kv_fraction or CACHE_SHARE
+    return {"kv_cache_memory": max(LEAST_CACHE, int((free - weights - WORKSPACE) * share)), "kv_fraction": None}

@@ -1,0 +1,212 @@
+"""The model manager: who asks for a model gets it, once it is loaded.
+
+Step 1 of a request's life, behind the name in `model`. Everyone who wants the same model waits for the same load, and
+hears of its failure. The switcher makes the changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.server.catalogue import Catalogue
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.model_slot import Lease, ModelSlot, ModelState, ServedModel
+from candle_vllm.server.model_switcher import Load, ManagerLimits, ModelSwitcher, load_failed
+from candle_vllm.server.observing.metrics import Metrics, Rejection
+
+logger = logging.getLogger(__name__)
+
+DEATH_WINDOW = 300.0  # seconds in which deaths of an engine are counted
+
+
+class ModelManager:
+    """The models of a catalogue, some of them loaded.
+
+    Args:
+        catalogue: which there are.
+        load: loads one; None for a manager of models that somebody else has loaded, and which stay.
+        limits: how far it goes.
+        metrics: counts loads and waits.
+
+    All methods are for one event loop. `close` unloads everything.
+
+    Attributes:
+        active: the name of the model that requests without a name mean.
+        switch_requested_at: Unix seconds, while another model is about to become that one.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        load: Load | None,
+        limits: ManagerLimits | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._limits = limits or ManagerLimits()
+        self._catalogue = catalogue
+        self.metrics = metrics or Metrics()
+        self.active = catalogue.default.name
+        self.switch_requested_at: float | None = None
+        self._chosen: str | None = None  # becomes the active one when it is ready
+        self.slots = {entry.name: ModelSlot(entry, self._idle) for entry in catalogue.entries}
+        self._switcher: ModelSwitcher | None = None
+        if load is not None:
+            slots = tuple(self.slots.values())
+            self._switcher = ModelSwitcher(slots, load, self._limits, self.metrics, self._settled, self.died)
+
+    @classmethod
+    def of_loaded(cls, model: ServedModel, metrics: Metrics) -> ModelManager:
+        """A manager of one model that is loaded and stays so."""
+        manager = cls(Catalogue([model.entry]), None, metrics=metrics)
+        manager.slots[model.entry.name].ready(model)
+        return manager
+
+    # ---- for requests ------------------------------------------------------------------------------------------------
+
+    def find(self, name: str | None) -> ModelSlot:
+        """The model that a request means; ModelNotServedError when there is none of that name."""
+        entry = self._catalogue.find(name)
+        chosen = self.active if entry is self._catalogue.default and name not in entry.names else entry.name
+        return self.slots[chosen]
+
+    async def acquire(self, name: str | None) -> Lease:
+        """The use of a loaded model, once it is. Cancelling it gives the wait up.
+
+        Raises:
+            ModelNotServedError: no such model.
+            HttpError: 503, because too many wait, it took too long, or it could not be loaded.
+            EngineDeadError: its engine has stopped for good.
+        """
+        slot = self.find(name)
+        if slot.state is ModelState.READY and slot.model is not None:
+            if slot.model.engine.is_alive:
+                return slot.lease()
+            if not slot.entry.settings.engine_process or self._switcher is None:
+                self.metrics.refused(slot.entry.names[0], Rejection.ENGINE_DEAD)
+                raise EngineDeadError("the engine has stopped")
+            self.died(slot, slot.model)
+        self._check_queue(slot)
+        return await self._wait(slot, self._limits.patience)
+
+    async def start(self) -> ModelSlot:
+        """Loads the default model, however long that takes.
+
+        Raises:
+            CandleVllmError: why it cannot be loaded.
+        """
+        slot = self.slots[self.active]
+        try:
+            (await self._wait(slot, None)).release()
+        except HttpError:
+            if slot.error is not None:
+                raise slot.error from None
+            raise
+        return slot
+
+    def _check_queue(self, slot: ModelSlot) -> None:
+        name, failed_at = slot.entry.names[0], slot.failed_at if slot.state is ModelState.FAILED else None
+        if failed_at is not None and time.monotonic() - failed_at < self._limits.retry_seconds:
+            self.metrics.refused(name, Rejection.MODEL_NOT_READY)
+            raise load_failed(slot, self._limits.retry_seconds)
+        if len(slot.waiters) >= self._limits.max_waiting:
+            self.metrics.refused(name, Rejection.QUEUE_FULL)
+            message = f"{len(slot.waiters)} requests wait for the model {slot.entry.name!r}, and no more may."
+            raise HttpError(503, message, "overloaded", {"retry-after": "5"})
+
+    async def _wait(self, slot: ModelSlot, patience: float | None) -> Lease:
+        assert self._switcher is not None
+        began = time.monotonic()
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        slot.waiters.append(waiter)
+        self._switcher.want(slot)
+        try:
+            async with asyncio.timeout(patience):
+                lease = await waiter
+        except (TimeoutError, asyncio.CancelledError) as end:
+            slot.forget(waiter)
+            if not isinstance(end, TimeoutError):
+                raise
+            self.metrics.refused(slot.entry.names[0], Rejection.MODEL_NOT_READY)
+            message = f"The model {slot.entry.name!r} was not ready within {patience:g} seconds."
+            raise HttpError(503, message, "model_not_ready", {"retry-after": "10"}) from None
+        self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
+        return lease
+
+    # ---- for operators -----------------------------------------------------------------------------------------------
+
+    async def load(self, name: str | None) -> ModelSlot:
+        """Loads a model and waits for it, also one that has just failed; errors as `acquire`."""
+        slot = self.find(name)
+        slot.failed_at = None
+        (await self.acquire(slot.entry.name)).release()
+        return slot
+
+    async def unload(self, name: str | None) -> ModelSlot:
+        """Lets a model finish its requests and unloads it; one that is not loaded stays so.
+
+        A request that names it later loads it again.
+        """
+        slot = self.find(name)
+        if self._switcher is None:
+            raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
+        await self._switcher.unwant(slot)
+        return slot
+
+    def select(self, name: str | None) -> ModelSlot:
+        """Makes a model the one that requests without a name mean, once it is loaded; does not wait."""
+        slot = self.find(name)
+        if slot.state is ModelState.READY or self._switcher is None:
+            self.active, self._chosen, self.switch_requested_at = slot.entry.name, None, None
+        else:
+            self._chosen, self.switch_requested_at = slot.entry.name, time.time()
+            self._switcher.want(slot, asked=True)
+        return slot
+
+    def died(self, slot: ModelSlot, model: ServedModel) -> None:
+        """The engine of a model has died by itself: what it held is let go, and it is started again.
+
+        An engine that dies again and again is left dead until a request asks for its model.
+        """
+        if self._switcher is None or slot.model is not model or self._switcher.closing:
+            return
+        logger.error("the engine of %s has died", slot.entry.name)
+        slot.model = None
+        model.admission.close()
+        self._switcher.let_go(model)
+        if slot.state is not ModelState.READY:  # it was to go anyway
+            return
+        slot.state, slot.error, slot.failed_at = ModelState.FAILED, EngineDeadError("the engine has stopped"), None
+        now = time.monotonic()
+        slot.deaths = [*(then for then in slot.deaths if now - then < DEATH_WINDOW), now]
+        if not slot.given_up:
+            self._switcher.want(slot, asked=True)
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        """The models in memory."""
+        return [slot.model for slot in self.slots.values() if slot.model is not None]
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once an engine has stopped that will not come back by itself."""
+        alive = all(model.engine.is_alive or model.entry.settings.engine_process for model in self.loaded)
+        return alive and not any(slot.given_up for slot in self.slots.values())
+
+    async def close(self) -> None:
+        """Unloads everything; requests that wait are refused, those that run are aborted."""
+        if self._switcher is not None:
+            await self._switcher.close()
+
+    def _settled(self, slot: ModelSlot) -> None:
+        if slot.entry.name != self._chosen:
+            return
+        if slot.state is ModelState.READY:
+            self.active = slot.entry.name
+        self._chosen, self.switch_requested_at = None, None
+
+    def _idle(self, slot: ModelSlot) -> None:
+        if self._switcher is not None:
+            self._switcher.idle(slot)

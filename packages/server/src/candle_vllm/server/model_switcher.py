@@ -1,0 +1,299 @@
+"""The model switcher: the one task that loads and unloads models, one after the other.
+
+Step 1 of a request's life, behind the manager. A model that is wanted is loaded beside the others where memory allows;
+where not, the one that was used longest ago finishes what it was asked and makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.server.catalogue import ModelEntry
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.loop_threads import call_in, in_thread
+from candle_vllm.server.model_slot import ModelSlot, ModelState, ServedModel
+from candle_vllm.server.observing.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class NoRoomError(Exception):
+    """The model does not fit beside those that are loaded, and would without some of them."""
+
+
+class Load(Protocol):
+    """Loads models; called in threads."""
+
+    def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
+        """Raises what can be known of a model that cannot be loaded, before others make room for it."""
+        ...
+
+    def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
+        """Loads a model beside others; `NoRoomError` when it does not fit beside them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ManagerLimits:
+    """How far the manager goes.
+
+    Attributes:
+        max_loaded: most models in memory; None is as many as fit.
+        max_waiting: requests that may wait for one model that is not loaded.
+        patience: seconds that a request waits for its model.
+        drain_seconds: how long a model that has to go may finish its requests; what still runs then is aborted.
+        idle_seconds: a model that was not used for so long is unloaded; None keeps it.
+        retry_seconds: a model that could not be loaded is not tried again for so long, unless an operator asks.
+    """
+
+    max_loaded: int | None = None
+    max_waiting: int = 256
+    patience: float = 600.0
+    drain_seconds: float = 120.0
+    idle_seconds: float | None = None
+    retry_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class _Unwanted:
+    """A model that shall go.
+
+    Attributes:
+        done: set when it has gone, or need not.
+        idle: it goes only if nobody has used it for the manager's `idle_seconds`.
+    """
+
+    slot: ModelSlot
+    done: asyncio.Future[None]
+    idle: bool
+
+
+class ModelSwitcher:
+    """Makes every change to the models' slots.
+
+    Args:
+        slots: the models.
+        load: loads one.
+        limits: how far it goes.
+        metrics: counts loads.
+        settled: called with a slot whose model is ready, or could not be loaded.
+        died: called with a slot whose engine has died, and the model that it had.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[ModelSlot],
+        load: Load,
+        limits: ManagerLimits,
+        metrics: Metrics,
+        settled: Callable[[ModelSlot], None],
+        died: Callable[[ModelSlot, ServedModel], None],
+    ) -> None:
+        self._slots = tuple(slots)
+        self._load = load
+        self._limits = limits
+        self._metrics = metrics
+        self._settled = settled
+        self._died = died
+        self._wanted: deque[ModelSlot] = deque()
+        self._unwanted: deque[_Unwanted] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._returned = asyncio.Event()  # a lease came back, for the drain
+        self.closing = False
+
+    @property
+    def loaded(self) -> list[ServedModel]:
+        """The models in memory."""
+        return [slot.model for slot in self._slots if slot.model is not None]
+
+    def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
+        """A model shall be loaded: for requests that wait, or because it was asked for by itself."""
+        slot.asked = slot.asked or asked
+        if slot not in self._wanted and slot.state is not ModelState.LOADING:
+            if slot.state in (ModelState.UNLOADED, ModelState.FAILED):
+                slot.state = ModelState.WAITING
+            self._wanted.append(slot)
+        self._work()
+
+    async def unwant(self, slot: ModelSlot) -> None:
+        """A model shall go; returns when it has gone."""
+        entry = _Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False)
+        self._unwanted.append(entry)
+        self._work()
+        await entry.done
+
+    def idle(self, slot: ModelSlot) -> None:
+        """Nobody uses the model at the moment."""
+        self._returned.set()
+        seconds = self._limits.idle_seconds
+        if seconds is not None and slot.timer is None and slot.state is ModelState.READY and not self.closing:
+            slot.timer = asyncio.get_running_loop().call_later(seconds, self._unload_idle, slot)
+
+    def let_go(self, model: ServedModel) -> None:
+        """Closes the engine of a model that is in no slot any more, beside everything else."""
+        asyncio.get_running_loop().run_in_executor(None, _unload, model)
+
+    async def close(self) -> None:
+        """Stops changing anything, refuses who waits, and unloads everything."""
+        self.closing = True
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        for entry in self._unwanted:
+            _done(entry)
+        for slot in self._slots:
+            slot.refuse(HttpError(503, "The server is shutting down.", "shutting_down"))
+        await asyncio.gather(*(self._unload(slot) for slot in self._slots if slot.model is not None))
+
+    def _work(self) -> None:
+        if (self._worker is None or self._worker.done()) and not self.closing:
+            self._worker = asyncio.create_task(self._change(), name="model-switcher")
+
+    async def _change(self) -> None:
+        while self._unwanted or self._wanted:
+            if self._unwanted:
+                entry = self._unwanted.popleft()
+                try:
+                    if entry.slot.model is not None and (not entry.idle or self._rested(entry.slot)):
+                        await self._retire(entry.slot)
+                finally:
+                    _done(entry)
+                continue
+            slot = self._wanted.popleft()
+            if slot.state is ModelState.READY:
+                slot.grant()
+            elif slot.asked or slot.is_waited_for:
+                await self._bring(slot)
+            elif slot.state is ModelState.WAITING:  # everyone who wanted it has left
+                slot.state = ModelState.UNLOADED
+
+    async def _bring(self, slot: ModelSlot) -> None:
+        """Loads a model, and makes room for it first where need be."""
+        started = time.monotonic()
+        slot.state, slot.error, slot.asked = ModelState.LOADING, None, False
+        try:
+            await in_thread(lambda: self._load.check(slot.entry, self.loaded), f"check-{slot.entry.name}")
+            while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
+                await self._retire(self._least_used())
+            model = await self._load_beside(slot)
+        except Exception as error:
+            self._failed(slot, error)
+            return
+        slot.load_seconds = time.monotonic() - started
+        self._metrics.model_loaded(slot.entry.names[0], slot.load_seconds)
+        self._settle(slot, model)
+
+    async def _load_beside(self, slot: ModelSlot) -> ServedModel:
+        while True:
+            try:
+                name = f"load-{slot.entry.name}"
+                return await in_thread(lambda: self._load(slot.entry, self.loaded), name, _unload)
+            except NoRoomError as error:
+                if not self.loaded:
+                    raise
+                victim = self._least_used()
+                logger.info("%s: unloading %s to make room", error, victim.entry.name)
+                await self._retire(victim)
+
+    def _failed(self, slot: ModelSlot, error: Exception) -> None:
+        ours = not isinstance(error, (CandleVllmError, NoRoomError))  # what a file or setting causes has no traceback
+        logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
+        _forget_frames(error)
+        slot.state, slot.error, slot.failed_at = ModelState.FAILED, error, time.monotonic()
+        self._metrics.model_failed(slot.entry.names[0])
+        slot.refuse(load_failed(slot, self._limits.retry_seconds))
+        self._settled(slot)
+
+    def _settle(self, slot: ModelSlot, model: ServedModel) -> None:
+        slot.ready(model)
+        loop = asyncio.get_running_loop()
+
+        def notice() -> None:
+            call_in(loop, self._died, slot, model)
+
+        model.engine.add_death_callback(notice)
+        self._settled(slot)
+        slot.grant()
+        if not slot.in_flight:
+            self.idle(slot)
+
+    def _least_used(self) -> ModelSlot:
+        """The next to go: an idle one before a busy one, and of these the one that was used longest ago."""
+        slots = [slot for slot in self._slots if slot.model is not None]
+        return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
+
+    async def _retire(self, slot: ModelSlot) -> None:
+        """Lets a model finish what it was asked, then unloads it. Requests that come meanwhile wait for its return."""
+        slot.state = ModelState.DRAINING
+        try:
+            async with asyncio.timeout(self._limits.drain_seconds):
+                while slot.in_flight:
+                    self._returned.clear()
+                    await self._returned.wait()
+        except TimeoutError:
+            logger.warning("%s still had %d requests: they are aborted", slot.entry.name, slot.in_flight)
+        await self._unload(slot)
+        self._metrics.model_unloaded(slot.entry.names[0])
+        logger.info("unloaded %s", slot.entry.name)
+        if slot.waiters:
+            self.want(slot)
+
+    async def _unload(self, slot: ModelSlot) -> None:
+        model, slot.model = slot.model, None
+        slot.state, slot.loaded_at = ModelState.UNLOADED, None
+        if model is None:  # it died while it was drained
+            return
+        model.admission.close()
+        try:
+            await in_thread(lambda: _unload(model), f"unload-{slot.entry.name}")
+        except Exception:
+            logger.exception("the engine of %s could not be closed", slot.entry.name)
+
+    def _unload_idle(self, slot: ModelSlot) -> None:
+        """Unloads a model that nobody has used for long enough; where somebody has, the timer runs on."""
+        slot.timer = None
+        if slot.state is not ModelState.READY or slot.in_flight or self.closing:
+            return
+        if self._rested(slot):
+            self._unwanted.append(_Unwanted(slot, asyncio.get_running_loop().create_future(), idle=True))
+            self._work()
+        else:
+            seconds = self._limits.idle_seconds or 0.0
+            left = seconds - (time.monotonic() - slot.last_used)
+            slot.timer = asyncio.get_running_loop().call_later(max(left, 0.001), self._unload_idle, slot)
+
+    def _rested(self, slot: ModelSlot) -> bool:
+        seconds = self._limits.idle_seconds or 0.0
+        return not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
+
+
+def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
+    """For requests of a model that could not be loaded: not before `retry_seconds` is it tried again."""
+    left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
+    message = f"The model {slot.entry.name!r} could not be loaded; the server's log says why."
+    return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})
+
+
+def _done(entry: _Unwanted) -> None:
+    if not entry.done.done():
+        entry.done.set_result(None)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """A failure that is kept must not keep what its frames held: the weights of a model that was half loaded."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _unload(model: ServedModel) -> None:
+    gc.unfreeze()  # objects of the start were frozen, and would keep what they refer to for ever
+    model.engine.close()

@@ -1,0 +1,1 @@
+"""What the server shows of its work: metrics, the log of requests, traces. It sees every step of a request's life."""

@@ -1,0 +1,128 @@
+"""From counts to what a scrape is answered with: Prometheus's text, or OpenMetrics where it is asked for.
+
+It runs in a worker thread: with many models it is a few milliseconds of work, which streams should not wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+
+from candle_vllm.core.engine.request import FinishReason
+from candle_vllm.server.observing.model_metrics import ModelMetrics, ModelReading
+from candle_vllm.server.observing.series import ENGINE, GAUGES, MODEL_SERIES, Series
+
+FINISH_REASONS = tuple(reason.value for reason in FinishReason)
+
+Row = tuple[tuple[str, ...], float]  # values of further labels, and the number
+
+
+def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
+    """The answer to a scrape and its content type.
+
+    Args:
+        registry: of `Metrics`.
+        accept: the request's Accept header.
+    """
+    if "openmetrics" not in choose_encoder(accept)[1]:
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    # The names need no escaping. The encoder that is chosen for Prometheus 2 would still write `vllm_x` for `vllm:x` in
+    # every sample, though not in the line that gives its type; this one leaves them alone.
+    return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
+
+
+class ModelCollector(Collector):
+    """The series of all models, read when they are asked for."""
+
+    def __init__(self, models: Callable[[], list[ModelMetrics]]) -> None:
+        self._models = models
+
+    def describe(self) -> list[Metric]:
+        """Every family, without samples."""
+        return [_family(series) for series in MODEL_SERIES]
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family that has a sample."""
+        readings = [model.read() for model in self._models()]
+        for series in MODEL_SERIES:
+            family = _family(series)
+            for reading in readings:
+                _add(family, series, reading)
+            if family.samples:
+                yield family
+
+
+class EventCollector(Collector):
+    """prometheus-client's metrics without the times at which their series began, which double the lines."""
+
+    def __init__(self, metrics: Sequence[MetricWrapperBase]) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> list[Metric]:
+        """Every family, without samples."""
+        return [family for metric in self._metrics for family in metric.describe()]
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family that has a sample."""
+        for metric in self._metrics:
+            for family in metric.collect():
+                family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                if family.samples:
+                    yield family
+
+
+def _family(series: Series) -> Metric:
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+    return kinds[series.kind](series.name, series.help, labels=series.labels)
+
+
+def _add(family: Metric, series: Series, reading: ModelReading) -> None:
+    labels = (reading.name, ENGINE)
+    if isinstance(family, HistogramMetricFamily):
+        histogram = reading.histograms[series.name]
+        family.add_metric(labels, histogram.buckets(), histogram.total)
+        return
+    assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
+    rows = _gauges(reading) if series in GAUGES else _counters(reading)
+    for more, value in rows.get(series.name, ()):
+        family.add_metric((*labels, *more), value)
+
+
+def _counters(reading: ModelReading) -> dict[str, list[Row]]:
+    tokens, engine = reading.tokens, reading.engine_counts
+    return {
+        "vllm:num_preemptions_total": [((), engine.preemptions)],
+        "vllm:prefix_cache_queries_total": [((), engine.queries)],
+        "vllm:prefix_cache_hits_total": [((), engine.hits)],
+        "candle_vllm:engine_steps_total": [((), engine.steps)],
+        "vllm:prompt_tokens_total": [((), tokens.prompt_tokens)],
+        "vllm:prompt_tokens_cached_total": [((), tokens.cached_tokens)],
+        "vllm:generation_tokens_total": [((), tokens.completion_tokens)],
+        "vllm:request_success_total": [((reason,), reading.finished[reason]) for reason in FINISH_REASONS],
+    }
+
+
+def _gauges(reading: ModelReading) -> dict[str, list[Row]]:
+    engine = reading.engine
+    if engine is None:
+        return {}
+    stats, queued = engine.stats, max(engine.queued, 0)
+    runs = stats if engine.alive else None  # an engine that has failed runs nothing, whatever it last said
+    rows: dict[str, list[Row]] = {
+        "vllm:num_requests_running": [((), runs.num_running if runs else 0)],
+        "vllm:num_requests_waiting": [((), queued + (runs.num_waiting if runs else 0))],
+        "candle_vllm:num_requests_queued": [((), queued)],
+        "candle_vllm:engine_up": [((), int(engine.alive))],
+    }
+    if stats is not None and stats.num_blocks:  # an encoder has no cache
+        used = stats.num_blocks - stats.num_free_blocks if runs else 0
+        rows["vllm:kv_cache_usage_perc"] = [((), used / stats.num_blocks)]
+        rows["vllm:cache_config_info"] = [((str(stats.block_size), str(stats.num_blocks)), 1)]
+    return rows

@@ -1,0 +1,108 @@
+"""The log of requests: one line for each request to an engine that has ended. After step 10 of a request's life.
+
+Prompts are written only where the operator asks for it, and cut; nothing that a client sends can begin a line of its
+own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from typing import Any, Literal
+
+from candle_vllm.server.observing.log_text import escaped, json_line, key_values
+from candle_vllm.server.observing.request_record import FinishedRequest
+
+LogFormat = Literal["text", "json"]
+MAX_PROMPT = 2048  # characters
+MAX_FAILURE = 500
+_FIELDS = "candle_vllm_fields"  # attribute of a record that has them
+
+logger = logging.getLogger("candle_vllm.server.generations")
+
+
+class RequestLog:
+    """An observer that writes one record per request.
+
+    Args:
+        log_prompts: whether the beginning of the prompt is written as well.
+        max_prompt: characters of it.
+    """
+
+    def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
+        self._log_prompts = log_prompts
+        self._max_prompt = max_prompt
+
+    def __call__(self, request: FinishedRequest) -> None:
+        """Writes the record of one request."""
+        if logger.isEnabledFor(logging.INFO):
+            fields = request_fields(request)
+            if self._log_prompts:
+                fields["prompt"] = request.info.prompt(self._max_prompt)
+            logger.info("%s", key_values(fields), extra={_FIELDS: fields})
+
+
+def request_fields(request: FinishedRequest) -> dict[str, Any]:
+    """What is said of a request: names and numbers, nothing of its content. Times are milliseconds."""
+    context, times = request.context, request.times
+    scheduled = None if times is None else times.first_scheduled_time
+    seconds = request.ended - (request.first_token or request.ended)
+    after_first = request.completion_tokens - request.info.count
+    return {
+        "request_id": request.info.request_id,
+        "http_request_id": (context.http_request_id if context else None) or None,
+        "route": context.route if context else None,
+        "operation": request.info.operation,
+        "model": request.model,
+        "key": context.key_label if context else None,
+        "prompt_tokens": request.prompt_tokens,
+        "cached_tokens": request.cached_tokens,
+        "completion_tokens": request.completion_tokens,
+        "queue_ms": _ms(request.arrived, scheduled),
+        "ttft_ms": _ms(request.arrived, request.first_token),
+        "total_ms": _ms(request.arrived, request.ended),
+        "tokens_per_s": round(after_first / seconds, 2) if after_first > 0 and seconds > 0 else None,
+        "finish_reason": ",".join(request.finish_reasons),
+        "status": request.status,
+        "error": None if request.failure is None else request.failure[:MAX_FAILURE],
+    }
+
+
+class JsonFormatter(logging.Formatter):
+    """Every record of the log as one JSON object on one line; the log of requests with its fields apart."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of one record."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+        }
+        fields = getattr(record, _FIELDS, None)
+        line |= {"message": record.getMessage()} if fields is None else fields
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json_line(line)
+
+
+class TextFormatter(logging.Formatter):
+    """The usual line; control characters in a message are escaped, so that it stays one line."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of one record, without the traceback that may follow it."""
+        if not hasattr(record, _FIELDS):  # those are escaped already
+            record.message = escaped(record.message)
+        return super().formatMessage(record)
+
+
+def log_formatter(log_format: LogFormat) -> logging.Formatter:
+    """What `--log-format` means."""
+    return JsonFormatter() if log_format == "json" else TextFormatter()
+
+
+def _ms(start: float, end: float | None) -> float | None:
+    return None if end is None else round(max(end - start, 0.0) * 1000, 2)

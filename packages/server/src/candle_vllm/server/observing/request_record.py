@@ -1,0 +1,249 @@
+"""RequestRecord: what one request to the engine has done so far, and the summary of it when it ends.
+
+Beside steps 4 to 9 of a request's life. Only the task that reads the request's pieces writes here, so that a token
+takes no lock; the scrape reads, and adds the requests that are running to those that have ended.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, RequestAbortedError, RequestError
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.server.observing.request_context import RequestContext
+from candle_vllm.server.observing.tally import Histogram
+
+if TYPE_CHECKING:
+    from candle_vllm.server.observing.model_metrics import ModelMetrics
+
+Operation = Literal["generate", "embed", "score"]
+COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+
+
+@dataclass(frozen=True)
+class RequestInfo:
+    """A request as the engine was asked.
+
+    Attributes:
+        request_id: of the engine, as the client sees it in the answer.
+        operation: what was asked for.
+        params: of a generation.
+        prompt: the prompt's text up to a number of characters, made when it is wanted.
+        count: sequences, or texts to pool.
+    """
+
+    request_id: str
+    operation: Operation
+    params: SamplingParams | None
+    prompt: Callable[[int], str]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class FinishedRequest:
+    """A request that has ended, for the log and the traces.
+
+    Attributes:
+        info: what was asked.
+        model: name of the model.
+        context: the HTTP request, where there is one.
+        arrived, ended: `time.monotonic()` seconds, as its caller saw it.
+        first_token: the same of its first token; None where there was none.
+        times: the engine's own; None where it said none.
+        prompt_tokens, cached_tokens, completion_tokens: as usage counts them.
+        finish_reasons: of each sequence.
+        failure: the message of what went wrong.
+    """
+
+    info: RequestInfo
+    model: str
+    context: RequestContext | None
+    arrived: float
+    ended: float
+    first_token: float | None
+    times: RequestMetrics | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reasons: tuple[str, ...]
+    failure: str | None = None
+
+    @property
+    def status(self) -> str:
+        """ "ok", "aborted" or "failed", by the worst of its sequences."""
+        if FinishReason.ERROR.value in self.finish_reasons:
+            return "failed"
+        return "ok" if all(reason in COMPLETE for reason in self.finish_reasons) else "aborted"
+
+
+class RequestRecord:
+    """Counts the pieces of one generation. It ends once, however often it is told to.
+
+    Args:
+        model: where its counts go when it ends.
+        info: what was asked.
+        context: the HTTP request, where there is one.
+    """
+
+    __slots__ = (
+        "_bounds",
+        "_counted",
+        "_last",
+        "_unfinished",
+        "cached_tokens",
+        "context",
+        "ended",
+        "failure",
+        "first_token",
+        "gaps",
+        "info",
+        "metrics",
+        "model",
+        "prompt_tokens",
+        "reasons",
+        "started",
+        "tokens",
+    )
+
+    def __init__(self, model: ModelMetrics, info: RequestInfo, context: RequestContext | None) -> None:
+        arrived = None if context is None else context.arrived
+        self.model = model
+        self.info = info
+        self.context = context
+        self.started = time.monotonic() if arrived is None else arrived
+        self.first_token: float | None = None
+        self.ended: float | None = None
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.tokens = [0] * info.count
+        self.reasons: list[str | None] = [None] * info.count
+        self.metrics: list[RequestMetrics | None] = [None] * info.count
+        self.gaps = Histogram(model.gap_bounds)
+        self.failure: str | None = None
+        self._bounds = model.gap_bounds
+        self._last = [0.0] * info.count
+        self._unfinished = info.count
+        self._counted = 0 if context is not None and context.prompt_only else 1
+
+    def take(self, piece: TokenOutput) -> None:
+        """Counts a piece on its way to the caller."""
+        count = len(piece.token_ids)
+        if count and self.ended is None:
+            index, now = piece.index, time.monotonic()
+            last = self._last[index]
+            if last:
+                gap = now - last
+                gaps = self.gaps
+                gaps.counts[bisect_left(self._bounds, gap)] += 1
+                gaps.total += gap
+            else:
+                self._first(piece, now)
+            self._last[index] = now
+            self.tokens[index] += count * self._counted
+        if piece.finish_reason is not None:
+            self._finish(piece)
+
+    def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends what has not finished."""
+        if self.ended is None:
+            self._end(reason)
+            self.model.settle()
+
+    def reject(self, error: Exception) -> None:
+        """The engine raised instead of taking the request."""
+        reason = _refusal(error, EngineDeadError)
+        if reason is None:
+            self.fail(error)
+        else:
+            self._forget(reason)
+
+    def fail(self, error: Exception) -> None:
+        """Ends what has not finished by an exception; a refusal that came late is no failure of the engine."""
+        reason = _refusal(error) if self.first_token is None else None
+        if self.ended is not None:
+            return
+        if reason is not None:
+            self._forget(reason)
+        elif isinstance(error, RequestAbortedError):
+            self.close()
+        else:
+            self.failure = str(error)
+            self.close(FinishReason.ERROR)
+
+    def drop(self) -> None:
+        """Ends it where no lock may be taken: in a finaliser, which may run anywhere. Counted at the next occasion."""
+        if self.ended is None:
+            self._end(FinishReason.ABORT)
+
+    def summary(self) -> FinishedRequest:
+        """What it came to; it must have ended."""
+        assert self.ended is not None
+        return FinishedRequest(
+            info=self.info,
+            model=self.model.name,
+            context=self.context,
+            arrived=self.started,
+            ended=self.ended,
+            first_token=self.first_token,
+            times=self.times(),
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=sum(self.tokens),
+            finish_reasons=tuple(reason or FinishReason.ABORT.value for reason in self.reasons),
+            failure=self.failure,
+        )
+
+    def times(self) -> RequestMetrics | None:
+        """The engine's times of the whole request: the first sequence to begin, the last to end."""
+        known = [each for each in self.metrics if each is not None]
+        if not known:
+            return None
+        return RequestMetrics(
+            self.started,
+            min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),
+            min((each.first_token_time for each in known if each.first_token_time is not None), default=None),
+            max((each.finished_time for each in known if each.finished_time is not None), default=None),
+        )
+
+    def _first(self, piece: TokenOutput, now: float) -> None:
+        """The first tokens of a sequence: its prompt has been run."""
+        if piece.index == 0:  # the other sequences find its prompt in the cache, which usage does not count
+            self.cached_tokens = piece.num_cached_tokens
+        if self.first_token is None:
+            self.first_token = now
+            self.prompt_tokens = piece.num_prompt_tokens
+            self.model.first_token(now - self.started)
+
+    def _finish(self, piece: TokenOutput) -> None:
+        if self.ended is not None or self.reasons[piece.index] is not None or piece.finish_reason is None:
+            return
+        self.reasons[piece.index] = piece.finish_reason.value
+        self.metrics[piece.index] = piece.metrics
+        self.failure = self.failure or piece.error
+        self._unfinished -= 1
+        if not self._unfinished:
+            self.close()
+
+    def _forget(self, reason: str) -> None:
+        """Counts it as refused and as nothing else."""
+        self.ended = time.monotonic()
+        self.model.refused(reason, self)
+
+    def _end(self, reason: FinishReason) -> None:
+        self.reasons = [known or reason.value for known in self.reasons]
+        self.ended = time.monotonic()
+        self.model.ended.append(self)
+
+
+def _refusal(error: Exception, *more: type[Exception]) -> str | None:
+    """Why a request was refused, where it was; a value of `Rejection`."""
+    if isinstance(error, EngineOverloadedError):
+        return "queue_full"
+    if isinstance(error, RequestError):
+        return "invalid_request"
+    return "engine_dead" if isinstance(error, more) else None

@@ -1,0 +1,157 @@
+"""Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
+
+Off unless an endpoint is given, and an optional extra: `candle-vllm-server[telemetry]`. Spans are made when a request
+has ended and handed to a bounded queue, which drops them when it is full: a collector that is slow or gone costs no
+request anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.observing.request_record import FinishedRequest
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+EXPORT_SECONDS = 5.0  # for one batch to reach the collector
+CLOSE_SECONDS = 2.0  # for the last ones to be sent
+MAX_QUEUED_SPANS = 2048
+_TRACES = "/v1/traces"
+_OPERATIONS: Mapping[str, str] = {"generate": "text_completion", "embed": "embeddings", "score": "score"}
+
+
+class Tracing:
+    """An observer that makes spans.
+
+    Args:
+        exporter: where they go.
+
+    Raises:
+        UsageError: OpenTelemetry is not installed.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        try:
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace import SpanKind, Status, StatusCode
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise missing_telemetry() from error
+        release = version("candle-vllm-server")
+        resource = Resource.create({"service.name": "candle-vllm", "service.version": release})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        processor = BatchSpanProcessor(
+            exporter, max_queue_size=MAX_QUEUED_SPANS, export_timeout_millis=EXPORT_SECONDS * 1000
+        )
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("candle_vllm.server", release)
+        self._kind = SpanKind.SERVER
+        self._failed, self._status = StatusCode.ERROR, Status
+        self._closing = False
+        self._propagator = TraceContextTextMapPropagator()
+
+    def __call__(self, request: FinishedRequest) -> None:
+        """Makes the span of one request, below the client's own where its headers name one."""
+        headers = {} if request.context is None else request.context.trace_headers()
+        attributes = span_attributes(request)
+        shift = time.time() - time.monotonic()
+        span = self._tracer.start_span(
+            f"{attributes['gen_ai.operation.name']} {request.model}",
+            context=self._propagator.extract(headers),
+            kind=self._kind,
+            attributes=attributes,
+            start_time=_nanoseconds(request.arrived + shift),
+        )
+        if request.first_token is not None:
+            span.add_event("first token", timestamp=_nanoseconds(request.first_token + shift))
+        if request.status == "failed":
+            span.set_status(self._status(self._failed, request.failure))
+        span.end(_nanoseconds(request.ended + shift))
+
+    def close(self) -> None:
+        """Sends what is queued, as far as that takes no longer than `CLOSE_SECONDS`. Closing twice is fine."""
+        if not self._closing:
+            self._closing = True
+            ending = threading.Thread(target=self._provider.shutdown, name="tracing-close", daemon=True)
+            ending.start()
+            ending.join(CLOSE_SECONDS)
+
+
+def otlp_tracing(endpoint: str) -> Tracing:
+    """Spans to a collector that speaks OTLP over HTTP.
+
+    Args:
+        endpoint: its URL; without a path, that of traces is added.
+
+    Raises:
+        UsageError: it is no URL, or OpenTelemetry is not installed.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--otlp-endpoint takes a URL such as http://127.0.0.1:4318, not {endpoint!r:.200}")
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError as error:
+        raise missing_telemetry() from error
+    path = parts.path.rstrip("/") or _TRACES
+    return Tracing(OTLPSpanExporter(endpoint=parts._replace(path=path).geturl(), timeout=EXPORT_SECONDS))
+
+
+def missing_telemetry() -> UsageError:
+    """What is said where the extra is not installed."""
+    return UsageError("--otlp-endpoint needs OpenTelemetry: install candle-vllm-server[telemetry]")
+
+
+def span_attributes(request: FinishedRequest) -> dict[str, Any]:
+    """OpenTelemetry's names of what is known; nothing of the content."""
+    params, context, times = request.info.params, request.context, request.times
+    scheduled = None if times is None else times.first_scheduled_time
+    known = {
+        "gen_ai.operation.name": _operation(request),
+        "gen_ai.provider.name": "candle_vllm",
+        "gen_ai.request.model": request.model,
+        "gen_ai.response.model": request.model,
+        "gen_ai.response.id": request.info.request_id,
+        "gen_ai.request.choice.count": request.info.count if params and request.info.count > 1 else None,
+        "gen_ai.request.max_tokens": params and params.max_tokens,
+        "gen_ai.request.temperature": params and params.temperature,
+        "gen_ai.request.top_p": params and params.top_p,
+        "gen_ai.request.top_k": params and params.top_k,
+        "gen_ai.request.seed": params and params.seed,
+        "gen_ai.usage.input_tokens": request.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": request.cached_tokens if params else None,
+        "gen_ai.usage.output_tokens": request.completion_tokens if params else None,
+        "gen_ai.response.finish_reasons": request.finish_reasons if params else None,
+        "gen_ai.response.time_to_first_chunk": _seconds(request.arrived, request.first_token),
+        "gen_ai.latency.time_in_queue": _seconds(request.arrived, scheduled),
+        "gen_ai.latency.e2e": request.ended - request.arrived,
+        "http.route": context.route if context else None,
+        "candle_vllm.http_request_id": (context.http_request_id if context else None) or None,
+        "candle_vllm.key": context.key_label if context else None,
+        "error.type": "engine_error" if request.status == "failed" else None,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _operation(request: FinishedRequest) -> str:
+    chats = ("/chat/completions", "/messages", "/responses")
+    if request.info.operation == "generate" and request.context and request.context.route.endswith(chats):
+        return "chat"
+    return _OPERATIONS[request.info.operation]
+
+
+def _seconds(start: float, end: float | None) -> float | None:
+    return None if end is None else max(end - start, 0.0)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)

@@ -1,0 +1,1 @@
+"""The OpenAPI document: what every route takes and gives, from the types that check and encode it."""

@@ -1,0 +1,200 @@
+"""The document of one application: the table of routes for those that it has, with its keys (outside the ten steps)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.routing import APIRoute
+
+from candle_vllm.server.openapi.components import Schema, as_list
+from candle_vllm.server.openapi.operations import OPERATIONS, Key, Operation
+
+_MEANINGS: Mapping[int, str] = {
+    200: "Done",
+    202: "Begun",
+    204: "Gone",
+    400: "The request is wrong; `param` names the field",
+    401: "The API key is missing or wrong",
+    404: "There is no such thing here",
+    408: "The body did not come in time",
+    409: "The model stays loaded",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    429: "Too many requests of this key wait",
+    500: "The server failed on this request",
+    502: "The webhook did not take it",
+    503: "Overloaded, shutting down, or the model cannot be loaded now",
+    529: "Overloaded",
+    504: "The answer took longer than the operator allows",
+}
+_DESCRIPTION = (
+    "LLM inference with OpenAI's API. Every failure has OpenAI's error envelope; a field that is misspelt, or that is "
+    "not served, is refused by its name."
+)
+_ID = {"$ref": "#/components/headers/RequestId"}
+_SECONDS = {"$ref": "#/components/headers/RetryAfter"}
+
+
+class ApiDocument:
+    """The document of an application, made when it is first asked for.
+
+    Args:
+        routers: those that the application includes.
+        keys: whether clients need a key.
+        management_keys: whether operators have keys of their own.
+    """
+
+    def __init__(self, routers: Sequence[APIRouter], *, keys: bool, management_keys: bool) -> None:
+        self._routers = routers
+        self._keys = keys
+        self._management_keys = management_keys
+
+    @cached_property
+    def value(self) -> dict[str, Any]:
+        """As an object."""
+        return make_document(keys_of(self._routers), keys=self._keys, management_keys=self._management_keys)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.encode(self.value)
+
+    def methods(self, path: str) -> list[str]:
+        """What can be asked of the resource at a path."""
+        routes = [route for router in self._routers for route in router.routes if isinstance(route, APIRoute)]
+        first = next((route.path for route in routes if route.path_regex.match(path)), None)
+        return sorted({method for route in routes if route.path == first for method in route.methods or ()})
+
+
+def keys_of(routers: Iterable[APIRouter]) -> Iterator[Key]:
+    """Method and path of each route."""
+    for router in routers:
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                yield from ((method, route.path) for method in sorted(route.methods or ()))
+
+
+def make_document(
+    routes: Iterable[Key], *, keys: bool, management_keys: bool, operations: Mapping[Key, Operation] = OPERATIONS
+) -> dict[str, Any]:
+    """OpenAPI 3.1 for the routes of an application.
+
+    Args:
+        routes: those that it has; one that is not in the table is left out.
+        keys: whether clients need a key.
+        management_keys: whether operators have keys of their own.
+        operations: the table.
+    """
+    chosen = {key: operations[key] for key in routes if key in operations}
+    paths: dict[str, Any] = {}
+    for (method, path), operation in chosen.items():
+        entry = _operation(operation, _security(operation, keys, management_keys))
+        paths.setdefault(re.sub(r":\w+}", "}", path), {})[method.lower()] = entry
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "candle-vllm", "version": version("candle-vllm-server"), "description": _DESCRIPTION},
+        "tags": [{"name": tag} for tag in dict.fromkeys(each.tag for each in chosen.values())],
+        "paths": paths,
+        "components": _components(list(chosen.values()), keys or management_keys),
+    }
+
+
+def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "schemas": _schemas(operations),
+        "headers": {
+            "RequestId": {
+                "description": "The request's own x-request-id where it was harmless, else one made here.",
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+            },
+            "RetryAfter": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+        },
+    }
+    if guarded:
+        made["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server."},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+        }
+    return made
+
+
+def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
+    """The types of each API, under its names."""
+    made: dict[str, Schema] = {}
+    for naming in dict.fromkeys(each.naming for each in operations):
+        own = [each for each in operations if each.naming == naming]
+        requests = dict.fromkeys(kind for each in own for kind in each.body)
+        answers = dict.fromkeys(kind for each in own for kinds in each.answers.values() for kind in kinds)
+        others = dict.fromkeys(kind for each in own for kind in (*each.events, each.error))
+        made |= naming.components([*requests], [*(answers | others)])
+    return made
+
+
+def _security(operation: Operation, keys: bool, management_keys: bool) -> list[dict[str, list[str]]]:
+    needed = not operation.public and (keys or (operation.manages and management_keys))
+    return [{"bearer": []}, {"x-api-key": []}] if needed else []
+
+
+def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
+    errors = {*operation.errors, 500, *((401,) if security else ())} - {*operation.answers}
+    entry: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "security": security,
+        "parameters": _parameters(operation),
+        "responses": {
+            **{str(status): _answer(operation, status) for status in operation.answers},
+            **{str(status): _error(operation, status) for status in sorted(errors)},
+        },
+    }
+    if operation.body:
+        content = {"schema": operation.naming.one_of(operation.body), "example": operation.example}
+        entry["requestBody"] = {"required": True, "content": {"application/json": content}}
+    return entry
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    inside = [
+        {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
+        for name, text in operation.path_parameters.items()
+    ]
+    return inside + [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
+
+
+def _answer(operation: Operation, status: int) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": _MEANINGS[status], "headers": {"x-request-id": _ID}}
+    if status == 204:
+        return described
+    schema: Schema = {"type": "string"}
+    if kinds := operation.answers[status]:
+        schema = operation.naming.one_of(kinds)
+    content: dict[str, Any] = {operation.media: {"schema": as_list(schema) if operation.listed else schema}}
+    if operation.events:
+        content["text/event-stream"] = {"schema": _events(operation)}
+    return described | {"content": content}
+
+
+def _events(operation: Operation) -> Schema:
+    # Without a type: readers of documents differ in whether a schema here is of the stream or of one event.
+    return {
+        "description": "With stream: true, server-sent events whose data is JSON. A stream of OpenAI's form ends with "
+        "the data [DONE]; one that fails ends with an error instead.",
+        "x-event-data": operation.naming.one_of(operation.events),
+    }
+
+
+def _error(operation: Operation, status: int) -> dict[str, Any]:
+    headers: dict[str, Any] = {"x-request-id": _ID}
+    if status in (429, 503, 529):
+        headers["retry-after"] = _SECONDS
+    if status == 401:
+        headers["www-authenticate"] = {"schema": {"type": "string"}, "required": True}
+    content = {"application/json": {"schema": operation.naming.ref(operation.error)}}
+    return {"description": _MEANINGS[status], "headers": headers, "content": content}

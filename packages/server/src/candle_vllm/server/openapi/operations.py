@@ -1,0 +1,382 @@
+"""The table of routes: what each takes, gives and refuses. The document is made of it.
+
+A route that is not in it fails a test. Outside the ten steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import msgspec
+
+from candle_vllm.openai import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    ErrorEnvelope,
+    Ranking,
+    RerankRequest,
+    ScoreList,
+    ScoreRequest,
+)
+from candle_vllm.openai.anthropic import (
+    CountTokensRequest,
+    ErrorBody,
+    Message,
+    MessageEvent,
+    MessagesRequest,
+    TokenCount,
+)
+from candle_vllm.openai.protocol.fields import WireModel
+from candle_vllm.openai.protocol.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    Tokenized,
+    TokenizeTextRequest,
+)
+from candle_vllm.server.mailbox.record import MAX_ID, Record, RecordList
+from candle_vllm.server.model_cards import LoadedCard, ManagerStatus, SlotStatus, UnloadedCard
+from candle_vllm.server.model_requests import ModelRequest
+from candle_vllm.server.openapi.components import Naming
+from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
+
+Key = tuple[str, str]  # method and path, as the router has it
+
+BODY_ERRORS = (400, 408, 413, 415)
+MODEL_ERRORS = (404, 503)
+QUEUE_ERRORS = (*MODEL_ERRORS, 429, 504)
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """One word on how things stand."""
+
+    status: str
+
+
+class Version(msgspec.Struct, frozen=True):
+    """The version of the server package."""
+
+    version: str
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """What this is and where to go on."""
+
+    name: str
+    version: str
+    models: tuple[str, ...]
+    openai_base_url: str
+
+
+class Selected(msgspec.Struct, frozen=True):
+    """The model that was chosen: ready, or switching while requests for it wait."""
+
+    status: str
+    model: str
+    queue_length: int
+
+
+class UsageCounts(msgspec.Struct, frozen=True):
+    """Requests that have ended, and their tokens."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class UsageRow(msgspec.Struct, frozen=True):
+    """The counts of one API key with one model."""
+
+    model: str
+    key: str
+    counts: UsageCounts
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One route.
+
+    Attributes:
+        id: name of the operation in generated clients.
+        tag: heading in the pages.
+        summary: one line.
+        answers: types of a good answer's body, by status; several types mean one of them.
+        errors: statuses of refusals, besides 401 and 500.
+        body: types of the request; several mean one of them.
+        example: a body that works with any model of its kind.
+        media: type of a good answer's body; those of JSON have types.
+        events: types of an event's data, where the answer can be a stream.
+        error: type of a refusal's body.
+        naming: what these types are called in the document.
+        listed: the answer is a list of objects of the types.
+        manages: the route is for operators.
+        public: the route needs no key.
+        path_parameters: what stands in the path, by name.
+        query: the parameters behind the path: a schema by name.
+    """
+
+    id: str
+    tag: str
+    summary: str
+    answers: Mapping[int, tuple[type[msgspec.Struct], ...]]
+    errors: tuple[int, ...] = ()
+    body: tuple[type[WireModel], ...] = ()
+    example: Mapping[str, Any] | None = None
+    media: str = "application/json"
+    events: tuple[type[msgspec.Struct], ...] = ()
+    error: type[msgspec.Struct] = ErrorEnvelope
+    naming: Naming = field(default_factory=Naming)
+    listed: bool = False
+    manages: bool = False
+    public: bool = False
+    path_parameters: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _aliases(paths: tuple[str, ...], operation: Operation) -> dict[Key, Operation]:
+    """One operation under several paths, each with an id of its own."""
+    names = [operation.id, *(operation.id + "_" + path.strip("/").replace("/", "_") for path in paths[1:])]
+    return {
+        ("POST", path): Operation(**{**vars(operation), "id": name}) for path, name in zip(paths, names, strict=True)
+    }
+
+
+_MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+_MAILBOX = (400, 404, 503)
+_RECORD = {"request_id": "The id of the answer."}
+_ANTHROPIC = Naming("Anthropic", "Out")
+_CARDS = (LoadedCard, UnloadedCard)
+_MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
+
+OPERATIONS: Mapping[Key, Operation] = {
+    ("POST", "/v1/chat/completions"): Operation(
+        id="create_chat_completion",
+        tag="generation",
+        summary="Continue a conversation",
+        body=(ChatCompletionRequest,),
+        example={"messages": _MESSAGES, "max_tokens": 64},
+        answers={200: (ChatCompletion,)},
+        events=(ChatCompletionChunk, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    ("POST", "/v1/completions"): Operation(
+        id="create_completion",
+        tag="generation",
+        summary="Continue a text",
+        body=(CompletionRequest,),
+        example={"prompt": "Once upon a time", "max_tokens": 32},
+        answers={200: (Completion,)},
+        events=(Completion, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    ("POST", "/v1/messages"): Operation(
+        id="create_message",
+        tag="generation",
+        summary="Continue a conversation, in Anthropic's words",
+        body=(MessagesRequest,),
+        example={"model": "default", "messages": _MESSAGES, "max_tokens": 64},
+        answers={200: (Message,)},
+        events=(*get_args(MessageEvent), ErrorBody),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS, 529),
+        error=ErrorBody,
+        naming=_ANTHROPIC,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        id="count_message_tokens",
+        tag="tokens",
+        summary="How many tokens a message's prompt has",
+        body=(CountTokensRequest,),
+        example={"model": "default", "messages": _MESSAGES},
+        answers={200: (TokenCount,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504, 529),
+        error=ErrorBody,
+        naming=_ANTHROPIC,
+    ),
+    ("POST", "/v1/embeddings"): Operation(
+        id="create_embedding",
+        tag="vectors and scores",
+        summary="The vectors of texts",
+        body=(EmbeddingRequest,),
+        example={"input": "The sky is blue."},
+        answers={200: (EmbeddingList,)},
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    **_aliases(
+        ("/v1/score", "/score"),
+        Operation(
+            id="create_score",
+            tag="vectors and scores",
+            summary="How well the texts of pairs belong together",
+            body=(ScoreRequest,),
+            example={"text_1": "The sky is blue.", "text_2": ["What colour is the sky?", "Who are you?"]},
+            answers={200: (ScoreList,)},
+            errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+        ),
+    ),
+    **_aliases(
+        ("/v1/rerank", "/rerank", "/v2/rerank"),
+        Operation(
+            id="create_ranking",
+            tag="vectors and scores",
+            summary="Documents in order of how well they fit a query",
+            body=(RerankRequest,),
+            example={"query": "What colour is the sky?", "documents": ["I am a cat.", "The sky is blue."]},
+            answers={200: (Ranking,)},
+            errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+        ),
+    ),
+    ("POST", "/tokenize"): Operation(
+        id="tokenize",
+        tag="tokens",
+        summary="The tokens of a text or of a conversation",
+        body=(TokenizeTextRequest, TokenizeChatRequest),
+        example={"prompt": "Once upon a time", "return_token_strs": True},
+        answers={200: (Tokenized,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+    ),
+    ("POST", "/detokenize"): Operation(
+        id="detokenize",
+        tag="tokens",
+        summary="The text of tokens",
+        body=(DetokenizeRequest,),
+        example={"tokens": [1, 2, 3]},
+        answers={200: (Detokenized,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+    ),
+    ("GET", "/v1/models"): Operation(
+        id="list_models",
+        tag="models",
+        summary="All served names, the default first",
+        answers={200: _CARDS},
+        listed=True,
+    ),
+    ("GET", "/v1/models/{model_id:path}"): Operation(
+        id="get_model",
+        tag="models",
+        summary="One served name",
+        answers={200: _CARDS},
+        errors=(404,),
+        path_parameters={"model_id": "A served name. It may hold slashes, percent-encoded or not."},
+    ),
+    ("GET", "/v1/models/status"): Operation(
+        id="models_status",
+        tag="operators",
+        summary="What is loaded, what waits, and what went wrong",
+        answers={200: (ManagerStatus,)},
+        manages=True,
+    ),
+    ("POST", "/v1/models/load"): Operation(
+        id="load_model",
+        tag="operators",
+        summary="Load a model; answers when it is ready",
+        body=(ModelRequest,),
+        example={"model": "default"},
+        answers={200: (SlotStatus,)},
+        errors=_MANAGED,
+        manages=True,
+    ),
+    ("POST", "/v1/models/unload"): Operation(
+        id="unload_model",
+        tag="operators",
+        summary="Unload a model once it has finished its requests; answers when it is gone",
+        body=(ModelRequest,),
+        example={"model": "default"},
+        answers={200: (SlotStatus,)},
+        errors=(*_MANAGED, 409),
+        manages=True,
+    ),
+    ("POST", "/v1/models/select"): Operation(
+        id="select_model",
+        tag="operators",
+        summary="Make a model the default and begin to load it",
+        body=(ModelRequest,),
+        example={"model": "default"},
+        answers={200: (Selected,), 202: (Selected,)},
+        errors=_MANAGED,
+        manages=True,
+    ),
+    ("GET", "/v1/mailbox"): Operation(
+        id="list_records",
+        tag="mailbox",
+        summary="Your kept answers, newest first, without what they say",
+        answers={200: (RecordList,)},
+        errors=_MAILBOX,
+        query={
+            "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIST, "default": DEFAULT_LIST},
+            "after": {"type": "string", "maxLength": MAX_ID, "description": "The last request_id of the page before."},
+        },
+    ),
+    ("GET", "/v1/mailbox/{request_id}"): Operation(
+        id="get_record",
+        tag="mailbox",
+        summary="One kept answer",
+        answers={200: (Record,)},
+        errors=_MAILBOX,
+        path_parameters=_RECORD,
+        query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it as well."}},
+    ),
+    ("DELETE", "/v1/mailbox/{request_id}"): Operation(
+        id="delete_record",
+        tag="mailbox",
+        summary="Delete a kept answer",
+        answers={204: ()},
+        errors=_MAILBOX,
+        path_parameters=_RECORD,
+    ),
+    ("POST", "/v1/mailbox/{request_id}/webhook"): Operation(
+        id="push_record",
+        tag="mailbox",
+        summary="Push a kept answer to a webhook, once",
+        body=(PushRequest,),
+        example={},
+        answers={200: (Delivered,)},
+        errors=(*_MAILBOX, *BODY_ERRORS, 502),
+        path_parameters=_RECORD,
+    ),
+    ("GET", "/metrics"): Operation(
+        id="metrics",
+        tag="operators",
+        summary="Every count, as Prometheus reads it",
+        media="text/plain",
+        answers={200: ()},
+        manages=True,
+    ),
+    ("GET", "/v1/usage"): Operation(
+        id="usage",
+        tag="operators",
+        summary="Requests that have ended and their tokens, by model and API key, since the start",
+        answers={200: (UsageRow,)},
+        listed=True,
+        manages=True,
+    ),
+    ("GET", "/health"): Operation(
+        id="health",
+        tag="server",
+        summary="200 while the process can do its work",
+        answers={200: (Standing,), 503: (Standing,)},
+        public=True,
+    ),
+    ("GET", "/ready"): Operation(
+        id="ready",
+        tag="server",
+        summary="200 while a request for the default model would be answered at once",
+        answers={200: (Standing,), 503: (Standing,)},
+    ),
+    ("GET", "/version"): Operation(
+        id="version", tag="server", summary="The server's version", answers={200: (Version,)}
+    ),
+    ("GET", "/"): Operation(
+        id="root", tag="server", summary="What this is and where to go on", answers={200: (Welcome,)}
+    ),
+}
+
+# The document itself, and the pages that show it.
+FOR_PEOPLE = frozenset({"/openapi.json", "/docs", "/docs/{name}"})

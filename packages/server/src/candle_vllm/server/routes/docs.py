@@ -1,0 +1,89 @@
+"""`/openapi.json`, and `/docs`: pages that show it and try it out.
+
+Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, run no script that
+is not a file of ours, and be shown in no other page's frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from importlib.resources import files
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from candle_vllm.server.openapi.document import ApiDocument
+
+router = APIRouter()
+
+_RESOURCES = "fastapi_swagger.resources"  # Swagger UI's own files, packed for Python
+_FILES: Mapping[str, str] = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-32x32.png": "image/png",
+}
+_HEADERS: Mapping[str, str] = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "private, max-age=3600",
+}
+# Addresses are relative, so that the pages work below a prefix as well.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>candle-vllm API</title>
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+_START = """"use strict";
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  displayRequestDuration: true,
+  filter: true,
+  persistAuthorization: false,
+  tryItOutEnabled: true,
+  validatorUrl: null,
+});
+"""
+
+
+@router.get("/openapi.json")
+async def openapi_document(request: Request) -> Response:
+    """The OpenAPI document of this server."""
+    document: ApiDocument = request.app.state.document
+    encoded = await asyncio.to_thread(lambda: document.encoded)
+    return Response(encoded, headers={"x-content-type-options": "nosniff"}, media_type="application/json")
+
+
+@router.get("/docs")
+async def page() -> Response:
+    """The page."""
+    return Response(_PAGE, headers=_HEADERS, media_type="text/html")
+
+
+@router.get("/docs/{name}")
+async def page_file(name: str) -> Response:
+    """A file of the page."""
+    if name == "start.js":
+        return Response(_START, headers=_HEADERS, media_type="text/javascript")
+    if name not in _FILES:
+        raise HTTPException(404)
+    content = await asyncio.to_thread((files(_RESOURCES) / name).read_bytes)
+    return Response(content, headers=_HEADERS, media_type=_FILES[name])

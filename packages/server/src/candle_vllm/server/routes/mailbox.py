@@ -1,0 +1,138 @@
+"""`/v1/mailbox`: finished answers of clients that had gone, fetched, deleted or pushed by their owner.
+
+Outside the ten steps: nothing is generated here. Every answer is of the caller's own API key; another's record does
+not exist for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import Field, ValidationError
+from starlette.responses import Response
+
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.protocol.fields import WireModel
+from candle_vllm.openai.validation import to_request_error
+from candle_vllm.server.body import read_body, unless_disconnected
+from candle_vllm.server.mailbox.record import MAX_ID, RecordList, Status
+from candle_vllm.server.mailbox.refusals import MailboxError, invalid, not_found
+
+if TYPE_CHECKING:
+    from candle_vllm.server.mailbox.service import Mailbox
+
+router = APIRouter()
+
+MAX_LIST = 1000
+DEFAULT_LIST = 100
+MAX_BODY = 64 << 10
+
+
+class PushRequest(WireModel):
+    """The body of `POST /v1/mailbox/{request_id}/webhook`; all of it optional."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    bearer_token: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    headers: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of a push that arrived."""
+
+    request_id: str
+    delivered: bool = True
+
+
+@router.get("/v1/mailbox")
+async def list_records(request: Request) -> Response:
+    """The caller's records, newest first, without their answers."""
+    mailbox, owner = _mailbox(request)
+    query = _query(request, "limit", "after")
+    text = query.get("limit", str(DEFAULT_LIST))
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_LIST):
+        raise invalid("limit", f"must be a whole number between 1 and {MAX_LIST}, not {text!r:.60}")
+    limit, after = int(text), query.get("after")
+    found = None
+    if after is None or _is_id(after):
+        found = await mailbox.store.list(owner, limit + 1, after)
+    if found is None:
+        raise invalid("after", f"must be the request_id of a record of yours, not {after!r:.80}")
+    page = RecordList(data=found[:limit], has_more=len(found) > limit)
+    return Response(to_json_bytes(page), media_type="application/json")
+
+
+@router.get("/v1/mailbox/{request_id}")
+async def get_record(request: Request, request_id: str) -> Response:
+    """One record with its answer; `auto_delete=true` deletes it, unless it is still being generated."""
+    mailbox, owner = _mailbox(request)
+    text = _query(request, "auto_delete").get("auto_delete", "false")
+    if text not in ("true", "false"):
+        raise invalid("auto_delete", f"must be true or false, not {text!r:.60}")
+    record = await mailbox.store.get(owner, request_id) if _is_id(request_id) else None
+    if record is None:
+        raise not_found(request_id)
+    if text == "true" and record.status is not Status.STREAMING:
+        await mailbox.store.remove(owner, request_id)
+    return Response(to_json_bytes(record), media_type="application/json")
+
+
+@router.delete("/v1/mailbox/{request_id}")
+async def delete_record(request: Request, request_id: str) -> Response:
+    """Deletes a record, and its push if that is still open."""
+    mailbox, owner = _mailbox(request)
+    _query(request)
+    if not _is_id(request_id) or not await mailbox.store.remove(owner, request_id):
+        raise not_found(request_id)
+    return Response(status_code=204)
+
+
+@router.post("/v1/mailbox/{request_id}/webhook")
+async def push_record(request: Request, request_id: str) -> Response:
+    """Pushes a record once, to the URL in the body or to the operator's webhook, and says whether it arrived."""
+    mailbox, owner = _mailbox(request)
+    _query(request)
+    wire = _parse(await read_body(request.scope, request.receive, MAX_BODY))
+    if not _is_id(request_id):
+        raise not_found(request_id)
+    pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})
+    await unless_disconnected(pushed, request.receive)
+    return Response(to_json_bytes(Delivered(request_id=request_id)), media_type="application/json")
+
+
+def _mailbox(request: Request) -> tuple[Mailbox, str]:
+    """The server's mailbox and the caller as its owner; 404 where there is no mailbox."""
+    mailbox: Mailbox | None = getattr(request.app.state, "mailbox", None)
+    if mailbox is None:
+        raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")
+    return mailbox, mailbox.owner(getattr(request.state, "api_key", ""))
+
+
+def _query(request: Request, *known: str) -> dict[str, str]:
+    """The query parameters, each known and given once."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            raise invalid(name[:64], "is not a known query parameter")
+        if name in given:
+            raise invalid(name, "stands twice in the query")
+        given[name] = value
+    return given
+
+
+def _is_id(text: str) -> bool:
+    """Whether the text can be an id; others are not looked for (PostgreSQL takes no NUL)."""
+    return len(text) <= MAX_ID and text.isascii() and text.isprintable()
+
+
+def _parse(body: bytes) -> PushRequest:
+    value = decode_json(body)
+    if not isinstance(value, dict):
+        raise InvalidBodyError("The body must be one JSON object.")
+    try:
+        return PushRequest.model_validate(value)
+    except ValidationError as error:
+        raise to_request_error(error) from None

@@ -1,0 +1,233 @@
+"""The answer to a scrape: both formats, and a real Prometheus that reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import prometheus_client.parser as prometheus_parser
+import pytest
+from dashboard_queries import ROOT, expressions, names_in
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from server_fakes import PacedEngine
+
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.server.observing.exposition import render
+from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
+from candle_vllm.server.observing.series import ALL_SERIES, HTTP
+
+CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="Prometheus is not installed (Debian's package prometheus)",
+)
+
+
+def all_events(metrics: Metrics) -> None:
+    """Everything that can happen to a server, once."""
+    for reason in Rejection:
+        metrics.refused("scripted", reason)
+    metrics.model_loaded("scripted", 2.0)
+    metrics.model_failed("scripted")
+    metrics.model_unloaded("scripted")
+    metrics.model_waited_for("scripted", 3.0)
+    for outcome in Outcome:
+        metrics.answer_kept(outcome)
+        metrics.webhook_sent(outcome)
+
+
+async def test_every_series_is_there_with_its_labels(noted: Any) -> None:
+    setup = noted(PacedEngine("abc"))
+    all_events(setup.metrics)
+    async with setup.client() as client:
+        await client.post("/v1/completions", json={"prompt": "p"})
+        samples_text = (await client.get("/metrics")).text
+    families = {family.name: family for family in prometheus_parser.text_string_to_metric_families(samples_text)}
+    assert "_created" not in samples_text
+    for series in ALL_SERIES:
+        if series.name == "vllm:cache_config_info":
+            labels = {"model_name", "engine", "block_size", "num_gpu_blocks"}
+        else:
+            labels = set(series.labels)
+        family = families[series.name.removesuffix("_total")]
+        assert (family.type, family.documentation) == (series.kind, series.help)
+        assert {frozenset(set(sample.labels) - {"le"}) for sample in family.samples} == {frozenset(labels)}
+    assert families["candle_vllm:model_load_seconds"].samples[-1].value in (1.0, 2.0)
+
+
+def test_events_are_counted() -> None:
+    metrics = Metrics()
+    assert b"candle_vllm:" not in render(metrics.registry)[0]
+    all_events(metrics)
+    value = metrics.registry.get_sample_value
+    assert value("candle_vllm:model_loads_total", {"model_name": "scripted", "outcome": "ok"}) == 1
+    assert value("candle_vllm:model_loads_total", {"model_name": "scripted", "outcome": "failed"}) == 1
+    assert value("candle_vllm:model_load_seconds_sum", {"model_name": "scripted"}) == 2
+    assert value("candle_vllm:model_wait_seconds_sum", {"model_name": "scripted"}) == 3
+    assert value("candle_vllm:webhook_deliveries_total", {"outcome": "failed"}) == 1
+    with pytest.raises(ValueError, match="bored"):
+        metrics.refused("scripted", "bored")
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("", "text/plain; version=0.0.4"),
+        ("*/*", "text/plain; version=0.0.4"),
+        (OPENMETRICS, "application/openmetrics-text; version=1.0.0"),
+        ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", "application/openmetrics-text"),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8", "application/openmetrics-text"),
+        ("application/openmetrics-text;version=0.0.1,text/plain;version=0.0.4", "text/plain; version=0.0.4"),
+        ("text/plain;version=1.0.0;escaping=allow-utf-8", "text/plain; version=0.0.4"),
+    ],
+)
+async def test_the_format_is_negotiated(noted: Any, accept: str, kind: str) -> None:
+    setup = noted()
+    await setup.engine.agenerate("p", SamplingParams(max_tokens=3))
+    data, content_type = render(setup.metrics.registry, accept)
+    assert content_type.startswith(kind)
+    assert data.endswith(b"# EOF\n") == content_type.startswith("application/openmetrics-text")
+    assert b"\nvllm:generation_tokens_total{" in data
+    assert b"vllm_" not in data.replace(b"candle_vllm:", b"")
+    if data.endswith(b"# EOF\n"):
+        families = {family.name: family for family in text_string_to_metric_families(data.decode())}
+        assert families["vllm:generation_tokens"].samples[0].value == 3
+
+
+def test_two_applications_share_nothing() -> None:
+    first, second = Metrics(), Metrics()
+    first.model_unloaded("m")
+    assert second.registry.get_sample_value("candle_vllm:model_unloads_total", {"model_name": "m"}) is None
+
+
+def _promtool(*arguments: str, text: str = "") -> tuple[int, list[str]]:
+    done = subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True, timeout=30)
+    return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+@needs_prometheus
+async def test_promtool_has_one_complaint_which_vllms_names_have_too(noted: Any) -> None:
+    setup = noted(_cached())
+    all_events(setup.metrics)
+    async with setup.client() as client:
+        await client.post("/v1/completions", json={"prompt": "p"})
+        text = (await client.get("/metrics")).text
+    _, complaints = _promtool("check", "metrics", text=text)
+    assert complaints
+    assert {line.partition(" ")[2] for line in complaints} == {"metric names should not contain ':'"}
+    assert _promtool("check", "metrics", text=re.sub(r"\b(candle_)?vllm:", r"\1vllm_", text)) == (0, [])
+
+
+@needs_prometheus
+def test_the_example_for_prometheus_is_right(tmp_path: Path) -> None:
+    config = tmp_path / "prometheus.yml"
+    shutil.copy(CONFIG, config)
+    status, lines = _promtool("check", "config", str(config))
+    assert status != 0  # it looks for the key
+    assert any("candle-vllm.key" in line for line in lines)
+    (tmp_path / "candle-vllm.key").write_text("key")
+    status, lines = _promtool("check", "config", str(config))
+    assert status == 0, lines
+    assert _promtool("check", "config", "--syntax-only", str(CONFIG))[0] == 0
+
+
+class _Blocks(PacedEngine):
+    """An engine with a cache and some use of it."""
+
+    def stats(self) -> Any:
+        stats = super().stats()
+        return msgspec.structs.replace(stats, num_free_blocks=400, cached_prompt_tokens=stats.prompt_tokens // 2)
+
+
+def _cached() -> PacedEngine:
+    return _Blocks("Hello!", pause=0.001)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
+    """A real Prometheus that scrapes `target` five times a second."""
+    text = CONFIG.read_text().replace("127.0.0.1:2000", target)
+    text = text.replace("scrape_interval: 15s", "scrape_interval: 200ms").replace("timeout: 10s", "timeout: 200ms")
+    (folder / "prometheus.yml").write_text(text)
+    (folder / "candle-vllm.key").write_text("secret-key")
+    address = f"127.0.0.1:{_free_port()}"
+    command = [
+        "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address={address}", "--log.level=warn",
+    ]  # fmt: skip
+    with (folder / "log").open("w") as log, httpx.Client(base_url=f"http://{address}", trust_env=False) as client:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _until(lambda: client.get("/-/ready").status_code == 200, folder / "log")
+            yield client
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _until(condition: Any, log: Path) -> None:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            if condition():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+@needs_prometheus
+def test_a_real_prometheus_scrapes_and_answers_the_dashboard(noted: Any, serve_app: Any, tmp_path: Path) -> None:
+    setup = noted(_cached())
+    app = setup.app()
+    keys: list[str] = []
+
+    @app.middleware("http")
+    async def note_key(request: Any, call_next: Any) -> Any:
+        if request.url.path == "/metrics":
+            keys.append(request.headers.get("authorization", ""))
+        return await call_next(request)
+
+    served = serve_app(app)
+
+    def work(client: httpx.Client) -> None:
+        all_events(setup.metrics)
+        assert client.post("/v1/completions", json={"prompt": "some words", "max_tokens": 5}).status_code == 200
+
+    def value(prometheus: httpx.Client, expression: str) -> list[Any]:
+        answer = prometheus.get("/api/v1/query", params={"query": expression}).json()
+        assert answer["status"] == "success", (expression, answer)
+        return answer["data"]["result"]
+
+    with served.http() as client, _prometheus(tmp_path, f"127.0.0.1:{served.port}") as prometheus:
+        for count in range(1, 6):
+            work(client)
+            counted = f"sum(vllm:generation_tokens_total) == {5 * count}"
+            _until(lambda counted=counted: value(prometheus, counted), tmp_path / "log")
+        assert value(prometheus, 'up{job="candle-vllm"} == 1')
+        for panel, expression in expressions():
+            query = expression.replace("$model_name", ".*").replace("$__rate_interval", "30s")
+            assert value(prometheus, query), (panel, names_in(expression))
+        metadata = prometheus.get("/api/v1/metadata").json()["data"]
+    assert metadata["vllm:time_to_first_token_seconds"][0]["type"] == "histogram"
+    assert set(keys) == {"Bearer secret-key"}
+    assert {series.name.removesuffix("_total") for series in HTTP} <= {name.removesuffix("_total") for name in metadata}
+    assert json.dumps(metadata).count("candle_vllm:") > 5

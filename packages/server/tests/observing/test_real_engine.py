@@ -1,0 +1,96 @@
+"""The gauges and counters of a real engine: exact when it is idle, and nothing left after aborts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.testing.toy_model import write_toy_model
+from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.observed_engine import ObservedEngine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceEngine]:
+    folder = write_toy_model(tmp_path_factory.mktemp("toy"))
+    with InferenceEngine(str(folder), device="cpu", max_model_len=256, kv_cache_memory=1 << 22) as engine:
+        yield engine
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.005)
+
+
+async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngine) -> None:
+    metrics = Metrics()
+    before = engine.stats()
+    observed = ObservedEngine(engine, metrics, model_name="toy")
+
+    def reading() -> Any:
+        return metrics.models()[0].read()
+
+    params = SamplingParams(max_tokens=40, ignore_eos=True, n=2, temperature=0)
+    prompt = list(range(10, 90))
+    first = await observed.agenerate(prompt, params)
+    again = await observed.agenerate(prompt, params)
+    assert again.num_cached_tokens > 0
+    assert reading().tokens.prompt_tokens == 160
+    assert reading().tokens.completion_tokens == 160
+    assert reading().tokens.cached_tokens == first.num_cached_tokens + again.num_cached_tokens
+    streams = [observed.stream(prompt, SamplingParams(max_tokens=150, ignore_eos=True)) for _ in range(4)]
+    read = [len((await anext(stream)).token_ids) for stream in streams]
+    await _until(lambda: reading().engine.stats.num_running > 0)
+    assert reading().engine.stats.num_free_blocks < reading().engine.stats.num_blocks
+    for stream in streams:
+        await stream.aclose()
+    await _until(lambda: reading().engine.stats.num_running == 0)
+    idle = reading()
+    assert idle.engine.stats.num_waiting == 0
+    assert idle.engine.stats.num_free_blocks == idle.engine.stats.num_blocks
+    assert idle.tokens.completion_tokens == 160 + sum(read)
+    assert (idle.finished["length"], idle.finished["abort"]) == (4, 4)
+    assert idle.engine_counts.queries - before.prompt_tokens == idle.tokens.prompt_tokens
+    assert idle.engine_counts.hits - before.cached_prompt_tokens == idle.tokens.cached_tokens
+    scheduled = idle.histograms["vllm:request_queue_time_seconds"]
+    assert sum(scheduled.counts) == 2
+    assert idle.histograms["vllm:request_inference_time_seconds"].total == pytest.approx(
+        idle.histograms["vllm:request_prefill_time_seconds"].total
+        + idle.histograms["vllm:request_decode_time_seconds"].total
+    )
+    whole = scheduled.total + idle.histograms["vllm:request_inference_time_seconds"].total
+    assert whole <= idle.histograms["vllm:e2e_request_latency_seconds"].total < whole + 0.5
+
+
+async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: InferenceEngine) -> None:
+    metrics = Metrics()
+    before = engine.stats().prompt_tokens
+    observed = ObservedEngine(engine, metrics, model_name="toy")
+    outputs = await observed.aembed([[1, 2, 3], [4, 5]])
+    assert len(outputs) == 2
+    reading = metrics.models()[0].read()
+    assert reading.tokens.prompt_tokens == reading.engine_counts.queries - before == 5
+    assert reading.finished == {"stop": 2}
+
+
+async def test_closing_an_engine_aborts_and_leaves_its_counters(tmp_path: Any) -> None:
+    metrics = Metrics()
+    inner = InferenceEngine(str(write_toy_model(tmp_path)), device="cpu", max_model_len=256, kv_cache_memory=1 << 22)
+    observed = ObservedEngine(inner, metrics, model_name="toy")
+    stream = observed.stream([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+    await anext(stream)
+    await asyncio.to_thread(observed.close)
+    pieces = [piece async for piece in stream]
+    assert pieces[-1].finish_reason == "abort"
+    reading = metrics.models()[0].read()
+    assert reading.engine is None
+    assert reading.engine_counts.steps > 0
+    assert dict(reading.finished) == {"abort": 1}
+    assert reading.tokens.completion_tokens == 1 + sum(len(piece.token_ids) for piece in pieces)

@@ -1,0 +1,120 @@
+"""The log of requests: one line each, whatever a client sends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from typing import Any
+
+import pytest
+from server_fakes import PacedEngine
+
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.server.observing.log_text import escaped, json_line, key_values
+from candle_vllm.server.observing.request_log import JsonFormatter, RequestLog, TextFormatter, log_formatter
+
+LOGGER = "candle_vllm.server.generations"
+HOSTILE = 'a"b\\ \r\nINFO forged: yes\x1b[2J\u2028next\x85\u202eevil\x7f ünïcode 漢字'
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, LOGGER)
+    return caplog
+
+
+async def _ask(setup: Any, prompt: str, **headers: str) -> None:
+    async with setup.client() as client:
+        answer = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4}, headers=headers)
+        assert answer.status_code == 200
+
+
+async def test_a_line_has_the_numbers_and_names_of_its_request(noted: Any, log: pytest.LogCaptureFixture) -> None:
+    setup = noted(PacedEngine("abcdef", pause=0.01, num_cached_tokens=2), RequestLog())
+    await _ask(setup, "secret words", **{"x-request-id": "r-9", "x-key-number": "5"})
+    line = json.loads(JsonFormatter().format(log.records[0]))
+    assert line["request_id"].startswith("cmpl-")
+    assert (line["http_request_id"], line["route"], line["key"]) == ("r-9", "/v1/completions", "5")
+    assert (line["model"], line["operation"], line["status"]) == ("scripted", "generate", "ok")
+    assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (13, 2, 4)
+    assert (line["finish_reason"], line["level"], line["logger"]) == ("length", "INFO", LOGGER)
+    assert 40 <= line["total_ms"] < 2000
+    assert 10 <= line["ttft_ms"] < line["total_ms"]
+    assert line["queue_ms"] >= 0
+    assert line["tokens_per_s"] == pytest.approx(3 / (line["total_ms"] - line["ttft_ms"]) * 1000, rel=0.05)
+    assert "secret" not in str(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"])
+    text = TextFormatter().format(log.records[0])
+    assert re.search(r" INFO candle_vllm\.server\.generations: request_id=cmpl-\w+ http_request_id=r-9 ", text)
+    assert " finish_reason=length status=ok" in text
+    assert "error=" not in text
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_prompts_are_written_on_request_cut_and_escaped(
+    noted: Any, log: pytest.LogCaptureFixture, log_format: Any
+) -> None:
+    setup = noted(None, RequestLog(log_prompts=True, max_prompt=len(HOSTILE.encode()) + 6))
+    await _ask(setup, HOSTILE + "x" * 500)
+    line = log_formatter(log_format).format(log.records[0])
+    assert line.isprintable()
+    assert len(line.splitlines()) == 1
+    if log_format == "json":
+        prompt = json.loads(line)["prompt"]
+        assert HOSTILE in prompt
+        assert "x" * 20 not in prompt
+    else:
+        assert "漢字" in line
+        assert r"\x1b[2J" in line
+        assert r"a\"b\\" in line
+        assert "x" * 20 not in line
+
+
+@pytest.mark.parametrize("name", ["x\ny=1", "plain"])
+def test_other_records_stay_one_line_too(name: str) -> None:
+    record = logging.LogRecord("n", logging.ERROR, "p", 1, "hello %s", (name,), None)
+    assert len(TextFormatter().format(record).splitlines()) == 1
+    assert json.loads(JsonFormatter().format(record))["message"] == f"hello {name}"
+
+
+def test_tracebacks_are_kept() -> None:
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        record = logging.LogRecord("n", logging.ERROR, "p", 1, "failed", (), sys.exc_info())
+    assert "ValueError: the reason" in json.loads(JsonFormatter().format(record))["exception"]
+    assert TextFormatter().format(record).endswith("ValueError: the reason")
+
+
+async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixture) -> None:
+    setup = noted(PacedEngine(fail_after=1, failure="no\nluck " * 200), RequestLog())
+    async for _ in setup.engine.stream("p", SamplingParams(max_tokens=5)):
+        pass
+    line = json.loads(JsonFormatter().format(log.records[0]))
+    assert (line["status"], line["finish_reason"], len(line["error"])) == ("failed", "error", 500)
+    assert len(TextFormatter().format(log.records[0]).splitlines()) == 1
+    assert "route" not in line
+    stream = noted(None, RequestLog()).engine.stream("p", SamplingParams(max_tokens=5, n=2))
+    await stream.aclose()
+    line = json.loads(JsonFormatter().format(log.records[1]))
+    assert (line["status"], line["finish_reason"]) == ("aborted", "abort,abort")
+    assert "ttft_ms" not in line
+
+
+async def test_nothing_is_made_where_the_log_is_silent(noted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, LOGGER)
+    setup = noted(None, RequestLog(log_prompts=True))
+    await setup.engine.agenerate("p", SamplingParams(max_tokens=2))
+    assert not caplog.records
+    assert len(setup.requests) == 1
+
+
+def test_escaping() -> None:
+    assert escaped("a\tb\u200b\\n") == r"a\tb\u200b\\n"
+    assert escaped("plain ü 漢") == "plain ü 漢"
+    assert key_values({"a": "x y", "b": None, "c": 1.5, "d": "", "e": 'q"=1'}) == 'a="x y" c=1.5 d="" e="q\\"=1"'
+    assert json.loads(json_line({"a": HOSTILE, "b": None})) == {"a": HOSTILE}
+    assert json_line({"a": HOSTILE}).isprintable()
+    assert json_line({"a": HOSTILE}).isascii()

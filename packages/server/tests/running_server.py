@@ -1,0 +1,56 @@
+"""A real server on loopback, in a thread, and clients for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+from server_fakes import PacedEngine
+
+from candle_vllm.server.app import create_app
+from candle_vllm.server.mailbox.service import Mailbox
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.serve import bind, make_server
+from candle_vllm.server.settings import Settings
+
+
+class Running:
+    """A server in a thread and clients for it."""
+
+    def __init__(self, engine: PacedEngine | ModelManager, settings: Settings, mailbox: Mailbox | None = None) -> None:
+        self.engine: Any = engine
+        self._clients: list[openai.OpenAI] = []
+        self.server = make_server(create_app(engine, settings, mailbox=mailbox), settings)
+        listener = bind(settings.address)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.port = int(listener.getsockname()[1])
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+        self.wait_for(lambda: self.server.started)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=10, trust_env=False, **options)
+
+    def openai(self, api_key: str = "none") -> openai.OpenAI:
+        http = openai.DefaultHttpxClient(trust_env=False)
+        client = openai.OpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, http_client=http)
+        self._clients.append(client)
+        return client
+
+    def stop(self) -> None:
+        for client in self._clients:
+            client.close()
+        self.server.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    @staticmethod
+    def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.005)

@@ -1,0 +1,131 @@
+"""Admission: places are bounded and shared fairly, and every one comes back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from candle_vllm.server.admission import Admission, Place
+from candle_vllm.server.errors import HttpError
+
+
+async def _settled() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_requests_enter_until_the_places_are_taken() -> None:
+    admission = Admission(2, 10)
+    first, second = await admission.enter("", 1), await admission.enter("", 1)
+    third = asyncio.create_task(admission.enter("", 1))
+    await _settled()
+    assert (admission.running, admission.waiting, third.done()) == (2, 1, False)
+    first.leave()
+    first.leave()  # once is enough
+    assert (await third).sequences == 1
+    assert (admission.running, admission.waiting) == (2, 0)
+    second.leave()
+
+
+async def test_a_free_place_goes_to_the_key_that_has_least() -> None:
+    admission = Admission(2, 1000)
+    places = [await admission.enter("busy", 1) for _ in range(2)]
+    order: list[str] = []
+
+    async def take(key: str) -> Place:
+        place = await admission.enter(key, 1)
+        order.append(key)
+        return place
+
+    tasks = [asyncio.create_task(take(key)) for key in ["busy"] * 5 + ["other"] * 2]
+    await _settled()
+    for place in places:
+        place.leave()
+    await _settled()
+    assert order == ["busy", "other"] or order == ["other", "busy"]
+    for task in tasks:
+        (await task).leave()
+    assert admission.running == admission.waiting == 0
+
+
+async def test_lower_priorities_enter_first() -> None:
+    admission = Admission(1, 100)
+    place = await admission.enter("", 1)
+    order: list[int] = []
+
+    async def take(priority: int) -> None:
+        taken = await admission.enter("", 1, priority)
+        order.append(priority)
+        taken.leave()
+
+    tasks = [asyncio.create_task(take(priority)) for priority in (5, 0, -3, 5, 0)]
+    await _settled()
+    place.leave()
+    await asyncio.gather(*tasks)
+    assert order == [-3, 0, 0, 5, 5]
+
+
+async def test_a_request_beyond_the_capacity_enters_an_empty_engine_and_is_not_overtaken() -> None:
+    admission = Admission(4, 100)
+    small = await admission.enter("", 1)
+    big = asyncio.create_task(admission.enter("", 9))
+    await _settled()
+    late = asyncio.create_task(admission.enter("", 1))
+    await _settled()
+    assert not big.done()
+    assert not late.done()
+    small.leave()
+    (await big).leave()
+    (await late).leave()
+
+
+async def test_too_many_unfinished_are_refused_with_a_time() -> None:
+    admission = Admission(1, 3, max_per_key=2)
+    places = [await admission.enter("a", 1)]
+    waiting = asyncio.create_task(admission.enter("a", 1))
+    await _settled()
+    with pytest.raises(HttpError) as refusal:
+        await admission.enter("a", 1)
+    assert refusal.value.status == 429
+    assert 1 <= int(refusal.value.headers["retry-after"]) <= 60
+    other = asyncio.create_task(admission.enter("b", 1))
+    await _settled()
+    with pytest.raises(HttpError) as refusal:
+        await admission.enter("c", 1)
+    assert refusal.value.status == 503
+    places[0].leave()
+    (await waiting).leave()
+    (await other).leave()
+    (await admission.enter("c", 50)).leave()  # alone, any size may come
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.sampled_from(["enter", "leave", "cancel"]))))
+def test_nothing_is_lost_whatever_comes_and_goes(steps: list[tuple[str, int, str]]) -> None:
+    async def run() -> None:
+        admission = Admission(4, 30)
+        tasks: list[asyncio.Task[Place]] = []
+        for number, (key, count, what) in enumerate(steps):
+            if what == "enter":
+                tasks.append(asyncio.create_task(admission.enter(key, count)))
+            elif tasks:
+                task = tasks[number % len(tasks)]
+                if what == "cancel":
+                    task.cancel()
+                elif task.done() and not task.cancelled() and not task.exception():
+                    task.result().leave()
+            if number % 3:
+                await asyncio.sleep(0)
+            assert admission.running >= 0
+            assert admission.waiting >= 0
+        for _ in range(len(tasks) + 1):
+            await asyncio.sleep(0)
+            for task in tasks:
+                if task.done() and not task.cancelled() and not task.exception():
+                    task.result().leave()
+        assert all(task.done() for task in tasks)
+        assert (admission.running, admission.waiting) == (0, 0)
+
+    asyncio.run(run())

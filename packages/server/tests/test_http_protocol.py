@@ -1,0 +1,73 @@
+"""Requests that are sent one behind the other on a connection, and what is no request behind one that is."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from server_fakes import PacedEngine
+
+COMPLETION = {"model": "scripted", "prompt": "x"}
+
+
+def _request(**changes: Any) -> bytes:
+    body = json.dumps({**COMPLETION, **changes}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _answers(port: int, *pieces: bytes) -> bytes:
+    """What comes back until the server hangs up; each further piece is sent when something has come."""
+    first, *later = pieces
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(first)
+        got = b""
+        for piece in later:
+            got += connection.recv(65536)
+            connection.sendall(piece)
+        return got + b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+BROKEN = (
+    b"BREW /pot HTTP/1.1\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /" + b"a" * 200_000,
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=["method", "chunk", "long"])
+@pytest.mark.parametrize("before", [1, 2])
+def test_what_is_no_request_is_not_answered_in_the_place_of_those_before_it(start, broken: bytes, before: int) -> None:
+    running = start(PacedEngine(["a", "b"], first_pause=0.1))
+    got = _answers(running.port, _request() * before + broken)
+    assert got.count(b"HTTP/1.1 200") == got.count(b'"text":"ab"') == before
+    assert got.count(b"HTTP/1.1 ") == before
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=["method", "chunk", "long"])
+def test_what_is_no_request_is_not_answered_in_the_middle_of_a_stream(start, broken: bytes) -> None:
+    running = start(PacedEngine(["a"] * 5, pause=0.05))
+    got = _answers(running.port, _request(stream=True), broken)
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("broken", BROKEN[:2], ids=["method", "chunk"])
+def test_what_is_no_request_is_refused_where_nothing_is_before_it(start, broken: bytes) -> None:
+    assert _answers(start().port, broken).startswith(b"HTTP/1.1 400")
+    got = _answers(start().port, _request(), broken)
+    assert got.startswith(b"HTTP/1.1 200")
+    assert got.count(b"HTTP/1.1 400") == 1
+
+
+def test_a_client_that_leaves_is_gone_for_each_of_its_requests(start, caplog: pytest.LogCaptureFixture) -> None:
+    running = start(PacedEngine(["a"] * 1_000_000, pause=0.01))
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
+        connection.sendall(_request(stream=True) * 3)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert not running.engine.aborted
+    running.wait_for(lambda: len(running.engine.aborted) == 1)
+    running.stop()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []

@@ -1,0 +1,368 @@
+"""The model manager: loads are shared, switches drain, failures reach everyone who waits, nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from server_fakes import FakeLoader, PacedEngine
+
+from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
+from candle_vllm.openai import ModelNotServedError
+from candle_vllm.server import Settings
+from candle_vllm.server.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.model_loader import serve_engine
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.model_slot import ModelState
+from candle_vllm.server.model_switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.turns import take_turn
+
+NAMES = ("a", "b", "c")
+
+
+def _manager(loader: FakeLoader, **limits: float) -> ModelManager:
+    entries = [ModelEntry(name, Settings(), (f"{name}-alias",)) for name in NAMES]
+    return ModelManager(Catalogue(entries), loader, ManagerLimits(**limits))  # type: ignore[arg-type]
+
+
+async def test_a_model_is_loaded_when_it_is_asked_for_and_the_load_is_shared() -> None:
+    loader = FakeLoader(seconds=0.05)
+    manager = _manager(loader)
+    leases = await asyncio.gather(*(manager.acquire("b") for _ in range(20)))
+    assert loader.loads == ["b"]
+    assert {id(lease.model) for lease in leases} == {id(leases[0].model)}
+    assert manager.slots["b"].in_flight == 20
+    for lease in leases:
+        lease.release()
+        lease.release()
+    assert manager.slots["b"].in_flight == 0
+    await manager.close()
+    assert loader.engines[0].closed
+
+
+@pytest.mark.parametrize(("name", "found"), [(None, "a"), ("default", "a"), ("b-alias", "b"), ("c", "c")])
+async def test_names(name: str | None, found: str) -> None:
+    assert _manager(FakeLoader()).find(name).entry.name == found
+
+
+async def test_unknown_names_are_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ModelNotServedError, match="served are: a-alias, b-alias, c-alias"):
+        await _manager(FakeLoader()).acquire("d")
+
+
+def test_two_models_cannot_share_a_name() -> None:
+    with pytest.raises(UsageError, match="both called 'a'"):
+        Catalogue([ModelEntry("a", Settings()), ModelEntry("b", Settings(), ("a",))])
+
+
+async def test_models_stay_beside_each_other_while_there_is_room() -> None:
+    loader = FakeLoader(room=2)
+    manager = _manager(loader)
+    for name in NAMES[:2]:
+        (await manager.acquire(name)).release()
+    assert [model.entry.name for model in manager.loaded] == ["a", "b"]
+    (await manager.acquire("a")).release()  # b is now the one that was used longest ago
+    (await manager.acquire("c")).release()
+    assert [model.entry.name for model in manager.loaded] == ["a", "c"]
+    assert loader.together == 2
+    assert loader.engines[1].closed
+
+
+async def test_at_most_so_many_are_loaded() -> None:
+    manager = _manager(FakeLoader(), max_loaded=1)
+    for name in NAMES:
+        (await manager.acquire(name)).release()
+        assert [model.entry.name for model in manager.loaded] == [name]
+
+
+async def test_a_switch_waits_for_the_requests_that_run_and_later_ones_wait_for_its_return() -> None:
+    loader = FakeLoader(room=1)
+    manager = _manager(loader)
+    running = await manager.acquire("a")
+    other = asyncio.create_task(manager.acquire("b"))
+    await asyncio.sleep(0.05)
+    assert manager.slots["a"].state is ModelState.DRAINING
+    late = asyncio.create_task(manager.acquire("a"))
+    await asyncio.sleep(0.02)
+    assert not other.done()
+    assert not loader.engines[0].closed
+    running.release()
+    lease = await other
+    assert loader.engines[0].closed
+    assert not late.done()
+    lease.release()
+    (await late).release()
+    assert loader.loads == ["a", "b", "a"]
+
+
+async def test_a_drain_has_an_end() -> None:
+    loader = FakeLoader(room=1)
+    manager = _manager(loader, drain_seconds=0.05)
+    stuck = await manager.acquire("a")
+    begin = time.monotonic()
+    (await manager.acquire("b")).release()
+    assert 0.04 < time.monotonic() - begin < 2
+    assert loader.engines[0].closed
+    stuck.release()
+
+
+async def test_a_model_that_cannot_be_loaded_fails_everyone_who_waits_and_can_be_tried_again() -> None:
+    loader = FakeLoader(seconds=0.05)
+    loader.broken["b"] = ModelNotFoundError("there is no such file: /secret/path")
+    manager = _manager(loader)
+    failures = await asyncio.gather(*(manager.acquire("b") for _ in range(5)), return_exceptions=True)
+    for failure in failures:
+        assert isinstance(failure, HttpError)
+        assert (failure.status, failure.code) == (503, "model_load_failed")
+        assert "/secret" not in str(failure)
+    assert manager.slots["b"].state is ModelState.FAILED
+    assert "/secret/path" in str(manager.slots["b"].error)
+    del loader.broken["b"]
+    with pytest.raises(HttpError) as refusal:  # not yet
+        await manager.acquire("b")
+    assert 25 <= int(refusal.value.headers["retry-after"]) <= 30
+    await manager.load("b")  # an operator may
+    (await manager.acquire("b")).release()
+    assert manager.slots["b"].error is None
+
+
+async def test_the_failure_of_one_model_leaves_the_others() -> None:
+    loader = FakeLoader(room=1)
+    loader.broken["b"] = NoRoomError("never fits")
+    manager = _manager(loader)
+    (await manager.acquire("a")).release()
+    with pytest.raises(HttpError):
+        await manager.acquire("b")
+    (await manager.acquire("a")).release()
+
+
+async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
+    loader = FakeLoader(seconds=0.2)
+    manager = _manager(loader, max_waiting=2, patience=0.05)
+    waiting = [asyncio.create_task(manager.acquire("a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(HttpError, match="2 requests wait") as refusal:
+        await manager.acquire("a")
+    assert refusal.value.status == 503
+    for failure in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(failure, HttpError)
+        assert failure.code == "model_not_ready"
+    await asyncio.sleep(0.3)
+    assert manager.slots["a"].state is ModelState.READY
+    assert manager.slots["a"].in_flight == 0
+
+
+async def test_who_gives_up_holds_nothing() -> None:
+    manager = _manager(FakeLoader(seconds=0.05))
+    tasks = [asyncio.create_task(manager.acquire("a")) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    for task in tasks[:4]:
+        task.cancel()
+    (await tasks[4]).release()
+    assert manager.slots["a"].in_flight == 0
+    assert not manager.slots["a"].waiters
+
+
+async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader, idle_seconds=0.05)
+    lease = await manager.acquire("a")
+    await asyncio.sleep(0.15)
+    assert manager.slots["a"].state is ModelState.READY  # in use
+    lease.release()
+    await asyncio.sleep(0.2)
+    assert manager.slots["a"].state is ModelState.UNLOADED
+    assert loader.engines[0].closed
+    (await manager.acquire("a")).release()
+    assert loader.loads == ["a", "a"]
+
+
+async def test_operators_load_unload_and_choose() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    assert (await manager.load("b-alias")).state is ModelState.READY
+    assert (await manager.unload("b")).state is ModelState.UNLOADED
+    assert (await manager.unload("b")).state is ModelState.UNLOADED
+    assert manager.select("c").state is not ModelState.READY
+    assert manager.switch_requested_at is not None
+    (await manager.acquire("c")).release()
+    assert manager.active == "c"
+    assert loader.loads == ["b", "c"]
+    assert manager.switch_requested_at is None
+
+
+async def test_an_engine_that_dies_comes_back_by_itself() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    lease = await manager.acquire("a")
+    loader.engines[0].die()
+    await asyncio.sleep(0)
+    lease.release()
+    (await manager.acquire("a")).release()
+    assert loader.loads == ["a", "a"]
+
+
+async def test_an_engine_that_dies_again_and_again_waits_for_a_request() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    (await manager.acquire("a")).release()
+    for _ in range(6):
+        loader.engines[-1].die()
+        await asyncio.sleep(0.05)
+    assert loader.loads == ["a"] * 6
+    assert manager.slots["a"].state is ModelState.FAILED
+    (await manager.acquire("a")).release()
+
+
+async def test_the_engine_of_an_application_is_not_closed_and_stays() -> None:
+    engine = PacedEngine()
+    manager = ModelManager.of_loaded(serve_engine(engine, ModelEntry("scripted", Settings()), Metrics()), Metrics())
+    with pytest.raises(HttpError) as refusal:
+        await manager.unload("scripted")
+    assert refusal.value.status == 409
+    engine.alive = False
+    with pytest.raises(EngineDeadError):
+        await manager.acquire(None)
+    await manager.close()
+    assert not engine.closed
+
+
+async def test_a_lease_that_comes_as_its_request_leaves_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = _manager(FakeLoader())
+    slot = manager.slots["a"]
+    task = asyncio.create_task(manager.acquire("a"))
+    grant = slot.grant
+
+    def grant_and_leave() -> None:
+        grant()
+        task.cancel()
+
+    monkeypatch.setattr(slot, "grant", grant_and_leave)
+    await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled()
+    assert slot.in_flight == 0
+
+
+async def test_a_model_that_cannot_be_had_makes_nobody_leave() -> None:
+    loader = FakeLoader(room=1)
+    loader.hopeless["b"] = ModelNotFoundError("too large for this machine")
+    manager = _manager(loader, max_loaded=1)
+    (await manager.acquire("a")).release()
+    with pytest.raises(HttpError):
+        await manager.acquire("b")
+    assert [model.entry.name for model in manager.loaded] == ["a"]
+    assert loader.loads == ["a"]
+
+
+async def test_requests_in_the_queue_of_an_engine_that_dies_wait_for_the_next_one() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    first = await take_turn(manager, "a", "", sequences=1000)
+    waiting = [asyncio.create_task(take_turn(manager, "a", "")) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    loader.engines[0].die()
+    turns = await asyncio.gather(*waiting)
+    assert {turn.model.engine.is_alive for turn in turns} == {True}
+    assert loader.loads == ["a", "a"]
+    for turn in (first, *turns):
+        turn.release()
+    assert manager.slots["a"].in_flight == 0
+    assert turns[0].model.admission.running == turns[0].model.admission.waiting == 0
+
+
+async def test_the_first_load_may_take_longer_than_requests_wait() -> None:
+    manager = _manager(FakeLoader(seconds=0.2), patience=0.05)
+    assert (await manager.start()).state is ModelState.READY
+
+
+async def test_an_engine_that_cannot_be_closed_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = FakeLoader(room=1)
+    manager = _manager(loader)
+    (await manager.acquire("a")).release()
+
+    def fail() -> None:
+        raise RuntimeError("cannot be closed")
+
+    monkeypatch.setattr(loader.engines[0], "close", fail)
+    assert (await manager.unload("a")).state is ModelState.UNLOADED
+    (await manager.acquire("b")).release()
+
+
+async def test_a_failure_keeps_no_frames() -> None:
+    loader = FakeLoader()
+    loader.broken["b"] = ModelNotFoundError("broken")
+    manager = _manager(loader)
+    with pytest.raises(HttpError):
+        await manager.acquire("b")
+    error = manager.slots["b"].error
+    assert error is not None
+    assert error.__traceback__ is None
+
+
+async def test_an_engine_that_is_made_while_the_server_ends_is_closed() -> None:
+    loader = FakeLoader(seconds=0.1)
+    manager = _manager(loader)
+    task = asyncio.create_task(manager.acquire("a"))
+    await asyncio.sleep(0.02)
+    await manager.close()
+    with pytest.raises(HttpError, match="shutting down"):
+        await task
+    await asyncio.sleep(0.3)
+    assert [engine.closed for engine in loader.engines] == [True]
+
+
+async def test_a_model_that_nobody_waits_for_any_more_is_not_loaded() -> None:
+    loader = FakeLoader(room=1, seconds=0.05)
+    manager = _manager(loader)
+    first = asyncio.create_task(manager.acquire("a"))
+    await asyncio.sleep(0.01)
+    gone = asyncio.create_task(manager.acquire("b"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    (await first).release()
+    await asyncio.sleep(0.05)
+    assert loader.loads == ["a"]
+    assert manager.slots["b"].state is ModelState.UNLOADED
+
+
+async def test_a_choice_counts_once_it_is_loaded_and_never_when_it_fails() -> None:
+    loader = FakeLoader(seconds=0.02)
+    loader.broken["c"] = ModelNotFoundError("broken")
+    manager = _manager(loader)
+    (await manager.acquire(None)).release()
+    manager.select("b")
+    assert manager.active == "a"
+    await asyncio.sleep(0.1)
+    assert manager.active == "b"
+    manager.select("c")
+    await asyncio.sleep(0.1)
+    assert (manager.active, manager.switch_requested_at) == ("b", None)
+
+
+async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
+    manager = _manager(FakeLoader(), idle_seconds=0.2)
+    for _ in range(50):
+        (await manager.acquire("a")).release()
+    timer = manager.slots["a"].timer
+    (await manager.acquire("a")).release()
+    assert timer is not None
+    assert manager.slots["a"].timer is timer
+    await asyncio.sleep(0.35)
+    assert manager.slots["a"].state is ModelState.UNLOADED
+
+
+async def test_a_server_whose_engine_stays_dead_is_not_healthy() -> None:
+    loader = FakeLoader()
+    manager = _manager(loader)
+    (await manager.acquire("a")).release()
+    for _ in range(6):
+        assert manager.is_healthy
+        loader.engines[-1].die()
+        await asyncio.sleep(0.05)
+    assert not manager.is_healthy
+    (await manager.acquire("a")).release()
+    assert manager.is_healthy

@@ -1,0 +1,174 @@
+"""Models over HTTP: the `model` field routes, operators load, unload and choose, clients see it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+from server_fakes import FakeLoader
+
+from candle_vllm.core.errors import ModelLoadError
+from candle_vllm.server import Settings
+from candle_vllm.server.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.model_switcher import ManagerLimits
+
+
+def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:
+    entries = [
+        ModelEntry("small", Settings(temperature=0.5), ("small", "tiny")),
+        ModelEntry("org/large", Settings()),
+        ModelEntry("broken", Settings()),
+    ]
+    loader.broken["broken"] = ModelLoadError("no such tensor in /models/broken.gguf")
+    return ModelManager(Catalogue(entries), loader, ManagerLimits(**limits))
+
+
+def _chat(client: httpx.Client, model: str | None, **fields: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **({"model": model} if model else {}), **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def _states(client: httpx.Client) -> dict[str, str]:
+    return {model["id"]: model["status"] for model in client.get("/v1/models/status").json()["models"]}
+
+
+def test_the_model_field_routes(start) -> None:
+    loader = FakeLoader()
+    with start(_manager(loader)).http() as client:
+        for name, answered in [("tiny", "tiny"), ("org/large", "org/large"), (None, "small"), ("default", "small")]:
+            response = _chat(client, name)
+            assert (response.status_code, response.json()["model"]) == (200, answered)
+        assert loader.loads == ["small", "org/large"]
+        refused = _chat(client, "other")
+        assert refused.status_code == 404
+        assert refused.json()["error"]["param"] == "model"
+        assert refused.json()["error"]["code"] == "model_not_found"
+
+
+def test_every_model_has_its_own_sampling_defaults(start) -> None:
+    loader = FakeLoader()
+    with start(_manager(loader)).http() as client:
+        _chat(client, "small")
+        _chat(client, "org/large")
+        _chat(client, "small", temperature=1.5)
+    small, large = loader.engines
+    assert [request.params.temperature for request in small.requests] == [0.5, 1.5]
+    assert [request.params.temperature for request in large.requests] == [1.0]
+
+
+def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
+    running = start(_manager(FakeLoader()))
+    with running.http() as client:
+        listed = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+        assert list(listed) == ["small", "tiny", "org/large", "broken"]
+        assert {card["status"] for card in listed.values()} == {"unloaded"}
+        assert [card["default"] for card in listed.values()] == [True, True, False, False]
+        _chat(client, "org/large")
+        card = client.get("/v1/models/org/large").json()
+        assert (card["status"], card["max_model_len"]) == ("ready", 4096)
+        assert client.get("/v1/models/tiny").json()["status"] == "unloaded"
+        assert client.get("/v1/models/none").status_code == 404
+    assert [model.id for model in running.openai().models.list()] == ["small", "tiny", "org/large", "broken"]
+
+
+def test_operators_load_unload_and_choose(start) -> None:
+    loader = FakeLoader(seconds=0.1)
+    with start(_manager(loader)).http() as client:
+        assert client.post("/v1/models/load", json={"model": "org/large"}).json()["status"] == "ready"
+        assert _states(client) == {"small": "unloaded", "org/large": "ready", "broken": "unloaded"}
+        assert client.post("/v1/models/unload", json={"model": "org/large"}).json()["status"] == "unloaded"
+        assert loader.engines[0].closed
+        chosen = client.post("/v1/models/select", json={"model_id": "org/large"})
+        assert (chosen.status_code, chosen.json()["status"]) == (202, "switching")
+        assert client.get("/v1/models/status").json()["status"] == "Switching"
+        assert _chat(client, "org/large").json()["model"] == "org/large"
+        assert client.get("/v1/models/status").json()["active_model"] == "org/large"
+        assert _chat(client, None).json()["model"] == "org/large"
+        again = client.post("/v1/models/select", json={"model": "org/large"})
+        assert (again.status_code, again.json()["status"]) == (200, "ready")
+        status = client.get("/v1/models/status").json()
+        assert (status["status"], status["switch_requested_at"], status["in_flight_requests"]) == ("Ready", None, 0)
+
+
+@pytest.mark.parametrize("route", ["load", "unload", "select"])
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "model"),
+        ({"model": "small", "model_id": "small"}, 400, "model"),
+        ({"model": 3}, 400, "model"),
+        ({"model": ""}, 400, "model"),
+        ({"modle": "small"}, 400, "modle"),
+        ({"model": "other"}, 404, "model"),
+        ([], 400, None),
+    ],
+)
+def test_wrong_bodies_of_operators(start, route: str, body: Any, status: int, param: str | None) -> None:
+    with start(_manager(FakeLoader())).http() as client:
+        response = client.post(f"/v1/models/{route}", json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_a_load_that_fails_reaches_who_waits_and_tells_clients_no_paths(start) -> None:
+    with start(_manager(FakeLoader())).http() as client:
+        for response in (_chat(client, "broken"), client.post("/v1/models/load", json={"model": "broken"})):
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (503, "model_load_failed")
+            assert "/models" not in error["message"]
+            assert "retry-after" in response.headers
+        status = client.get("/v1/models/status").json()
+        assert "no such tensor" in status["last_error"]
+        assert _states(client)["broken"] == "failed"
+        assert _chat(client, "small").status_code == 200
+
+
+def test_a_switch_under_load_loses_no_request(start) -> None:
+    loader = FakeLoader(room=1, seconds=0.02)
+    manager = _manager(loader)
+    with start(manager).http() as client, ThreadPoolExecutor(16) as pool:
+        names = ["small", "org/large"] * 40
+        answers = list(pool.map(lambda name: _chat(client, name), names))
+        assert [answer.status_code for answer in answers] == [200] * len(names)
+        assert [answer.json()["model"] for answer in answers] == names
+    assert loader.together == 1
+    assert sum(slot.in_flight for slot in manager.slots.values()) == 0
+
+
+def test_readiness_follows_the_default_model(start) -> None:
+    loader = FakeLoader()
+    with start(_manager(loader, idle_seconds=0.1)).http() as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/ready").status_code == 503
+        _chat(client, "small")
+        assert client.get("/ready").json() == {"status": "ready"}
+        loader.engines[0].alive = False
+        assert (client.get("/ready").status_code, client.get("/health").status_code) == (503, 503)
+        loader.engines[0].alive = True
+        end = time.monotonic() + 5
+        while _states(client)["small"] != "unloaded":
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert client.get("/ready").status_code == 200  # it comes when it is asked for
+
+
+def test_a_request_has_a_deadline(start) -> None:
+    loader = FakeLoader(seconds=2)
+    with start(_manager(loader), request_timeout=1).http() as client:
+        begin = time.monotonic()
+        response = _chat(client, "small")
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        assert 0.9 < time.monotonic() - begin < 1.9
+
+
+def test_the_list_for_anthropic_s_clients(start) -> None:
+    running = start(_manager(FakeLoader()))
+    http = anthropic.DefaultHttpxClient(trust_env=False)
+    with anthropic.Anthropic(base_url=running.url, api_key="none", http_client=http) as client:
+        assert [model.id for model in client.models.list()] == ["small", "tiny", "org/large", "broken"]
+        model = client.models.retrieve("tiny")
+        assert (model.type, model.display_name, model.created_at.year) == ("model", "tiny", 1970)

@@ -1,0 +1,40 @@
+"""Requests that schemathesis makes of the document: none is a 5xx, and every answer is as described.
+
+Right requests at the edges of each field, wrong ones that differ in one thing, requests without the key, and random
+ones; the same in every run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server_fakes import PacedEngine
+
+# The schemas do not have the rules between fields, so a request that follows them may be wrong all the same.
+UNUSED = "positive_data_acceptance"
+LEAST_CASES = 2000
+# A body with too many parts in too many messages is too large as well.
+CONFIGURATION = "[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 405, 409, 413, 415]\n"
+
+
+def test_the_server_keeps_to_its_document(start: Callable[..., Any], tmp_path: Path) -> None:
+    running = start(PacedEngine(), api_key=("key",), trust_request_chat_template=True)
+    (tmp_path / "schemathesis.toml").write_text(CONFIGURATION)
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json",
+        "--header", "Authorization: Bearer key",
+        "--phases", "examples,coverage,fuzzing", "--exclude-checks", UNUSED, "--max-examples", "10", "--no-shrink",
+        "--generation-deterministic", "--request-timeout", "20", "--no-color",
+    ]  # fmt: skip
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    assert made.returncode == 0, made.stdout[-20_000:] + made.stderr[-2000:]
+    cases = re.search(r"(\d+) generated", made.stdout)
+    assert cases is not None
+    assert int(cases[1]) > LEAST_CASES
+    with running.http() as client:
+        assert client.get("/health").status_code == 200
