@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import openai
 
 from candle_vllm.server import Settings
-from candle_vllm.server.app import ServedEngine
+from candle_vllm.server.app import ServedEngine, create_app
 from candle_vllm.server.serve import bind, make_server
 
 COMMAND = Path(sys.executable).with_name("candle-vllm")
@@ -68,7 +68,7 @@ def openai_client(url: str) -> Iterator[openai.OpenAI]:
 def serving(engine: ServedEngine) -> Iterator[str]:
     """Serves an engine from a thread of this process; gives the server's URL."""
     settings = Settings(port=0, shutdown_timeout=1)
-    server, listener = make_server(engine, settings), bind(settings.address)
+    server, listener = make_server(create_app(engine, settings), settings), bind(settings.address)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -86,13 +86,14 @@ class ServerProcess:
     Args:
         folder: where it runs and logs; also its home, so that no settings of this machine reach it.
         flags: added to the command line.
+        command: what they are added to.
     """
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, command: Sequence[str | Path] = (COMMAND,)) -> None:
         self.banner: list[str] = []
         with (folder / "server.log").open("w") as log:
             self._process = subprocess.Popen(
-                [COMMAND, "--p", "0", *flags],
+                [*command, "--p", "0", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -108,6 +109,11 @@ class ServerProcess:
             self.stop()
             raise AssertionError(f"the server did not start: {(folder / 'server.log').read_text()}")
         self.url = addresses[0]
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
 
     def cpu_seconds(self) -> float:
         """Processor time that the server has used, by /proc."""

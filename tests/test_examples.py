@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_example_has_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"library_generate", "library_stream", "openai_client", "custom_loop"}
+    assert names == {
+        "library_generate",
+        "library_stream",
+        "anthropic_client",
+        "openai_client",
+        "custom_loop",
+        "embeddings",
+        "structured_output",
+        "tool_calls",
+    }
 
 
 def test_library_generate(run: Callable[..., str], toy_model: Path) -> None:
@@ -45,6 +55,14 @@ def test_library_stream_pieces_add_up(run: Callable[..., str], toy_model: Path) 
     assert "\nWhat is the capital of France?\n" in printed
 
 
+def test_embeddings(run: Callable[..., str], toy_model: Path) -> None:
+    lines = run("embeddings", str(toy_model)).splitlines()
+    assert lines[0].endswith("vectors of 64 numbers")
+    nearest = [float(line.split(" ")[0]) for line in lines[1:4]]
+    assert nearest == sorted(nearest, reverse=True)
+    assert lines[4] == "best: " + lines[1].split(" ", 1)[1]
+
+
 def test_custom_loop_runs_the_urgent_and_drops_the_unwanted(run: Callable[..., str], toy_model: Path) -> None:
     lines = run("custom_loop", str(toy_model)).splitlines()
     ends = [line.split(": ", 1)[1] for line in lines[:3]]
@@ -57,9 +75,32 @@ def test_custom_loop_runs_the_urgent_and_drops_the_unwanted(run: Callable[..., s
     assert free == total
 
 
+@pytest.mark.parametrize("flags", [(), ("--sync",)])
+def test_tool_calls(run: Callable[..., str], calling_model: Path, flags: tuple[str, ...]) -> None:
+    first, rest = run("tool_calls", str(calling_model), *flags).split("\n", 1)
+    assert re.fullmatch(r"add\(-?\d{1,3}, -?\d{1,3}\)", first)
+    assert rest.strip()
+
+
+def test_structured_output(run: Callable[..., str], toy_model: Path) -> None:
+    person, colour, number = run("structured_output", str(toy_model)).splitlines()
+    assert re.fullmatch(r"['\"].* is \d{1,3}", person)
+    assert colour in ("the sky is blue", "the sky is green")
+    assert re.fullmatch(r"call \d{3}-\d{4}", number)
+
+
 def test_openai_client(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(ScriptedEngine("Paris.", name="scripted")) as url:
         printed = run("openai_client", "default", f"{url}/v1")
     assert "models: scripted\nParis.\n" in printed
     assert printed.endswith(" + 7 tokens\n")  # a token per character, and the end
+
+
+def test_anthropic_client(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(ScriptedEngine("Paris.", name="scripted")) as url:
+        lines = run("anthropic_client", "default", url).splitlines()
+    assert lines[1] == "Paris."
+    prompt = lines[0].removeprefix("prompt: ").removesuffix(" tokens")
+    assert lines[2] == f"end_turn: {prompt} + 7 tokens"  # a token per character, and the end

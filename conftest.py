@@ -1,0 +1,24 @@
+"""What the tests of every package share stands in `tests`; --import-mode=importlib does not look there by itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "tests"))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_models() -> Path:
+    """llama.cpp's `models` folder: ggml-vocab-*.gguf with .inp and .out, and templates/*.jinja."""
+    from registry_packages import CACHE, pypi_file, unpacked
+
+    name = "llama_cpp_python-0.3.36"
+    sha256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+    archive = pypi_file("llama-cpp-python==0.3.36", f"{name}.tar.gz", sha256, sdist=True)
+    wanted = ("ggml-vocab-", "templates/")
+    return unpacked(
+        archive, f"{name}/vendor/llama.cpp/models/", lambda path: path.startswith(wanted), CACHE / name / "models"
+    )

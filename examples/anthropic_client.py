@@ -1,0 +1,29 @@
+"""Talk to a running server with Anthropic's own client (`pip install anthropic`).
+
+    candle-vllm &
+    python examples/anthropic_client.py [MODEL [BASE_URL]]
+
+MODEL is a name that the server lists, or `default`, which always means the served model.
+"""
+
+import sys
+
+from anthropic import Anthropic
+from anthropic.types import MessageParam
+
+
+def main(model: str = "default", base_url: str = "http://127.0.0.1:2000") -> None:
+    question: MessageParam = {"role": "user", "content": "What is the capital of France?"}
+    with Anthropic(base_url=base_url, api_key="none") as client:
+        count = client.messages.count_tokens(model=model, messages=[question])
+        print("prompt:", count.input_tokens, "tokens")
+
+        with client.messages.stream(model=model, messages=[question], max_tokens=32) as stream:
+            for text in stream.text_stream:
+                print(text, end="", flush=True)
+            message = stream.get_final_message()
+        print(f"\n{message.stop_reason}: {message.usage.input_tokens} + {message.usage.output_tokens} tokens")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Answers in a given form: JSON by a schema, one of some words, a pattern.
+
+    python examples/structured_output.py MODEL
+
+MODEL is a Hugging Face id, a folder or a .gguf file.
+"""
+
+import json
+import sys
+
+from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def main(model: str) -> None:
+    with InferenceEngine(model) as engine:
+
+        def ask(prompt: str, **form: object) -> str:
+            # The form is checked when the request is made; what cannot be guaranteed is an InvalidParameterError.
+            params = SamplingParams(max_tokens=100, seed=1, structured_outputs=StructuredOutputsParams(**form))
+            return engine.generate([prompt], params, use_tqdm=False)[0].text
+
+        person = json.loads(ask("Ada Lovelace was 36 years old. As JSON: ", json=PERSON, disable_any_whitespace=True))
+        print(f"{person['name']!r} is {person['age']}")
+        print("the sky is", ask("Is the sky blue or green? It is ", choice=["blue", "green"]))
+        print("call", ask("Her number is ", regex="[0-9]{3}-[0-9]{4}"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

