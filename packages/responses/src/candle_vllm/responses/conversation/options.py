@@ -1,0 +1,102 @@
+"""What a caller says about a conversation, and what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.tools.approval import ApprovalPolicy
+from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+
+StopReason = Literal[
+    "stop",  # the model ended by itself
+    "length",  # an answer was cut at max_tokens or the context
+    "max_turns",
+    "max_tool_calls",
+    "timeout",
+    "loop",  # the same calls with the same results came again and again
+    "client_tools",  # calls of tools that the caller runs; their results go on
+    "approval",  # calls that wait for somebody's agreement
+]
+
+OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
+
+
+class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How one call of `run_conversation` is answered.
+
+    Attributes:
+        max_turns: model turns, 1 to 1000.
+        allowed_tools: names that the model may see; None is all, patterns with "*" are understood.
+        max_tool_calls: tools that may run in all, 0 to 10000; None is no limit beside `max_turns`.
+        timeout: seconds for the whole; None is no limit.
+        approval: who agrees before a tool runs.
+        parallel_tools: calls of one turn run at the same time, at most this many (1: one after the other).
+        tool_timeout: seconds for one call; None is the tool's own, or 60.
+        max_result_chars: of a tool's text that the model sees; more is cut, with a note that says so.
+        max_repeats: how often the same calls may give the same results before the conversation ends.
+        request: further fields of a chat completion request (`temperature`, `max_tokens`, `tool_choice`, ...).
+    """
+
+    max_turns: int = 16
+    allowed_tools: tuple[str, ...] | None = None
+    max_tool_calls: int | None = None
+    timeout: float | None = None
+    approval: ApprovalPolicy = "never"
+    parallel_tools: int = 8
+    tool_timeout: float | None = None
+    max_result_chars: int = 50_000
+    max_repeats: int = 3
+    request: Mapping[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = OWN_FIELDS & set(self.request)
+        if taken:
+            raise InvalidParameterError(f"request must not set {', '.join(sorted(taken))}: the session does", "request")
+        for name, low, high in (
+            ("max_turns", 1, 1000), ("max_tool_calls", 0, 10_000), ("timeout", 0, 86_400), ("parallel_tools", 1, 64),
+            ("tool_timeout", 0, 86_400), ("max_result_chars", 1, 10_000_000), ("max_repeats", 1, 100),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InvalidParameterError(f"{name} must lie between {low} and {high}, not {value!r:.40}", name)
+
+
+class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of all turns together; a prompt counts again in every turn, `cached_tokens` of it were not computed."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: ConversationUsage) -> ConversationUsage:
+        return ConversationUsage(
+            **{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__}
+        )
+
+
+class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call of `run_conversation` came to.
+
+    Attributes:
+        final_message: the model's last words, "" where it ended with calls alone.
+        tool_calls: what came of each call, in the order of the model's asking.
+        turns_taken: model turns.
+        completed: the model ended by itself (`stop_reason` "stop").
+        stop_reason: why it ended.
+        pending: calls without a result: the caller's own tools, those that wait for agreement, or those for which a
+            limit left no room.
+        usage: tokens of all turns.
+    """
+
+    final_message: str
+    tool_calls: tuple[ToolResult, ...] = ()
+    turns_taken: int
+    completed: bool
+    stop_reason: StopReason
+    pending: tuple[ToolCall, ...] = ()
+    usage: ConversationUsage
