@@ -2,8 +2,8 @@
 
 A turn: `TurnStarted`, then deltas of thoughts, text and calls as they are generated, then `TurnFinished` with the whole
 message. For its calls: `ApprovalRequested` where somebody is asked, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
-those of calls that run at the same time interleave. The last event is `ConversationFinished`. A failure of the model is an
-exception from the iterator.
+those of calls that run at the same time interleave. The last event is `ConversationFinished`. A failure of the model
+is an exception from the iterator.
 """
 
 from __future__ import annotations
