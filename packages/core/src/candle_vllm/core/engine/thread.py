@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from candle_vllm.core.engine.courier import Courier
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
 
@@ -32,12 +32,16 @@ class Sink(Protocol):
         ...
 
 
+_Item = tuple[Sink, TokenOutput]
+
+
 @dataclasses.dataclass
 class _Client:
     """A live request as its caller sees it."""
 
     sink: Sink
     unfinished: int
+    begun: bool = False  # it has got a piece
 
 
 class Prepared(Protocol):
@@ -83,6 +87,7 @@ class EngineThread:
         self._clients: dict[str, _Client] = {}
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
+        self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # for this thread alone
         self._wake = threading.Condition()  # guards everything above that callers touch
         self._closing = False
         self._dead: EngineDeadError | None = None
@@ -171,7 +176,7 @@ class EngineThread:
         with self._wake:
             client = self._clients.pop(request_id)
             self._live_sequences -= client.unfinished
-        _put(client.sink, error)
+        self._put(client.sink, error)
 
     def _abort(self, request_id: str, client: _Client) -> None:
         if self._clients.get(request_id) is client:
@@ -179,7 +184,7 @@ class EngineThread:
 
     def _deliver(self, pieces: Iterable[TokenOutput]) -> None:
         """Hands the pieces of a step over; one wake-up per event loop, however many requests it has."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sink, TokenOutput]]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, tuple[list[_Item], list[_Item]]] = {}
         for piece in pieces:
             client = self._clients[piece.request_id]
             if piece.finished:
@@ -188,12 +193,27 @@ class EngineThread:
                     self._live_sequences -= 1
                     if client.unfinished == 0:
                         del self._clients[piece.request_id]
-            if client.sink.loop is None:
+            loop = client.sink.loop
+            if loop is None:
                 client.sink.put(piece)
             else:
-                by_loop[client.sink.loop].append((client.sink, piece))
-        for loop, items in by_loop.items():
-            _call_in(loop, _put_all, items)
+                first, others = by_loop.get(loop) or by_loop.setdefault(loop, ([], []))
+                (others if client.begun else first).append((client.sink, piece))
+                client.begun = True
+        for loop, (first, others) in by_loop.items():
+            self._courier(loop).send(first, others)
+
+    def _put(self, sink: Sink, item: Delivery) -> None:
+        if sink.loop is None:
+            sink.put(item)
+        else:
+            self._courier(sink.loop).send((), [(sink, item)])
+
+    def _courier(self, loop: asyncio.AbstractEventLoop) -> Courier:
+        if loop not in self._couriers:
+            self._couriers = {known: at for known, at in self._couriers.items() if not known.is_closed()}
+            self._couriers[loop] = Courier(loop)
+        return self._couriers[loop]
 
     def _end(self, error: EngineDeadError) -> None:
         """Takes no more requests and tells every caller that still waits."""
@@ -202,23 +222,4 @@ class EngineThread:
             clients, self._clients = list(self._clients.values()), {}
             self._live_sequences = 0
         for client in clients:
-            _put(client.sink, error)
-
-
-def _put(sink: Sink, item: Delivery) -> None:
-    if sink.loop is None:
-        sink.put(item)
-    else:
-        _call_in(sink.loop, sink.put, item)
-
-
-def _put_all(items: Sequence[tuple[Sink, TokenOutput]]) -> None:
-    for sink, piece in items:
-        sink.put(piece)
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], argument: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, argument)
-    except RuntimeError:
-        logger.debug("an event loop was closed before its requests ended")
+            self._put(client.sink, error)
