@@ -1,5 +1,64 @@
-"""Conversations over a candle-vllm engine."""
+"""Conversations that act: a model, its tools, and the loop between them.
 
-from candle_vllm.responses.session import ConversationOptions, ConversationResult, ResponsesSession
+Names are imported when they are first used, so that a program pays for MCP only where it uses it.
+"""
 
-__all__ = ["ConversationOptions", "ConversationResult", "ResponsesSession"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.conversation.events import ConversationFinished, Event
+    from candle_vllm.responses.conversation.http_model import HttpModel
+    from candle_vllm.responses.conversation.loop import ConversationLoop
+    from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
+    from candle_vllm.responses.mcp.config import McpConfig, load_mcp_config
+    from candle_vllm.responses.mcp.server_config import McpServerConfig
+    from candle_vllm.responses.session import ResponsesSession
+    from candle_vllm.responses.tools.approval import Approval
+    from candle_vllm.responses.tools.errors import ToolError
+    from candle_vllm.responses.tools.python_tool import function_tool
+    from candle_vllm.responses.tools.registry import ToolRegistry
+    from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolResult
+
+__all__ = [
+    "Approval",
+    "ConversationFinished",
+    "ConversationLoop",
+    "ConversationOptions",
+    "ConversationResult",
+    "Event",
+    "HttpModel",
+    "McpConfig",
+    "McpServerConfig",
+    "ResponsesSession",
+    "ToolCall",
+    "ToolDefinition",
+    "ToolError",
+    "ToolOutput",
+    "ToolRegistry",
+    "ToolResult",
+    "function_tool",
+    "load_mcp_config",
+]
+
+_HOMES = {
+    "conversation.events": ("ConversationFinished", "Event"),
+    "conversation.http_model": ("HttpModel",),
+    "conversation.loop": ("ConversationLoop",),
+    "conversation.options": ("ConversationOptions", "ConversationResult"),
+    "mcp.config": ("McpConfig", "load_mcp_config"),
+    "mcp.server_config": ("McpServerConfig",),
+    "session": ("ResponsesSession",),
+    "tools.approval": ("Approval",),
+    "tools.errors": ("ToolError",),
+    "tools.python_tool": ("function_tool",),
+    "tools.registry": ("ToolRegistry",),
+    "tools.tool": ("ToolCall", "ToolDefinition", "ToolOutput", "ToolResult"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

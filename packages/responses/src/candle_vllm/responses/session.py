@@ -1,87 +1,260 @@
-"""ResponsesSession: a conversation that remembers what was said. Tools come to it from MCP servers later."""
+"""ResponsesSession: a conversation that remembers what was said and acts through tools."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import copy
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import msgspec
 
-from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import OpenAIAdapter, parse_chat_request
+from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
+from candle_vllm.responses.conversation.events import ConversationFinished, Event
+from candle_vllm.responses.conversation.loop import ConversationLoop
+from candle_vllm.responses.conversation.model_source import ModelSource, http_model, local_model
+from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
+from candle_vllm.responses.conversation.transcript import Message, Transcript
+from candle_vllm.responses.tools.approval import Approval
+from candle_vllm.responses.tools.execution import check, run
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import Tool, ToolCall, ToolDefinition, ToolResult
 
+if TYPE_CHECKING:
+    from candle_vllm.responses.conversation.http_model import HttpModel
+    from candle_vllm.responses.mcp.config import McpConfig
+    from candle_vllm.responses.mcp.fleet import McpFleet
+    from candle_vllm.responses.mcp.server_config import McpServerConfig
 
-class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How one call of `run_conversation` is answered.
-
-    Attributes:
-        request: further fields of a chat completion request (`temperature`, `max_tokens`, `seed`, ...).
-    """
-
-    request: Mapping[str, Any] = msgspec.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        taken = {"messages", "stream", "stream_options", "n"} & set(self.request)
-        if taken:
-            raise InvalidParameterError(f"request must not set {', '.join(sorted(taken))}: the session does", "request")
-
-
-class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call of `run_conversation` came to.
-
-    Attributes:
-        final_message: the model's last words.
-        turns_taken: model turns.
-        completed: the model ended by itself.
-        stop_reason: "stop", or "length" when the answer was cut at `max_tokens` or the context.
-        prompt_tokens, completion_tokens: of all turns together.
-    """
-
-    final_message: str
-    turns_taken: int
-    completed: bool
-    stop_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+    McpServers = McpConfig | Iterable[McpServerConfig] | str | Path
 
 
 class ResponsesSession:
-    """A conversation over an adapter; each call continues where the last one ended.
+    """A conversation; each call continues where the last one ended.
+
+    With MCP servers or a base URL it is used as `async with ResponsesSession(...) as session`, which starts the servers
+    and ends them and all connections. One conversation runs at a time.
 
     Args:
-        adapter: answers the chat requests.
-        messages: what was said before, in OpenAI's form.
+        model: an engine, an adapter, the base URL of a server with OpenAI's chat API, or any `ChatModel`.
+        messages: what was said before, in OpenAI's form; the `messages` of another session, for example.
+        tools: Python functions and `Tool` objects that the model may call.
+        mcp_servers: servers whose tools it may call too: configurations, or the path of an mcp.json, whose variables
+            are those of this process.
+        api_key, model_name: for a base URL.
+        strict_servers: a server that cannot be reached at the start is a failure of the session.
+
+    Raises:
+        ConfigError: a URL, key or server configuration that cannot work.
+        InvalidParameterError: a tool that cannot be offered.
     """
 
-    def __init__(self, adapter: OpenAIAdapter, messages: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._adapter = adapter
-        self._messages = [dict(message) for message in messages]
+    def __init__(
+        self,
+        model: ModelSource,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        tools: Iterable[Tool | Callable[..., Any]] = (),
+        mcp_servers: McpServers = (),
+        api_key: str | None = None,
+        model_name: str | None = None,
+        strict_servers: bool = False,
+    ) -> None:
+        if not isinstance(model, str) and (api_key is not None or model_name is not None):
+            raise ConfigError("api_key and model_name are for a base URL; an engine needs neither", "api_key")
+        self._http: HttpModel | None = http_model(model, api_key, model_name) if isinstance(model, str) else None
+        self._model = self._http or local_model(model)
+        self._tools = ToolRegistry(tools)
+        self._servers = _server_configs(mcp_servers)
+        self._strict = strict_servers
+        self._fleet: McpFleet | None = None
+        self._open = not self._servers and self._http is None
+        self._busy = False
+        self._messages = Transcript(messages).messages
+        self._answers: dict[str, Approval] = {}
+
+    async def __aenter__(self) -> Self:
+        if self._servers:
+            from candle_vllm.responses.mcp.fleet import McpFleet
+
+            fleet = McpFleet(self._servers.values(), self._tools, strict=self._strict)
+            await fleet.start()
+            self._fleet = fleet
+        self._open = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Ends the MCP servers and the connections; Python tools end with their calls."""
+        self._open = False
+        fleet, self._fleet = self._fleet, None
+        try:
+            if fleet is not None:
+                await fleet.aclose()
+        finally:
+            if self._http is not None:
+                await self._http.aclose()
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The transcript so far, a copy; a new session made with it goes on from here."""
-        return [dict(message) for message in self._messages]
+    def messages(self) -> list[Message]:
+        """The transcript so far, a copy that can be written as JSON; a new session made with it goes on from here."""
+        return copy.deepcopy(self._messages)
+
+    @property
+    def open_calls(self) -> tuple[ToolCall, ...]:
+        """Calls of the last turn without a result: they run, or are asked about, when the conversation goes on."""
+        return Transcript(self._messages).open_calls
+
+    @property
+    def fleet(self) -> McpFleet | None:
+        """The MCP servers, with their status; None where there are none, or the session is not open."""
+        return self._fleet
 
     async def run_conversation(
-        self, messages: Sequence[Mapping[str, Any]], options: ConversationOptions | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        options: ConversationOptions | None = None,
+        *,
+        client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> ConversationResult:
-        """Adds `messages` and lets the model answer. The transcript changes only when it has.
+        """Adds `messages` and lets the model answer, with the tools it needs; see `stream_conversation`."""
+        result: ConversationResult | None = None
+        async with aclosing(self.stream_conversation(messages, options, client_tools=client_tools)) as events:
+            async for event in events:
+                if isinstance(event, ConversationFinished):
+                    result = event.result
+        assert result is not None
+        return result
+
+    async def stream_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]] = (),
+        options: ConversationOptions | None = None,
+        *,
+        client_tools: Sequence[Mapping[str, Any]] = (),
+    ) -> AsyncGenerator[Event, None]:
+        """The same, event by event; the last is `ConversationFinished`. Closing the iterator ends the conversation.
+
+        Without messages the conversation goes on where it ended: open calls first, then the model's next turn.
+
+        The transcript has what happened: `messages`, whole turns, and results of calls. When a turn fails or is
+        cancelled before anything was added, `messages` are not in it either, so the call can be made again. A call
+        that was cut off in the middle has a result that says so, and is not run again; one that had not begun is open.
+
+        Args:
+            messages: in OpenAI's form; also `tool` messages with the results of the caller's own tools.
+            options: limits, approval, sampling.
+            client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last, with the
+                calls in `pending`.
 
         Raises:
             RequestError: a message or option is wrong, or the conversation is too long.
-            CandleVllmError: the engine failed.
+            CandleVllmError: the model failed.
         """
-        options = options or ConversationOptions()
-        said = [*self._messages, *(dict(message) for message in messages)]
-        answer = await self._adapter.chat(parse_chat_request({**options.request, "messages": said}))
-        choice = answer.choices[0]
-        content = choice.message.content or ""
-        self._messages = [*said, {"role": "assistant", "content": content}]
-        return ConversationResult(
-            final_message=content,
-            turns_taken=1,
-            completed=choice.finish_reason == "stop",
-            stop_reason=choice.finish_reason,
-            prompt_tokens=answer.usage.prompt_tokens,
-            completion_tokens=answer.usage.completion_tokens,
-        )
+        transcript = Transcript([*self._messages, *messages])
+        self._check_ready(messages)
+        loop = ConversationLoop(self._model, self._tools, options, auto_approve=self._is_auto_approved)
+        answers = {call.id: self._answers.get(call.id) for call in transcript.open_calls}
+        self._busy, finished = True, False
+        try:
+            events = loop.run(
+                transcript,
+                client_tools=client_tools,
+                approved=[call_id for call_id, answer in answers.items() if answer is Approval.ALLOW],
+                denied=[call_id for call_id, answer in answers.items() if answer is Approval.DENY],
+            )
+            async with aclosing(events):
+                async for event in events:
+                    finished = finished or isinstance(event, ConversationFinished)
+                    yield event
+        finally:
+            self._busy = False
+            if finished or transcript.grew:
+                self._messages = transcript.messages
+                still_open = {call.id for call in transcript.open_calls}
+                self._answers = {key: answer for key, answer in self._answers.items() if key in still_open}
+
+    def answer_approvals(self, answers: Mapping[str, Approval | str]) -> None:
+        """Says of open calls whether they may run; they do, or do not, when the conversation goes on.
+
+        Args:
+            answers: "allow" or "deny" by call id.
+
+        Raises:
+            InvalidParameterError: no such call is open, or another answer.
+        """
+        known = [call.id for call in self.open_calls]
+        for call_id, answer in answers.items():
+            if call_id not in known:
+                raise InvalidParameterError(
+                    f"{call_id!r:.80} is no open call; open are: {', '.join(known) or 'none'}", "answers"
+                )
+            if answer not in (Approval.ALLOW, Approval.DENY):
+                raise InvalidParameterError(f"the answer must be 'allow' or 'deny', not {answer!r:.40}", "answers")
+        self._answers |= {call_id: Approval(answer) for call_id, answer in answers.items()}
+
+    def list_openai_tools(self, allowed: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        """The tools as a chat request has them; of all, or of those whose names match a pattern."""
+        return [definition.to_openai() for definition in self._tools.definitions(allowed)]
+
+    async def call_tool(
+        self, server: str | None, tool: str, arguments: Mapping[str, Any], *, timeout: float | None = None
+    ) -> ToolResult:
+        """Calls a tool without the model; nobody is asked, and the transcript stays as it is.
+
+        Args:
+            server: label of the MCP server; None for a Python function.
+            tool: its name there.
+            arguments: checked against its schema.
+            timeout: seconds; None is the tool's own, or 60.
+
+        Raises:
+            InvalidParameterError: there is no such tool. Whatever else goes wrong is in the result.
+        """
+        self._check_open()
+        for definition in self._tools.definitions():
+            if definition.server == server and tool in (definition.original_name, definition.name):
+                text = msgspec.json.encode(dict(arguments)).decode()
+                call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
+                checked = await check(self._tools, call)
+                return checked if isinstance(checked, ToolResult) else await run(checked, timeout=timeout)
+        where = "among the Python tools" if server is None else f"at the MCP server {server!r:.80}"
+        raise InvalidParameterError(f"there is no tool {tool!r:.80} {where}", "tool")
+
+    def _is_auto_approved(self, definition: ToolDefinition) -> bool:
+        config = self._servers.get(definition.server) if definition.server is not None else None
+        return config is not None and config.auto_approves(definition.original_name)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ConfigError("a session with MCP servers or a base URL is used inside `async with session:`")
+
+    def _check_ready(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._check_open()
+        if self._busy:
+            raise RequestError("a conversation of this session is running: wait for its end, or make another session")
+        answered = {message.get("tool_call_id") for message in messages if message.get("role") == "tool"}
+        left = [call.id for call in self.open_calls if call.id not in answered]
+        if left and any(message.get("role") != "tool" for message in messages):
+            raise InvalidParameterError(
+                f"the calls {', '.join(left[:5])} have no result yet: go on without new messages (answer_approvals "
+                "says whether they may run), or add a tool message for each of them first",
+                "messages",
+            )
+
+
+def _server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
+    """The configurations by label; two of one label are refused."""
+    if isinstance(servers, (str, Path)):
+        from candle_vllm.responses.mcp.local_config import load_local_config
+
+        servers = load_local_config(servers)
+    configs = tuple(cast("Iterable[McpServerConfig]", getattr(servers, "servers", servers)))
+    by_name = {config.name: config for config in configs}
+    if len(by_name) < len(configs):
+        raise ConfigError("two MCP servers have the same name: give each its own", "mcp_servers")
+    return by_name

@@ -37,7 +37,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
         parallel_tools: calls of one turn run at the same time, at most this many (1: one after the other).
         tool_timeout: seconds for one call; None is the tool's own, or 60.
         max_result_chars: of a tool's text that the model sees; more is cut, with a note that says so.
-        max_repeats: how often the same calls may give the same results before the conversation ends.
+        max_repeats: 2 to 100; so many turns in a row with the same calls and the same results end the conversation.
         request: further fields of a chat completion request (`temperature`, `max_tokens`, `tool_choice`, ...).
     """
 
@@ -58,7 +58,7 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidParameterError(f"request must not set {', '.join(sorted(taken))}: the session does", "request")
         for name, low, high in (
             ("max_turns", 1, 1000), ("max_tool_calls", 0, 10_000), ("timeout", 0, 86_400), ("parallel_tools", 1, 64),
-            ("tool_timeout", 0, 86_400), ("max_result_chars", 1, 10_000_000), ("max_repeats", 1, 100),
+            ("tool_timeout", 0, 86_400), ("max_result_chars", 1, 10_000_000), ("max_repeats", 2, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -76,7 +76,7 @@ def effective(configuration: Configuration) -> list[Effective]:
 
 def _shown(option: Option, settings: Settings) -> Any:
     value = getattr(settings, option.name)
-    if isinstance(option.kind, Secret) and value:
+    if isinstance(option.kind, Secret) and value and value != getattr(Settings(), option.name):
         return [HIDDEN] * len(value) if option.repeat else HIDDEN
     if isinstance(value, Path):
         return str(value)

@@ -12,13 +12,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
-from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation
+from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation, read_stdin
 from candle_vllm.server.engine_setup import load_engine
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
 
 DEFAULT_MAX_TOKENS = 256
-_MAX_PROMPT = 64 << 20  # bytes read from standard input
 
 
 def generate(
@@ -32,7 +31,7 @@ def generate(
     """Writes the continuation of `prompt` ("-" reads it from standard input), and a newline."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
-    text = _read_stdin() if prompt == "-" else prompt
+    text = read_stdin("prompt") if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings) as engine:
@@ -67,13 +66,3 @@ async def _write(pieces: AsyncGenerator[Said, None]) -> None:
             display.show(piece)
     sys.stdout.write("\n")
     sys.stdout.flush()
-
-
-def _read_stdin() -> str:
-    data = sys.stdin.buffer.read(_MAX_PROMPT + 1)
-    if len(data) > _MAX_PROMPT:
-        raise UsageError(f"the prompt on standard input is larger than {_MAX_PROMPT >> 20} MB")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt on standard input is not UTF-8: byte {error.start}") from None

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: a conversation as a request, its answer as text, and safe output.
+"""What the commands with text share: a conversation as a request, its answer as text, and safe output.
 
 Step 2 and the first half of step 10 of a request's life, without HTTP.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
+from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
+
+if TYPE_CHECKING:
+    from candle_vllm.core import InferenceEngine
+
+_MAX_TEXT = 64 << 20  # bytes read from standard input
 
 Message = dict[str, str]
 
@@ -74,6 +79,17 @@ class Display:
         self._thinking = piece.thought
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def read_stdin(name: str) -> str:
+    """The whole standard input as the text that a command takes; `name` says what it is."""
+    data = sys.stdin.buffer.read(_MAX_TEXT + 1)
+    if len(data) > _MAX_TEXT:
+        raise UsageError(f"the {name} on standard input is larger than {_MAX_TEXT >> 20} MB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the {name} on standard input is not UTF-8: byte {error.start}") from None
 
 
 def terminal_safe(text: str) -> str:

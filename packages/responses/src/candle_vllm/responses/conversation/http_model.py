@@ -1,0 +1,182 @@
+"""HttpModel: any server with OpenAI's chat API answers the turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import httpx2
+
+from candle_vllm.core.errors import ConfigError, InvalidParameterError
+from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.responses.conversation.http_chunks import ChunkParser
+from candle_vllm.responses.conversation.http_errors import ModelServerError, error_of, shown
+
+MAX_EVENT = 4 << 20  # bytes of one event of a stream
+MAX_BODY = 1 << 20  # bytes of an answer that is no stream
+_MAX_KEY = 4096
+
+
+class HttpModel:
+    """Asks a server; see `ChatModel`.
+
+    Args:
+        base_url: what stands before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
+        api_key: sent as `Authorization: Bearer`; never shown.
+        model: the name that requests have; None asks the server, and takes the first of its models.
+        connect_timeout: seconds.
+        read_timeout: seconds without a byte of the answer, up to its first and between any two.
+        transport: what carries the requests; None is the network.
+
+    Raises:
+        ConfigError: the URL is not one of http or https, or the key cannot be sent.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        connect_timeout: float = 10.0,
+        read_timeout: float = 300.0,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._url = _checked_url(base_url)
+        self._server = f"the model server at {self._url.host}"
+        self._key = _checked_key(api_key)
+        self._model = model
+        headers = {"accept-encoding": "identity", "user-agent": "candle-vllm"}
+        if api_key:
+            headers["authorization"] = f"Bearer {api_key}"
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(read_timeout, connect=connect_timeout),
+            follow_redirects=False,
+            transport=transport,
+        )
+
+    def __repr__(self) -> str:
+        return f"HttpModel({self._url.host!r}, model={self._model!r})"
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._client.aclose()
+
+    @asynccontextmanager
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[ChatCompletionChunk]]:
+        """The chunks of the answer; leaving the context closes the connection, by which servers stop their work.
+
+        Raises:
+            RequestError: the server refuses the request; `ModelServerRequestError` has the status.
+            EngineOverloadedError: it takes none now.
+            ModelServerError: anything else, before the first chunk or among them.
+        """
+        if self._model is None and "model" not in request:
+            self._model = await self._first_model()
+        body = {"model": self._model, **request, "stream": True, "stream_options": {"include_usage": True}}
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._client.stream(
+                "POST", self._at("chat/completions"), content=_encoded(body), headers=headers
+            ) as response:
+                if response.status_code != 200:
+                    answer = await self._body(response)
+                    raise error_of(response.status_code, answer, self._server, self._key)
+                async with aclosing(self._chunks(response)) as chunks:
+                    yield chunks
+        except httpx2.HTTPError as error:
+            raise self._failed(error) from None
+
+    async def _chunks(self, response: httpx2.Response) -> AsyncGenerator[ChatCompletionChunk]:
+        parser = ChunkParser()
+        try:
+            async for event in httpx2.EventSource(response, max_event_size=MAX_EVENT):
+                if event.data.strip() == "[DONE]":
+                    return
+                if event.data:
+                    yield parser.parse(self._object(event.data))
+        except httpx2.HTTPError as error:
+            raise self._failed(error) from None
+        if not parser.finished:
+            raise ModelServerError(f"{self._server} ended its answer in the middle", response.status_code)
+
+    def _object(self, data: str) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ModelServerError(f"{self._server} sent an event that is no JSON object: {shown(data, self._key)}")
+        if value.get("error"):
+            error = value["error"] if isinstance(value["error"], dict) else {}
+            status = error.get("code")
+            status = status if isinstance(status, int) and 400 <= status < 600 else 500
+            raise error_of(status, data.encode(), self._server, self._key)
+        return value
+
+    async def _first_model(self) -> str:
+        advice = "give the model's name"
+        try:
+            async with self._client.stream("GET", self._at("models")) as response:
+                body = await self._body(response)
+                if response.status_code != 200:
+                    raise error_of(response.status_code, body, self._server, self._key)
+            first = json.loads(body)["data"][0]["id"]
+        except httpx2.HTTPError as error:
+            raise self._failed(error) from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ModelServerError(f"{self._server} has no list of models: {advice}") from None
+        if not isinstance(first, str):
+            raise ModelServerError(f"{self._server} has a list of models without names: {advice}")
+        return first
+
+    async def _body(self, response: httpx2.Response) -> bytes:
+        """The beginning of an answer that is no stream."""
+        read = bytearray()
+        async for piece in response.aiter_bytes():
+            read += piece
+            if len(read) > MAX_BODY:
+                break
+        return bytes(read[:MAX_BODY])
+
+    def _at(self, path: str) -> str:
+        return f"{str(self._url).rstrip('/')}/{path}"
+
+    def _failed(self, error: httpx2.HTTPError) -> ModelServerError:
+        if isinstance(error, httpx2.TimeoutException):
+            return ModelServerError(f"{self._server} did not answer in time ({type(error).__name__})")
+        if isinstance(error, httpx2.ConnectError):
+            return ModelServerError(f"{self._server} cannot be reached: {shown(str(error), self._key)}")
+        return ModelServerError(f"{self._server} broke off: {shown(str(error) or type(error).__name__, self._key)}")
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"the request cannot be written as JSON: {error}") from None
+
+
+def _checked_url(text: str) -> httpx2.URL:
+    try:
+        url = httpx2.URL(text)
+    except (httpx2.InvalidURL, TypeError):
+        raise ConfigError("the base URL cannot be read; it looks like http://127.0.0.1:2000/v1", "base_url") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(
+            f"the base URL must begin with http:// or https:// and name a host, not {text!r:.60}; to use a model "
+            "of this machine without a server, load it with InferenceEngine(...)",
+            "base_url",
+        )
+    if url.userinfo or url.query or url.fragment:
+        raise ConfigError("the base URL must not have a user, a query or a fragment; a key goes to api_key", "base_url")
+    return url
+
+
+def _checked_key(key: str | None) -> str | None:
+    if key is not None and not (0 < len(key) <= _MAX_KEY and key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"api_key must be 1 to {_MAX_KEY} printable ASCII characters without spaces", "api_key")
+    return key

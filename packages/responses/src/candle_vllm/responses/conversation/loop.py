@@ -1,0 +1,239 @@
+"""ConversationLoop: a model and its tools take turns until the model has answered, or something ends it.
+
+The one loop behind `ResponsesSession`, the chat route that executes tools, and `/v1/responses`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from candle_vllm.core.errors import InvalidParameterError, RequestAbortedError
+from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.chat_model import ChatModel
+from candle_vllm.responses.conversation.ending import end_task
+from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
+from candle_vllm.responses.conversation.options import (
+    ConversationOptions,
+    ConversationResult,
+    ConversationUsage,
+    StopReason,
+)
+from candle_vllm.responses.conversation.repeats import RepeatWatch
+from candle_vllm.responses.conversation.transcript import LOST, Transcript
+from candle_vllm.responses.conversation.turn_calls import Decisions, TurnCalls
+from candle_vllm.responses.conversation.turn_reader import TurnReader
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import ToolDefinition
+
+CUT = "The answer was cut at its token limit, so this call may be incomplete. It did not run."
+
+
+class ConversationLoop:
+    """Runs conversations; any number at the same time.
+
+    Args:
+        model: answers the turns.
+        tools: what the model may call; looked at anew before each turn.
+        options: limits and approval.
+        auto_approve: True for a tool that needs no approval, whatever the policy is.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        tools: ToolRegistry | None = None,
+        options: ConversationOptions | None = None,
+        *,
+        auto_approve: Callable[[ToolDefinition], bool] | None = None,
+    ) -> None:
+        self._model = model
+        self._tools = tools if tools is not None else ToolRegistry()
+        self._options = options or ConversationOptions()
+        self._auto_approve = auto_approve
+
+    async def run(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Transcript,
+        *,
+        client_tools: Sequence[Mapping[str, Any]] = (),
+        approved: Collection[str] = (),
+        denied: Collection[str] = (),
+    ) -> AsyncGenerator[Event, None]:
+        """The events of a conversation; `ConversationFinished` is the last.
+
+        Calls of the last assistant message that have no result are taken up before the first turn. A `tool_choice` of
+        the request that forces a call holds for the first turn; from then on the model chooses.
+
+        Closing the iterator, or cancelling the task that reads it, ends the model's answer and every running tool
+        before it returns (`contextlib.aclosing` closes it in time).
+
+        Args:
+            messages: in OpenAI's form; a `Transcript` grows as the conversation does, also where it is cut off.
+            client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last.
+            approved, denied: ids of calls without results that may run, or may not.
+
+        Raises:
+            RequestError: a message, tool or option is wrong, or the conversation is too long.
+            CandleVllmError: the model failed. Running tools have been ended.
+        """
+        transcript = messages if isinstance(messages, Transcript) else Transcript(messages)
+        decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
+        _check_decisions(transcript, decisions)
+        channel: EventChannel[Event] = EventChannel()
+        names = _client_names(client_tools, self._tools)
+        calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel)
+        conversation = _Conversation(self._model, self._options, client_tools, transcript, calls, channel)
+        task = asyncio.create_task(conversation.run(), name="conversation")
+        task.add_done_callback(partial(_close, channel))
+        try:
+            while (event := await channel.receive()) is not None:
+                yield event
+        finally:
+            try:
+                await end_task(task)
+            finally:
+                transcript.settle()
+
+
+class _Conversation:
+    """One run of the loop, in a task of its own, so that its time limit never touches the reader's task."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        options: ConversationOptions,
+        client_tools: Sequence[Mapping[str, Any]],
+        transcript: Transcript,
+        calls: TurnCalls,
+        channel: EventChannel[Event],
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._client_tools = client_tools
+        self._transcript = transcript
+        self._calls = calls
+        self._channel = channel
+        self._repeats = RepeatWatch(options.max_repeats)
+        self._turns = 0
+        self._words = ""
+        self._usage = ConversationUsage()
+
+    async def run(self) -> None:
+        limit = asyncio.timeout(self._options.timeout)
+        try:
+            async with limit:
+                reason = await self._take_turns()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            reason = "timeout"
+            for call in self._transcript.lost_calls():
+                await self._calls.refuse(call, "timed_out", LOST)
+        result = ConversationResult(
+            final_message=self._words,
+            tool_calls=self._calls.results,
+            turns_taken=self._turns,
+            completed=reason == "stop",
+            stop_reason=reason,
+            pending=self._transcript.open_calls,
+            usage=self._usage,
+        )
+        await self._channel.send(ConversationFinished(result=result, messages=self._transcript.added))
+
+    async def _take_turns(self) -> StopReason:
+        reason = await self._run_calls()
+        while reason is None:
+            if self._turns >= self._options.max_turns:
+                return "max_turns"
+            turn = await self._take_turn()
+            if turn.finish_reason == "length":
+                for call in self._transcript.open_calls:
+                    await self._calls.refuse(call, "invalid_arguments", CUT)
+                return "length"
+            if not self._transcript.open_calls:
+                return "stop"
+            reason = await self._run_calls()
+        return reason
+
+    async def _run_calls(self) -> StopReason | None:
+        """Runs the open calls; why the conversation ends with them, or None."""
+        calls = self._transcript.open_calls
+        reason = await self._calls.run(calls)
+        if reason is None and self._repeats.is_loop(self._calls.of_turn(calls)):
+            return "loop"
+        return reason
+
+    async def _take_turn(self) -> TurnFinished:
+        reader = TurnReader(self._turns + 1, self._transcript.call_ids)
+        await self._channel.send(TurnStarted(number=self._turns + 1))
+        async with self._model.stream(self._request()) as chunks:
+            async for chunk in chunks:
+                for event in reader.read(chunk):
+                    await self._channel.send(event)
+        *late, turn = reader.end()
+        assert isinstance(turn, TurnFinished)
+        self._turns += 1
+        self._usage += turn.usage
+        self._words = turn.message["content"] or ""
+        self._transcript.add_turn(turn.message)
+        for event in (*late, turn):
+            await self._channel.send(event)
+        return turn
+
+    def _request(self) -> dict[str, Any]:
+        tools = [one.to_openai() for one in self._calls.definitions().values()]
+        request: dict[str, Any] = {**self._options.request, "messages": self._transcript.messages}
+        if tools or self._client_tools:
+            request["tools"] = [*tools, *map(dict, self._client_tools)]
+        if self._turns and "tool_choice" in request:
+            request["tool_choice"] = _free_choice(request["tool_choice"])
+        return request
+
+
+def _free_choice(choice: Any) -> Any:
+    """The choice for later turns: a model that had to call something would never come to its answer."""
+    if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
+        return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
+    return "none" if choice == "none" else "auto"
+
+
+def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:
+    if task.cancelled():
+        channel.close(RequestAbortedError("The conversation was cancelled."))
+    else:
+        channel.close(task.exception())
+
+
+def _check_decisions(transcript: Transcript, decisions: Decisions) -> None:
+    known = {call.id for call in transcript.open_calls}
+    for name in ("approved", "denied"):
+        unknown = sorted(set(getattr(decisions, name)) - known)
+        if unknown:
+            raise InvalidParameterError(
+                f"{name} has {unknown[0]!r:.80}, which is no call without a result of the last assistant message; "
+                f"those are: {', '.join(sorted(known)) or 'none'}",
+                name,
+            )
+    both = set(decisions.approved) & set(decisions.denied)
+    if both:
+        raise InvalidParameterError(f"{min(both)!r:.80} cannot be approved and denied", "denied")
+
+
+def _client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
+    """Names of the caller's tools; one of ours with such a name would never be called."""
+    names: set[str] = set()
+    for number, tool in enumerate(client_tools):
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
+        if tools.find(name) is not None:
+            raise InvalidParameterError(
+                f"tools.{number}.function.name {name!r:.80} is the name of a tool that runs here: rename one of them",
+                f"tools.{number}.function.name",
+            )
+        names.add(name)
+    return frozenset(names)

@@ -1,0 +1,1 @@
+"""MCP servers: their configuration, connections that come back, and their tools in the registry."""

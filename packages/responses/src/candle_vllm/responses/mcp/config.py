@@ -1,0 +1,211 @@
+"""mcp.json: where it lies, what it may look like, and the servers in it.
+
+Accepted are `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), `servers` as
+a list (candle-vllm), and the servers without a key around them, as an object or a list. See docs/mcp.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.responses.mcp.json_comments import strip_comments
+from candle_vllm.responses.mcp.secrets import OAuthClient
+from candle_vllm.responses.mcp.server_config import McpServerConfig, Transport
+from candle_vllm.responses.mcp.server_keys import EXPANDED, FIELD_OF, NAMES, nearest
+from candle_vllm.responses.mcp.small_file import read_small_file
+from candle_vllm.responses.mcp.variables import Inputs, McpInput, Variables
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "MAX_SERVERS",
+    "McpConfig",
+    "McpInput",
+    "McpServerConfig",
+    "OAuthClient",
+    "Transport",
+    "find_mcp_config",
+    "load_mcp_config",
+]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_VARIABLE = "CANDLE_VLLM_MCP_CONFIG"
+FILE_NAME = "mcp.json"
+MAX_SERVERS = 64
+MAX_INPUTS = 256
+_WRAPPERS = ("mcpServers", "servers")
+_TOP_KEYS = (*_WRAPPERS, "inputs", "$schema")
+
+
+@dataclass(frozen=True)
+class McpConfig:
+    """The servers of a file.
+
+    Attributes:
+        servers: in the file's order, disabled ones too.
+        path: of the file; None where there is none.
+    """
+
+    servers: tuple[McpServerConfig, ...] = ()
+    path: Path | None = None
+
+    def server(self, name: str) -> McpServerConfig | None:
+        """The server of this name, or None."""
+        return next((server for server in self.servers if server.name == name), None)
+
+
+def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
+    """The file that applies: the one given, else that of CANDLE_VLLM_MCP_CONFIG, else mcp.json in the folder, if any.
+
+    Args:
+        flag: the value of --mcp-config, or None.
+        environ: the environment; an empty variable counts as none.
+        folder: where relative paths start.
+
+    Raises:
+        ConfigError: a file that was named is not there.
+    """
+    for given, spelled in ((flag, "--mcp-config"), (environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE)):
+        if given is not None:
+            path = folder / Path(given).expanduser()
+            if not path.is_file():
+                raise ConfigError(f"{spelled}: the file {path} does not exist", "mcp_config")
+            return path
+    path = folder / FILE_NAME
+    return path if path.is_file() else None
+
+
+def load_mcp_config(
+    path: Path | str | None = None,
+    *,
+    environ: Mapping[str, str],
+    workspace: Path | str,
+    inputs: Inputs | None = None,
+) -> McpConfig:
+    """Reads mcp.json.
+
+    Relative `cwd` and `envFile` start in the folder of the file. In a disabled server what cannot be expanded stays as
+    it is.
+
+    Args:
+        path: the file; None looks for one (`find_mcp_config`), and none at all is no servers.
+        environ: the environment, for `${NAME}` and `MCP_INPUT_<ID>`.
+        workspace: what `${workspaceFolder}` stands for, and where a file is looked for.
+        inputs: answers to `${input:id}`: a mapping, or a function that is asked once for each.
+
+    Raises:
+        ConfigError: the file cannot be used; the message names the file, and the server and key where there are some.
+    """
+    workspace = Path(workspace)
+    found = find_mcp_config(path, environ, workspace)
+    if found is None:
+        return McpConfig()
+    try:
+        content = decode_json(strip_comments(read_small_file(found, "MCP configuration")), "The file")
+    except InvalidBodyError as error:
+        raise ConfigError(f"{found}: {error}", "mcp_config") from None
+    try:
+        declared, entries = _sections(content)
+        variables = Variables(environ, workspace, inputs, declared)
+        servers = tuple(_server(name, entry, variables, found.parent) for name, entry in entries)
+    except ConfigError as error:
+        raise ConfigError(f"{found}: {error}", error.setting) from None
+    return McpConfig(servers, found)
+
+
+def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]:
+    """The declared inputs and the entries of the servers by name."""
+    inner = content.get("mcp") if isinstance(content, dict) else None
+    if isinstance(inner, dict) and any(key in inner for key in _WRAPPERS):
+        content = inner  # a section of a program's settings
+    inputs: dict[str, McpInput] = {}
+    servers = content
+    if isinstance(content, dict):
+        wrappers = [key for key in _WRAPPERS if key in content]
+        if len(wrappers) == 2:
+            raise ConfigError('both "mcpServers" and "servers" are there: put all servers into one', "servers")
+        if wrappers:
+            servers = content[wrappers[0]]
+            inputs = _inputs(content.get("inputs", []))
+            for key in content:
+                if key not in _TOP_KEYS:
+                    hint = nearest(key, _TOP_KEYS)
+                    logger.warning("mcp.json: the key %.60r is not known and has no effect%s", key, hint)
+        else:
+            servers = {key: value for key, value in content.items() if key != "$schema"}
+    entries = list(_entries(servers))
+    if len(entries) > MAX_SERVERS:
+        raise ConfigError(f"{len(entries)} servers, and {MAX_SERVERS} are allowed", "servers")
+    return inputs, entries
+
+
+def _entries(servers: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(servers, dict):
+        if any(key in FIELD_OF and not isinstance(value, dict) for key, value in servers.items()):
+            raise ConfigError(
+                'the servers must stand under their names: {"mcpServers": {"my-server": {"command": ...}}}', "servers"
+            )
+        yield from servers.items()
+        return
+    if not isinstance(servers, list):
+        raise ConfigError('there must be an object or a list of servers, e.g. {"mcpServers": {...}}', "servers")
+    seen: set[str] = set()
+    for number, entry in enumerate(servers, 1):
+        names = [entry[key] for key in NAMES if isinstance(entry.get(key), str)] if isinstance(entry, dict) else []
+        if not names:
+            raise ConfigError(f'server {number} of the list needs a "name"', "servers")
+        if names[0] in seen:
+            raise ConfigError(f"two servers are named {names[0]!r:.100}", "servers")
+        seen.add(names[0])
+        yield names[0], entry
+
+
+def _server(name: str, entry: Any, variables: Variables, folder: Path) -> McpServerConfig:
+    if not isinstance(entry, dict):
+        raise ConfigError(f'MCP server {name!r:.100} must be an object with "command" or "url"', "servers")
+    lenient = entry.get("disabled") is True or entry.get("enabled") is False
+    expanded = {
+        key: _expand(value, f"MCP server {name!r:.100}: {key}", variables, lenient) if key in EXPANDED else value
+        for key, value in entry.items()
+    }
+    if lenient:  # nothing of it is used: a file that is not there is no fault
+        expanded = {key: value for key, value in expanded.items() if FIELD_OF.get(key) != "env_file"}
+    return McpServerConfig.from_mapping(name, expanded, folder=folder)
+
+
+def _expand(value: Any, where: str, variables: Variables, lenient: bool) -> Any:
+    """The value with every text in it expanded."""
+    if isinstance(value, dict):
+        return {key: _expand(item, f"{where}.{key:.100}", variables, lenient) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, f"{where}[{number}]", variables, lenient) for number, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    try:
+        return variables.expand(value, where)
+    except ConfigError:
+        if lenient:
+            return value
+        raise
+
+
+def _inputs(declared: Any) -> dict[str, McpInput]:
+    """VS Code's declarations; what it runs to get an answer (`command`) is not run."""
+    if not isinstance(declared, list) or len(declared) > MAX_INPUTS:
+        raise ConfigError(f'"inputs" must be a list of at most {MAX_INPUTS} objects', "inputs")
+    found: dict[str, McpInput] = {}
+    for number, item in enumerate(declared, 1):
+        name = item.get("id") if isinstance(item, dict) else None
+        if not isinstance(name, str) or not name or name in found:
+            raise ConfigError(f'input {number} needs an "id" of its own', "inputs")
+        texts = {key: item[key] for key in ("description", "default") if isinstance(item.get(key), str)}
+        options = tuple(option for option in item.get("options") or () if isinstance(option, str))
+        found[name] = McpInput(id=name, password=item.get("password") is True, options=options, **texts)
+    return found

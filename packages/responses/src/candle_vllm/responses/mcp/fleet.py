@@ -1,0 +1,161 @@
+"""McpFleet: all servers of a configuration, and their tools in one registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.mcp.errors import McpServerError
+from candle_vllm.responses.mcp.link import McpLink
+from candle_vllm.responses.mcp.mcp_tool import McpTool
+from candle_vllm.responses.mcp.processes import to_the_end
+from candle_vllm.responses.mcp.supervisor import LinkState
+from candle_vllm.responses.tools.registry import ToolRegistry
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.mcp.server_config import McpServerConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_LINKS = 64
+
+
+class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A server as a page or a log shows it; nothing in it is secret.
+
+    Attributes:
+        name: in the configuration.
+        transport: "stdio", "http", "sse" or "in process".
+        state: see `McpLink.state`.
+        error: why there is no connection, or None.
+        server: its own name and version, or None.
+        protocol_version: that both sides agreed on, or None.
+        instructions: its words on how to use it, or None.
+        tools: the names that a model calls, of the last list that is known.
+        notes: what was left out of its list of tools, and why.
+        reconnects: connections after the first.
+        log: the last lines of its log.
+    """
+
+    name: str
+    transport: str
+    state: LinkState
+    error: str | None
+    server: str | None
+    protocol_version: str | None
+    instructions: str | None
+    tools: tuple[str, ...]
+    notes: tuple[str, ...]
+    reconnects: int
+    log: tuple[str, ...]
+
+
+class McpFleet:
+    """The servers of a configuration; as a context manager it starts them and ends them.
+
+    Args:
+        configs: at most 64, with different names; disabled ones are shown and not started.
+        registry: gets the servers' tools, and again whenever they change.
+        strict: a server that cannot be reached at the start is a failure; otherwise it is tried again in the
+            background, and its tools come when it does.
+
+    Raises:
+        ConfigError: too many servers, or two of one name.
+    """
+
+    def __init__(
+        self, configs: Iterable[McpServerConfig], registry: ToolRegistry | None = None, *, strict: bool = False
+    ) -> None:
+        configs = tuple(configs)
+        if len(configs) > MAX_LINKS:
+            raise ConfigError(f"{len(configs)} MCP servers; at most {MAX_LINKS} are possible", "mcpServers")
+        names = [config.name for config in configs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"two MCP servers are named {min(twice)!r}: give each a name of its own", "mcpServers")
+        self.registry = registry if registry is not None else ToolRegistry()
+        self._strict = strict
+        self._starting = False
+        self._links = {config.name: McpLink(config, on_tools_changed=self._register) for config in configs}
+
+    @property
+    def links(self) -> dict[str, McpLink]:
+        """The links by the servers' names."""
+        return dict(self._links)
+
+    async def start(self) -> None:
+        """Starts all servers at the same time and waits until each is ready or has failed once.
+
+        Raises:
+            McpServerError: with `strict`, a server could not be reached; all are ended then.
+        """
+        self._starting = True
+        starts = [asyncio.create_task(link.start(keep_trying=not self._strict)) for link in self._links.values()]
+        try:
+            outcomes = await asyncio.gather(*starts, return_exceptions=True)
+        except asyncio.CancelledError:
+            await to_the_end(self._end(starts))
+            raise
+        finally:
+            self._starting = False
+        for link in self._links.values():
+            self._register(link)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for failure in failures:
+            if self._strict or not isinstance(failure, McpServerError):
+                await self.aclose()
+                raise failure
+            logger.warning("%s; it is tried again in the background", failure)
+
+    async def aclose(self) -> None:
+        """Ends all servers at the same time and takes their tools out of the registry. Idempotent."""
+        await to_the_end(self._end(()))
+
+    async def __aenter__(self) -> McpFleet:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def status(self) -> list[LinkStatus]:
+        """Each server as it is now, in the configuration's order."""
+        return [self._status(link) for link in self._links.values()]
+
+    async def _end(self, starts: Iterable[asyncio.Task[None]]) -> None:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(link.aclose() for link in self._links.values()))
+        for name in self._links:
+            self.registry.replace(name, ())
+
+    def _register(self, link: McpLink) -> None:
+        """Puts a server's tools into the registry; those of the start all at its end, in the configuration's order.
+
+        The order of the tools is that of the prompt, whose beginning is cached: it must not depend on who was faster.
+        """
+        if self._starting or not (link.tools or link.state == "ready"):
+            return
+        self.registry.replace(link.name, [McpTool(link, tool) for tool in link.tools.values()])
+
+    def _status(self, link: McpLink) -> LinkStatus:
+        info = link.server_info
+        definitions = self.registry.definitions()
+        return LinkStatus(
+            name=link.name,
+            transport=link.transport,
+            state=link.state,
+            error=link.error,
+            server=f"{info.name} {info.version}".strip()[:200] if info else None,
+            protocol_version=link.protocol_version,
+            instructions=link.instructions,
+            tools=tuple(definition.name for definition in definitions if definition.server == link.name),
+            notes=link.notes,
+            reconnects=link.reconnects,
+            log=tuple(link.log_lines()),
+        )

@@ -1,0 +1,147 @@
+"""What each setting of an MCP server must be; messages name the server and the setting, and never show a value that may
+be secret."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from candle_vllm.core.errors import ConfigError
+
+MAX_LABEL = 256
+MAX_TEXT = 32_768  # characters of an argument, a variable or a header
+MAX_ITEMS = 256  # arguments, variables, headers
+MAX_PATTERNS = 1000
+MAX_URL = 4096
+MAX_INSTRUCTIONS = 20_000
+MAX_TIMEOUT = 3600.0
+MAX_CONNECT_TIMEOUT = 600.0
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+
+
+class Checks:
+    """The checks for one server.
+
+    Each returns the setting in its own type, or raises `ConfigError`.
+    """
+
+    def __init__(self, server: object) -> None:
+        if not isinstance(server, str) or not server.strip() or len(server) > MAX_LABEL or _CONTROL.search(server):
+            raise ConfigError(
+                f"the name of an MCP server must be 1 to {MAX_LABEL} characters on one line, not {server!r:.100}",
+                "name",
+            )
+        self.server = server
+
+    def fail(self, setting: str, problem: str) -> NoReturn:
+        """Raises the error that names server and setting."""
+        raise ConfigError(f"MCP server {self.server!r:.100}: {setting} {problem}", setting)
+
+    def text(self, setting: str, value: Any, *, most: int = MAX_TEXT, empty: bool = False) -> str:
+        """A string without NUL."""
+        if not isinstance(value, str):
+            self.fail(setting, f"must be a string, not {_kind(value)}")
+        if not value and not empty:
+            self.fail(setting, "must not be empty")
+        if len(value) > most:
+            self.fail(setting, f"has {len(value)} characters, and {most} are allowed")
+        if "\0" in value:
+            self.fail(setting, "must not contain a NUL character")
+        return value
+
+    def one_line(self, setting: str, value: Any, *, most: int = MAX_TEXT) -> str:
+        """A string without control characters, as HTTP wants it."""
+        checked = self.text(setting, value, most=most)
+        if _CONTROL.search(checked):
+            self.fail(setting, "must stand on one line, without control characters")
+        return checked
+
+    def texts(self, setting: str, value: Any, *, most: int = MAX_ITEMS, empty: bool = False) -> tuple[str, ...]:
+        """A list of strings."""
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+            self.fail(setting, f"must be a list of strings, not {_kind(value)}")
+        items = tuple(value)
+        if len(items) > most:
+            self.fail(setting, f"has {len(items)} entries, and {most} are allowed")
+        return tuple(self.text(f"{setting}[{number}]", item, empty=empty) for number, item in enumerate(items))
+
+    def variables(self, setting: str, value: Any) -> dict[str, str]:
+        """Environment variables."""
+        for name, text in self._mapping(setting, value).items():
+            if not name or "=" in name or "\0" in name or len(name) > MAX_LABEL:
+                self.fail(setting, f"has the name {name!r:.60}, which no environment variable can have")
+            self.text(f"{setting}.{name:.100}", text, empty=True)
+        return dict(value)
+
+    def http_headers(self, setting: str, value: Any) -> dict[str, str]:
+        """HTTP headers."""
+        seen: set[str] = set()
+        for name, text in self._mapping(setting, value).items():
+            if not _HEADER_NAME.fullmatch(name):
+                self.fail(setting, f"has the name {name!r:.60}, which no HTTP header can have")
+            if name.lower() in seen:
+                self.fail(setting, f"has {name:.60} twice; case does not count")
+            seen.add(name.lower())
+            self.one_line(f"{setting}.{name:.100}", text)
+            if not text.isascii():
+                self.fail(f"{setting}.{name:.100}", "must be ASCII")
+        return dict(value)
+
+    def address(self, setting: str, value: Any) -> str:
+        """An http or https address."""
+        url = self.one_line(setting, value, most=MAX_URL)
+        try:
+            parts = urlsplit(url)
+            usable = (
+                parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            )
+        except ValueError:
+            usable = False
+        if not usable or " " in url:
+            self.fail(setting, "must be an address with http:// or https:// and a host, e.g. http://localhost:8000/mcp")
+        return url
+
+    def folder(self, setting: str, value: Any) -> Path:
+        """A path."""
+        return value if isinstance(value, Path) else Path(self.text(setting, value, most=MAX_URL))
+
+    def flag(self, setting: str, value: Any) -> bool:
+        """True or false."""
+        if not isinstance(value, bool):
+            self.fail(setting, f"must be true or false, not {_kind(value)}")
+        return value
+
+    def seconds(self, setting: str, value: Any, most: float, *, unit: str = "seconds", factor: float = 1.0) -> float:
+        """A time; `factor` is the seconds of its unit."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(setting, f"must be a number of {unit}, not {_kind(value)}")
+        if not math.isfinite(value) or not 0 < value * factor <= most:
+            hint = "; for milliseconds write timeout_ms" if factor == 1.0 and 1000 <= value <= 1000 * most else ""
+            self.fail(setting, f"must be more than 0 and at most {most / factor:g} {unit}, not {value!r:.40}{hint}")
+        return value * factor
+
+    def _mapping(self, setting: str, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            self.fail(setting, f"must be an object of names and strings, not {_kind(value)}")
+        if len(value) > MAX_ITEMS:
+            self.fail(setting, f"has {len(value)} entries, and {MAX_ITEMS} are allowed")
+        return value
+
+
+def _kind(value: Any) -> str:
+    """What a wrong value is, without the value."""
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,195 @@
+"""McpServerConfig: how one MCP server is reached and what of it may be used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from candle_vllm.responses.mcp.secrets import MASK, OAuthClient, SecretMap, masked_arguments, masked_url
+from candle_vllm.responses.mcp.server_checks import (
+    MAX_CONNECT_TIMEOUT,
+    MAX_INSTRUCTIONS,
+    MAX_PATTERNS,
+    MAX_TIMEOUT,
+    Checks,
+)
+from candle_vllm.responses.tools.names import matches
+
+Transport = Literal["stdio", "http", "sse"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9-]*) +(\S.*)")
+_LOCAL = ("args", "env", "cwd")  # settings of a command
+_REMOTE = ("headers", "auth")  # settings of an address
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class McpServerConfig:
+    """One server: a command that is started (`command`), or an address (`url`).
+
+    `repr` and `masked()` hide what may be secret; the attributes hold the values as they are.
+
+    Attributes:
+        name: its label, which begins the names of its tools.
+        transport: "stdio", "http" (streamable HTTP) or "sse"; None with a `url` is HTTP, and SSE where that is refused.
+        command: the program; found in PATH, or a path.
+        args: its arguments.
+        env: variables that it gets beside HOME, LOGNAME, PATH, SHELL, TERM and USER; no others are passed on.
+        cwd: the folder that it runs in; None is the program's own.
+        url: the address, http or https; a user and password in it are sent as Basic credentials.
+        headers: sent with each request.
+        auth: a bearer token, or the credentials of an OAuth client. A text with another scheme ("Basic ...") becomes
+            the Authorization header.
+        timeout: seconds for one call, at most 3600.
+        connect_timeout: seconds for the start until its tools are known, at most 600.
+        enabled: False keeps it in the configuration without a connection.
+        allowed_tools: patterns of the server's own tool names that may be used ("*" is any characters); None is all.
+        excluded_tools: patterns of those that may not, also where they are allowed.
+        auto_approve: patterns of those that run without anybody's agreement.
+        instructions: words for the model on how to use it, in place of the server's own.
+
+    Raises:
+        ConfigError: a setting that cannot be; the message names server and setting.
+    """
+
+    name: str
+    transport: Transport | None = None
+    command: str | None = None
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = SecretMap({})
+    cwd: Path | None = None
+    url: str | None = None
+    headers: Mapping[str, str] = SecretMap({})
+    auth: str | OAuthClient | None = None
+    timeout: float = 60.0
+    connect_timeout: float = 30.0
+    enabled: bool = True
+    allowed_tools: Sequence[str] | None = None
+    excluded_tools: Sequence[str] = ()
+    auto_approve: Sequence[str] = ()
+    instructions: str | None = None
+
+    @classmethod
+    def from_mapping(cls, name: str, mapping: Mapping[str, Any], *, folder: Path | None = None) -> McpServerConfig:
+        """The server of an entry of mcp.json, with any of the keys that other programs use.
+
+        `${...}` is not expanded here. Keys that nobody knows are left out with a warning in the log.
+
+        Args:
+            name: the server's label.
+            mapping: the entry.
+            folder: where a relative `cwd` and `envFile` start; None is the working folder.
+
+        Raises:
+            ConfigError: as of the class, and for two keys that say the same.
+        """
+        from candle_vllm.responses.mcp.server_keys import settings_of
+
+        return cls(name=name, **settings_of(name, mapping, folder))
+
+    def __post_init__(self) -> None:
+        checks = Checks(self.name)
+        self._check_target(checks)
+        set_to = {
+            "args": checks.texts("args", self.args, empty=True),
+            "env": SecretMap(checks.variables("env", self.env)),
+            "cwd": None if self.cwd is None else checks.folder("cwd", self.cwd),
+            "headers": SecretMap(checks.http_headers("headers", self.headers)),
+            "timeout": checks.seconds("timeout", self.timeout, MAX_TIMEOUT),
+            "connect_timeout": checks.seconds("connect_timeout", self.connect_timeout, MAX_CONNECT_TIMEOUT),
+            "enabled": checks.flag("enabled", self.enabled),
+            "excluded_tools": checks.texts("excluded_tools", self.excluded_tools, most=MAX_PATTERNS),
+            "auto_approve": checks.texts("auto_approve", self.auto_approve, most=MAX_PATTERNS),
+        }
+        if self.allowed_tools is not None:
+            set_to["allowed_tools"] = checks.texts("allowed_tools", self.allowed_tools, most=MAX_PATTERNS)
+        if self.instructions is not None:
+            checks.text("instructions", self.instructions, most=MAX_INSTRUCTIONS, empty=True)
+        set_to |= self._authorization(checks, set_to["headers"])
+        for name, value in set_to.items():
+            object.__setattr__(self, name, value)
+
+    def allows(self, tool: str) -> bool:
+        """Whether the server's tool of this name may be used at all."""
+        allowed = self.allowed_tools is None or matches(self.allowed_tools, tool)
+        return allowed and not matches(self.excluded_tools, tool)
+
+    def auto_approves(self, tool: str) -> bool:
+        """Whether the server's tool of this name runs without anybody's agreement."""
+        return matches(self.auto_approve, tool)
+
+    def masked(self) -> dict[str, Any]:
+        """The settings that are not the default, as JSON for a log or a page, with masks for what may be secret."""
+        shown: dict[str, Any] = {}
+        for name, setting in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if value == setting.default:
+                continue
+            if isinstance(value, SecretMap):
+                value = value.masked()
+            elif name == "auth":
+                value = MASK
+            elif name == "url":
+                value = masked_url(value)
+            elif isinstance(value, tuple):
+                value = masked_arguments(value) if name == "args" else list(value)
+            shown[name] = str(value) if isinstance(value, Path) else value
+        return shown
+
+    def __repr__(self) -> str:
+        return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
+
+    def _check_target(self, checks: Checks) -> None:
+        """Exactly one of `command` and `url`, and nothing that belongs to the other."""
+        if (self.command is None) == (self.url is None):
+            both = "and has both" if self.command is not None else "and has neither"
+            checks.fail("command", f"or url must be given, not both: the server is a program or an address, {both}")
+        if self.transport is not None and self.transport not in get_args(Transport):
+            checks.fail("transport", f"must be one of {', '.join(get_args(Transport))}, not {self.transport!r:.40}")
+        if self.command is not None:
+            checks.text("command", self.command)
+            wrong, target = [name for name in _REMOTE if getattr(self, name)], "a command"
+            fits = self.transport in (None, "stdio")
+            object.__setattr__(self, "transport", "stdio")
+        else:
+            if self.enabled:
+                checks.address("url", self.url)
+            else:  # it may hold a variable that is not set
+                checks.one_line("url", self.url)
+            wrong, target = [name for name in _LOCAL if getattr(self, name)], "a url"
+            fits = self.transport != "stdio"
+        if wrong:
+            checks.fail(wrong[0], f"cannot be used: the server has {target}")
+        if not fits:
+            checks.fail("transport", f"does not fit: the server has {target}")
+
+    def _authorization(self, checks: Checks, headers: SecretMap) -> dict[str, Any]:
+        """Where credentials go: a bearer token stays in `auth`, other schemes become the header."""
+        if self.auth is None:
+            return {}
+        given = [name for name in headers if name.lower() == "authorization"]
+        if given:
+            checks.fail("auth", f"and headers.{given[0]} both say who the client is: give one")
+        if "@" in urlsplit(self.url or "").netloc:
+            checks.fail("auth", "and the user in url both say who the client is: give one")
+        if isinstance(self.auth, OAuthClient):
+            self._check_client(checks, self.auth)
+            return {}
+        token = checks.one_line("auth", self.auth).strip()
+        if not token or not token.isascii():
+            checks.fail("auth", "must be a token in ASCII")
+        scheme = _SCHEME.fullmatch(token)
+        if scheme is None or scheme[1].lower() == "bearer":
+            return {"auth": scheme[2] if scheme else token}
+        return {"auth": None, "headers": SecretMap({**headers, "Authorization": token})}
+
+    def _check_client(self, checks: Checks, client: OAuthClient) -> None:
+        checks.one_line("auth.client_id", client.client_id)
+        checks.one_line("auth.client_secret", client.client_secret)
+        for scope in checks.texts("auth.scopes", client.scopes):
+            checks.one_line("auth.scopes", scope)
+        if client.issuer is not None:
+            checks.address("auth.issuer", client.issuer)

@@ -1,0 +1,206 @@
+"""The keys of a server in mcp.json: ours and those of other programs, to the fields of `McpServerConfig`."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.responses.mcp.secrets import OAuthClient
+from candle_vllm.responses.mcp.server_checks import MAX_CONNECT_TIMEOUT, MAX_TIMEOUT, Checks
+from candle_vllm.responses.mcp.small_file import read_small_file
+
+logger = logging.getLogger(__name__)
+
+TRANSPORTS = {
+    "stdio": "stdio",
+    "http": "http",
+    "streamable-http": "http",
+    "streamableHttp": "http",
+    "streamable_http": "http",
+    "sse": "sse",
+}
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "transport": ("type", "transport"),
+    "command": ("command",),
+    "args": ("args",),
+    "env": ("env",),
+    "env_file": ("envFile", "env_file"),
+    "cwd": ("cwd",),
+    "url": ("url", "serverUrl", "httpUrl"),
+    "headers": ("headers", "http_headers"),
+    "auth": ("auth", "authorization"),
+    "timeout": ("timeout", "timeout_secs", "timeoutSecs", "tool_timeout_sec", "timeout_ms", "timeoutMs"),
+    "connect_timeout": ("connect_timeout", "connectTimeout", "startup_timeout_sec", "connect_timeout_ms"),
+    "enabled": ("enabled", "disabled"),
+    "allowed_tools": (
+        "allowed_tools", "allowedTools", "includeTools", "include_tools", "enabled_tools", "enabledTools", "tools",
+    ),
+    "excluded_tools": (
+        "excluded_tools", "excludedTools", "excludeTools", "exclude_tools", "disabled_tools", "disabledTools",
+    ),
+    "auto_approve": ("auto_approve", "autoApprove", "alwaysAllow"),
+    "instructions": ("instructions",),
+    "sandbox": ("sandbox", "sandboxEnabled"),
+}  # fmt: skip
+NAMES = ("name", "id", "label")  # of the server itself: read by who reads the list
+FIELD_OF = {key: field for field, keys in KEYS.items() for key in keys}
+EXPANDED = frozenset(
+    key for field in ("command", "args", "env", "env_file", "cwd", "url", "headers", "auth") for key in KEYS[field]
+)
+_IN_MILLISECONDS = frozenset({"timeout_ms", "timeoutMs", "connect_timeout_ms"})
+_OAUTH = {
+    "client_id": ("CLIENT_ID", "client_id", "clientId"),
+    "client_secret": ("CLIENT_SECRET", "client_secret", "clientSecret"),
+    "scopes": ("scopes", "scope"),
+    "issuer": ("issuer",),
+}
+
+
+def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """The fields of `McpServerConfig` that an entry gives, but for the name.
+
+    Raises:
+        ConfigError: two keys say the same, or a value has a form that its field cannot have.
+    """
+    checks = Checks(server)
+    if not isinstance(mapping, Mapping):
+        checks.fail("entry", 'must be an object with "command" or "url"')
+    fields: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in mapping.items():
+        field = FIELD_OF.get(key)
+        if field is None:
+            if key not in NAMES:
+                _warn_unknown(server, key)
+        elif value is not None:  # null is what many programs write for a setting that is not there
+            if field in spelled:
+                checks.fail(key, f"and {spelled[field]} are the same setting: give one")
+            spelled[field] = key
+            fields[field] = _CONVERSIONS.get(field, _as_it_is)(checks, key, value)
+    if fields.pop("sandbox", False):
+        checks.fail(spelled["sandbox"], "asks for a sandbox, which there is none of: take the key out to run without")
+    folder = Path() if folder is None else folder
+    if "cwd" in fields:
+        fields["cwd"] = folder / fields["cwd"]
+    if "env_file" in fields:
+        if "command" not in fields:
+            checks.fail(spelled["env_file"], "cannot be used: the server has a url")
+        path = folder / fields.pop("env_file")
+        fields["env"] = {**_read_env_file(checks, spelled["env_file"], path), **fields.get("env", {})}
+    return fields
+
+
+def nearest(name: str, known: Any) -> str:
+    """A hint at the known name that is most like this one, or nothing."""
+    near = difflib.get_close_matches(name[:100], list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _warn_unknown(server: str, key: str) -> None:
+    hint = nearest(key, FIELD_OF)
+    logger.warning("MCP server %.100r: the key %.60r is not known and has no effect%s", server, key, hint)
+
+
+def _as_it_is(_checks: Checks, _key: str, value: Any) -> Any:
+    return value
+
+
+def _transport(checks: Checks, key: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in TRANSPORTS:
+        checks.fail(key, f"must be one of {', '.join(TRANSPORTS)}, not {value!r:.40}")
+    return TRANSPORTS[value]
+
+
+def _folder(checks: Checks, key: str, value: Any) -> Path:
+    return checks.folder(key, value)
+
+
+def _env(checks: Checks, key: str, value: Any) -> dict[str, str]:
+    """Variables; numbers and booleans, which people write without quotes, become text."""
+    if isinstance(value, Mapping):
+        value = {name: _env_text(text) for name, text in value.items()}
+    return checks.variables(key, value)
+
+
+def _env_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def _seconds(most: float) -> Callable[[Checks, str, Any], float]:
+    def convert(checks: Checks, key: str, value: Any) -> float:
+        if key in _IN_MILLISECONDS:
+            return checks.seconds(key, value, most, unit="milliseconds", factor=0.001)
+        return checks.seconds(key, value, most)
+
+    return convert
+
+
+def _enabled(checks: Checks, key: str, value: Any) -> bool:
+    return checks.flag(key, value) is not (key == "disabled")
+
+
+def _patterns(checks: Checks, key: str, value: Any) -> tuple[str, ...]:
+    """A list of patterns; true and "*" are all, false none."""
+    if isinstance(value, bool):
+        return ("*",) if value else ()
+    return ("*",) if value == "*" else checks.texts(key, value, most=1000)
+
+
+def _auth(checks: Checks, key: str, value: Any) -> str | OAuthClient:
+    """A token, or the credentials of an OAuth client as Cursor writes them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        checks.fail(key, "must be a token, or an object with CLIENT_ID and CLIENT_SECRET")
+    known = {spelling: field for field, spellings in _OAUTH.items() for spelling in spellings}
+    fields: dict[str, Any] = {}
+    for spelling, given in value.items():
+        if spelling not in known:
+            checks.fail(key, f"has the unknown key {spelling!r:.60}{nearest(str(spelling), known)}")
+        fields[known[spelling]] = given
+    for needed in ("client_id", "client_secret"):
+        if not fields.get(needed):
+            checks.fail(key, "needs CLIENT_ID and CLIENT_SECRET: signing in with a browser is not supported")
+    scopes = fields.get("scopes", ())
+    fields["scopes"] = tuple(scopes.split()) if isinstance(scopes, str) else checks.texts(f"{key}.scopes", scopes)
+    return OAuthClient(**fields)
+
+
+def _sandbox(_checks: Checks, _key: str, value: Any) -> bool:
+    return value is not False
+
+
+_CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
+    "transport": _transport,
+    "cwd": _folder,
+    "env_file": _folder,
+    "env": _env,
+    "auth": _auth,
+    "timeout": _seconds(MAX_TIMEOUT),
+    "connect_timeout": _seconds(MAX_CONNECT_TIMEOUT),
+    "enabled": _enabled,
+    "allowed_tools": _patterns,
+    "excluded_tools": _patterns,
+    "auto_approve": _patterns,
+    "sandbox": _sandbox,
+}
+
+
+def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
+    """The assignments of a dotenv file; `${...}` in it is not expanded."""
+    from dotenv.parser import parse_stream
+
+    content = read_small_file(path, f"MCP server {checks.server!r:.100}: {key}")
+    found: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(content)):
+        if binding.error or (binding.key is not None and binding.value is None):
+            checks.fail(key, f"({path}) has no NAME=value on line {binding.original.line}")
+        if binding.key is not None and binding.value is not None:
+            found[binding.key] = binding.value
+    return checks.variables(key, found)

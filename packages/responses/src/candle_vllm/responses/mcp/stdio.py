@@ -1,0 +1,162 @@
+"""The stdio transport: a server as a child process, JSON-RPC in lines on its pipes.
+
+The SDK's own client reads lines of any length, wants a file for standard error, and leaves what the server started when
+the server ends by itself; here a line is bounded, standard error goes to a log, and the whole group is ended.
+Specification: https://modelcontextprotocol.io/specification/2025-11-25/basic/transports#stdio
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from asyncio.subprocess import Process
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+from mcp.shared.message import SessionMessage
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
+from pydantic import ValidationError
+
+from candle_vllm.responses.mcp.lines import LineSplitter, OversizedLine
+from candle_vllm.responses.mcp.processes import end_process, exited, start_process, to_the_end
+
+MAX_MESSAGE = 10 * 1024 * 1024  # bytes
+_MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and thrown away, before its server is given up
+_CHUNK = 1 << 16
+_LOOK = 0.25  # seconds between looks at whether the program still runs
+_EXIT = 0.5  # seconds between the end of its output and its own
+_FLUSH = 0.5  # seconds for what was accepted to reach the pipe at the end
+_NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
+_ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
+_ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
+
+
+class StdioServer:
+    """One run of a server's program.
+
+    Args:
+        command, arguments, environment, folder: what is run and where; nothing of this process's environment is added.
+        log: gets each line of standard error, and of standard output what is no message.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        arguments: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        folder: str | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self._command = command
+        self._arguments = arguments
+        self._environment = environment
+        self._folder = folder
+        self._log = log
+        self.exit_status: int | None = None
+        """How the program ended, if it did so by itself; negative is the signal that ended it."""
+        self.fault: str | None = None
+        """Why this side gave it up, or None."""
+
+    @asynccontextmanager
+    async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
+        """Runs the program; gives the two streams that the SDK's `Client` takes."""
+        process = await start_process(
+            self._command, self._arguments, environment=self._environment, folder=self._folder
+        )
+        to_session, received = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+        sent, from_session = anyio.create_memory_object_stream[SessionMessage](0)
+        reader = asyncio.ensure_future(self._read(process, to_session))
+        errors = asyncio.ensure_future(self._read_errors(process))
+        writer = asyncio.ensure_future(self._write(process, from_session, to_session))
+        watcher = asyncio.ensure_future(self._watch(process, reader))
+        try:
+            yield received, sent
+        finally:
+            for stream in (received, sent):
+                stream.close()
+            await to_the_end(self._close(process, (reader, writer, errors, watcher)))
+            for stream in (to_session, from_session):
+                stream.close()
+
+    async def _close(self, process: Process, tasks: Sequence[asyncio.Task[None]]) -> None:
+        _, writer, errors, watcher = tasks
+        watcher.cancel()
+        await asyncio.wait({writer}, timeout=_FLUSH)
+        await end_process(process)
+        await asyncio.wait({errors}, timeout=_FLUSH)  # its last words are already in the pipe
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, process: Process, session: Any) -> None:
+        """Brings messages to the session; ends it with the pipe, or when the server is given up."""
+        assert process.stdout is not None
+        splitter = LineSplitter(MAX_MESSAGE)
+        async with session:
+            with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):
+                while chunk := await process.stdout.read(_CHUNK):
+                    for line in splitter.feed(chunk):
+                        message = self._message(line)
+                        if message is not None:
+                            await session.send(message)
+                    if splitter.pending > _MAX_SKIPPED:
+                        self.fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
+                    if self.fault:
+                        return
+                await exited(process, _EXIT)
+                self.exit_status = process.returncode
+        while await process.stdout.read(_CHUNK):
+            pass  # nobody listens any more, but a server with a full pipe would not come to its end
+
+    async def _watch(self, process: Process, reader: asyncio.Task[None]) -> None:
+        """Ends the session of a program that is gone though somebody whom it started holds its pipe."""
+        while process.returncode is None:
+            await asyncio.sleep(_LOOK)
+        self.exit_status = process.returncode
+        await asyncio.wait({reader}, timeout=_EXIT)  # what it wrote last may still be in the pipe
+        reader.cancel()
+
+    def _message(self, line: bytes | OversizedLine) -> SessionMessage | Exception | None:
+        if isinstance(line, OversizedLine):
+            return self._refusal(line)
+        if not line.strip():
+            return None
+        try:
+            return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+        except (ValidationError, ValueError, RecursionError):
+            return ValueError(f"on standard output: {line[:200].decode(errors='replace')}")
+
+    def _refusal(self, line: OversizedLine) -> SessionMessage | None:
+        """An oversized reply as a failure of its request; where nobody knows of which one, the connection ends."""
+        found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
+        if found is None:
+            self.fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
+            return None
+        text = f"the reply has {line.size} bytes; at most {MAX_MESSAGE} are read"
+        self._log(text)
+        error = ErrorData(code=INTERNAL_ERROR, message=text)
+        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=json.loads(found[1]), error=error))
+
+    async def _read_errors(self, process: Process) -> None:
+        assert process.stderr is not None
+        splitter = LineSplitter(4 * _CHUNK)
+        while chunk := await process.stderr.read(_CHUNK):
+            for line in splitter.feed(chunk):
+                self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+        for line in splitter.feed(b"\n"):
+            self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+
+    async def _write(self, process: Process, outgoing: Any, session: Any) -> None:
+        assert process.stdin is not None
+        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
+            async with outgoing:
+                async for message in outgoing:
+                    text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                    process.stdin.write(text.encode() + b"\n")
+                    await process.stdin.drain()
+                return
+        session.close()  # its pipe is broken: the session must learn that no answer will come

@@ -1,0 +1,271 @@
+"""Keeps a server connected: opens a connection, lists the tools, watches, and opens another when it ends.
+
+The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants the
+server makes the next one come now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+from mcp import MCPError
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from pydantic import ValidationError
+
+from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
+from candle_vllm.responses.mcp.credentials import http_auth
+from candle_vllm.responses.mcp.failures import Redactor, sentence
+from candle_vllm.responses.mcp.link_log import LinkLog
+from candle_vllm.responses.mcp.listening import listen_for_changes
+from candle_vllm.responses.mcp.processes import to_the_end
+from candle_vllm.responses.mcp.tool_list import ToolList, list_tools
+from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, Kind, kinds
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.mcp.server_config import McpServerConfig
+
+logger = logging.getLogger(__name__)
+
+LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
+
+FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds between attempts to connect
+MAX_ATTEMPTS = 12  # in a row; after that a server is tried again when one of its tools is called
+STEADY = 5.0  # seconds after which a connection counts as a success, and delays start small again
+_DEBOUNCE = 0.2  # seconds after a notice that the tools changed
+_MIN_BETWEEN_LISTS = 1.0
+_PING_SECONDS = 5.0
+
+
+class Supervisor:
+    """The connections of one server, one after the other.
+
+    Attributes:
+        state, error, listed, connections: what a link shows.
+        connection: of the moment, or None.
+        transports: what is tried, in order; once one has connected it stands alone.
+        settled: set after each attempt, and at the end.
+
+    Args:
+        config: of the server.
+        server: a server object of this process, or None.
+        redact: takes secrets out of texts.
+        log: of the link.
+        changed: called when the list of tools is another one.
+    """
+
+    def __init__(
+        self,
+        config: McpServerConfig,
+        server: Any,
+        *,
+        redact: Redactor,
+        log: LinkLog,
+        changed: Callable[[ToolList], None],
+    ) -> None:
+        self._config = config
+        self._server = server
+        self._redact = redact
+        self._log = log
+        self._changed = changed
+        self._auth = http_auth(config)
+        self.state: LinkState = "closed" if config.enabled else "disabled"
+        self.error: str | None = None
+        self.connection: McpConnection | None = None
+        self.listed: ToolList | None = None
+        self.transports: tuple[Kind, ...] = kinds(config)
+        self.connections = 0
+        self.settled = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._wanted = False
+        self._wake = asyncio.Event()
+
+    @property
+    def runs(self) -> bool:
+        """It keeps the server connected, or tries to."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def is_ready(self) -> bool:
+        """There is a connection that takes calls."""
+        return self.state == "ready" and self.connection is not None and not self.connection.is_down
+
+    def start(self) -> None:
+        """Begins; `settled` is set when the first attempt is over."""
+        self._closing = False
+        self.settled.clear()
+        self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._config.name}")
+
+    async def stop(self) -> None:
+        """Ends the connection and all attempts."""
+        self._closing = True
+        self._wake.set()
+        if self.connection is not None:
+            self.connection.end("the connection was closed")
+        if self._task is not None:
+            await to_the_end(_join(self._task))
+        if self.state != "disabled":
+            self.state = "closed"
+
+    def want(self) -> None:
+        """Somebody waits for a connection: the next attempt is made now; `settled` is set when it is over."""
+        self._wanted = True
+        self.settled.clear()
+        self._wake.set()
+
+    async def _supervise(self) -> None:
+        failures = 0
+        try:
+            while not self._closing:
+                began = asyncio.get_running_loop().time()
+                connected = await self._connect()
+                self.settled.set()
+                if connected:
+                    await self._attend(connected)
+                    self._note(f"the connection ended: {connected.why}")
+                    self.state = "failed"
+                    await connected.close()
+                    self.error = self._redact(connected.why)
+                lasted = asyncio.get_running_loop().time() - began
+                failures = 1 if connected and lasted >= STEADY else failures + 1
+                if not self._closing:
+                    await self._pause(failures)
+        except Exception as error:
+            logger.exception("MCP server %.100r: its supervisor failed", self._config.name)
+            self.state, self.error = "failed", f"an internal failure: {type(error).__name__}"
+        finally:
+            if self.connection is not None:
+                await self.connection.close(patience=0.0)
+            self.connection = None
+            self.settled.set()
+
+    async def _connect(self) -> McpConnection | None:
+        """One attempt: the transports in their order, until one of them connects and lists its tools."""
+        self.state = "connecting"
+        first_error: str | None = None
+        for kind in self.transports:
+            connection = self.connection = McpConnection(
+                self._config,
+                kind,
+                auth=self._auth,
+                redact=self._redact,
+                log=self._log.add,
+                wake=self._wake.set,
+                server=self._server,
+            )
+            why = await self._open(connection)
+            if why is None:
+                self.transports = (kind,)
+                self.connections += 1
+                self.error = None
+                self.state = "ready"
+                self._note(
+                    f"connected over {'this process' if self._server is not None else kind}, protocol {connection.client.protocol_version}"
+                )
+                return connection
+            status = connection.status
+            await connection.close(patience=0.0)
+            self._note(f"could not connect over {kind}: {why}")
+            first_error = first_error or why
+            if status not in NO_SUCH_TRANSPORT or self._closing:
+                break
+        self.error = first_error
+        self.state = "failed"
+        return None
+
+    async def _open(self, connection: McpConnection) -> str | None:
+        """Opens a connection and lists its tools; a sentence where that fails."""
+        if not await connection.open(self._config.connect_timeout):
+            return self._redact(connection.why)
+        return await self._refresh(connection)
+
+    async def _refresh(self, connection: McpConnection) -> str | None:
+        """Lists the tools and tells of a change; a sentence where that fails."""
+        connection.tools_changed = False
+        try:
+            found = await list_tools(connection, self._config, self._config.connect_timeout)
+        except TimeoutError:
+            return f"it did not list its tools within {self._config.connect_timeout:g} seconds (connect_timeout)"
+        except ConnectionLostError as error:
+            return self._redact(str(error))
+        except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
+            return f"its list of tools: {sentence(error, self._config, self._redact)}"
+        changed = not found.same_as(self.listed)
+        self.listed = found
+        for note in found.notes:
+            self._note(note)
+        if changed:
+            try:
+                self._changed(found)
+            except Exception:
+                logger.exception("MCP server %.100r: whoever follows its tools failed", self._config.name)
+        return None
+
+    async def _attend(self, connection: McpConnection) -> None:
+        """Follows a connection to its end: lists the tools again when they change, and asks a session in doubt."""
+        listener: asyncio.Task[None] | None = None
+        capability = connection.client.server_capabilities.tools
+        if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+            listener = asyncio.create_task(listen_for_changes(connection, self._note))
+        try:
+            while not (connection.is_down or self._closing):
+                await self._wake.wait()
+                self._wake.clear()
+                if connection.in_doubt and not connection.is_down:
+                    await self._ask(connection)
+                if connection.tools_changed and not connection.is_down:
+                    await self._sleep(connection, _DEBOUNCE)
+                    if why := await self._refresh(connection):
+                        self._note(f"the tools could not be listed again: {why}")
+                    await self._sleep(connection, _MIN_BETWEEN_LISTS)
+        finally:
+            if listener is not None:
+                listener.cancel()
+                await asyncio.gather(listener, return_exceptions=True)
+
+    async def _sleep(self, connection: McpConnection, seconds: float) -> None:
+        """Sleeps, unless the connection ends or is to end; what woke it is looked at again."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        with anyio.move_on_at(deadline):
+            while not (connection.is_down or self._closing):
+                await self._wake.wait()
+                self._wake.clear()
+        self._wake.set()
+
+    async def _ask(self, connection: McpConnection) -> None:
+        connection.in_doubt = False
+        try:
+            await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
+        except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
+            connection.end("the server refuses the session")
+
+    async def _pause(self, failures: int) -> None:
+        """Waits before the next attempt; a call that wants the server ends the wait."""
+        delay: float | None = min(LAST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)  # noqa: S311
+        if failures >= MAX_ATTEMPTS:
+            delay = None
+            self._note(f"{failures} attempts failed; the next one is made when a tool is called")
+        least = asyncio.get_running_loop().time() + FIRST_DELAY / 2
+        with anyio.move_on_after(delay):
+            while not (self._closing or self._wanted):
+                await self._wake.wait()
+                self._wake.clear()
+        while not self._closing and (left := least - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(min(left, 0.05))
+        self._wanted = False
+
+    def _note(self, line: str) -> None:
+        self._log.add(line)
+        logger.info("MCP server %.100r: %s", self._config.name, self._redact(line))
+
+
+async def _join(task: asyncio.Task[None]) -> None:
+    await asyncio.wait({task}, timeout=20.0)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=10.0)

@@ -1,0 +1,1 @@
+"""Tools: what they are, their names and registry, approval, and how one call of them runs."""

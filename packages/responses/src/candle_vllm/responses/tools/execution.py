@@ -1,0 +1,222 @@
+"""One call of a tool: found, checked, agreed to, run within its time, and told to the model. It never raises for what a
+tool does.
+
+`check` and `run` are the steps for callers that ask for agreement in between; `execute` is all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import time
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
+from candle_vllm.responses.tools.errors import ToolError
+from candle_vllm.responses.tools.output_text import cut, output_size, output_text
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import (
+    Report,
+    Tool,
+    ToolCall,
+    ToolDefinition,
+    ToolOutput,
+    ToolProgress,
+    ToolResult,
+    ToolStatus,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 60.0  # seconds of a call where neither the caller nor the tool says
+DEFAULT_MAX_CHARS = 50_000
+MAX_ARGUMENTS = 1 << 20  # characters of JSON
+MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
+_MAX_MESSAGE = 2000  # characters of a tool's own error
+_GRACE = 2.0  # seconds that a cancelled tool has to end
+_CANCELS = 3  # how often it is cancelled before it is left behind
+_NEAR = 2000  # names that are looked through for one like that which was called
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that may run: there is such a tool, and the arguments fit.
+
+    Attributes:
+        call: what the model asked for.
+        definition: of the tool.
+        tool: the tool itself.
+        arguments: as they were parsed.
+    """
+
+    call: ToolCall
+    definition: ToolDefinition
+    tool: Tool
+    arguments: dict[str, Any]
+
+
+async def execute(
+    registry: ToolRegistry,
+    call: ToolCall,
+    *,
+    approval: ApprovalPolicy = "never",
+    timeout: float | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    report: Report | None = None,
+) -> ToolResult | Checked:
+    """Checks a call, asks the policy, and runs it.
+
+    Args:
+        registry: the tools.
+        call: what the model asks for.
+        approval: who agrees; a callback's own exceptions reach the caller.
+        timeout: seconds; None is the tool's own, or 60.
+        max_chars: of the result's text.
+        report: gets the tool's progress.
+
+    Returns:
+        What came of it. A `Checked` where nobody could be asked: `run` it once somebody has agreed.
+    """
+    checked = await check(registry, call, max_chars=max_chars)
+    if isinstance(checked, ToolResult):
+        return checked
+    answer = await decide(approval, call, checked.definition)
+    if answer is Approval.PENDING:
+        return checked
+    if answer is Approval.DENY:
+        return denied(checked, max_chars=max_chars)
+    return await run(checked, timeout=timeout, max_chars=max_chars, report=report)
+
+
+async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFAULT_MAX_CHARS) -> Checked | ToolResult:
+    """The call with its tool and its parsed arguments, or the result that says what is wrong with it."""
+    entry = registry.entry(call.name)
+    if entry is None:
+        return _not_run(call, None, "unknown", _unknown(registry, call.name), max_chars)
+    server = entry.definition.server
+    arguments = _parse(call.arguments)
+    if isinstance(arguments, str):
+        return _not_run(call, server, "invalid_arguments", arguments, max_chars)
+    faults = await asyncio.to_thread(entry.checker.faults, arguments)
+    if faults:
+        text = "The arguments do not fit the tool's schema: " + "; ".join(faults)
+        return _not_run(call, server, "invalid_arguments", text, max_chars)
+    return Checked(call=call, definition=entry.definition, tool=entry.tool, arguments=arguments)
+
+
+def denied(checked: Checked, *, reason: str = "", max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
+    """The result of a call that somebody refused; `reason` is told to the model."""
+    text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
+    text = f"{text} The reason: {reason}" if reason else text
+    return _not_run(checked.call, checked.definition.server, "denied", text, max_chars)
+
+
+async def run(
+    checked: Checked,
+    *,
+    timeout: float | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    report: Report | None = None,
+) -> ToolResult:
+    """Runs a checked call once.
+
+    Cancelling it cancels the tool and waits until it has ended; a tool that takes no cancelling is left behind after a
+    few seconds, with an error in the log. Arguments as of `execute`.
+    """
+    own: float | None = getattr(checked.tool, "timeout", None)
+    seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
+    started = time.monotonic()
+    status, output = await _run_within(checked, seconds, report)
+    return ToolResult(
+        call=checked.call,
+        server=checked.definition.server,
+        status=status,
+        output=output,
+        text=output_text(output, max_chars),
+        seconds=time.monotonic() - started,
+    )
+
+
+async def _run_within(checked: Checked, seconds: float, report: Report | None) -> tuple[ToolStatus, ToolOutput]:
+    """Runs the tool in a task of its own: what it does with cancelling cannot be mistaken for its caller's."""
+    running = True
+
+    def passed_on(progress: ToolProgress) -> None:
+        if running and report is not None:
+            report(progress)
+
+    task = asyncio.create_task(_outcome(checked, passed_on), name=f"tool {checked.definition.name}")
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        running = False
+        in_time = task.done()
+        if not in_time:
+            await _end(task, checked)
+    if not in_time:
+        return "timed_out", _failure(f"The tool did not answer within {seconds:g} seconds and was stopped.")
+    return ("failed", _failure("The tool failed: it cancelled itself.")) if task.cancelled() else task.result()
+
+
+async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOutput]:
+    """What the tool gives, whatever it does. Ctrl+C alone passes: it is meant for the program."""
+    name = checked.definition.name
+    try:
+        output = await checked.tool.run(checked.arguments, report)
+    except ToolError as error:
+        return error.status, _failure(cut(str(error) or "The tool failed.", _MAX_MESSAGE))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # a tool's SystemExit must not end the program
+        logger.warning("the tool %s failed", name, exc_info=error)
+        return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
+    if not isinstance(output, ToolOutput):
+        logger.warning("the tool %s returned a %s in place of a ToolOutput", name, type(output).__name__)
+        return "failed", _failure("The tool failed: what it returned is no tool output.")
+    size = output_size(output)
+    if size > MAX_OUTPUT:
+        return "failed", _failure(f"The tool returned {size} characters, and {MAX_OUTPUT} are allowed: ask for less.")
+    return ("failed" if output.is_error else "completed"), output
+
+
+async def _end(task: asyncio.Task[Any], checked: Checked) -> None:
+    """Cancels the task until it ends; a second cancelling of the caller ends the waiting."""
+    for _ in range(_CANCELS):
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE)
+        if task.done():
+            return
+    logger.error("the tool %s takes no cancelling and is left behind", checked.definition.name)
+
+
+def _parse(text: str) -> dict[str, Any] | str:
+    """The arguments, or what is wrong with them; none at all are an empty object."""
+    if len(text) > MAX_ARGUMENTS:
+        return f"The arguments have {len(text)} characters, and {MAX_ARGUMENTS} are allowed."
+    if not text.strip():
+        return {}
+    try:
+        value = decode_json(text, "The JSON of the arguments")
+    except InvalidBodyError as error:
+        return str(error)
+    return value if isinstance(value, dict) else "The arguments must be one JSON object."
+
+
+def _unknown(registry: ToolRegistry, name: str) -> str:
+    text = f"There is no tool {name[:100]!r}."
+    near = difflib.get_close_matches(name[:100], list(islice(registry.names(), _NEAR)), 3, 0.5)
+    return f"{text} Did you mean {' or '.join(near)}?" if near else f"{text} Use only the tools that you were given."
+
+
+def _failure(text: str) -> ToolOutput:
+    return ToolOutput.of_text(text, is_error=True)
+
+
+def _not_run(call: ToolCall, server: str | None, status: ToolStatus, text: str, max_chars: int) -> ToolResult:
+    output = _failure(text)
+    return ToolResult(call=call, server=server, status=status, output=output, text=output_text(output, max_chars))

@@ -1,0 +1,186 @@
+"""Python functions as tools: their signature is the schema, their docstring the description."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import json
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.tools.docstrings import describe
+from candle_vllm.responses.tools.errors import ToolError, ToolUnavailableError
+from candle_vllm.responses.tools.names import is_tool_name
+from candle_vllm.responses.tools.tool import ContentPart, Report, Tool, ToolDefinition, ToolOutput
+
+MAX_THREADS = 16  # of one tool, those included that go on after their time is over
+MAX_TIMEOUT = 86_400.0  # seconds
+
+
+def function_tool(
+    function: Callable[..., Any],
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    timeout: float | None = None,
+) -> Tool:
+    """Makes a tool of a Python function.
+
+    The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
+    and `Annotated[..., Field(description=...)]`; a parameter without one takes any JSON. The docstring's first
+    paragraph describes the tool, its "Args:" in Google's style the parameters. What the function returns becomes text;
+    a `ToolOutput` stays as it is, any other value is JSON. It raises `ToolError` to tell the model what is wrong.
+
+    An async function runs on the event loop and ends when it is cancelled. Any other runs in a thread, which nothing
+    can end: when its time is over, the model is told so and the thread goes on. After `MAX_THREADS` such threads the
+    tool is unavailable until one ends.
+
+    Args:
+        function: with parameters that can be given by name.
+        name: what the model calls; the function's own by default.
+        description: what it is for; the docstring's first paragraph by default.
+        timeout: seconds for a call where the conversation does not say; None is 60.
+
+    Raises:
+        InvalidParameterError: it cannot be a tool; the message says why.
+    """
+    return FunctionTool(function, name=name, description=description, timeout=timeout)
+
+
+class FunctionTool:
+    """A Python function that a model may call; `function_tool` makes it.
+
+    Attributes:
+        definition: as a model sees it.
+        timeout: seconds for a call where the conversation does not say.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        from candle_vllm.responses.tools.signatures import Signature
+
+        own, label = _named(function, name)
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT:
+            raise InvalidParameterError(
+                f"the timeout of {label} must lie between 0 and {MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
+            )
+        documented = function.func if isinstance(function, partial) else function
+        summary, descriptions = describe(documented)
+        self._function = function
+        self._is_async = _is_async(function)
+        self._signature = Signature(function, descriptions, label)
+        self._threads = 0
+        self._lock = threading.Lock()
+        self.timeout = timeout
+        self.definition = ToolDefinition(
+            name=own,
+            description=summary if description is None else description,
+            parameters=self._signature.schema,
+            original_name=own,
+        )
+
+    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:  # noqa: ARG002 it has none
+        """Converts the arguments, calls the function, and makes an output of what it returns."""
+        values = self._signature.convert(arguments)
+        value = await self._function(**values) if self._is_async else await self._in_thread(values)
+        if inspect.isawaitable(value):  # a plain function that calls an async one
+            value = await value
+        return _output(value)
+
+    async def _in_thread(self, values: dict[str, Any]) -> Any:
+        """Calls the function in a thread of its own.
+
+        The thread is a daemon, in no pool: one that hangs must not keep the loop or the program from ending.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+        def settle(value: Any, error: BaseException | None) -> None:
+            if not answer.done():
+                answer.set_result((value, error))
+
+        def work() -> None:
+            value, failure = None, None
+            try:
+                value = context.run(self._function, **values)
+            except BaseException as error:
+                failure = error
+            finally:
+                with self._lock:
+                    self._threads -= 1
+            try:
+                loop.call_soon_threadsafe(settle, value, failure)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+        context = contextvars.copy_context()
+        self._start(work)
+        value, error = await answer
+        if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):  # signals never reach a thread
+            raise RuntimeError(f"{type(error).__name__} in a thread") from error
+        if error is not None:
+            raise error
+        return value
+
+    def _start(self, work: Callable[[], None]) -> None:
+        name = self.definition.name
+        with self._lock:
+            if self._threads >= MAX_THREADS:
+                raise ToolUnavailableError(f"{self._threads} earlier calls of this tool still run: try again later.")
+            self._threads += 1
+        try:
+            threading.Thread(target=work, name=f"candle-vllm-tool-{name}", daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._threads -= 1
+            raise ToolUnavailableError("There are too many threads: try again later.") from None
+
+
+def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
+    """The tool's name, and what messages call the function."""
+    own = name if name is not None else getattr(function, "__name__", None)
+    label = f"the function {getattr(function, '__qualname__', own)!r:.100}"
+    if not callable(function):
+        raise InvalidParameterError(f"a {type(function).__name__} cannot be a tool: give a function", "tools")
+    if own is None or not is_tool_name(own):
+        raise InvalidParameterError(
+            f"{label} cannot be a tool under the name {own!r:.100}: give it a name of 1 to 64 letters, digits, '_' and "
+            "'-' (name=...)",
+            "tools",
+        )
+    target = function.func if isinstance(function, partial) else function
+    if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+        raise InvalidParameterError(f"{label} cannot be a tool: it is a generator; return the whole result", "tools")
+    return own, label
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _output(value: Any) -> ToolOutput:
+    """What a function returned, as an output: text as it is, None as nothing, all else as JSON."""
+    if isinstance(value, ToolOutput):
+        return value
+    if value is None:
+        return ToolOutput()
+    if isinstance(value, str):
+        return ToolOutput.of_text(str(value))
+    from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+    try:
+        structured = to_jsonable_python(value, inf_nan_mode="null")
+        text = json.dumps(structured, ensure_ascii=False)
+    except (PydanticSerializationError, TypeError, ValueError, RecursionError):
+        raise ToolError(f"The tool failed: it returned a {type(value).__name__:.100}, which is no JSON.") from None
+    return ToolOutput(content=(ContentPart(kind="text", text=text),), structured=structured)

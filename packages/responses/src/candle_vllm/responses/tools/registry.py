@@ -1,0 +1,194 @@
+"""The tools of a conversation or a server, by the names that a model calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from msgspec.structs import replace as with_fields
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.tools.names import hashed_name, is_tool_name, matches
+from candle_vllm.responses.tools.schemas import ArgumentsChecker, schema_fault
+from candle_vllm.responses.tools.tool import Report, Tool, ToolDefinition, ToolOutput
+
+logger = logging.getLogger(__name__)
+
+MAX_TOOLS = 10_000
+
+
+class Registered:
+    """A tool with its definition as it was when it came, and the checker of its arguments."""
+
+    def __init__(self, tool: Tool, definition: ToolDefinition) -> None:
+        self.tool = tool
+        self.definition = definition
+        self.checker = ArgumentsChecker(definition.parameters, definition.name)
+
+
+class ToolRegistry:
+    """Tools by name: functions one by one, those of an MCP server all together.
+
+    Functions come first, then each server's tools, servers in the order of their first coming. It belongs to one
+    thread, that of the event loop.
+    """
+
+    def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
+        self._groups: dict[str | None, dict[str, Registered]] = {None: {}}
+        self._revision = 0
+        for tool in tools:
+            if hasattr(tool, "definition"):
+                self.add(tool)  # pyright: ignore[reportArgumentType]
+            else:
+                self.add_function(tool)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def revision(self) -> int:
+        """Counts the changes: equal numbers mean the same tools."""
+        return self._revision
+
+    def add(self, tool: Tool) -> ToolDefinition:
+        """Adds one tool.
+
+        Raises:
+            InvalidParameterError: its name is taken or not allowed, its schema too large, or there are too many tools.
+        """
+        definition = tool.definition
+        fault = _fault(definition)
+        if fault is None and definition.name in self:
+            fault = "there is a tool of this name already; give it another, or remove the first"
+        if fault is None and len(self) >= MAX_TOOLS:
+            fault = f"there are {MAX_TOOLS} tools already, and no more may be"
+        if fault is not None:
+            raise InvalidParameterError(f"the tool {definition.name!r:.100} cannot be added: {fault}", "tools")
+        self._groups.setdefault(definition.server, {})[definition.name] = Registered(tool, definition)
+        self._revision += 1
+        return definition
+
+    def add_function(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float | None = None,
+    ) -> Tool:
+        """Makes a tool of a Python function (`function_tool`) and adds it."""
+        from candle_vllm.responses.tools.python_tool import function_tool
+
+        tool = function_tool(function, name=name, description=description, timeout=timeout)
+        self.add(tool)
+        return tool
+
+    def remove(self, name: str) -> None:
+        """Takes a tool out; calls of it that run go on.
+
+        Raises:
+            InvalidParameterError: there is no tool of this name.
+        """
+        for group in self._groups.values():
+            if group.pop(name, None) is not None:
+                self._revision += 1
+                return
+        raise InvalidParameterError(f"there is no tool {name!r:.100} to remove", "tools")
+
+    def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
+        """Puts a server's tools in the place of all that it had; none takes the server out.
+
+        A tool whose name another group has gets its name with the hash. One that cannot be offered at all (the second
+        of a name, a schema beyond the limits) is left out, with a warning in the log.
+
+        Returns:
+            The original names of the tools that were left out.
+        """
+        room = MAX_TOOLS - len(self) + len(self._groups.get(server, {}))
+        group: dict[str, Registered] = {}
+        left_out: list[str] = []
+        for tool in tools:
+            entry = self._entry(server, tool, group)
+            fault = entry if isinstance(entry, str) else None
+            if fault is None and len(group) >= room:
+                fault = f"there are {MAX_TOOLS} tools already"
+            if isinstance(entry, Registered) and fault is None:
+                group[entry.definition.name] = entry
+                continue
+            original = tool.definition.original_name or tool.definition.name
+            left_out.append(original)
+            logger.warning("the tool %.100r of the MCP server %.100r is left out: %s", original, server, fault)
+        if group:
+            self._groups[server] = group
+        else:
+            self._groups.pop(server, None)
+        self._revision += 1
+        return tuple(left_out)
+
+    def definitions(self, allowed: Iterable[str] | None = None) -> tuple[ToolDefinition, ...]:
+        """What a model is shown: all, or those whose names match one of the patterns ("*" is any characters)."""
+        patterns = None if allowed is None else tuple(allowed)
+        shown = (entry.definition for entry in self._entries())
+        return tuple(item for item in shown if patterns is None or matches(patterns, item.name))
+
+    def find(self, name: str) -> Tool | None:
+        """The tool that a model calls so, or None."""
+        entry = self.entry(name)
+        return None if entry is None else entry.tool
+
+    def entry(self, name: str) -> Registered | None:
+        """The tool with its definition and checker, or None."""
+        return next((group[name] for group in self._groups.values() if name in group), None)
+
+    def names(self) -> Iterator[str]:
+        """The names of all tools."""
+        return (entry.definition.name for entry in self._entries())
+
+    def __iter__(self) -> Iterator[Tool]:
+        return iter([entry.tool for entry in self._entries()])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in group for group in self._groups.values())
+
+    def _entries(self) -> Iterator[Registered]:
+        for group in self._groups.values():
+            yield from group.values()
+
+    def _entry(self, server: str, tool: Tool, group: Mapping[str, Registered]) -> Registered | str:
+        """What to register for one of a server's tools, or why it cannot be."""
+        definition = tool.definition
+        if definition.server != server:
+            return f"it says that its server is {definition.server!r:.100}"
+        fault = _fault(definition)
+        if fault is not None:
+            return fault
+        if definition.name in group:
+            return "the server has it twice"
+        others = [other for label, other in self._groups.items() if label != server]
+        if any(definition.name in other for other in others):
+            definition = with_fields(definition, name=hashed_name(server, definition.original_name))
+            if any(definition.name in other for other in (group, *others)):
+                return "its name is taken"
+            tool = _Renamed(tool, definition)
+        return Registered(tool, definition)
+
+
+class _Renamed:
+    """A tool under another name."""
+
+    def __init__(self, tool: Tool, definition: ToolDefinition) -> None:
+        self._tool = tool
+        self.definition = definition
+        self.timeout: float | None = getattr(tool, "timeout", None)
+
+    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
+        """Runs the tool."""
+        return await self._tool.run(arguments, report)
+
+
+def _fault(definition: ToolDefinition) -> str | None:
+    """Why a model cannot be offered the tool, or None."""
+    if not is_tool_name(definition.name):
+        return "a name is 1 to 64 letters, digits, '_' and '-'"
+    return schema_fault(definition.parameters)

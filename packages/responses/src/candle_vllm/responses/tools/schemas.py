@@ -1,0 +1,186 @@
+"""Checks arguments against a tool's JSON schema, which may come from a server that nobody trusts.
+
+Nothing is fetched: references outside of the schema allow everything. The work is bounded: schemas to `MAX_SCHEMA`
+bytes, checking to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine; those that it does not know
+(lookaround, back references), long ones, and long strings are not checked, nor are `patternProperties` with their
+neighbour `additionalProperties`, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
+arrays. What is not checked is allowed: a tool must look at its arguments itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from candle_vllm.openai.json_body import is_deeper
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+
+logger = logging.getLogger(__name__)
+
+MAX_SCHEMA = 1 << 18  # bytes of JSON
+MAX_SCHEMA_DEPTH = 64  # objects and arrays inside each other
+CPU_SECONDS = 1.0  # of one check
+MAX_PATTERN = 1000  # characters of a pattern
+MAX_MATCHED = 2000  # characters of a string that a pattern is tried on
+MAX_UNIQUE = 1000  # items of an array that must differ
+MAX_FAULTS = 5  # told at once
+_MAX_FAULT = 300  # characters of one
+
+_SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"enum", "const", "default", "examples"})
+_UNCHECKED = frozenset({"$schema", "$id", "id", "patternProperties", "unevaluatedItems", "unevaluatedProperties"})
+_REFERENCES = frozenset({"$ref", "$dynamicRef", "$recursiveRef"})
+
+Keyword = Callable[..., Iterator[Any] | None]
+
+
+def schema_fault(parameters: Mapping[str, Any]) -> str | None:
+    """Why this cannot be the schema of a tool's arguments, or None: not JSON, of no object, too large or too deep."""
+    if not isinstance(parameters, Mapping):
+        return "its parameters must be the JSON schema of an object"
+    try:
+        size = len(msgspec.json.encode(parameters))
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return "its schema is no JSON"
+    if size > MAX_SCHEMA:
+        return f"its schema has {size} bytes of JSON, and {MAX_SCHEMA} are allowed"
+    if is_deeper(dict(parameters), MAX_SCHEMA_DEPTH):
+        return f"its schema is nested more than {MAX_SCHEMA_DEPTH} levels deep"
+    if parameters.get("type", "object") != "object":
+        return 'its schema must have "type": "object"'
+    return None
+
+
+class ArgumentsChecker:
+    """Checks the arguments of one tool; the schema is prepared at the first check."""
+
+    def __init__(self, parameters: Mapping[str, Any], name: str = "") -> None:
+        self._parameters = parameters
+        self._name = name
+        self._lock = threading.Lock()
+        self._deadline = 0.0
+        self._validator: Validator | None = None
+        self._prepared = False
+
+    def faults(self, arguments: Mapping[str, Any]) -> list[str]:
+        """What is wrong with them, one sentence each, at most `MAX_FAULTS`; empty where they fit.
+
+        It can take `CPU_SECONDS`: call it in another thread than the event loop's.
+        """
+        with self._lock:
+            self._deadline = time.thread_time() + CPU_SECONDS
+            try:
+                if not self._prepared:
+                    self._prepared = True
+                    self._validator = self._prepare()
+                if self._validator is None:
+                    return []
+                return [_sentence(error) for error in islice(self._validator.iter_errors(arguments), MAX_FAULTS)]
+            except Exception as error:  # a schema can fail in as many ways as there are keywords
+                reason = "it takes too long" if isinstance(error, _TooLongError) else type(error).__name__
+                logger.warning("arguments of the tool %.100r cannot be checked with its schema: %s", self._name, reason)
+                return []
+
+    def _prepare(self) -> Validator | None:
+        """A validator of the checkable part of the schema; None where the schema is not valid itself."""
+        import jsonschema
+        import referencing
+        from jsonschema import validators
+
+        schema = msgspec.json.decode(msgspec.json.encode(self._parameters))
+        stock: Any = validators.validator_for(schema, default=validators.Draft202012Validator)
+        checkable = _checkable(schema)
+        try:
+            stock.check_schema(checkable, format_checker=jsonschema.FormatChecker(formats=()))
+        except jsonschema.SchemaError as error:
+            logger.warning("the tool %.100r has a schema that is not valid: %.300s", self._name, error.message)
+            return None
+        keywords: dict[str, Keyword] = {**stock.VALIDATORS, "pattern": _pattern_keyword(), "uniqueItems": _unique_items}
+        guarded: Any = validators.extend(stock, {name: self._guarded(keyword) for name, keyword in keywords.items()})
+        return guarded(checkable, registry=referencing.Registry())
+
+    def _guarded(self, keyword: Keyword) -> Keyword:
+        def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any] | None:
+            if time.thread_time() > self._deadline:
+                raise _TooLongError
+            return keyword(validator, value, instance, schema)
+
+        return checked
+
+
+class _TooLongError(Exception):
+    """The time for a check is over."""
+
+
+def _checkable(schema: Any) -> Any:
+    """The schema without what is not checked."""
+    if isinstance(schema, list):
+        return [_checkable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    unchecked = _UNCHECKED | ({"additionalProperties"} if "patternProperties" in schema else frozenset())
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _VALUES:
+            result[key] = value
+        elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+            result[key] = {name: _checkable(inner) for name, inner in value.items()}
+        elif key not in unchecked and (key not in _REFERENCES or (isinstance(value, str) and value.startswith("#"))):
+            result[key] = _checkable(value)
+    return result
+
+
+def _pattern_keyword() -> Keyword:
+    from jsonschema import ValidationError
+    from pydantic_core import SchemaError, SchemaValidator, core_schema
+    from pydantic_core import ValidationError as Mismatch
+
+    compiled: dict[str, SchemaValidator | None] = {}
+
+    def compile_pattern(pattern: str) -> SchemaValidator | None:
+        try:
+            return SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
+        except SchemaError:
+            return None
+
+    def pattern_keyword(_validator: Any, pattern: Any, instance: Any, _schema: Any) -> Iterator[Any]:
+        if not isinstance(instance, str) or len(instance) > MAX_MATCHED or len(pattern) > MAX_PATTERN:
+            return
+        if pattern not in compiled:
+            compiled[pattern] = compile_pattern(pattern)
+        matcher = compiled[pattern]
+        if matcher is None:
+            return
+        try:
+            matcher.validate_python(instance)
+        except Mismatch:
+            yield ValidationError(f"{instance!r} does not match {pattern!r}")
+
+    return pattern_keyword
+
+
+def _unique_items(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any] | None:
+    from jsonschema import validators
+
+    if isinstance(instance, list) and len(instance) > MAX_UNIQUE:
+        return None
+    return validators.Draft202012Validator.VALIDATORS["uniqueItems"](validator, wanted, instance, schema)
+
+
+def _sentence(error: Any) -> str:
+    """Where and what, for a model to read."""
+    place = ""
+    for step in islice(error.absolute_path, 20):
+        place += f"[{step}]" if isinstance(step, int) else f".{step:.80}" if place else f"{step:.80}"
+    message = error.message
+    if len(message) > _MAX_FAULT:
+        message = f"{message[:_MAX_FAULT]}..."
+    return f"{place}: {message}" if place else message

@@ -1,0 +1,21 @@
+"""Every test of this folder leaves no task behind."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
+
+from conversation_fakes import other_tasks
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_runs_on() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    assert not other_tasks() - before

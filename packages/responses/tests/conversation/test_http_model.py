@@ -1,0 +1,338 @@
+"""A model behind a URL: what servers send, what they refuse, and what is never shown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import pytest
+from conversation_fakes import Bench, settled, user
+
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    ConfigError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    RequestError,
+)
+from candle_vllm.responses import HttpModel
+from candle_vllm.responses.conversation import http_model
+from candle_vllm.responses.conversation.events import ReasoningDelta, TextDelta
+from candle_vllm.responses.conversation.http_errors import (
+    ModelServerBusyError,
+    ModelServerError,
+    ModelServerRequestError,
+)
+
+KEY = "sk-very-secret"
+
+
+def sse(*events: Any, end: str = "\n\n", done: bool = True) -> bytes:
+    texts = [event if isinstance(event, str) else "data: " + json.dumps(event) for event in events]
+    return "".join(text + end for text in [*texts, *(["data: [DONE]"] if done else [])]).encode()
+
+
+def delta(finish: str | None = None, **news: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": news, "finish_reason": finish}]}
+
+
+def answering(content: bytes, status: int = 200, seen: list[httpx2.Request] | None = None, **options: Any) -> HttpModel:
+    async def route(request: httpx2.Request) -> httpx2.Response:
+        if seen is not None:
+            seen.append(request)
+        kind = "text/event-stream" if status == 200 else "application/json"
+        return httpx2.Response(status, content=content, headers={"content-type": kind})
+
+    options = {"api_key": KEY, "model": "m", **options}
+    return HttpModel("http://server.test/v1/", transport=httpx2.MockTransport(route), **options)
+
+
+async def said(model: HttpModel, **options: Any) -> tuple[Any, Bench]:
+    bench = Bench(model=model, **options)
+    try:
+        return await bench.run("hi"), bench
+    finally:
+        await model.aclose()
+
+
+async def test_the_request_that_is_sent() -> None:
+    seen: list[httpx2.Request] = []
+
+    def add(a: int) -> int:
+        """Adds."""
+        return a
+
+    model = answering(sse(delta("stop", content="Hi")), seen=seen)
+    result, _ = await said(model, tools=[add], request={"temperature": 0})
+    assert result.final_message == "Hi"
+    (request,) = seen
+    body = json.loads(request.content)
+    assert str(request.url) == "http://server.test/v1/chat/completions"
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert (body["model"], body["stream"], body["stream_options"]) == ("m", True, {"include_usage": True})
+    assert (body["messages"], body["temperature"]) == ([user("hi")], 0)
+    assert body["tools"][0]["function"]["name"] == "add"
+
+
+FORMS = {
+    "plain": sse(delta(role="assistant"), delta(content="Hel"), delta(content="lo"), delta("stop")),
+    "crlf": sse(delta(content="Hello"), delta("stop"), end="\r\n\r\n"),
+    "comments": sse(": keep-alive", delta(content="Hello"), ":", delta("stop")),
+    "no space": sse("data:" + json.dumps(delta(content="Hello")), delta("stop")),
+    "named events": sse("event: chunk\ndata: " + json.dumps(delta(content="Hello")), delta("stop")),
+    "no done": sse(delta(content="Hello"), delta("stop"), done=False),
+    "no reason": sse(delta(content="Hello")),
+    "parts": sse(delta(content=[{"type": "text", "text": "Hello"}]), delta("stop")),
+    "nulls": sse({"choices": None, "usage": None}, {}, delta(content="Hello", tool_calls=None), delta("stop")),
+    "odd types": sse({"id": 3, "created": "x", "choices": [5, {"delta": 7}]}, delta(content="Hello")),
+    "bom": b"\xef\xbb\xbf: x\n\n" + sse(delta(content="Hello"), delta("stop")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_streams_of_all_kinds(form: str) -> None:
+    result, _ = await said(answering(FORMS[form]))
+    assert (result.final_message, result.completed) == ("Hello", True)
+
+
+async def test_usage_where_it_is_given() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+    result, _ = await said(answering(sse(delta("stop", content="x"), {"choices": [], "usage": usage})))
+    assert (result.usage.prompt_tokens, result.usage.cached_tokens, result.usage.reasoning_tokens) == (5, 4, 0)
+    usage = {"prompt_tokens": -1, "completion_tokens_details": {"reasoning_tokens": 3}, "prompt_tokens_details": None}
+    result, _ = await said(answering(sse(delta("stop"), {"choices": [], "usage": usage})))
+    assert (result.usage.prompt_tokens, result.usage.reasoning_tokens) == (0, 3)
+
+
+async def test_thoughts_under_either_name() -> None:
+    stream = sse(delta(reasoning="a"), delta(reasoning_content="b"), delta("stop", content="c"))
+    _, bench = await said(answering(stream))
+    assert [one.text for one in bench.of(ReasoningDelta)] == ["a", "b"]
+    assert bench.added[0]["reasoning_content"] == "ab"
+
+
+async def test_logprobs_are_kept() -> None:
+    entry = {"token": "x", "logprob": -0.1, "bytes": None, "top_logprobs": []}
+    chunk = delta("stop", content="x")
+    chunk["choices"][0]["logprobs"] = {"content": [entry]}
+    _, bench = await said(answering(sse(chunk)))
+    assert bench.of(TextDelta)[0].logprobs[0].logprob == -0.1
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [[{"index": 0, "id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}},
+          {"index": 1, "id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
+        [[{"function": {"name": "add", "arguments": {"a": 1}}}, {"function": {"name": "add", "arguments": {"a": 2}}}]],
+        [[{"function": {"name": "add", "arguments": '{"a": 1}'}}], [{"function": {"name": "add", "arguments": ""}}],
+         [{"function": {"arguments": '{"a": 2}'}}]],
+        [[{"index": 0, "id": "a", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+         [{"index": 0, "id": "b", "function": {"name": "add", "arguments": '{"a": 2}'}}]],
+    ],
+    ids=["whole", "objects without index and id", "pieces without index and id", "all under index 0"],
+)  # fmt: skip
+async def test_calls_of_all_kinds(deltas: list[Any]) -> None:
+    def add(a: int) -> int:
+        """Adds."""
+        return a + 1
+
+    first = sse(*(delta(tool_calls=calls) for calls in deltas), delta("tool_calls"))
+    answers = [first, sse(delta("stop", content="ok"))]
+
+    async def route(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, content=answers.pop(0), headers={"content-type": "text/event-stream"})
+
+    model = HttpModel("http://server.test/v1", model="m", transport=httpx2.MockTransport(route))
+    result, _ = await said(model, tools=[add])
+    assert [one.text for one in result.tool_calls] == ["2", "3"]
+    assert result.final_message == "ok"
+
+
+def envelope(**fields: Any) -> bytes:
+    return json.dumps({"error": fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "words"),
+    [
+        (400, envelope(message="bad", param="top_p", code="invalid_value"), ModelServerRequestError, "400: bad"),
+        (422, b'{"detail": [{"msg": "no"}]}', ModelServerRequestError, '[{"msg": "no"}]'),
+        (401, envelope(message=f"wrong key {KEY}"), ModelServerError, "wrong key *** (check the API key)"),
+        (404, b"<html>nothing", ModelServerError, "check the model's name"),
+        (429, envelope(message="slow down"), ModelServerBusyError, "slow down"),
+        (503, b"", ModelServerBusyError, "503: no reason given"),
+        (500, envelope(message="x" * 5000), ModelServerError, "x" * 500 + " ..."),
+        (302, b"", ModelServerError, "302"),
+    ],
+)
+async def test_refusals(status: int, body: bytes, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind) as caught:
+        await said(answering(body, status))
+    assert words in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert "server.test" in str(caught.value)
+    assert caught.value.status == status  # pyright: ignore[reportAttributeAccessIssue]
+    if status == 400:
+        assert isinstance(caught.value, RequestError)
+        assert (caught.value.param, caught.value.code) == ("top_p", "invalid_value")  # pyright: ignore
+    assert isinstance(caught.value, EngineOverloadedError) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (sse(delta(content="x"), done=False), "ended its answer in the middle"),
+        (sse(delta(content="x"), "data: {"), "no JSON object"),
+        (sse("data: [1]"), "no JSON object"),
+        (sse(delta(content="x"), {"error": {"message": f"boom {KEY}", "code": 500}}), "answered 500: boom ***"),
+        (sse("data: " + "[" * 100_000), "no JSON object"),
+    ],
+)
+async def test_broken_streams(stream: bytes, words: str) -> None:
+    with pytest.raises(ModelServerError) as caught:
+        await said(answering(stream))
+    assert words in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+async def test_an_endless_event_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_model, "MAX_EVENT", 1000)
+    with pytest.raises(ModelServerError, match="1000 byte limit"):
+        await said(answering(b"data: " + b"x" * 5000))
+
+
+async def test_an_answer_that_is_no_stream() -> None:
+    async def route(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"choices": []})
+
+    model = HttpModel("http://server.test/v1", model="m", transport=httpx2.MockTransport(route))
+    with pytest.raises(ModelServerError, match="text/event-stream"):
+        await said(model)
+
+
+class TestModelName:
+    async def test_the_first_of_the_servers(self) -> None:
+        seen: list[str] = []
+
+        async def route(request: httpx2.Request) -> httpx2.Response:
+            seen.append(request.url.path)
+            if request.method == "GET":
+                return httpx2.Response(200, json={"data": [{"id": "first"}, {"id": "second"}]})
+            assert json.loads(request.content)["model"] == "first"
+            events = sse(delta("stop", content="x"))
+            return httpx2.Response(200, content=events, headers={"content-type": "text/event-stream"})
+
+        model = HttpModel("http://server.test/v1", transport=httpx2.MockTransport(route))
+        bench = Bench(model=model)
+        await bench.run("a")
+        await bench.run("b")
+        await model.aclose()
+        assert seen == ["/v1/models", "/v1/chat/completions", "/v1/chat/completions"]
+
+    @pytest.mark.parametrize("body", [b"{}", b'{"data": []}', b"no", b'{"data": [{"id": 3}]}'])
+    async def test_a_server_without_names(self, body: bytes) -> None:
+        async def route(_: httpx2.Request) -> httpx2.Response:
+            return httpx2.Response(200, content=body)
+
+        model = HttpModel("http://server.test/v1", transport=httpx2.MockTransport(route))
+        with pytest.raises(ModelServerError, match="give the model's name"):
+            await said(model)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "server/v1", "ftp://server/v1", "http:///v1", "http://a:b@server/v1", "http://s/v1?key=1", "http://s:port/v1"],
+)
+def test_urls_that_cannot_be(url: str) -> None:
+    with pytest.raises(ConfigError):
+        HttpModel(url)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "ü", "x\r\ny", "x" * 5000])
+def test_keys_that_cannot_be(key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key must be"):
+        HttpModel("http://s/v1", api_key=key)
+
+
+def test_the_key_is_not_shown() -> None:
+    assert KEY not in repr(HttpModel("http://s/v1", api_key=KEY))
+
+
+async def test_a_request_that_is_no_json() -> None:
+    with pytest.raises(InvalidParameterError, match="cannot be written as JSON"):
+        await said(answering(sse()), request={"seed": object()})
+
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
+
+
+@asynccontextmanager
+async def raw_server(handle: Handler) -> AsyncIterator[str]:
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+
+class TestConnections:
+    async def test_leaving_early_closes_the_connection(self) -> None:
+        closed = asyncio.Event()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(HEAD + sse(delta(content="x"), done=False))
+            await writer.drain()
+            while await reader.read(1000):  # the rest of the request, then the end
+                pass
+            closed.set()
+            writer.close()
+
+        async with raw_server(handle) as url:
+            bench = Bench(model=HttpModel(url, model="m"))
+            task = asyncio.create_task(bench.run("hi"))
+            await settled(lambda: bench.of(TextDelta))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with asyncio.timeout(5):
+                await closed.wait()
+            await bench.model.aclose()
+
+    async def test_a_server_that_dies_in_the_middle(self) -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            head = HEAD.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n")
+            writer.write(head + b"5\r\ndata:\r\n")
+            await writer.drain()
+            writer.close()
+
+        async with raw_server(handle) as url:
+            with pytest.raises(ModelServerError, match="broke off"):
+                await said(HttpModel(url, model="m"))
+
+    async def test_a_server_that_is_silent(self) -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with raw_server(handle) as url:
+            with pytest.raises(ModelServerError, match="did not answer in time"):
+                await said(HttpModel(url, model="m", read_timeout=0.1))
+
+    async def test_a_server_that_is_not_there(self) -> None:
+        async with raw_server(lambda *_: None) as url:
+            pass
+        with pytest.raises(CandleVllmError, match="cannot be reached"):
+            await said(HttpModel(url, model="m"))

@@ -1,0 +1,179 @@
+"""The small parts of a conversation: its transcript, its channel, its watch for loops, and the end of a task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.ending import end_task
+from candle_vllm.responses.conversation.options import ConversationOptions
+from candle_vllm.responses.conversation.repeats import RepeatWatch
+from candle_vllm.responses.conversation.transcript import LOST, Transcript
+from candle_vllm.responses.tools.tool import ToolCall, ToolOutput, ToolResult
+
+
+def assistant(*ids: str) -> dict[str, object]:
+    calls = [{"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}} for one in ids]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(call_id: str, text: str = "r", name: str = "f", arguments: str = "{}") -> ToolResult:
+    call = ToolCall(id=call_id, name=name, arguments=arguments)
+    return ToolResult(call=call, status="completed", output=ToolOutput(), text=text)
+
+
+def tool(call_id: str) -> dict[str, object]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "given"}
+
+
+class TestTranscript:
+    def test_results_stand_in_the_order_of_the_calls(self) -> None:
+        transcript = Transcript([{"role": "user", "content": "x"}])
+        transcript.add_turn(assistant("a", "b"))
+        transcript.add_result(result("b", "2"))
+        assert [call.id for call in transcript.open_calls] == ["a"]
+        assert [message.get("content") for message in transcript.added] == [None, "2"]
+        transcript.add_result(result("a", "1"))
+        assert [message.get("content") for message in transcript.added] == [None, "1", "2"]
+        transcript.add_turn({"role": "assistant", "content": "end"})
+        assert [message["role"] for message in transcript.messages] == [
+            "user", "assistant", "tool", "tool", "assistant",
+        ]  # fmt: skip
+
+    def test_calls_that_began_are_answered_and_the_others_stay_open(self) -> None:
+        transcript = Transcript([assistant("a", "b")])
+        transcript.begin(transcript.open_calls[0])
+        transcript.settle()
+        assert [message["content"] for message in transcript.added] == [LOST]
+        assert [call.id for call in transcript.open_calls] == ["b"]
+
+    def test_tool_messages_that_were_given_close_calls(self) -> None:
+        assert [call.id for call in Transcript([assistant("a", "b"), tool("b")]).open_calls] == ["a"]
+        assert Transcript([assistant("a"), tool("a")]).open_calls == ()
+        assert Transcript([assistant("a"), {"role": "user", "content": "x"}]).open_calls == ()
+        assert Transcript([]).open_calls == ()
+
+    def test_nothing_was_added_to_what_was_given(self) -> None:
+        transcript = Transcript([assistant("a"), tool("a")])
+        assert (transcript.grew, transcript.added) == (False, ())
+
+    @pytest.mark.parametrize("call", [{}, 3, {"id": "a", "function": {"name": "f"}}, {"id": 1, "function": {}}])
+    def test_calls_that_cannot_be_read(self, call: object) -> None:
+        with pytest.raises(InvalidParameterError, match=r"messages\.0\.tool_calls must have"):
+            Transcript([{"role": "assistant", "tool_calls": [call]}])
+
+    def test_ids_that_two_calls_have(self) -> None:
+        with pytest.raises(InvalidParameterError, match="'a' is the id of two calls"):
+            Transcript([assistant("a", "a")])
+
+    def test_it_shares_nothing_with_its_caller(self) -> None:
+        given = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+        transcript = Transcript([given])
+        transcript.messages[0]["content"].clear()
+        given["content"] = "y"
+        assert transcript.messages[0]["content"] == [{"type": "text", "text": "x"}]
+
+
+class TestRepeats:
+    def test_equal_turns_whatever_their_order_ids_and_blanks(self) -> None:
+        watch = RepeatWatch(2)
+        assert not watch.is_loop([result("1", name="f", arguments='{"a":1,"b":2}'), result("2", name="g")])
+        assert watch.is_loop([result("4", name="g"), result("3", name="f", arguments='{"b": 2, "a": 1}')])
+
+    def test_another_turn_in_between_begins_anew(self) -> None:
+        watch = RepeatWatch(2)
+        texts = ["a", "b", "a", "b", "b"]
+        assert [watch.is_loop([result("1", text)]) for text in texts] == [False] * 4 + [True]
+
+    def test_arguments_that_are_no_json(self) -> None:
+        watch = RepeatWatch(2)
+        assert not watch.is_loop([result("1", arguments="{")])
+        assert watch.is_loop([result("2", arguments="{")])
+
+    def test_no_calls_are_no_loop(self) -> None:
+        watch = RepeatWatch(2)
+        assert not any(watch.is_loop([]) for _ in range(5))
+
+
+class TestChannel:
+    async def test_senders_wait_for_the_reader_and_lose_nothing(self) -> None:
+        channel: EventChannel[int] = EventChannel(2)
+
+        async def send() -> None:
+            for number in range(10):
+                await channel.send(number)
+
+        sender = asyncio.create_task(send())
+        await asyncio.sleep(0)
+        channel.offer(99)  # there is no room
+        sender.add_done_callback(lambda _: channel.close())
+        got = []
+        while (number := await channel.receive()) is not None:
+            got.append(number)
+        assert got == list(range(10))
+
+    async def test_a_reader_that_waits_learns_of_the_error(self) -> None:
+        channel: EventChannel[int] = EventChannel()
+        asyncio.get_running_loop().call_later(0.01, channel.close, ValueError("x"))
+        with pytest.raises(ValueError, match="x"):
+            await channel.receive()
+
+    async def test_what_was_sent_comes_before_the_error(self) -> None:
+        channel: EventChannel[int] = EventChannel()
+        await channel.send(1)
+        channel.close(ValueError("x"))
+        assert await channel.receive() == 1
+        with pytest.raises(ValueError, match="x"):
+            await channel.receive()
+
+
+class TestEnding:
+    async def test_it_waits_also_when_it_is_cancelled_itself(self) -> None:
+        ended = []
+
+        async def slow() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.05)
+                ended.append(True)
+
+        task = asyncio.create_task(slow())
+        await asyncio.sleep(0)
+        ending = asyncio.create_task(end_task(task))
+        await asyncio.sleep(0.01)
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        assert ended == [True]
+
+    async def test_a_task_that_takes_no_cancelling_is_left(self, caplog: pytest.LogCaptureFixture) -> None:
+        release = asyncio.Event()
+
+        async def stubborn() -> None:
+            while not release.is_set():
+                try:
+                    await release.wait()
+                except asyncio.CancelledError:
+                    continue
+
+        task = asyncio.create_task(stubborn(), name="stubborn")
+        await asyncio.sleep(0)
+        with caplog.at_level(logging.ERROR):
+            await end_task(task, patience=0.02)
+        assert "stubborn did not end" in caplog.text
+        release.set()
+        await task
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_turns", 0), ("max_repeats", 1), ("timeout", -1), ("parallel_tools", 65)]
+)
+def test_options_have_limits(name: str, value: float) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{name} must lie between") as caught:
+        ConversationOptions(**{name: value})  # pyright: ignore[reportArgumentType]
+    assert caught.value.param == name
