@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx2
@@ -11,29 +10,7 @@ import httpx2
 from candle_vllm.responses.mcp.secrets import OAuthClient
 
 if TYPE_CHECKING:
-    from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
-
     from candle_vllm.responses.mcp.server_config import McpServerConfig
-
-
-class _TokenMemory:
-    """Keeps a token for as long as the program runs; it is written nowhere."""
-
-    def __init__(self) -> None:
-        self._tokens: OAuthToken | None = None
-        self._client: OAuthClientInformationFull | None = None
-
-    async def get_tokens(self) -> OAuthToken | None:
-        return self._tokens
-
-    async def set_tokens(self, tokens: OAuthToken) -> None:
-        self._tokens = tokens
-
-    async def get_client_info(self) -> OAuthClientInformationFull | None:
-        return self._client
-
-    async def set_client_info(self, client_info: OAuthClientInformationFull) -> None:
-        self._client = client_info
 
 
 def bare_address(url: str) -> str:
@@ -47,7 +24,9 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
     if not config.url:
         return None
     if isinstance(config.auth, OAuthClient):
-        return _oauth(config.url, config.auth)
+        from candle_vllm.responses.mcp.oauth import client_credentials
+
+        return client_credentials(config.auth, bare_address(config.url))
     parts = urlsplit(config.url)
     if parts.username is None:
         return None
@@ -60,18 +39,3 @@ def http_headers(config: McpServerConfig) -> dict[str, str]:
     if isinstance(config.auth, str):
         headers["Authorization"] = f"Bearer {config.auth}"
     return headers
-
-
-def _oauth(url: str, client: OAuthClient) -> Any:
-    from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the SDK's of an issuer that is not given, of which our configuration speaks
-        return ClientCredentialsOAuthProvider(
-            bare_address(url),
-            _TokenMemory(),
-            client.client_id,
-            client.client_secret,
-            scope=" ".join(client.scopes) or None,
-            issuer=client.issuer,
-        )

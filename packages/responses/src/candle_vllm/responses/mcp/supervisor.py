@@ -1,7 +1,7 @@
 """Keeps a server connected: opens a connection, lists the tools, watches, and opens another when it ends.
 
-The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants the
-server makes the next one come now.
+The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants
+the server makes the next one come now.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ class Supervisor:
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
-                self._note(
-                    f"connected over {'this process' if self._server is not None else kind}, protocol {connection.client.protocol_version}"
-                )
+                where = kind if self._server is None else "this process"
+                self._note(f"connected over {where}, protocol {connection.client.protocol_version}")
                 return connection
             status = connection.status
             await connection.close(patience=0.0)

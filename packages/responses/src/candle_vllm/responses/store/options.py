@@ -1,0 +1,52 @@
+"""The operator's side of the store: where it is, how much it holds, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from candle_vllm.core.errors import ConfigError
+
+MEMORY = "memory"
+MAX_RECORDS = 100_000
+MAX_DAYS = 3650
+MAX_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """A store of responses and conversations.
+
+    Attributes:
+        url: `memory` (it ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
+        retention_days: how long a response is kept; a conversation is kept until somebody deletes it, or it has to
+            make room.
+        max_records: responses and conversations of all keys; the oldest of the key that has most makes room.
+        max_bytes: of all of them; likewise.
+        max_record_bytes: of one response, what was given and what was generated.
+        max_item_bytes: of one item as JSON.
+        max_items: of one conversation.
+        max_conversation_bytes: of the items of one conversation.
+        max_chain: responses that may follow each other by `previous_response_id`.
+        max_chain_bytes: of the items of such a chain.
+    """
+
+    url: str = field(default=MEMORY, repr=False)
+    retention_days: int = 30
+    max_records: int = 10_000
+    max_bytes: int = 256 << 20
+    max_record_bytes: int = 32 << 20
+    max_item_bytes: int = 4 << 20
+    max_items: int = 10_000
+    max_conversation_bytes: int = 64 << 20
+    max_chain: int = 1000
+    max_chain_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        for name, high in (
+            ("retention_days", MAX_DAYS), ("max_records", MAX_RECORDS), ("max_bytes", MAX_MB << 20),
+            ("max_record_bytes", 1 << 30), ("max_item_bytes", 1 << 30), ("max_items", 1_000_000),
+            ("max_conversation_bytes", 1 << 32), ("max_chain", 100_000), ("max_chain_bytes", 1 << 32),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= high:
+                raise ConfigError(f"{name} must be a whole number from 1 to {high}, not {value!r:.40}", name)

@@ -1,0 +1,391 @@
+"""Responses in the store, on SQLite and on a real PostgreSQL: owners, chains, bounds, leases, versions, faults."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from sqlalchemy import delete, func, select, update
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.store import schema
+from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.records import StoredResponse
+from candle_vllm.responses.store.response_queries import LEASE_MS
+from candle_vllm.responses.store.store import ResponseStore
+
+NOW = 1_700_000_000
+DAY = 86_400
+
+
+def message(name: str, text: str = "Hi") -> dict[str, Any]:
+    return {"id": name, "type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+
+
+def record(name: str, owner: str = "a", *, text: str = "Hi", output: Any = None, **fields: Any) -> StoredResponse:
+    """A response with one item in, `msg_in_NAME`, and one out, `msg_out_NAME`."""
+    status = fields.get("status", "completed")
+    given = [message(f"msg_out_{name}")] if output is None else output
+    made = StoredResponse(
+        id=name, owner=owner, created_at=NOW,
+        response=msgspec.json.encode({"id": name, "status": status, "error": None, "output": given}),
+        input_items=msgspec.json.encode([message(f"msg_in_{name}", text)]),
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **fields)
+
+
+async def status_of(store: ResponseStore, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
+    found = await store.get(owner, name)
+    return found.status, msgspec.json.decode(found.response)
+
+
+async def has(store: ResponseStore, name: str, owner: str = "a") -> bool:
+    try:
+        await store.get(owner, name)
+    except NotStoredError:
+        return False
+    return True
+
+
+async def test_a_response_comes_back_as_it_went(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    given = record("resp_1", text="größe \u0000", background=True, previous_response_id="resp_0", conversation_id="c")
+    await store.put(given)
+    found = await store.get("a", "resp_1")
+    assert found == msgspec.structs.replace(given, expires_at=NOW + 30 * DAY)
+
+
+async def test_another_owner_sees_and_deletes_nothing(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1"))
+    assert not await has(store, "resp_1", "b")
+    for work in (store.delete, store.cancel, store.history):
+        with pytest.raises(NotStoredError, match="resp_1"):
+            await work("b", "resp_1")
+    assert not await store.change("b", "resp_1", "failed", b"{}")
+    assert await store.find_items("b", ["msg_in_resp_1"]) == {}
+    await store.put(record("resp_1", "b", text="mine"))
+    assert b"mine" in (await store.get("b", "resp_1")).input_items
+    assert b"mine" not in (await store.get("a", "resp_1")).input_items
+
+
+async def test_a_deleted_response_is_gone(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1"))
+    await store.delete("a", "resp_1")
+    assert not await has(store, "resp_1")
+    assert await store.find_items("a", ["msg_in_resp_1"]) == {}
+    with pytest.raises(NotStoredError):
+        await store.delete("a", "resp_1")
+
+
+async def test_ids_that_cannot_be_are_not_looked_for(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    for name in ("", "x\0y", "größe", "x" * 300, "x'; DROP TABLE responses_records; --"):
+        assert not await has(store, name)
+        with pytest.raises(NotStoredError):
+            await store.history("a", name)
+    assert await store.find_items("a", ["x\0y"]) == {}
+
+
+async def test_the_history_is_the_whole_chain(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    before = None
+    for number in range(4):
+        await store.put(record(f"resp_{number}", previous_response_id=before))
+        before = f"resp_{number}"
+    names = [item["id"] for item in await store.history("a", "resp_2")]
+    assert names == [f"msg_{way}_resp_{number}" for number in range(3) for way in ("in", "out")]
+    await store.put(record("resp_2b", previous_response_id="resp_1"))  # another way to go on
+    assert [item["id"] for item in await store.history("a", "resp_2b")][-1] == "msg_out_resp_2b"
+
+
+async def test_a_chain_with_a_gap_says_where_it_is(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    for number in range(3):
+        await store.put(record(f"resp_{number}", previous_response_id=f"resp_{number - 1}" if number else None))
+    await store.delete("a", "resp_1")
+    with pytest.raises(NotStoredError, match=r"'resp_2' cannot be continued: the earlier response .*'resp_1'") as error:
+        await store.history("a", "resp_2")
+    assert error.value.param == "previous_response_id"
+    with pytest.raises(NotStoredError, match="Previous response with id 'nothing' was not found"):
+        await store.history("a", "nothing")
+
+
+async def test_a_chain_that_bites_its_tail_ends(opener, store_url: str) -> None:
+    store = await opener(store_url, max_chain=10)
+    await store.put(record("resp_1", previous_response_id="resp_2"))
+    await store.put(record("resp_2", previous_response_id="resp_1"))
+    with pytest.raises(StoreLimitError, match="at most 10 of them"):
+        await store.history("a", "resp_1")
+
+
+async def test_long_and_large_chains_are_refused(opener, store_url: str) -> None:
+    store = await opener(store_url, max_chain=3, max_chain_bytes=10_000)
+    for number in range(4):
+        await store.put(record(f"resp_{number}", previous_response_id=f"resp_{number - 1}" if number else None))
+    assert len(await store.history("a", "resp_2")) == 6
+    with pytest.raises(StoreLimitError) as error:
+        await store.history("a", "resp_3")
+    assert error.value.param == "previous_response_id"
+    await store.put(record("large", text="x" * 9000))
+    await store.put(record("after", text="x" * 1000, previous_response_id="large"))
+    assert await store.history("a", "large")
+    with pytest.raises(StoreLimitError, match="10000 bytes"):
+        await store.history("a", "after")
+
+
+async def test_a_running_response_cannot_be_continued(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1", status="queued"))
+    with pytest.raises(StoreLimitError, match="still queued"):
+        await store.history("a", "resp_1")
+
+
+async def test_items_are_found_by_their_ids(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1", text="one"))
+    await store.put(record("resp_2", text="two", status="queued", output=[]))
+    body = msgspec.json.encode({"id": "resp_2", "status": "completed", "output": [message("msg_new", "late")]})
+    assert await store.change("a", "resp_2", "completed", body)
+    names = ["msg_in_resp_1", "msg_out_resp_1", "msg_in_resp_2", "msg_new", "nothing"]
+    found = await store.find_items("a", names)
+    assert {name: item["content"][0]["text"] for name, item in found.items()} == {
+        "msg_in_resp_1": "one", "msg_out_resp_1": "Hi", "msg_in_resp_2": "two", "msg_new": "late",
+    }  # fmt: skip
+
+
+async def test_expired_responses_are_neither_shown_nor_kept(opener, store_url: str, clock) -> None:
+    store = await opener(store_url, retention_days=2)
+    await store.put(record("resp_1"))
+    await store.put(record("resp_2", previous_response_id="resp_1", expires_at=NOW + 5 * DAY))
+    clock.now += 2 * DAY + 1
+    assert not await has(store, "resp_1")
+    with pytest.raises(NotStoredError, match="cannot be continued"):
+        await store.history("a", "resp_2")
+    assert await store.find_items("a", ["msg_in_resp_1"]) == {}
+    assert await store.purge() == 1
+    assert await store.purge() == 0
+    assert await has(store, "resp_2")
+
+
+async def test_the_oldest_of_the_key_with_most_makes_room(opener, store_url: str, clock) -> None:
+    store = await opener(store_url, max_records=4)
+    for number in range(3):
+        clock.now += 1
+        await store.put(record(f"resp_{number}"))
+    for number in range(2):
+        clock.now += 1
+        await store.put(record(f"other_{number}", "b"))
+    assert [await has(store, f"resp_{number}") for number in range(3)] == [False, True, True]
+    assert [await has(store, f"other_{number}", "b") for number in range(2)] == [True, True]
+
+
+async def test_what_a_chain_uses_makes_room_last(opener, store_url: str, clock) -> None:
+    store = await opener(store_url, max_records=3)
+    for number in range(3):
+        clock.now += 1
+        await store.put(record(f"resp_{number}"))
+    clock.now += 1
+    await store.history("a", "resp_0")
+    clock.now += 1
+    await store.put(record("resp_3"))
+    assert [await has(store, f"resp_{number}") for number in range(4)] == [True, False, True, True]
+
+
+async def test_bytes_are_bounded(opener, store_url: str, clock) -> None:
+    store = await opener(store_url, max_bytes=20_000)
+    for number in range(6):
+        clock.now += 1
+        await store.put(record(f"resp_{number}", text="x" * 4000))
+    there = [await has(store, f"resp_{number}") for number in range(6)]
+    assert there == [False, False, True, True, True, True]
+    with pytest.raises(StoreLimitError, match="full"):
+        await store.put(record("large", text="x" * 20_000))
+    assert there == [await has(store, f"resp_{number}") for number in range(6)], "a refusal must cost nothing"
+
+
+async def test_a_response_that_is_too_large_is_refused(opener, store_url: str) -> None:
+    store = await opener(store_url, max_record_bytes=5000)
+    with pytest.raises(StoreLimitError, match="at most 5000 of one") as error:
+        await store.put(record("resp_1", text="x" * 5000))
+    assert error.value.param == "input"
+    await store.put(record("resp_2", status="in_progress"))
+    with pytest.raises(StoreLimitError):
+        await store.change("a", "resp_2", "completed", b'{"output":[],"x":"' + b"x" * 5000 + b'"}')
+    assert (await store.get("a", "resp_2")).status == "in_progress"
+
+
+async def test_running_responses_make_no_room(opener, store_url: str, clock) -> None:
+    store = await opener(store_url, max_records=2)
+    for number in range(2):
+        await store.put(record(f"resp_{number}", status="in_progress"))
+    with pytest.raises(StoreLimitError, match="full"):
+        await store.put(record("resp_2"))
+    assert await store.change("a", "resp_0", "completed", b'{"output":[]}')
+    clock.now += 1
+    await store.put(record("resp_2"))
+    assert [await has(store, f"resp_{number}") for number in range(3)] == [False, True, True]
+
+
+async def test_only_a_running_response_changes(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1", status="queued"))
+    for status, worked in (("in_progress", True), ("completed", True), ("failed", False), ("in_progress", False)):
+        body = msgspec.json.encode({"id": "resp_1", "status": status, "output": []})
+        assert await store.change("a", "resp_1", status, body) is worked
+    assert (await status_of(store, "resp_1"))[0] == "completed"
+    await store.put(record("resp_2", status="queued"))
+    await store.delete("a", "resp_2")
+    assert not await store.change("a", "resp_2", "completed", b'{"output":[]}')
+    assert not await has(store, "resp_2")
+
+
+async def test_a_cancelled_response_stays_cancelled(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.put(record("resp_1", status="in_progress"))
+    for _ in range(2):
+        cancelled = await store.cancel("a", "resp_1")
+        assert (cancelled.status, msgspec.json.decode(cancelled.response)["status"]) == ("cancelled", "cancelled")
+    assert not await store.change("a", "resp_1", "completed", b'{"output":[]}')
+    await store.put(record("resp_2"))
+    assert (await store.cancel("a", "resp_2")).status == "completed"
+
+
+async def test_a_response_whose_server_died_has_failed(opener, shared_url: str, clock) -> None:
+    first = await opener(shared_url)
+    await first.put(record("resp_1", status="in_progress"))
+    await first.put(record("resp_2", status="queued"))
+    await first.close()
+    second = await opener(shared_url)
+    clock.now += LEASE_MS / 1000 - 1
+    assert await second.renew([("a", "resp_2"), ("a", "resp_3")]) == {("a", "resp_3")}
+    assert (await status_of(second, "resp_1"))[0] == "in_progress"
+    clock.now += 2
+    status, body = await status_of(second, "resp_1")  # seen before it is purged
+    assert (status, body["status"], body["error"]["code"]) == ("failed", "failed", "server_error")
+    assert "stopped" in body["error"]["message"]
+    clock.now += LEASE_MS / 1000
+    assert await second.purge() == 0
+    assert (await status_of(second, "resp_2"))[0] == "failed"
+
+
+async def test_two_servers_see_what_the_other_did(opener, shared_url: str) -> None:
+    first, second = await opener(shared_url), await opener(shared_url)
+    assert first.owner("key") == second.owner("key") != first.owner("other")
+    await first.put(record("resp_1", status="in_progress"))
+    await second.cancel("a", "resp_1")
+    assert await first.renew([("a", "resp_1")]) == {("a", "resp_1")}
+    assert not await first.change("a", "resp_1", "completed", b'{"output":[]}')
+
+
+async def test_everything_is_there_after_a_restart(opener, shared_url: str) -> None:
+    first = await opener(shared_url)
+    owner = first.owner("key")
+    await first.put(record("resp_1", owner))
+    await first.close()
+    second = await opener(shared_url)
+    assert await has(second, "resp_1", second.owner("key"))
+
+
+async def test_stores_that_open_together_agree(opener, shared_url: str) -> None:
+    stores = await asyncio.gather(*(opener(shared_url) for _ in range(5)))
+    assert len({store.owner("key") for store in stores}) == 1
+
+
+async def test_many_writers_keep_the_bounds(opener, shared_url: str) -> None:
+    stores = [await opener(shared_url, max_records=10) for _ in range(3)]
+    await asyncio.gather(*(store.put(record(f"r_{n}_{i}")) for n, store in enumerate(stores) for i in range(10)))
+    engine = connect_to(shared_url, schema.LAYOUT)
+    with engine.begin() as connection:
+        count = connection.execute(select(func.count()).select_from(schema.records)).scalar_one()
+        orphans = select(func.count()).where(schema.places.c.record.not_in(select(schema.records.c.number)))
+        assert connection.execute(orphans).scalar_one() == 0
+    engine.dispose()
+    assert count == 10
+
+
+async def test_a_newer_schema_is_refused(opener, shared_url: str) -> None:
+    await (await opener(shared_url)).close()
+    engine = connect_to(shared_url, schema.LAYOUT)
+    with engine.begin() as connection:
+        connection.execute(update(schema.head).values(version=schema.VERSION + 1))
+    engine.dispose()
+    with pytest.raises(ConfigError, match=r"another version of the server .* give another --responses-store"):
+        await opener(shared_url)
+
+
+async def test_a_broken_database_is_said_to_be_unavailable(opener, shared_url: str) -> None:
+    store = await opener(shared_url)
+    engine = connect_to(shared_url, schema.LAYOUT)
+    schema.places.drop(engine)
+    engine.dispose()
+    with pytest.raises(StoreUnavailableError) as error:
+        await store.put(record("resp_1"))
+    assert "responses_places" not in str(error.value)
+    assert not await has(store, "resp_1"), "a half of it was kept"
+
+
+async def test_a_closed_store_says_so(opener, store_url: str) -> None:
+    store = await opener(store_url)
+    await store.close()
+    with pytest.raises(StoreUnavailableError):
+        await store.get("a", "resp_1")
+
+
+async def test_a_password_is_never_in_a_message() -> None:
+    options = StoreOptions(url="postgresql://u:hunter2@127.0.0.1:1/d")
+    store = ResponseStore(options)
+    with pytest.raises(ConfigError, match="cannot open the store of responses") as refusal:
+        await store.open()
+    await store.close()
+    assert "hunter2" not in str(refusal.value) + repr(options)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://h/d", "nothing", ""])
+async def test_other_urls_are_refused(url: str) -> None:
+    store = ResponseStore(StoreOptions(url=url))
+    with pytest.raises(ConfigError, match="responses_store must"):
+        await store.open()
+    await store.close()
+
+
+async def test_a_file_is_for_its_owner_alone_and_forgets(opener, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "responses.sqlite"
+    store = await opener(f"sqlite:///{path}")
+    await store.put(record("resp_1", text="a-very-private-text"))
+    await store.delete("a", "resp_1")
+    assert {stat.S_IMODE(os.stat(file).st_mode) for file in path.parent.iterdir()} == {0o600}
+    await store.close()
+    assert [file.name for file in path.parent.iterdir()] == ["responses.sqlite"]
+    assert b"a-very-private-text" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(StoreOptions) if field.name != "url"])
+def test_options_are_checked(name: str) -> None:
+    wrong: list[Any] = [0, -1, True, 1.5, "1", 1 << 60]
+    for value in wrong:
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(ConfigError, match=name) as refusal:
+            StoreOptions(**options)
+        assert refusal.value.setting == name
+
+
+async def test_deleting_rows_behind_its_back_is_no_error(opener, shared_url: str) -> None:
+    store = await opener(shared_url)
+    await store.put(record("resp_1", status="queued"))
+    engine = connect_to(shared_url, schema.LAYOUT)
+    with engine.begin() as connection:
+        connection.execute(delete(schema.places))
+        connection.execute(delete(schema.records))
+    engine.dispose()
+    assert not await store.change("a", "resp_1", "completed", b'{"output":[]}')
+    assert await store.renew([("a", "resp_1")]) == {("a", "resp_1")}
