@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
-import secrets
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +14,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+
+sys.path.append(str(Path(__file__).parents[4] / "tests"))  # for postgres_server; --import-mode=importlib does not
+
+from postgres_server import new_database, postgres_server
 
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.service import Mailbox
@@ -99,75 +96,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def _postgres_folder() -> Path | None:
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in folders if (folder / "postgres").exists()), None)
-
-
-def _unprivileged() -> dict[str, Any]:
-    """PostgreSQL does not run as root."""
-    if os.geteuid() != 0:
-        return {}
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(name)
-            return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody")
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server on loopback, without the database; it ends with the tests."""
-    pytest.importorskip("psycopg", reason="the extra postgres is not installed")
-    programs = _postgres_folder()
-    if programs is None:
-        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    user = _unprivileged()
-    folder = Path(tempfile.mkdtemp(prefix="mailbox-postgres-"))
-    password = secrets.token_hex(8)
-    secret = folder / "password"
-    secret.write_text(password)
-    if user:
-        for path in (folder, secret):
-            os.chown(path, user["user"], user["group"])
-    data = str(folder / "data")
-    make = ["initdb", "-D", data, "-U", "mailbox", "-A", "scram-sha-256", "--pwfile", str(secret), "--no-sync"]
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
-    try:
-        subprocess.run(
-            [str(programs / make[0]), *make[1:]], check=True, capture_output=True, timeout=120, cwd=folder,
-            env=environment, **user,
-        )  # fmt: skip
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        settings = ["listen_addresses=127.0.0.1", f"port={port}", "unix_socket_directories=", "fsync=off"]
-        command = [str(programs / "postgres"), "-D", data, *(part for each in settings for part in ("-c", each))]
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment, **user)
-        try:
-            url = f"postgresql://mailbox:{password}@127.0.0.1:{port}"
-            _wait_for(url, server)
-            yield url
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(30)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    import psycopg
-
-    end = time.monotonic() + 60
-    while True:
-        try:
-            psycopg.connect(f"{url}/postgres", connect_timeout=5).close()
-            return
-        except psycopg.OperationalError:
-            assert server.poll() is None, "PostgreSQL ended"
-            assert time.monotonic() < end, "PostgreSQL does not start"
-            time.sleep(0.1)
+    with postgres_server() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -176,16 +109,6 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/mailbox.sqlite"
     return new_database(request.getfixturevalue("postgres"))
-
-
-def new_database(server: str) -> str:
-    import psycopg
-    from psycopg import sql
-
-    name = f"mailbox_{secrets.token_hex(6)}"
-    with contextlib.closing(psycopg.connect(f"{server}/postgres", autocommit=True)) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    return f"{server}/{name}"
 
 
 @pytest_asyncio.fixture

@@ -13,16 +13,13 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.server.errors import HttpError
 from candle_vllm.server.failures import refusal
-
-if TYPE_CHECKING:
-    from candle_vllm.server.keeping import Keeper
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
@@ -32,7 +29,7 @@ _LOOK_SECONDS = 0.05
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, with another end and another failure to start.
 
-    A second signal of any kind ends the drain at once, answers that are read on for the mailbox are drained too, and a
+    A second signal of any kind ends the drain at once, what is worked on without a client is drained too, and a
     drain is a success. An application that cannot start ends `run` without an exception; it knows why
     (`app.state.failure`).
     """
@@ -91,9 +88,9 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _outlived(self) -> None:
-        """Until no request runs and no answer is read on for a client that has gone."""
-        keeper: Keeper | None = self.lifespan.state.get("keeper")
-        while keeper is not None and (keeper.busy or len(self.server_state.tasks) > 1):
+        """Until no request runs and nothing is worked on for a client that has gone."""
+        busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
+        while busy is not None and (busy() or len(self.server_state.tasks) > 1):
             await asyncio.sleep(_LOOK_SECONDS)
 
 

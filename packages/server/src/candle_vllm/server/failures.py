@@ -17,6 +17,7 @@ from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestAbo
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.server.errors import ClientGone, HttpError
+from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.observing.request_context import current_request
 from candle_vllm.server.paths import route_path
 from candle_vllm.server.sse import data_event, named_event
@@ -66,6 +67,7 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if isinstance(failure, HTTPException):
         failure = _routing_error(request, failure)
+    failure = store_refusal(failure) or failure
     if isinstance(failure, HttpError):
         return refusal(request.scope, failure)
     _log(f"{request.method} {request.scope['path'][:200]!r} failed", failure)

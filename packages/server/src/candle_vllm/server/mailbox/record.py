@@ -5,8 +5,6 @@ Made at step 10 of a request's life, when the answer is complete or has failed.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -56,11 +54,6 @@ class RecordList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
     data: Sequence[Record]
     has_more: bool
-
-
-def owner_id(salt: bytes, key: str) -> str:
-    """A key as the store knows it: a keyed hash in hex, from which the key cannot be read back."""
-    return hmac.new(salt, key.encode(), hashlib.sha256).hexdigest()
 
 
 def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Status, bytes]:

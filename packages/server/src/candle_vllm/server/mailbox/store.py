@@ -7,26 +7,22 @@ and when that server dies the push is due again at the end of the lease.
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection
 
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.store.database import MAX_WAITING, Database
+from candle_vllm.responses.store.errors import StoreUnavailableError
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox import queries
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.queries import Entry, Push
-from candle_vllm.server.mailbox.record import Record, owner_id
+from candle_vllm.server.mailbox.record import Record
 from candle_vllm.server.mailbox.refusals import busy
-from candle_vllm.server.mailbox.schema import connect, prepare
-
-MAX_WAITING = 1024  # calls of the store that wait for its thread
-WAIT_SECONDS = 20.0  # that a call waits for its result
+from candle_vllm.server.mailbox.schema import LAYOUT, connect
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,34 +34,22 @@ class Store:
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         self._options = options
         self._clock = clock
-        self._engine: Engine | None = None
-        self._salt = b""
-        self._thread = ThreadPoolExecutor(1, "candle-vllm-mailbox")
-        self._places = threading.BoundedSemaphore(MAX_WAITING)
+        self._database = Database(LAYOUT, lambda: connect(options.url), MAX_WAITING)
 
     async def open(self) -> None:
         """Connects and makes the tables; UsageError when that cannot be."""
-        engine = connect(self._options.url)
         try:
-            self._salt = await asyncio.get_running_loop().run_in_executor(self._thread, prepare, engine)
-        except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-            raise UsageError(f"cannot open the mailbox: {cause:.300}") from None
-        finally:
-            if not self._salt:
-                engine.dispose()
-        self._engine = engine
+            await self._database.open()
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
 
     async def close(self) -> None:
         """Waits for what is running; what still waits is dropped."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._thread.shutdown)
-        if self._engine is not None:
-            self._engine.dispose()
+        await self._database.close()
 
     def owner(self, key: str) -> str:
         """An API key as this store knows it."""
-        return owner_id(self._salt, key)
+        return self._database.owner(key)
 
     @property
     def now_ms(self) -> int:
@@ -119,21 +103,7 @@ class Store:
         await self._run(queries.postpone, push, attempts, self.now_ms + wait_ms)
 
     async def _run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._engine is None or not self._places.acquire(blocking=False):
-            raise busy()
         try:
-            future = self._thread.submit(_transaction, self._engine, work, *args, **kwargs)
-        except RuntimeError:  # it is closed
-            self._places.release()
-            raise busy() from None
-        future.add_done_callback(lambda _: self._places.release())
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                return await asyncio.wrap_future(future)
-        except (SQLAlchemyError, TimeoutError) as error:
-            raise busy() from error
-
-
-def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-    with engine.begin() as connection:
-        return work(connection, *args, **kwargs)
+            return await self._database.run(work, *args, **kwargs)
+        except StoreUnavailableError as error:
+            raise busy() from error.__cause__

@@ -6,8 +6,7 @@ A route that is not in it fails a test. Outside the ten steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
 
@@ -33,7 +32,6 @@ from candle_vllm.openai.anthropic import (
     MessagesRequest,
     TokenCount,
 )
-from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
@@ -41,15 +39,18 @@ from candle_vllm.openai.protocol.tokenizing import (
     Tokenized,
     TokenizeTextRequest,
 )
+from candle_vllm.responses.protocol.events import ResponseEvent
+from candle_vllm.responses.protocol.request import InputTokensRequest, ResponsesRequest
+from candle_vllm.responses.protocol.response import InputTokens, Response
 from candle_vllm.server.mailbox.record import MAX_ID, Record, RecordList
 from candle_vllm.server.model_cards import LoadedCard, ManagerStatus, SlotStatus, UnloadedCard
 from candle_vllm.server.model_requests import ModelRequest
 from candle_vllm.server.openapi.components import Naming
+from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
+from candle_vllm.server.openapi.mcp_operations import MCP_OPERATIONS
+from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
 
-Key = tuple[str, str]  # method and path, as the router has it
-
-BODY_ERRORS = (400, 408, 413, 415)
 MODEL_ERRORS = (404, 503)
 QUEUE_ERRORS = (*MODEL_ERRORS, 429, 504)
 
@@ -98,47 +99,6 @@ class UsageRow(msgspec.Struct, frozen=True):
     model: str
     key: str
     counts: UsageCounts
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One route.
-
-    Attributes:
-        id: name of the operation in generated clients.
-        tag: heading in the pages.
-        summary: one line.
-        answers: types of a good answer's body, by status; several types mean one of them.
-        errors: statuses of refusals, besides 401 and 500.
-        body: types of the request; several mean one of them.
-        example: a body that works with any model of its kind.
-        media: type of a good answer's body; those of JSON have types.
-        events: types of an event's data, where the answer can be a stream.
-        error: type of a refusal's body.
-        naming: what these types are called in the document.
-        listed: the answer is a list of objects of the types.
-        manages: the route is for operators.
-        public: the route needs no key.
-        path_parameters: what stands in the path, by name.
-        query: the parameters behind the path: a schema by name.
-    """
-
-    id: str
-    tag: str
-    summary: str
-    answers: Mapping[int, tuple[type[msgspec.Struct], ...]]
-    errors: tuple[int, ...] = ()
-    body: tuple[type[WireModel], ...] = ()
-    example: Mapping[str, Any] | None = None
-    media: str = "application/json"
-    events: tuple[type[msgspec.Struct], ...] = ()
-    error: type[msgspec.Struct] = ErrorEnvelope
-    naming: Naming = field(default_factory=Naming)
-    listed: bool = False
-    manages: bool = False
-    public: bool = False
-    path_parameters: Mapping[str, str] = field(default_factory=dict)
-    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def _aliases(paths: tuple[str, ...], operation: Operation) -> dict[Key, Operation]:
@@ -199,6 +159,27 @@ OPERATIONS: Mapping[Key, Operation] = {
         errors=(*BODY_ERRORS, *MODEL_ERRORS, 504, 529),
         error=ErrorBody,
         naming=_ANTHROPIC,
+    ),
+    ("POST", "/v1/responses"): Operation(
+        id="create_response",
+        tag="responses",
+        summary="Answer with tools and memory: whole, streamed, or in the background",
+        body=(ResponsesRequest,),
+        example={"input": "What is the capital of France?", "max_output_tokens": 64},
+        answers={200: (Response,)},
+        events=get_args(ResponseEvent),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS, 409),
+        naming=RESPONSES,
+    ),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        id="count_response_tokens",
+        tag="tokens",
+        summary="How many tokens a response's prompt has",
+        body=(InputTokensRequest,),
+        example={"input": "What is the capital of France?"},
+        answers={200: (InputTokens,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+        naming=RESPONSES,
     ),
     ("POST", "/v1/embeddings"): Operation(
         id="create_embedding",
@@ -341,6 +322,8 @@ OPERATIONS: Mapping[Key, Operation] = {
         errors=(*_MAILBOX, *BODY_ERRORS, 502),
         path_parameters=_RECORD,
     ),
+    **KEPT_OPERATIONS,
+    **MCP_OPERATIONS,
     ("GET", "/metrics"): Operation(
         id="metrics",
         tag="operators",

@@ -1,0 +1,1 @@
+"""The Responses API without HTTP: requests to conversations, and their events to responses."""

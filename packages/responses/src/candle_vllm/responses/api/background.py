@@ -1,0 +1,253 @@
+"""Responses that run without their client: tasks of the application, their events kept for whoever comes back.
+
+The store has a lease on each of them, which is renewed while it runs: where this process dies, the response has
+failed once the lease is over, and a response that was cancelled or deleted elsewhere is ended here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError
+from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
+from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
+from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.records import ACTIVE, STOPPED, StoredResponse, settled
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.store import ResponseStore
+
+MAX_RUNNING = 32
+MAX_ENDED = 128  # whose events are still kept
+MAX_ENDED_BYTES = 64 << 20
+RENEW_SECONDS = 15.0
+TOO_LONG = "The response took longer than this server allows."
+
+Name = tuple[str, str]  # owner and id
+Ended = Callable[[StoredResponse], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundRun:
+    """One response at work.
+
+    Attributes:
+        record: as it was when it began.
+        events: those that there have been.
+    """
+
+    def __init__(self, record: StoredResponse) -> None:
+        self.record = record
+        self.events = EventBuffer()
+        self.latest = record.response  # the response object, as JSON
+        self.ended_elsewhere = False
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> Name:
+        """By which it is found."""
+        return self.record.owner, self.record.id
+
+    async def stop(self) -> None:
+        """Ends the work for what was cancelled or deleted; returns when it has ended."""
+        self.ended_elsewhere = True
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.wait({self.task})
+
+
+class Background:
+    """All responses that run in the background of this process.
+
+    Args:
+        open_store: the store that knows them.
+        ended: told of a response that has ended by itself, before its last event is seen.
+        max_running: at a time; half of them of one owner.
+    """
+
+    def __init__(
+        self, open_store: Callable[[], Awaitable[ResponseStore]], ended: Ended, max_running: int = MAX_RUNNING
+    ) -> None:
+        self._open_store = open_store
+        self._ended_by_itself = ended
+        self._max_running = max_running
+        self._running: dict[Name, BackgroundRun] = {}
+        self._ended: OrderedDict[Name, EventBuffer] = OrderedDict()
+        self._renewing: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is running."""
+        return bool(self._running)
+
+    async def begin(
+        self, record: StoredResponse, events: AsyncIterator[StreamEvent], seconds: float
+    ) -> AsyncIterator[EncodedEvent]:
+        """Keeps a response as queued and begins to work on it; the events, for whoever wants to read along.
+
+        Args:
+            record: with `background` and the status "queued".
+            events: of the answer, from number 0 on; read by a task of its own, and closed at the end.
+            seconds: after which it has failed.
+
+        Raises:
+            EngineOverloadedError: too many are running.
+            StoreLimitError, StoreUnavailableError: it cannot be kept.
+        """
+        run = BackgroundRun(record)
+        try:
+            self._check_room(record.owner)
+            self._running[run.name] = run  # its place, while the store is waited for
+            store = await self._open_store()
+            await store.put(record)
+        except BaseException:
+            self._running.pop(run.name, None)
+            await _close(events)
+            raise
+        run.task = asyncio.create_task(self._work(run, store, events, seconds))
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
+        return run.events.read()
+
+    def events(self, owner: str, response_id: str) -> EventBuffer | None:
+        """The events of a response that runs here, or ended not long ago."""
+        run = self._running.get((owner, response_id))
+        return run.events if run is not None else self._ended.get((owner, response_id))
+
+    async def stop(self, owner: str, response_id: str, *, forget: bool = False) -> None:
+        """Ends the work on a response that was cancelled or deleted in the store.
+
+        Args:
+            owner: whose it is.
+            response_id: of a response that need not run here.
+            forget: its events go, too.
+        """
+        run = self._running.get((owner, response_id))
+        if run is not None:
+            await run.stop()
+        if forget:
+            self._ended.pop((owner, response_id), None)
+
+    async def close(self) -> None:
+        """Ends all work; what was running has failed."""
+        self._closed = True
+        tasks = [run.task for run in self._running.values() if run.task is not None]
+        if self._renewing is not None:
+            tasks.append(self._renewing)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._ended.clear()
+
+    def _check_room(self, owner: str) -> None:
+        own = sum(1 for name in self._running if name[0] == owner)
+        if self._closed or len(self._running) >= self._max_running or own >= max(1, self._max_running // 2):
+            raise EngineOverloadedError(
+                f"{own} responses of this key run in the background, {len(self._running)} of all: at most "
+                f"{max(1, self._max_running // 2)} of a key and {self._max_running} of all may. Try again later."
+            )
+
+    async def _work(
+        self, run: BackgroundRun, store: ResponseStore, events: AsyncIterator[StreamEvent], seconds: float
+    ) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                async for event in events:
+                    await self._take(run, store, event)
+            if not run.events.finished:
+                await self._fail(run, store, "The response ended without a result.")
+        except asyncio.CancelledError:
+            if not run.ended_elsewhere:
+                await self._fail(run, store, STOPPED)
+        except TimeoutError:
+            await self._fail(run, store, TOO_LONG)
+        except Exception as failure:
+            logger.error("the background response %s failed", run.record.id, exc_info=failure)
+            await self._fail(run, store, to_error(failure).body.error.message)
+        finally:
+            self._leave(run)
+            await _close(events)
+
+    async def _take(self, run: BackgroundRun, store: ResponseStore, event: StreamEvent) -> None:
+        """Keeps what an event says of the response, and then lets it be seen."""
+        finished = False
+        if isinstance(event, LifecycleEvent):
+            finished = event.response.status not in ACTIVE
+            await self._note(run, store, event.response, finished)
+        run.events.add(EncodedEvent(event.event_name, event.sequence_number, to_json_bytes(event)), last=finished)
+
+    async def _note(self, run: BackgroundRun, store: ResponseStore, response: Response, finished: bool) -> None:
+        body = to_json_bytes(response)
+        try:
+            if await store.change(*run.name, response.status, body):
+                run.latest = body
+                if finished:
+                    made = {"status": response.status, "response": body}
+                    await self._ended_by_itself(msgspec.structs.replace(run.record, **made))
+            elif not await _is_kept(store, run.name, response.status):  # cancelled or deleted, maybe by another server
+                run.ended_elsewhere = True
+                raise asyncio.CancelledError
+        except StoreUnavailableError as error:
+            if finished:
+                raise
+            logger.warning("how far a response is could not be kept: %s", error.__cause__ or error)
+
+    async def _fail(self, run: BackgroundRun, store: ResponseStore, message: str) -> None:
+        body = settled(run.latest, "failed", ("server_error", message))
+        try:
+            await store.change(*run.name, "failed", body)
+        except CandleVllmError as error:  # its lease ends, and it has failed
+            logger.error("the end of a response could not be kept: %s", error.__cause__ or error)
+        if not run.events.finished:
+            name = str(ResponseFailed.__struct_config__.tag)
+            number = run.events.next_number
+            data = b'{"type":"%b","sequence_number":%d,"response":%b}' % (name.encode(), number, body)
+            run.events.add(EncodedEvent(name, number, data), last=True)
+
+    def _leave(self, run: BackgroundRun) -> None:
+        run.events.finish()
+        self._running.pop(run.name, None)
+        if self._closed or run.ended_elsewhere:
+            return
+        self._ended[run.name] = run.events
+        while len(self._ended) > MAX_ENDED or sum(each.size for each in self._ended.values()) > MAX_ENDED_BYTES:
+            self._ended.popitem(last=False)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            names = [name for name, run in self._running.items() if run.task is not None]
+            if not names:
+                continue
+            try:
+                store = await self._open_store()
+                for name in await store.renew(names):
+                    await self.stop(*name)
+            except CandleVllmError as error:
+                logger.warning("leases of background responses were not renewed: %s", error.__cause__ or error)
+
+
+async def _is_kept(store: ResponseStore, name: Name, status: str) -> bool:
+    """Whether a response has ended in this way already, because whoever answered it has kept it."""
+    try:
+        return (await store.get(*name)).status == status
+    except NotStoredError:
+        return False
+
+
+async def _close(events: AsyncIterator[StreamEvent]) -> None:
+    close = getattr(events, "aclose", None)
+    if close is not None:
+        with contextlib.suppress(Exception):
+            await close()

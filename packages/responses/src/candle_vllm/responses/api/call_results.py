@@ -1,0 +1,112 @@
+"""What came of each call of a conversation, and which calls wait for agreement or have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.protocol.items import (
+    CallOutputItem,
+    CustomCallItem,
+    FunctionCallItem,
+    InputItem,
+    McpApprovalRequestItem,
+    McpApprovalResponseItem,
+    McpCallItem,
+)
+from candle_vllm.responses.protocol.parts import text_of
+
+NOT_APPROVED = "Nobody agreed to this call, so it was not run."
+DENIED = "The user refused this call, so it was not run."
+NOT_RUN = "This call was not run."
+
+
+class Placed(NamedTuple):
+    """An item, and the path of what it came with: `input.3`, or the field that named the history."""
+
+    item: InputItem
+    path: str
+
+
+class CallResults:
+    """What came of each call, by its id, and which calls somebody has agreed to."""
+
+    def __init__(self, items: Sequence[Placed]) -> None:
+        self.texts: dict[str, str] = {}
+        self.approved: dict[str, str] = {}  # id of the call -> path of the agreement
+        self.call_paths: dict[str, str] = {}
+        self.run_by_approval: set[str] = set()
+        self._requests: set[str] = set()
+        for item, path in items:
+            if isinstance(item, McpApprovalRequestItem):
+                self._claim(item.id, f"{path}.id")
+                self._requests.add(item.id)
+            elif isinstance(item, (FunctionCallItem, CustomCallItem)):
+                self._claim(item.call_id, f"{path}.call_id")
+            elif isinstance(item, CallOutputItem):
+                self._output(item, path)
+            elif isinstance(item, McpCallItem):
+                self._ran(item, path)
+            elif isinstance(item, McpApprovalResponseItem):
+                self._decided(item, path)
+        for request in self._requests:
+            if request not in self.approved:
+                self.texts.setdefault(request, NOT_APPROVED)
+
+    def check_all(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses calls without results, and agreements to calls that are no longer at the end."""
+        for call_id, path in self.call_paths.items():
+            if call_id not in self.texts and call_id not in self.approved:
+                _refuse(path, f"{call_id!r:.80} has no output: send it as a function_call_output")
+        last = next((one for one in reversed(messages) if one["role"] != "tool"), {})
+        open_calls = {call["id"] for call in last.get("tool_calls") or ()}
+        for call_id, path in self.approved.items():
+            if call_id not in open_calls:
+                _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
+
+    def _claim(self, call_id: str, path: str) -> None:
+        if call_id in self.call_paths:
+            _refuse(path, f"{call_id!r:.80} is already the id of another call")
+        self.call_paths[call_id] = path
+
+    def _output(self, item: CallOutputItem, path: str) -> None:
+        if item.call_id not in self.call_paths:
+            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} answers no call before it")
+        if item.call_id in self.texts:
+            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} has an output already")
+        self.texts[item.call_id] = text_of(item.output)
+
+    def _ran(self, item: McpCallItem, path: str) -> None:
+        request = item.approval_request_id
+        if request is not None and request in self._requests:
+            self.approved.pop(request, None)
+            self.run_by_approval.add(item.id)
+            self.texts[request] = _outcome(item)
+            return
+        self._claim(item.id, f"{path}.id")
+        self.texts[item.id] = _outcome(item)
+
+    def _decided(self, item: McpApprovalResponseItem, path: str) -> None:
+        request = item.approval_request_id
+        if request not in self._requests:
+            _refuse(f"{path}.approval_request_id", f"{request!r:.80} is no mcp_approval_request before it")
+        if request in self.approved or request in self.texts:
+            _refuse(f"{path}.approval_request_id", f"{request!r:.80} has been answered already")
+        if item.approve:
+            self.approved[request] = f"{path}.approval_request_id"
+        else:
+            self.texts[request] = f"{DENIED} {item.reason}" if item.reason else DENIED
+
+
+def _outcome(item: McpCallItem) -> str:
+    if item.output is not None:
+        return item.output
+    if item.error is None:
+        return NOT_RUN
+    return item.error if isinstance(item.error, str) else json.dumps(item.error, ensure_ascii=False)
+
+
+def _refuse(path: str, text: str) -> None:
+    raise InvalidParameterError(f"{path}: {text}", path)

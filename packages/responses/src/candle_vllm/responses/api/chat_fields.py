@@ -1,0 +1,99 @@
+"""A response's request -> the fields of a chat request, and blame for chat fields -> the fields of the caller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from candle_vllm.core.errors import RequestError
+from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
+
+LIMIT = "max_completion_tokens"
+_SAME = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "stop", "cache_salt", "priority",
+)  # fmt: skip
+_MESSAGE = re.compile(r"messages\.(\d+)(\..*)?")
+_TOOL = re.compile(r"tools\.(\d+)(\..*)?")
+_TOOL_PARTS = (("function.parameters", "parameters"), ("function.", ""), ("function", ""))
+_SAME_MEANING = (
+    ("response_format.json_schema.schema", "text.format.schema"),
+    ("response_format.json_schema", "text.format"),
+    ("response_format", "text.format"),
+    ("tool_choice.function.name", "tool_choice.name"),
+    ("tool_choice.allowed_tools", "tool_choice"),
+    ("reasoning_effort", "reasoning.effort"),
+    (LIMIT, "max_output_tokens"),
+    ("max_tokens", "max_output_tokens"),
+    ("top_logprobs", "top_logprobs"),
+    ("logprobs", "include"),
+    ("messages", "input"),
+    ("prompt", "input"),
+)
+
+
+def chat_fields(request: PromptFields, choice: Any) -> dict[str, Any]:
+    """The chat request without its messages and tools.
+
+    Args:
+        request: checked.
+        choice: its `tool_choice` in chat form, or None.
+    """
+    fields: dict[str, Any] = {"model": request.model, **_form(request)}
+    if choice is not None:
+        fields["tool_choice"] = choice
+    fields["parallel_tool_calls"] = request.parallel_tool_calls
+    fields["chat_template_kwargs"] = request.chat_template_kwargs
+    if request.reasoning is not None:
+        fields["reasoning_effort"] = request.reasoning.effort
+    if isinstance(request, ResponsesRequest):
+        fields |= {name: getattr(request, name) for name in _SAME}
+        fields[LIMIT] = request.max_output_tokens
+        if request.wants_logprobs:
+            fields |= {"logprobs": True, "top_logprobs": request.top_logprobs or 0}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _form(request: PromptFields) -> dict[str, Any]:
+    form = None if request.text is None else request.text.format
+    if form is None or form.type == "text":
+        return {}
+    if isinstance(form, JsonSchemaFormat):
+        schema = {"name": form.name, "schema": form.json_schema}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+    return {"response_format": {"type": form.type}}
+
+
+def blame(error: RequestError, messages: Sequence[str], tools: Sequence[str]) -> None:
+    """Changes the field and the message of `error` to those that the caller wrote.
+
+    Args:
+        error: about a chat request.
+        messages, tools: the path of what each of its messages and tools was made of.
+    """
+    field, text = error.param, str(error)
+    if field is None:
+        return
+    own = _path(field, messages, tools)
+    for name in (field, "max_tokens") if own == "max_output_tokens" else (field,):
+        pattern = rf"(?<![\w.]){re.escape(name)}(?!\w)"
+        text = re.sub(pattern, lambda _: own, text, count=1)
+    error.param = own
+    error.args = (text, *error.args[1:])
+
+
+def _path(path: str, messages: Sequence[str], tools: Sequence[str]) -> str:
+    if (match := _MESSAGE.fullmatch(path)) is not None:
+        return messages[int(match[1])] if int(match[1]) < len(messages) else "input"
+    if (match := _TOOL.fullmatch(path)) is not None and int(match[1]) < len(tools):
+        below = (match[2] or "").removeprefix(".")
+        for prefix, own in _TOOL_PARTS:
+            if below.startswith(prefix):
+                below = own + below[len(prefix) :]
+                break
+        return f"{tools[int(match[1])]}.{below}" if below else tools[int(match[1])]
+    for prefix, own in _SAME_MEANING:
+        if path == prefix or path.startswith(f"{prefix}."):
+            return own + path[len(prefix) :]
+    return path

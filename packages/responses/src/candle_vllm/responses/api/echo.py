@@ -1,0 +1,98 @@
+"""The response as it begins: the request's fields, with their defaults, as the answer repeats them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from candle_vllm.responses.api.item_writers import new_id
+from candle_vllm.responses.api.tool_plan import ToolPlan
+from candle_vllm.responses.protocol.request import JsonSchemaFormat, ResponsesRequest
+from candle_vllm.responses.protocol.response import ConversationOut, Response
+
+# Ours, where neither the request nor the operator nor the model says something.
+_DEFAULTS: Mapping[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+def begin_response(
+    request: ResponsesRequest, plan: ToolPlan, *, model: str, stored: bool, defaults: Mapping[str, Any]
+) -> Response:
+    """A response in progress (queued, where it runs in the background).
+
+    Args:
+        request: checked.
+        plan: its tools.
+        model: the name that is told where the request has none.
+        stored: whether it will be kept.
+        defaults: sampling values for fields that the request leaves open.
+    """
+    conversation = request.conversation_id
+    return Response(
+        id=new_id("resp"),
+        created_at=int(time.time()),
+        status="queued" if request.background else "in_progress",
+        model=request.model or model,
+        previous_response_id=request.previous_response_id,
+        conversation=None if conversation is None else ConversationOut(id=conversation),
+        instructions=request.instructions,
+        tools=tuple(plan.shown),
+        tool_choice=_choice(request),
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        max_tool_calls=request.max_tool_calls,
+        max_output_tokens=request.max_output_tokens,
+        truncation=request.truncation or "disabled",
+        text=_text(request),
+        reasoning=_reasoning(request),
+        temperature=_used(request, "temperature", defaults),
+        top_p=_used(request, "top_p", defaults),
+        presence_penalty=_used(request, "presence_penalty", defaults),
+        frequency_penalty=_used(request, "frequency_penalty", defaults),
+        top_logprobs=request.top_logprobs or 0,
+        store=stored,
+        background=bool(request.background),
+        metadata=dict(request.metadata or {}),
+        safety_identifier=request.safety_identifier,
+        prompt_cache_key=request.prompt_cache_key,
+        user=request.user,
+    )
+
+
+def _used(request: ResponsesRequest, name: str, defaults: Mapping[str, Any]) -> float:
+    given = getattr(request, name)
+    known = defaults.get(name) if given is None else given
+    return float(_DEFAULTS[name] if known is None else known)
+
+
+def _choice(request: ResponsesRequest) -> str | dict[str, Any]:
+    choice = request.tool_choice
+    return (
+        choice.model_dump(exclude_none=True) if choice is not None and not isinstance(choice, str) else choice or "auto"
+    )
+
+
+def _text(request: ResponsesRequest) -> dict[str, Any]:
+    config = request.text
+    form: dict[str, Any] = {"type": "text"}
+    if config is not None and isinstance(config.format, JsonSchemaFormat):
+        form = {
+            "type": "json_schema",
+            "name": config.format.name,
+            "description": config.format.description,
+            "schema": config.format.json_schema,
+            "strict": config.format.strict is not False,  # the answer always follows it
+        }
+    elif config is not None and config.format is not None:
+        form = {"type": config.format.type}
+    verbosity = config.verbosity if config is not None else None
+    return {"format": form} if verbosity is None else {"format": form, "verbosity": verbosity}
+
+
+def _reasoning(request: ResponsesRequest) -> dict[str, Any] | None:
+    config = request.reasoning
+    return None if config is None else {"effort": config.effort, "summary": config.summary or config.generate_summary}

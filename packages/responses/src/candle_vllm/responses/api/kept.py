@@ -1,0 +1,249 @@
+"""KeptResponses: responses after they were made, fetched, continued, cancelled and deleted by whoever made them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.background import Background
+from candle_vllm.responses.api.conversation_turns import ConversationTurns
+from candle_vllm.responses.api.event_buffer import EncodedEvent
+from candle_vllm.responses.api.item_lists import ItemList, PageRequest, page_of
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.protocol.events import StreamEvent
+from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.options import MEMORY, StoreOptions
+from candle_vllm.responses.store.records import StoredResponse, items_of
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.store import ResponseStore
+
+PURGE_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """A response that is gone."""
+
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class KeptResponses:
+    """A store of responses with those that still run; started, used and closed in one event loop.
+
+    A store in memory is opened when it is first used, because SQLAlchemy takes a while to import.
+
+    Args:
+        options: of the store.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
+        self.options = options
+        self.background = Background(self.store, self._add_to_conversation)
+        self.turns = ConversationTurns()
+        self._clock = clock
+        self._opening = asyncio.Lock()
+        self._store: ResponseStore | None = None
+        self._purging: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Opens a store that is not in memory; ConfigError when it cannot be opened."""
+        if self.options.url != MEMORY:
+            await self.store()
+
+    async def close(self) -> None:
+        """Ends what runs in the background, and closes the store."""
+        await self.background.close()
+        self._closed = True
+        if self._purging is not None:
+            self._purging.cancel()
+            await asyncio.gather(self._purging, return_exceptions=True)
+        if self._store is not None:
+            await self._store.close()
+
+    async def store(self) -> ResponseStore:
+        """The store, opened."""
+        if self._store is None:
+            async with self._opening:
+                if self._store is None:
+                    self._store = await self._open()
+        return self._store
+
+    async def owner(self, key: str) -> str:
+        """Whom what is made with an API key belongs to; "" without keys: then all share one owner."""
+        return (await self.store()).owner(key)
+
+    # ---- for whoever answers requests (`Memory`) ---------------------------------------------------------------------
+
+    async def response_items(self, response_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+        """Input and output items of the whole chain that ends with a response, the oldest first.
+
+        Raises:
+            RequestError: it, or one before it, is not there, has not ended, or there is too much of it.
+        """
+        return await (await self.store()).history(owner, response_id)
+
+    async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+        """The items of a conversation, the oldest first; NotStoredError where there is none."""
+        store = await self.store()
+        with _blaming("conversation"):
+            return await store.items(owner, conversation_id)
+
+    async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
+        """Those of these items that are kept, by id."""
+        return await (await self.store()).find_items(owner, item_ids)
+
+    async def keep(self, answered: Answered) -> None:
+        """Keeps a response, and adds its items to the conversation that it names.
+
+        One that ran in the background and was cancelled or deleted meanwhile stays so.
+        """
+        store, record = await self.store(), record_of(answered)
+        if not record.background:
+            await store.put(record)
+        elif not await store.change(record.owner, record.id, record.status, record.response):
+            return
+        await self._add_to_conversation(record)
+
+    async def begin(
+        self, queued: Answered, events: AsyncIterator[StreamEvent], seconds: float
+    ) -> AsyncIterator[EncodedEvent]:
+        """Works on a response in the background; arguments and errors as `Background.begin`."""
+        return await self.background.begin(record_of(queued), events, seconds)
+
+    def turn(self, owner: str, conversation_id: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """The right to answer in a conversation; whoever comes meanwhile waits."""
+        return self.turns.turn(owner, conversation_id)
+
+    # ---- for whoever made them ---------------------------------------------------------------------------------------
+
+    async def retrieve(self, owner: str, response_id: str) -> bytes:
+        """The response object as JSON; NotStoredError where there is none, here and below."""
+        return (await (await self.store()).get(owner, response_id)).response
+
+    async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
+        """The events of a background response behind number `after`, those to come included.
+
+        Raises:
+            InvalidParameterError: it does not run in the background, or its events are not here any more.
+        """
+        record = await (await self.store()).get(owner, response_id)
+        if not record.background:
+            raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
+        events = self.background.events(owner, response_id)
+        if events is None:
+            raise InvalidParameterError(
+                f"stream: the events of this response are not kept any more; it is {record.status}, ask without stream",
+                "stream",
+            )
+        events.check(after)
+        return events.read(after)
+
+    async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
+        """Deletes a response, and ends the work on it."""
+        await (await self.store()).delete(owner, response_id)
+        await self.background.stop(owner, response_id, forget=True)
+        return ResponseDeleted(id=response_id)
+
+    async def cancel(self, owner: str, response_id: str) -> bytes:
+        """Ends a background response; one that has ended stays as it is. The response object as JSON.
+
+        Raises:
+            InvalidParameterError: it does not run in the background.
+        """
+        store = await self.store()
+        if not (await store.get(owner, response_id)).background:
+            raise InvalidParameterError(
+                "Only responses that were made with background: true can be cancelled; close the connection to end "
+                "another.",
+                "response_id",
+            )
+        cancelled = await store.cancel(owner, response_id)
+        if cancelled.status == "cancelled":
+            await self.background.stop(owner, response_id)
+        return cancelled.response
+
+    async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
+        """What the request of a response gave, without what it only referred to."""
+        record = await (await self.store()).get(owner, response_id)
+        return page_of(msgspec.json.decode(record.input_items), wanted)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    async def _open(self) -> ResponseStore:
+        if self._closed:
+            raise StoreUnavailableError("The store of responses is closed: the server is stopping.")
+        store_class = await asyncio.to_thread(_store_class)
+        store = store_class(self.options, self._clock)
+        try:
+            await store.open()
+        except BaseException:
+            await store.close()
+            raise
+        self._purging = asyncio.create_task(self._purge(store))
+        return store
+
+    async def _add_to_conversation(self, record: StoredResponse) -> None:
+        if record.conversation_id is None:
+            return
+        store = await self.store()
+        try:
+            items = items_of(record.response, record.input_items)
+            await store.append(record.owner, record.conversation_id, items, skip_known=True)
+        except RequestError as error:  # it was deleted meanwhile, or is full
+            logger.warning("a response could not be added to its conversation: %s", error)
+
+    async def _purge(self, store: ResponseStore) -> None:
+        while True:
+            try:
+                await store.purge()
+            except CandleVllmError as error:
+                logger.warning("the store of responses could not be purged: %s", error.__cause__ or error)
+            except Exception:
+                logger.exception("the store of responses could not be purged")
+            await asyncio.sleep(PURGE_SECONDS)
+
+
+def record_of(answered: Answered) -> StoredResponse:
+    """A response as the store has it."""
+    made = answered.response
+    return StoredResponse(
+        id=made.id,
+        owner=answered.owner,
+        created_at=made.created_at,
+        response=to_json_bytes(made),
+        input_items=msgspec.json.encode(answered.input_items),
+        previous_response_id=made.previous_response_id,
+        conversation_id=made.conversation.id if made.conversation is not None else None,
+        status=made.status,
+        background=bool(made.background),
+    )
+
+
+def _store_class() -> type[ResponseStore]:
+    from candle_vllm.responses.store.store import ResponseStore
+
+    return ResponseStore
+
+
+@contextlib.contextmanager
+def _blaming(param: str) -> Any:
+    """What is not there is blamed on the field that named it."""
+    try:
+        yield
+    except NotStoredError as error:
+        error.param = param
+        raise

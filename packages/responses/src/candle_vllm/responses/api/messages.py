@@ -1,0 +1,223 @@
+"""Input items -> chat messages, and where each message comes from.
+
+Items of one answer that stand next to each other become one assistant message. The result of a call stands right
+behind the message that made it, wherever it came. Items of the model's own tools (`mcp_call`) are calls with results.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.responses.api.call_results import CallResults, Placed
+from candle_vllm.responses.protocol.items import (
+    CallOutputItem,
+    CustomCallItem,
+    FunctionCallItem,
+    ItemReference,
+    McpApprovalRequestItem,
+    McpCallItem,
+    McpListToolsItem,
+    ReasoningItem,
+)
+from candle_vllm.responses.protocol.parts import MessageItem, text_of
+from candle_vllm.responses.tools.names import tool_name
+
+CUSTOM_INPUT = "input"  # the one argument of the function that stands for a custom tool
+_ENCODED = "candle-vllm-1."  # how thoughts begin that an answer of ours encoded
+
+
+class ToolNames(Protocol):
+    """What the model calls the tools of a request."""
+
+    def mcp_name(self, label: str, name: str) -> str: ...
+
+
+class Translated(NamedTuple):
+    """The conversation in OpenAI's chat form.
+
+    Attributes:
+        messages: of the chat request.
+        sources: for each message the path of the item that it begins with.
+        approved: ids of calls at the end that somebody has agreed to: they are to be run first.
+        listed: labels of MCP servers whose tools the conversation has already.
+    """
+
+    messages: list[dict[str, Any]]
+    sources: list[str]
+    approved: frozenset[str]
+    listed: frozenset[str]
+
+
+def encode_thoughts(text: str) -> str:
+    """Thoughts in the form of `encrypted_content`; it hides nothing."""
+    return _ENCODED + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
+
+
+def translate(
+    items: Sequence[Placed], instructions: str | None, names: ToolNames, habits: TemplateHabits
+) -> Translated:
+    """The messages of a request.
+
+    Args:
+        items: history and input, without references.
+        instructions: go before everything.
+        names: of tools in calls.
+        habits: what the model's template takes.
+
+    Raises:
+        InvalidParameterError: calls and results do not belong together; the item is named.
+    """
+    results = CallResults(items)
+    body = _Body(names, habits, results)
+    if instructions:
+        body.head.append(instructions)
+    for placed in items:
+        body.add(placed)
+    messages, sources = body.finish()
+    results.check_all(messages)
+    return Translated(messages, sources, frozenset(results.approved), frozenset(body.listed))
+
+
+class _Body:
+    """Collects messages."""
+
+    def __init__(self, names: ToolNames, habits: TemplateHabits, results: CallResults) -> None:
+        self.head: list[str] = []
+        self.listed: set[str] = set()
+        self._names = names
+        self._habits = habits
+        self._results = results
+        self._messages: list[dict[str, Any]] = []
+        self._sources: list[str] = []
+        self._answer: _Answer | None = None
+
+    def add(self, placed: Placed) -> None:
+        """Takes the next item."""
+        item, path = placed
+        if isinstance(item, MessageItem):
+            self._message(item, path)
+        elif isinstance(item, ReasoningItem):
+            if thoughts := _thoughts(item):
+                self._open(path, after_results=True).thoughts.append(thoughts)
+        elif isinstance(item, FunctionCallItem):
+            self._call(path, item.call_id, _flat(item), item.arguments)
+        elif isinstance(item, CustomCallItem):
+            arguments = json.dumps({CUSTOM_INPUT: item.input}, ensure_ascii=False)
+            self._call(path, item.call_id, _flat(item), arguments)
+        elif isinstance(item, (McpCallItem, McpApprovalRequestItem)):
+            if item.id not in self._results.run_by_approval:
+                self._call(path, item.id, self._names.mcp_name(item.server_label, item.name), item.arguments)
+                if self._answer is not None and isinstance(item, McpCallItem):
+                    self._answer.has_results = True
+        elif isinstance(item, McpListToolsItem):
+            self.listed.add(item.server_label)
+        elif isinstance(item, CallOutputItem):
+            self._close()
+        else:
+            assert not isinstance(item, ItemReference)
+
+    def finish(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The messages, and where they come from."""
+        self._close()
+        head = "\n".join(self.head)
+        if not head:
+            return self._messages, self._sources
+        return [{"role": "system", "content": head}, *self._messages], ["instructions", *self._sources]
+
+    def _message(self, item: MessageItem, path: str) -> None:
+        text = text_of(item.content)
+        if item.role == "assistant":
+            self._open(path, after_results=True).texts.append(text)
+            return
+        self._close()
+        if item.role == "user":
+            self._say(text, path)
+        elif not self._messages:
+            self.head += [text] if text else []
+        elif self._habits.system_anywhere:
+            self._put({"role": "system", "content": text}, path)
+        else:
+            self._say(f"<system>\n{text}\n</system>", path)
+
+    def _say(self, text: str, path: str) -> None:
+        """Adds what the user says; templates want the roles in turn."""
+        last = self._messages[-1] if self._messages else {}
+        behind_result = last.get("role") == "tool" and not self._habits.user_behind_results
+        if last.get("role") == "user" or behind_result:
+            last["content"] = "\n".join(filter(None, (last["content"], text)))
+        else:
+            self._put({"role": "user", "content": text}, path)
+
+    def _call(self, path: str, call_id: str, name: str, arguments: str) -> None:
+        function = {"name": name, "arguments": arguments}
+        self._open(path).calls.append({"id": call_id, "type": "function", "function": function})
+
+    def _open(self, path: str, *, after_results: bool = False) -> _Answer:
+        if self._answer is not None and self._answer.has_results and after_results:
+            self._close()
+        if self._answer is None:
+            self._answer = _Answer(path)
+        return self._answer
+
+    def _close(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        self._put(answer.message(), answer.path)
+        for call in answer.calls:
+            if (text := self._results.texts.get(call["id"])) is not None:
+                self._put({"role": "tool", "tool_call_id": call["id"], "content": text}, answer.path)
+
+    def _put(self, message: dict[str, Any], path: str) -> None:
+        self._messages.append(message)
+        self._sources.append(path)
+
+
+class _Answer:
+    """One answer, of one item or more."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.has_results = False
+
+    def message(self) -> dict[str, Any]:
+        """In OpenAI's chat form."""
+        text, thoughts = "\n".join(filter(None, self.texts)), "\n".join(self.thoughts)
+        content = text if text or not (self.calls or thoughts) else None
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if thoughts:
+            message["reasoning_content"] = thoughts
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
+def _flat(item: FunctionCallItem | CustomCallItem) -> str:
+    return item.name if item.namespace is None else tool_name(item.namespace, item.name)
+
+
+def _thoughts(item: ReasoningItem) -> str:
+    for parts in (item.content, item.summary):
+        if parts:
+            return "\n".join(part.text for part in parts)
+        if parts is item.content and (decoded := _decoded(item.encrypted_content)):
+            return decoded
+    return ""
+
+
+def _decoded(encrypted: str | None) -> str:
+    """The thoughts that an answer of ours encoded; "" for what another server made."""
+    if not encrypted or not encrypted.startswith(_ENCODED):
+        return ""
+    try:
+        return base64.b64decode(encrypted[len(_ENCODED) :], validate=True).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return ""

@@ -1,0 +1,215 @@
+"""The tools of a request: what the model is shown, what runs here, and what the caller gets back under which names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.api.mcp_source import OpenServer
+from candle_vllm.responses.api.messages import CUSTOM_INPUT
+from candle_vllm.responses.api.tool_choice import Kind, PlannedTool, chat_choice
+from candle_vllm.responses.protocol.request import PromptFields
+from candle_vllm.responses.protocol.tools import (
+    ApprovalFilter,
+    CustomTool,
+    FunctionTool,
+    GrammarFormat,
+    HostedTool,
+    McpTool,
+    NamespaceTool,
+    ToolFilter,
+)
+from candle_vllm.responses.tools.approval import Rule
+from candle_vllm.responses.tools.names import tool_name
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import ToolDefinition
+
+logger = logging.getLogger(__name__)
+
+
+class ToolPlan(msgspec.Struct, kw_only=True):
+    """The tools of one request.
+
+    Attributes:
+        by_name: each tool by the name that the model calls.
+        client_tools: in OpenAI's chat form: those that the caller runs.
+        registry: those that run here.
+        approval: for each that runs here, whether somebody must agree.
+        shown: the tools in the response.
+        choice: `tool_choice` of the chat request; None where it has none.
+        servers: MCP servers of the request, with their tools or why there are none.
+    """
+
+    by_name: dict[str, PlannedTool] = msgspec.field(default_factory=dict)
+    client_tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    registry: ToolRegistry = msgspec.field(default_factory=ToolRegistry)
+    approval: dict[str, Rule] = msgspec.field(default_factory=dict)
+    shown: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    choice: Any = None
+    servers: Sequence[OpenServer] = ()
+
+    def mcp_name(self, label: str, name: str) -> str:
+        """What the model calls a tool of an MCP server, also of one that is not there."""
+        for chat_name, tool in self.by_name.items():
+            if tool.server == label and tool.name == name:
+                return chat_name
+        return tool_name(label, name)
+
+    def needs_approval(self, name: str) -> bool:
+        """Whether somebody must agree before it runs."""
+        return self.approval.get(name) == "always"
+
+    def paths(self) -> list[str]:
+        """Where the request has each tool, in the order of the chat request."""
+        served = [definition.name for definition in self.registry.definitions()]
+        client = [tool["function"]["name"] for tool in self.client_tools]
+        return [self.by_name[name].path for name in (*served, *client)]
+
+
+def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
+    """What a request says about tools.
+
+    Args:
+        request: checked.
+        servers: the MCP servers of its tools, by their place among them.
+
+    Raises:
+        InvalidParameterError: two tools have one name, or the choice names none of them.
+    """
+    plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
+    for place, tool in enumerate(request.tools or ()):
+        path = f"tools.{place}"
+        if isinstance(tool, HostedTool):
+            logger.info("the tool of type %.80r is left out of a request: it does not run here", tool.type)
+        elif isinstance(tool, McpTool):
+            _add_server(plan, tool, servers[place], path)
+        elif isinstance(tool, NamespaceTool):
+            for number, inner in enumerate(tool.tools):
+                _add_client_tool(plan, inner, f"{path}.tools.{number}", tool)
+            plan.shown.append(_shown_namespace(tool))
+        else:
+            _add_client_tool(plan, tool, path, None)
+            plan.shown.append(_shown(tool))
+    plan.choice = chat_choice(plan.by_name, request.tool_choice)
+    return plan
+
+
+def _add_client_tool(
+    plan: ToolPlan, tool: FunctionTool | CustomTool, path: str, namespace: NamespaceTool | None
+) -> None:
+    name = tool.name if namespace is None else tool_name(namespace.name, tool.name)
+    if name in plan.by_name:
+        field = f"{path}.name"
+        raise InvalidParameterError(
+            f"{field} must be unique, and {plan.by_name[name].path} is called {tool.name!r} too", field
+        )
+    kind: Kind = "custom" if isinstance(tool, CustomTool) else "function"
+    plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=None if namespace is None else namespace.name)
+    function = _custom_function(tool) if isinstance(tool, CustomTool) else _function(tool)
+    description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
+    if text := "\n\n".join(filter(None, description)):
+        function["description"] = text
+    plan.client_tools.append({"type": "function", "function": {"name": name, **function}})
+
+
+def _of_namespace(namespace: NamespaceTool) -> str:
+    return f"One of the tools of {namespace.name}: {namespace.description}" if namespace.description else ""
+
+
+def _function(tool: FunctionTool) -> dict[str, Any]:
+    given = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _custom_function(tool: CustomTool) -> dict[str, Any]:
+    """A function with one text; a regular expression is enforced, another grammar is shown to the model."""
+    value: dict[str, Any] = {"type": "string"}
+    texts = [tool.description]
+    strict = False
+    if isinstance(tool.format, GrammarFormat):
+        if tool.format.syntax == "regex":
+            value["pattern"] = f"^(?:{tool.format.definition})$"
+            strict = True
+        else:
+            texts.append(f"The input must follow this Lark grammar:\n{tool.format.definition}")
+    schema = {"type": "object", "properties": {CUSTOM_INPUT: value}, "required": [CUSTOM_INPUT]}
+    function: dict[str, Any] = {"parameters": {**schema, "additionalProperties": False}}
+    if text := "\n\n".join(filter(None, texts)):
+        function["description"] = text
+    return {**function, "strict": True} if strict else function
+
+
+def _shown(tool: FunctionTool | CustomTool) -> dict[str, Any]:
+    if isinstance(tool, FunctionTool):
+        return {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters,
+            "strict": tool.strict,
+        }
+    form = {"type": "text"} if tool.format is None else tool.format.model_dump()
+    return {"type": "custom", "name": tool.name, "description": tool.description, "format": form}
+
+
+def _shown_namespace(tool: NamespaceTool) -> dict[str, Any]:
+    inner = [_shown(one) for one in tool.tools]
+    return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": inner}
+
+
+# ---- MCP servers -----------------------------------------------------------------------------------------------------
+
+
+def _add_server(plan: ToolPlan, tool: McpTool, server: OpenServer, path: str) -> None:
+    for one in server.tools:
+        definition = one.definition
+        if definition.name in plan.by_name or not _allowed(tool, definition):
+            continue
+        plan.registry.add(one)
+        name = definition.original_name or definition.name
+        plan.by_name[definition.name] = PlannedTool("mcp", name, path, server=tool.server_label)
+        plan.approval[definition.name] = _rule(tool, definition)
+    plan.shown.append(_shown_server(tool))
+
+
+def offered(tool: McpTool, server: OpenServer) -> list[ToolDefinition]:
+    """Those of a server's tools that the request allows."""
+    return [one.definition for one in server.tools if _allowed(tool, one.definition)]
+
+
+def _allowed(tool: McpTool, definition: ToolDefinition) -> bool:
+    allowed = tool.allowed_tools
+    if allowed is None:
+        return True
+    if isinstance(allowed, list):
+        return (definition.original_name or definition.name) in allowed
+    return _matches(allowed, definition)
+
+
+def _matches(chosen: ToolFilter, definition: ToolDefinition) -> bool:
+    if chosen.tool_names is not None and (definition.original_name or definition.name) not in chosen.tool_names:
+        return False
+    return chosen.read_only is None or chosen.read_only == definition.read_only
+
+
+def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
+    """What neither list names needs agreement."""
+    wish = tool.require_approval
+    if isinstance(wish, ApprovalFilter):
+        if wish.always is not None and _matches(wish.always, definition):
+            return "always"
+        return "never" if wish.never is not None and _matches(wish.never, definition) else "always"
+    return wish or "always"
+
+
+def _shown_server(tool: McpTool) -> dict[str, Any]:
+    """Without what is secret."""
+    shown = tool.model_dump(exclude={"authorization", "headers", "defer_loading"}, exclude_none=True)
+    shown["require_approval"] = shown.get("require_approval", "always")
+    if tool.server_url is not None:
+        shown["server_url"] = tool.server_url.partition("?")[0]
+    return shown

@@ -1,0 +1,91 @@
+"""TurnModel: the model of one response, with what holds for all of its turns together.
+
+`max_output_tokens` is a limit of the whole response: each turn gets what the turns before have left. `truncation: auto`
+leaves the oldest turns out of what the model sees until the rest fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
+from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.openai.protocol.usage import Usage
+from candle_vllm.responses.api.chat_fields import LIMIT
+from candle_vllm.responses.conversation.chat_model import ChatModel
+
+Message = Mapping[str, Any]
+_STEPS = 16  # how often a prompt is shortened at most; each try costs what a prompt's tokens cost
+
+
+class TokensSpentError(CandleVllmError):
+    """Nothing is left of `max_output_tokens` for another turn."""
+
+
+class TurnModel:
+    """Answers the turns of one response.
+
+    Args:
+        model: answers chat requests.
+        max_tokens: of all turns together, or None.
+        truncate: whether old turns may be left out.
+
+    Attributes:
+        entered: called when a turn has been taken by the engine, and will be answered.
+    """
+
+    def __init__(self, model: ChatModel, *, max_tokens: int | None = None, truncate: bool = False) -> None:
+        self._model = model
+        self._left = max_tokens
+        self._truncate = truncate
+        self.entered = lambda: None
+
+    @asynccontextmanager
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[ChatCompletionChunk]]:
+        """The chunks of one turn; raises `TokensSpentError` where there is no token left for it."""
+        if self._left is not None:
+            if self._left < 1:
+                raise TokensSpentError("max_output_tokens were spent on earlier turns")
+            request = {**request, LIMIT: self._left}
+        async with AsyncExitStack() as stack:
+            chunks = await self._enter(stack, request)
+            self.entered()
+            yield self._counted(chunks)
+
+    async def _enter(self, stack: AsyncExitStack, request: Mapping[str, Any]) -> AsyncIterator[ChatCompletionChunk]:
+        units = _units(request["messages"]) if self._truncate else []
+        dropped, step = 0, -(-len(units) // _STEPS)
+        while True:
+            try:
+                kept = {**request, "messages": _without(request["messages"], units[:dropped])} if dropped else request
+                return await stack.enter_async_context(self._model.stream(kept))
+            except PromptTooLongError:
+                if dropped >= len(units):
+                    raise
+                dropped = min(dropped + step, len(units))
+
+    async def _counted(self, chunks: AsyncIterator[ChatCompletionChunk]) -> AsyncIterator[ChatCompletionChunk]:
+        async for chunk in chunks:
+            if self._left is not None and isinstance(chunk.usage, Usage) and not chunk.choices:
+                self._left -= chunk.usage.completion_tokens
+            yield chunk
+
+
+def _units(messages: Sequence[Message]) -> list[range]:
+    """What may be left out, the oldest first: turns of a user with their answers, but for the last one.
+
+    System messages stay.
+    """
+    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    first = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if starts and first < starts[0]:
+        starts.insert(0, first)
+    return [range(start, end) for start, end in pairwise(starts)]
+
+
+def _without(messages: Sequence[Message], units: Sequence[range]) -> list[Message]:
+    left_out = {place for unit in units for place in unit}
+    return [one for place, one in enumerate(messages) if place not in left_out or one["role"] == "system"]

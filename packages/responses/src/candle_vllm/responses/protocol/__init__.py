@@ -1,0 +1,1 @@
+"""Wire types of the Responses API: requests, items, responses and the events of streams."""

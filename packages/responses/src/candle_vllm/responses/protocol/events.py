@@ -1,0 +1,227 @@
+"""Events of a streamed response; each has the next number, from 0, without gaps."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.responses.protocol.output import OutputItem, OutputText, ReasoningText
+from candle_vllm.responses.protocol.response import Response
+
+
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """An event."""
+
+    sequence_number: int
+
+    @property
+    def event_name(self) -> str:
+        """What stands behind `event:`."""
+        return str(self.__struct_config__.tag)
+
+
+class LifecycleEvent(StreamEvent, frozen=True, kw_only=True):
+    """The response as it stands."""
+
+    response: Response
+
+
+class ResponseCreated(LifecycleEvent, frozen=True, kw_only=True, tag="response.created"):
+    """The first event."""
+
+
+class ResponseQueued(LifecycleEvent, frozen=True, kw_only=True, tag="response.queued"):
+    """A background response waits."""
+
+
+class ResponseInProgress(LifecycleEvent, frozen=True, kw_only=True, tag="response.in_progress"):
+    """Work has begun."""
+
+
+class ResponseCompleted(LifecycleEvent, frozen=True, kw_only=True, tag="response.completed"):
+    """The last event of a response that was answered."""
+
+
+class ResponseIncomplete(LifecycleEvent, frozen=True, kw_only=True, tag="response.incomplete"):
+    """The last event of a response that met a limit."""
+
+
+class ResponseFailed(LifecycleEvent, frozen=True, kw_only=True, tag="response.failed"):
+    """The last event of a response that failed."""
+
+
+class _ItemEvent(StreamEvent, frozen=True, kw_only=True):
+    output_index: int
+    item: OutputItem
+
+
+class OutputItemAdded(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
+    """An item begins."""
+
+
+class OutputItemDone(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
+    """An item is as it stays."""
+
+
+class _PlacedEvent(StreamEvent, frozen=True, kw_only=True):
+    item_id: str
+    output_index: int
+
+
+class _PartEvent(_PlacedEvent, frozen=True, kw_only=True):
+    content_index: int
+
+
+class ContentPartAdded(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.added"):
+    """A part begins, empty."""
+
+    part: OutputText | ReasoningText
+
+
+class ContentPartDone(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
+    """A part is as it stays."""
+
+    part: OutputText | ReasoningText
+
+
+class OutputTextDelta(_PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
+    """More text."""
+
+    delta: str
+    logprobs: tuple[ChatTokenLogprob, ...] = ()
+
+
+class OutputTextDone(_PartEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
+    """The whole text of a part."""
+
+    text: str
+    logprobs: tuple[ChatTokenLogprob, ...] = ()
+
+
+class ReasoningTextDelta(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+    """More thoughts."""
+
+    delta: str
+
+
+class ReasoningTextDone(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+    """The whole thoughts."""
+
+    text: str
+
+
+class FunctionArgumentsDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
+    """More of a call's arguments."""
+
+    delta: str
+
+
+class FunctionArgumentsDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.done"):
+    """The whole arguments."""
+
+    name: str
+    arguments: str
+
+
+class CustomInputDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.custom_tool_call_input.delta"):
+    """More of the input of a custom tool."""
+
+    delta: str
+
+
+class CustomInputDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.custom_tool_call_input.done"):
+    """The whole input."""
+
+    input: str
+
+
+class McpListToolsInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.in_progress"):
+    """A server is asked for its tools."""
+
+
+class McpListToolsCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.completed"):
+    """It has said them."""
+
+
+class McpListToolsFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.failed"):
+    """It could not be asked."""
+
+
+class McpCallInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.in_progress"):
+    """A call begins."""
+
+
+class McpArgumentsDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.delta"):
+    """More of its arguments."""
+
+    delta: str
+
+
+class McpArgumentsDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.done"):
+    """The whole arguments."""
+
+    arguments: str
+
+
+class McpCallCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.completed"):
+    """The tool has answered."""
+
+
+class McpCallFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.failed"):
+    """The call failed."""
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong, as in the envelope of a failed request."""
+
+    type: str
+    code: str | None
+    message: str
+    param: str | None
+
+
+class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
+    """What went wrong; `response.failed` follows.
+
+    Attributes:
+        error: as the specification has it.
+        code, message, param: the same, as OpenAI has it.
+    """
+
+    error: ErrorDetail
+    code: str | None
+    message: str
+    param: str | None
+
+
+ResponseEvent = Union[  # noqa: UP007 - read by `typing.get_args`
+    ResponseCreated,
+    ResponseQueued,
+    ResponseInProgress,
+    ResponseCompleted,
+    ResponseIncomplete,
+    ResponseFailed,
+    OutputItemAdded,
+    OutputItemDone,
+    ContentPartAdded,
+    ContentPartDone,
+    OutputTextDelta,
+    OutputTextDone,
+    ReasoningTextDelta,
+    ReasoningTextDone,
+    FunctionArgumentsDelta,
+    FunctionArgumentsDone,
+    CustomInputDelta,
+    CustomInputDone,
+    McpListToolsInProgress,
+    McpListToolsCompleted,
+    McpListToolsFailed,
+    McpCallInProgress,
+    McpArgumentsDelta,
+    McpArgumentsDone,
+    McpCallCompleted,
+    McpCallFailed,
+    ErrorOccurred,
+]

@@ -1,0 +1,200 @@
+"""Input items: everything that a conversation is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+
+from candle_vllm.openai.protocol.fields import Name, WireModel, invalid, unsupported
+from candle_vllm.responses.protocol.parts import ItemId, MessageItem, Output, Status, Text, type_of
+
+_HOSTED_ITEMS = frozenset({
+    "file_search_call", "web_search_call", "computer_call", "computer_call_output", "code_interpreter_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output",
+    "apply_patch_call", "apply_patch_call_output", "tool_search_call", "tool_search_output", "additional_tools",
+    "configuration_update", "compaction", "compaction_trigger", "program", "program_output",
+})  # fmt: skip
+
+
+class _DirectCaller(WireModel):
+    """Who called a tool: the model itself."""
+
+    type: Literal["direct"]
+
+
+class _CallItem(WireModel):
+    """A call that an earlier answer made; `async` and `caller` are marks of OpenAI's models without effect."""
+
+    id: ItemId | None = None
+    call_id: Name
+    name: Name
+    namespace: Name | None = None
+    status: Status | None = None
+    caller: _DirectCaller | None = None
+    runs_async: bool | None = Field(default=None, alias="async")
+
+
+class FunctionCallItem(_CallItem):
+    """A call of a function; the arguments are JSON text as the model wrote it."""
+
+    type: Literal["function_call"]
+    arguments: Text
+    parsed_arguments: Any = None
+
+
+class CustomCallItem(_CallItem):
+    """A call of a custom tool, whose input is any text."""
+
+    type: Literal["custom_tool_call"]
+    input: Text
+
+
+class CallOutputItem(WireModel):
+    """What a tool of the caller's gave back."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    id: ItemId | None = None
+    call_id: Name
+    output: Output
+    status: Status | None = None
+    name: Name | None = None
+    namespace: Name | None = None
+    caller: _DirectCaller | None = None
+
+
+class _ThoughtPart(WireModel):
+    """A text of thoughts or of their summary."""
+
+    type: Literal["reasoning_text", "summary_text", "text", "output_text"]
+    text: Text
+
+
+class ReasoningItem(WireModel):
+    """What a model thought.
+
+    Attributes:
+        summary: of OpenAI's models; shown to the model where there is nothing else.
+        content: the thoughts.
+        encrypted_content: the thoughts as an answer of ours encoded them; that of others is left out.
+    """
+
+    type: Literal["reasoning"]
+    id: ItemId | None = None
+    summary: list[_ThoughtPart] = Field(default_factory=list)
+    content: list[_ThoughtPart] | None = None
+    encrypted_content: Text | None = None
+    status: Status | None = None
+
+
+class ItemReference(WireModel):
+    """An item that the store has, by its id."""
+
+    type: Literal["item_reference"] | None = None
+    id: ItemId
+
+
+class McpListToolsItem(WireModel):
+    """The tools that an MCP server had; a server with such an item is not listed again."""
+
+    type: Literal["mcp_list_tools"]
+    id: ItemId | None = None
+    server_label: Name
+    tools: list[dict[str, Any]]
+    error: Any = None
+    status: Status | None = None
+
+
+class McpCallItem(WireModel):
+    """A call that was run on an MCP server, and what came of it."""
+
+    type: Literal["mcp_call"]
+    id: ItemId
+    server_label: Name
+    name: Name
+    arguments: Text
+    output: Text | None = None
+    error: Any = None
+    status: Status | None = None
+    approval_request_id: ItemId | None = None
+
+
+class McpApprovalRequestItem(WireModel):
+    """A call that waits for agreement."""
+
+    type: Literal["mcp_approval_request"]
+    id: ItemId
+    server_label: Name
+    name: Name
+    arguments: Text
+    status: Status | None = None
+
+
+class McpApprovalResponseItem(WireModel):
+    """The answer to a request for agreement; the model is told the reason of a refusal."""
+
+    type: Literal["mcp_approval_response"]
+    id: ItemId | None = None
+    approval_request_id: ItemId
+    approve: bool
+    reason: Annotated[str, Field(max_length=4096)] | None = None
+    status: Status | None = None
+
+    @field_validator("reason")
+    @classmethod
+    def _stripped(cls, reason: str | None) -> str | None:
+        return (reason or "").strip() or None
+
+
+_KINDS = {
+    "message": "<message>",
+    "function_call": "<function_call>",
+    "custom_tool_call": "<custom_tool_call>",
+    "function_call_output": "<output>",
+    "custom_tool_call_output": "<output>",
+    "reasoning": "<reasoning>",
+    "item_reference": "<reference>",
+    "mcp_list_tools": "<mcp_list_tools>",
+    "mcp_call": "<mcp_call>",
+    "mcp_approval_request": "<mcp_approval_request>",
+    "mcp_approval_response": "<mcp_approval_response>",
+}
+
+
+def _item_form(value: Any) -> str:
+    kind = type_of(value)
+    if kind is None:
+        is_reference = isinstance(value, dict) and "role" not in value and "id" in value and "content" not in value
+        return "<reference>" if is_reference or isinstance(value, ItemReference) else "<message>"
+    return _KINDS[kind]
+
+
+def _known_kind(value: Any) -> Any:
+    """Names items of tools that others run, and lists ours."""
+    if isinstance(value, WireModel):
+        return value
+    if not isinstance(value, dict):
+        raise invalid("", "must be an object with a type, or a message with role and content")
+    kind = value.get("type")
+    if isinstance(kind, str) and kind in _HOSTED_ITEMS:
+        raise unsupported("type", f"{kind!r} is an item of a tool or a service that is not here; leave it out")
+    if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
+        raise invalid("type", f"must be one of {', '.join(_KINDS)}, not {kind!r:.60}")
+    return value
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[CustomCallItem, Tag("<custom_tool_call>")]
+    | Annotated[CallOutputItem, Tag("<output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[ItemReference, Tag("<reference>")]
+    | Annotated[McpListToolsItem, Tag("<mcp_list_tools>")]
+    | Annotated[McpCallItem, Tag("<mcp_call>")]
+    | Annotated[McpApprovalRequestItem, Tag("<mcp_approval_request>")]
+    | Annotated[McpApprovalResponseItem, Tag("<mcp_approval_response>")],
+    Discriminator(_item_form),
+    BeforeValidator(_known_kind),
+]

@@ -1,0 +1,257 @@
+"""The requests: `POST /v1/responses` and `POST /v1/responses/input_tokens`, from bytes to a checked object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.openai.parsing import parse_body
+from candle_vllm.openai.protocol.fields import (
+    MAX_NAME,
+    MAX_PRIORITY,
+    MAX_TEMPLATE_KWARGS,
+    MAX_TOOLS,
+    Name,
+    Refusal,
+    WireModel,
+    invalid,
+)
+from candle_vllm.openai.protocol.generation import MaxTokens, Stop
+from candle_vllm.openai.protocol.structured import JsonObjectFormat, TextFormat
+from candle_vllm.openai.protocol.tools import FunctionName, check_depth
+from candle_vllm.responses.protocol.fields import (
+    MAX_ITEMS,
+    MAX_METADATA,
+    MAX_METADATA_KEY,
+    MAX_METADATA_VALUE,
+    REFUSED_COUNT_FIELDS,
+    REFUSED_RESPONSES_FIELDS,
+)
+from candle_vllm.responses.protocol.items import InputItem
+from candle_vllm.responses.protocol.parts import ItemId, Text, type_of
+from candle_vllm.responses.protocol.tools import AnyTool, ToolChoice
+
+LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
+
+Include = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    # Of tools that are not here, so there is nothing to include.
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class StreamOptions(WireModel):
+    """Has nothing to choose."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "include_obfuscation": Refusal("events are never padded with random characters", (False,))
+    }
+
+
+class JsonSchemaFormat(WireModel):
+    """A schema that the answer always follows, whether `strict` or not; the model sees nothing of it."""
+
+    type: Literal["json_schema"]
+    name: FunctionName
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        check_depth(schema)
+        return schema
+
+
+class PlainFormat(TextFormat):
+    """Any text."""
+
+    @classmethod
+    def check_kind(cls, data: dict[str, Any]) -> None:
+        """Lists the formats."""
+        if data.get("type") != "text":
+            raise invalid("type", "must be one of text, json_object, json_schema")
+
+
+def _format_form(value: Any) -> str:
+    kind = type_of(value)
+    return f"<{kind}>" if kind in ("json_object", "json_schema") else "<text>"
+
+
+class TextConfig(WireModel):
+    """The form of the answer; `verbosity` has no effect."""
+
+    format: (
+        Annotated[
+            Annotated[PlainFormat, Tag("<text>")]
+            | Annotated[JsonObjectFormat, Tag("<json_object>")]
+            | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+            Discriminator(_format_form),
+        ]
+        | None
+    ) = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningConfig(WireModel):
+    """How much the model thinks, where its template knows efforts. The other fields have no effect."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto", "current_turn", "all_turns"] | None = None
+    mode: Annotated[str, Field(max_length=64)] | None = None
+
+
+class ConversationReference(WireModel):
+    """A conversation by its id."""
+
+    id: ItemId
+
+
+def _input_form(value: Any) -> str:
+    return "<items>" if isinstance(value, list) else "<string>"
+
+
+def _conversation_form(value: Any) -> str:
+    return "<object>" if isinstance(value, (dict, ConversationReference)) else "<id>"
+
+
+class PromptFields(WireModel):
+    """What the model sees. None always means absent."""
+
+    model: Name | None = None
+    input: (
+        Annotated[
+            Annotated[Text, Tag("<string>")]
+            | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<items>")],
+            Discriminator(_input_form),
+        ]
+        | None
+    ) = None
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    conversation: (
+        Annotated[
+            Annotated[ItemId, Tag("<id>")] | Annotated[ConversationReference, Tag("<object>")],
+            Discriminator(_conversation_form),
+        ]
+        | None
+    ) = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_KWARGS)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.previous_response_id is not None and self.conversation is not None:
+            raise invalid("previous_response_id", "and conversation exclude each other; give one of them")
+        if not self.input and self.previous_response_id is None and self.conversation is None:
+            raise invalid("input", "is required: a text, or a list of items that is not empty")
+        return self
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The id of the conversation, in whichever form it was given."""
+        named = self.conversation
+        return named.id if isinstance(named, ConversationReference) else named
+
+
+class ResponsesRequest(PromptFields):
+    """Something to answer, with tools and memory: `POST /v1/responses`."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_RESPONSES_FIELDS
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    background: bool | None = None
+    include: Annotated[list[Include], Field(max_length=32)] | None = None
+    max_output_tokens: MaxTokens | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)] | None = None
+    metadata: dict[str, str] | None = None
+
+    # vLLM's extra ones that the engine has.
+    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
+    stop: Stop | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+
+    # ADVISORY_RESPONSES_FIELDS: checked and without effect.
+    user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    client_metadata: dict[str, Any] | None = None
+    access_programs: dict[str, Any] | None = None
+
+    @field_validator("metadata")
+    @classmethod
+    def _small(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        if metadata is not None and len(metadata) > MAX_METADATA:
+            raise invalid("", f"must have at most {MAX_METADATA} pairs, not {len(metadata)}")
+        for key, value in (metadata or {}).items():
+            if not 0 < len(key) <= MAX_METADATA_KEY:
+                raise invalid("", f"has a key of {len(key)} characters; 1 to {MAX_METADATA_KEY} are allowed")
+            if len(value) > MAX_METADATA_VALUE:
+                raise invalid(key, f"must have at most {MAX_METADATA_VALUE} characters, not {len(value)}")
+        return metadata
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "needs stream: true")
+        if self.background and self.store is False:
+            raise invalid("store", "must not be false where background is true: the answer is fetched from the store")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer's tokens have log-probabilities."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def wants_encrypted(self) -> bool:
+        """Whether thoughts come in the form that is sent back, too."""
+        return ENCRYPTED in (self.include or ())
+
+
+class InputTokensRequest(PromptFields):
+    """A request whose prompt is counted: `POST /v1/responses/input_tokens`."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
+
+
+def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
+    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(ResponsesRequest, body)
+
+
+def parse_input_tokens_request(body: bytes | Mapping[str, Any]) -> InputTokensRequest:
+    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(InputTokensRequest, body)

@@ -1,0 +1,280 @@
+"""Tools of a request: functions, custom tools, namespaces of them, MCP servers, and tools that others run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import FunctionDefinition, FunctionName
+from candle_vllm.responses.protocol.parts import type_of
+
+MAX_GRAMMAR = 64 << 10  # characters
+MAX_HEADERS = 32
+MAX_URL = 2048
+MAX_SECRET = 16 << 10  # characters of a header
+_Text = Annotated[str, Field(max_length=1 << 20)]
+_CALLED_DIRECTLY = {"allowed_callers": Refusal("only the model itself calls tools", (["direct"],))}
+
+
+class FunctionTool(WireModel):
+    """A function that the caller runs.
+
+    `defer_loading` has no effect: every tool is shown to the model from the start. Nor have `async` and
+    `output_schema`, which describe what the caller does.
+    """
+
+    type: Literal["function"]
+    name: FunctionName
+    description: _Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    output_schema: dict[str, Any] | None = None
+    defer_loading: bool | None = None
+    runs_async: bool | None = Field(default=None, alias="async")
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **_CALLED_DIRECTLY,
+        "function": Refusal("it belongs to chat requests; name, description and parameters stand in the tool itself"),
+    }
+
+    @classmethod
+    def check_kind(cls, data: dict[str, Any]) -> None:
+        """Says where the parts of a chat request's tool belong."""
+        if "function" in data and "name" not in data:
+            raise invalid("name", "is required: name, description and parameters stand in the tool itself here")
+
+    @field_validator("parameters")
+    @classmethod
+    def _object_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None:
+            FunctionDefinition._object_schema(schema)  # pyright: ignore[reportPrivateUsage,reportCallIssue]
+        return schema
+
+
+class TextFormat(WireModel):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class GrammarFormat(WireModel):
+    """Text of a grammar: a `regex` is enforced, `lark` is shown to the model and not enforced."""
+
+    type: Literal["grammar"]
+    syntax: Literal["lark", "regex"]
+    definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
+
+
+def _format_form(value: Any) -> str:
+    return "<grammar>" if type_of(value) == "grammar" else "<text>"
+
+
+class CustomTool(WireModel):
+    """A tool that the caller runs and whose input is text."""
+
+    type: Literal["custom"]
+    name: FunctionName
+    description: _Text | None = None
+    format: (
+        Annotated[
+            Annotated[TextFormat, Tag("<text>")] | Annotated[GrammarFormat, Tag("<grammar>")],
+            Discriminator(_format_form),
+        ]
+        | None
+    ) = None
+    defer_loading: bool | None = None
+    runs_async: bool | None = Field(default=None, alias="async")
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = _CALLED_DIRECTLY
+
+
+def _inner_form(value: Any) -> str:
+    return "<custom>" if type_of(value) == "custom" else "<function>"
+
+
+class NamespaceTool(WireModel):
+    """Tools with a name before their names; the model sees `namespace__name`, the caller gets both parts back."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: _Text | None = None
+    tools: Annotated[
+        list[
+            Annotated[
+                Annotated[FunctionTool, Tag("<function>")] | Annotated[CustomTool, Tag("<custom>")],
+                Discriminator(_inner_form),
+            ]
+        ],
+        Field(max_length=MAX_TOOLS, fail_fast=True),
+    ]
+
+
+class ToolFilter(WireModel):
+    """Some tools of a server: those of these names, or those that say that they change nothing (or do)."""
+
+    tool_names: Annotated[list[Name], Field(max_length=MAX_TOOLS)] | None = None
+    read_only: bool | None = None
+
+
+class ApprovalFilter(WireModel):
+    """Which tools need agreement and which do not; for the others somebody is asked."""
+
+    always: ToolFilter | None = None
+    never: ToolFilter | None = None
+
+
+def _allowed_form(value: Any) -> str:
+    return "<names>" if isinstance(value, list) else "<filter>"
+
+
+def _approval_form(value: Any) -> str:
+    return "<filter>" if isinstance(value, (dict, ApprovalFilter)) else "<word>"
+
+
+class McpTool(WireModel):
+    """The tools of an MCP server: one that the operator has configured under this label, or one at a URL.
+
+    Attributes:
+        server_url: dialled where the operator allows it; None is a server of mcp.json.
+        authorization: a bearer token for it.
+        headers: for it.
+        allowed_tools: None is all.
+        require_approval: None is "always".
+        server_description, defer_loading: no effect: the tools describe themselves and are shown from the start.
+    """
+
+    type: Literal["mcp"]
+    server_label: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    server_url: Annotated[str, Field(min_length=1, max_length=MAX_URL)] | None = None
+    authorization: Annotated[str, Field(min_length=1, max_length=MAX_SECRET)] | None = Field(default=None, repr=False)
+    headers: (
+        Annotated[dict[str, Annotated[str, Field(max_length=MAX_SECRET)]], Field(max_length=MAX_HEADERS)] | None
+    ) = Field(default=None, repr=False)
+    allowed_tools: (
+        Annotated[
+            Annotated[list[Name], Field(max_length=MAX_TOOLS), Tag("<names>")] | Annotated[ToolFilter, Tag("<filter>")],
+            Discriminator(_allowed_form),
+        ]
+        | None
+    ) = None
+    require_approval: (
+        Annotated[
+            Annotated[Literal["always", "never"], Tag("<word>")] | Annotated[ApprovalFilter, Tag("<filter>")],
+            Discriminator(_approval_form),
+        ]
+        | None
+    ) = None
+    server_description: _Text | None = None
+    defer_loading: bool | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **_CALLED_DIRECTLY,
+        "connector_id": Refusal("connectors are OpenAI's; give the server_url"),
+        "tunnel_id": Refusal("tunnels are OpenAI's; give the server_url"),
+    }
+
+    @model_validator(mode="after")
+    def _for_a_url(self) -> Self:
+        for name in ("authorization", "headers"):
+            if getattr(self, name) and self.server_url is None:
+                raise invalid(name, "needs server_url: the operator's own servers have their own")
+        return self
+
+
+class HostedTool(WireModel):
+    """A tool that OpenAI runs, such as `web_search`; it is left out."""
+
+    type: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+
+
+_SERVED = ("function", "custom", "namespace", "mcp")
+
+
+def _tool_form(value: Any) -> str:
+    kind = type_of(value)
+    return f"<{kind}>" if kind in _SERVED else "<hosted>"
+
+
+def _only_type_of_hosted(value: Any) -> Any:
+    """What else a tool has that is left out does not matter."""
+    if isinstance(value, WireModel):
+        return value
+    if not isinstance(value, dict):
+        raise invalid("", "must be an object with a type")
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise invalid("type", "is required: function, custom, namespace or mcp")
+    return value if kind in _SERVED else {"type": kind}
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("<function>")]
+    | Annotated[CustomTool, Tag("<custom>")]
+    | Annotated[NamespaceTool, Tag("<namespace>")]
+    | Annotated[McpTool, Tag("<mcp>")]
+    | Annotated[HostedTool, Tag("<hosted>")],
+    Discriminator(_tool_form),
+    BeforeValidator(_only_type_of_hosted),
+]
+
+
+class NamedToolChoice(WireModel):
+    """Exactly one call of this tool."""
+
+    type: Literal["function", "custom"]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    namespace: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+
+
+class McpToolChoice(WireModel):
+    """A call of a tool of this server, or of this one."""
+
+    type: Literal["mcp"]
+    server_label: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+
+
+def _reference_form(value: Any) -> str:
+    return "<mcp>" if type_of(value) == "mcp" else "<named>"
+
+
+def _served_reference(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
+        raise unsupported("type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool")
+    return value
+
+
+ToolReference = Annotated[
+    Annotated[NamedToolChoice, Tag("<named>")] | Annotated[McpToolChoice, Tag("<mcp>")],
+    Discriminator(_reference_form),
+    BeforeValidator(_served_reference),
+]
+
+
+class AllowedToolsChoice(WireModel):
+    """Some of the tools: `auto` may call them, `required` must; the model is shown all."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["none", "auto", "required"] = "auto"
+    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def _choice_form(value: Any) -> str:
+    if not isinstance(value, (dict, WireModel)):
+        return "<string>"
+    return {"mcp": "<mcp>", "allowed_tools": "<allowed>"}.get(type_of(value) or "", "<named>")
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")]
+    | Annotated[NamedToolChoice, Tag("<named>")]
+    | Annotated[McpToolChoice, Tag("<mcp>")]
+    | Annotated[AllowedToolsChoice, Tag("<allowed>")],
+    Discriminator(_choice_form),
+    BeforeValidator(_served_reference),
+]

@@ -1,0 +1,357 @@
+"""Responses in the background: events for readers that come and go, every way to end, bounds, two servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
+from candle_vllm.responses.api import background as module
+from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
+from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.protocol import events as wire
+from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.options import StoreOptions
+
+Make = Callable[..., Answered]
+
+
+class Answer:
+    """The events of an answer of four words; `gate` holds it back before the second."""
+
+    def __init__(self, make: Make, name: str = "resp_1", *, open_gate: bool = False, fail: Any = None, **more: Any):
+        self.queued = make(name, status="queued", background=True, **more)
+        self._make, self._name, self._more = make, name, more
+        self._fail = fail
+        self.gate = asyncio.Event()
+        self.closed = False
+        if open_gate:
+            self.gate.set()
+
+    async def events(self) -> AsyncIterator[wire.StreamEvent]:
+        numbers = iter(range(100))
+
+        def lifecycle(kind: Any, status: str, **fields: Any) -> Any:
+            made = self._make(self._name, status=status, background=True, **self._more, **fields)
+            return kind(sequence_number=next(numbers), response=made.response)
+
+        try:
+            yield lifecycle(wire.ResponseCreated, "queued")
+            yield lifecycle(wire.ResponseInProgress, "in_progress")
+            for word in ("a", "b", "c", "d"):
+                yield wire.OutputTextDelta(
+                    sequence_number=next(numbers), item_id="m", output_index=0, content_index=0, delta=word
+                )
+                await self.gate.wait()
+            if self._fail is not None:
+                raise self._fail
+            yield lifecycle(wire.ResponseCompleted, "completed", text="a b c d")
+        finally:
+            self.closed = True
+
+
+async def begin(kept: KeptResponses, answer: Answer, seconds: float = 10.0) -> AsyncIterator[EncodedEvent]:
+    return await kept.begin(answer.queued, answer.events(), seconds)
+
+
+async def status(kept: KeptResponses, name: str = "resp_1") -> str:
+    body = msgspec.json.decode(await kept.retrieve("a", name))
+    assert (await (await kept.store()).get("a", name)).status == body["status"]
+    return body["status"]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, answered: Make) -> None:
+    answer = Answer(answered)
+    await begin(kept, answer)
+    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    assert await status(kept) == "in_progress"
+    assert kept.background.busy
+    answer.gate.set()
+    await until(lambda: not kept.background.busy)
+    assert await status(kept) == "completed"
+    assert b"a b c d" in await kept.retrieve("a", "resp_1")
+    assert answer.closed
+    assert [item["id"] for item in await kept.response_items("resp_1", "a")] == ["msg_in_resp_1", "msg_out_resp_1"]
+
+
+async def test_readers_read_along_leave_and_come_back(kept: KeptResponses, answered: Make) -> None:
+    answer = Answer(answered)
+    first = await begin(kept, answer)
+    assert (await anext(first)).name == "response.created"
+    await first.aclose()
+    second = await kept.stream("a", "resp_1", 0)
+    assert [(await anext(second)).number for _ in range(2)] == [1, 2]
+    waiting = asyncio.create_task(_all(second))
+    others = [asyncio.create_task(_all(await kept.stream("a", "resp_1"))) for _ in range(3)]
+    await asyncio.sleep(0.02)
+    answer.gate.set()
+    assert [event.number for event in await waiting] == [3, 4, 5, 6]
+    for other in others:
+        events = await other
+        assert [event.number for event in events] == list(range(7))
+        for event in events:
+            data = msgspec.json.decode(event.data)
+            assert (data["type"], data["sequence_number"]) == (event.name, event.number)
+    assert await status(kept) == "completed", "who has seen the end must find it in the store"
+    await until(lambda: not kept.background.busy)
+    assert [event.number for event in await _all(await kept.stream("a", "resp_1", 4))] == [5, 6]
+    with pytest.raises(InvalidParameterError, match="the last one so far is 6"):
+        await kept.stream("a", "resp_1", 7)
+
+
+async def _all(events: AsyncIterator[EncodedEvent]) -> list[EncodedEvent]:
+    return [event async for event in events]
+
+
+async def test_a_cancelled_one_stops(kept: KeptResponses, answered: Make) -> None:
+    answer = Answer(answered)
+    reader = asyncio.create_task(_all(await begin(kept, answer)))
+    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    for _ in range(2):
+        assert msgspec.json.decode(await kept.cancel("a", "resp_1"))["status"] == "cancelled"
+        assert answer.closed
+        assert not kept.background.busy
+    assert len(await reader) == 3
+    assert await status(kept) == "cancelled"
+    answer.gate.set()
+    await asyncio.sleep(0.02)
+    assert await status(kept) == "cancelled"
+
+
+async def test_only_background_responses_are_cancelled_or_streamed(kept: KeptResponses, answered: Make) -> None:
+    await kept.keep(answered())
+    with pytest.raises(InvalidParameterError, match="background: true can be cancelled"):
+        await kept.cancel("a", "resp_1")
+    with pytest.raises(InvalidParameterError, match="background: true") as error:
+        await kept.stream("a", "resp_1")
+    assert error.value.param == "stream"
+    for work in (kept.cancel("b", "resp_1"), kept.stream("b", "resp_1"), kept.delete("b", "resp_1")):
+        with pytest.raises(NotStoredError):
+            await work
+
+
+async def test_a_finished_one_stays_as_it_is_when_it_is_cancelled(kept: KeptResponses, answered: Make) -> None:
+    await begin(kept, Answer(answered, open_gate=True))
+    await until(lambda: not kept.background.busy)
+    assert msgspec.json.decode(await kept.cancel("a", "resp_1"))["status"] == "completed"
+
+
+async def test_one_that_is_deleted_in_mid_run_is_ended_and_does_not_come_back(
+    kept: KeptResponses, answered: Make
+) -> None:
+    answer = Answer(answered)
+    await begin(kept, answer)
+    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    assert (await kept.delete("a", "resp_1")).deleted
+    assert answer.closed
+    assert not kept.background.busy
+    with pytest.raises(NotStoredError):
+        await kept.retrieve("a", "resp_1")
+    assert kept.background.events("a", "resp_1") is None
+
+
+async def test_one_that_was_deleted_behind_its_back_ends_with_its_next_word(
+    kept: KeptResponses, answered: Make
+) -> None:
+    answer = Answer(answered)
+    await begin(kept, answer)
+    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    await (await kept.store()).delete("a", "resp_1")
+    answer.gate.set()
+    await until(lambda: not kept.background.busy)
+    with pytest.raises(NotStoredError):
+        await kept.retrieve("a", "resp_1")
+
+
+async def test_a_failure_is_told_and_kept(kept: KeptResponses, answered: Make, caplog) -> None:
+    events = await _all(await begin(kept, Answer(answered, open_gate=True, fail=ValueError("a secret path"))))
+    assert [event.number for event in events] == list(range(7))
+    last = msgspec.json.decode(events[-1].data)
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["error"] == {"code": "server_error", "message": "The server failed on this request."}
+    assert await status(kept) == "failed"
+    assert "the background response resp_1 failed" in caplog.text
+    caplog.clear()
+
+
+async def test_one_that_takes_too_long_fails(kept: KeptResponses, answered: Make) -> None:
+    answer = Answer(answered)
+    events = await _all(await begin(kept, answer, seconds=0.05))
+    assert msgspec.json.decode(events[-1].data)["response"]["error"]["message"] == module.TOO_LONG
+    assert await status(kept) == "failed"
+    assert answer.closed
+
+
+async def test_events_that_end_without_a_result_are_a_failure(kept: KeptResponses, answered: Make) -> None:
+    async def nothing() -> AsyncIterator[wire.StreamEvent]:
+        return
+        yield
+
+    events = await _all(await kept.begin(answered(status="queued", background=True), nothing(), 10))
+    assert [event.name for event in events] == ["response.failed"]
+    assert await status(kept) == "failed"
+
+
+async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp_path: Path) -> None:
+    options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
+    first = KeptResponses(options)
+    answer = Answer(answered)
+    events = asyncio.create_task(_all(await begin(first, answer)))
+    await until(lambda: first.background.events("a", "resp_1").next_number == 3)
+    await first.close()
+    assert msgspec.json.decode((await events)[-1].data)["response"]["status"] == "failed"
+    assert answer.closed
+    with pytest.raises((EngineOverloadedError, StoreUnavailableError)):
+        await begin(first, Answer(answered, "resp_2"))
+    second = KeptResponses(options)
+    assert await status(second) == "failed"
+    body = msgspec.json.decode(await second.retrieve("a", "resp_1"))
+    assert "stopped" in body["error"]["message"]
+    with pytest.raises(InvalidParameterError, match="not kept any more; it is failed"):
+        await second.stream("a", "resp_1")
+    await second.close()
+
+
+async def test_another_server_cancels(answered: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.02)
+    options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
+    first, second = KeptResponses(options), KeptResponses(options)
+    answer = Answer(answered)
+    await begin(first, answer)
+    await until(lambda: first.background.events("a", "resp_1").next_number == 3)
+    await second.cancel("a", "resp_1")
+    await until(lambda: not first.background.busy)
+    assert answer.closed
+    assert await status(first) == "cancelled"
+    for each in (first, second):
+        await each.close()
+
+
+async def test_too_many_are_refused_and_leave_nothing(answered: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Background.__init__, "__defaults__", (4,))
+    kept = KeptResponses(StoreOptions())
+    answers = [Answer(answered, f"resp_{number}") for number in range(3)]
+    for answer in answers[:2]:
+        await begin(kept, answer)
+    events = answers[2].events()
+    await anext(events)
+    with pytest.raises(EngineOverloadedError, match="at most 2 of a key and 4 of all"):
+        await kept.begin(answers[2].queued, events, 10)
+    assert answers[2].closed
+    with pytest.raises(NotStoredError):
+        await kept.retrieve("a", "resp_2")
+    answers[0].gate.set()
+    await until(lambda: len(kept.background._running) == 1)
+    await begin(kept, answers[2])
+    await kept.close()
+
+
+async def test_a_store_that_is_gone_at_the_end_fails_the_response(
+    kept: KeptResponses, answered: Make, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    answer = Answer(answered)
+    events = await begin(kept, answer)
+    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+
+    async def gone(*_: Any) -> bool:
+        raise StoreUnavailableError("gone")
+
+    monkeypatch.setattr(await kept.store(), "change", gone)
+    answer.gate.set()
+    last = (await _all(events))[-1]
+    assert last.name == "response.failed"
+    assert msgspec.json.decode(last.data)["response"]["error"]["code"] == "server_error"
+    assert "could not be kept" in caplog.text
+    caplog.clear()
+
+
+async def test_a_result_that_is_too_large_is_a_failure(answered: Make, caplog) -> None:
+    kept = KeptResponses(StoreOptions(max_record_bytes=3000))
+    answer = Answer(answered, open_gate=True, metadata={"k": "x" * 500})
+    answer._more["text"] = "x"
+
+    async def events() -> AsyncIterator[wire.StreamEvent]:
+        yield wire.ResponseCreated(sequence_number=0, response=answer.queued.response)
+        large = answered(status="completed", background=True, text="x" * 4000)
+        yield wire.ResponseCompleted(sequence_number=1, response=large.response)
+
+    seen = await _all(await kept.begin(answer.queued, events(), 10))
+    assert [event.name for event in seen] == ["response.created", "response.failed"]
+    assert "at most 3000" in msgspec.json.decode(seen[-1].data)["response"]["error"]["message"]
+    assert await status(kept) == "failed"
+    await kept.close()
+    caplog.clear()
+
+
+async def test_the_end_is_added_to_its_conversation(kept: KeptResponses, answered: Make) -> None:
+    from candle_vllm.responses.store.records import StoredConversation
+
+    store = await kept.store()
+    await store.create_conversation("a", StoredConversation(id="conv_1", created_at=1, metadata=b"{}"))
+    events = await begin(kept, Answer(answered, open_gate=True, conversation="conv_1"))
+    async for event in events:
+        if event.name == "response.completed":
+            names = [item["id"] for item in await kept.conversation_items("conv_1", "a")]
+            assert names == ["msg_in_resp_1", "msg_out_resp_1"]
+    await kept.keep(answered(background=True, conversation="conv_1"))  # whoever answers may keep it as well
+    assert len(await kept.conversation_items("conv_1", "a")) == 2
+
+
+async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_another_server(
+    kept: KeptResponses, answered: Make
+) -> None:
+    answer = Answer(answered, open_gate=True)
+
+    async def events() -> AsyncIterator[wire.StreamEvent]:
+        async for event in answer.events():
+            if isinstance(event, wire.ResponseCompleted):
+                await kept.keep(Answered(owner="a", response=event.response, input_items=answer.queued.input_items))
+            yield event
+
+    seen = await _all(await kept.begin(answer.queued, events(), 10))
+    assert seen[-1].name == "response.completed"
+    assert await status(kept) == "completed"
+
+
+async def test_events_are_kept_for_a_bounded_number_of_responses(
+    kept: KeptResponses, answered: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ENDED", 2)
+    for number in range(4):
+        await _all(await begin(kept, Answer(answered, f"resp_{number}", open_gate=True)))
+    await until(lambda: not kept.background.busy)
+    there = [kept.background.events("a", f"resp_{number}") is not None for number in range(4)]
+    assert there == [False, False, True, True]
+
+
+async def test_a_buffer_forgets_its_oldest_events() -> None:
+    buffer = EventBuffer(max_bytes=100)
+    for number in range(10):
+        buffer.add(EncodedEvent("e", number, b"x" * 30))
+    assert buffer.size == 90
+    assert buffer.next_number == 10
+    buffer.check(6)
+    for wrong in (-1, 5, 10):
+        with pytest.raises(InvalidParameterError) as error:
+            buffer.check(wrong)
+        assert error.value.param == "starting_after"
+    slow = buffer.read(6)
+    assert (await anext(slow)).number == 7
+    for number in range(10, 13):
+        buffer.add(EncodedEvent("e", number, b"x" * 30))
+    with pytest.raises(InvalidParameterError, match="not kept any more"):
+        await anext(slow)
+    buffer.add(EncodedEvent("e", 13, b"y" * 500), last=True)
+    assert [event.number async for event in buffer.read(12)] == [13]

@@ -1,0 +1,143 @@
+"""Kept responses and conversations without HTTP: turns, lists, the form of items, when the store is opened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.api import conversation_turns
+from candle_vllm.responses.api.conversation_turns import ConversationTurns
+from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
+from candle_vllm.responses.api.item_lists import PageRequest, page_of
+from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.stored_items import stored_items
+from candle_vllm.responses.protocol.items import InputItem
+from candle_vllm.responses.store.errors import ConversationBusyError, NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.options import StoreOptions
+
+USER = {"role": "user", "content": "Hi"}
+
+
+async def test_whoever_answers_in_a_conversation_is_alone() -> None:
+    turns, log = ConversationTurns(), list[str]()
+
+    async def answer(owner: str, name: str) -> None:
+        async with turns.turn(owner, name):
+            log.append(f"+{owner}{name}")
+            await asyncio.sleep(0.01)
+            log.append(f"-{owner}{name}")
+
+    await asyncio.gather(*(answer("a", "1") for _ in range(3)), answer("a", "2"), answer("b", "1"))
+    assert [each for each in log if each.endswith("a1")] == ["+a1", "-a1"] * 3
+    assert log.index("+a2") < log.index("-a1"), "another conversation need not wait"
+    assert log.index("+b1") < log.index("-a1")
+    assert not turns._queues
+
+
+async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_turns, "MAX_WAITING", 2)
+    turns, leave = ConversationTurns(), asyncio.Event()
+
+    async def answer() -> None:
+        async with turns.turn("a", "1"):
+            await leave.wait()
+
+    tasks = [asyncio.create_task(answer()) for _ in range(4)]
+    await asyncio.sleep(0.01)
+    with pytest.raises(ConversationBusyError, match="3 responses are running or waiting") as error:
+        await tasks[3]
+    assert error.value.param == "conversation"
+    tasks[1].cancel()  # who gives up makes room
+    await asyncio.sleep(0)
+    leave.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not turns._queues
+    await answer()
+
+
+async def test_items_are_added_behind_an_answer_that_is_being_made(kept: KeptResponses) -> None:
+    conversations = Conversations(kept)
+    name = (await conversations.create("a", ConversationCreateRequest())).id
+    async with kept.turn("a", name):
+        adding = asyncio.create_task(
+            conversations.add_items("a", name, ItemsCreateRequest.model_validate({"items": [USER]}))
+        )
+        await asyncio.sleep(0.02)
+        assert not adding.done()
+        assert await kept.conversation_items(name, "a") == []
+    assert len((await adding).data) == 1
+
+
+async def test_a_response_whose_conversation_is_gone_is_kept(
+    kept: KeptResponses, answered: Callable[..., Answered], caplog: pytest.LogCaptureFixture
+) -> None:
+    await kept.keep(answered(conversation="conv_gone"))
+    assert b"Hello!" in await kept.retrieve("a", "resp_1")
+    assert "could not be added to its conversation" in caplog.text
+    caplog.clear()
+
+
+async def test_what_is_not_there_is_blamed_on_the_field(kept: KeptResponses) -> None:
+    with pytest.raises(NotStoredError) as error:
+        await kept.conversation_items("conv_gone", "a")
+    assert error.value.param == "conversation"
+    with pytest.raises(NotStoredError) as error:
+        await kept.response_items("resp_gone", "a")
+    assert error.value.param == "previous_response_id"
+
+
+async def test_a_store_in_memory_is_opened_once_when_it_is_needed() -> None:
+    kept = KeptResponses(StoreOptions())
+    await kept.start()
+    assert kept._store is None
+    owners = await asyncio.gather(*(kept.owner("key") for _ in range(5)))
+    assert len(set(owners)) == 1
+    await kept.close()
+    with pytest.raises(StoreUnavailableError):
+        await kept.retrieve("a", "resp_1")
+
+
+async def test_one_that_was_never_opened_is_not_opened_at_the_end() -> None:
+    kept = KeptResponses(StoreOptions())
+    await kept.close()
+    with pytest.raises(StoreUnavailableError, match="stopping"):
+        await kept.owner("key")
+
+
+def test_pages() -> None:
+    items = [{"id": f"msg_{number}", "type": "message"} for number in range(5)]
+    first = page_of(items, PageRequest(limit=2, order="asc"))
+    assert (first.first_id, first.last_id, first.has_more) == ("msg_0", "msg_1", True)
+    last = page_of(items, PageRequest(limit=4, after="msg_3"))
+    assert (last.first_id, last.last_id, last.has_more, len(last.data)) == ("msg_2", "msg_0", False, 3)
+    empty = page_of(items, PageRequest(after="msg_0"))
+    assert (empty.first_id, empty.last_id, empty.has_more, empty.data) == (None, None, False, ())
+    with pytest.raises(InvalidParameterError) as error:
+        page_of(items, PageRequest(after="msg_5"))
+    assert error.value.param == "after"
+
+
+def test_items_are_kept_with_id_type_status_and_parts() -> None:
+    adapter = TypeAdapter[Any](InputItem)
+    given = [
+        USER, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        {"type": "function_call_output", "call_id": "c", "output": "o", "id": "fco_1"}, {"type": "reasoning"},
+    ]  # fmt: skip
+    user, assistant, output, thoughts = stored_items([adapter.validate_python(item) for item in given])
+    assert user.pop("id").startswith("msg_")
+    assert user == {"type": "message", "role": "user", "status": "completed",
+                    "content": [{"type": "input_text", "text": "Hi"}]}  # fmt: skip
+    assert assistant["content"] == [{"type": "output_text", "text": "Yes", "annotations": []}]
+    assert (output["id"], output["status"]) == ("fco_1", "completed")
+    assert "status" not in thoughts
+    (text,) = stored_items("Hello")
+    assert text["content"] == [{"type": "input_text", "text": "Hello"}]
+    assert stored_items(None) == []
+    with pytest.raises(InvalidParameterError, match=r"input\.0 refers to an item"):
+        stored_items([adapter.validate_python({"type": "item_reference", "id": "msg_1"})])

@@ -1,0 +1,488 @@
+"""Responses over a scripted engine: whole and streamed alike, with tools that run here, memory, limits and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from response_judges import judge_events, judge_response
+
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestError,
+)
+from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_bytes
+from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.responses.api.mcp_source import OpenServer
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.responder import Responder, ResponderOptions
+from candle_vllm.responses.conversation.in_process_model import InProcessModel
+from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
+
+TEMPLATE = "{{ tools }}<tool_call>"  # writes calls, so that tools can be called
+FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+SERVER = {"type": "mcp", "server_label": "s", "require_approval": "never"}
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+class Clock:
+    """A tool of the server "s"."""
+
+    def __init__(self, name: str = "time", *, seconds: float = 0.0) -> None:
+        self.definition = ToolDefinition(name=f"s__{name}", server="s", original_name=name, read_only=name == "time")
+        self.seconds = seconds
+        self.runs = 0
+        self.cancelled = 0
+
+    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
+        self.runs += 1
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return ToolOutput.of_text(f"noon {json.dumps(arguments)}")
+
+
+class Servers:
+    """One server with these tools, or none that answers."""
+
+    def __init__(self, *tools: Clock, error: str | None = None) -> None:
+        self.tools = tools
+        self.error = error
+        self.open_now = 0
+
+    def check(self, tool: McpTool, path: str) -> None:
+        if tool.server_label != "s":
+            raise InvalidParameterError(f"{path}.server_label is not there", f"{path}.server_label")
+
+    @asynccontextmanager
+    async def open(self, tool: McpTool) -> AsyncIterator[OpenServer]:
+        self.open_now += 1
+        try:
+            yield OpenServer(tool.server_label, self.tools, self.error)
+        finally:
+            self.open_now -= 1
+
+
+class Notes:
+    """A memory that remembers."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Answered] = {}
+        self.conversations: dict[str, list[Any]] = {"conv_1": []}
+        self.inside = 0
+
+    async def response_items(self, response_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+        found = self.kept.get(response_id)
+        if found is None or found.owner != owner:
+            raise InvalidParameterError("there is none", "previous_response_id")
+        before = found.response.previous_response_id
+        earlier = await self.response_items(before, owner) if before else []
+        return [*earlier, *found.input_items, *json.loads(to_json_bytes(found.response))["output"]]
+
+    async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+        return list(self.conversations[conversation_id])
+
+    async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
+        items = [item for one in self.kept.values() for item in json.loads(to_json_bytes(one.response))["output"]]
+        return {item["id"]: item for item in items if item["id"] in item_ids}
+
+    async def keep(self, answered: Answered) -> None:
+        self.kept[answered.response.id] = answered
+        if answered.response.conversation is not None:
+            items = self.conversations[answered.response.conversation.id]
+            items += [*answered.input_items, *json.loads(to_json_bytes(answered.response))["output"]]
+
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: str, conversation_id: str) -> AsyncIterator[None]:
+        self.inside += 1
+        assert self.inside == 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+
+def responder(engine: ScriptedEngine, **options: Any) -> Responder:
+    adapter = OpenAIAdapter(engine, tool_parser="hermes", reasoning_parser="think")
+    return Responder(InProcessModel(adapter), count=adapter.count_chat_tokens, **options)
+
+
+def engine(script: Any = "Good day!", **options: Any) -> ScriptedEngine:
+    return ScriptedEngine(script, chat_template=TEMPLATE, **options)
+
+
+async def streamed(answering: Responder, request: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    events = [json.loads(to_json_bytes(event)) async for event in await answering.create_stream(request)]
+    return events, judge_events(events)
+
+
+def alike(response: dict[str, Any]) -> Any:
+    """A response without what differs from one to the next."""
+    text = json.dumps(response["output"])
+    for item in response["output"]:
+        for name in ("id", "call_id"):
+            text = text.replace(item.get(name) or item["id"], "")
+    return text, response["usage"], response["status"], response["incomplete_details"]
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    await asyncio.sleep(0)
+    left = {task for task in asyncio.all_tasks() if not task.done()} - before
+    assert left <= {asyncio.current_task()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tools": [FUNCTION]},
+        {"max_output_tokens": 9, "tools": [FUNCTION]},
+        {"top_logprobs": 2},
+        {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"]},
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "f"}},
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "string"}}}},
+        {"tools": [FUNCTION, {"type": "web_search"}], "instructions": "Be brief.", "metadata": {"a": "b"}},
+    ],
+)
+async def test_whole_and_streamed_are_alike(change: dict[str, Any]) -> None:
+    answering = responder(engine("<think>Hm.</think>\n\nI call. " + call("f", a=1)))
+    request = {"input": "Hi", **change}
+    whole = msgspec.to_builtins(await answering.create(request))
+    judge_response(whole)
+    _, last = await streamed(answering, request)
+    assert alike(whole) == alike(last)
+
+
+async def test_log_probabilities() -> None:
+    events, made = await streamed(responder(engine("Hi")), {"input": "x", "top_logprobs": 1})
+    entries = made["output"][0]["content"][0]["logprobs"]
+    assert [entry["token"] for entry in entries] == ["H", "i", "<|eos|>"]  # as in chat answers
+    assert [len(entry["top_logprobs"]) for entry in entries] == [1, 1, 1]
+    told = [entry for event in events if event["type"].endswith("text.delta") for entry in event["logprobs"]]
+    assert told == entries
+
+
+async def test_what_the_model_is_asked() -> None:
+    scripted = engine()
+    request = {
+        "input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief.", "temperature": 0.5, "seed": 7,
+        "tools": [{"type": "namespace", "name": "n", "description": "Tools.", "tools": [FUNCTION]}],
+        "max_output_tokens": 30, "reasoning": {"effort": "low"},
+    }  # fmt: skip
+    made = await responder(scripted, options=ResponderOptions(model="m", sampling_defaults={"top_p": 0.9})).create(
+        request
+    )
+    asked = scripted.template_calls[-1]
+    assert asked.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert asked.options["reasoning_effort"] == "low"
+    function = asked.options["tools"][0]["function"]
+    assert (function["name"], function["description"]) == ("n__f", "One of the tools of n: Tools.")
+    params = scripted.requests[-1].params
+    assert (params.temperature, params.seed, params.max_tokens, params.top_p) == (0.5, 7, 30, 0.9)
+    assert (made.model, made.temperature, made.top_p, made.max_output_tokens) == ("m", 0.5, 0.9, 30)
+
+
+async def test_tools_of_servers_run_here() -> None:
+    clock, scripted = (
+        Clock(),
+        engine(lambda prompt: "It is noon." if "tool\nnoon" in prompt else call("s__time", zone="Z")),
+    )
+    servers = Servers(clock)
+    answering = responder(scripted, servers=servers)
+    events, made = await streamed(answering, {"input": "What time is it?", "tools": [SERVER, FUNCTION]})
+    assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "mcp_call", "message"]
+    listed, ran, _ = made["output"]
+    assert [tool["name"] for tool in listed["tools"]] == ["time"]
+    assert (ran["name"], ran["arguments"], ran["output"]) == ("time", '{"zone": "Z"}', 'noon {"zone": "Z"}')
+    assert (clock.runs, servers.open_now) == (1, 0)
+    first, second = [request.prompt_token_ids for request in scripted.requests]
+    assert made["usage"]["input_tokens"] == len(first) + len(second)
+    assert len([event for event in events if event["type"] == "response.created"]) == 1
+    # The next request brings the items along: the server is not listed again, and the call has its result.
+    again = [{"role": "user", "content": "What time is it?"}, *made["output"], {"role": "user", "content": "Sure?"}]
+    after = await answering.create({"input": again, "tools": [SERVER]})
+    assert [item.__struct_config__.tag for item in after.output] == ["message"]
+    roles = [message["role"] for message in scripted.template_calls[-1].messages]
+    assert roles == ["user", "assistant", "tool", "assistant", "user"]
+
+
+async def test_a_server_that_cannot_be_reached_is_told() -> None:
+    made = await responder(engine(), servers=Servers(error="nobody answers")).create({"input": "Hi", "tools": [SERVER]})
+    listed, said = msgspec.to_builtins(made.output)
+    assert (listed["error"], listed["status"], said["type"]) == ("nobody answers", "failed", "message")
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({}, {"time", "set"}),
+        ({"allowed_tools": ["set"]}, {"set"}),
+        ({"allowed_tools": {"read_only": True}}, {"time"}),
+        ({"allowed_tools": {"tool_names": ["time"], "read_only": False}}, set()),
+    ],
+)
+async def test_allowed_tools(change: dict[str, Any], seen: set[str]) -> None:
+    scripted = engine()
+    answering = responder(scripted, servers=Servers(Clock(), Clock("set")))
+    await answering.create({"input": "Hi", "tools": [{**SERVER, **change}]})
+    shown = scripted.template_calls[-1].options.get("tools") or []
+    assert {tool["function"]["name"].removeprefix("s__") for tool in shown} == seen
+
+
+@pytest.mark.parametrize(
+    ("require", "asks"),
+    [
+        (None, True),
+        ("always", True),
+        ("never", False),
+        ({"never": {"tool_names": ["time"]}}, False),
+        ({"never": {"tool_names": ["set"]}}, True),
+        ({"always": {"read_only": True}, "never": {}}, True),
+    ],
+)
+async def test_agreement(require: Any, asks: bool) -> None:
+    clock = Clock()
+    scripted = engine(lambda prompt: "Noon." if "tool\n" in prompt else call("s__time"))
+    answering = responder(scripted, servers=Servers(clock))
+    tools = [{**SERVER, "require_approval": require}]
+    _, made = await streamed(answering, {"input": "Hi", "tools": tools})
+    assert [item["type"] for item in made["output"]][1:] == (
+        ["mcp_approval_request"] if asks else ["mcp_call", "message"]
+    )
+    assert clock.runs == (not asks)
+    if not asks:
+        return
+    given = [{"role": "user", "content": "Hi"}, *made["output"]]
+    request = made["output"][-1]["id"]
+    agreed = {"type": "mcp_approval_response", "approval_request_id": request, "approve": True}
+    _, after = await streamed(answering, {"input": [*given, agreed], "tools": tools})
+    assert [item["type"] for item in after["output"]] == ["mcp_call", "message"]
+    assert (after["output"][0]["approval_request_id"], clock.runs) == (request, 1)
+    _, denied = await streamed(answering, {"input": [*given, {**agreed, "approve": False}], "tools": tools})
+    assert ([item["type"] for item in denied["output"]], clock.runs) == (["message"], 1)
+
+
+async def test_tools_of_the_caller_and_of_servers_in_one_turn() -> None:
+    clock = Clock()
+    answering = responder(engine(call("s__time") + "\n" + call("f", a=1)), servers=Servers(clock))
+    _, made = await streamed(answering, {"input": "Hi", "tools": [SERVER, FUNCTION]})
+    assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "mcp_call", "function_call"]
+    assert (made["status"], clock.runs) == ("completed", 1)
+
+
+async def test_a_limit_of_calls() -> None:
+    clock = Clock()
+    answering = responder(engine(call("s__time")), servers=Servers(clock))
+    _, made = await streamed(answering, {"input": "Hi", "tools": [SERVER], "max_tool_calls": 2})
+    assert (made["incomplete_details"], clock.runs) == ({"reason": "max_tool_calls"}, 2)
+    assert [item["status"] for item in made["output"][1:]] == ["completed", "completed", "incomplete"]
+
+
+async def test_a_limit_of_tokens_is_one_of_all_turns() -> None:
+    turn = call("s__time")
+    scripted = engine(turn)
+    answering = responder(scripted, servers=Servers(Clock()))
+    limit = 2 * len(turn) + 10
+    _, made = await streamed(answering, {"input": "Hi", "tools": [SERVER], "max_output_tokens": limit})
+    assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert made["usage"]["output_tokens"] <= limit
+    limits = [request.params.max_tokens or 0 for request in scripted.requests]
+    assert limits[0] == limit
+    assert limits == sorted(limits, reverse=True)
+    spent = made["usage"]["output_tokens"]
+    _, exact = await streamed(answering, {"input": "Hi", "tools": [SERVER], "max_output_tokens": len(turn) + 1})
+    assert exact["incomplete_details"] == {"reason": "max_output_tokens"}, spent
+
+
+async def test_a_forced_call_is_forced_once() -> None:
+    scripted = engine(lambda prompt: "Noon." if "tool\n" in prompt else call("s__time"))
+    answering = responder(scripted, servers=Servers(Clock()))
+    made = await answering.create(
+        {"input": "Hi", "tools": [SERVER], "tool_choice": {"type": "mcp", "server_label": "s"}}
+    )
+    assert made.status == "completed"
+
+
+async def test_a_timeout_ends_tools() -> None:
+    clock = Clock(seconds=60)
+    answering = responder(engine(call("s__time")), servers=Servers(clock), options=ResponderOptions(timeout=0.2))
+    _, made = await streamed(answering, {"input": "Hi", "tools": [SERVER]})
+    assert (made["incomplete_details"], clock.cancelled) == ({"reason": "timeout"}, 1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+async def test_a_reader_that_leaves_ends_everything(seconds: float) -> None:
+    clock, scripted = Clock(seconds=seconds), engine(call("s__time") + "a long text " * 30)
+    servers = Servers(clock)
+    answering = responder(scripted, servers=servers)
+    stream = await answering.create_stream({"input": "Hi", "tools": [SERVER]})
+    async for event in stream:
+        if event.event_name.endswith(("text.delta", "mcp_call_arguments.done")):
+            break
+    await stream.aclose()
+    await stream.aclose()
+    assert servers.open_now == 0
+    assert scripted.stats().num_running == 0
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_a_request_that_is_never_started_leaves_nothing() -> None:
+    servers = Servers(Clock())
+    stream = await responder(engine(), servers=servers).prepare({"input": "Hi", "tools": [SERVER]})
+    assert [event.event_name for event in stream.opening()] == ["response.created", "response.in_progress"]
+    await stream.aclose()
+    assert servers.open_now == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "request_", "error", "param"),
+    [
+        ({"submit_error": EngineOverloadedError("full")}, {}, EngineOverloadedError, None),
+        ({"max_model_len": 64}, {"input": "x" * 100}, PromptTooLongError, "input"),
+        ({"max_model_len": 64}, {"max_output_tokens": 100}, PromptTooLongError, "max_output_tokens"),
+        ({"has_chat_template": False}, {}, RequestError, "input"),
+        ({}, {"chat_template_kwargs": {"tools": 1}}, InvalidParameterError, "chat_template_kwargs.tools"),
+        ({}, {"store": True}, UnsupportedParameterError, "store"),
+        ({}, {"background": True}, UnsupportedParameterError, "background"),
+        ({}, {"previous_response_id": "resp_1"}, UnsupportedParameterError, "previous_response_id"),
+        ({}, {"tools": [{**SERVER, "server_label": "other"}]}, InvalidParameterError, "tools.0.server_label"),
+        ({}, {"tools": [SERVER, FUNCTION, SERVER]}, InvalidParameterError, "tools.2.server_label"),
+        ({}, {"tools": [{"type": "web_search"}], "tool_choice": "required"}, InvalidParameterError, "tool_choice"),
+        ({}, {"tools": [FUNCTION, FUNCTION]}, InvalidParameterError, "tools.1.name"),
+    ],
+)
+async def test_refused_before_the_first_event(
+    options: dict[str, Any], request_: dict[str, Any], error: type[Exception], param: str | None
+) -> None:
+    servers = Servers(Clock())
+    answering = responder(engine(**options), servers=servers)
+    for ask in (answering.create, answering.create_stream):
+        with pytest.raises(error) as refusal:
+            await ask({"input": "Hi", **request_})
+        assert getattr(refusal.value, "param", None) == param
+    assert servers.open_now == 0
+
+
+async def test_a_failure_in_the_middle() -> None:
+    answering = responder(engine("abcdef", fail_after=3, failure="secret path"))
+    events, made = await streamed(answering, {"input": "Hi"})
+    assert [event["type"] for event in events[-2:]] == ["error", "response.failed"]
+    assert made["error"] == {"code": "server_error", "message": "The engine failed on this request."}
+    assert made["output"][0]["status"] == "incomplete"
+    with pytest.raises(GenerationFailedError):
+        await answering.create({"input": "Hi"})
+
+
+async def test_old_turns_are_left_out_where_that_is_asked_for() -> None:
+    scripted = engine("ok", max_model_len=300)
+    answering = responder(scripted)
+    turns = [
+        message
+        for number in range(20)
+        for message in ({"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "answer"})
+    ]
+    request = {"instructions": "Be brief.", "input": [*turns, {"role": "user", "content": "the last one"}]}
+    with pytest.raises(PromptTooLongError):
+        await answering.create(request)
+    made = await answering.create({**request, "truncation": "auto"})
+    assert (made.status, made.truncation) == ("completed", "auto")
+    shown = scripted.template_calls[-1].messages
+    assert shown[0] == {"role": "system", "content": "Be brief."}
+    assert (shown[1]["role"], shown[-1]["content"]) == ("user", "the last one")
+    assert 3 < len(shown) < len(turns)
+    with pytest.raises(PromptTooLongError):
+        await answering.create({"input": "x" * 400, "truncation": "auto"})
+
+
+async def test_responses_follow_each_other() -> None:
+    notes, scripted = Notes(), engine(lambda prompt: f"answer {prompt.count('user')}")
+    answering = responder(scripted, memory=notes)
+    first = await answering.create({"input": "one", "instructions": "Only now."}, owner="a")
+    second = await answering.create({"input": "two", "previous_response_id": first.id}, owner="a")
+    third = await answering.create({"input": "three", "previous_response_id": second.id, "store": False}, owner="a")
+    assert [message["content"] for message in scripted.template_calls[-1].messages] == [
+        "one", "answer 1", "two", "answer 2", "three",
+    ]  # fmt: skip
+    assert (first.store, third.store, set(notes.kept)) == (True, False, {first.id, second.id})
+    assert second.previous_response_id == first.id
+    with pytest.raises(InvalidParameterError):
+        await answering.create({"input": "x", "previous_response_id": first.id}, owner="b")
+    given = notes.kept[first.id].input_items[0]
+    assert given["id"].startswith("msg_")
+
+
+async def test_conversations_and_references() -> None:
+    notes, scripted = Notes(), engine("ok")
+    answering = responder(scripted, memory=notes)
+    first = await answering.create({"input": "one", "conversation": "conv_1"})
+    assert first.conversation is not None
+    await answering.create({"input": "two", "conversation": {"id": "conv_1"}})
+    assert [message["content"] for message in scripted.template_calls[-1].messages] == ["one", "ok", "two"]
+    assert len(notes.conversations["conv_1"]) == 4
+    reference = {"type": "item_reference", "id": msgspec.to_builtins(first.output[0])["id"]}
+    items = [{"role": "user", "content": "x"}, reference, {"role": "user", "content": "y"}]
+    await answering.create({"input": items, "store": False})
+    assert [message["content"] for message in scripted.template_calls[-1].messages] == ["x", "ok", "y"]
+    with pytest.raises(InvalidParameterError) as refusal:
+        await answering.create({"input": [{"type": "item_reference", "id": "nothing"}]})
+    assert refusal.value.param == "input.0.id"
+
+
+async def test_what_cannot_be_kept_is_told() -> None:
+    class Full(Notes):
+        async def keep(self, answered: Answered) -> None:
+            raise CandleVllmError("no room")
+
+    answering = responder(engine(), memory=Full())
+    events, made = await streamed(answering, {"input": "Hi"})
+    assert (made["status"], events[-2]["type"]) == ("failed", "error")
+    with pytest.raises(CandleVllmError, match="no room"):
+        await answering.create({"input": "Hi"})
+
+
+async def test_tokens_are_counted_without_an_answer() -> None:
+    scripted = engine()
+    answering = responder(scripted, servers=Servers(Clock()))
+    request = {"input": "Hi", "instructions": "Be brief.", "tools": [SERVER]}
+    counted = await answering.count_input_tokens(request)
+    assert not scripted.requests
+    made = await answering.create(request)
+    assert made.usage is not None
+    assert counted.input_tokens == made.usage.input_tokens
+    with pytest.raises(UnsupportedParameterError):
+        await Responder(InProcessModel(OpenAIAdapter(scripted))).count_input_tokens(request)
+
+
+async def test_habits_of_the_template_are_asked_for() -> None:
+    async def habits() -> TemplateHabits:
+        return TemplateHabits(system_anywhere=False)
+
+    scripted = engine()
+    items = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "system", "content": "c"},
+    ]
+    await responder(scripted, habits=habits).create({"input": items})
+    assert scripted.template_calls[-1].messages[-1]["content"] == "<system>\nc\n</system>"

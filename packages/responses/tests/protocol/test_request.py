@@ -1,0 +1,92 @@
+"""Requests: every field of the official client's is taken, without effect, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types.responses.input_token_count_params import InputTokenCountParams
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
+from openresponses_types.types import CreateResponseBody
+
+from candle_vllm.core.errors import InvalidParameterError, RequestError
+from candle_vllm.openai.errors import UnknownParameterError, UnsupportedParameterError
+from candle_vllm.responses.protocol.fields import ADVISORY_RESPONSES_FIELDS
+from candle_vllm.responses.protocol.request import (
+    InputTokensRequest,
+    ResponsesRequest,
+    parse_input_tokens_request,
+    parse_responses_request,
+)
+from candle_vllm.responses.protocol.tools import HostedTool, McpTool
+
+HI = {"input": "Hi"}
+
+
+def test_every_official_field_is_known() -> None:
+    official = {*ResponseCreateParamsStreaming.__mro__[0].__annotations__}
+    for base in getattr(ResponseCreateParamsStreaming, "__orig_bases__", ()):
+        official |= {*getattr(base, "__annotations__", ())}
+    assert len(official) > 25
+    known = {*ResponsesRequest.wire_names(), *ResponsesRequest.refused_fields}
+    assert not official - known
+    assert not {*CreateResponseBody.model_fields} - known
+    counted = {*InputTokensRequest.wire_names(), *InputTokensRequest.refused_fields}
+    assert not {*InputTokenCountParams.__annotations__} - counted
+
+
+def test_fields_without_effect_exist() -> None:
+    for path in ADVISORY_RESPONSES_FIELDS:
+        name, _, below = path.partition(".")
+        assert name in ResponsesRequest.wire_names()
+        parse_responses_request({**HI, name: {below: None} if below else None})
+
+
+def test_what_codex_sends() -> None:
+    wire = parse_responses_request({
+        "model": "m", "stream": True, "store": False, "tool_choice": "auto", "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
+        "client_metadata": {"session_id": "s"},
+        "input": [{"type": "message", "id": "m", "role": "user", "content": [{"type": "input_text", "text": "a"}]}],
+        "tools": [{"type": "web_search", "external_web_access": False}],
+    })  # fmt: skip
+    assert wire.wants_encrypted
+    assert not wire.wants_logprobs
+    assert wire.tools == [HostedTool(type="web_search")]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "param"),
+    [
+        ({"inputt": "x"}, UnknownParameterError, "inputt"),
+        ({"messages": []}, UnsupportedParameterError, "messages"),
+        ({"prompt": {"id": "p"}}, UnsupportedParameterError, "prompt"),
+        ({"background": True, "store": False}, InvalidParameterError, "store"),
+        ({"previous_response_id": "a", "conversation": "b"}, InvalidParameterError, "previous_response_id"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, UnsupportedParameterError,
+         "stream_options.include_obfuscation"),
+    ],
+)  # fmt: skip
+def test_refused(change: dict[str, Any], error: type[RequestError], param: str) -> None:
+    with pytest.raises(error) as refusal:
+        parse_responses_request({**HI, **change})
+    assert refusal.value.param == param
+
+
+def test_counting_takes_no_sampling_fields() -> None:
+    with pytest.raises(UnsupportedParameterError, match="counting generates nothing"):
+        parse_input_tokens_request({**HI, "temperature": 1.0})
+
+
+def test_secrets_do_not_show() -> None:
+    tool = {
+        "type": "mcp",
+        "server_label": "s",
+        "server_url": "https://h/",
+        "authorization": "hush",
+        "headers": {"k": "hush"},
+    }
+    wire = parse_responses_request({**HI, "tools": [tool]})
+    assert wire.tools
+    assert isinstance(wire.tools[0], McpTool)
+    assert "hush" not in repr(wire)

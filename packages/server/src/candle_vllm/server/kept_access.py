@@ -1,0 +1,99 @@
+"""What the routes of kept responses and conversations share: whose they are, their queries, and their refusals.
+
+Step 1 of a request's life; nothing is generated here.
+"""
+
+from __future__ import annotations
+
+from fastapi import Request
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
+from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.store.errors import (
+    ConversationBusyError,
+    NotStoredError,
+    StoreLimitError,
+    StoreUnavailableError,
+)
+from candle_vllm.responses.store.records import is_id
+from candle_vllm.server.errors import HttpError
+
+INCLUDABLE = (
+    "message.output_text.logprobs", "reasoning.encrypted_content", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
+    "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+)  # fmt: skip
+_INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
+_MAX_NUMBER = 9  # digits
+
+
+async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
+    """What keeps responses, and the caller as an owner of them; 404 where nothing is kept."""
+    kept: KeptResponses | None = request.app.state.kept
+    if kept is None:
+        raise HttpError(404, "This server keeps no responses: it was started with --responses-store off.", "store_off")
+    return kept, await kept.owner(getattr(request.state, "api_key", ""))
+
+
+def query_of(request: Request, *known: str) -> dict[str, str]:
+    """The query parameters, each known and given once; `include` may be given often, and changes nothing.
+
+    What can be included is in the items where it was asked for when they were made.
+    """
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in _INCLUDES and "include" in known:
+            if value not in INCLUDABLE:
+                raise InvalidParameterError(
+                    f"include must be one of {', '.join(INCLUDABLE)}, not {value!r:.80}", "include"
+                )
+        elif name not in known:
+            raise InvalidParameterError(f"{name!r:.80} is not a query parameter of this route", name[:64])
+        elif name in given:
+            raise InvalidParameterError(f"{name} stands twice in the query", name)
+        else:
+            given[name] = value
+    return given
+
+
+def page_request(request: Request) -> PageRequest:
+    """Which items of a list are asked for."""
+    query = query_of(request, "limit", "order", "after", "include")
+    limit = number_of("limit", query.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
+    order, after = query.get("order", "desc"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidParameterError(f"order must be asc or desc, not {order!r:.60}", "order")
+    if after is not None and not is_id(after):
+        raise InvalidParameterError(f"after must be the id of an item, not {after!r:.80}", "after")
+    return PageRequest(limit=limit, order="asc" if order == "asc" else "desc", after=after)
+
+
+def number_of(name: str, text: str, low: int, high: int) -> int:
+    """A whole number of the query."""
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_NUMBER and low <= int(text) <= high):
+        raise InvalidParameterError(f"{name} must be a whole number between {low} and {high}, not {text!r:.60}", name)
+    return int(text)
+
+
+def switch_of(query: dict[str, str], name: str) -> bool:
+    """A query parameter that is true or false; absent, it is false."""
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise InvalidParameterError(f"{name} must be true or false, not {text!r:.60}", name)
+    return text == "true"
+
+
+def store_refusal(failure: Exception) -> HttpError | None:
+    """What a client is told of a failure of the store; None where it is another failure."""
+    if isinstance(failure, NotStoredError):
+        if failure.param == "previous_response_id":
+            return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
+        return HttpError(404, str(failure), "not_found", param=failure.param)
+    if isinstance(failure, StoreLimitError):
+        return HttpError(400, str(failure), "store_limit", param=failure.param)
+    if isinstance(failure, ConversationBusyError):
+        return HttpError(409, str(failure), "conversation_locked", {"retry-after": "1"}, param=failure.param)
+    if isinstance(failure, StoreUnavailableError):
+        return HttpError(503, str(failure), "store_unavailable", {"retry-after": "1"})
+    return None

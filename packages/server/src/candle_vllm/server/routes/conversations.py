@@ -1,0 +1,100 @@
+"""`/v1/conversations`: conversations and their items. Every one is of the caller's own API key."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.parsing import parse_body
+from candle_vllm.responses.api.conversations import (
+    ConversationCreateRequest,
+    Conversations,
+    ConversationUpdateRequest,
+    ItemsCreateRequest,
+)
+from candle_vllm.server.answering import in_time, parsed
+from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.kept_access import kept_and_owner, page_request, query_of
+
+router = APIRouter()
+
+
+@router.post("/v1/conversations")
+async def create_conversation(request: Request) -> Response:
+    """A new conversation, with its first items."""
+    conversations, owner = await _conversations(request)
+    wire = await _body(request, ConversationCreateRequest)
+    return _json(await conversations.create(owner, wire))
+
+
+@router.get("/v1/conversations/{conversation_id}")
+async def get_conversation(request: Request, conversation_id: str) -> Response:
+    """A conversation without its items."""
+    conversations, owner = await _conversations(request)
+    return _json(await conversations.retrieve(owner, conversation_id))
+
+
+@router.post("/v1/conversations/{conversation_id}")
+async def update_conversation(request: Request, conversation_id: str) -> Response:
+    """Gives a conversation other metadata."""
+    conversations, owner = await _conversations(request)
+    wire = await _body(request, ConversationUpdateRequest)
+    return _json(await conversations.update(owner, conversation_id, wire))
+
+
+@router.delete("/v1/conversations/{conversation_id}")
+async def delete_conversation(request: Request, conversation_id: str) -> Response:
+    """Deletes a conversation and its items."""
+    conversations, owner = await _conversations(request)
+    return _json(await conversations.delete(owner, conversation_id))
+
+
+@router.get("/v1/conversations/{conversation_id}/items")
+async def list_items(request: Request, conversation_id: str) -> Response:
+    """Some of its items."""
+    wanted = page_request(request)
+    conversations, owner = await _conversations(request, "limit", "order", "after", "include")
+    return _json(await conversations.items(owner, conversation_id, wanted))
+
+
+@router.post("/v1/conversations/{conversation_id}/items")
+async def create_items(request: Request, conversation_id: str) -> Response:
+    """Adds items at its end."""
+    conversations, owner = await _conversations(request, "include")
+    wire = await _body(request, ItemsCreateRequest)
+    adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response that is being answered
+    async with in_time(time.monotonic() + request.app.state.settings.request_timeout):
+        return _json(await unless_disconnected(adding, request.receive))
+
+
+@router.get("/v1/conversations/{conversation_id}/items/{item_id}")
+async def get_item(request: Request, conversation_id: str, item_id: str) -> Response:
+    """One item."""
+    conversations, owner = await _conversations(request, "include")
+    return Response(await conversations.item(owner, conversation_id, item_id), media_type="application/json")
+
+
+@router.delete("/v1/conversations/{conversation_id}/items/{item_id}")
+async def delete_item(request: Request, conversation_id: str, item_id: str) -> Response:
+    """Deletes one item; the conversation that it was in."""
+    conversations, owner = await _conversations(request)
+    return _json(await conversations.delete_item(owner, conversation_id, item_id))
+
+
+async def _conversations(request: Request, *known: str) -> tuple[Conversations, str]:
+    kept, owner = await kept_and_owner(request)
+    query_of(request, *known)
+    return Conversations(kept), owner
+
+
+async def _body(request: Request, kind: type[Any]) -> Any:
+    return await parsed(request, partial(parse_body, kind))
+
+
+def _json(made: Any) -> Response:
+    return Response(to_json_bytes(made), media_type="application/json")

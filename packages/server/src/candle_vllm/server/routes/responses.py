@@ -1,0 +1,184 @@
+"""`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
+
+Responses that are kept are fetched by the routes of `stored_responses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response as HttpResponse
+
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.event_buffer import EncodedEvent
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
+from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
+from candle_vllm.responses.protocol.items import ItemReference
+from candle_vllm.responses.protocol.request import (
+    PromptFields,
+    ResponsesRequest,
+    parse_input_tokens_request,
+    parse_responses_request,
+)
+from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.server.answering import (
+    GenerationApi,
+    answer_parsed,
+    answer_with,
+    deadline_of,
+    in_time,
+    key_of,
+    parsed,
+)
+from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.keeping import NOT_HERE
+from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.server.model_slot import Lease, ServedModel
+from candle_vllm.server.responders import Responders
+from candle_vllm.server.sse import DONE, EventStream, named_event
+
+router = APIRouter()
+JSON = "application/json"
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request) -> HttpResponse:
+    """OpenAI's responses: whole, streamed, or in the background."""
+    deadline = deadline_of(request)
+    wire = await parsed(request, parse_responses_request)
+    if wire.background:
+        return await _in_background(request, wire, deadline)
+    return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request) -> HttpResponse:
+    """How many tokens the prompt of a response has; nothing is generated."""
+    responders: Responders = request.app.state.responders
+
+    async def count(model: ServedModel, wire: Any) -> InputTokens:
+        return await responders.of(model).count_input_tokens(wire, owner=await _owner(request, wire))
+
+    return await answer_with(request, parse_input_tokens_request, count, queued=False)
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._responders: Responders = request.app.state.responders
+        self._stream: ResponseStream | None = None
+
+    def api(self) -> GenerationApi:
+        """How it is answered."""
+        return GenerationApi(
+            parse=parse_responses_request,
+            whole=self._whole,
+            streamed=self._streamed,
+            event=_encoded,
+            error_event=self._error_events,
+            defaults=lambda wire, settings: wire,  # its responder has them  # noqa: ARG005
+        )
+
+    async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
+        return await self._responders.of(model).create(wire, owner=await _owner(self._request, wire))
+
+    async def _streamed(self, model: ServedModel, wire: ResponsesRequest) -> ResponseStream:
+        owner = await _owner(self._request, wire)
+        self._stream = await self._responders.of(model).create_stream(wire, owner=owner)
+        return self._stream
+
+    def _error_events(self, failure: Exception) -> bytes:
+        """The end of a stream that the server ends: the response fails, with the numbers that come next."""
+        assert self._stream is not None
+        if isinstance(failure, HttpError):
+            detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
+        else:
+            detail = error_detail(failure)
+        return b"".join(map(_encoded, self._stream.stop(detail))) + DONE
+
+
+async def _in_background(request: Request, wire: ResponsesRequest, deadline: float) -> HttpResponse:
+    """Begins a response that outlives its client; its turn is waited for by a task of the application."""
+    state = request.app.state
+    refuse_headers(request.scope["headers"], NOT_HERE)
+    responders: Responders = state.responders
+    async with in_time(deadline):
+        lease = await unless_disconnected(
+            state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
+        )
+        stream = None
+        try:
+            owner = await _owner(request, wire)
+            stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False)
+            assert responders.kept is not None
+            queued = stream.response
+            work = _work(stream, lease, key_of(request), wire.priority or 0)
+            answered = Answered(owner=owner, response=queued, input_items=stream.input_items)
+            events = await responders.kept.begin(answered, work, state.settings.request_timeout)
+        except BaseException:
+            if stream is not None:
+                await stream.aclose()
+            lease.release()
+            raise
+    if not wire.stream:
+        return HttpResponse(to_json_bytes(queued), media_type=JSON)
+    return EventStream(events, _sent, _background_error)
+
+
+async def _work(stream: ResponseStream, lease: Lease, key: str, priority: int) -> AsyncGenerator[StreamEvent, None]:
+    """The events of a response that waits for its place by itself."""
+    try:
+        for event in stream.opening():
+            yield event
+        allowed = lease.model.entry.settings.enable_request_priority
+        place = await lease.model.admission.enter(key, 1, priority if allowed else 0)
+        try:
+            await stream.start()
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()
+            place.leave()
+    finally:
+        await stream.aclose()
+        lease.release()
+
+
+async def _owner(request: Request, wire: PromptFields) -> str:
+    """Whose response it is; nobody's where no store is needed, which takes a moment to open."""
+    responders: Responders = request.app.state.responders
+    stored = isinstance(wire, ResponsesRequest) and wire.store is not False
+    given = wire.input if isinstance(wire.input, list) else ()
+    refers = wire.previous_response_id is not None or wire.conversation is not None
+    refers = refers or any(isinstance(item, ItemReference) for item in given)
+    if responders.kept is None or not (stored or refers):
+        return ""
+    return await responders.kept.owner(getattr(request.state, "api_key", ""))
+
+
+def _encoded(event: StreamEvent) -> bytes:
+    return named_event(event.event_name, to_json_bytes(event))
+
+
+def _sent(event: EncodedEvent) -> bytes:
+    return named_event(event.name, event.data)
+
+
+def _background_error(failure: Exception) -> bytes:
+    """The last event for a reader that could not be told everything."""
+    detail = error_detail(failure)
+    body = {
+        "type": "error",
+        "sequence_number": 0,
+        "code": detail.code,
+        "message": detail.message,
+        "param": detail.param,
+    }
+    return named_event("error", msgspec.json.encode(body))

@@ -1,0 +1,285 @@
+"""`candle-vllm agent` on a scripted engine, with a real MCP server over stdio and a real terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from server_fakes import PacedEngine
+
+from candle_vllm.responses.conversation import events
+from candle_vllm.responses.conversation.options import ConversationUsage
+from candle_vllm.responses.tools.approval import Approval
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
+from candle_vllm.server.cli import main
+from candle_vllm.server.commands import agent as agent_module
+from candle_vllm.server.commands.agent_approval import TerminalApproval
+from candle_vllm.server.commands.agent_display import AgentDisplay
+
+SERVER = """
+import sys
+from mcp.server import MCPServer
+
+server = MCPServer("numbers")
+
+@server.tool()
+def double(n: int) -> int:
+    "Doubles a number."
+    return 2 * n
+
+server.run(transport="stdio")
+"""
+
+
+def call_text(name: str, **arguments: object) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    return tmp_path
+
+
+def write_config(folder: Path, **more: object) -> None:
+    (folder / "server.py").write_text(SERVER)
+    entry = {"command": sys.executable, "args": [str(folder / "server.py")], **more}
+    (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"numbers": entry}}))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *texts: str) -> PacedEngine:
+    left = list(texts)
+    engine = PacedEngine(lambda _: left.pop(0) if len(left) > 1 else left[0])
+    monkeypatch.setattr(agent_module, "load_engine", lambda *_: engine)
+    return engine
+
+
+DOUBLE = call_text("numbers__double", n=21)
+
+
+@pytest.mark.parametrize("flags", [["--yes"], ["--approve", "double"], ["--approve", "numbers__*"]])
+def test_a_request_is_carried_out(
+    flags: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(folder)
+    engine = scripted(monkeypatch, "Let me see." + DOUBLE, "It is 42.")
+    assert main(["agent", "--tool-parser", "hermes", *flags, "--system", "S", "--max-tokens", "99", "21 * 2?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Let me see.\nIt is 42.\n"
+    assert "1 tools of 1 MCP servers: numbers" in err
+    assert '-> numbers__double {"n": 21}' in err
+    assert "<- numbers__double 42" in err
+    first = engine.template_calls[0].messages
+    assert [message["content"] for message in first] == ["S", "21 * 2?"]
+    assert engine.requests[0].params.max_tokens == 99
+    assert engine.closed
+
+
+def test_the_configuration_approves_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(folder, autoApprove=["double"])
+    engine = scripted(monkeypatch, DOUBLE, "42")
+    assert main(["agent", "--tool-parser", "hermes", "x"]) == 0
+    assert engine.template_calls[-1].messages[-1]["content"] == "42"
+
+
+def test_without_a_terminal_nothing_is_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(folder)
+    engine = scripted(monkeypatch, DOUBLE, "I may not.")
+    assert main(["agent", "--tool-parser", "hermes", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert "numbers__double is not allowed, because standard input is no terminal" in err
+    assert "denied" in err
+    assert out == "I may not.\n"
+    assert "not agree" in engine.template_calls[-1].messages[-1]["content"]
+
+
+def test_an_unfinished_request_is_status_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(folder)
+    scripted(monkeypatch, call_text("nothing"))
+    assert main(["agent", "--tool-parser", "hermes", "--max-turns", "1", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "<- nothing unknown: There is no tool 'nothing'." in err
+    assert "not finished: the model has had all its turns" in err
+
+
+def test_a_failing_model_is_status_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert main(["agent", "--base-url", "http://127.0.0.1:9/v1", "--m", "m", "--api-key", "sk-secret", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "error: the model server at 127.0.0.1 cannot be reached" in err
+    assert "sk-secret" not in err
+
+
+def test_events_as_json(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(folder)
+    scripted(monkeypatch, DOUBLE, "42")
+    assert main(["agent", "--tool-parser", "hermes", "--yes", "--json", "x"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {"type": "TurnStarted", "number": 1}
+    assert lines[-1]["type"] == "ConversationFinished"
+    assert lines[-1]["result"]["final_message"] == "42"
+    finished = [line["result"]["text"] for line in lines if line["type"] == "ToolFinished"]
+    assert finished == ["42"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["agent"], "the following arguments are required: REQUEST"),
+        (["agent", ""], "REQUEST must have 1 to"),
+        (["agent", "-"], "the request is empty"),
+        (["agent", "--api-key", "x", "y"], "--api-key needs --base-url"),
+        (["agent", "--base-url", "ftp://x", "y"], "must begin with http"),
+        (["agent", "--mcp-config", "no.json", "y"], "no.json does not exist"),
+        (["agent", "--max-turns", "0", "y"], "between 1 and 1000"),
+        (["chat", "--mcp-config", "x"], "--mcp-config does not apply to `candle-vllm chat`"),
+    ],
+)
+def test_usage(
+    arguments: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_request_from_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = scripted(monkeypatch, "ok")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\n".encode())))
+    assert main(["agent", "-"]) == 0
+    assert engine.template_calls[0].messages[0]["content"] == "Grüße\n"
+
+
+class TestAsking:
+    CALL = ToolCall(id="c", name="s__delete", arguments="{}")
+    DEFINITION = ToolDefinition(name="s__delete", server="s", original_name="delete")
+
+    def ask(self, *lines: str | None) -> tuple[list[Approval], int]:
+        """The answers to two calls of one tool, and how many lines were read."""
+        left = list(lines)
+
+        async def read_line(_: str) -> str | None:
+            return left.pop(0)
+
+        async def twice() -> list[Approval]:
+            approval = TerminalApproval((), read_line)
+            return [await approval(self.CALL, self.DEFINITION) for _ in range(2)]
+
+        return asyncio.run(twice()), len(lines) - len(left)
+
+    @pytest.mark.parametrize(
+        ("lines", "answers"),
+        [
+            (["y\n", "n\n"], [Approval.ALLOW, Approval.DENY]),
+            (["YES\n", "what?\n", " no \n"], [Approval.ALLOW, Approval.DENY]),
+            (["a\n"], [Approval.ALLOW, Approval.ALLOW]),
+            ([None, None], [Approval.DENY, Approval.DENY]),
+        ],
+    )
+    def test_answers(self, lines: list[str | None], answers: list[Approval]) -> None:
+        assert self.ask(*lines) == (answers, len(lines))
+
+
+def test_what_a_tool_says_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    display = AgentDisplay()
+    call = ToolCall(id="c", name="f\x1b[2J", arguments="\x1b]0;title\x07" + "x" * 5000)
+    display.show(events.ToolStarted(call=call, definition=ToolDefinition(name="f")))
+    display.show(events.ToolProgressed(call_id="c", progress=ToolProgress(progress=1, total=4, message="a\nb")))
+    display.show(events.ReasoningDelta(text="hidden where no terminal is"))
+    message = {"role": "assistant", "content": ""}
+    display.show(events.TurnFinished(number=1, message=message, finish_reason="stop", usage=ConversationUsage()))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\x1b" not in err
+    assert "\x07" not in err
+    assert "1 of 4 a b" in err
+    assert max(map(len, err.splitlines())) < 400
+
+
+PROGRAM = """
+import sys
+sys.path.append({tests!r})
+from server_fakes import PacedEngine
+from candle_vllm.server import cli
+from candle_vllm.server.commands import agent
+left = {texts!r}
+engine = PacedEngine(lambda _: left.pop(0), pause={pause})
+agent.load_engine = lambda *_: engine
+sys.exit(cli.main(["agent", "--tool-parser", "hermes", "x"]))
+"""
+
+
+class Terminal:
+    """The agent in a process of its own, on a terminal."""
+
+    def __init__(self, folder: Path, *texts: str, pause: float = 0.0) -> None:
+        code = PROGRAM.format(tests=str(Path(__file__).parent), texts=list(texts), pause=pause)
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, start_new_session=True
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + 60
+        while text not in self.shown:
+            assert time.monotonic() < end, self.shown
+            try:
+                self.shown += os.read(self._ours, 4096).decode("utf-8", "replace")
+            except OSError:  # the other side is closed
+                assert text in self.shown, self.shown
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(30)
+        finally:
+            os.close(self._ours)
+
+
+def test_a_person_is_asked_on_the_terminal(folder: Path) -> None:
+    write_config(folder)
+    terminal = Terminal(folder, DOUBLE, "It is 42.")
+    terminal.wait_for("[n]o: ")
+    assert '{"n": 21}' in terminal.shown
+    terminal.type("y\n")
+    terminal.wait_for("It is 42.")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_while_a_question_is_open(folder: Path) -> None:
+    write_config(folder)
+    terminal = Terminal(folder, DOUBLE, "never")
+    terminal.wait_for("[n]o: ")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+
+
+def test_ctrl_c_in_an_answer(folder: Path) -> None:
+    terminal = Terminal(folder, "abc" * 1000, pause=0.01)
+    terminal.wait_for("abcabc")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.shown
