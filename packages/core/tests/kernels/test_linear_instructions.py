@@ -33,7 +33,8 @@ PLAIN = {
 
 def forms(module: Any, capability: int) -> Iterator[Any]:
     kernels = [build for build in module.AOT if capability in build.capabilities]
-    return (pytest.param(build, capability, id=f"{build}-sm{capability}") for build in kernels)
+    marks = () if capability == 90 else (pytest.mark.every_form,)
+    return (pytest.param(build, capability, id=f"{build}-sm{capability}", marks=marks) for build in kernels)
 
 
 def instructions(build: Build, capability: int) -> set[str]:

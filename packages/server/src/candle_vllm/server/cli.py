@@ -1,4 +1,4 @@
-"""The `candle-vllm` command: serve, generate, chat, bench, config.
+"""The `candle-vllm` command: serve, generate, chat, agent, bench, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
 the traceback is shown only with `--log-level debug`.
@@ -27,7 +27,10 @@ EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 2 for a user's error, 130 after Ctrl+C."""
+    """Runs the command line and returns the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
+
+    `agent` has 1 as well, where the request was not carried out.
+    """
     debug = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -74,6 +77,10 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
         from candle_vllm.server.commands.chat import chat
 
         return chat(settings, **own)
+    if command == "agent":
+        from candle_vllm.server.commands.agent import agent
+
+        return agent(settings, **own)
     from candle_vllm.server.commands.bench import bench
 
     return bench(settings, **own)
@@ -87,8 +94,13 @@ def configure_logging(level: str, style: str = "text") -> None:
     handler.setFormatter(log_formatter("json" if style == "json" else "text"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     if level != "debug":
-        for noisy in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn.error", "asyncio"):
+        for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "urllib3", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        for loud in (
+            "mcp",
+            "client",
+        ):  # the MCP SDK's tracebacks of what a server gets wrong; the link says it in a line
+            logging.getLogger(loud).setLevel(logging.CRITICAL)
 
 
 def _quiet(given: Any, settings: Settings) -> str:
