@@ -46,10 +46,18 @@ class ApiKeyMiddleware:
     Args:
         keys: those of clients; without any, routes for clients are open.
         management_keys: those of operators; without any, a client's key opens their routes as well.
+        public: paths that need no key beside those of `PUBLIC_PATHS`.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], management_keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        management_keys: Sequence[str] = (),
+        public: frozenset[str] = frozenset(),
+    ) -> None:
         self._app = app
+        self._public = PUBLIC_PATHS | public
         self._keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in keys)
         self._management_keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in management_keys)
 
@@ -62,7 +70,7 @@ class ApiKeyMiddleware:
         keys = self._management_keys if manages else self._keys
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif not keys or path in PUBLIC_PATHS:
+        elif not keys or path in self._public:
             await self._app(scope, receive, send)
         elif (number := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
             label = f"m{number}" if manages else str(number)

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from candle_vllm.server.openapi.document import ApiDocument
+from candle_vllm.server.page_files import page_headers
 
 router = APIRouter()
 
@@ -24,15 +25,7 @@ _FILES: Mapping[str, str] = {
     "swagger-ui.css": "text/css",
     "favicon-32x32.png": "image/png",
 }
-_HEADERS: Mapping[str, str] = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "private, max-age=3600",
-}
+_HEADERS: Mapping[str, str] = page_headers("private, max-age=3600")
 # Addresses are relative, so that the pages work below a prefix as well.
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -1,0 +1,78 @@
+"""The web UI at `/`: the files of the bundle that `packages/server/webui` builds.
+
+Outside the ten steps. The files are the same in every installation and say nothing of this one, so they need no key;
+what the page asks for does. Only names of the bundle's manifest are served: no path is made of what a client sends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from candle_vllm.server.page_files import PageFile, page_headers
+
+_ROOT = files("candle_vllm.server") / "static"
+_POLICY: Mapping[str, str] = {
+    "img-src": "'self' data: blob:",
+    "font-src": "'self'",
+    "require-trusted-types-for": "'script'",
+    "trusted-types": "'none'",
+}
+_CHECKED = "no-cache"  # kept, but asked about each time
+_FOREVER = "public, max-age=31536000, immutable"  # their names change with their content
+_INDEX = "index.html"
+
+
+def bundle_names() -> tuple[str, ...]:
+    """The files of the bundle, by the manifest."""
+    return tuple(json.loads((_ROOT / "manifest.json").read_text("utf-8"))["files"])
+
+
+def public_paths() -> frozenset[str]:
+    """The paths of the page and its files."""
+    return frozenset("/" if name == _INDEX else f"/{name}" for name in bundle_names())
+
+
+def read_bundle() -> dict[str, PageFile]:
+    """The files of the bundle by name, read once."""
+    bundle = {}
+    for name in bundle_names():
+        cache = _FOREVER if name.startswith("assets/") else _CHECKED
+        content = _ROOT.joinpath(*name.split("/")).read_bytes()
+        bundle[name] = PageFile(name, content, page_headers(cache, _POLICY))
+    return bundle
+
+
+def web_ui_router() -> APIRouter:
+    """The routes of the page; they have to come before the server's own answer at `/`."""
+    router, bundle = APIRouter(), read_bundle()
+
+    @router.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        """The page."""
+        return bundle[_INDEX].answer(request)
+
+    @router.get("/assets/{name}", include_in_schema=False)
+    async def asset(request: Request, name: str) -> Response:
+        """A file whose name changes with its content."""
+        found = bundle.get(f"assets/{name}")
+        if found is None:
+            raise HTTPException(404)
+        return found.answer(request)
+
+    @router.get("/icon.svg", include_in_schema=False)
+    async def icon(request: Request) -> Response:
+        """The page's icon."""
+        return bundle["icon.svg"].answer(request)
+
+    @router.get("/licenses.txt", include_in_schema=False)
+    async def licenses(request: Request) -> Response:
+        """The licences of the libraries in the bundle."""
+        return bundle["licenses.txt"].answer(request)
+
+    return router

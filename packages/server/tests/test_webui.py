@@ -1,0 +1,161 @@
+"""The web UI's files: what is served, how it may be kept, and that nothing else is."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from candle_vllm.server.routes.webui import bundle_names, public_paths
+
+STATIC = files("candle_vllm.server") / "static"
+TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
+MAX_GZIPPED = 120 * 1024
+
+
+@pytest.fixture
+def client(start: Callable[..., Any]) -> Any:
+    """A client of a server with the page."""
+    with start(ui_server=True).http() as made:
+        yield made
+
+
+def path_of(name: str) -> str:
+    """Where a file of the bundle is served."""
+    return "/" if name == "index.html" else f"/{name}"
+
+
+def test_the_manifest_is_true() -> None:
+    listed = json.loads((STATIC / "manifest.json").read_text())["files"]
+    for name, facts in listed.items():
+        content = STATIC.joinpath(*name.split("/")).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (facts["sha256"], facts["bytes"]), name
+    there = {f"assets/{file.name}" for file in (STATIC / "assets").iterdir()}
+    there |= {file.name for file in STATIC.iterdir() if file.is_file()}
+    assert there == {*listed, "manifest.json"}
+
+
+def test_the_bundle_is_small() -> None:
+    loaded = [name for name in bundle_names() if name != "licenses.txt"]  # read by people, never loaded by the page
+    sizes = [len(gzip.compress(STATIC.joinpath(*name.split("/")).read_bytes())) for name in loaded]
+    assert sum(sizes) <= MAX_GZIPPED
+
+
+def test_the_page_loads_from_here_alone() -> None:
+    page = (STATIC / "index.html").read_text()
+    linked = set(re.findall(r'(?:src|href)="([^"]+)"', page))
+    assert linked <= set(bundle_names())  # relative, so that the page works below a prefix
+    assert len(linked) == 3
+    assert not re.search(r"<script(?![^>]*src=)|<style|style=|\son\w+=|https?:", page)
+    for name in bundle_names():
+        if name.endswith(".css"):
+            style = STATIC.joinpath(*name.split("/")).read_text()
+            assert not re.search(r"url\(|@import", style)
+
+
+def test_every_file_is_served_with_its_type(client: Any) -> None:
+    for name in bundle_names():
+        answer = client.get(path_of(name))
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].split(";")[0] == TYPES[name.rpartition(".")[2]]
+        assert answer.content == STATIC.joinpath(*name.split("/")).read_bytes()
+
+
+def test_the_policy_is_strict(client: Any) -> None:
+    for name in bundle_names():
+        headers = client.get(path_of(name)).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy == {
+            "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' data: blob:",
+            "connect-src": "'self'", "font-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
+            "frame-ancestors": "'none'", "require-trusted-types-for": "'script'", "trusted-types": "'none'",
+        }  # fmt: skip
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_what_may_be_kept(client: Any) -> None:
+    for name in bundle_names():
+        cache = client.get(path_of(name)).headers["cache-control"]
+        assert cache == ("public, max-age=31536000, immutable" if name.startswith("assets/") else "no-cache")
+
+
+def test_tags(client: Any) -> None:
+    for name in bundle_names():
+        for accepted in ("identity", "gzip"):
+            first = client.get(path_of(name), headers={"accept-encoding": accepted})
+            tag = first.headers["etag"]
+            for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+                again = client.get(path_of(name), headers={"accept-encoding": accepted, "if-none-match": known})
+                assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+                assert "content-security-policy" in again.headers
+            other = client.get(path_of(name), headers={"accept-encoding": accepted, "if-none-match": '"other"'})
+            assert other.status_code == 200
+
+
+def test_packed_where_the_client_takes_it(client: Any) -> None:
+    for accepted, packed in (
+        ("gzip", True), ("br, gzip;q=0.5", True), ("GZIP", True), ("identity", False), ("gzip;q=0", False),
+        ("gzip; q=0.0", False), ("x-gzip", False), ("", False),
+    ):  # fmt: skip
+        app = next(name for name in bundle_names() if name.startswith("assets/app-"))
+        answer = client.get(path_of(app), headers={"accept-encoding": accepted})
+        assert (answer.headers.get("content-encoding") == "gzip") is packed, accepted
+        assert answer.headers["vary"] == "accept-encoding"
+        assert answer.content == STATIC.joinpath(*app.split("/")).read_bytes()  # the client unpacks
+
+
+def test_head(client: Any) -> None:
+    answer = client.head("/")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/assets/", "/assets/none.js", "/assets/../manifest.json", "/assets/..%2fmanifest.json",
+        "/assets/%2e%2e%2findex.html",
+        "/assets/..%5cindex.html", "/manifest.json", "/index.html",
+        "/static/index.html", "/assets/app.js",
+        "/assets//etc/passwd",
+        "/assets/%00", "/%2e%2e/app.py", "/assets/index.html",
+    ],
+)  # fmt: skip
+def test_no_other_file_is_served(client: Any, path: str) -> None:
+    assert client.get(path).status_code == 404
+
+
+def test_nothing_but_reading(client: Any) -> None:
+    for path in public_paths():
+        assert client.post(path).status_code == 405
+
+
+def test_without_the_flag_the_root_is_json(start: Callable[..., Any]) -> None:
+    with start().http() as client:
+        assert client.get("/").json()["name"] == "candle-vllm"
+        assert client.get("/icon.svg").status_code == 404
+
+
+def test_the_page_needs_no_key_and_everything_else_does(start: Callable[..., Any]) -> None:
+    with start(ui_server=True, api_key=("k",), management_key=("m",)).http() as client:
+        for path in public_paths():
+            assert client.get(path).status_code == 200
+        for path in (
+            "/v1/models",
+            "/version",
+            "/metrics",
+            "/docs",
+            "/assets/none.js",
+            "/index.html",
+            "/icon.svg/",
+        ):
+            assert client.get(path).status_code == 401, path
+    with start(api_key=("k",)).http() as client:
+        assert client.get("/").status_code == 401

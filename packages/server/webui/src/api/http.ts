@@ -1,0 +1,91 @@
+// Requests to this server: addresses relative to the page, the API key, and errors with what the server said.
+
+export type Failure = "network" | "http" | "stream" | "dropped";
+
+/** What went wrong, in a form that can be kept with a message and shown later. */
+export interface ErrorInfo {
+  kind: Failure;
+  message: string;
+  status?: number;
+  param?: string;
+}
+
+export class ApiError extends Error {
+  constructor(readonly info: ErrorInfo) {
+    super(info.message);
+    this.name = "ApiError";
+  }
+}
+
+let currentKey: () => string = () => "";
+
+/** Says where the API key comes from; it is asked for at each request. */
+export function useKey(source: () => string): void {
+  currentKey = source;
+}
+
+/** A request that has been answered with success; `path` is relative to the page. */
+export async function send(path: string, init: RequestInit = {}): Promise<Response> {
+  const headers = new Headers(init.headers);
+  const key = currentKey();
+  if (key) headers.set("authorization", `Bearer ${key}`);
+  let response: Response;
+  try {
+    response = await fetch(path, { ...init, headers, credentials: "same-origin", redirect: "error" });
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    throw new ApiError({ kind: "network", message: "" });
+  }
+  if (!response.ok) throw await failureOf(response);
+  return response;
+}
+
+export async function getJson<T>(path: string, signal?: AbortSignal): Promise<T> {
+  const response = await send(path, signal ? { signal } : {});
+  return (await response.json()) as T;
+}
+
+export async function postJson<T>(path: string, body: unknown, signal?: AbortSignal): Promise<T> {
+  const response = await send(path, jsonRequest(body, signal));
+  return (await response.json()) as T;
+}
+
+export function jsonRequest(body: unknown, signal?: AbortSignal): RequestInit {
+  const init: RequestInit = {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify(body),
+  };
+  if (signal) init.signal = signal;
+  return init;
+}
+
+async function failureOf(response: Response): Promise<ApiError> {
+  const info: ErrorInfo = { kind: "http", status: response.status, message: "" };
+  try {
+    const text = (await response.text()).slice(0, 20_000);
+    Object.assign(info, describeError(JSON.parse(text)));
+  } catch {
+    // a proxy's page, or nothing at all: the status says what there is to say
+  }
+  return new ApiError(info);
+}
+
+/** Message and parameter of OpenAI's error body. */
+export function describeError(body: unknown): { message: string; param?: string } {
+  const error = (body as { error?: unknown } | null)?.error;
+  if (typeof error === "string") return { message: error };
+  const { message, param } = (error ?? {}) as { message?: unknown; param?: unknown };
+  const described: { message: string; param?: string } = { message: typeof message === "string" ? message : "" };
+  if (typeof param === "string" && param) described.param = param;
+  return described;
+}
+
+export function isAbort(error: unknown): boolean {
+  return error instanceof DOMException && error.name === "AbortError";
+}
+
+export function errorInfo(error: unknown): ErrorInfo {
+  if (error instanceof ApiError) return error.info;
+  return { kind: "stream", message: error instanceof Error ? error.message : String(error) };
+}

@@ -1,0 +1,53 @@
+// Prometheus' text format -> the numbers of the server page.
+
+export interface Sample {
+  at: number; // ms
+  running: number;
+  waiting: number;
+  kvUsage: number; // 0 to 1
+  prefixQueries: number;
+  prefixHits: number;
+  promptTokens: number;
+  generatedTokens: number;
+  firstTokens: number;
+  firstTokenSeconds: number;
+}
+
+/** Sums of each series over all its labels. */
+export function sums(text: string): Map<string, number> {
+  const found = new Map<string, number>();
+  for (const line of text.split("\n")) {
+    if (!line || line.startsWith("#")) continue;
+    const match = /^([A-Za-z_:][\w:]*)(?:\{.*\})?\s+(\S+)/.exec(line);
+    if (!match) continue;
+    const value = Number(match[2]);
+    if (Number.isFinite(value)) found.set(match[1]!, (found.get(match[1]!) ?? 0) + value);
+  }
+  return found;
+}
+
+export function sampleOf(text: string, at: number): Sample {
+  const all = sums(text);
+  const value = (name: string) => all.get(name) ?? 0;
+  return {
+    at,
+    running: value("vllm:num_requests_running"),
+    waiting: value("vllm:num_requests_waiting"),
+    kvUsage: Math.min(1, value("vllm:kv_cache_usage_perc")),
+    prefixQueries: value("vllm:prefix_cache_queries_total"),
+    prefixHits: value("vllm:prefix_cache_hits_total"),
+    promptTokens: value("vllm:prompt_tokens_total"),
+    generatedTokens: value("vllm:generation_tokens_total"),
+    firstTokens: value("vllm:time_to_first_token_seconds_count"),
+    firstTokenSeconds: value("vllm:time_to_first_token_seconds_sum"),
+  };
+}
+
+/** What a counter rose by per second between two samples; 0 after a restart of the server. */
+export function rate(samples: readonly Sample[], name: keyof Sample): number[] {
+  return samples.slice(1).map((sample, index) => {
+    const before = samples[index]!;
+    const seconds = (sample.at - before.at) / 1000;
+    return seconds > 0 ? Math.max(0, sample[name] - before[name]) / seconds : 0;
+  });
+}

@@ -1,0 +1,96 @@
+// Wire types: the parts of the server's answers that the page reads.
+
+export interface ModelCard {
+  id: string;
+  status: string;
+  default: boolean;
+  root?: string;
+  max_model_len?: number;
+  tool_parser?: string | null;
+  reasoning_parser?: string | null;
+}
+
+export interface Usage {
+  prompt_tokens: number;
+  completion_tokens: number;
+  total_tokens: number;
+  prompt_tokens_details?: { cached_tokens?: number } | null;
+  completion_tokens_details?: { reasoning_tokens?: number } | null;
+  prompt_time_costs?: number;
+  completion_time_costs?: number;
+}
+
+export interface TokenLogprob {
+  token: string;
+  logprob: number;
+  top_logprobs?: { token: string; logprob: number }[];
+}
+
+export interface ToolCallDelta {
+  index: number;
+  id?: string;
+  function?: { name?: string; arguments?: string };
+}
+
+export interface ChatChunk {
+  choices: {
+    index: number;
+    delta: {
+      content?: string | null;
+      reasoning_content?: string | null;
+      reasoning?: string | null;
+      tool_calls?: ToolCallDelta[] | null;
+    };
+    logprobs?: { content?: TokenLogprob[] | null } | null;
+    finish_reason?: string | null;
+  }[];
+  usage?: Usage | null;
+}
+
+export type WireMessage =
+  | { role: "system" | "user"; content: string }
+  | { role: "assistant"; content: string | null; reasoning_content?: string; tool_calls?: WireToolCall[] }
+  | { role: "tool"; tool_call_id: string; content: string };
+
+export interface WireToolCall {
+  id: string;
+  type: "function";
+  function: { name: string; arguments: string };
+}
+
+export interface McpServer {
+  name: string;
+  transport: string;
+  state: "connecting" | "ready" | "failed" | "closed" | "disabled";
+  error: string | null;
+  protocol_version: string | null;
+  tools_count: number;
+  reconnects: number;
+  log: string[];
+}
+
+export interface McpTool {
+  type: "function";
+  function: { name: string; description: string; parameters: Record<string, unknown> };
+  server: string | null;
+  original_name: string;
+  read_only: boolean;
+}
+
+export interface McpContent {
+  kind: string;
+  text?: string | null;
+  data?: string | null;
+  mime_type?: string | null;
+  uri?: string | null;
+  name?: string | null;
+}
+
+export interface McpResult {
+  status: string;
+  content: McpContent[];
+  structured?: unknown;
+  is_error: boolean;
+  text: string;
+  seconds: number;
+}

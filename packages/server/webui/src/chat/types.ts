@@ -1,0 +1,93 @@
+// What a conversation consists of. Everything here is plain data: it is kept in IndexedDB and exported as it is.
+
+import type { ErrorInfo } from "../api/http.ts";
+import type { McpContent, TokenLogprob, Usage } from "../api/types.ts";
+
+/** Where a tool call stands; "waiting" needs the user's word, "approved" will run. */
+export type CallState = "writing" | "waiting" | "approved" | "running" | "done" | "failed" | "denied" | "unknown";
+
+export interface ToolCall {
+  id: string;
+  name: string;
+  arguments: string; // JSON as the model wrote it, which need not be valid
+  state: CallState;
+  result?: string; // what the model is told
+  content?: McpContent[]; // what the tool gave, for the card
+  seconds?: number;
+}
+
+/** One answer of the model; an assistant's message has several where tools were called between them. */
+export interface Step {
+  reasoning: string;
+  reasoningMs?: number;
+  text: string;
+  calls: ToolCall[];
+  finish?: string;
+  usage?: Usage;
+  firstTokenMs?: number;
+  totalMs?: number;
+  logprobs?: TokenLogprob[];
+}
+
+export interface UserMessage {
+  id: string;
+  role: "user";
+  parent: string | null;
+  created: number;
+  text: string;
+}
+
+export type AnswerState = "streaming" | "waiting" | "done" | "stopped" | "failed";
+
+export interface AssistantMessage {
+  id: string;
+  role: "assistant";
+  parent: string | null;
+  created: number;
+  model: string;
+  steps: Step[];
+  state: AnswerState;
+  error?: ErrorInfo;
+}
+
+export type Message = UserMessage | AssistantMessage;
+
+/** Settings of requests; a missing one is left to the chat's wider settings, then to the server. */
+export interface ChatSettings {
+  system?: string;
+  temperature?: number;
+  topP?: number;
+  topK?: number;
+  minP?: number;
+  maxTokens?: number;
+  presencePenalty?: number;
+  frequencyPenalty?: number;
+  repetitionPenalty?: number;
+  seed?: number;
+  stop?: string[];
+  thinking?: boolean;
+  logprobs?: boolean;
+  schema?: string; // JSON schema that answers have to follow
+}
+
+export interface Conversation {
+  id: string;
+  title: string;
+  renamed: boolean; // the title is the user's
+  created: number;
+  updated: number;
+  model: string | null;
+  settings: ChatSettings;
+  leaf: string | null; // the last message of the branch that is shown
+}
+
+export const emptyStep = (): Step => ({ reasoning: "", text: "", calls: [] });
+
+/** The text of an answer without thoughts and tools. */
+export function textOf(message: Message): string {
+  if (message.role === "user") return message.text;
+  return message.steps
+    .map((step) => step.text)
+    .filter(Boolean)
+    .join("\n\n");
+}

@@ -1,0 +1,28 @@
+// The page's texts in the language that is chosen: `t.value.name`.
+
+import { computed, signal } from "@preact/signals";
+import { de } from "./de.ts";
+import { en, type Texts } from "./en.ts";
+
+export const LANGUAGES: Readonly<Record<string, Texts>> = { en, de };
+
+/** The user's choice; null is what the browser asks for. */
+export const language = signal<string | null>(null);
+
+export const shownLanguage = computed<string>(() => {
+  if (language.value !== null && Object.hasOwn(LANGUAGES, language.value)) return language.value;
+  const wanted = typeof navigator === "undefined" ? ["en"] : navigator.languages;
+  return wanted.map((one) => one.slice(0, 2).toLowerCase()).find((one) => Object.hasOwn(LANGUAGES, one)) ?? "en";
+});
+
+export const t = computed<Texts>(() => LANGUAGES[shownLanguage.value]!);
+
+export function formatNumber(value: number, digits = 0): string {
+  return new Intl.NumberFormat(shownLanguage.value, { maximumFractionDigits: digits, minimumFractionDigits: digits }).format(value);
+}
+
+export function formatSeconds(seconds: number): string {
+  if (seconds < 0.9995) return `${formatNumber(seconds * 1000)} ms`;
+  if (seconds < 60) return `${formatNumber(seconds, 1)} s`;
+  return `${formatNumber(Math.floor(seconds / 60))} min ${formatNumber(Math.round(seconds % 60))} s`;
+}

@@ -1,0 +1,20 @@
+// The beginning: stored things are read, the server is asked, the page is drawn.
+
+import { render } from "preact";
+import { startChats } from "./state/chats.ts";
+import { refreshMcp } from "./state/mcp.ts";
+import { refreshModels } from "./state/models.ts";
+import { applyPreferences } from "./state/preferences.ts";
+import { followAddress } from "./state/route.ts";
+import { App } from "./ui/App.tsx";
+import { listenForShortcuts } from "./ui/shortcuts.ts";
+
+applyPreferences();
+followAddress();
+listenForShortcuts();
+render(<App />, document.getElementById("app")!);
+void startChats();
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) void refreshModels().then(() => refreshMcp().catch(() => undefined));
+});
+void refreshModels().then(() => refreshMcp().catch(() => undefined));

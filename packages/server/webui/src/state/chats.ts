@@ -1,0 +1,172 @@
+// All conversations, and the one that is shown.
+
+import { batch, computed, signal, type Signal } from "@preact/signals";
+import type { Conversation } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
+import { MemoryStore, openStore, type Store } from "../store/database.ts";
+import { newId } from "../store/ids.ts";
+import { type Archive, exportText, importText } from "../store/transfer.ts";
+import { notify } from "./notices.ts";
+import { OpenChat } from "./open-chat.ts";
+import { go, route } from "./route.ts";
+
+const MAX_TITLE = 60;
+
+const known = signal<ReadonlyMap<string, Signal<Conversation>>>(new Map());
+const opened = new Map<string, OpenChat>();
+let store: Store = new MemoryStore();
+
+/** The newest first. */
+export const conversations = computed<readonly Conversation[]>(() =>
+  [...known.value.values()].map((one) => one.value).sort((a, b) => b.updated - a.updated),
+);
+export const current = signal<OpenChat | null>(null);
+export const isStoreReady = signal(false);
+export const isPersistent = signal(true);
+
+export async function startChats(): Promise<void> {
+  store = await openStore();
+  isPersistent.value = store.persistent;
+  await readList();
+  isStoreReady.value = true;
+  await followRoute();
+  route.subscribe(() => void followRoute());
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) void readList(); // another tab may have changed it
+  });
+}
+
+async function readList(): Promise<void> {
+  const stored = await store.conversations();
+  const map = new Map<string, Signal<Conversation>>();
+  for (const conversation of stored) {
+    const there = known.value.get(conversation.id);
+    if (there && !opened.get(conversation.id)?.isBusy) there.value = conversation;
+    map.set(conversation.id, there ?? signal(conversation));
+  }
+  known.value = map;
+}
+
+async function followRoute(): Promise<void> {
+  const wanted = route.value;
+  if (wanted.page !== "chat" || wanted.id === (current.value?.info.value.id ?? null)) return;
+  if (wanted.id === null) {
+    current.value = null;
+    return;
+  }
+  const chat = await openChat(wanted.id);
+  if (route.value !== wanted) return;
+  current.value = chat ?? null;
+  if (!chat) go({ page: "chat", id: null }, true);
+}
+
+async function openChat(id: string): Promise<OpenChat | undefined> {
+  const there = opened.get(id);
+  if (there) return there;
+  const info = known.value.get(id);
+  if (!info) return undefined;
+  return adopt(info, new OpenChat(info, await store.messages(id), store, changed));
+}
+
+function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
+  for (const [id, other] of opened) if (!other.isBusy && other !== current.value) opened.delete(id);
+  opened.set(info.value.id, chat);
+  return chat;
+}
+
+function changed(conversation: Conversation): void {
+  store.putConversation(conversation).catch(() => notify("error", t.value.notSaved));
+}
+
+/** A new conversation with a first message. */
+export function beginChat(text: string, start: Pick<Conversation, "model" | "settings">): OpenChat {
+  const now = Date.now();
+  const info = signal<Conversation>({
+    ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null,
+  });
+  const chat = adopt(info, new OpenChat(info, [], store, changed));
+  batch(() => {
+    known.value = new Map(known.value).set(info.value.id, info);
+    current.value = chat;
+    go({ page: "chat", id: info.value.id });
+    chat.send(text);
+  });
+  return chat;
+}
+
+export function titleOf(text: string): string {
+  const line = text.trim().split("\n", 1)[0]!.replace(/\s+/g, " ");
+  if (line.length <= MAX_TITLE) return line;
+  const cut = line.slice(0, MAX_TITLE);
+  return `${cut.slice(0, Math.max(cut.lastIndexOf(" "), MAX_TITLE / 2)).trimEnd()}…`;
+}
+
+export function rename(id: string, title: string): void {
+  const info = known.value.get(id);
+  if (!info || !title.trim()) return;
+  info.value = { ...info.value, title: title.trim().slice(0, 200), renamed: true };
+  changed(info.value);
+}
+
+export async function deleteChat(id: string): Promise<void> {
+  opened.get(id)?.discard();
+  opened.delete(id);
+  await store.deleteConversation(id);
+  const others = new Map(known.value);
+  others.delete(id);
+  known.value = others;
+  if (current.value?.info.value.id === id) go({ page: "chat", id: null }, true);
+}
+
+export async function deleteAll(): Promise<void> {
+  for (const chat of opened.values()) chat.discard();
+  opened.clear();
+  await store.clear();
+  known.value = new Map();
+  current.value = null;
+  go({ page: "chat", id: null }, true);
+}
+
+export async function exportChats(ids: readonly string[]): Promise<string> {
+  const archives: Archive[] = [];
+  for (const id of ids) {
+    const info = known.value.get(id);
+    if (!info) continue;
+    const messages = await store.messages(id);
+    archives.push({ conversation: info.value, messages: messages.map(({ conversation: _, ...message }) => message) });
+  }
+  return exportText(archives);
+}
+
+/** Adds what a file holds; returns how many conversations came in and how many were broken. */
+export async function importChats(text: string): Promise<{ added: number; broken: number }> {
+  const { archives, broken } = importText(text);
+  for (const { conversation, messages } of archives) {
+    await store.putMessages(messages.map((message) => ({ ...message, conversation: conversation.id })));
+    await store.putConversation(conversation);
+  }
+  await readList();
+  return { added: archives.length, broken };
+}
+
+/** Conversations whose title or messages hold all words of a query, the newest first. */
+export async function searchChats(query: string, signalled: AbortSignal): Promise<readonly string[]> {
+  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  const found: string[] = [];
+  for (const { id, title } of conversations.peek()) {
+    if (signalled.aborted) break;
+    if (matches(title, words) || matches(await textOfChat(id), words)) found.push(id);
+  }
+  return found;
+}
+
+async function textOfChat(id: string): Promise<string> {
+  const messages = await store.messages(id);
+  const texts = messages.map((one) => (one.role === "user" ? one.text : one.steps.map((step) => step.text).join("\n")));
+  return texts.join("\n");
+}
+
+function matches(text: string, words: readonly string[]): boolean {
+  const lower = text.toLowerCase();
+  return words.every((word) => lower.includes(word));
+}

@@ -1,0 +1,26 @@
+// Which dialog is open.
+
+import { signal } from "@preact/signals";
+
+export interface Question {
+  title: string;
+  text: string;
+  action: string;
+  onConfirm: () => void;
+}
+
+export type Open =
+  | { kind: "settings"; tab: "chat" | "general" | "data" }
+  | { kind: "shortcuts" }
+  | { kind: "confirm"; question: Question };
+
+export const open = signal<Open | null>(null);
+export const isSidebarOver = signal(false); // on narrow screens, where it lies over the page
+
+export const close = (): void => {
+  open.value = null;
+};
+
+export const confirmFirst = (question: Question): void => {
+  open.value = { kind: "confirm", question };
+};

@@ -1,0 +1,31 @@
+// Model and settings of the conversation that is shown, or of the one that the next message begins.
+
+import { computed, signal } from "@preact/signals";
+import type { ChatSettings, Conversation } from "../chat/types.ts";
+import { beginChat, current } from "./chats.ts";
+
+type Start = Pick<Conversation, "model" | "settings">;
+
+const next = signal<Start>({ model: null, settings: {} });
+
+export const shownStart = computed<Start>(() => current.value?.info.value ?? next.value);
+
+export function changeStart(change: Partial<Start>): void {
+  const chat = current.peek();
+  if (chat) chat.update(change);
+  else next.value = { ...next.value, ...change };
+}
+
+export const changeChatSettings = (settings: ChatSettings): void => changeStart({ settings });
+
+/** Sends a message to the conversation that is shown, or begins one. */
+export function sendMessage(text: string): void {
+  const chat = current.peek();
+  if (chat) {
+    chat.send(text);
+    return;
+  }
+  const { model, settings } = next.value;
+  next.value = { model, settings: {} };
+  beginChat(text, { model, settings });
+}

@@ -1,0 +1,257 @@
+// A conversation that is open: its messages as signals, and the answer that is being written.
+
+import { batch, type ReadonlySignal, type Signal, signal } from "@preact/signals";
+import { streamChat } from "../api/chat.ts";
+import { callTool } from "../api/server.ts";
+import { chatRequest } from "../chat/request.ts";
+import { merged } from "../chat/settings.ts";
+import { MessageTree } from "../chat/tree.ts";
+import { type Decision, recover, Turn } from "../chat/turn.ts";
+import { type AssistantMessage, type Conversation, type Message, textOf, type UserMessage } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
+import type { Store } from "../store/database.ts";
+import { newId } from "../store/ids.ts";
+import { FrameQueue } from "./frames.ts";
+import { allowAlways, enabledTools, findTool, isAllowed } from "./mcp.ts";
+import { cardFor } from "./models.ts";
+import { announce, notify } from "./notices.ts";
+import { preferences } from "./preferences.ts";
+
+const SAVE_MS = 500;
+const MAX_ANNOUNCED = 2000;
+
+export class OpenChat {
+  readonly path = signal<readonly string[]>([]);
+  readonly active = signal<string | null>(null); // the message that is being written
+  private readonly nodes = new Map<string, Signal<Message>>();
+  private readonly tree: MessageTree;
+  private readonly turns = new Map<string, Turn>();
+  private deleted = false;
+
+  constructor(
+    readonly info: Signal<Conversation>,
+    messages: readonly Message[],
+    private readonly store: Store,
+    private readonly changed: (conversation: Conversation) => void,
+  ) {
+    this.tree = new MessageTree(messages);
+    for (const message of messages) {
+      this.nodes.set(message.id, signal(message.role === "assistant" ? recover(message) : message));
+    }
+    const { leaf } = info.value;
+    const newest = messages.reduce<Message | undefined>((a, b) => (a && a.created > b.created ? a : b), undefined);
+    this.path.value = this.tree.path(leaf && this.tree.has(leaf) ? leaf : (newest?.id ?? null));
+  }
+
+  get isBusy(): boolean {
+    return this.active.value !== null;
+  }
+
+  message(id: string): ReadonlySignal<Message> | undefined {
+    return this.nodes.get(id);
+  }
+
+  siblings(id: string): readonly string[] {
+    return this.tree.siblings(id);
+  }
+
+  hasBelow(id: string): boolean {
+    return this.tree.leafBelow(id) !== id;
+  }
+
+  get lastAnswer(): AssistantMessage | undefined {
+    const messages = this.path.value.map((id) => this.nodes.get(id)!.value);
+    return messages.findLast((one): one is AssistantMessage => one.role === "assistant");
+  }
+
+  send(text: string): void {
+    this.ask(text, this.path.value.at(-1) ?? null);
+  }
+
+  /** A changed question is a branch beside the old one. */
+  edit(id: string, text: string): void {
+    this.ask(text, this.tree.get(id)?.parent ?? null);
+  }
+
+  /** Another answer to the same question. */
+  regenerate(id: string): void {
+    const parent = this.tree.get(id)?.parent;
+    if (parent) this.answer(parent);
+  }
+
+  /** The answer to a message that has none. */
+  answer(parent: string): void {
+    if (this.isBusy) return;
+    const message: AssistantMessage = {
+      id: newId(), role: "assistant", parent, created: this.nextTime(), model: this.model ?? "", steps: [], state: "streaming",
+    };
+    this.add(message);
+    void this.turnOf(message.id)?.run();
+  }
+
+  /** Goes on where an answer stopped; what failed is tried again. */
+  goOn(id: string): void {
+    if (!this.isBusy) void this.turnOf(id)?.run(true);
+  }
+
+  decide(id: string, callId: string, decision: Decision): void {
+    void this.turnOf(id)?.decide(callId, decision);
+  }
+
+  stop(): void {
+    const id = this.active.value ?? this.waiting;
+    if (id) this.turnOf(id)?.stop();
+  }
+
+  /** Ends what is being written, and keeps nothing more. */
+  discard(): void {
+    this.deleted = true;
+    this.stop();
+  }
+
+  /** The shown answer that waits for the user's word on a tool. */
+  get waiting(): string | null {
+    const last = this.path.value.at(-1);
+    const message = last ? this.nodes.get(last)?.value : undefined;
+    return message?.role === "assistant" && message.state === "waiting" ? message.id : null;
+  }
+
+  select(sibling: string): void {
+    this.show(this.tree.leafBelow(sibling));
+  }
+
+  remove(id: string): void {
+    if (this.isBusy) return;
+    const leaf = this.tree.leafWithout(id);
+    const removed = this.tree.remove(id);
+    this.show(leaf);
+    for (const one of removed) this.nodes.delete(one);
+    this.keep(this.store.deleteMessages(removed));
+  }
+
+  update(change: Partial<Conversation>): void {
+    this.info.value = { ...this.info.value, ...change };
+    if (!this.deleted) this.changed(this.info.value);
+  }
+
+  private get model(): string | null {
+    return cardFor(this.info.value.model)?.id ?? this.info.value.model;
+  }
+
+  private ask(text: string, parent: string | null): void {
+    if (this.isBusy) return;
+    const waiting = this.waiting;
+    if (waiting) this.turnOf(waiting)?.stop();
+    const message: UserMessage = { id: newId(), role: "user", parent, created: this.nextTime(), text };
+    this.add(message);
+    this.answer(message.id);
+  }
+
+  // Strictly later than every message, so that the order of siblings does not depend on the clock.
+  private nextTime(): number {
+    const latest = [...this.nodes.values()].reduce((time, node) => Math.max(time, node.peek().created), 0);
+    return Math.max(Date.now(), latest + 1);
+  }
+
+  private add(message: Message): void {
+    this.nodes.set(message.id, signal(message));
+    this.tree.add(message);
+    this.show(message.id);
+    this.save(message);
+  }
+
+  private show(leaf: string | null): void {
+    batch(() => {
+      this.path.value = this.tree.path(leaf);
+      this.update({ leaf, updated: Date.now() });
+    });
+  }
+
+  private turnOf(id: string): Turn | undefined {
+    const known = this.turns.get(id);
+    if (known) return known;
+    const node = this.nodes.get(id);
+    if (node?.value.role !== "assistant") return undefined;
+    const draft = structuredClone(node.value);
+    const turn = new Turn(draft, this.hostFor(draft, node));
+    this.turns.set(id, turn);
+    return turn;
+  }
+
+  private hostFor(draft: AssistantMessage, node: Signal<Message>) {
+    let saved = 0;
+    const frames = new FrameQueue(() => {
+      node.value = snapshot(draft);
+      if (performance.now() - saved > SAVE_MS) {
+        saved = performance.now();
+        this.save(draft);
+      }
+    });
+    return {
+      request: (goOn: boolean) => this.request(draft, goOn),
+      stream: streamChat,
+      callTool,
+      tool: findTool,
+      isAllowed,
+      allowAlways,
+      now: () => performance.now(),
+      changed: () => {
+        if (draft.state === "streaming" && this.active.value !== draft.id) this.begin(draft.id);
+        frames.ask();
+      },
+      settled: () => {
+        node.value = snapshot(draft);
+        this.save(draft);
+        if (draft.state !== "streaming") this.finish(draft);
+      },
+    };
+  }
+
+  private begin(id: string): void {
+    this.active.value = id;
+    announce(t.value.answering);
+  }
+
+  private finish(draft: AssistantMessage): void {
+    if (this.active.value === draft.id) this.active.value = null;
+    this.turns.delete(draft.id);
+    this.update({ updated: Date.now() });
+    const said = {
+      done: textOf(draft).slice(0, MAX_ANNOUNCED), stopped: t.value.stopped, failed: t.value.answerFailed,
+      waiting: t.value.approvalNeeded, streaming: "",
+    };
+    announce(said[draft.state]);
+  }
+
+  private request(draft: AssistantMessage, goOn: boolean): object {
+    const before = this.tree.path(draft.parent).map((id) => this.nodes.get(id)!.value);
+    const card = cardFor(this.info.value.model);
+    draft.model = this.model ?? "";
+    return chatRequest({
+      model: this.model,
+      path: [...before, draft],
+      settings: merged(preferences.value.settings, this.info.value.settings),
+      tools: card?.tool_parser === null ? [] : enabledTools.value,
+      goOn,
+    });
+  }
+
+  private save(message: Message): void {
+    if (!this.deleted) this.keep(this.store.putMessages([{ ...message, conversation: this.info.value.id }]));
+  }
+
+  private keep(work: Promise<void>): void {
+    work.catch(() => notify("error", t.value.notSaved));
+  }
+}
+
+/** A copy whose changed parts are new objects; texts are shared. */
+function snapshot(draft: AssistantMessage): AssistantMessage {
+  const last = draft.steps.length - 1;
+  return {
+    ...draft,
+    steps: draft.steps.map((step, index) =>
+      index < last ? step : { ...step, calls: step.calls.map((call) => ({ ...call })) },
+    ),
+  };
+}

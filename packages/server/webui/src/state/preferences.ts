@@ -1,0 +1,35 @@
+// What the user prefers, as a signal that is kept; and the API key.
+
+import { effect, signal } from "@preact/signals";
+import { useKey } from "../api/http.ts";
+import { language } from "../i18n/index.ts";
+import { type Preferences, readKey, readPreferences, writeKey, writePreferences } from "../store/preferences.ts";
+
+export const preferences = signal<Preferences>(readPreferences());
+export const apiKey = signal(readKey());
+
+export function prefer(change: Partial<Preferences>): void {
+  preferences.value = { ...preferences.value, ...change };
+  writePreferences(preferences.value);
+}
+
+export function setKey(key: string, remembered: boolean): void {
+  apiKey.value = { key: key.trim(), remembered };
+  writeKey(apiKey.value.key, remembered);
+}
+
+/** Theme and language follow the preferences, those of other tabs included. */
+export function applyPreferences(): void {
+  useKey(() => apiKey.peek().key);
+  effect(() => {
+    const { theme } = preferences.value;
+    if (theme === "system") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = theme;
+  });
+  effect(() => {
+    language.value = preferences.value.language;
+  });
+  addEventListener("storage", (event) => {
+    if (event.storageArea === localStorage) preferences.value = readPreferences();
+  });
+}

@@ -1,0 +1,30 @@
+// Which page is shown: the part of the address after #. An address never does more than show something.
+
+import { signal } from "@preact/signals";
+
+export type Route = { page: "chat"; id: string | null } | { page: "server" } | { page: "tools" };
+
+export const route = signal<Route>(readRoute());
+
+function readRoute(): Route {
+  const name = typeof location === "undefined" ? "" : location.hash.slice(1);
+  if (name === "/server" || name === "/tools") return { page: name === "/server" ? "server" : "tools" };
+  const chat = /^\/chat\/([0-9a-f]{32})$/.exec(name);
+  return { page: "chat", id: chat ? chat[1]! : null };
+}
+
+export const hashOf = (wanted: Route): string =>
+  wanted.page === "chat" ? (wanted.id ? `#/chat/${wanted.id}` : "#/") : `#/${wanted.page}`;
+
+export function go(wanted: Route, replace = false): void {
+  if (location.hash !== hashOf(wanted)) history[replace ? "replaceState" : "pushState"](null, "", hashOf(wanted));
+  route.value = wanted;
+}
+
+export function followAddress(): void {
+  const read = () => {
+    route.value = readRoute();
+  };
+  addEventListener("popstate", read);
+  addEventListener("hashchange", read);
+}

@@ -1,0 +1,137 @@
+// IndexedDB: conversations, and their messages one by one. Where it cannot be had, a Map stands in for it.
+
+import type { Conversation, Message } from "../chat/types.ts";
+
+export type StoredMessage = Message & { conversation: string };
+
+export interface Store {
+  readonly persistent: boolean;
+  conversations(): Promise<Conversation[]>;
+  messages(conversation: string): Promise<StoredMessage[]>;
+  putConversation(conversation: Conversation): Promise<void>;
+  putMessages(messages: readonly StoredMessage[]): Promise<void>;
+  deleteMessages(ids: readonly string[]): Promise<void>;
+  deleteConversation(id: string): Promise<void>;
+  clear(): Promise<void>;
+}
+
+const CHATS = "conversations";
+const MESSAGES = "messages";
+const BY_CHAT = "conversation";
+
+export async function openStore(name = "candle-vllm"): Promise<Store> {
+  try {
+    return new DatabaseStore(await openDatabase(name));
+  } catch {
+    return new MemoryStore(); // private windows of some browsers, or a full disk
+  }
+}
+
+function openDatabase(name: string): Promise<IDBDatabase> {
+  return new Promise((resolve, reject) => {
+    const opening = indexedDB.open(name, 1);
+    opening.onupgradeneeded = () => {
+      opening.result.createObjectStore(CHATS, { keyPath: "id" });
+      opening.result.createObjectStore(MESSAGES, { keyPath: "id" }).createIndex(BY_CHAT, BY_CHAT);
+    };
+    opening.onsuccess = () => {
+      opening.result.onversionchange = () => opening.result.close();
+      resolve(opening.result);
+    };
+    opening.onerror = () => reject(opening.error);
+    opening.onblocked = () => reject(new Error("blocked"));
+  });
+}
+
+const answered = <T>(request: IDBRequest<T>): Promise<T> =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+
+class DatabaseStore implements Store {
+  readonly persistent = true;
+
+  constructor(private readonly database: IDBDatabase) {}
+
+  conversations(): Promise<Conversation[]> {
+    return answered(this.database.transaction(CHATS).objectStore(CHATS).getAll());
+  }
+
+  messages(conversation: string): Promise<StoredMessage[]> {
+    return answered(this.database.transaction(MESSAGES).objectStore(MESSAGES).index(BY_CHAT).getAll(conversation));
+  }
+
+  putConversation(conversation: Conversation): Promise<void> {
+    return this.change([CHATS], (at) => at(CHATS).put(conversation));
+  }
+
+  putMessages(messages: readonly StoredMessage[]): Promise<void> {
+    return this.change([MESSAGES], (at) => messages.forEach((message) => at(MESSAGES).put(message)));
+  }
+
+  deleteMessages(ids: readonly string[]): Promise<void> {
+    return this.change([MESSAGES], (at) => ids.forEach((id) => at(MESSAGES).delete(id)));
+  }
+
+  deleteConversation(id: string): Promise<void> {
+    return this.change([CHATS, MESSAGES], (at) => {
+      at(CHATS).delete(id);
+      const finding = at(MESSAGES).index(BY_CHAT).getAllKeys(id);
+      finding.onsuccess = () => finding.result.forEach((key) => at(MESSAGES).delete(key));
+    });
+  }
+
+  clear(): Promise<void> {
+    return this.change([CHATS, MESSAGES], (at) => {
+      at(CHATS).clear();
+      at(MESSAGES).clear();
+    });
+  }
+
+  private change(names: string[], work: (at: (name: string) => IDBObjectStore) => unknown): Promise<void> {
+    return new Promise((resolve, reject) => {
+      const transaction = this.database.transaction(names, "readwrite");
+      transaction.oncomplete = () => resolve();
+      transaction.onerror = () => reject(transaction.error);
+      transaction.onabort = () => reject(transaction.error);
+      work((name) => transaction.objectStore(name));
+    });
+  }
+}
+
+export class MemoryStore implements Store {
+  readonly persistent = false;
+  private readonly chats = new Map<string, Conversation>();
+  private readonly kept = new Map<string, StoredMessage>();
+
+  async conversations(): Promise<Conversation[]> {
+    return [...this.chats.values()];
+  }
+
+  async messages(conversation: string): Promise<StoredMessage[]> {
+    return [...this.kept.values()].filter((message) => message.conversation === conversation);
+  }
+
+  async putConversation(conversation: Conversation): Promise<void> {
+    this.chats.set(conversation.id, structuredClone(conversation));
+  }
+
+  async putMessages(messages: readonly StoredMessage[]): Promise<void> {
+    for (const message of messages) this.kept.set(message.id, structuredClone(message));
+  }
+
+  async deleteMessages(ids: readonly string[]): Promise<void> {
+    for (const id of ids) this.kept.delete(id);
+  }
+
+  async deleteConversation(id: string): Promise<void> {
+    this.chats.delete(id);
+    for (const message of await this.messages(id)) this.kept.delete(message.id);
+  }
+
+  async clear(): Promise<void> {
+    this.chats.clear();
+    this.kept.clear();
+  }
+}

@@ -1,0 +1,113 @@
+// What the model said: thoughts, text, tool calls, and the numbers.
+
+import { useState } from "preact/hooks";
+import { type AssistantMessage, type Step, textOf } from "../chat/types.ts";
+import { formatSeconds, t } from "../i18n/index.ts";
+import { Markdown } from "../markdown/Markdown.tsx";
+import type { OpenChat } from "../state/open-chat.ts";
+import { CopyButton } from "./CopyButton.tsx";
+import { describe } from "./errors.ts";
+import { Icon } from "./Icon.tsx";
+import { Logprobs } from "./Logprobs.tsx";
+import { memo } from "./memo.ts";
+import { Siblings, removeButton } from "./MessageTools.tsx";
+import { Numbers } from "./Numbers.tsx";
+import { ToolCard } from "./ToolCard.tsx";
+
+interface AnswerProps {
+  chat: OpenChat;
+  message: AssistantMessage;
+  isLast: boolean;
+}
+
+export function AnswerView({ chat, message, isLast }: AnswerProps) {
+  const [raw, setRaw] = useState(false);
+  const [tokens, setTokens] = useState(false);
+  const isWriting = chat.active.value === message.id;
+  const hasTokens = message.steps.some((step) => step.logprobs?.length);
+  const last = message.steps.length - 1;
+  const isSilent = isWriting && !message.steps[last]?.text && !message.steps[last]?.reasoning && !message.steps[last]?.calls.length;
+  return (
+    <article class="answer" aria-label={t.value.answerOf(message.model)} aria-busy={isWriting}>
+      {message.steps.map((step, index) => (
+        <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
+      ))}
+      {isSilent && <p class="waiting-dots" aria-label={t.value.answering}><span /><span /><span /></p>}
+      {message.error && (
+        <div class="notice error" role="alert">
+          <Icon name="warning" />
+          <p>{describe(message.error)}{message.error.param && <> <code>{message.error.param}</code></>}</p>
+          <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.retry}</button>
+        </div>
+      )}
+      {!isWriting && <Ending chat={chat} message={message} isLast={isLast} />}
+      <footer class="message-tools">
+        <Siblings chat={chat} id={message.id} />
+        {!isWriting && (
+          <>
+            <CopyButton quiet label={t.value.copyMessage} text={() => textOf(message)} />
+            <button type="button" class="icon-button" aria-label={t.value.regenerate} title={t.value.regenerate} disabled={chat.isBusy} onClick={() => chat.regenerate(message.id)}>
+              <Icon name="refresh" />
+            </button>
+            {isLast && textOf(message) && (
+              <button type="button" class="icon-button" aria-label={t.value.goOn} title={t.value.goOn} disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>
+                <Icon name="play" />
+              </button>
+            )}
+            {removeButton(chat, message.id)}
+            <button type="button" class="text-button" aria-pressed={raw} onClick={() => setRaw(!raw)}>{t.value.source}</button>
+            {hasTokens && <button type="button" class="text-button" aria-pressed={tokens} onClick={() => setTokens(!tokens)}>{t.value.probabilities}</button>}
+          </>
+        )}
+        <Numbers message={message} isWriting={isWriting} />
+      </footer>
+    </article>
+  );
+}
+
+/** Says why an answer is not whole, and offers to go on. */
+function Ending({ chat, message, isLast }: AnswerProps) {
+  const finish = message.steps.at(-1)?.finish;
+  const why = message.state === "stopped" ? t.value.stopped : finish === "length" ? t.value.cutOff : undefined;
+  if (!why || message.error) return null;
+  return (
+    <p class="ending">
+      <span>{why}</span>
+      {isLast && <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.goOn}</button>}
+    </p>
+  );
+}
+
+interface StepProps {
+  chat: OpenChat;
+  id: string;
+  step: Step;
+  raw: boolean;
+  tokens: boolean;
+  isOpen: boolean;
+}
+
+const StepView = memo(
+  ({ chat, id, step, raw, tokens, isOpen }: StepProps) => (
+    <div class="step">
+      {step.reasoning && <Reasoning step={step} isOpen={isOpen && !step.text && !step.calls.length} />}
+      {tokens && step.logprobs ? <Logprobs tokens={step.logprobs} /> : step.text && (raw ? <pre class="raw">{step.text}</pre> : <Markdown source={step.text} open={isOpen} />)}
+      {step.calls.map((call, index) => call && (
+        <ToolCard key={call.id || index} call={call} onDecide={(decision) => chat.decide(id, call.id, decision)} />
+      ))}
+    </div>
+  ),
+  (before, after) =>
+    before.step === after.step && before.raw === after.raw && before.tokens === after.tokens && before.isOpen === after.isOpen,
+);
+
+function Reasoning({ step, isOpen }: { step: Step; isOpen: boolean }) {
+  const label = isOpen ? t.value.thinking : t.value.thought(step.reasoningMs === undefined ? "" : formatSeconds(step.reasoningMs / 1000));
+  const [unfolded, setUnfolded] = useState(false);
+  return (
+    <details class="reasoning" open={unfolded} onToggle={(event) => setUnfolded(event.currentTarget.open)}>
+      <summary><Icon name="right" /><span class={isOpen ? "pulse" : ""}>{label}</span></summary>
+      {unfolded && <Markdown source={step.reasoning} open={isOpen} />}
+    </details>
+  );
+}

@@ -1,0 +1,53 @@
+// The whole page.
+
+import { useEffect } from "preact/hooks";
+import { shownLanguage, t } from "../i18n/index.ts";
+import { current } from "../state/chats.ts";
+import { close, isSidebarOver, open } from "../state/dialogs.ts";
+import { announcement } from "../state/notices.ts";
+import { route } from "../state/route.ts";
+import { ChatPage } from "./ChatPage.tsx";
+import { Confirm } from "./Dialog.tsx";
+import { Notices } from "./Notices.tsx";
+import { ServerPage } from "./ServerPage.tsx";
+import { SettingsDialog } from "./SettingsDialog.tsx";
+import { ShortcutSheet } from "./ShortcutSheet.tsx";
+import { Sidebar } from "./Sidebar.tsx";
+import { ToolsPage } from "./ToolsPage.tsx";
+
+export function App() {
+  const { page } = route.value;
+  const titles = { chat: current.value?.info.value.title, server: t.value.server, tools: t.value.tools };
+  const title = titles[page];
+  useEffect(() => {
+    document.documentElement.lang = shownLanguage.value;
+    document.title = title ? `${title} · candle-vllm` : "candle-vllm";
+  }, [title, shownLanguage.value]);
+  return (
+    <div class="app">
+      <a class="skip" href="#composer" onClick={skip}>{t.value.skipToInput}</a>
+      <Sidebar />
+      <main class="main" inert={isSidebarOver.value}>
+        <Notices />
+        {page === "chat" && <ChatPage />}
+        {page === "server" && <ServerPage />}
+        {page === "tools" && <ToolsPage />}
+      </main>
+      <OpenDialog />
+      <div class="off-screen" role="status" aria-live="polite">{announcement.value}</div>
+    </div>
+  );
+}
+
+function skip(event: Event): void {
+  event.preventDefault();
+  document.getElementById("composer")?.focus();
+}
+
+function OpenDialog() {
+  const shown = open.value;
+  if (!shown) return null;
+  if (shown.kind === "settings") return <SettingsDialog tab={shown.tab} />;
+  if (shown.kind === "shortcuts") return <ShortcutSheet />;
+  return <Confirm {...shown.question} onClose={close} />;
+}

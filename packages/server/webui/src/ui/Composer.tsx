@@ -1,0 +1,113 @@
+// The input: Enter sends, Shift+Enter begins a line, Escape stops.
+
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import { t } from "../i18n/index.ts";
+import type { OpenChat } from "../state/open-chat.ts";
+import { enabledTools, mcpTools } from "../state/mcp.ts";
+import { cardFor, connection } from "../state/models.ts";
+import { sendMessage, shownStart } from "../state/new-chat.ts";
+import { notify } from "../state/notices.ts";
+import { go } from "../state/route.ts";
+import { readDraft, writeDraft } from "../store/preferences.ts";
+import { Icon } from "./Icon.tsx";
+
+const MAX_HEIGHT = 240;
+const MAX_FILE = 512 * 1024;
+
+export function Composer({ chat }: { chat: OpenChat | null }) {
+  const id = chat?.info.peek().id ?? "";
+  const [text, setText] = useState(() => readDraft(id));
+  const field = useRef<HTMLTextAreaElement>(null);
+  const isBusy = chat?.isBusy ?? false;
+  useHeight(field, text);
+  useLayoutEffect(() => {
+    if (!matchMedia("(pointer: coarse)").matches) field.current?.focus({ preventScroll: true });
+  }, []);
+  const write = (value: string) => {
+    setText(value);
+    writeDraft(id, value);
+  };
+  const send = () => {
+    if (!text.trim() || isBusy) return;
+    const said = text.trim();
+    write("");
+    sendMessage(said);
+  };
+  const onKey = (event: KeyboardEvent) => {
+    const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
+    if (sends && !matchMedia("(pointer: coarse)").matches) {
+      event.preventDefault();
+      send();
+    }
+    if (event.key === "ArrowUp" && !text && !isBusy) {
+      const edits = document.querySelectorAll<HTMLElement>(".edit-question");
+      if (edits.length) event.preventDefault();
+      edits[edits.length - 1]?.click();
+    }
+  };
+  return (
+    <div class="composer-frame" onDrop={(event) => dropped(event, (more) => write(text + more))} onDragOver={(event) => event.preventDefault()}>
+      <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
+        <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
+          onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} />
+        <div class="composer-row">
+          <ToolsHint />
+          <span class="spring" />
+          {isBusy ? (
+            <button type="button" class="send" aria-label={t.value.stop} title={t.value.stop} onClick={() => { chat?.stop(); field.current?.focus(); }}>
+              <Icon name="stop" />
+            </button>
+          ) : (
+            <button type="submit" class="send" aria-label={t.value.send} title={t.value.send} disabled={!text.trim() || connection.value === "locked"}>
+              <Icon name="send" />
+            </button>
+          )}
+        </div>
+      </form>
+      <p class="composer-note">{t.value.mayBeWrong}</p>
+    </div>
+  );
+}
+
+function ToolsHint() {
+  const all = mcpTools.value.length;
+  if (!all) return null;
+  const card = cardFor(shownStart.value.model);
+  const cannot = card?.tool_parser === null;
+  const label = cannot ? t.value.noToolsHere : t.value.toolsOn(enabledTools.value.length, all);
+  return (
+    <button type="button" class="text-button" onClick={() => go({ page: "tools" })}><Icon name="tool" />{label}</button>
+  );
+}
+
+function useHeight(field: { current: HTMLTextAreaElement | null }, text: string): void {
+  useLayoutEffect(() => {
+    const area = field.current;
+    if (!area) return;
+    area.style.height = "auto";
+    area.style.height = `${Math.min(area.scrollHeight, MAX_HEIGHT)}px`;
+  }, [text]);
+}
+
+/** Text files become a block of code in the message. */
+function dropped(event: DragEvent, add: (text: string) => void): void {
+  const files = [...(event.dataTransfer?.files ?? [])];
+  if (!files.length) return;
+  event.preventDefault();
+  void Promise.all(files.map(readFile)).then((texts) => add(texts.filter(Boolean).join("")));
+}
+
+async function readFile(file: File): Promise<string> {
+  if (file.size > MAX_FILE) {
+    notify("error", t.value.fileTooLarge(file.name));
+    return "";
+  }
+  const text = await file.text();
+  if (text.includes("\0") || text.includes("\ufffd")) {
+    notify("error", t.value.fileNotText(file.name));
+    return "";
+  }
+  const longest = Math.max(2, ...[...text.matchAll(/`+/g)].map((one) => one[0].length));
+  const fence = "`".repeat(longest + 1);
+  return `\n${file.name}:\n${fence}${file.name.split(".").at(-1) ?? ""}\n${text}\n${fence}\n`;
+}

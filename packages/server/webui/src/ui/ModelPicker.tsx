@@ -1,0 +1,78 @@
+// The models: which one answers, and loading and unloading them.
+
+import { useEffect, useState } from "preact/hooks";
+import { errorInfo } from "../api/http.ts";
+import type { ModelCard } from "../api/types.ts";
+import { formatNumber, t } from "../i18n/index.ts";
+import { cardFor, changeModel, connection, models, refreshModels, working } from "../state/models.ts";
+import { changeStart, shownStart } from "../state/new-chat.ts";
+import { notify } from "../state/notices.ts";
+import { prefer } from "../state/preferences.ts";
+import { describe } from "./errors.ts";
+import { Icon } from "./Icon.tsx";
+import { Popover } from "./Popover.tsx";
+
+export function ModelPicker() {
+  const [isOpen, setOpen] = useState(false);
+  const card = cardFor(shownStart.value.model);
+  useEffect(() => {
+    if (isOpen) void refreshModels();
+  }, [isOpen]);
+  const name = card?.id ?? (connection.value === "connecting" ? t.value.connecting : t.value.noModel);
+  const choose = (id: string) => {
+    changeStart({ model: id });
+    prefer({ model: id });
+    setOpen(false);
+  };
+  return (
+    <Popover label={t.value.modelIs(name)} buttonClass="model-button" isOpen={isOpen} onToggle={setOpen}
+      button={<>{card && <StatusDot status={statusOf(card)} />}<span class="model-name">{shortName(name)}</span><Icon name="down" /></>}>
+      <h2 class="popover-title">{t.value.models}</h2>
+      {!models.value.length && <p class="faint">{t.value.noModel}</p>}
+      <ul class="models">
+        {models.value.map((one) => (
+          <Row key={one.id} card={one} isChosen={one.id === card?.id} onChoose={() => choose(one.id)} />
+        ))}
+      </ul>
+    </Popover>
+  );
+}
+
+function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean; onChoose: () => void }) {
+  const status = statusOf(card);
+  const busy = ["loading", "waiting", "draining", "unloading"].includes(status);
+  const isAlias = card.root !== undefined && models.value.some((one) => one !== card && one.root === card.root && models.value.indexOf(one) < models.value.indexOf(card));
+  const change = (work: "loading" | "unloading") => {
+    changeModel(card.id, work).catch((error) => notify("error", `${card.id}: ${describe(errorInfo(error))}`));
+  };
+  return (
+    <li class="model-row">
+      <button type="button" class="model-choice" aria-pressed={isChosen} onClick={onChoose}>
+        <span class="model-id">{card.id}</span>
+        <span class="model-facts">
+          <StatusDot status={status} />
+          {t.value.modelStates[status as keyof typeof t.value.modelStates] ?? status}
+          {card.max_model_len && ` · ${t.value.contextTokens(formatNumber(card.max_model_len))}`}
+          {isAlias && ` · ${t.value.alias}`}
+        </span>
+        {busy && <progress aria-label={t.value.modelStates[status as keyof typeof t.value.modelStates] ?? status} />}
+      </button>
+      {isChosen && <Icon name="check" />}
+      {!busy && !isAlias && (status === "ready" ? (
+        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={() => change("unloading")}>{t.value.unload}</button>
+      ) : (
+        <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change("loading")}>{t.value.load}</button>
+      ))}
+    </li>
+  );
+}
+
+const statusOf = (card: ModelCard): string => working.value[card.id] ?? card.status;
+
+function StatusDot({ status }: { status: string }) {
+  const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" ? "off" : "busy";
+  return <span class={`dot ${kind}`} aria-hidden="true" />;
+}
+
+/** A path's last part; the whole name stands in the list. */
+const shortName = (name: string): string => name.split("/").at(-1) || name;

@@ -1,0 +1,65 @@
+// What the user said.
+
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import type { UserMessage } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
+import type { OpenChat } from "../state/open-chat.ts";
+import { CopyButton } from "./CopyButton.tsx";
+import { Icon } from "./Icon.tsx";
+import { Siblings, removeButton } from "./MessageTools.tsx";
+
+export function QuestionView({ chat, message, isLast }: { chat: OpenChat; message: UserMessage; isLast: boolean }) {
+  const [editing, setEditing] = useState(false);
+  if (editing) return <Editor chat={chat} message={message} onDone={() => setEditing(false)} />;
+  return (
+    <article class="question" aria-label={t.value.you}>
+      <div class="bubble">{message.text}</div>
+      <footer class="message-tools">
+        <Siblings chat={chat} id={message.id} />
+        <button type="button" class="icon-button edit-question" aria-label={t.value.edit} title={t.value.edit} disabled={chat.isBusy}
+          onClick={() => setEditing(true)}>
+          <Icon name="edit" />
+        </button>
+        <CopyButton quiet label={t.value.copyMessage} text={() => message.text} />
+        {removeButton(chat, message.id)}
+        {isLast && !chat.isBusy && (
+          <button type="button" class="button small" onClick={() => chat.answer(message.id)}>{t.value.answer}</button>
+        )}
+      </footer>
+    </article>
+  );
+}
+
+function Editor({ chat, message, onDone }: { chat: OpenChat; message: UserMessage; onDone: () => void }) {
+  const field = useRef<HTMLTextAreaElement>(null);
+  useLayoutEffect(() => {
+    field.current?.focus();
+    field.current?.setSelectionRange(message.text.length, message.text.length);
+  }, []);
+  const send = () => {
+    const text = field.current?.value.trim() ?? "";
+    if (!text || chat.isBusy) return;
+    onDone();
+    chat.edit(message.id, text);
+  };
+  return (
+    <div class="editor">
+      <textarea ref={field} class="input" rows={Math.min(12, message.text.split("\n").length + 1)} aria-label={t.value.edit} defaultValue={message.text}
+        onKeyDown={(event) => {
+          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+            event.preventDefault();
+            send();
+          }
+          if (event.key === "Escape") {
+            event.preventDefault();
+            onDone();
+          }
+        }} />
+      <footer class="editor-actions">
+        <span class="faint small">{t.value.editHint}</span>
+        <button type="button" class="button" onClick={onDone}>{t.value.cancel}</button>
+        <button type="button" class="button primary" onClick={send}>{t.value.sendEdited}</button>
+      </footer>
+    </div>
+  );
+}

@@ -1,0 +1,119 @@
+// The server page: what it does now, and how that went over the last minutes.
+
+import { useEffect, useState } from "preact/hooks";
+import { ApiError, errorInfo } from "../api/http.ts";
+import { rate, type Sample, sampleOf } from "../api/metrics.ts";
+import { readMetrics, serverVersion } from "../api/server.ts";
+import { formatNumber, formatSeconds, t } from "../i18n/index.ts";
+import { models, refreshModels } from "../state/models.ts";
+import { Chart } from "./Chart.tsx";
+import { describe } from "./errors.ts";
+import { Icon } from "./Icon.tsx";
+import { SidebarButton } from "./SidebarButton.tsx";
+
+const EVERY_MS = 2000;
+const MAX_SAMPLES = 150; // five minutes
+
+export function ServerPage() {
+  const { samples, failure } = useSamples();
+  const version = useVersion();
+  return (
+    <>
+      <header class="page-head"><SidebarButton /><h1>{t.value.server}</h1><span class="spring" />{version && <span class="faint small">candle-vllm {version}</span>}</header>
+      <div class="scroller"><div class="page">
+        {failure && <div class="notice error" role="alert"><Icon name="warning" /><p>{failure}</p></div>}
+        {samples.length > 0 ? <Charts samples={samples} /> : !failure && <p class="faint">{t.value.connecting}</p>}
+        <Models />
+      </div></div>
+    </>
+  );
+}
+
+function useSamples() {
+  const [samples, setSamples] = useState<readonly Sample[]>([]);
+  const [failure, setFailure] = useState("");
+  useEffect(() => {
+    let timer: ReturnType<typeof setTimeout> | undefined;
+    let isShown = true;
+    const ask = async () => {
+      try {
+        if (!document.hidden) {
+          const sample = sampleOf(await readMetrics(), performance.now());
+          setSamples((before) => [...before, sample].slice(-MAX_SAMPLES));
+          setFailure("");
+        }
+      } catch (error) {
+        const isLocked = error instanceof ApiError && [401, 403].includes(error.info.status ?? 0);
+        setFailure(isLocked ? t.value.metricsLocked : describe(errorInfo(error)));
+      }
+      if (isShown) timer = setTimeout(() => void ask(), EVERY_MS);
+    };
+    void ask();
+    void refreshModels();
+    return () => {
+      isShown = false;
+      clearTimeout(timer);
+    };
+  }, []);
+  return { samples, failure };
+}
+
+function useVersion(): string {
+  const [version, setVersion] = useState("");
+  useEffect(() => {
+    serverVersion().then(setVersion, () => undefined);
+  }, []);
+  return version;
+}
+
+function Charts({ samples }: { samples: readonly Sample[] }) {
+  const last = samples.at(-1)!;
+  const of = (name: keyof Sample) => samples.map((sample) => sample[name]);
+  const generated = rate(samples, "generatedTokens");
+  const prompt = rate(samples, "promptTokens");
+  const hitRate = samples.map((one) => (one.prefixQueries ? one.prefixHits / one.prefixQueries : 0));
+  const whole = (value: number) => formatNumber(value);
+  const percent = (value: number) => `${formatNumber(value * 100)} %`;
+  const perSecond = (value: number) => `${formatNumber(value, value > 0 && value < 10 ? 1 : 0)} ${t.value.perSecond}`;
+  return (
+    <>
+      <div class="charts">
+        <Chart title={t.value.running} values={of("running")} format={whole} least={1} />
+        <Chart title={t.value.waitingRequests} values={of("waiting")} format={whole} least={1} />
+        <Chart title={t.value.kvCache} values={of("kvUsage")} format={percent} most={1} />
+        <Chart title={t.value.prefixHits} values={hitRate} format={percent} most={1} />
+        <Chart title={t.value.generation} values={generated} format={perSecond} least={1} />
+        <Chart title={t.value.promptWork} values={prompt} format={perSecond} least={1} />
+      </div>
+      <dl class="totals">
+        <div><dt>{t.value.allGenerated}</dt><dd>{whole(last.generatedTokens)}</dd></div>
+        <div><dt>{t.value.allPrompt}</dt><dd>{whole(last.promptTokens)}</dd></div>
+        <div><dt>{t.value.meanFirst}</dt><dd>{last.firstTokens ? formatSeconds(last.firstTokenSeconds / last.firstTokens) : "–"}</dd></div>
+      </dl>
+    </>
+  );
+}
+
+function Models() {
+  return (
+    <section>
+      <h2>{t.value.models}</h2>
+      <div class="table-frame" role="region" aria-label={t.value.models} tabIndex={0}>
+        <table>
+          <thead><tr><th scope="col">{t.value.name}</th><th scope="col">{t.value.state}</th><th scope="col">{t.value.context}</th><th scope="col">{t.value.toolFormat}</th><th scope="col">{t.value.reasoningFormat}</th></tr></thead>
+          <tbody>
+            {models.value.map((card) => (
+              <tr key={card.id}>
+                <td>{card.id}</td>
+                <td>{t.value.modelStates[card.status as keyof typeof t.value.modelStates] ?? card.status}</td>
+                <td>{card.max_model_len ? formatNumber(card.max_model_len) : "–"}</td>
+                <td>{card.tool_parser ?? "–"}</td>
+                <td>{card.reasoning_parser ?? "–"}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </section>
+  );
+}

@@ -1,0 +1,124 @@
+// The fields of one set of chat settings. An empty field leaves the value to the wider settings, then to the server.
+
+import { useId, useState } from "preact/hooks";
+import { isSchema, NUMBER_SETTINGS, type NumberSetting, RANGES, readNumber } from "../chat/settings.ts";
+import type { ChatSettings } from "../chat/types.ts";
+import { formatNumber, t } from "../i18n/index.ts";
+import { Icon } from "./Icon.tsx";
+
+interface FieldsProps {
+  settings: ChatSettings;
+  inherited: ChatSettings;
+  onChange: (settings: ChatSettings) => void;
+}
+
+export function SettingsFields(props: FieldsProps) {
+  return (
+    <div class="fields">
+      <TextField {...props} name="system" rows={4} />
+      <div class="fields two">
+        {NUMBER_SETTINGS.map((name) => <NumberField key={name} {...props} name={name} />)}
+      </div>
+      <StopField {...props} />
+      <Choice {...props} name="thinking" />
+      <Choice {...props} name="logprobs" />
+      <TextField {...props} name="schema" rows={6} />
+    </div>
+  );
+}
+
+type FieldProps<N> = FieldsProps & { name: N };
+
+const without = (settings: ChatSettings, name: keyof ChatSettings): ChatSettings => {
+  const { [name]: _, ...others } = settings;
+  return others;
+};
+
+function Reset({ name, settings, onChange }: FieldProps<keyof ChatSettings>) {
+  if (settings[name] === undefined) return null;
+  const label = t.value.resetOf(t.value.fields[name]);
+  return (
+    <button type="button" class="icon-button reset" aria-label={label} title={label} onClick={() => onChange(without(settings, name))}>
+      <Icon name="refresh" />
+    </button>
+  );
+}
+
+function NumberField(props: FieldProps<NumberSetting>) {
+  const { name, settings, inherited, onChange } = props;
+  const [typed, type] = useState<string>();
+  const [id, range] = [useId(), RANGES[name]];
+  const value = settings[name];
+  const isWrong = typed !== undefined && readNumber(typed, range) === null;
+  const read = (text: string) => {
+    const number = readNumber(text, range);
+    type(number === null ? text : undefined);
+    if (number === undefined) onChange(without(settings, name));
+    else if (number !== null) onChange({ ...settings, [name]: number });
+  };
+  const limits = t.value.between(formatNumber(range.min, range.integer ? 0 : 3).replace(/[.,]?0+$/, (zeros) => (/[.,]/.test(zeros) ? "" : zeros)), formatNumber(range.max));
+  return (
+    <div class="field">
+      <label for={id}>{t.value.fields[name]}</label>
+      <div class="field-row">
+        <input id={id} class="input" inputMode={range.min < 0 ? "text" : range.integer ? "numeric" : "decimal"} aria-invalid={isWrong}
+          aria-describedby={`${id}-hint`} value={typed ?? value ?? ""} placeholder={String(inherited[name] ?? t.value.modelDefault)}
+          onChange={(event) => read(event.currentTarget.value)} />
+        <Reset {...props} />
+      </div>
+      <span id={`${id}-hint`} class={isWrong ? "hint wrong" : "hint"}>{isWrong ? limits : t.value.hints[name]}</span>
+    </div>
+  );
+}
+
+function TextField(props: FieldProps<"system" | "schema"> & { rows: number }) {
+  const { name, rows, settings, inherited, onChange } = props;
+  const id = useId();
+  const value = settings[name];
+  const isWrong = name === "schema" && !!value?.trim() && !isSchema(value);
+  const write = (text: string) => onChange(text ? { ...settings, [name]: text } : without(settings, name));
+  return (
+    <div class="field">
+      <span class="field-head"><label for={id}>{t.value.fields[name]}</label><Reset {...props} /></span>
+      <textarea id={id} class={name === "schema" ? "input mono" : "input"} rows={rows} spellcheck={name === "system"} aria-invalid={isWrong}
+        aria-describedby={`${id}-hint`} value={value ?? ""} placeholder={inherited[name] ?? t.value.placeholders[name]} onInput={(event) => write(event.currentTarget.value)} />
+      <span id={`${id}-hint`} class={isWrong ? "hint wrong" : "hint"}>{isWrong ? t.value.notASchema : t.value.hints[name]}</span>
+    </div>
+  );
+}
+
+function StopField(props: FieldsProps) {
+  const { settings, inherited, onChange } = props;
+  const id = useId();
+  const write = (text: string) => {
+    const stop = text.split("\n").filter(Boolean).slice(0, 16);
+    onChange(stop.length ? { ...settings, stop } : without(settings, "stop"));
+  };
+  return (
+    <div class="field">
+      <span class="field-head"><label for={id}>{t.value.fields.stop}</label><Reset {...props} name="stop" /></span>
+      <textarea id={id} class="input mono" rows={2} value={settings.stop?.join("\n") ?? ""} placeholder={inherited.stop?.join("\n") ?? ""}
+        aria-describedby={`${id}-hint`} onChange={(event) => write(event.currentTarget.value)} />
+      <span id={`${id}-hint`} class="hint">{t.value.hints.stop}</span>
+    </div>
+  );
+}
+
+function Choice(props: FieldProps<"thinking" | "logprobs">) {
+  const { name, settings, inherited, onChange } = props;
+  const id = useId();
+  const value = settings[name];
+  const choose = (chosen: string) => onChange(chosen ? { ...settings, [name]: chosen === "on" } : without(settings, name));
+  const wider = inherited[name] === undefined ? t.value.modelDefault : inherited[name] ? t.value.on : t.value.off;
+  return (
+    <div class="field">
+      <label for={id}>{t.value.fields[name]}</label>
+      <select id={id} class="input" value={value === undefined ? "" : value ? "on" : "off"} aria-describedby={`${id}-hint`} onChange={(event) => choose(event.currentTarget.value)}>
+        <option value="">{wider}</option>
+        <option value="on">{t.value.on}</option>
+        <option value="off">{t.value.off}</option>
+      </select>
+      <span id={`${id}-hint`} class="hint">{t.value.hints[name]}</span>
+    </div>
+  );
+}

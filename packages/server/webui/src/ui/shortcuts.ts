@@ -1,0 +1,63 @@
+// Keys that work anywhere on the page.
+
+import { current } from "../state/chats.ts";
+import { isSidebarOver, open } from "../state/dialogs.ts";
+import { prefer, preferences } from "../state/preferences.ts";
+import { go } from "../state/route.ts";
+
+export const isNarrow = (): boolean => matchMedia("(max-width: 760px)").matches;
+
+/** Shows or hides the list of conversations. */
+export function toggleSidebar(): void {
+  if (isNarrow()) isSidebarOver.value = !isSidebarOver.value;
+  else prefer({ sidebar: !preferences.value.sidebar });
+}
+
+function search(): void {
+  if (isNarrow()) isSidebarOver.value = true;
+  else prefer({ sidebar: true });
+  focus("search");
+}
+
+/** Focuses an element at once, so that what is typed next goes there; or when it is drawn. */
+function focus(id: string): void {
+  const found = document.getElementById(id);
+  found?.focus();
+  if (!found || document.activeElement !== found) {
+    requestAnimationFrame(() => requestAnimationFrame(() => document.getElementById(id)?.focus()));
+  }
+}
+
+function newChat(): void {
+  go({ page: "chat", id: null });
+  focus("composer");
+}
+
+export function listenForShortcuts(): void {
+  addEventListener("keydown", (event) => {
+    if (event.isComposing) return;
+    const control = event.ctrlKey || event.metaKey;
+    const key = event.key.toLowerCase();
+    const isOpen = open.value !== null;
+    const done = (work: () => void) => {
+      event.preventDefault();
+      work();
+    };
+    if (control && key === "k" && !isOpen) return done(search);
+    if (control && event.shiftKey && key === "o" && !isOpen) return done(newChat);
+    if (control && !event.shiftKey && key === "b" && !isOpen) return done(toggleSidebar);
+    if (control && key === "," && !isOpen) return done(() => (open.value = { kind: "settings", tab: "general" }));
+    if (control && key === "/" && !isOpen) return done(() => (open.value = { kind: "shortcuts" }));
+    if (event.key === "?" && !isOpen && !isTyping(event.target)) return done(() => (open.value = { kind: "shortcuts" }));
+    if (event.key === "Escape" && !isOpen && !event.defaultPrevented) escape();
+    return undefined;
+  });
+}
+
+function escape(): void {
+  if (isSidebarOver.value) isSidebarOver.value = false;
+  else if (current.value?.isBusy) current.value.stop();
+}
+
+const isTyping = (target: EventTarget | null): boolean =>
+  target instanceof HTMLElement && (target.isContentEditable || /^(?:INPUT|TEXTAREA|SELECT)$/.test(target.tagName));

@@ -1,0 +1,90 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { rate, sampleOf, sums } from "../src/api/metrics.ts";
+import { merged, RANGES, readNumber, readSettings, wireFields } from "../src/chat/settings.ts";
+import type { AssistantMessage, Conversation, UserMessage } from "../src/chat/types.ts";
+import { de } from "../src/i18n/de.ts";
+import { en } from "../src/i18n/en.ts";
+import { MemoryStore } from "../src/store/database.ts";
+import { exportText, ImportError, importText } from "../src/store/transfer.ts";
+
+const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2" };
+const question: UserMessage = { id: "u", role: "user", parent: null, created: 1, text: "q <script>" };
+const answer = (id: string, created: number): AssistantMessage => ({
+  id, role: "assistant", parent: "u", created, model: "m", state: "done",
+  steps: [{ reasoning: "r", reasoningMs: 5, text: "t", finish: "stop", firstTokenMs: 1, totalMs: 2, calls: [{ id: "x", name: "tool", arguments: "{}", state: "done", result: "ok", seconds: 1, content: [{ kind: "text", text: "ok" }] }],
+    usage: { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3, prompt_tokens_details: { cached_tokens: 1 } }, logprobs: [{ token: "t", logprob: -0.1, top_logprobs: [] }] }],
+});
+
+test("export and import keep everything but the ids", () => {
+  const text = exportText([{ conversation, messages: [question, answer("a1", 2), answer("a2", 3)] }]);
+  const { archives, broken } = importText(text);
+  assert.deepEqual([archives.length, broken], [1, 0]);
+  const { conversation: read, messages } = archives[0]!;
+  const [u, a1, a2] = messages;
+  assert.deepEqual([a1!.parent, a2!.parent, read.leaf], [u!.id, u!.id, a2!.id]);
+  assert.notEqual(u!.id, "u");
+  assert.deepEqual({ ...read, id: "c", leaf: "a2" }, conversation);
+  assert.deepEqual({ ...u, id: "u" }, question);
+  const { top_logprobs: _, ...rest } = (a1 as AssistantMessage).steps[0]!.logprobs![0]!;
+  assert.deepEqual(rest, { token: "t", logprob: -0.1 });
+  assert.deepEqual({ ...a1, id: "a1", parent: "u" }, answer("a1", 2));
+  assert.notEqual(importText(text).archives[0]!.conversation.id, read.id);
+});
+
+test("what is no export is refused", () => {
+  for (const text of ["", "{", "[]", "null", "5", '{"format":"other"}', '{"format":"candle-vllm-conversations","version":2,"conversations":[]}', '{"format":"candle-vllm-conversations","version":1}']) {
+    assert.throws(() => importText(text), ImportError, text);
+  }
+});
+
+test("broken conversations are left out, hostile ones are made harmless", () => {
+  const wrap = (...conversations: unknown[]) => importText(JSON.stringify({ format: "candle-vllm-conversations", version: 1, conversations }));
+  for (const broken of [null, 5, {}, { conversation: { title: 5 }, messages: [] }, { conversation: { title: "x" }, messages: [null] }, { conversation: { title: "x" }, messages: [{ id: "a", role: "system", text: "x" }] }, { conversation: { title: "x" }, messages: [{ id: "a", role: "user", text: 5 }] }]) {
+    assert.deepEqual([wrap(broken).archives.length, wrap(broken).broken], [0, 1], JSON.stringify(broken));
+  }
+  const hostile = wrap({ conversation: { title: "x", settings: { temperature: "hot", topP: 7, stop: [1, "a"], evil: 1, thinking: true } }, messages: [
+    { id: "a", role: "assistant", parent: "a", state: "waiting", steps: [{ calls: [{ id: "1", name: "rm", arguments: "{}", state: "approved" }] }] },
+  ] }).archives[0]!;
+  assert.deepEqual(hostile.conversation.settings, { stop: ["a"], thinking: true });
+  const message = hostile.messages[0] as AssistantMessage;
+  assert.deepEqual([message.state, message.steps[0]!.calls[0]!.state], ["stopped", "denied"]);
+});
+
+test("the store that stands in", async () => {
+  const store = new MemoryStore();
+  await store.putConversation(conversation);
+  await store.putMessages([{ ...question, conversation: "c" }, { ...answer("a1", 2), conversation: "other" }]);
+  assert.deepEqual((await store.messages("c")).map((one) => one.id), ["u"]);
+  await store.deleteConversation("c");
+  assert.deepEqual([await store.conversations(), await store.messages("c"), (await store.messages("other")).length], [[], [], 1]);
+  await store.clear();
+  assert.deepEqual(await store.messages("other"), []);
+});
+
+test("settings", () => {
+  assert.deepEqual(merged({ temperature: 1, topK: 5 }, { temperature: 0 }), { temperature: 0, topK: 5 });
+  assert.deepEqual(wireFields({ maxTokens: 5, minP: 0, schema: "{oops" }), { max_completion_tokens: 5, min_p: 0 });
+  assert.deepEqual(wireFields({}), {});
+  assert.equal(readNumber(" 0,5 ", RANGES.temperature), 0.5);
+  assert.equal(readNumber("", RANGES.temperature), undefined);
+  for (const wrong of ["x", "-1", "101", "NaN", "1e999"]) assert.equal(readNumber(wrong, RANGES.temperature), null, wrong);
+  assert.equal(readNumber("1.5", RANGES.topK), null);
+  assert.deepEqual(readSettings(null), {});
+});
+
+test("Prometheus' text", () => {
+  const text = '# HELP x\nvllm:num_requests_running{model_name="a",engine="0"} 2.0\nvllm:num_requests_running{model_name="b } c",engine="0"} 1\nvllm:kv_cache_usage_perc 0.25\nvllm:generation_tokens_total 1e3\nbad line\nx NaN\n';
+  assert.equal(sums(text).get("vllm:num_requests_running"), 3);
+  const [first, second] = [sampleOf(text, 0), sampleOf(text.replace("1e3", "1500"), 2000)];
+  assert.deepEqual([first.running, first.kvUsage, rate([first, second], "generatedTokens")], [3, 0.25, [250]]);
+  assert.deepEqual(rate([second, first].map((one, at) => ({ ...one, at: at * 1000 })), "generatedTokens"), [0]);
+});
+
+test("the languages have the same texts", () => {
+  const shape = (value: unknown): unknown =>
+    typeof value === "object" && value !== null ? Object.fromEntries(Object.entries(value).map(([name, one]) => [name, shape(one)])) : typeof value;
+  assert.deepEqual(shape(de), shape(en));
+  const empty = (value: unknown): boolean => (typeof value === "object" && value !== null ? Object.values(value).some(empty) : value === "");
+  assert.ok(!empty(de) && !empty(en));
+});

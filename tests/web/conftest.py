@@ -1,0 +1,93 @@
+"""A browser, pages in it that report every violation and error, and servers with the web UI.
+
+Needs the package `playwright` and Debian's chromium-headless-shell (or chromium); without them these tests skip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
+
+from ui_server import Site, ui_server
+
+_WATCH = """
+window.violations = [];
+addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) => {
+  window.violations.push(`${violatedDirective} ${blockedURI}`);
+});
+"""
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium-headless-shell and no chromium (apt-get install chromium-headless-shell)")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def site(browser: Any) -> Iterator[Site]:
+    """A server whose engine answers at once."""
+    with ui_server() as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def slow_site(browser: Any) -> Iterator[Site]:
+    """A server whose engine takes 4 ms for each character."""
+    with ui_server(pause=0.004) as served:
+        yield served
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """`open_page(url, **options of the context)`: a page in an empty profile.
+
+    After the test the page must have met no violation of its policy, no script error, and asked nobody else.
+    """
+    with contextlib.ExitStack() as stack:
+        opened: list[tuple[Any, list[str]]] = []
+
+        def open_page(url: str, **options: Any) -> Any:
+            context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **options})
+            stack.callback(context.close)
+            context.set_default_timeout(6_000)
+            context.add_init_script(_WATCH)
+            page = context.new_page()
+            wrong: list[str] = []
+            own = "/".join(url.split("/")[:3])
+            page.on("pageerror", lambda error: wrong.append(f"script error: {error}"))
+            page.on("request", lambda request: wrong.append(request.url) if _is_foreign(request.url, own) else None)
+            opened.append((page, wrong))
+            page.goto(url)
+            return page
+
+        yield open_page
+        for page, wrong in opened:
+            assert not page.is_closed()
+            assert page.evaluate("window.violations") == []
+            assert wrong == []
+
+
+def _is_foreign(url: str, own: str) -> bool:
+    return not url.startswith((own, "data:", "blob:"))
+
+
+@pytest.fixture
+def chat(site: Site, open_page: Callable[..., Any]) -> Any:
+    """A page on the site whose engine answers at once."""
+    return open_page(site.url)

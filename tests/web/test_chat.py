@@ -1,0 +1,227 @@
+"""Talking: first chat, stop, reload, edit and branch, continue, delete, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from actions import ask, button, said, say, wait_idle
+from ui_server import MARKDOWN, Site
+
+
+def test_first_chat_from_an_empty_profile(chat: Any, site: Site) -> None:
+    chat.get_by_text("What can I help with?").wait_for()
+    assert ask(chat, "Hello") == "You said: Hello"
+    assert chat.locator(".conversation-link").inner_text() == "Hello"
+    assert chat.locator("#composer").input_value() == ""
+    assert "#/chat/" in chat.url
+    chat.get_by_text("16 tokens", exact=True).wait_for()
+    chat.locator(".gauge").wait_for()
+    assert ask(chat, "More") == "You said: More"
+    assert chat.locator(".question").count() == 2
+    assert len(site.engine.template_calls[-1].messages) == 3
+
+
+def test_markdown(chat: Any) -> None:
+    ask(chat, "markdown please")
+    answer = chat.locator(".answer")
+    assert answer.locator("h3").inner_text() == "A title"
+    assert answer.locator("table tbody tr").count() == 2
+    assert answer.locator("math").count() == 2
+    assert answer.locator("figure.code .language").inner_text() == "python"
+    answer.locator(".hl-keyword").first.wait_for()
+    assert answer.locator("a").get_attribute("rel") == "noopener noreferrer nofollow"
+    assert answer.locator("input[type=checkbox]").count() == 2
+    button(chat, "Source").click()
+    assert answer.locator("pre.raw").inner_text().strip() == MARKDOWN.strip()
+
+
+def test_copy(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, permissions=["clipboard-read", "clipboard-write"])
+    ask(page, "markdown please")
+    button(page, "Copy code").click()
+    button(page, "Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("def longest")
+    page.locator(".answer").get_by_role("button", name="Copy message").click()
+    page.locator(".answer").get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("# A title")
+
+
+def test_reasoning_folds_out(chat: Any) -> None:
+    assert "The number is 42." in ask(chat, "think of one")
+    summary = chat.locator(".reasoning summary")
+    assert summary.inner_text().startswith("Thought for")
+    assert chat.get_by_text("I take 42").count() == 0
+    summary.click()
+    chat.get_by_text("I take 42").wait_for()
+
+
+def test_stop_in_the_middle(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url)
+    say(page, "slowly")
+    said(page, "word5")
+    button(page, "Stop").click()
+    said(page, "Stopped.")
+    kept = page.locator(".answer .markdown").inner_text()
+    assert "word5" in kept
+    assert "word399" not in kept
+    page.wait_for_timeout(300)
+    assert page.locator(".answer .markdown").inner_text() == kept
+    assert slow_site.engine.aborted
+    page.keyboard.type("x")  # the field has the focus again
+    assert page.locator("#composer").input_value() == "x"
+
+
+def test_escape_stops_and_a_reload_loses_nothing(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url)
+    say(page, "slowly")
+    said(page, "word9 ")
+    page.wait_for_timeout(700)  # saved twice a second
+    page.locator("#composer").fill("half a thought")
+    page.reload()
+    said(page, "Stopped.")
+    assert "word9" in page.locator(".answer .markdown").inner_text()
+    assert page.locator("#composer").input_value() == "half a thought"
+    page.locator(".ending").get_by_role("button", name="Continue").click()
+    said(page, "and it goes on.")
+    assert "word9" in page.locator(".answer .markdown").inner_text()
+    assert page.locator(".answer").count() == 1
+    wait_idle(page)
+    page.locator("#composer").fill("")
+    say(page, "slowly")
+    page.locator(".answer").nth(1).get_by_text("word3").wait_for()
+    page.keyboard.press("Escape")
+    said(page, "Stopped.")
+
+
+def test_reload_keeps_a_finished_chat(chat: Any) -> None:
+    ask(chat, "Hello")
+    chat.reload()
+    said(chat, "You said: Hello")
+    assert ask(chat, "Again") == "You said: Again"
+
+
+def test_edit_makes_a_branch_and_siblings_lead_back(chat: Any) -> None:
+    ask(chat, "One")
+    ask(chat, "Two")
+    chat.locator(".question").first.hover()
+    chat.locator(".question").first.get_by_role("button", name="Edit").click()
+    editor = chat.get_by_role("textbox", name="Edit")
+    assert editor.input_value() == "One"
+    editor.fill("Three")
+    editor.press("Enter")
+    said(chat, "You said: Three")
+    wait_idle(chat)
+    assert chat.locator(".question").count() == 1
+    chat.get_by_label("version 2 of 2").wait_for()
+    button(chat, "Previous version").click()
+    said(chat, "You said: Two")
+    assert chat.locator(".question").count() == 2
+    chat.reload()
+    said(chat, "You said: Two")  # the branch that was shown
+    button(chat, "Next version").click()
+    said(chat, "You said: Three")
+
+
+def test_regenerate_makes_a_sibling(chat: Any) -> None:
+    ask(chat, "One")
+    button(chat, "Answer again").click()
+    chat.get_by_label("version 2 of 2").wait_for()
+    wait_idle(chat)
+    assert chat.locator(".answer").count() == 1
+    button(chat, "Previous version").click()
+    chat.get_by_label("version 1 of 2").wait_for()
+
+
+def test_continue_appends(chat: Any) -> None:
+    ask(chat, "One")
+    chat.locator(".answer").get_by_role("button", name="Continue").click()
+    said(chat, "You said: One and it goes on.")
+
+
+def test_delete_a_message(chat: Any) -> None:
+    ask(chat, "One")
+    ask(chat, "Two")
+    chat.locator(".question").nth(1).hover()
+    chat.locator(".question").nth(1).get_by_role("button", name="Delete message").click()
+    chat.get_by_text("everything that follows").wait_for()
+    button(chat, "Delete").click()
+    chat.locator(".question").nth(1).wait_for(state="detached")
+    chat.reload()
+    said(chat, "You said: One")
+    assert chat.locator(".question").count() == 1
+
+
+def test_settings_reach_the_engine_and_can_be_reset(chat: Any, site: Site) -> None:
+    button(chat, "Settings of this chat").click()
+    chat.get_by_label("Temperature", exact=True).fill("0.25")
+    chat.get_by_label("System prompt").fill("Be brief.")
+    chat.get_by_label("Top k", exact=True).fill("1.5")
+    chat.get_by_label("Seed", exact=True).fill("7")
+    chat.get_by_text("Must be between").wait_for()
+    chat.keyboard.press("Escape")
+    ask(chat, "Hello")
+    params = site.engine.requests[-1].params
+    assert (params.temperature, params.seed) == (0.25, 7)
+    assert site.engine.template_calls[-1].messages[0] == {"role": "system", "content": "Be brief."}
+    button(chat, "Settings of this chat").click()
+    button(chat, "Reset all").click()
+    chat.keyboard.press("Escape")
+    ask(chat, "Hello")
+    assert site.engine.template_calls[-1].messages[0]["role"] == "user"
+    assert site.engine.requests[-1].params.seed is None
+
+
+def test_structured_output(chat: Any, site: Site) -> None:
+    button(chat, "Settings of this chat").click()
+    chat.get_by_role("textbox", name="Structured output").fill('{"type": "obj')
+    chat.get_by_text("not a JSON object yet").wait_for()
+    chat.get_by_role("textbox", name="Structured output").fill('{"type": "object"}')
+    chat.keyboard.press("Escape")
+    ask(chat, "Hello")
+    assert site.engine.requests[-1].params.structured_outputs.json == {"type": "object"}
+
+
+def test_probabilities(chat: Any) -> None:
+    chat.keyboard.press("Control+,")
+    chat.get_by_label("Token probabilities").select_option("on")
+    chat.keyboard.press("Escape")
+    ask(chat, "Hello")
+    button(chat, "Probabilities").click()
+    assert "".join(chat.locator(".token").all_inner_texts()) == "You said: Hello<|eos|>"
+    chat.locator(".token").first.click()
+    assert chat.locator(".alternatives tr").count() == 5
+
+
+def test_a_refused_request_is_a_banner_with_a_retry(chat: Any, site: Site) -> None:
+    chat.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={"error": {"message": "The queue is full.", "param": None}}),
+    )
+    say(chat, "Hello")
+    chat.get_by_role("alert").get_by_text("The queue is full.").wait_for()
+    chat.unroute("**/v1/chat/completions")
+    button(chat, "Try again").click()
+    said(chat, "You said: Hello")
+    assert chat.get_by_role("alert").count() == 0
+
+
+def test_a_dropped_connection_keeps_the_partial_answer(chat: Any) -> None:
+    begun = 'data: {"choices":[{"index":0,"delta":{"content":"The beginning"}}]}\n\n'
+    chat.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=begun))
+    say(chat, "Hello")
+    chat.get_by_text("The connection was lost").wait_for()
+    assert chat.locator(".answer .markdown").inner_text() == "The beginning"
+    chat.unroute("**/v1/chat/completions")
+    button(chat, "Try again").click()
+    said(chat, "The beginning and it goes on.")
+
+
+def test_an_answer_goes_on_while_another_chat_is_shown(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url)
+    say(page, "think slowly")
+    page.locator(".answer").wait_for()
+    page.get_by_role("link", name="New chat").click()
+    page.get_by_text("What can I help with?").wait_for()
+    page.locator(".conversation-link").first.click()
+    said(page, "The number is 42.")

@@ -1,0 +1,201 @@
+"""Conversations as data: list, search, rename, delete, export, import, models, keys, the server page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actions import archive, ask, button, conversation, import_file, said
+from ui_server import Site, ui_server
+
+
+def titles(page: Any) -> list[str]:
+    """The conversations that are listed."""
+    return list(page.locator(".conversation-link").all_text_contents())
+
+
+def new_chat(page: Any) -> None:
+    """Leaves the conversation."""
+    page.get_by_role("link", name="New chat").click()
+    page.get_by_text("What can I help with?").wait_for()
+
+
+def test_list_search_rename_delete(chat: Any) -> None:
+    for text in ("About apples", "About pears", "Nothing"):
+        new_chat(chat)
+        ask(chat, text)
+    assert titles(chat) == ["Nothing", "About pears", "About apples"]
+    chat.keyboard.press("Control+k")
+    chat.locator("#search:focus").wait_for()
+    chat.keyboard.type("said pears")  # in the answer
+    chat.locator(".conversation").nth(1).wait_for(state="detached")
+    assert titles(chat) == ["About pears"]
+    chat.locator("#search").fill("quinces")
+    chat.get_by_text("Nothing found.").wait_for()
+    chat.keyboard.press("Escape")
+    chat.locator(".conversation").nth(2).wait_for()
+    chat.locator(".conversation").first.hover()
+    button(chat, "Rename Nothing").click()
+    chat.get_by_role("textbox", name="Rename").fill("Something <b>")
+    chat.keyboard.press("Enter")
+    chat.get_by_role("link", name="Something <b>").wait_for()
+    chat.locator(".conversation").first.hover()
+    button(chat, "Delete Something <b>").click()
+    button(chat, "Delete").click()
+    chat.locator(".conversation").nth(2).wait_for(state="detached")
+    chat.reload()
+    chat.locator(".conversation").nth(1).wait_for()
+    assert titles(chat) == ["About pears", "About apples"]
+
+
+def test_export_and_import(site: Site, open_page: Callable[..., Any], tmp_path: Path) -> None:
+    first = open_page(site.url)
+    ask(first, "One")
+    button(first, "Answer again").click()
+    first.get_by_label("version 2 of 2").wait_for()
+    first.locator(".answer[aria-busy=true]").wait_for(state="detached")
+    first.keyboard.press("Control+,")
+    first.get_by_role("tab", name="Data").click()
+    with first.expect_download() as download:
+        button(first, "Export all (1)").click()
+    path = tmp_path / "export.json"
+    download.value.save_as(path)
+    assert len(json.loads(path.read_text())["conversations"][0]["messages"]) == 3
+    second = open_page(site.url)  # another empty profile
+    import_file(second, path)
+    second.locator(".conversation-link").click()
+    said(second, "You said: One")
+    second.get_by_label("version 2 of 2").wait_for()
+
+
+def test_a_file_that_is_no_export(chat: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    chat.keyboard.press("Control+,")
+    chat.get_by_role("tab", name="Data").click()
+    chat.locator("#import-file").set_input_files(str(tmp_path / "x.json"))
+    chat.get_by_text("x.json is not a file that was exported here.").wait_for()
+
+
+def test_delete_all(chat: Any) -> None:
+    ask(chat, "One")
+    chat.keyboard.press("Control+,")
+    chat.get_by_role("tab", name="Data").click()
+    button(chat, "Delete all conversations").click()
+    chat.get_by_text("will be gone for good").wait_for()
+    chat.get_by_role("dialog").get_by_role("button", name="Delete all conversations").click()
+    chat.get_by_text("Your conversations will appear here.").wait_for()
+    chat.reload()
+    chat.get_by_text("Your conversations will appear here.").wait_for()
+
+
+def test_two_thousand_messages(chat: Any, tmp_path: Path) -> None:
+    import_file(chat, archive(tmp_path / "long.json", [conversation("Long", 2000)]))
+    chat.locator(".conversation-link").click()
+    said(chat, "Answer 1999")
+    assert chat.locator(".message").count() < 200
+    chat.locator(".scroller").hover()
+    for _ in range(4):
+        chat.mouse.wheel(0, -100_000)
+        chat.wait_for_timeout(200)
+    seen = chat.locator(".message").count()
+    assert 60 <= seen < 1000
+    assert ask(chat, "Hello") == "You said: Hello"
+
+
+def test_two_thousand_conversations(chat: Any, tmp_path: Path) -> None:
+    import_file(
+        chat,
+        archive(tmp_path / "many.json", [conversation(f"Chat {at}", 2, 1_700_000_000_000 + at) for at in range(2000)]),
+    )
+    chat.get_by_role("link", name="Chat 1999").wait_for()
+    assert chat.locator(".conversation").count() <= 300
+    chat.locator("#search").fill("Chat 77")
+    chat.get_by_role("link", name="Chat 77", exact=True).wait_for()
+
+
+def test_the_model_is_chosen_by_its_picker(chat: Any, site: Site) -> None:
+    button(chat, "Model: demo-model").click()
+    chat.get_by_role("button", name="other-name ready").click()
+    button(chat, "Model: other-name").wait_for()
+    with chat.expect_request("**/v1/chat/completions") as sent:
+        ask(chat, "Hello")
+    assert sent.value.post_data_json["model"] == "other-name"
+    chat.reload()
+    button(chat, "Model: other-name").wait_for()
+
+
+def test_a_model_is_loaded_and_unloaded(chat: Any) -> None:
+    state = {"status": "unloaded"}
+    card = {"id": "m", "object": "model", "created": 0, "root": "m", "default": True}
+
+    def change(status: str) -> Callable[[Any], None]:
+        def answer(route: Any) -> None:
+            assert route.request.post_data_json == {"model": "m"}
+            state["status"] = status
+            route.fulfill(json={"id": "m", "status": status})
+
+        return answer
+
+    chat.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [{**card, **state}]}))
+    chat.route("**/v1/models/load", change("ready"))
+    chat.route("**/v1/models/unload", change("unloaded"))
+    chat.reload()
+    chat.get_by_text("It is not loaded yet.").wait_for()
+    button(chat, "Model: m").click()
+    button(chat, "Load m").click()
+    button(chat, "Unload m").click()
+    button(chat, "Load m").wait_for()
+
+
+def test_a_failed_load_is_said(chat: Any) -> None:
+    card = {"id": "m", "object": "model", "created": 0, "root": "m", "status": "failed", "default": True}
+    chat.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [card]}))
+    chat.route(
+        "**/v1/models/load",
+        lambda route: route.fulfill(status=507, json={"error": {"message": "It does not fit into memory."}}),
+    )
+    chat.reload()
+    button(chat, "Model: m").click()
+    button(chat, "Load m").click()
+    chat.get_by_text("m: It does not fit into memory.").wait_for()
+
+
+def test_a_key_is_asked_for(open_page: Callable[..., Any]) -> None:
+    with ui_server(api_key=("sesame",)) as site:
+        page = open_page(site.url)
+        page.get_by_text("This server needs an API key.").wait_for()
+        page.get_by_label("API key", exact=True).fill("wrong")
+        button(page, "Use").click()
+        page.get_by_text("This server needs an API key.").wait_for()
+        page.get_by_label("API key", exact=True).fill("sesame")
+        button(page, "Use").click()
+        page.get_by_text("demo-model is running").wait_for()
+        assert ask(page, "Hello") == "You said: Hello"
+        page.reload()
+        page.get_by_text("You said: Hello").first.wait_for()
+        assert page.evaluate("JSON.stringify(localStorage)").find("sesame") == -1
+
+
+def test_a_server_that_is_gone(open_page: Callable[..., Any]) -> None:
+    with ui_server() as site:
+        page = open_page(site.url)
+        page.get_by_text("demo-model is running").wait_for()
+        page.route("**/v1/**", lambda route: route.abort())
+        ask(page, "Hello")
+        page.locator(".answer").get_by_text("The server cannot be reached.").wait_for()
+        page.unroute("**/v1/**")
+        page.locator(".answer").get_by_role("button", name="Try again").click()
+        said(page, "You said: Hello")
+
+
+def test_the_server_page(chat: Any) -> None:
+    ask(chat, "Hello")
+    chat.get_by_role("link", name="Server").click()
+    chat.get_by_text("Running requests").wait_for()
+    chat.locator(".chart polyline").first.wait_for(state="attached")  # a flat line has no height
+    assert chat.locator(".chart").count() == 6
+    chat.get_by_role("cell", name="demo-model").wait_for()
+    chat.get_by_role("cell", name="hermes").first.wait_for()
+    assert "candle-vllm 0." in chat.locator(".page-head").inner_text()

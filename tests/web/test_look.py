@@ -1,0 +1,188 @@
+"""Themes, phone, keyboard, languages, and what axe-core says of every view."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from actions import ask, button, said, say
+from registry_packages import npm_file
+from ui_server import Site
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """axe-core's program."""
+    with tarfile.open(npm_file("axe-core@4.14.1", "axe-core-4.14.1.tgz")) as archive:
+        program = archive.extractfile("package/axe.min.js")
+        assert program is not None
+        return program.read().decode()
+
+
+def findings(page: Any, axe: str) -> list[str]:
+    """What axe-core finds serious or critical, in short."""
+    if page.evaluate("typeof axe") == "undefined":
+        page.evaluate(f"() => {{ {axe}; window.axe = axe; }}")
+    result = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    return [
+        f"{one['id']}: {one['nodes'][0]['html'][:200]} ({one['nodes'][0].get('failureSummary', '')[:200]})"
+        for one in result["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("phone", [False, True])
+def test_axe_finds_nothing_serious(
+    site: Site, open_page: Callable[..., Any], axe: str, scheme: str, phone: bool
+) -> None:
+    page = open_page(site.url, color_scheme=scheme, reduced_motion="reduce", **(PHONE if phone else {}))
+    page.get_by_text("What can I help with?").wait_for()
+    assert findings(page, axe) == []
+    for text in ("markdown please", "think"):
+        page.locator("#composer").fill(text)
+        button(page, "Send").click()
+        page.locator(".answer[aria-busy=true]").wait_for(state="detached")
+    said(page, "The number is 42.")
+    page.locator(".reasoning summary").click()
+    assert findings(page, axe) == []
+    page.keyboard.press("Control+,")
+    for tab in ("This chat", "All chats", "Data"):
+        page.get_by_role("tab", name=tab).click()
+        assert findings(page, axe) == [], tab
+    page.keyboard.press("Escape")
+    page.evaluate("location.hash = '#/server'")
+    page.locator(".chart").first.wait_for()
+    assert findings(page, axe) == []
+
+
+def background(page: Any) -> str:
+    """The page's colour."""
+    return str(page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
+
+
+def test_dark_mode(site: Site, open_page: Callable[..., Any]) -> None:
+    light, dark = (open_page(site.url, color_scheme=scheme) for scheme in ("light", "dark"))
+    bright, dim = background(light), background(dark)
+    assert bright != dim
+    light.keyboard.press("Control+,")
+    light.get_by_label("Theme").select_option("dark")
+    assert background(light) == dim
+    light.reload()
+    light.get_by_text("What can I help with?").wait_for()
+    assert background(light) == dim
+    light.keyboard.press("Control+,")
+    light.get_by_label("Theme").select_option("system")
+    assert background(light) == bright
+
+
+def test_phone(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, **PHONE)
+    page.locator("#composer").tap()
+    page.keyboard.type("markdown")
+    page.keyboard.press("Enter")  # a new line: phones have no Shift
+    assert page.locator("#composer").input_value() == "markdown\n"
+    button(page, "Send").tap()
+    said(page, "A title")
+    page.locator(".answer[aria-busy=true]").wait_for(state="detached")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate(
+        "[...document.querySelectorAll('.blocks > *')].every((one) => one.getBoundingClientRect().right <= 390)"
+    )
+    assert not page.locator(".sidebar").is_visible()
+    button(page, "Show conversations").tap()
+    page.locator(".sidebar").wait_for()
+    page.get_by_role("link", name="New chat").tap()
+    page.get_by_text("What can I help with?").wait_for()
+    assert not page.locator(".sidebar").is_visible()
+
+
+def focused(page: Any) -> str:
+    """What has the focus, as a screen reader would name it."""
+    return str(
+        page.evaluate(
+            "(document.activeElement.getAttribute('aria-label') || document.activeElement.textContent).trim()"
+        )
+    )
+
+
+def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url)
+    page.get_by_text("demo-model is running").wait_for()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("you")
+    page.keyboard.press("Enter")
+    said(page, "You said: Hello\nyou")
+    page.locator(".answer[aria-busy=true]").wait_for(state="detached")
+    page.keyboard.press("ArrowUp")  # edits the last question
+    page.keyboard.press("Control+a")
+    page.keyboard.type("Changed")
+    page.keyboard.press("Enter")
+    said(page, "You said: Changed")
+    page.keyboard.press("Control+Shift+O")
+    page.get_by_text("What can I help with?").wait_for()
+    page.wait_for_timeout(100)
+    assert focused(page) == "Message"
+    page.keyboard.press("Control+k")
+    page.wait_for_timeout(100)
+    assert focused(page) == "Search conversations"
+    page.keyboard.press("Tab")
+    assert focused(page) == "Hello"
+    page.keyboard.press("Enter")
+    said(page, "You said: Changed")
+    page.locator("body").press("Control+/")
+    page.get_by_role("heading", name="Keyboard shortcuts").wait_for()
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
+    page.keyboard.press("Escape")
+    page.get_by_role("heading", name="Keyboard shortcuts").wait_for(state="detached")
+    page.keyboard.press("Control+b")
+    page.locator(".sidebar").wait_for(state="hidden")
+
+
+def test_the_focus_goes_everywhere(chat: Any) -> None:
+    ask(chat, "markdown")
+    chat.locator("body").click(position={"x": 700, "y": 5})
+    seen = set()
+    for _ in range(40):
+        chat.keyboard.press("Tab")
+        seen.add(focused(chat))
+    wanted = {
+        "Skip to the message field",
+        "New chat",
+        "Search conversations",
+        "Settings",
+        "Model: demo-model",
+        "Copy code",
+        "Answer again",
+        "Message",
+    }
+    assert wanted <= seen
+
+
+def test_answers_are_announced(chat: Any) -> None:
+    ask(chat, "Hello")
+    assert chat.locator("[aria-live=polite]").first.text_content() == "You said: Hello"
+
+
+def test_german(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, locale="de-AT")
+    page.get_by_text("Womit kann ich helfen?").wait_for()
+    assert page.evaluate("document.documentElement.lang") == "de"
+    page.keyboard.press("Control+,")
+    page.get_by_label("Sprache").select_option("en")
+    page.get_by_role("heading", name="Settings").wait_for()
+
+
+def test_motion_can_be_reduced(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url, reduced_motion="reduce")
+    say(page, "think slowly")
+    page.locator(".pulse").wait_for()
+    assert page.evaluate("document.getAnimations().length") == 0
+    said(page, "The number is 42.")

@@ -1,0 +1,75 @@
+"""Tools end to end: the command with the page, an MCP server in a process of its own, and a browser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actions import button, said, say
+from scripted_server import ScriptedServer
+
+PROGRAM = """
+from mcp.server import MCPServer
+
+server = MCPServer("clock")
+
+
+@server.tool()
+def now(zone: str) -> str:
+    "The time in a zone."
+    return f"noon in {zone}"
+
+
+server.run(transport="stdio")
+"""
+CALL = '<tool_call>\n{"name": "clock__now", "arguments": {"zone": "Berlin"}}\n</tool_call>'
+ANSWERS = {"noon in Berlin": "It is noon.", "clock": CALL}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an MCP server and its configuration."""
+    (tmp_path / "clock.py").write_text(PROGRAM)
+    clock = {"command": sys.executable, "args": [str(tmp_path / "clock.py")]}
+    (tmp_path / "servers.json").write_text(json.dumps({"mcpServers": {"clock": clock}}))
+    return tmp_path
+
+
+def test_a_tool_runs_after_approval(browser: Any, open_page: Callable[..., Any], folder: Path) -> None:
+    server = ScriptedServer(folder, ANSWERS, "--ui-server", "--mcp-config", "servers.json", "--api-key", "sesame")
+    try:
+        page = open_page(server.url + "/")
+        page.set_default_timeout(20_000)
+        page.get_by_label("API key", exact=True).fill("sesame")
+        button(page, "Use").click()
+        page.get_by_text("Tools 1/1").wait_for()
+        say(page, "Ask the clock")
+        button(page, "Allow once").click()
+        said(page, "It is noon.")
+        page.locator(".tool-card .result summary").click()
+        page.get_by_text("noon in Berlin").wait_for()
+        page.get_by_role("link", name="Tools").click()
+        page.get_by_text("ready · stdio").wait_for()
+        page.get_by_text("The time in a zone.").wait_for()
+    finally:
+        server.stop()
+
+
+def test_a_server_without_a_key_says_what_is_missing(browser: Any, open_page: Callable[..., Any], folder: Path) -> None:
+    server = ScriptedServer(folder, ANSWERS, "--ui-server", "--mcp-config", "servers.json")
+    try:
+        page = open_page(server.url + "/")
+        page.set_default_timeout(20_000)
+        page.get_by_text("Tools 1/1").wait_for()
+        say(page, "Ask the clock")
+        button(page, "Allow once").click()
+        page.locator(".answer").get_by_text("start it with --api-key").wait_for()
+        button(page, "Allow once").wait_for()  # the call still waits
+        page.get_by_role("link", name="Tools").click()
+        page.get_by_text("Start it with --api-key.").wait_for()
+    finally:
+        server.stop()
