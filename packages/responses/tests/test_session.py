@@ -14,10 +14,17 @@ from typing import Any
 import pytest
 from conversation_fakes import Gate, adapter_of, call_text, engine_of, other_tasks, settled, user
 
-from candle_vllm.core import CandleVllmError, ConfigError, InvalidParameterError, RequestError
+from candle_vllm.core import CandleVllmError, ConfigError, InvalidParameterError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter
-from candle_vllm.responses import ConversationFinished, ConversationOptions, ResponsesSession
+from candle_vllm.responses import (
+    ConversationFinished,
+    ConversationOptions,
+    McpConfig,
+    McpServerConfig,
+    ResponsesSession,
+)
+from candle_vllm.responses.conversation.events import ToolStarted
 from candle_vllm.responses.conversation.in_process_model import InProcessModel
 from candle_vllm.responses.conversation.transcript import LOST
 
@@ -52,6 +59,8 @@ async def test_any_model_will_do(wrap: Any) -> None:
 
 
 def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="the class ScriptedEngine itself"):
+        ResponsesSession(ScriptedEngine)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="not a int"):
         ResponsesSession(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="load it with InferenceEngine"):
@@ -76,6 +85,8 @@ async def test_a_failed_turn_leaves_the_transcript_alone() -> None:
         await session.run_conversation([{"role": "nobody", "content": "x"}])
     with pytest.raises(InvalidParameterError, match=r"messages\.0 must be an object"):
         await session.run_conversation(["hi"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidParameterError, match="messages must be a list"):
+        await session.run_conversation("hi")  # pyright: ignore[reportArgumentType]
     assert session.messages == []
 
 
@@ -162,6 +173,29 @@ class TestFaults:
         gate.open.set()
         assert (await task).completed
 
+    async def test_closing_the_session_ends_its_conversation(self) -> None:
+        gate = Gate()
+        session = ResponsesSession(adapter_of(call_text("wait"), "never"), tools=[gate.wait])
+        async with session:
+            task = asyncio.create_task(session.run_conversation([user("x")]))
+            await settled(lambda: gate.begun == 1)
+        assert gate.cancelled == 1
+        with pytest.raises(RequestAbortedError):
+            await task
+        assert session.messages[-1]["content"] == LOST
+
+    async def test_a_reader_that_leaves_without_closing(self) -> None:
+        gate = Gate()
+        async with ResponsesSession(adapter_of(call_text("wait")), tools=[gate.wait]) as session:
+            events = session.stream_conversation([user("x")])
+            async for event in events:
+                if isinstance(event, ToolStarted):
+                    break
+            await settled(lambda: gate.begun == 1)
+        assert gate.cancelled == 1
+        assert not other_tasks()
+        await events.aclose()
+
     async def test_a_reader_that_leaves_early(self) -> None:
         session = ResponsesSession(adapter_of("x" * 10_000))
         async with aclosing(session.stream_conversation([user("x")])) as events:
@@ -214,6 +248,26 @@ class TestApprovals:
             session.answer_approvals({"call_x": "allow"})
         with pytest.raises(InvalidParameterError, match="must be 'allow' or 'deny'"):
             session.answer_approvals({call_id: "pending"})
+        with pytest.raises(InvalidParameterError, match="by the id of a call"):
+            session.answer_approvals([call_id])  # pyright: ignore[reportArgumentType]
+
+    async def test_the_last_answer_counts_and_an_answered_call_takes_no_more(self) -> None:
+        session, call_id = await self.stopped()
+        session.answer_approvals({call_id: "allow"})
+        session.answer_approvals({call_id: "deny"})
+        result = await session.run_conversation(options=self.RULES)
+        assert [one.status for one in result.tool_calls] == ["denied"]
+        with pytest.raises(InvalidParameterError, match="open are: none"):
+            session.answer_approvals({call_id: "allow"})
+
+    async def test_transcripts_that_refer_to_unknown_calls(self) -> None:
+        session, call_id = await self.stopped()
+        stray = {"role": "tool", "tool_call_id": "call_x", "content": "?"}
+        with pytest.raises(InvalidParameterError, match="'call_x' answers no call"):
+            await session.run_conversation([{**stray, "tool_call_id": call_id}, stray])
+        other = ResponsesSession(adapter_of("done"), [user("x"), stray])
+        with pytest.raises(InvalidParameterError, match="'call_x' answers no call"):
+            await other.run_conversation()
 
 
 async def test_client_tools_by_a_tool_message() -> None:
@@ -238,6 +292,49 @@ async def test_tools_without_the_model() -> None:
     with pytest.raises(InvalidParameterError, match="at the MCP server 'time'"):
         await session.call_tool("time", "add", {})
     assert session.messages == []
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for arguments in (None, 3, "x", ["a"], {"a": object()}, {"a": deep}):
+        with pytest.raises(InvalidParameterError, match="arguments must be") as caught:
+            await session.call_tool(None, "add", arguments)  # pyright: ignore[reportArgumentType]
+        assert caught.value.param == "arguments"
+    for timeout in (-1, 0, float("nan"), "x"):
+        with pytest.raises(InvalidParameterError, match="timeout must be more than 0"):
+            await session.call_tool(None, "add", {"a": 1, "b": 2}, timeout=timeout)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("tools", [add, None, "add", {"add": add}, 3])
+def test_tools_that_are_no_list(tools: Any) -> None:
+    with pytest.raises(InvalidParameterError, match="tools must be a list of functions"):
+        ResponsesSession(ScriptedEngine(), tools=tools)
+
+
+SERVER = McpServerConfig(name="time", command="nothing")
+
+
+@pytest.mark.parametrize(
+    ("servers", "told"),
+    [
+        (None, "not a NoneType"),
+        ({"time": {"command": "x"}}, "not a dict"),
+        ([{"command": "x"}], "not a dict"),
+        ([SERVER, SERVER], "two MCP servers are named 'time'"),
+        ("nothing.json", r"nothing\.json does not exist"),
+        ("~nobody-of-this-name/mcp.json", "does not exist"),
+        ("x" * 5000, "cannot read"),
+    ],
+)
+def test_servers_that_cannot_be(servers: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        ResponsesSession(ScriptedEngine(), mcp_servers=servers)
+
+
+@pytest.mark.parametrize("servers", [SERVER, [SERVER], (one for one in [SERVER]), McpConfig((SERVER,))])
+async def test_servers_in_every_form(servers: Any) -> None:
+    async with ResponsesSession(ScriptedEngine(), mcp_servers=servers) as session:
+        assert session.fleet is not None
+        assert [status.name for status in session.fleet.status()] == ["time"]
 
 
 MCP_SERVER = """
@@ -293,6 +390,20 @@ async def test_a_session_with_connections_is_used_as_a_context() -> None:
     with pytest.raises(ConfigError, match="async with"):
         await session.run_conversation([user("x")])
     await session.aclose()
+
+
+@pytest.mark.parametrize("model", [ScriptedEngine(), "http://127.0.0.1:9/v1"], ids=["engine", "url"])
+async def test_a_session_is_entered_once_and_closed_for_good(model: Any) -> None:
+    session = ResponsesSession(model)
+    async with session:
+        with pytest.raises(ConfigError, match="entered once"):
+            await session.__aenter__()
+    with pytest.raises(ConfigError, match="the session is closed"):
+        await session.run_conversation([user("x")])
+    with pytest.raises(ConfigError, match="the session is closed"):
+        await session.call_tool(None, "add", {})
+    with pytest.raises(ConfigError, match="entered once"):
+        await session.__aenter__()
 
 
 def test_the_package_loads_neither_mcp_nor_the_store() -> None:

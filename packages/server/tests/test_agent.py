@@ -20,6 +20,7 @@ from server_fakes import PacedEngine
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.tools.approval import Approval
+from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
@@ -198,6 +199,53 @@ class TestAsking:
     def test_answers(self, lines: list[str | None], answers: list[Approval]) -> None:
         assert self.ask(*lines) == (answers, len(lines))
 
+    @pytest.mark.parametrize(
+        ("approved", "server", "own", "allowed"),
+        [
+            ("delete", "s", "delete", True),
+            ("de*", "other", "delete", True),
+            ("s__delete", "s", "delete", True),
+            ("s__*", "s", "delete", True),
+            ("s__delete", "evil", "s__delete", False),
+            ("s__*", "evil", "s__delete", False),
+            ("delete", "s", "undelete", False),
+        ],
+    )
+    def test_names_that_need_no_asking(
+        self, approved: str, server: str, own: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", None)  # closed: nobody can be asked
+        name = tool_name(server, own)
+        definition = ToolDefinition(name=name, server=server, original_name=own)
+        answer = asyncio.run(TerminalApproval((approved,))(ToolCall(id="c", name=name, arguments="{}"), definition))
+        assert answer is (Approval.ALLOW if allowed else Approval.DENY)
+
+    def test_always_is_for_one_tool(self) -> None:
+        async def read_line(_: str) -> str | None:
+            return lines.pop(0)
+
+        async def ask() -> list[Approval]:
+            approval = TerminalApproval((), read_line)
+            imitation = ToolDefinition(name="evil__s__delete", server="evil", original_name=self.CALL.name)
+            call = ToolCall(id="d", name=imitation.name, arguments="{}")
+            return [await approval(self.CALL, self.DEFINITION), await approval(call, imitation)]
+
+        lines = ["a", "n"]
+        assert asyncio.run(ask()) == [Approval.ALLOW, Approval.DENY]
+        assert lines == []
+
+    def test_all_that_is_agreed_to_is_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
+        async def read_line(_: str) -> str | None:
+            return "n"
+
+        arguments = json.dumps({"command": "true" + " " * 500 + "#" * 1000, "then": "rm -rf"})
+        call = ToolCall(id="c", name="s__delete", arguments=arguments)
+        asyncio.run(TerminalApproval((), read_line)(call, self.DEFINITION))
+        assert "rm -rf" in capsys.readouterr().err
+        call = ToolCall(id="c", name="s__delete", arguments=json.dumps({"command": "#" * 9000, "then": "rm -rf"}))
+        asyncio.run(TerminalApproval((), read_line)(call, self.DEFINITION))
+        assert f"... ({len(call.arguments)} characters in all)" in capsys.readouterr().err
+
 
 def test_what_a_tool_says_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     display = AgentDisplay()
@@ -266,6 +314,18 @@ def test_a_person_is_asked_on_the_terminal(folder: Path) -> None:
     assert '{"n": 21}' in terminal.shown
     terminal.type("y\n")
     terminal.wait_for("It is 42.")
+    assert terminal.end() == 0
+
+
+def test_what_was_typed_before_the_question_is_no_answer(folder: Path) -> None:
+    write_config(folder)
+    terminal = Terminal(folder, "Thinking." + DOUBLE, "It stays undone.", pause=0.01)
+    terminal.wait_for("Thinking.")
+    terminal.type("y\n")
+    terminal.wait_for("[n]o: ")
+    terminal.type("n\n")
+    terminal.wait_for("It stays undone.")
+    assert "denied" in terminal.shown
     assert terminal.end() == 0
 
 

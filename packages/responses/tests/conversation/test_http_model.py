@@ -191,6 +191,7 @@ async def test_refusals(status: int, body: bytes, kind: type[Exception], words: 
         (sse("data: [1]"), "no JSON object"),
         (sse(delta(content="x"), {"error": {"message": f"boom {KEY}", "code": 500}}), "answered 500: boom ***"),
         (sse("data: " + "[" * 100_000), "no JSON object"),
+        (sse(delta("", content="x"), done=False), "ended its answer in the middle"),
     ],
 )
 async def test_broken_streams(stream: bytes, words: str) -> None:
@@ -198,6 +199,23 @@ async def test_broken_streams(stream: bytes, words: str) -> None:
         await said(answering(stream))
     assert words in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+async def test_an_event_that_is_nested_deeply() -> None:
+    value = "[" * 700 + "]" * 700
+    entry = f'{{"choices": [{{"delta": {{"content": "x"}}, "logprobs": {{"content": {value}}}}}]}}'
+    with pytest.raises(ModelServerError, match="nested too deeply"):
+        await said(answering(sse(f"data: {entry}")))
+
+
+async def test_halves_of_surrogate_pairs_are_replaced() -> None:
+    call = {"index": 0, "id": "\ud800", "function": {"name": "f\udc00", "arguments": '{"a": "\ud800"}'}}
+    result, bench = await said(
+        answering(sse(delta(content="x\ud83d"), delta("tool_calls", tool_calls=[call]))), max_turns=1
+    )
+    json.dumps(bench.added, ensure_ascii=False).encode()
+    assert bench.added[0]["content"] == "x?"
+    assert [one.status for one in result.tool_calls] == ["unknown"]
 
 
 async def test_an_endless_event_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +328,44 @@ class TestConnections:
                 await closed.wait()
             await bench.model.aclose()
 
+    async def test_turns_share_a_connection(self) -> None:
+        connections = 0
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            while head := await reader.read(1 << 16):
+                if b"}" not in head:
+                    continue  # the body comes in a piece of its own
+                body = sse(delta("stop", content="x"))
+                chunked = HEAD.replace(b"\r\n\r\n", b"\r\ntransfer-encoding: chunked\r\n\r\n")
+                writer.write(chunked + f"{len(body):x}\r\n".encode() + body + b"\r\n")
+                await writer.drain()
+                writer.write(b"0\r\n\r\n")
+                await writer.drain()
+            writer.close()
+
+        async with raw_server(handle) as url:
+            bench = Bench(model=HttpModel(url, model="m"))
+            for _ in range(3):
+                assert (await bench.run("hi")).completed
+            assert connections == 1
+            await bench.model.aclose()
+
+    async def test_a_server_that_says_nothing_after_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(http_model, "_READ_ON", 0.02)
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(HEAD + sse(delta("stop", content="x")))
+            await writer.drain()
+            await reader.read()  # it never ends its answer by itself
+            writer.close()
+
+        async with raw_server(handle) as url:
+            result, _ = await said(HttpModel(url, model="m"))
+            assert result.final_message == "x"
+
     async def test_a_server_that_dies_in_the_middle(self) -> None:
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
@@ -330,6 +386,13 @@ class TestConnections:
         async with raw_server(handle) as url:
             with pytest.raises(ModelServerError, match="did not answer in time"):
                 await said(HttpModel(url, model="m", read_timeout=0.1))
+
+    @pytest.mark.parametrize("name", [None, "m"])
+    async def test_a_model_that_is_closed(self, name: str | None) -> None:
+        model = answering(sse(delta("stop")), model=name)
+        await model.aclose()
+        with pytest.raises(ModelServerError, match="closed by this program"):
+            await said(model)
 
     async def test_a_server_that_is_not_there(self) -> None:
         async with raw_server(lambda *_: None) as url:

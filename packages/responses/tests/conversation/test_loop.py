@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import time
 from typing import Any, ClassVar
 
 import pytest
-from conversation_fakes import Bench, Gate, call_text, settled, user
+from conversation_fakes import Bench, Gate, call_text, other_tasks, settled, user
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, PromptTooLongError, RequestAbortedError
+from candle_vllm.responses.conversation import turn_calls
 from candle_vllm.responses.conversation.events import (
     ApprovalRequested,
     CallArgumentsDelta,
@@ -21,6 +24,7 @@ from candle_vllm.responses.conversation.events import (
     TurnFinished,
     TurnStarted,
 )
+from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress
 
@@ -208,6 +212,37 @@ async def test_the_same_calls_with_other_results_are_no_loop() -> None:
     assert (await bench.run()).completed
 
 
+async def test_many_tools_and_many_inventions_take_little_time() -> None:
+    class Small:
+        def __init__(self, number: int) -> None:
+            self.definition = ToolDefinition(name=f"tool_{number}", original_name=f"tool_{number}")
+
+        async def run(self, arguments: Any, report: Any) -> ToolOutput:
+            raise AssertionError("nobody calls it")
+
+    patterns = (*(f"*a*b{number}*" for number in range(20)), "*")
+    bench = Bench("".join(call_text(f"tol_{n}") for n in range(50)), "ok", allowed_tools=patterns)
+    for number in range(1000):
+        bench.tools.add(Small(number))
+    began = time.monotonic()
+    result = await bench.run()
+    assert [one.status for one in result.tool_calls] == ["unknown"] * 50
+    assert time.monotonic() - began < 5  # it was a minute when all patterns were tried for each call
+
+
+async def test_the_results_keep_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flood(n: int) -> str:
+        """Floods."""
+        return str(n) * 1000
+
+    monkeypatch.setattr(turn_calls, "MAX_KEPT", 2500)
+    calls = "".join(call_text("flood", n=n) for n in range(4))
+    bench = Bench(calls, "ok", tools=[flood], max_result_chars=100, parallel_tools=1)
+    result = await bench.run()
+    assert [len(one.output.content[0].text or "") for one in result.tool_calls] == [1000, 1000, 100, 100]
+    assert [len(one.result.output.content[0].text) for one in bench.of(ToolFinished)] == [1000] * 4
+
+
 class TestApproval:
     async def test_denied_calls_are_told_to_the_model(self) -> None:
         async def deny(call: ToolCall, definition: ToolDefinition) -> Approval:
@@ -263,7 +298,7 @@ class TestApproval:
 
     async def test_a_callback_that_answers_nonsense_is_named(self) -> None:
         async def nonsense(*_: Any) -> Any:
-            return True
+            return True  # which is no agreement
 
         with pytest.raises(InvalidParameterError, match="approval callback must return"):
             await Bench(THREE, tools=[add, shout, clock], approval=nonsense).run()
@@ -375,6 +410,34 @@ class TestEnds:
         assert bench.engine.stats().generation_tokens < 1000  # the model waits for the reader
         await events.aclose()
         assert len(bench.engine.aborted) == 1
+
+    @pytest.mark.parametrize("way", ["cancelled", "closed"])
+    async def test_ended_at_every_point(self, way: str) -> None:
+        """After any number of steps of the event loop, or of events, nothing runs and the transcript can go on."""
+        lengths: set[int] = set()
+        for step in range(60) if way == "closed" else range(0, 600, 7):
+            gate = Gate()
+            gate.open.set()
+            calls = call_text("wait", number=1) + call_text("add", a=1, b=2) + call_text("nope")
+            bench = Bench(calls, call_text("wait", number=2), "done", tools=[gate.wait, add], parallel_tools=1)
+            transcript = Transcript([user("go")])
+            if way == "cancelled":
+                task = asyncio.create_task(bench.run(transcript))
+                for _ in range(step):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait({task})
+            else:
+                async with contextlib.aclosing(bench.events_of(transcript)) as events:
+                    async for _ in events:
+                        if (step := step - 1) < 0:
+                            break
+            assert not other_tasks()
+            assert bench.engine.stats().num_running == 0
+            lengths.add(len(transcript.messages))
+            later = Bench("fine", tools=[gate.wait, add])
+            assert (await later.run(json.loads(json.dumps(transcript.messages)))).completed
+        assert len(lengths) >= 3, lengths  # it was ended before, between and after the calls
 
     async def test_never_begun(self) -> None:
         bench = Bench("x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,13 @@ def result(call_id: str, text: str = "r", name: str = "f", arguments: str = "{}"
 
 def tool(call_id: str) -> dict[str, object]:
     return {"role": "tool", "tool_call_id": call_id, "content": "given"}
+
+
+def nested(levels: int) -> list[object]:
+    outer: list[object] = []
+    for _ in range(levels):
+        outer = [outer]
+    return outer
 
 
 class TestTranscript:
@@ -69,6 +77,26 @@ class TestTranscript:
     def test_ids_that_two_calls_have(self) -> None:
         with pytest.raises(InvalidParameterError, match="'a' is the id of two calls"):
             Transcript([assistant("a", "a")])
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"x", {1}, float("nan"), "\ud800", nested(100_000)],
+        ids=["bytes", "set", "nan", "surrogate", "deep"],
+    )
+    def test_messages_that_are_no_json(self, content: object) -> None:
+        with pytest.raises(InvalidParameterError, match=r"messages\.1 must be JSON") as caught:
+            Transcript([{"role": "user", "content": "x"}, {"role": "user", "content": content}])
+        assert caught.value.param == "messages.1"
+
+    @pytest.mark.parametrize("messages", [None, "hello", {"role": "user"}, 3])
+    def test_what_is_no_list(self, messages: Any) -> None:
+        with pytest.raises(InvalidParameterError, match="messages must be a list"):
+            Transcript(messages)
+
+    @pytest.mark.parametrize("call_id", [["a"], {}, 3])
+    def test_answers_to_ids_that_are_no_text(self, call_id: object) -> None:
+        with pytest.raises(InvalidParameterError, match="tool_call_id must be a text"):
+            Transcript([assistant("a"), {"role": "tool", "tool_call_id": call_id, "content": "x"}])
 
     def test_it_shares_nothing_with_its_caller(self) -> None:
         given = {"role": "user", "content": [{"type": "text", "text": "x"}]}
@@ -169,11 +197,46 @@ class TestEnding:
         release.set()
         await task
 
+    async def test_a_task_that_swallows_its_cancelling_is_cancelled_again(self) -> None:
+        cancels = 0
+
+        async def swallowing() -> None:
+            nonlocal cancels
+            for _ in range(3):
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    cancels += 1
+
+        task = asyncio.create_task(swallowing())
+        await asyncio.sleep(0)
+        await end_task(task, again=0.01)
+        assert (cancels, task.done()) == (3, True)
+
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_turns", 0), ("max_repeats", 1), ("timeout", -1), ("parallel_tools", 65)]
+    ("name", "value", "told"),
+    [
+        ("max_turns", 0, "must lie between 1 and 1000"),
+        ("max_repeats", 1, "must lie between"),
+        ("timeout", -1, "must lie between"),
+        ("timeout", float("nan"), "must lie between"),
+        ("parallel_tools", 65, "must lie between"),
+        ("max_turns", "3", "must be a whole number, not '3'"),
+        ("max_turns", None, "must be a whole number"),
+        ("max_turns", 2.5, "must be a whole number"),
+        ("max_turns", True, "must be a whole number"),
+        ("tool_timeout", "x", "must be a number"),
+        ("allowed_tools", "add", "must be a list of names, not 'add'"),
+        ("allowed_tools", [3], "must be a list of names"),
+        ("approval", "nevr", "must be 'never', 'always'"),
+        ("approval", None, "must be 'never', 'always'"),
+        ("approval", True, "must be 'never', 'always'"),
+        ("approval", {"add": "x"}, "must have the rule 'never' or 'always' for 'add'"),
+        ("request", None, "must be an object"),
+    ],
 )
-def test_options_have_limits(name: str, value: float) -> None:
-    with pytest.raises(InvalidParameterError, match=f"{name} must lie between") as caught:
+def test_options_have_types_and_limits(name: str, value: object, told: str) -> None:
+    with pytest.raises(InvalidParameterError, match=f"{name} {told}") as caught:
         ConversationOptions(**{name: value})  # pyright: ignore[reportArgumentType]
     assert caught.value.param == name

@@ -200,6 +200,16 @@ def test_inputs_are_asked_once(load: Load) -> None:
         load(content, inputs={"key": "c"})
 
 
+def test_options_of_an_input_that_are_no_list(load: Load) -> None:
+    content = {"servers": {"a": {"command": "${input:c}"}}, "inputs": [{"id": "c", "options": 5, "default": "x"}]}
+    assert load(content).servers[0].command == "x"
+
+
+def test_few_warnings_of_many_unknown_keys(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    load({"mcpServers": {"a": TIME}, **dict.fromkeys(map(str, range(1000)))})
+    assert len(caplog.records) == 20
+
+
 def test_an_unset_variable_names_server_and_key(load: Load) -> None:
     for entry, place in (
         ({"url": "http://h/a", "headers": {"X-Key": "${TOKEN}"}}, "headers.X-Key"),
@@ -248,6 +258,9 @@ WRONG: list[tuple[Any, str]] = [
     ({"a": {"command": ""}}, "command must not be empty"),
     ({"a": {"command": ["x"]}}, "command must be a string, not a list"),
     ({"a": {"command": "x\0"}}, "NUL"),
+    ({"mcp_servers": {"a": {"command": "x"}}}, "the key 'mcp_servers' is not known, and holds servers: name it"),
+    ({"a": {"command": "x", **dict.fromkeys(map(str, range(256)))}}, "entry has 257 keys, and 256 are allowed"),
+    ('{"a": {"command": "x", "timeout": 1' + "0" * 400 + "}}", "timeout must be more than 0 and at most 3600 seconds"),
     ({"a": {"command": "x", "args": "y"}}, "args must be a list of strings, not a string"),
     ({"a": {"command": "x", "args": [1]}}, r"args\[0\] must be a string, not a number"),
     ({"a": {"command": "x", "args": ["y"] * 257}}, "args has 257 entries, and 256"),
@@ -307,8 +320,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             load_mcp_config(path, environ={}, workspace=tmp_path)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is a folder"):
         load_mcp_config(tmp_path, environ={}, workspace=tmp_path)
+    path.write_text(json.dumps({"a": {"command": "x", "envFile": "x" * 3000}}))
+    with pytest.raises(ConfigError, match="envFile: cannot read"):
+        load_mcp_config(path, environ={}, workspace=tmp_path)
+    for place in ("~nobody-of-this-name/mcp.json", "x" * 3000):
+        with pytest.raises(ConfigError, match="does not exist"):
+            find_mcp_config(place, {}, tmp_path)
     path.write_text('{"a": {"command": "x", "envFile": "pipe"}}')
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="is no plain file"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tools_fakes import FakeTool, call
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools import execution
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.errors import (
@@ -146,7 +147,7 @@ async def test_approval() -> None:
     registry = ToolRegistry([FakeTool()])
     asked: list[tuple[ToolCall, ToolDefinition]] = []
 
-    def answering(answer: Approval) -> Any:
+    def answering(answer: Any) -> Any:
         async def ask(asked_call: ToolCall, definition: ToolDefinition) -> Approval:
             asked.append((asked_call, definition))
             return answer
@@ -165,6 +166,25 @@ async def test_approval() -> None:
     assert (await run(waiting)).status == "completed"
     assert denied(waiting, reason="too dear").text.endswith("The reason: too dear")
     assert (await done(registry, call("none"), approval="always")).status == "unknown"  # nobody is asked for nothing
+    assert (await done(registry, call(), approval=lambda *_: Approval.ALLOW)).status == "completed"
+    assert (await done(registry, call(), approval=answering("deny"))).status == "denied"
+
+
+@pytest.mark.parametrize("answer", [False, None, "no", 1, "ALLOW"])
+async def test_an_approval_that_is_no_answer_lets_nothing_run(answer: Any) -> None:
+    async def work(*_: object) -> ToolOutput:
+        raise AssertionError("it ran")
+
+    with pytest.raises(InvalidParameterError, match="approval callback must return") as caught:
+        await execute(doing(work), call(), approval=lambda *_: answer)
+    assert caught.value.param == "approval"
+
+
+async def test_a_flood_of_structured_output() -> None:
+    async def work(*_: object) -> ToolOutput:
+        return ToolOutput(structured={"data": "x" * MAX_OUTPUT})
+
+    assert "are allowed: ask for less" in (await done(doing(work), call())).text
 
 
 @pytest.mark.parametrize(
@@ -272,7 +292,7 @@ async def test_a_tool_that_hangs_is_cancelled() -> None:
 
 
 async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "_GRACE", 0.05)
+    monkeypatch.setattr(execution, "_AGAIN", 0.05)
     work, seen = Hanging(ignored=2), list[ToolProgress]()
     result = await done(doing(work), call(), timeout=0.01, report=seen.append)
     assert (result.status, work.ended, seen) == ("timed_out", 1, [])
@@ -281,14 +301,40 @@ async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch
 async def test_a_tool_that_takes_no_cancelling(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(execution, "_GRACE", 0.02)
-    work = Hanging(ignored=3)
+    monkeypatch.setattr(execution, "_AGAIN", 0.02)
+    monkeypatch.setattr(execution, "_PATIENCE", 0.05)
+    work = Hanging(ignored=9)
     assert (await done(doing(work), call(), timeout=0.01)).status == "timed_out"
-    assert "takes no cancelling and is left behind" in caplog.text
+    assert "tool fake did not end within 0.05 seconds after it was cancelled" in caplog.text
     (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "tool fake"]
-    task.cancel()
-    await asyncio.wait({task})
+    while not task.done():
+        task.cancel()
+        await asyncio.sleep(0)
     assert work.ended == 1
+
+
+@pytest.mark.parametrize("cancels", [1, 3])
+async def test_cancelled_while_a_tool_that_was_too_slow_cleans_up(cancels: int) -> None:
+    state: list[str] = []
+
+    async def slow_to_end(*_: object) -> ToolOutput:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            state.append("ending")
+            await asyncio.sleep(0.1)
+            state.append("ended")
+        return ToolOutput()
+
+    running = asyncio.create_task(done(doing(slow_to_end), call(), timeout=0.01))
+    while not state:
+        await asyncio.sleep(0.001)
+    for _ in range(cancels):
+        running.cancel()
+        await asyncio.sleep(0.001)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert state == ["ending", "ended"]
 
 
 async def test_the_tools_own_time() -> None:

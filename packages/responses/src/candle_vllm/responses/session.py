@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import copy
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
-
-import msgspec
+from contextlib import AsyncExitStack, aclosing
+from typing import TYPE_CHECKING, Any, Self
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.model_source import ModelSource, http_model, local_model
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
-from candle_vllm.responses.conversation.transcript import Message, Transcript
+from candle_vllm.responses.conversation.transcript import Message, Transcript, check_is_list
+from candle_vllm.responses.mcp.server_list import server_configs
 from candle_vllm.responses.tools.approval import Approval
-from candle_vllm.responses.tools.execution import check, run
+from candle_vllm.responses.tools.direct_call import call_directly
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Tool, ToolCall, ToolDefinition, ToolResult
 
 if TYPE_CHECKING:
     from candle_vllm.responses.conversation.http_model import HttpModel
-    from candle_vllm.responses.mcp.config import McpConfig
     from candle_vllm.responses.mcp.fleet import McpFleet
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
-
-    McpServers = McpConfig | Iterable[McpServerConfig] | str | Path
+    from candle_vllm.responses.mcp.server_list import McpServers
 
 
 class ResponsesSession:
     """A conversation; each call continues where the last one ended.
 
-    With MCP servers or a base URL it is used as `async with ResponsesSession(...) as session`, which starts the servers
-    and ends them and all connections. One conversation runs at a time.
+    With MCP servers or a base URL it is used as `async with ResponsesSession(...) as session`, once, which starts the
+    servers and ends them and all connections. One conversation runs at a time.
 
     Args:
         model: an engine, an adapter, the base URL of a server with OpenAI's chat API, or any `ChatModel`.
         messages: what was said before, in OpenAI's form; the `messages` of another session, for example.
         tools: Python functions and `Tool` objects that the model may call.
-        mcp_servers: servers whose tools it may call too: configurations, or the path of an mcp.json, whose variables
-            are those of this process.
+        mcp_servers: servers whose tools it may call too: a configuration or several, or the path of an mcp.json, whose
+            variables are those of this process.
         api_key, model_name: for a base URL.
         strict_servers: a server that cannot be reached at the start is a failure of the session.
 
@@ -67,37 +61,45 @@ class ResponsesSession:
         self._http: HttpModel | None = http_model(model, api_key, model_name) if isinstance(model, str) else None
         self._model = self._http or local_model(model)
         self._tools = ToolRegistry(tools)
-        self._servers = _server_configs(mcp_servers)
+        self._servers = server_configs(mcp_servers)
         self._strict = strict_servers
         self._fleet: McpFleet | None = None
-        self._open = not self._servers and self._http is None
-        self._busy = False
+        self._loop: ConversationLoop | None = None  # while a conversation runs
+        self._needs_context = bool(self._servers) or self._http is not None
+        self._entered = self._closed = False
         self._messages = Transcript(messages).messages
         self._answers: dict[str, Approval] = {}
 
     async def __aenter__(self) -> Self:
+        if self._entered or self._closed:
+            raise ConfigError("a session is entered once: make another one, with the messages of this one")
+        self._entered = True
         if self._servers:
             from candle_vllm.responses.mcp.fleet import McpFleet
 
             fleet = McpFleet(self._servers.values(), self._tools, strict=self._strict)
-            await fleet.start()
+            try:
+                await fleet.start()
+            except BaseException:
+                await self.aclose()
+                raise
             self._fleet = fleet
-        self._open = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the MCP servers and the connections; Python tools end with their calls."""
-        self._open = False
+        """Ends the conversation (its caller gets `RequestAbortedError`), the MCP servers and the connections."""
+        self._closed = True
         fleet, self._fleet = self._fleet, None
-        try:
-            if fleet is not None:
-                await fleet.aclose()
-        finally:
+        async with AsyncExitStack() as ending:
             if self._http is not None:
-                await self._http.aclose()
+                ending.push_async_callback(self._http.aclose)
+            if fleet is not None:
+                ending.push_async_callback(fleet.aclose)
+            if self._loop is not None:
+                ending.push_async_callback(self._loop.aclose)
 
     @property
     def messages(self) -> list[Message]:
@@ -155,11 +157,12 @@ class ResponsesSession:
             RequestError: a message or option is wrong, or the conversation is too long.
             CandleVllmError: the model failed.
         """
+        check_is_list(messages)
         transcript = Transcript([*self._messages, *messages])
         self._check_ready(messages)
         loop = ConversationLoop(self._model, self._tools, options, auto_approve=self._is_auto_approved)
         answers = {call.id: self._answers.get(call.id) for call in transcript.open_calls}
-        self._busy, finished = True, False
+        self._loop, finished = loop, False
         try:
             events = loop.run(
                 transcript,
@@ -172,7 +175,7 @@ class ResponsesSession:
                     finished = finished or isinstance(event, ConversationFinished)
                     yield event
         finally:
-            self._busy = False
+            self._loop = None
             if finished or transcript.grew:
                 self._messages = transcript.messages
                 still_open = {call.id for call in transcript.open_calls}
@@ -187,6 +190,8 @@ class ResponsesSession:
         Raises:
             InvalidParameterError: no such call is open, or another answer.
         """
+        if not isinstance(answers, Mapping):
+            raise InvalidParameterError("answers must be 'allow' or 'deny' by the id of a call", "answers")
         known = [call.id for call in self.open_calls]
         for call_id, answer in answers.items():
             if call_id not in known:
@@ -213,29 +218,25 @@ class ResponsesSession:
             timeout: seconds; None is the tool's own, or 60.
 
         Raises:
-            InvalidParameterError: there is no such tool. Whatever else goes wrong is in the result.
+            InvalidParameterError: there is no such tool, the arguments are no JSON object, or the timeout is wrong.
+                Whatever else goes wrong is in the result.
         """
         self._check_open()
-        for definition in self._tools.definitions():
-            if definition.server == server and tool in (definition.original_name, definition.name):
-                text = msgspec.json.encode(dict(arguments)).decode()
-                call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
-                checked = await check(self._tools, call)
-                return checked if isinstance(checked, ToolResult) else await run(checked, timeout=timeout)
-        where = "among the Python tools" if server is None else f"at the MCP server {server!r:.80}"
-        raise InvalidParameterError(f"there is no tool {tool!r:.80} {where}", "tool")
+        return await call_directly(self._tools, server, tool, arguments, timeout=timeout)
 
     def _is_auto_approved(self, definition: ToolDefinition) -> bool:
         config = self._servers.get(definition.server) if definition.server is not None else None
         return config is not None and config.auto_approves(definition.original_name)
 
     def _check_open(self) -> None:
-        if not self._open:
+        if self._closed:
+            raise ConfigError("the session is closed: make another one, with the messages of this one")
+        if self._needs_context and not self._entered:
             raise ConfigError("a session with MCP servers or a base URL is used inside `async with session:`")
 
     def _check_ready(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._check_open()
-        if self._busy:
+        if self._loop is not None:
             raise RequestError("a conversation of this session is running: wait for its end, or make another session")
         answered = {message.get("tool_call_id") for message in messages if message.get("role") == "tool"}
         left = [call.id for call in self.open_calls if call.id not in answered]
@@ -245,16 +246,3 @@ class ResponsesSession:
                 "says whether they may run), or add a tool message for each of them first",
                 "messages",
             )
-
-
-def _server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
-    """The configurations by label; two of one label are refused."""
-    if isinstance(servers, (str, Path)):
-        from candle_vllm.responses.mcp.local_config import load_local_config
-
-        servers = load_local_config(servers)
-    configs = tuple(cast("Iterable[McpServerConfig]", getattr(servers, "servers", servers)))
-    by_name = {config.name: config for config in configs}
-    if len(by_name) < len(configs):
-        raise ConfigError("two MCP servers have the same name: give each its own", "mcp_servers")
-    return by_name

@@ -8,23 +8,28 @@ import logging
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds
+AGAIN = 2.0  # seconds after which a task that swallowed its cancelling is cancelled again
 
 
-async def end_task(task: asyncio.Task[object], patience: float = PATIENCE) -> None:
+async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
     """Cancels a task and returns when it has ended; its error, if any, is left in it.
 
-    A task that does not end within `patience` seconds is left behind, with a line in the log.
+    One that goes on is cancelled every `again` seconds. A task that does not end within `patience` seconds is left
+    behind, with a line in the log.
     """
-    task.cancel()
-    deadline = asyncio.get_running_loop().time() + patience
+    now = asyncio.get_running_loop().time
+    deadline = now() + patience
+    next_time = now()
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
-        left = deadline - asyncio.get_running_loop().time()
-        if left <= 0:
+        if now() >= deadline:
             logger.error("%s did not end within %g seconds after it was cancelled", task.get_name(), patience)
             break
+        if now() >= next_time:
+            task.cancel()
+            next_time = now() + again
         try:
-            await asyncio.wait([task], timeout=left)
+            await asyncio.wait([task], timeout=min(deadline, next_time) - now())
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:

@@ -6,6 +6,7 @@ What is missing gets the value that says nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class ChunkParser:
 
     def _choice(self, choice: dict[str, Any]) -> ChunkChoice:
         delta = choice.get("delta")
-        reason = _text(choice, "finish_reason")
+        reason = _text(choice, "finish_reason") or None  # some servers write "" where there is none
         self.finished = self.finished or reason is not None
         return ChunkChoice(
             index=_count(choice, "index"),
@@ -71,8 +72,10 @@ class ChunkParser:
         function = call.get("function")
         function = function if isinstance(function, dict) else {}
         name, arguments = _text(function, "name"), function.get("arguments")
-        if arguments is not None and not isinstance(arguments, str):
-            arguments = msgspec.json.encode(arguments).decode()  # some servers send the object itself
+        if isinstance(arguments, str):
+            arguments = _whole(arguments)
+        elif arguments is not None:
+            arguments = json.dumps(arguments)  # some servers send the object itself
         index = call.get("index")
         if not isinstance(index, int):  # a name begins a call, anything else continues the last one
             index = self._next_index if name else max(self._next_index - 1, 0)
@@ -87,7 +90,12 @@ class ChunkParser:
 
 def _text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
-    return value if isinstance(value, str) else None
+    return _whole(value) if isinstance(value, str) else None
+
+
+def _whole(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and no message can."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _count(data: Mapping[str, Any], name: str) -> int:
@@ -103,7 +111,7 @@ def _list(data: Mapping[str, Any], name: str) -> list[Any]:
 def _content(value: Any) -> str | None:
     if isinstance(value, list):
         return "".join(_text(part, "text") or "" for part in value if isinstance(part, dict))
-    return value if isinstance(value, str) else None
+    return _whole(value) if isinstance(value, str) else None
 
 
 def _logprobs(value: Any) -> ChatLogprobs | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -17,6 +19,7 @@ from candle_vllm.responses.conversation.http_errors import ModelServerError, err
 MAX_EVENT = 4 << 20  # bytes of one event of a stream
 MAX_BODY = 1 << 20  # bytes of an answer that is no stream
 _MAX_KEY = 4096
+_READ_ON = 0.5  # seconds
 
 
 class HttpModel:
@@ -74,8 +77,10 @@ class HttpModel:
             EngineOverloadedError: it takes none now.
             ModelServerError: anything else, before the first chunk or among them.
         """
+        self._check_open()
         if self._model is None and "model" not in request:
             self._model = await self._first_model()
+            self._check_open()
         body = {"model": self._model, **request, "stream": True, "stream_options": {"include_usage": True}}
         headers = {"content-type": "application/json"}
         try:
@@ -90,18 +95,30 @@ class HttpModel:
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
 
+    def _check_open(self) -> None:
+        if self._client.is_closed:
+            raise ModelServerError(f"the connection to {self._server} was closed by this program: make another one")
+
     async def _chunks(self, response: httpx2.Response) -> AsyncGenerator[ChatCompletionChunk]:
         parser = ChunkParser()
         try:
-            async for event in httpx2.EventSource(response, max_event_size=MAX_EVENT):
+            events = aiter(httpx2.EventSource(response, max_event_size=MAX_EVENT))
+            async for event in events:
                 if event.data.strip() == "[DONE]":
+                    await _read_on(events)
                     return
                 if event.data:
-                    yield parser.parse(self._object(event.data))
+                    yield self._chunk(parser, event.data)
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
         if not parser.finished:
             raise ModelServerError(f"{self._server} ended its answer in the middle", response.status_code)
+
+    def _chunk(self, parser: ChunkParser, data: str) -> ChatCompletionChunk:
+        try:
+            return parser.parse(self._object(data))
+        except RecursionError:
+            raise ModelServerError(f"{self._server} sent an event that is nested too deeply") from None
 
     def _object(self, data: str) -> dict[str, Any]:
         try:
@@ -151,6 +168,14 @@ class HttpModel:
         if isinstance(error, httpx2.ConnectError):
             return ModelServerError(f"{self._server} cannot be reached: {shown(str(error), self._key)}")
         return ModelServerError(f"{self._server} broke off: {shown(str(error) or type(error).__name__, self._key)}")
+
+
+async def _read_on(events: AsyncIterator[object]) -> None:
+    """Reads what comes after the end of an answer, so that the next one can have the connection; not for long."""
+    with contextlib.suppress(TimeoutError, httpx2.HTTPError):
+        async with asyncio.timeout(_READ_ON):
+            async for _ in events:
+                pass
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:

@@ -53,6 +53,7 @@ class ConversationLoop:
         self._tools = tools if tools is not None else ToolRegistry()
         self._options = options or ConversationOptions()
         self._auto_approve = auto_approve
+        self._running: set[asyncio.Task[None]] = set()
 
     async def run(
         self,
@@ -81,13 +82,14 @@ class ConversationLoop:
         """
         transcript = messages if isinstance(messages, Transcript) else Transcript(messages)
         decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
-        _check_decisions(transcript, decisions)
+        decisions.check(transcript)
         channel: EventChannel[Event] = EventChannel()
         names = _client_names(client_tools, self._tools)
         calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel)
         conversation = _Conversation(self._model, self._options, client_tools, transcript, calls, channel)
         task = asyncio.create_task(conversation.run(), name="conversation")
         task.add_done_callback(partial(_close, channel))
+        self._running.add(task)
         try:
             while (event := await channel.receive()) is not None:
                 yield event
@@ -95,7 +97,12 @@ class ConversationLoop:
             try:
                 await end_task(task)
             finally:
+                self._running.discard(task)
                 transcript.settle()
+
+    async def aclose(self) -> None:
+        """Ends the conversations that run; who reads one gets `RequestAbortedError`."""
+        await asyncio.gather(*map(end_task, self._running))
 
 
 class _Conversation:
@@ -205,21 +212,6 @@ def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:
         channel.close(RequestAbortedError("The conversation was cancelled."))
     else:
         channel.close(task.exception())
-
-
-def _check_decisions(transcript: Transcript, decisions: Decisions) -> None:
-    known = {call.id for call in transcript.open_calls}
-    for name in ("approved", "denied"):
-        unknown = sorted(set(getattr(decisions, name)) - known)
-        if unknown:
-            raise InvalidParameterError(
-                f"{name} has {unknown[0]!r:.80}, which is no call without a result of the last assistant message; "
-                f"those are: {', '.join(sorted(known)) or 'none'}",
-                name,
-            )
-    both = set(decisions.approved) & set(decisions.denied)
-    if both:
-        raise InvalidParameterError(f"{min(both)!r:.80} cannot be approved and denied", "denied")
 
 
 def _client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:

@@ -29,13 +29,15 @@ def local_model(source: Any) -> ChatModel:
     Raises:
         ConfigError: it is none of them.
     """
+    is_class = isinstance(source, type)
     if isinstance(source, OpenAIAdapter):
         return InProcessModel(source)
-    if hasattr(source, "apply_chat_template"):
+    if hasattr(source, "apply_chat_template") and not is_class:
         return InProcessModel(OpenAIAdapter(cast(EngineLike, source)))
-    if hasattr(source, "stream"):
+    if hasattr(source, "stream") and not is_class:
         return cast(ChatModel, source)
+    given = f"the class {source.__name__} itself" if is_class else f"a {type(source).__name__}"
     raise ConfigError(
-        f"the model must be an engine, an OpenAIAdapter, a ChatModel or a base URL, not a {type(source).__name__}",
+        f"the model must be an engine, an OpenAIAdapter, a ChatModel or a base URL, not {given}",
         "model",
     )

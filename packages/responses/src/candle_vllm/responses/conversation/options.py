@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.tools.approval import ApprovalPolicy
+from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 StopReason = Literal[
@@ -23,6 +23,37 @@ StopReason = Literal[
 ]
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
+
+
+class _Limit(NamedTuple):
+    name: str
+    low: int
+    high: int
+    kind: type = int
+    optional: bool = False
+
+    def check(self, value: object) -> None:
+        if value is None and self.optional:
+            return
+        kinds = (int, float) if self.kind is float else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            what = "a number" if self.kind is float else "a whole number"
+            raise InvalidParameterError(f"{self.name} must be {what}, not {value!r:.40}", self.name)
+        if not self.low <= value <= self.high:
+            raise InvalidParameterError(
+                f"{self.name} must lie between {self.low} and {self.high}, not {value!r:.40}", self.name
+            )
+
+
+_LIMITS = (
+    _Limit("max_turns", 1, 1000),
+    _Limit("max_tool_calls", 0, 10_000, optional=True),
+    _Limit("timeout", 0, 86_400, float, optional=True),
+    _Limit("parallel_tools", 1, 64),
+    _Limit("tool_timeout", 0, 86_400, float, optional=True),
+    _Limit("max_result_chars", 1, 10_000_000),
+    _Limit("max_repeats", 2, 100),
+)
 
 
 class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,16 +84,20 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
     request: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for limit in _LIMITS:
+            limit.check(getattr(self, limit.name))
+        if not isinstance(self.request, Mapping):
+            raise InvalidParameterError(f"request must be an object, not {self.request!r:.40}", "request")
         taken = OWN_FIELDS & set(self.request)
         if taken:
             raise InvalidParameterError(f"request must not set {', '.join(sorted(taken))}: the session does", "request")
-        for name, low, high in (
-            ("max_turns", 1, 1000), ("max_tool_calls", 0, 10_000), ("timeout", 0, 86_400), ("parallel_tools", 1, 64),
-            ("tool_timeout", 0, 86_400), ("max_result_chars", 1, 10_000_000), ("max_repeats", 2, 100),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InvalidParameterError(f"{name} must lie between {low} and {high}, not {value!r:.40}", name)
+        names = self.allowed_tools
+        if names is not None and not (
+            isinstance(names, (tuple, list, set, frozenset)) and all(isinstance(name, str) for name in names)
+        ):
+            raise InvalidParameterError(f"allowed_tools must be a list of names, not {names!r:.60}", "allowed_tools")
+        if (fault := policy_fault(self.approval)) is not None:
+            raise InvalidParameterError(f"approval {fault}", "approval")
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +119,8 @@ class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         final_message: the model's last words, "" where it ended with calls alone.
-        tool_calls: what came of each call, in the order of the model's asking.
+        tool_calls: what came of each call, in the order of the model's asking. Once they have 64 MB of output, later
+            ones keep the text that the model saw in its place.
         turns_taken: model turns.
         completed: the model ended by itself (`stop_reason` "stop").
         stop_reason: why it ended.

@@ -7,9 +7,10 @@ then the calls that may run do so at the same time. So nothing has been done yet
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.conversation.channel import EventChannel
@@ -23,9 +24,12 @@ from candle_vllm.responses.conversation.events import (
 from candle_vllm.responses.conversation.options import ConversationOptions, StopReason
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.approval import Approval, decide
-from candle_vllm.responses.tools.execution import Checked, check, denied, run
+from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
+from candle_vllm.responses.tools.output_text import output_size
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress, ToolResult, ToolStatus
+
+MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
 
 
 class Decisions(NamedTuple):
@@ -40,6 +44,21 @@ class Decisions(NamedTuple):
     approved: Collection[str] = ()
     denied: Collection[str] = ()
     auto_approve: Callable[[ToolDefinition], bool] | None = None
+
+    def check(self, transcript: Transcript) -> None:
+        """Raises `InvalidParameterError` where an id is no open call of the transcript, or is in both."""
+        known = {call.id for call in transcript.open_calls}
+        for name, ids in (("approved", self.approved), ("denied", self.denied)):
+            unknown = sorted(set(ids) - known)
+            if unknown:
+                raise InvalidParameterError(
+                    f"{name} has {unknown[0]!r:.80}, which is no call without a result of the last assistant message; "
+                    f"those are: {', '.join(sorted(known)) or 'none'}",
+                    name,
+                )
+        both = set(self.approved) & set(self.denied)
+        if both:
+            raise InvalidParameterError(f"{min(both)!r:.80} cannot be approved and denied", "denied")
 
 
 class TurnCalls:
@@ -71,6 +90,8 @@ class TurnCalls:
         self._channel = channel
         self._results: dict[str, ToolResult | None] = {}  # by call id, in the order of the calls
         self._room = options.max_tool_calls
+        self._kept = 0  # size of the outputs in the results
+        self._seen: tuple[int, Mapping[str, ToolDefinition]] = (-1, {})  # revision of the tools, and those allowed
 
     @property
     def results(self) -> tuple[ToolResult, ...]:
@@ -79,8 +100,12 @@ class TurnCalls:
 
     def definitions(self) -> Mapping[str, ToolDefinition]:
         """The tools that the model may call and that run here."""
-        found = self._tools.definitions(self._options.allowed_tools)
-        return {one.name: one for one in found if one.name not in self._client_names}
+        revision, shown = self._seen
+        if revision != self._tools.revision:
+            found = self._tools.definitions(self._options.allowed_tools)
+            shown = {one.name: one for one in found if one.name not in self._client_names}
+            self._seen = (self._tools.revision, shown)
+        return shown
 
     async def run(self, calls: Sequence[ToolCall]) -> StopReason | None:
         """Runs the calls of one turn; cancelling it ends those that run.
@@ -124,7 +149,7 @@ class TurnCalls:
         if call.name in self._client_names:
             return "client_tools"
         if call.name not in definitions:
-            await self.refuse(call, "unknown", _unknown(call.name, definitions))
+            await self.refuse(call, "unknown", unknown_text(call.name, definitions))
             return None
         most = self._options.max_result_chars
         checked = await check(self._tools, call, max_chars=most)
@@ -149,19 +174,13 @@ class TurnCalls:
             return Approval.DENY
         if call.id in self._decisions.approved or (auto is not None and auto(definition)):
             return Approval.ALLOW
-        if not callable(policy):
-            approval = await decide(policy, call, definition)
-            if approval is Approval.PENDING:
-                await self._channel.send(ApprovalRequested(call=call, definition=definition))
-            return approval
-        await self._channel.send(ApprovalRequested(call=call, definition=definition))
-        answer = await decide(policy, call, definition)
-        try:
-            return Approval(answer)
-        except ValueError:
-            raise InvalidParameterError(
-                f"the approval callback must return Approval.ALLOW, DENY or PENDING, not {answer!r:.60}", "approval"
-            ) from None
+        if callable(policy):
+            await self._channel.send(ApprovalRequested(call=call, definition=definition))
+            return await decide(policy, call, definition)
+        approval = await decide(policy, call, definition)
+        if approval is Approval.PENDING:
+            await self._channel.send(ApprovalRequested(call=call, definition=definition))
+        return approval
 
     async def _run(self, checked: Checked, slots: asyncio.Semaphore) -> None:
         call = checked.call
@@ -178,12 +197,10 @@ class TurnCalls:
             )
 
     async def _finish(self, result: ToolResult) -> None:
-        self._results[result.call.id] = result
+        self._kept += output_size(result.output)
+        kept = result
+        if self._kept > MAX_KEPT:
+            kept = replace(result, output=ToolOutput.of_text(result.text, is_error=result.output.is_error))
+        self._results[result.call.id] = kept
         self._transcript.add_result(result)
         await self._channel.send(ToolFinished(result=result))
-
-
-def _unknown(name: str, definitions: Mapping[str, ToolDefinition]) -> str:
-    near = difflib.get_close_matches(name[:100], list(definitions), 3, 0.5)
-    advice = f"Did you mean {' or '.join(near)}?" if near else "Use only the tools that you were given."
-    return f"There is no tool {name[:100]!r}. {advice}"

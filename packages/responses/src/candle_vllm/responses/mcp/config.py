@@ -40,6 +40,7 @@ CONFIG_VARIABLE = "CANDLE_VLLM_MCP_CONFIG"
 FILE_NAME = "mcp.json"
 MAX_SERVERS = 64
 MAX_INPUTS = 256
+_MAX_WARNINGS = 20
 _WRAPPERS = ("mcpServers", "servers")
 _TOP_KEYS = (*_WRAPPERS, "inputs", "$schema")
 
@@ -74,12 +75,28 @@ def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder:
     """
     for given, spelled in ((flag, "--mcp-config"), (environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE)):
         if given is not None:
-            path = folder / Path(given).expanduser()
-            if not path.is_file():
-                raise ConfigError(f"{spelled}: the file {path} does not exist", "mcp_config")
+            path = folder / _home_expanded(Path(given))
+            if not _is_file(path):
+                raise ConfigError(f"{spelled}: the file {path!s:.300} does not exist", "mcp_config")
             return path
     path = folder / FILE_NAME
-    return path if path.is_file() else None
+    return path if _is_file(path) else None
+
+
+def _home_expanded(path: Path) -> Path:
+    """The path with its `~` replaced, if there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is one; a name that is too long for the system is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def load_mcp_config(
@@ -104,7 +121,7 @@ def load_mcp_config(
         ConfigError: the file cannot be used; the message names the file, and the server and key where there are some.
     """
     workspace = Path(workspace)
-    found = find_mcp_config(path, environ, workspace)
+    found = workspace / _home_expanded(Path(path)) if path is not None else find_mcp_config(None, environ, workspace)
     if found is None:
         return McpConfig()
     try:
@@ -134,10 +151,9 @@ def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]
         if wrappers:
             servers = content[wrappers[0]]
             inputs = _inputs(content.get("inputs", []))
-            for key in content:
-                if key not in _TOP_KEYS:
-                    hint = nearest(key, _TOP_KEYS)
-                    logger.warning("mcp.json: the key %.60r is not known and has no effect%s", key, hint)
+            for key in [key for key in content if key not in _TOP_KEYS][:_MAX_WARNINGS]:
+                hint = nearest(key, _TOP_KEYS)
+                logger.warning("mcp.json: the key %.60r is not known and has no effect%s", key, hint)
         else:
             servers = {key: value for key, value in content.items() if key != "$schema"}
     entries = list(_entries(servers))
@@ -152,6 +168,11 @@ def _entries(servers: Any) -> Iterator[tuple[str, Any]]:
             raise ConfigError(
                 'the servers must stand under their names: {"mcpServers": {"my-server": {"command": ...}}}', "servers"
             )
+        for key, value in servers.items():
+            if isinstance(value, dict) and not FIELD_OF.keys() & value and any(map(_is_server, value.values())):
+                raise ConfigError(
+                    f'the key {key!r:.60} is not known, and holds servers: name it "mcpServers"', "servers"
+                )
         yield from servers.items()
         return
     if not isinstance(servers, list):
@@ -165,6 +186,10 @@ def _entries(servers: Any) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"two servers are named {names[0]!r:.100}", "servers")
         seen.add(names[0])
         yield names[0], entry
+
+
+def _is_server(value: Any) -> bool:
+    return isinstance(value, dict) and any(FIELD_OF.get(key) in ("command", "url") for key in value)
 
 
 def _server(name: str, entry: Any, variables: Variables, folder: Path) -> McpServerConfig:
@@ -206,6 +231,7 @@ def _inputs(declared: Any) -> dict[str, McpInput]:
         if not isinstance(name, str) or not name or name in found:
             raise ConfigError(f'input {number} needs an "id" of its own', "inputs")
         texts = {key: item[key] for key in ("description", "default") if isinstance(item.get(key), str)}
-        options = tuple(option for option in item.get("options") or () if isinstance(option, str))
+        given = item.get("options")
+        options = tuple(option for option in given if isinstance(option, str)) if isinstance(given, list) else ()
         found[name] = McpInput(id=name, password=item.get("password") is True, options=options, **texts)
     return found

@@ -3,7 +3,6 @@ be secret."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -121,10 +120,10 @@ class Checks:
         """A time; `factor` is the seconds of its unit."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fail(setting, f"must be a number of {unit}, not {_kind(value)}")
-        if not math.isfinite(value) or not 0 < value * factor <= most:
+        if not 0 < value <= most / factor:
             hint = "; for milliseconds write timeout_ms" if factor == 1.0 and 1000 <= value <= 1000 * most else ""
-            self.fail(setting, f"must be more than 0 and at most {most / factor:g} {unit}, not {value!r:.40}{hint}")
-        return value * factor
+            self.fail(setting, f"must be more than 0 and at most {most / factor:.10g} {unit}, not {value!r:.40}{hint}")
+        return float(value * factor)
 
     def _mapping(self, setting: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.responses.mcp.secrets import OAuthClient
-from candle_vllm.responses.mcp.server_checks import MAX_CONNECT_TIMEOUT, MAX_TIMEOUT, Checks
+from candle_vllm.responses.mcp.server_checks import MAX_CONNECT_TIMEOUT, MAX_ITEMS, MAX_TIMEOUT, Checks
 from candle_vllm.responses.mcp.small_file import read_small_file
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
         checks.fail("entry", 'must be an object with "command" or "url"')
+    if len(mapping) > MAX_ITEMS:
+        checks.fail("entry", f"has {len(mapping)} keys, and {MAX_ITEMS} are allowed")
     fields: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for key, value in mapping.items():

@@ -15,14 +15,14 @@ def read_small_file(path: Path, what: str) -> str:
     Raises:
         ConfigError: it is not there, no plain file, too large, or no text; the message begins with `what`.
     """
-    if not path.is_file():  # a pipe would never end, and a device has no size
-        problem = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
-        raise ConfigError(f"{what}: {path} {problem}")
     try:
+        if not path.is_file():  # a pipe would never end, and a device has no size
+            problem = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
+            raise ConfigError(f"{what}: {path} {problem}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE + 1)
     except OSError as error:
-        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"{what}: cannot read {path!s:.300}: {error.strerror}") from None
     if len(content) > MAX_FILE:
         raise ConfigError(f"{what}: {path} is larger than {MAX_FILE >> 20} MB")
     try:

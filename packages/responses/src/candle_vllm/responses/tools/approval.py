@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 
@@ -18,16 +20,40 @@ class Approval(StrEnum):
     """Nobody could be asked: the conversation stops before the call and can be taken up with an answer."""
 
 
-Ask = Callable[[ToolCall, ToolDefinition], Awaitable[Approval]]
+Ask = Callable[[ToolCall, ToolDefinition], Awaitable[Approval] | Approval]
 Rule = Literal["never", "always"]
 ApprovalPolicy = Rule | Mapping[str, Rule] | Ask
 """When somebody must agree before a tool runs: "never" (all run), "always" (none runs: each call is pending), a rule
 for each tool by its name with "*" for the others (absent: "always"), or a callback that decides each call."""
 
+_RULES = ("never", "always")
+
+
+def policy_fault(policy: Any) -> str | None:
+    """What is wrong with a policy, or None."""
+    if callable(policy) or policy in _RULES:
+        return None
+    if not isinstance(policy, Mapping):
+        return f"must be 'never', 'always', such a rule for each tool, or a callback, not {policy!r:.60}"
+    wrong = next((name for name, rule in policy.items() if not isinstance(name, str) or rule not in _RULES), None)
+    return None if wrong is None else f"must have the rule 'never' or 'always' for {wrong!r:.60}"
+
 
 async def decide(policy: ApprovalPolicy, call: ToolCall, definition: ToolDefinition) -> Approval:
-    """What a policy says of a call."""
-    if callable(policy):
-        return await policy(call, definition)
-    rule = policy if isinstance(policy, str) else policy.get(call.name, policy.get("*", "always"))
-    return Approval.ALLOW if rule == "never" else Approval.PENDING
+    """What a policy says of a call.
+
+    Raises:
+        InvalidParameterError: a callback answered something else; whatever it raises itself comes through.
+    """
+    if not callable(policy):
+        rule = policy if isinstance(policy, str) else policy.get(call.name, policy.get("*", "always"))
+        return Approval.ALLOW if rule == "never" else Approval.PENDING
+    answer: Any = policy(call, definition)
+    if inspect.isawaitable(answer):
+        answer = await answer
+    try:
+        return Approval(answer)
+    except ValueError:
+        raise InvalidParameterError(
+            f"the approval callback must return Approval.ALLOW, DENY or PENDING, not {answer!r:.60}", "approval"
+        ) from None

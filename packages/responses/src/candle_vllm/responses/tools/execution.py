@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import logging
 import time
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
+from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
 from candle_vllm.responses.tools.errors import ToolError
 from candle_vllm.responses.tools.output_text import cut, output_size, output_text
@@ -39,9 +41,9 @@ DEFAULT_MAX_CHARS = 50_000
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
 _MAX_MESSAGE = 2000  # characters of a tool's own error
-_GRACE = 2.0  # seconds that a cancelled tool has to end
-_CANCELS = 3  # how often it is cancelled before it is left behind
-_NEAR = 2000  # names that are looked through for one like that which was called
+_PATIENCE = 6.0  # seconds that a cancelled tool has to end
+_AGAIN = 2.0  # seconds after which it is cancelled again
+_NEAR = 500  # names that are looked through for one like that which was called
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +99,7 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
     """The call with its tool and its parsed arguments, or the result that says what is wrong with it."""
     entry = registry.entry(call.name)
     if entry is None:
-        return _not_run(call, None, "unknown", _unknown(registry, call.name), max_chars)
+        return _not_run(call, None, "unknown", unknown_text(call.name, registry.names()), max_chars)
     server = entry.definition.server
     arguments = _parse(call.arguments)
     if isinstance(arguments, str):
@@ -125,8 +127,8 @@ async def run(
 ) -> ToolResult:
     """Runs a checked call once.
 
-    Cancelling it cancels the tool and waits until it has ended; a tool that takes no cancelling is left behind after a
-    few seconds, with an error in the log. Arguments as of `execute`.
+    Cancelling it cancels the tool and waits until it has ended; a tool that takes no cancelling is left behind after
+    six seconds, with an error in the log. Arguments as of `execute`.
     """
     own: float | None = getattr(checked.tool, "timeout", None)
     seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
@@ -157,7 +159,7 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
         running = False
         in_time = task.done()
         if not in_time:
-            await _end(task, checked)
+            await end_task(task, _PATIENCE, _AGAIN)
     if not in_time:
         return "timed_out", _failure(f"The tool did not answer within {seconds:g} seconds and was stopped.")
     return ("failed", _failure("The tool failed: it cancelled itself.")) if task.cancelled() else task.result()
@@ -184,16 +186,6 @@ async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOu
     return ("failed" if output.is_error else "completed"), output
 
 
-async def _end(task: asyncio.Task[Any], checked: Checked) -> None:
-    """Cancels the task until it ends; a second cancelling of the caller ends the waiting."""
-    for _ in range(_CANCELS):
-        task.cancel()
-        await asyncio.wait({task}, timeout=_GRACE)
-        if task.done():
-            return
-    logger.error("the tool %s takes no cancelling and is left behind", checked.definition.name)
-
-
 def _parse(text: str) -> dict[str, Any] | str:
     """The arguments, or what is wrong with them; none at all are an empty object."""
     if len(text) > MAX_ARGUMENTS:
@@ -207,9 +199,10 @@ def _parse(text: str) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "The arguments must be one JSON object."
 
 
-def _unknown(registry: ToolRegistry, name: str) -> str:
+def unknown_text(name: str, known: Iterable[str]) -> str:
+    """What a model is told that called a tool which is not among the known ones."""
     text = f"There is no tool {name[:100]!r}."
-    near = difflib.get_close_matches(name[:100], list(islice(registry.names(), _NEAR)), 3, 0.5)
+    near = difflib.get_close_matches(name[:100], list(islice(known, _NEAR)), 3, 0.5)
     return f"{text} Did you mean {' or '.join(near)}?" if near else f"{text} Use only the tools that you were given."
 
 

@@ -17,7 +17,7 @@ def output_text(output: ToolOutput, max_chars: int) -> str:
     Structured output is shown as JSON where there is no text that says the same.
     """
     texts = [_part_text(part) for part in output.content]
-    if output.structured is not None and not any(part.kind == "text" and part.text for part in output.content):
+    if output.structured is not None and not _has_text(output):
         texts.append(_json(output.structured))
     text = "\n".join(text for text in texts if text) or NOTHING
     return cut(text.encode("utf-8", "replace").decode("utf-8"), max_chars)
@@ -32,8 +32,13 @@ def cut(text: str, max_chars: int) -> str:
 
 
 def output_size(output: ToolOutput) -> int:
-    """Characters of all that is in it, base64 as it stands; structured output is not counted."""
-    return sum(len(part.text or "") + len(part.data or "") for part in output.content)
+    """Characters of all that is in it, base64 as it stands; structured output counts where no text says the same."""
+    size = sum(len(part.text or "") + len(part.data or "") for part in output.content)
+    return size if output.structured is None or _has_text(output) else size + len(_json(output.structured))
+
+
+def _has_text(output: ToolOutput) -> bool:
+    return any(part.kind == "text" and part.text for part in output.content)
 
 
 def _part_text(part: ContentPart) -> str:

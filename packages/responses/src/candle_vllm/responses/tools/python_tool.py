@@ -17,7 +17,7 @@ from candle_vllm.responses.tools.errors import ToolError, ToolUnavailableError
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.tool import ContentPart, Report, Tool, ToolDefinition, ToolOutput
 
-MAX_THREADS = 16  # of one tool, those included that go on after their time is over
+MAX_THREADS = 64  # of one tool, those included that go on after their time is over; a turn runs at most so many calls
 MAX_TIMEOUT = 86_400.0  # seconds
 
 

@@ -37,6 +37,10 @@ class ToolRegistry:
     def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
         self._groups: dict[str | None, dict[str, Registered]] = {None: {}}
         self._revision = 0
+        if isinstance(tools, (str, Mapping)) or not isinstance(tools, Iterable):
+            raise InvalidParameterError(
+                f"tools must be a list of functions and Tool objects, not a {type(tools).__name__}", "tools"
+            )
         for tool in tools:
             if hasattr(tool, "definition"):
                 self.add(tool)  # pyright: ignore[reportArgumentType]

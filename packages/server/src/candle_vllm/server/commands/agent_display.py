@@ -74,10 +74,12 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
-def short(text: str) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text[: 2 * _MOST].split())
-    return line if len(line) <= _MOST and len(text) <= 2 * _MOST else line[:_MOST] + " ..."
+def short(text: str, most: int = _MOST) -> str:
+    """The beginning of a text on one line; where it is cut, its end says of how much."""
+    line = " ".join(text[: 2 * most].split())
+    if len(line) <= most and len(text) <= 2 * most:
+        return line
+    return f"{line[:most]} ... ({len(text)} characters in all)"
 
 
 def _progress(progress: ToolProgress) -> str:
