@@ -16,6 +16,7 @@ ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 NOT_BOOTED = {
     "MODEL", "WEIGHT_PATH", "WEIGHT_FILE", "REVISION", "TOKENIZER", "CHAT_TEMPLATE", "MODELS_CONFIG", "HF_TOKEN",
     "HF_TOKEN_PATH", "API_KEY_FILE", "MEM", "KV_FRACTION", "PORT", "ATTENTION_BACKEND", "CUDA_GRAPHS", "THREADS",
+    "MCP_COMMAND", "MCP_ARGS",
 }  # fmt: skip
 
 
@@ -25,6 +26,7 @@ def test_the_variables_boot_together(tmp_path: Path) -> None:
     kept = [line for line in lines if line.split("=")[0].removeprefix("CANDLE_VLLM_") not in NOT_BOOTED]
     assert len(kept) > 40
     (tmp_path / ".env").write_text("\n".join([*kept, "CANDLE_VLLM_KV_CACHE_MEMORY_BYTES=256M"]) + "\n")
+    (tmp_path / "mcp.json").write_text('{"mcpServers": {"off": {"command": "none", "enabled": false}}}')
     values = dict(line.split("=", 1) for line in kept)
     server = ServerProcess(tmp_path)
     try:

@@ -11,6 +11,7 @@ import pytest
 from live_server import serving
 
 from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.server.engine_setup import demo_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,6 +35,7 @@ def test_every_example_has_a_test() -> None:
     assert names == {
         "library_generate",
         "library_stream",
+        "agent_three_tools",
         "anthropic_client",
         "openai_client",
         "custom_loop",
@@ -80,6 +82,20 @@ def test_tool_calls(run: Callable[..., str], calling_model: Path, flags: tuple[s
     first, rest = run("tool_calls", str(calling_model), *flags).split("\n", 1)
     assert re.fullmatch(r"add\(-?\d{1,3}, -?\d{1,3}\)", first)
     assert rest.strip()
+
+
+def test_agent_three_tools(run: Callable[..., str]) -> None:
+    demo = demo_model()
+    assert demo is not None
+    lines = run("agent_three_tools", str(demo)).splitlines()
+    temperature = re.fullmatch(r'look_up\({ ?"city": "(Oslo|Cairo|Lima)" ?}\) -> (-3.0|31.5|19.0)', lines[0])
+    fahrenheit = re.fullmatch(r'to_fahrenheit\({ ?"celsius": (-?[0-9.]+) ?}\) -> (-?[0-9.]+)', lines[1])
+    assert temperature is not None
+    assert fahrenheit is not None
+    assert float(fahrenheit[2]) == round(float(fahrenheit[1]) * 9 / 5 + 32, 1)
+    assert re.fullmatch(r"note\({.*}\) -> 1 notes", lines[2])
+    assert re.fullmatch(r"answer: \S.*", lines[3])
+    assert re.fullmatch(r"notes: \['(Oslo|Cairo|Lima) is (cold|mild|hot)'\]", lines[-1])
 
 
 def test_structured_output(run: Callable[..., str], toy_model: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,27 @@ def start() -> Iterator[Callable[..., Running]]:
             return running
 
         yield start
+
+
+@pytest.fixture
+def start_mcp() -> Iterator[Callable[..., Running]]:
+    """Starts servers with MCP servers, connected: `start_mcp(engine, configs, execute=True, api_key=("k",))`."""
+    from candle_vllm.server.mcp.options import McpOptions
+    from candle_vllm.server.mcp.service import McpService
+
+    with contextlib.ExitStack() as stack:
+
+        def start_mcp(
+            engine: PacedEngine, configs: Sequence[Any], *, mailbox: Any = None, settled: bool = True,
+            execute: bool = False, mcp_max_turns: int = 8, mcp_max_tool_calls: int = 32, **settings: Any,
+        ) -> Running:  # fmt: skip
+            service = McpService(McpOptions(tuple(configs), execute, mcp_max_turns, mcp_max_tool_calls))
+            settings = {"tool_parser": "hermes", "mcp_execute": execute, **settings}
+            running = Running(engine, Settings(port=0, shutdown_timeout=1, **settings), mailbox, service)
+            stack.callback(running.stop)
+            if settled:
+                running.wait_for(lambda: "connecting" not in service.states() and "closed" not in service.states(), 20)
+                running.wait_for(lambda: len(service.registry) or "ready" not in service.states(), 5)
+            return running
+
+        yield start_mcp

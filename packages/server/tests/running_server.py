@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -17,14 +17,23 @@ from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
 
+if TYPE_CHECKING:
+    from candle_vllm.server.mcp.service import McpService
+
 
 class Running:
     """A server in a thread and clients for it."""
 
-    def __init__(self, engine: PacedEngine | ModelManager, settings: Settings, mailbox: Mailbox | None = None) -> None:
+    def __init__(
+        self,
+        engine: PacedEngine | ModelManager,
+        settings: Settings,
+        mailbox: Mailbox | None = None,
+        mcp: McpService | None = None,
+    ) -> None:
         self.engine: Any = engine
         self._clients: list[openai.OpenAI] = []
-        self.server = make_server(create_app(engine, settings, mailbox=mailbox), settings)
+        self.server = make_server(create_app(engine, settings, mailbox=mailbox, mcp=mcp), settings)
         listener = bind(settings.address)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.port = int(listener.getsockname()[1])

@@ -45,11 +45,13 @@ def all_events(metrics: Metrics) -> None:
     for outcome in Outcome:
         metrics.answer_kept(outcome)
         metrics.webhook_sent(outcome)
+    metrics.tool_called("time", "completed")
 
 
 async def test_every_series_is_there_with_its_labels(noted: Any) -> None:
     setup = noted(PacedEngine("abc"))
     all_events(setup.metrics)
+    setup.metrics.watch_mcp_servers(lambda: ["ready", "failed", "ready"])
     async with setup.client() as client:
         await client.post("/v1/completions", json={"prompt": "p"})
         samples_text = (await client.get("/metrics")).text
@@ -197,6 +199,7 @@ def _until(condition: Any, log: Path) -> None:
 @needs_prometheus
 def test_a_real_prometheus_scrapes_and_answers_the_dashboard(noted: Any, serve_app: Any, tmp_path: Path) -> None:
     setup = noted(_cached())
+    setup.metrics.watch_mcp_servers(lambda: ["ready"])
     app = setup.app()
     keys: list[str] = []
 

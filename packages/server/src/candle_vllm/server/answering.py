@@ -62,9 +62,12 @@ class GenerationApi:
 
 async def answer(request: Request, api: GenerationApi) -> Response:
     """The whole way of one request; every failure is an exception."""
-    settings: Settings = request.app.state.settings
-    deadline = time.monotonic() + settings.request_timeout
-    wire = await parsed(request, api.parse)
+    deadline = deadline_of(request)
+    return await answer_parsed(request, api, await parsed(request, api.parse), deadline)
+
+
+async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
+    """The way of a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     keeper: Keeper = request.app.state.keeper
     streams = bool(wire.stream)
@@ -161,6 +164,11 @@ def _stream(
         too_late=took_too_long(),
         released=released,
     )
+
+
+def deadline_of(request: Request) -> float:
+    """`time.monotonic()` at which a request that begins now must have its answer."""
+    return time.monotonic() + request.app.state.settings.request_timeout
 
 
 async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:

@@ -24,6 +24,8 @@ from candle_vllm.server.errors import ClientGone, HttpError
 from candle_vllm.server.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.head_requests import HeadMiddleware
 from candle_vllm.server.keeping import Keeper
+from candle_vllm.server.kept_setup import kept_responses
+from candle_vllm.server.mcp.response_servers import response_servers
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
@@ -31,20 +33,43 @@ from candle_vllm.server.observing.metrics import Metrics, Outcome
 from candle_vllm.server.observing.setup import Observation
 from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.request_id import RequestIdMiddleware
-from candle_vllm.server.routes import docs, embeddings, generation, messages, metrics, models, tokenizing
+from candle_vllm.server.responders import Responders
+from candle_vllm.server.routes import (
+    conversations,
+    docs,
+    embeddings,
+    generation,
+    messages,
+    metrics,
+    models,
+    responses,
+    stored_responses,
+    tokenizing,
+)
 from candle_vllm.server.routes import mailbox as mailbox_routes
+from candle_vllm.server.routes import mcp as mcp_routes
+from candle_vllm.server.routes.webui import public_paths, web_ui_router
 from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Settings
 
 if TYPE_CHECKING:
+    from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.server.mailbox.service import Mailbox
+    from candle_vllm.server.mcp.service import McpService
 
-_MODULES = (generation, messages, embeddings, tokenizing, models, mailbox_routes, metrics, health, docs)
+_MODULES = (
+    generation, messages, responses, stored_responses, conversations, embeddings, tokenizing, models, mailbox_routes,
+    mcp_routes, metrics, health, docs,
+)  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 
 
 def create_app(
-    served: ServedEngine | ModelManager, settings: Settings | None = None, *, mailbox: Mailbox | None = None
+    served: ServedEngine | ModelManager,
+    settings: Settings | None = None,
+    *,
+    mailbox: Mailbox | None = None,
+    mcp: McpService | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -53,6 +78,7 @@ def create_app(
             it closes when it ends.
         settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
         mailbox: where answers are kept for clients that ask for it; the application starts and closes it.
+        mcp: MCP servers whose tools are given to models; the application starts and closes them.
     """
     settings = settings or Settings()
     app = FastAPI(
@@ -70,10 +96,17 @@ def create_app(
     app.state.mailbox = mailbox
     if mailbox is not None:
         _count_pushes(mailbox, app.state.metrics)
+    app.state.kept = kept_responses(settings)
+    app.state.mcp = mcp
+    if mcp is not None:
+        mcp.called = app.state.metrics.tool_called
+        app.state.metrics.watch_mcp_servers(mcp.states)
+    app.state.responders = Responders(app.state.kept, response_servers(mcp, settings))
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.stopping = lambda: False
     app.state.failure = None  # why it could not start
-    for router in ROUTERS:
+    # The web UI comes first: its page stands where the server's own answer at / is otherwise.
+    for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
     _describe(app, settings)
     for kind in (Exception, HttpError, HTTPException, CandleVllmError, ClientGone):
@@ -92,14 +125,23 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yields what the server that runs the application has to know of it: a drain waits for the keeper."""
+    """Yields what the server that runs the application has to know of it: a drain waits for what outlives clients."""
     mailbox: Mailbox | None = app.state.mailbox
+    kept: KeptResponses | None = app.state.kept
+    mcp: McpService | None = app.state.mcp
     try:
-        if mailbox is not None:
-            await _start(app, mailbox)
-        yield {"keeper": app.state.keeper}
+        for each in (mailbox, kept):
+            if each is not None:
+                await _start(app, each)
+        if mcp is not None:
+            await mcp.start()
+        yield {"busy": lambda: app.state.keeper.busy or (kept is not None and kept.background.busy)}
     finally:
         await app.state.keeper.close()
+        if kept is not None:
+            await kept.close()
+        if mcp is not None:
+            await mcp.close()
         await app.state.manager.close()
         if mailbox is not None:
             await mailbox.close()
@@ -109,9 +151,9 @@ def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
     mailbox.pushed = lambda delivered: metrics.webhook_sent(Outcome.OK if delivered else Outcome.FAILED)
 
 
-async def _start(app: FastAPI, mailbox: Mailbox) -> None:
+async def _start(app: FastAPI, store: Mailbox | KeptResponses) -> None:
     try:
-        await mailbox.start()
+        await store.start()
     except Exception as failure:
         app.state.failure = failure
         raise
@@ -129,7 +171,8 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
     """Each layer goes around those before it: id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
     keys = settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
     if keys or settings.management_key:
-        app.add_middleware(ApiKeyMiddleware, keys=keys, management_keys=settings.management_key)
+        public = public_paths() if settings.ui_server else frozenset()
+        app.add_middleware(ApiKeyMiddleware, keys=keys, management_keys=settings.management_key, public=public)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Kind, Number, Secret, Text
 
 ENV_PREFIX = "CANDLE_VLLM_"
@@ -18,18 +19,20 @@ COMMANDS = {
     "serve": "serve the model over HTTP (what happens without a command)",
     "generate": "continue one prompt on the terminal",
     "chat": "talk with the model on the terminal",
+    "agent": "carry out one request with the tools of MCP servers",
     "bench": "measure the model on this machine",
     "config": "show every setting, and where its value comes from",
 }
-MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, HTTP, LOGGING = (
+MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
     "model", "device and memory", "scheduling", "default sampling", "several models", "mailbox and webhooks",
-    "HTTP server", "logging",
+    "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, HTTP, LOGGING)
+GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING)
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "serve": GROUPS,
     "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
     "config": GROUPS,
 }
@@ -78,8 +81,9 @@ def _switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more:
 
 
 _SERVE = ("serve", "config")  # bench sizes the batch itself, and one conversation has no batch
-_WITH_TEXT = ("serve", "generate", "chat", "config")  # bench has no text, and always takes the likeliest token
-_REUSING = ("serve", "chat", "config")  # those with requests that begin alike
+_WITH_TEXT = ("serve", "generate", "chat", "agent", "config")  # bench has no text, and always takes the likeliest token
+_REUSING = ("serve", "chat", "agent", "config")  # those with requests that begin alike
+_CALLING = ("serve", "agent", "config")  # those whose requests have tools
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 _ATTENTION = Choice(("auto", "triton", "torch_flash", "flash_attn", "torch"), {"flash-attn": "flash_attn"})
@@ -101,7 +105,7 @@ OPTIONS: tuple[Option, ...] = (
            "FILE", in_yaml=True, commands=_WITH_TEXT),
     Option("tool_parser", MODEL, ("--tool-parser", "--tool-call-parser", "--enforce-parser"), Text(128),
            "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files", "NAME",
-           in_yaml=True, commands=_SERVE),
+           in_yaml=True, commands=_CALLING),
     Option("reasoning_parser", MODEL, ("--reasoning-parser",), Text(128),
            "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
            commands=_WITH_TEXT),
@@ -193,9 +197,36 @@ OPTIONS: tuple[Option, ...] = (
     Option("webhook_allowed_hosts", MAILBOX, ("--webhook-allowed-hosts",), Text(512),
            "host to which clients may have answers pushed, or *.example.com; repeatable", "HOST", repeat=True),
     _switch("webhook_allow_private", MAILBOX, "hosts that are listed by name may have private addresses"),
+    Option("responses_store", RESPONSES, ("--responses-store",), Secret(),
+           "where responses and conversations are kept: memory (until the server ends), sqlite (in ~/.candle-vllm), "
+           "sqlite:///path, postgresql://..., or off", "URL"),
+    Option("responses_retention_days", RESPONSES, ("--responses-retention-days",), Integer(1, MAX_DAYS),
+           "how long a response is kept", "DAYS"),
+    Option("responses_max_records", RESPONSES, ("--responses-max-records",), Integer(1, MAX_RECORDS),
+           "most responses and conversations of all keys; the oldest make room", "N"),
+    Option("responses_max_mb", RESPONSES, ("--responses-max-mb",), Integer(1, MAX_MB),
+           "most of what they hold, in MB of 2^20 bytes; the oldest make room", "MB"),
+    Option("mcp_config", TOOLS, ("--mcp-config",), FilePath(),
+           "file with the MCP servers (docs/mcp.md); without it ./mcp.json, where there is one", "FILE"),
+    Option("mcp_command", TOOLS, ("--mcp-command",), Text(),
+           "program of one more MCP server, which is called default", "PROGRAM", commands=_SERVE),
+    Option("mcp_args", TOOLS, ("--mcp-args",), Text(),
+           "its arguments, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS", commands=_SERVE),
+    _switch("mcp_execute", TOOLS, "run the calls of tools that mcp.json approves in chat requests without tools",
+            commands=_SERVE),
+    Option("mcp_max_turns", TOOLS, ("--mcp-max-turns",), Integer(1, 1000),
+           "most turns of the model in a chat request whose tools run here", "N", commands=_SERVE),
+    Option("mcp_max_tool_calls", TOOLS, ("--mcp-max-tool-calls",), Integer(0, 10_000),
+           "most calls of tools that run in one chat request", "N", commands=_SERVE),
+    Option("mcp_tool_timeout", TOOLS, ("--mcp-tool-timeout",), Number(0, 3600, open_low=True),
+           "most seconds for one call of a tool, where mcp.json allows more", "SECONDS", commands=_SERVE),
+    Option("mcp_allow_urls", TOOLS, ("--mcp-allow-urls",), Text(2048),
+           "MCP server that requests to /v1/responses may name: https://host/path, * for any characters; repeatable",
+           "PATTERN", repeat=True, commands=_SERVE),
     Option("host", HTTP, ("--h", "--host"), Text(512),
            "address to listen on: host, host:port, [v6]:port, tcp://, http:// or unix:///path", "HOST"),
     Option("port", HTTP, ("--p", "--port"), Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT"),
+    _switch("ui_server", HTTP, "serve the web UI at /", commands=_SERVE),
     Option("api_key", HTTP, ("--api-key",), Secret(),
            "key that clients must send as `Authorization: Bearer`; repeatable", "KEY", repeat=True),
     Option("api_key_file", HTTP, ("--api-key-file",), FilePath(), "file with one API key per line", "FILE"),
@@ -242,6 +273,32 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         ),
     ),
     "chat": (_SYSTEM, _MAX_TOKENS),
+    "agent": (
+        Option(
+            "base_url",
+            "command",
+            ("--base-url",),
+            Text(),
+            "let a server with OpenAI's chat API answer, such as "
+            "http://127.0.0.1:2000/v1; --m is then the model's name there",
+            "URL",
+        ),
+        Option("api_key", "command", ("--api-key",), Secret(), "key for that server", "KEY"),
+        Option("yes", "command", (), Boolean(), "run every tool without asking", constants={"--yes": True}),
+        Option(
+            "approve",
+            "command",
+            ("--approve",),
+            Text(256),
+            "tool that runs without asking, or server__*; repeatable",
+            "NAME",
+            repeat=True,
+        ),
+        Option("max_turns", "command", ("--max-turns",), Integer(1, 1000), "most turns of the model", "N"),
+        _SYSTEM,
+        _MAX_TOKENS,
+        Option("as_json", "command", (), Boolean(), "print every event as a line of JSON", constants={"--json": True}),
+    ),
     "bench": (
         Option("prompt_tokens", "command", ("--prompt-tokens",), _TOKENS, "length of each prompt", "N"),
         Option("output_tokens", "command", ("--output-tokens",), _TOKENS, "length of each answer", "N"),

@@ -5,11 +5,18 @@ Step 1 of a request's life; nothing is generated here.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from fastapi import Request
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.event_buffer import EncodedEvent
 from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_stream import error_detail
+from candle_vllm.responses.protocol.events import ErrorOccurred
+from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store.errors import (
     ConversationBusyError,
     NotStoredError,
@@ -18,12 +25,8 @@ from candle_vllm.responses.store.errors import (
 )
 from candle_vllm.responses.store.records import is_id
 from candle_vllm.server.errors import HttpError
+from candle_vllm.server.sse import EventStream, named_event
 
-INCLUDABLE = (
-    "message.output_text.logprobs", "reasoning.encrypted_content", "file_search_call.results",
-    "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
-    "computer_call_output.output.image_url", "code_interpreter_call.outputs",
-)  # fmt: skip
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits
 
@@ -97,3 +100,15 @@ def store_refusal(failure: Exception) -> HttpError | None:
     if isinstance(failure, StoreUnavailableError):
         return HttpError(503, str(failure), "store_unavailable", {"retry-after": "1"})
     return None
+
+
+def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
+    """Events of a background response for one reader, which may leave."""
+    return EventStream(events, lambda event: named_event(event.name, event.data), _error_event)
+
+
+def _error_event(failure: Exception) -> bytes:
+    """The last event for a reader that could not be told everything; the numbers of events are not its own."""
+    error = error_detail(failure)
+    told = ErrorOccurred(sequence_number=0, error=error, code=error.code, message=error.message, param=error.param)
+    return named_event(told.event_name, to_json_bytes(told))

@@ -21,6 +21,7 @@ _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
 Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
+_TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 _DEFAULTS = {item.name: item.default for item in dataclasses.fields(Settings)}
 
 
@@ -60,8 +61,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Source, dict[str, Any]]:
             spelled[option.name] = _flag(option)
     own = {option.name: _value(option, arguments[option.name])
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
-    if command == "generate":
-        own["prompt"] = convert(FreeText(), arguments["prompt"], "PROMPT")
+    if command in _TEXTS:
+        own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS[command])
     return Source("the command line", settings, spelled), own
 
 
@@ -82,8 +83,9 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         general.description = "\n".join(f"{name:20}  {text}" for name, text in COMMANDS.items())
     general.add_argument("-h", "--help", action="help", help="show this help and exit")
     general.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    if command == "generate":
-        parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    if command in _TEXTS:
+        name = _TEXTS[command]
+        parser.add_argument("prompt", metavar=name, help=f"the {name.lower()}; - reads it from standard input")
     if COMMAND_OPTIONS[command]:
         own = parser.add_argument_group(command)
         for option in COMMAND_OPTIONS[command]:
@@ -98,8 +100,8 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 def _usage(command: str) -> str:
     if command == "serve":
-        return "candle-vllm [serve | generate | chat | bench | config] [options]"
-    return f"candle-vllm {command} [options]" + (" PROMPT" if command == "generate" else "")
+        return f"candle-vllm [{' | '.join(COMMANDS)}] [options]"
+    return f"candle-vllm {command} [options]" + (f" {_TEXTS[command]}" if command in _TEXTS else "")
 
 
 class _Version(argparse.Action):

@@ -36,11 +36,13 @@ from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.model_slot import ModelSlot
 from candle_vllm.server.model_switcher import Load, ManagerLimits
 from candle_vllm.server.observing.setup import Observation
+from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Address, Settings
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
+    from candle_vllm.server.mcp.service import McpService
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         CandleVllmError: the address or the first model cannot be had.
     """
     settings = configuration.settings
+    mcp = open_mcp(settings)
     listener = bind(settings.address)
     warn_of_missing(configuration.catalogue)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -67,7 +70,8 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         observation = Observation(settings)
         load = load or ModelLoader(observation.metrics)
         manager = ModelManager(configuration.catalogue, load, limits_of(settings), observation.metrics)
-        app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox))
+        app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
+        app.state.page_key = new_page_key(settings, mcp is not None)
         server = make_server(app, settings)
         app.state.stopping = lambda: server.should_exit
         starting = Start(app, server, _bound(settings.address, listener))
@@ -98,6 +102,18 @@ def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
     from candle_vllm.server.mailbox.service import Mailbox
 
     return Mailbox(options)
+
+
+def open_mcp(settings: Settings) -> McpService | None:
+    """The MCP servers, where there shall be some; the SDK is imported only then."""
+    from candle_vllm.server.mcp.options import mcp_options
+
+    options = mcp_options(settings)
+    if options is None:
+        return None
+    from candle_vllm.server.mcp.service import McpService
+
+    return McpService(options)
 
 
 def limits_of(settings: Settings) -> ManagerLimits:
@@ -262,6 +278,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
     others = [other.entry.names[0] for other in manager.slots.values() if other is not slot]
     quantization = f", {info.quantization}" if info.quantization else ""
     url, guarded = address.url, settings.api_key or settings.api_key_file
+    page_key: str | None = getattr(app.state, "page_key", None)
     lines = [
         f"model            {names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",
         *([f"other models     {', '.join(others)} (loaded when a request names them)"] if others else []),
@@ -270,11 +287,22 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         f"reasoning        {_format(choice.reasoning, choice.reasoning_reason)}",
         f"KV cache         {stats.num_blocks * stats.block_size:,} tokens; longest request {info.max_model_len:,}",
         f"address          {url}",
+        *([f"web UI           {page_address(url, page_key)}"] if settings.ui_server else []),
         f"OpenAI base URL  {url}/v1",
         f"API key          {'required' if guarded else 'none: everybody who reaches the address may use it'}",
+        *_mcp_line(app),
         "Ctrl+C to stop",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _mcp_line(app: FastAPI) -> list[str]:
+    service: McpService | None = app.state.mcp
+    if service is None:
+        return []
+    options = service.options
+    where = "approved tools run here" if options.execute else "clients run their tools"
+    return [f"MCP servers      {', '.join(server.name for server in options.servers)} ({where})"]
 
 
 def _format(row: ToolFormat | ReasoningFormat | None, reason: str) -> str:

@@ -74,8 +74,21 @@ class Settings:
     mailbox_retention_secs: int = 3600
     webhook_allowed_hosts: tuple[str, ...] = ()
     webhook_allow_private: bool = False
+    responses_store: str = field(default="memory", repr=False)
+    responses_retention_days: int = 30
+    responses_max_records: int = 10_000
+    responses_max_mb: int = 256
+    mcp_config: Path | None = None
+    mcp_command: str | None = None
+    mcp_args: str | None = field(default=None, repr=False)
+    mcp_execute: bool = False
+    mcp_max_turns: int = 8
+    mcp_max_tool_calls: int = 32
+    mcp_tool_timeout: float | None = None
+    mcp_allow_urls: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 2000
+    ui_server: bool = False
     api_key: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: Path | None = None
     management_key: tuple[str, ...] = field(default=(), repr=False)

@@ -116,11 +116,30 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCallOut, ...] | UnsetType = UNSET
 
 
+class ServerToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the server ran itself; what it gave went to the model alone.
+
+    Attributes:
+        server: the MCP server that has the tool; null where there is no such tool.
+        name: what the model called.
+        arguments: JSON text as the model wrote it.
+        status: completed, failed, timed_out, unavailable, unknown, invalid_arguments, denied, or not_run.
+        seconds: how long it ran.
+    """
+
+    server: str | None
+    name: str
+    arguments: str
+    status: str
+    seconds: float
+
+
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One of the `n` answers.
 
     `stop_reason` is the stop string or token id that ended it, null for the model's own end; `token_ids` are there
-    when `return_token_ids` asked for them.
+    when `return_token_ids` asked for them, `mcp_calls` when the server ran tools, and `mcp_limit` when a limit on that
+    ended the answer.
     """
 
     index: int
@@ -129,6 +148,8 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: ChatLogprobs | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    mcp_calls: tuple[ServerToolCall, ...] | UnsetType = UNSET
+    mcp_limit: str | UnsetType = UNSET
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):
@@ -182,7 +203,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The news of one choice."""
+    """The news of one choice; `mcp_calls` and `mcp_limit` stand in its last chunk."""
 
     index: int
     delta: ChatDelta
@@ -190,6 +211,8 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    mcp_calls: tuple[ServerToolCall, ...] | UnsetType = UNSET
+    mcp_limit: str | UnsetType = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,37 +10,21 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-import socket
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import httpx
 
+from candle_vllm.responses.mcp.addresses import is_allowed, is_host, look_up
+
 MAX_URL = 2048  # characters
 RESOLVE_SECONDS = 10.0
 MAX_ADDRESSES = 4  # of one name that are tried
 
 _PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, quotes or backslashes
-_NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
 _PORTS = {"http": 80, "https": 443}
-
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_PRIVATE: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
-    )
-)
-# Not public, or a door to other addresses, though `is_global` lets them pass; and addresses of cloud metadata.
-_NEVER: Sequence[_Network] = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"),
-    )
-)
-_PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresses and NAT64
 
 
 class ForbiddenTarget(ValueError):
@@ -81,7 +65,7 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
     if url.fragment or "#" in text:
         raise ForbiddenTarget("must hold no fragment")
     host = url.raw_host.decode("ascii")
-    if not _is_host(host):
+    if not is_host(host):
         raise ForbiddenTarget("must name a host: a name in ASCII without a final dot, or an address")
     port = _PORTS[url.scheme] if url.port is None else url.port
     if not 1 <= port <= 65535:
@@ -102,7 +86,7 @@ def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> T
 def check_pattern(pattern: str) -> None:
     """ValueError unless `pattern` is `name`, `*.name`, an address, or one of them with `:port`."""
     match = _PATTERN.fullmatch(pattern)
-    if match is None or not _is_host(match["host"].strip("[]")) or int(match["port"] or 1) > 65535:
+    if match is None or not is_host(match["host"].strip("[]")) or int(match["port"] or 1) > 65535:
         raise ValueError(
             f"must be host names in lower case, like example.com, *.example.com or host:8443, not {pattern!r:.80}"
         )
@@ -121,44 +105,13 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
         OSError, TimeoutError: the name has none now.
     """
     async with asyncio.timeout(RESOLVE_SECONDS):
-        asked = asyncio.get_running_loop().run_in_executor(threads, _look_up, target.host, target.port)
+        asked = asyncio.get_running_loop().run_in_executor(threads, look_up, target.host, target.port)
         addresses = await asked
     if not addresses:
         raise OSError("the name has no address")
     if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):
         raise ForbiddenTarget("has an address that webhooks may not reach")
     return addresses[:MAX_ADDRESSES]
-
-
-def is_allowed(text: str, private: bool) -> bool:
-    """Whether an address is public, or private where that is allowed; never link-local, multicast or reserved."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:  # with a zone, or none at all
-        return False
-    if any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
-        return False
-    if any(address in network for network in _PRIVATE):
-        return private
-    public = address.is_global and not address.is_multicast and not address.is_reserved
-    return public and (address.version == 4 or address in _PUBLIC_V6)
-
-
-def _look_up(host: str, port: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-def _is_host(host: str) -> bool:
-    if len(host) > 253:
-        return False
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        # A name whose last part is a number is an address in an old spelling (127.1, 0x7f000001).
-        last = host.rpartition(".")[2]
-        return _NAME.fullmatch(host) is not None and re.fullmatch(r"\d+|0x[0-9a-f]*", last, re.ASCII) is None
-    return "%" not in host
 
 
 def _canonical(host: str) -> str:

@@ -5,7 +5,8 @@ It runs in a worker thread: with many models it is a few milliseconds of work, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -17,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from candle_vllm.core.engine.request import FinishReason
 from candle_vllm.server.observing.model_metrics import ModelMetrics, ModelReading
-from candle_vllm.server.observing.series import ENGINE, GAUGES, MODEL_SERIES, Series
+from candle_vllm.server.observing.series import ENGINE, GAUGES, MCP_SERVERS, MODEL_SERIES, Series
 
 FINISH_REASONS = tuple(reason.value for reason in FinishReason)
 
@@ -76,6 +77,25 @@ class EventCollector(Collector):
                 family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
                 if family.samples:
                     yield family
+
+
+class McpServersCollector(Collector):
+    """How many MCP servers are in which state, counted when it is asked for."""
+
+    def __init__(self, states: Callable[[], Iterable[str]]) -> None:
+        self._states = states
+
+    def describe(self) -> list[Metric]:
+        """The family, without samples."""
+        return [_family(MCP_SERVERS)]
+
+    def collect(self) -> Iterator[Metric]:
+        """The family, with a sample for each state that there is."""
+        family = _family(MCP_SERVERS)
+        assert isinstance(family, GaugeMetricFamily)
+        for state, count in sorted(Counter(self._states()).items()):
+            family.add_metric((state,), count)
+        yield family
 
 
 def _family(series: Series) -> Metric:

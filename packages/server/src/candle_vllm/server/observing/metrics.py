@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client import Histogram as EventHistogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from candle_vllm.server.observing.exposition import EventCollector, ModelCollector
+from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
 from candle_vllm.server.observing.series import EVENTS
 from candle_vllm.server.observing.usage import UsageRow, UsageTable
@@ -111,6 +111,14 @@ class Metrics:
     def webhook_sent(self, outcome: Outcome) -> None:
         """A webhook was delivered, or given up."""
         self._count("candle_vllm:webhook_deliveries_total", outcome)
+
+    def tool_called(self, server: str, status: str) -> None:
+        """A tool of an MCP server was called; `status` says how that ended."""
+        self._count("candle_vllm:mcp_tool_calls_total", server, status)
+
+    def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
+        """Shows how many MCP servers are in which state; `states` is called by scrapes, in other threads."""
+        self.registry.register(McpServersCollector(states))
 
     def _count(self, name: str, *labels: str) -> None:
         counter = self._events[name]

@@ -111,8 +111,13 @@ EVENTS: tuple[Series, ...] = (
            "How long a request waited for its model to be loaded, seconds.", _LOADING),
     Series("candle_vllm:mailbox_answers_total", "counter", ("outcome",), "Answers put into the mailbox, by outcome."),
     Series("candle_vllm:webhook_deliveries_total", "counter", ("outcome",), "Webhooks sent, by outcome."),
+    Series("candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
+           "Calls of tools of MCP servers, by how they ended."),
 )  # fmt: skip
 """What happens to the server rather than to a request in an engine."""
+
+MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")
+"""Read when it is asked for; absent where there are none."""
 
 HTTP: tuple[Series, ...] = (
     Series("http_requests_total", "counter", ("method", "handler", "status"), "HTTP requests, by route and status."),
@@ -122,7 +127,7 @@ HTTP: tuple[Series, ...] = (
 )  # fmt: skip
 
 MODEL_SERIES = GAUGES + ENGINE_COUNTERS + REQUEST_COUNTERS + HISTOGRAMS
-ALL_SERIES = MODEL_SERIES + EVENTS + HTTP
+ALL_SERIES = MODEL_SERIES + EVENTS + (MCP_SERVERS,) + HTTP
 
 
 def token_buckets(most: int) -> tuple[float, ...]:

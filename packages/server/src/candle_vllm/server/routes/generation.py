@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -11,15 +13,20 @@ from candle_vllm.openai.whole_chat import join_chat
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.failures import error_event
 from candle_vllm.server.keeping import KeptForm
+from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.sse import data_event
+
+if TYPE_CHECKING:
+    from candle_vllm.server.mcp.service import McpService
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    """OpenAI's chat completions, whole or streamed."""
-    return await answer(request, CHAT)
+    """OpenAI's chat completions, whole or streamed; where there are MCP servers, with their tools."""
+    service: McpService | None = request.app.state.mcp
+    return await (answer(request, CHAT) if service is None else answer_with_tools(request, service, CHAT))
 
 
 @router.post("/v1/completions")

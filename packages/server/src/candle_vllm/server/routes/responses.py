@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.responses.api.event_buffer import EncodedEvent
-from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
@@ -25,6 +23,7 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.server.answering import (
     GenerationApi,
     answer_parsed,
@@ -37,10 +36,12 @@ from candle_vllm.server.answering import (
 from candle_vllm.server.body import unless_disconnected
 from candle_vllm.server.errors import HttpError
 from candle_vllm.server.keeping import NOT_HERE
+from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.server.mcp.origin import check_origin
 from candle_vllm.server.model_slot import Lease, ServedModel
 from candle_vllm.server.responders import Responders
-from candle_vllm.server.sse import DONE, EventStream, named_event
+from candle_vllm.server.sse import DONE, named_event
 
 router = APIRouter()
 JSON = "application/json"
@@ -51,6 +52,7 @@ async def create_response(request: Request) -> HttpResponse:
     """OpenAI's responses: whole, streamed, or in the background."""
     deadline = deadline_of(request)
     wire = await parsed(request, parse_responses_request)
+    _check_page(request, wire)
     if wire.background:
         return await _in_background(request, wire, deadline)
     return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
@@ -62,6 +64,7 @@ async def count_input_tokens(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
+        _check_page(request, wire)
         return await responders.of(model).count_input_tokens(wire, owner=await _owner(request, wire))
 
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
@@ -116,7 +119,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
         stream = None
         try:
             owner = await _owner(request, wire)
-            stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False)
+            stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False, at_once=True)
             assert responders.kept is not None
             queued = stream.response
             work = _work(stream, lease, key_of(request), wire.priority or 0)
@@ -129,7 +132,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
             raise
     if not wire.stream:
         return HttpResponse(to_json_bytes(queued), media_type=JSON)
-    return EventStream(events, _sent, _background_error)
+    return event_stream(events)
 
 
 async def _work(stream: ResponseStream, lease: Lease, key: str, priority: int) -> AsyncGenerator[StreamEvent, None]:
@@ -151,6 +154,14 @@ async def _work(stream: ResponseStream, lease: Lease, key: str, priority: int) -
         lease.release()
 
 
+def _check_page(request: Request, wire: PromptFields) -> None:
+    """Where no key is needed, a web page from elsewhere must not have tools run."""
+    settings = request.app.state.settings
+    uses_tools = any(isinstance(tool, McpTool) for tool in wire.tools or ())
+    if uses_tools and not (settings.api_key or settings.api_key_file):
+        check_origin(request.scope, settings.cors_origin)
+
+
 async def _owner(request: Request, wire: PromptFields) -> str:
     """Whose response it is; nobody's where no store is needed, which takes a moment to open."""
     responders: Responders = request.app.state.responders
@@ -165,20 +176,3 @@ async def _owner(request: Request, wire: PromptFields) -> str:
 
 def _encoded(event: StreamEvent) -> bytes:
     return named_event(event.event_name, to_json_bytes(event))
-
-
-def _sent(event: EncodedEvent) -> bytes:
-    return named_event(event.name, event.data)
-
-
-def _background_error(failure: Exception) -> bytes:
-    """The last event for a reader that could not be told everything."""
-    detail = error_detail(failure)
-    body = {
-        "type": "error",
-        "sequence_number": 0,
-        "code": detail.code,
-        "message": detail.message,
-        "param": detail.param,
-    }
-    return named_event("error", msgspec.json.encode(body))

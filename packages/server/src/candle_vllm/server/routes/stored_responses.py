@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai import to_error, to_json_bytes
-from candle_vllm.responses.api.event_buffer import EncodedEvent
-from candle_vllm.server.kept_access import kept_and_owner, number_of, page_request, query_of, switch_of
-from candle_vllm.server.sse import EventStream, named_event
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.server.kept_access import event_stream, kept_and_owner, number_of, page_request, query_of, switch_of
 
 router = APIRouter()
 
@@ -60,15 +55,3 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     kept, owner = await kept_and_owner(request)
     page = await kept.input_items(owner, response_id, page_request(request))
     return Response(to_json_bytes(page), media_type=JSON)
-
-
-def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
-    """Events of a background response for one reader, which may leave."""
-    return EventStream(events, lambda event: named_event(event.name, event.data), _error_event)
-
-
-def _error_event(failure: Exception) -> bytes:
-    """The last event for a reader that could not be told everything; the numbers of events are not its own."""
-    error = to_error(failure).body.error
-    body = {"type": "error", "sequence_number": 0, "code": error.code, "message": error.message, "param": error.param}
-    return named_event("error", msgspec.json.encode(body))

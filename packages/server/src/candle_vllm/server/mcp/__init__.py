@@ -1,0 +1,1 @@
+"""MCP in the server: the servers of mcp.json, their tools in chat requests, and the calls that run here."""

@@ -1,0 +1,243 @@
+"""A chat request whose tools run here: turns of the model and calls between them, as one chat completion.
+
+Steps 2 to 10 of a request's life, once for each turn. The calls are not given to the client, which would run them too;
+the last chunk and the whole answer have them as `mcp_calls`, without their outputs. A stream has the words of every
+turn, because nobody knows beforehand which turn is the last; a whole answer has those of the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import Any
+
+from msgspec import UNSET
+from starlette.types import Scope
+
+from candle_vllm.core.errors import PromptTooLongError
+from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
+from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
+from candle_vllm.responses.conversation.events import CallStarted, Event, ReasoningDelta, TextDelta, TurnFinished
+from candle_vllm.responses.conversation.in_process_model import InProcessModel
+from candle_vllm.responses.conversation.loop import ConversationLoop
+from candle_vllm.responses.conversation.options import OWN_FIELDS, ConversationOptions
+from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
+from candle_vllm.server.mcp.service import McpService, Offer
+from candle_vllm.server.mcp.watched_turns import WatchedTurns
+from candle_vllm.server.model_slot import ServedModel
+
+_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  # of all turns together
+_BETWEEN_TURNS = "\n\n"
+
+
+class Execution:
+    """The events of one request's conversation; `aclose` ends whatever runs for it.
+
+    Args:
+        service: has the tools.
+        offer: those that the model is shown.
+        model: answers the turns.
+        wire: the request, checked.
+        payload: the same as it was sent.
+        scope: of the HTTP request.
+
+    Attributes:
+        state: what it has come to.
+        turns: knows the answer's id.
+    """
+
+    def __init__(
+        self,
+        service: McpService,
+        offer: Offer,
+        model: ServedModel,
+        wire: ChatCompletionRequest,
+        payload: Mapping[str, Any],
+        scope: Scope,
+    ) -> None:
+        adapter, options = model.adapter, service.options
+        limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
+        self.state = ExecutionState(service.registry, reasons=adapter.planner.choice.reasoning is not None)
+        self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit), scope)
+        request = {name: value for name, value in payload.items() if name not in OWN_FIELDS | _LIMITS}
+        defaults = model.entry.settings.default_sampling
+        absent = {name: value for name, value in defaults.items() if request.get(name) is None}
+        loop = ConversationLoop(
+            self.turns,
+            service.registry,
+            ConversationOptions(
+                max_turns=options.max_turns,
+                allowed_tools=offer.names,
+                max_tool_calls=options.max_tool_calls,
+                approval="always",
+                parallel_tools=1 if wire.parallel_tool_calls is False else 8,
+                request=request | absent,
+            ),
+            auto_approve=service.auto_approves,
+        )
+        self._events = loop.run(payload["messages"])
+        self._next: asyncio.Task[Event] | None = None
+
+    async def start(self) -> None:
+        """Returns when the engine has taken the first turn; raises why it does not, and nothing is left then."""
+        try:
+            self.state.add(await anext(self._events))
+            self._next = asyncio.ensure_future(_next(self._events))
+            entered = asyncio.ensure_future(self.turns.entered.wait())
+            try:
+                await asyncio.wait({self._next, entered}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                entered.cancel()
+            if self._next.done():
+                self._next.result()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def __aiter__(self) -> Execution:
+        return self
+
+    async def __anext__(self) -> Event:
+        pending, self._next = self._next, None
+        try:
+            event = await (_next(self._events) if pending is None else pending)
+        except TokensSpentError:
+            self.state.end("length")
+            raise StopAsyncIteration from None
+        except PromptTooLongError:
+            if not self.state.turns:
+                raise
+            self.state.end("length", limit=CONTEXT)  # what the tools gave has filled it, and not the client
+            raise StopAsyncIteration from None
+        self.state.add(event)
+        return event
+
+    async def aclose(self) -> None:
+        """Ends the model's turn and the tools that run."""
+        pending, self._next = self._next, None
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+        await self._events.aclose()
+
+
+async def _next(events: Any) -> Event:
+    return await anext(events)
+
+
+async def executed(execution: Execution) -> ChatCompletion:
+    """The whole answer. Cancelling it ends everything."""
+    async with aclosing(execution):
+        await execution.start()
+        async for _ in execution:
+            pass
+    state, head = execution.state, execution.turns.head
+    assert head is not None
+    content = None if not state.text and (state.thoughts or state.calls is not UNSET) else state.text
+    choice = ChatChoice(
+        index=0,
+        message=ChatMessage(content=content, reasoning_content=state.thoughts or UNSET),
+        finish_reason=state.finish_reason,
+        logprobs=ChatLogprobs(tuple(state.logprobs)) if state.logprobs else None,
+        mcp_calls=state.calls,
+        mcp_limit=state.limit,
+    )
+    return ChatCompletion(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        system_fingerprint=head.system_fingerprint,
+        choices=(choice,),
+        usage=state.usage,
+    )
+
+
+class ExecutedStream:
+    """The chunks of the answer as they come; one id, one role, one end. Close it to end everything."""
+
+    def __init__(self, execution: Execution, *, include_usage: bool) -> None:
+        self._execution = execution
+        self._include_usage = include_usage
+        self._ready: deque[ChatCompletionChunk] = deque()
+        self._begun = self._ended = False
+        self._spoke = False  # an earlier turn has, so that the next one begins a paragraph
+        self._turn_spoke = False
+
+    def __aiter__(self) -> ExecutedStream:
+        return self
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        while not self._ready:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                self._read(await anext(self._execution))
+            except StopAsyncIteration:
+                self._end()
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """Ends the answer, and what runs for it."""
+        self._ended = True
+        self._ready.clear()
+        await self._execution.aclose()
+
+    def _read(self, event: Event) -> None:
+        match event:
+            case ReasoningDelta():
+                self._say(ChatDelta(reasoning_content=event.text))
+            case TextDelta():
+                if event.text and self._spoke and not self._turn_spoke:
+                    self._say(ChatDelta(content=_BETWEEN_TURNS))
+                self._turn_spoke = self._turn_spoke or bool(event.text)
+                self._say(ChatDelta(content=event.text), ChatLogprobs(event.logprobs) if event.logprobs else None)
+            case CallStarted():
+                self._begin()
+            case TurnFinished():
+                self._spoke, self._turn_spoke = self._spoke or self._turn_spoke, False
+            case _:
+                pass
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._add(ChunkChoice(index=0, delta=ChatDelta(role="assistant", content="")))
+
+    def _say(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> None:
+        self._begin()
+        self._add(ChunkChoice(index=0, delta=delta, logprobs=logprobs))
+
+    def _end(self) -> None:
+        self._ended = True
+        self._begin()
+        state = self._execution.state
+        self._add(
+            ChunkChoice(
+                index=0,
+                delta=ChatDelta(),
+                finish_reason=state.finish_reason,
+                stop_reason=None,
+                mcp_calls=state.calls,
+                mcp_limit=state.limit,
+            )
+        )
+        if self._include_usage:
+            self._ready.append(self._chunk((), usage=state.usage))
+
+    def _add(self, choice: ChunkChoice) -> None:
+        self._ready.append(self._chunk((choice,), usage=None if self._include_usage else UNSET))
+
+    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any) -> ChatCompletionChunk:
+        head = self._execution.turns.head
+        assert head is not None
+        return ChatCompletionChunk(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=choices,
+            usage=usage,
+        )

@@ -1,0 +1,204 @@
+"""Tools of MCP servers in chat requests that bring none of their own (steps 1 and 2 of a request's life).
+
+A request without `tools` is given them; `tools: []` and `tool_choice: "none"` leave them out. The calls go back to the
+client as any others, or run here (`--mcp-execute`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.openai import ChatCompletionRequest, parse_chat_request
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.server.answering import GenerationApi, answer_parsed, deadline_of, parsed
+from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.server.model_slot import ServedModel
+
+if TYPE_CHECKING:
+    from candle_vllm.server.mcp.service import McpService, Offer
+
+_MANY = 64  # tools; more are checked in a thread, so that other streams do not wait for it
+_LEAVE_OUT = "send tools: [] to leave the tools of this server's MCP servers out"
+_NOT_TOGETHER = f"is not served where the server runs tools itself: {_LEAVE_OUT}"
+
+logger = logging.getLogger(__name__)
+
+
+async def answer_with_tools(request: Request, service: McpService, api: GenerationApi) -> Response:
+    """The whole way of a chat request; every failure is an exception.
+
+    Args:
+        request: its body has not been read.
+        service: has the tools.
+        api: how chat requests are answered.
+    """
+    deadline = deadline_of(request)
+    payload = await parsed(request, _payload)
+    if payload.get("tools") is None and payload.get("tool_choice") != "none":
+        await unless_disconnected(service.settled(), request.receive)
+        offer = service.offer()
+        if offer.tools:
+            return await _answer(request, service, api, payload, offer, deadline)
+    return await answer_parsed(request, api, await _checked(payload), deadline)
+
+
+def shows_tools(model: ServedModel) -> bool:
+    """Whether the model's prompts have the tools of a request, and its calls can be read."""
+    choice = model.adapter.planner.choice
+    return choice.tools is not None and (choice.needs is None or choice.needs.writes_tools)
+
+
+async def _answer(
+    request: Request, service: McpService, api: GenerationApi, payload: dict[str, Any], offer: Offer, deadline: float
+) -> Response:
+    with_tools = {**payload, "tools": list(offer.tools)}
+    wire = await _checked(with_tools, many=len(offer.tools) > _MANY)
+    chat = _Injected(offer, service)
+    if service.options.execute:
+        if request.app.state.mailbox is not None:
+            refuse_headers(request.scope["headers"], _NOT_TOGETHER)
+        chat = _Executed(offer, service, with_tools, request)
+        api = replace(api, kept=None)
+    api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
+    return await answer_parsed(request, api, wire, deadline)
+
+
+_Whole = Callable[[ServedModel, Any], Awaitable[Any]]
+_Streamed = Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
+
+
+class _Injected:
+    """A chat request that was given tools, whose calls go to the client."""
+
+    def __init__(self, offer: Offer, service: McpService) -> None:
+        self._offer = offer
+        self._service = service
+
+    def whole(self, plain: _Whole) -> _Whole:
+        """How the whole answer is made; `plain` is the way of a request without our tools."""
+
+        async def answer(model: ServedModel, wire: ChatCompletionRequest) -> Any:
+            if not _fits(model, wire, self._service):
+                return await plain(model, _without_tools(wire))
+            with self._told_of_tools():
+                return await self._whole(plain, model, wire)
+
+        return answer
+
+    def streamed(self, plain: _Streamed) -> _Streamed:
+        """How a stream is made."""
+
+        async def answer(model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
+            if not _fits(model, wire, self._service):
+                return await plain(model, _without_tools(wire))
+            with self._told_of_tools():
+                return await self._streamed(plain, model, wire)
+
+        return answer
+
+    async def _whole(self, plain: _Whole, model: ServedModel, wire: ChatCompletionRequest) -> Any:
+        return await plain(model, wire)
+
+    async def _streamed(self, plain: _Streamed, model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
+        return await plain(model, wire)
+
+    @contextmanager
+    def _told_of_tools(self) -> Iterator[None]:
+        """A prompt that is too long may be so because of tools that the client has not sent."""
+        try:
+            yield
+        except PromptTooLongError as error:
+            count = len(self._offer.tools)
+            error.args = (f"{error} ({count} tools of MCP servers are part of the prompt: {_LEAVE_OUT})",)
+            raise
+
+
+class _Executed(_Injected):
+    """A chat request that was given tools, whose calls run here."""
+
+    def __init__(self, offer: Offer, service: McpService, payload: Mapping[str, Any], request: Request) -> None:
+        super().__init__(offer, service)
+        self._payload = payload
+        self._request = request
+
+    async def _whole(self, plain: _Whole, model: ServedModel, wire: ChatCompletionRequest) -> Any:  # noqa: ARG002
+        from candle_vllm.server.mcp.chat_execution import Execution, executed
+
+        _check_executable(wire)
+        return await executed(Execution(self._service, self._offer, model, wire, self._payload, self._request.scope))
+
+    async def _streamed(
+        self, plain: _Streamed, model: ServedModel, wire: ChatCompletionRequest  # noqa: ARG002
+    ) -> AsyncIterator[Any]:  # fmt: skip
+        from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
+
+        _check_executable(wire)
+        execution = Execution(self._service, self._offer, model, wire, self._payload, self._request.scope)
+        await execution.start()
+        return ExecutedStream(execution, include_usage=wire.include_usage)
+
+
+def _payload(body: bytes) -> dict[str, Any]:
+    value = decode_json(body)
+    if not isinstance(value, dict):
+        parse_chat_request(body)  # refuses it
+    return value
+
+
+async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCompletionRequest:
+    messages = payload.get("messages")
+    many = many or (isinstance(messages, list) and len(messages) > _MANY)
+    return await asyncio.to_thread(parse_chat_request, payload) if many else parse_chat_request(payload)
+
+
+def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) -> bool:
+    """Whether the model is given the tools: where it would see them, or where the request asks for a call.
+
+    Raises:
+        InvalidParameterError: the request asks for a call, and the model's calls cannot be read.
+    """
+    if shows_tools(model):
+        return True
+    name = model.entry.names[0]
+    if wire.tool_choice in (None, "auto"):
+        if name not in service.told:
+            service.told.add(name)
+            logger.info("the model %s is given no tools of MCP servers: its template shows none", name)
+        return False
+    if model.adapter.planner.choice.tools is None:
+        raise InvalidParameterError(
+            f"tool_choice cannot ask for a call: no format of tool calls is known for {name!r:.80} (--tool-parser)",
+            "tool_choice",
+        )
+    return True
+
+
+def _without_tools(wire: ChatCompletionRequest) -> ChatCompletionRequest:
+    return wire.model_copy(update={"tools": None, "tool_choice": None})
+
+
+def _check_executable(wire: ChatCompletionRequest) -> None:
+    """Raises a 400 that names what one answer of several turns cannot have."""
+    wrong = {
+        "n": wire.sequences > 1,
+        "echo": bool(wire.echo),
+        "continue_final_message": bool(wire.continue_final_message),
+        "add_generation_prompt": wire.add_generation_prompt is False,
+        "prompt_logprobs": wire.prompt_logprobs is not None,
+        "return_token_ids": bool(wire.return_token_ids),
+        "stream_options.continuous_usage_stats": wire.continuous_usage,
+    }
+    for field, asked in wrong.items():
+        if asked:
+            raise UnsupportedParameterError(f"{field} {_NOT_TOGETHER}", field)

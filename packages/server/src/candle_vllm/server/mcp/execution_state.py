@@ -1,0 +1,113 @@
+"""What a conversation whose tools run here has come to so far: tokens, calls, and the words of its last turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from candle_vllm.openai.protocol.chat import ServerToolCall
+from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from candle_vllm.responses.conversation.events import (
+    ConversationFinished,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    ToolFinished,
+    TurnFinished,
+    TurnStarted,
+)
+from candle_vllm.responses.conversation.options import ConversationUsage
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import ToolCall
+
+NOT_RUN = "not_run"
+CONTEXT = "context_length"
+
+
+class ExecutionState:
+    """Grows with the events of a conversation.
+
+    Args:
+        registry: knows the servers of tools.
+        reasons: whether the model may think, so that thoughts are counted.
+
+    Attributes:
+        finish_reason: of the whole: "stop" or "length"; "" while it goes on.
+        limit: which limit of the server ended it, or UNSET.
+        turns: that have ended.
+        text, thoughts, logprobs: of the last turn.
+    """
+
+    def __init__(self, registry: ToolRegistry, *, reasons: bool) -> None:
+        self._registry = registry
+        self._reasons = reasons
+        self._usage = ConversationUsage()
+        self._calls: dict[str, ServerToolCall] = {}  # by id, in the order in which the model asked
+        self.finish_reason = ""
+        self.limit: str | UnsetType = UNSET
+        self.turns = 0
+        self.text = ""
+        self.thoughts = ""
+        self.logprobs: list[Any] = []
+
+    def add(self, event: Event) -> None:
+        """Takes what has happened."""
+        match event:
+            case TurnStarted():
+                self.text, self.thoughts, self.logprobs = "", "", []
+            case TextDelta():
+                self.text += event.text
+                self.logprobs += event.logprobs
+            case ReasoningDelta():
+                self.thoughts += event.text
+            case TurnFinished():
+                self.turns += 1
+                self._usage += event.usage
+                self._ask(event.message.get("tool_calls") or ())
+            case ToolFinished():
+                result = event.result
+                self._note(result.call, result.status, result.seconds, result.server)
+            case ConversationFinished():
+                reason = event.result.stop_reason
+                if reason in ("stop", "length"):
+                    self.end(reason)
+                else:
+                    self.end("length", limit=reason)
+            case _:
+                pass
+
+    def end(self, finish_reason: str, limit: str | UnsetType = UNSET) -> None:
+        """The conversation is over."""
+        self.finish_reason, self.limit = finish_reason, limit
+
+    @property
+    def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:
+        """Every call, for the answer; UNSET where there was none."""
+        return tuple(self._calls.values()) or UNSET
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all turns."""
+        total = self._usage
+        return Usage(
+            prompt_tokens=total.prompt_tokens,
+            completion_tokens=total.completion_tokens,
+            total_tokens=total.prompt_tokens + total.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(total.cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(total.reasoning_tokens) if self._reasons else UNSET,
+        )
+
+    def _ask(self, calls: Sequence[dict[str, Any]]) -> None:
+        for call in calls:
+            function = call["function"]
+            self._note(ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"]), NOT_RUN)
+
+    def _note(self, call: ToolCall, status: str, seconds: float = 0.0, server: str | None = None) -> None:
+        entry = self._registry.entry(call.name) if server is None else None
+        if entry is not None:
+            server = entry.definition.server
+        self._calls[call.id] = ServerToolCall(
+            server=server, name=call.name, arguments=call.arguments, status=status, seconds=round(seconds, 3)
+        )

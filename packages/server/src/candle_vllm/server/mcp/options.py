@@ -1,0 +1,79 @@
+"""From settings to the MCP servers and what may be done with their tools (before step 1 of a request's life).
+
+The SDK is not imported here: without servers nobody pays for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from candle_vllm.responses.mcp.config import McpServerConfig
+from candle_vllm.responses.mcp.local_config import load_local_config
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+DEFAULT = "default"  # the label of the server of --mcp-command, as in candle-vllm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class McpOptions:
+    """The servers, and the limits of a chat request whose tools run here.
+
+    Attributes:
+        servers: in the order of the file; that of --mcp-command is the last.
+        execute: whether calls run here where a chat request brings no tools of its own.
+        max_turns: of the model, 1 to 1000.
+        max_tool_calls: that run, 0 to 10000.
+    """
+
+    servers: tuple[McpServerConfig, ...]
+    execute: bool = False
+    max_turns: int = 8
+    max_tool_calls: int = 32
+
+
+def mcp_options(settings: Settings) -> McpOptions | None:
+    """The options, or None where there are no servers.
+
+    Raises:
+        ConfigError: mcp.json, or a setting, cannot be used; what is wrong is named.
+    """
+    config = load_local_config(settings.mcp_config)
+    servers = (*config.servers, *_command_server(settings))
+    if not servers:
+        if settings.mcp_execute:
+            raise UsageError("mcp_execute needs MCP servers: name a file with --mcp-config, or one by --mcp-command")
+        return None
+    if config.path is not None:
+        logger.info("%d MCP servers from %s", len(config.servers), config.path)
+    limit = settings.mcp_tool_timeout
+    if limit is not None:
+        servers = tuple(replace(server, timeout=min(server.timeout, limit)) for server in servers)
+    return McpOptions(servers, settings.mcp_execute, settings.mcp_max_turns, settings.mcp_max_tool_calls)
+
+
+def _command_server(settings: Settings) -> Iterator[McpServerConfig]:
+    if settings.mcp_command is not None:
+        arguments = () if settings.mcp_args is None else split_arguments(settings.mcp_args)
+        yield McpServerConfig(name=DEFAULT, command=settings.mcp_command, args=arguments)
+    elif settings.mcp_args is not None:
+        raise UsageError("mcp_args needs mcp_command: they are its arguments")
+
+
+def split_arguments(text: str) -> tuple[str, ...]:
+    """The arguments in a text: split at blanks as a shell does, or, where it has no blanks and no quotes, at commas.
+
+    Raises:
+        UsageError: a quote is not closed; the text, which may hold a secret, is not repeated.
+    """
+    if not any(mark in text for mark in " \t'\"\\"):
+        return tuple(text.split(","))
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"mcp_args cannot be split: {error}".replace("No closing", "no closing")) from None

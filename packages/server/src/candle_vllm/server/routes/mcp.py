@@ -1,0 +1,158 @@
+"""`/v1/mcp`: the MCP servers, their tools, and calls that a client makes itself, such as the web page.
+
+Outside the ten steps: no model is asked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hmac
+import logging
+import uuid
+from typing import TYPE_CHECKING
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.parsing import parse_body
+from candle_vllm.responses.tools.execution import check, run
+from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+from candle_vllm.server.answering import deadline_of, in_time, parsed
+from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.errors import HttpError
+from candle_vllm.server.mcp.origin import check_origin
+from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
+from candle_vllm.server.settings import Settings
+
+if TYPE_CHECKING:
+    from candle_vllm.server.mcp.service import McpService
+
+MAX_CALLS = 32  # at the same time, of all clients
+JSON = "application/json"
+_LINES = 50  # of a server's log
+
+router = APIRouter()
+logger = logging.getLogger(__name__)
+
+
+@router.get("/v1/mcp/servers")
+async def list_servers(request: Request) -> Response:
+    """The servers of mcp.json as they are now."""
+    found = [
+        McpServerInfo(
+            name=one.name,
+            transport=one.transport,
+            state=one.state,
+            error=one.error,
+            protocol_version=one.protocol_version,
+            tools_count=len(one.tools),
+            reconnects=one.reconnects,
+            log=one.log[-_LINES:],
+        )
+        for one in _service(request).status()
+    ]
+    return _list(found)
+
+
+@router.get("/v1/mcp/tools")
+async def list_tools(request: Request) -> Response:
+    """The tools of all servers, by the names that models call."""
+    service = _service(request)
+    found = [
+        McpToolInfo(
+            function=McpFunction(name=one.name, description=one.description, parameters=dict(one.parameters)),
+            server=one.server or "",
+            original_name=one.original_name,
+            read_only=one.read_only,
+            auto_approve=service.auto_approves(one),
+        )
+        for one in service.registry.definitions()
+    ]
+    return _list(found)
+
+
+@router.post("/v1/mcp/call")
+async def call_tool(request: Request) -> Response:
+    """Calls a tool once, for a client with a key that says that somebody has agreed."""
+    service, settings = _service(request), request.app.state.settings
+    _check_client(request, settings)
+    deadline = deadline_of(request)
+    wire: McpCallRequest = await parsed(request, lambda body: parse_body(McpCallRequest, body))
+    if wire.approved is not True:
+        raise InvalidParameterError("approved must be true: somebody has to agree to the call first", "approved")
+    if service.registry.find(wire.name) is None:
+        raise _no_tool(service, wire.name)
+    if service.calls >= MAX_CALLS:
+        message = f"{MAX_CALLS} calls of tools run already: try again when some of them have ended."
+        raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": "1"})
+    service.calls += 1
+    try:
+        async with in_time(deadline):
+            result = await unless_disconnected(_call(service, wire), request.receive)
+    finally:
+        service.calls -= 1
+    return Response(await asyncio.to_thread(_encoded, result), media_type=JSON)
+
+
+async def _call(service: McpService, wire: McpCallRequest) -> ToolResult:
+    text = msgspec.json.encode(wire.arguments or {}).decode()
+    call = ToolCall(id=f"call_{uuid.uuid4().hex}", name=wire.name, arguments=text)
+    checked = await check(service.registry, call)
+    return checked if isinstance(checked, ToolResult) else await run(checked)
+
+
+def _encoded(result: ToolResult) -> bytes:
+    output = result.output
+    return to_json_bytes(
+        McpCallResult(
+            status=result.status,
+            content=output.content,
+            structured=output.structured,
+            is_error=result.status != "completed",
+            text=result.text,
+            seconds=round(result.seconds, 3),
+        )
+    )
+
+
+def _service(request: Request) -> McpService:
+    service: McpService | None = request.app.state.mcp
+    if service is None:
+        message = "This server has no MCP servers: start it with --mcp-config, or with an mcp.json in its folder."
+        raise HttpError(404, message, "mcp_off")
+    return service
+
+
+def _check_client(request: Request, settings: Settings) -> None:
+    """A call may do anything that its tool can, so it is for clients that the operator knows."""
+    if not (settings.api_key or settings.api_key_file or _has_page_key(request)):
+        message = (
+            "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
+            " its start, which ends in #key=... Otherwise start the server with --api-key."
+        )
+        raise HttpError(403, message, "api_key_needed")
+    check_origin(request.scope, settings.cors_origin)
+
+
+def _has_page_key(request: Request) -> bool:
+    """Whether the request carries the key of the page's printed address, where the server has made one."""
+    key: str | None = getattr(request.app.state, "page_key", None)
+    given = request.headers.getlist("authorization")
+    if key is None or len(given) != 1:
+        return False
+    scheme, _, text = given[0].partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(text.strip().encode("latin-1"), key.encode())
+
+
+def _no_tool(service: McpService, name: str) -> HttpError:
+    near = difflib.get_close_matches(name, list(service.registry.names()), 3, 0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return HttpError(404, f"There is no tool {name!r}.{hint}", "tool_not_found", param="name")
+
+
+def _list(found: list[McpServerInfo] | list[McpToolInfo]) -> Response:
+    return Response(msgspec.json.encode({"object": "list", "data": found}), media_type=JSON)

@@ -1,0 +1,254 @@
+"""`/v1/mcp`: servers, tools, and calls of clients."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema_rs
+import pytest
+from mcp_fakes import HttpMcpServer, Seen, stdio_config
+from server_fakes import PacedEngine
+from wrong_requests.rows import GONE, LONG, Route, Row, changed
+
+from candle_vllm.server.app import create_app
+from candle_vllm.server.routes import mcp as routes
+
+Start = Callable[..., Any]
+KEY = {"authorization": "Bearer k"}
+CALL = {"name": "web__echo", "arguments": {"text": "hi"}, "approved": True}
+ROUTE = Route(
+    "/v1/mcp/call",
+    CALL,
+    [
+        Row("name", GONE), Row("name", None), Row("name", ""), Row("name", 1), Row("name", LONG), Row("name", ["a"]),
+        Row("name", "web__ech", status=404, code="tool_not_found"),
+        Row("arguments", "{}"), Row("arguments", []), Row("arguments", 1),
+        Row("approved", GONE), Row("approved", False), Row("approved", None), Row("approved", "true"),
+        Row("approved", 1),
+        Row("argumants", {}, code="unknown_parameter"), Row("server", "web", code="unknown_parameter"),
+        Row("", [], ""), Row("", 1, ""),
+    ],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[HttpMcpServer]:
+    server = HttpMcpServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def seen(web: HttpMcpServer) -> Seen:
+    web.seen.clear()
+    return web.seen
+
+
+@pytest.fixture
+def client(start_mcp: Start, web: HttpMcpServer) -> Iterator[httpx.Client]:
+    with start_mcp(PacedEngine(), [web.config(auto_approve=["e*"])], api_key=("k",)).http(headers=KEY) as client:
+        yield client
+
+
+def check(path: str, method: str, value: Any) -> None:
+    """The answer is as the document says, and has nothing else."""
+    document = create_app(PacedEngine()).openapi()
+    for schema in document["components"]["schemas"].values():
+        if "properties" in schema:
+            schema["additionalProperties"] = False
+    schema = document["paths"][path][method]["responses"]["200"]["content"]["application/json"]["schema"]
+    whole = {**schema, "components": document["components"]}
+    assert [str(error) for error in jsonschema_rs.Draft202012Validator(whole).iter_errors(value)] == []
+
+
+def test_servers(start_mcp: Start, web: HttpMcpServer, tmp_path: Path) -> None:
+    configs = [
+        web.config(),
+        stdio_config(tmp_path, "off", enabled=False),
+        stdio_config(tmp_path, "bad", command="no-such-program", args=["--token", "hunter2"], env={"A": "hunter3"}),
+    ]
+    with start_mcp(PacedEngine(), configs).http() as client:
+        answer = client.get("/v1/mcp/servers")
+        check("/v1/mcp/servers", "get", answer.json())
+        first, off, bad = answer.json()["data"]
+        assert (first["name"], first["transport"], first["state"]) == ("web", "http", "ready")
+        assert (first["error"], first["tools_count"], first["reconnects"]) == (None, 3, 0)
+        assert first["protocol_version"] == "2026-07-28"
+        assert first["log"]
+        assert (off["state"], off["tools_count"]) == ("disabled", 0)
+        assert bad["state"] in ("failed", "connecting")
+        assert "no-such-program" in bad["error"]
+        assert "hunter" not in answer.text
+
+
+def test_tools(client: httpx.Client) -> None:
+    answer = client.get("/v1/mcp/tools").json()
+    check("/v1/mcp/tools", "get", answer)
+    echo, slow, _ = answer["data"]
+    assert (echo["type"], echo["server"], echo["original_name"], echo["read_only"]) == (
+        "function",
+        "web",
+        "echo",
+        False,
+    )
+    assert echo["function"]["name"] == "web__echo"
+    assert echo["function"]["description"] == "Says it again."
+    assert echo["function"]["parameters"]["properties"]["text"]["type"] == "string"
+    assert (echo["auto_approve"], slow["auto_approve"]) == (True, False)
+
+
+def test_a_call(client: httpx.Client, seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    answer = client.post("/v1/mcp/call", json={**CALL, "arguments": {"text": "secret words"}}).json()
+    check("/v1/mcp/call", "post", answer)
+    assert answer.pop("seconds") >= 0
+    assert answer == {
+        "status": "completed",
+        "content": [{"kind": "text", "text": "secret words"}],
+        "structured": {"result": "secret words"},
+        "is_error": False,
+        "text": "secret words",
+    }
+    assert seen.texts == ["secret words"]
+    assert any("web__echo" in line for line in caplog.messages)
+    assert not any("secret words" in line for line in caplog.messages)
+    assert 'server="web",status="completed"} 1.0' in client.get("/metrics").text
+
+
+def test_calls_that_fail_are_answers(client: httpx.Client) -> None:
+    failed = client.post("/v1/mcp/call", json={"name": "web__fail", "approved": True})
+    assert (failed.status_code, failed.json()["status"], failed.json()["is_error"]) == (200, "failed", True)
+    check("/v1/mcp/call", "post", failed.json())
+    wrong = client.post("/v1/mcp/call", json={**CALL, "arguments": {"text": 3}})
+    assert (wrong.status_code, wrong.json()["status"], wrong.json()["seconds"]) == (200, "invalid_arguments", 0)
+    assert "schema" in wrong.json()["text"]
+
+
+def test_wrong_requests(client: httpx.Client, seen: Seen) -> None:
+    assert client.post(ROUTE.path, json=ROUTE.right).status_code == 200
+    for row in ROUTE.rows:
+        answer = client.post(ROUTE.path, json=changed(ROUTE.right, row))
+        assert answer.status_code == row.status, (str(row), answer.text)
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["param"] == (row.blamed or None), str(row)
+        assert row.code in (None, error["code"])
+    assert len(seen.texts) == 1
+    assert "web__echo" in client.post(ROUTE.path, json={**CALL, "name": "web__ech"}).json()["error"]["message"]
+    assert client.post(ROUTE.path, content=b"{}").status_code == 415
+    assert client.get("/v1/mcp/call").status_code == 405
+
+
+def test_large_arguments(start_mcp: Start, web: HttpMcpServer) -> None:
+    running = start_mcp(PacedEngine(), [web.config()], api_key=("k",), max_body_mb=2)
+    with running.http(headers=KEY) as client:
+        large = client.post("/v1/mcp/call", json={**CALL, "arguments": {"text": "x" * (1 << 20)}})
+        assert large.json()["status"] == "invalid_arguments"
+        assert client.post("/v1/mcp/call", json={**CALL, "arguments": {"text": "x" * (3 << 20)}}).status_code == 413
+
+
+def test_without_servers_there_is_nothing(start: Start) -> None:
+    with start(api_key=("k",)).http(headers=KEY) as client:
+        for method, path in (("GET", "/v1/mcp/servers"), ("GET", "/v1/mcp/tools"), ("POST", "/v1/mcp/call")):
+            answer = client.request(method, path, json=CALL if method == "POST" else None)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "mcp_off")
+            assert "--mcp-config" in answer.json()["error"]["message"]
+
+
+def test_a_call_needs_a_server_with_keys(start_mcp: Start, web: HttpMcpServer, seen: Seen) -> None:
+    with start_mcp(PacedEngine(), [web.config()]).http() as client:
+        assert client.get("/v1/mcp/tools").status_code == 200
+        answer = client.post("/v1/mcp/call", json=CALL)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "api_key_needed")
+        assert "--api-key" in answer.json()["error"]["message"]
+    with start_mcp(PacedEngine(), [web.config()], api_key=("k",)).http() as client:
+        for path in ("/v1/mcp/servers", "/v1/mcp/tools"):
+            assert client.get(path).status_code == 401
+        assert client.post("/v1/mcp/call", json=CALL).status_code == 401
+    assert seen.texts == []
+
+
+def test_pages_from_elsewhere(start_mcp: Start, web: HttpMcpServer) -> None:
+    running = start_mcp(PacedEngine(), [web.config()], api_key=("k",), cors_origin=("https://app.example",))
+    port = running.port
+    expected = {
+        f"http://127.0.0.1:{port}": 200,
+        f"http://localhost:{port}": 200,
+        "https://app.example": 200,
+        f"https://127.0.0.1:{port}": 403,
+        f"http://127.0.0.1:{port + 1}": 403,
+        "http://127.0.0.1": 403,
+        "https://evil.example": 403,
+        "null": 403,
+        "": 403,
+    }
+    with running.http(headers=KEY) as client:
+        for origin, status in expected.items():
+            answer = client.post("/v1/mcp/call", json=CALL, headers={"origin": origin})
+            assert answer.status_code == status, origin
+            if status == 403:
+                assert answer.json()["error"]["param"] == "Origin"
+                assert "--cors-origin" in answer.json()["error"]["message"]
+        lying = {"origin": "http://evil.example", "host": "evil.example"}
+        assert client.post("/v1/mcp/call", json=CALL, headers=lying).status_code == 403
+        twice = [("origin", f"http://127.0.0.1:{port}"), ("origin", "https://evil.example"), *KEY.items()]
+        assert client.post("/v1/mcp/call", json=CALL, headers=twice).status_code == 403
+
+
+def test_any_page_where_the_operator_allows_any(start_mcp: Start, web: HttpMcpServer) -> None:
+    with start_mcp(PacedEngine(), [web.config()], api_key=("k",), cors_origin=("*",)).http(headers=KEY) as client:
+        assert client.post("/v1/mcp/call", json=CALL, headers={"origin": "https://x.example"}).status_code == 200
+
+
+def test_calls_are_bounded_and_end_with_their_clients(
+    client: httpx.Client, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "MAX_CALLS", 2)
+    body = {"name": "web__slow", "arguments": {"seconds": 60}, "approved": True}
+
+    def leave() -> None:
+        patience = httpx.Timeout(10, read=1.5)
+        mine = httpx.Client(base_url=client.base_url, timeout=patience, trust_env=False)
+        with mine, pytest.raises(httpx.ReadTimeout):
+            mine.post("/v1/mcp/call", json=body, headers=KEY)
+
+    threads = [threading.Thread(target=leave) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: seen.begun == 2)
+    refused = client.post("/v1/mcp/call", json=CALL)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    for thread in threads:
+        thread.join()
+    until(lambda: seen.cancelled == 2)
+    until(lambda: client.post("/v1/mcp/call", json=CALL).status_code == 200)
+
+
+def test_a_call_ends_with_the_time_of_the_request(start_mcp: Start, web: HttpMcpServer, seen: Seen) -> None:
+    running = start_mcp(PacedEngine(), [web.config()], api_key=("k",), request_timeout=1)
+    with running.http(headers=KEY) as client:
+        answer = client.post("/v1/mcp/call", json={"name": "web__slow", "arguments": {"seconds": 60}, "approved": True})
+        assert answer.status_code == 504
+    until(lambda: seen.cancelled == 1)
+
+
+def test_a_call_ends_with_the_time_of_the_tool(start_mcp: Start, web: HttpMcpServer) -> None:
+    running = start_mcp(PacedEngine(), [web.config(timeout=0.5)], api_key=("k",))
+    with running.http(headers=KEY) as client:
+        answer = client.post("/v1/mcp/call", json={"name": "web__slow", "arguments": {"seconds": 60}, "approved": True})
+        assert answer.json()["status"] == "timed_out"
+        assert "0.5 seconds" in answer.json()["text"]
+        assert 'server="web",status="timed_out"} 1.0' in client.get("/metrics").text
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
