@@ -18,6 +18,7 @@ from wrong_requests.rows import GONE, LONG, Route, Row, changed
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.routes import mcp as routes
+from candle_vllm.server.routes.webui import new_page_key
 
 Start = Callable[..., Any]
 KEY = {"authorization": "Bearer k"}
@@ -172,6 +173,31 @@ def test_a_call_needs_a_server_with_keys(start_mcp: Start, web: HttpMcpServer, s
             assert client.get(path).status_code == 401
         assert client.post("/v1/mcp/call", json=CALL).status_code == 401
     assert seen.texts == []
+
+
+def test_the_key_of_the_printed_address(start_mcp: Start, web: HttpMcpServer, seen: Seen) -> None:
+    running = start_mcp(PacedEngine(), [web.config()], ui_server=True)
+    state = running.server.config.app.state
+    key = state.page_key = new_page_key(state.settings, True)
+    right = {"authorization": f"Bearer {key}"}
+    with running.http() as client:
+        headers = ("Bearer", f"Bearer {key}x", key, f"Basic {key}", b"Bearer \xff")
+        for wrong in ({}, {"x-api-key": key}, *({"authorization": value} for value in headers)):
+            answer = client.post("/v1/mcp/call", json=CALL, headers=wrong)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "api_key_needed"), wrong
+            assert key not in answer.text
+            assert "#key=" in answer.json()["error"]["message"]
+        twice = [("authorization", "Bearer x"), *right.items()]
+        assert client.post("/v1/mcp/call", json=CALL, headers=twice).status_code == 403
+        elsewhere = {**right, "origin": "https://evil.example"}
+        assert client.post("/v1/mcp/call", json=CALL, headers=elsewhere).status_code == 403
+        refused = client.post("/v1/mcp/call", json={**CALL, "approved": False}, headers=right)
+        assert refused.status_code == 400
+        assert seen.texts == []
+        own = {**right, "origin": f"http://127.0.0.1:{running.port}"}
+        assert client.post("/v1/mcp/call", json=CALL, headers=own).json()["status"] == "completed"
+        assert client.post("/v1/mcp/call", json=CALL, headers=right).status_code == 200
+    assert len(seen.texts) == 2
 
 
 def test_pages_from_elsewhere(start_mcp: Start, web: HttpMcpServer) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
+from candle_vllm.responses.api.answered import Answered
+from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
@@ -307,6 +308,28 @@ async def test_the_end_is_added_to_its_conversation(kept: KeptResponses, answere
             assert names == ["msg_in_resp_1", "msg_out_resp_1"]
     await kept.keep(answered(background=True, conversation="conv_1"))  # whoever answers may keep it as well
     assert len(await kept.conversation_items("conv_1", "a")) == 2
+
+
+async def test_a_failure_adds_nothing_to_its_conversation(kept: KeptResponses, answered: Make) -> None:
+    conversation = (await Conversations(kept).create("a", ConversationCreateRequest())).id
+    queued = answered("resp_1", status="queued", background=True, conversation=conversation)
+
+    async def events() -> AsyncIterator[wire.StreamEvent]:
+        yield wire.ResponseCreated(sequence_number=0, response=queued.response)
+        said = answered("resp_1", conversation=conversation).response
+        yield wire.ResponseFailed(sequence_number=1, response=msgspec.structs.replace(said, status="failed"))
+
+    await kept.begin(queued, events(), 10.0)
+    await until(lambda: not kept.background.busy)
+    assert await status(kept) == "failed"
+    assert await kept.conversation_items(conversation, "a") == []
+
+
+async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(kept: KeptResponses, answered: Make) -> None:
+    answer = Answer(answered)
+    await begin(kept, answer)  # its task has not run yet
+    await asyncio.gather(kept.cancel("a", "resp_1"), kept.background.stop("a", "resp_1"))
+    assert (kept.background.busy, await status(kept)) == (False, "cancelled")
 
 
 async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_another_server(

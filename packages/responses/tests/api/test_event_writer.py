@@ -10,10 +10,9 @@ from response_judges import judge_events
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.call_writers import custom_input
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
-from candle_vllm.responses.api.item_writers import custom_input
-from candle_vllm.responses.api.mcp_source import OpenServer
 from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.api.tool_choice import PlannedTool
 from candle_vllm.responses.api.tool_plan import ToolPlan
@@ -79,7 +78,7 @@ def thoughts(*pieces: str) -> list[said.Event]:
 
 def writer(**request: Any) -> EventWriter:
     wire = parse_responses_request({"input": "Hi", **request})
-    response = begin_response(wire, PLAN, model="m", stored=False, defaults={})
+    response = begin_response(wire, model="m", stored=False, defaults={})
     return EventWriter(response, PLAN, encoded=wire.wants_encrypted, clock=lambda: 1e9)
 
 
@@ -89,6 +88,7 @@ def written(*events: said.Event, **request: Any) -> tuple[list[dict[str, Any]], 
     wire = [*made.start(), *made.resume()]
     for event in events:
         wire += made.add(event)
+    wire += made.conclude()
     sent = [json.loads(to_json_bytes(event)) for event in wire]
     return sent, judge_events(sent)
 
@@ -241,10 +241,11 @@ def test_servers_are_listed() -> None:
     made = writer()
     events = made.start()
     tool = ToolDefinition(name="s__t", original_name="t", server="s", description="d", read_only=True)
-    events += made.list_server(OpenServer("s"), [tool])
-    events += made.list_server(OpenServer("gone", error="nobody answers"), [])
+    events += made.list_server("s", [tool], None)
+    events += made.list_server("gone", [], "nobody answers")
     for event in (*turn(*text("x")), end()):
         events += made.add(event)
+    events += made.conclude()
     response = judge_events([json.loads(to_json_bytes(event)) for event in events])
     first, second = response["output"][:2]
     assert [one["name"] for one in first["tools"]] == ["t"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,19 @@ from pydantic import TypeAdapter
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api import conversation_turns
+from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.conversation_turns import ConversationTurns
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
 from candle_vllm.responses.api.item_lists import PageRequest, page_of
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.stored_items import stored_items
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.store.errors import ConversationBusyError, NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.errors import (
+    ConversationBusyError,
+    NotStoredError,
+    StoreLimitError,
+    StoreUnavailableError,
+)
 from candle_vllm.responses.store.options import StoreOptions
 
 USER = {"role": "user", "content": "Hi"}
@@ -141,3 +147,44 @@ def test_items_are_kept_with_id_type_status_and_parts() -> None:
     assert stored_items(None) == []
     with pytest.raises(InvalidParameterError, match=r"input\.0 refers to an item"):
         stored_items([adapter.validate_python({"type": "item_reference", "id": "msg_1"})])
+
+
+async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation_turns, "POLL_SECONDS", 0.01)
+    options = StoreOptions(url=f"sqlite:///{tmp_path / 'r.sqlite'}")
+    one, other = KeptResponses(options), KeptResponses(options)
+    try:
+        name = (await Conversations(one).create("a", ConversationCreateRequest())).id
+        inside, log = asyncio.Event(), list[str]()
+
+        async def answer(kept: KeptResponses, label: str) -> None:
+            async with kept.turn("a", name):
+                log.append(f"+{label}")
+                inside.set()
+                await asyncio.sleep(0.05)
+                log.append(f"-{label}")
+
+        first = asyncio.create_task(answer(one, "one"))
+        await inside.wait()
+        await asyncio.gather(answer(other, "other"), first)
+        assert log == ["+one", "-one", "+other", "-other"]
+        with pytest.raises(NotStoredError) as refusal:
+            async with one.turn("a", "conv_gone"):
+                pass
+        assert refusal.value.param == "conversation"
+    finally:
+        await one.close()
+        await other.close()
+
+
+async def test_nothing_is_answered_in_a_conversation_that_is_full() -> None:
+    """The answer could not be added to it, and would be lost."""
+    kept = KeptResponses(StoreOptions(max_items=2))
+    try:
+        request = ConversationCreateRequest.model_validate({"items": [USER, USER]})
+        name = (await Conversations(kept).create("a", request)).id
+        with pytest.raises(StoreLimitError, match="full") as refusal:
+            await kept.conversation_items(name, "a")
+        assert refusal.value.param == "conversation"
+    finally:
+        await kept.close()

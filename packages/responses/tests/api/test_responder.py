@@ -24,11 +24,14 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.responses.api.mcp_source import OpenServer
-from candle_vllm.responses.api.memory import Answered
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES
+from candle_vllm.responses.api.answered import Answered
+from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
 from candle_vllm.responses.conversation.in_process_model import InProcessModel
+from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
 
 TEMPLATE = "{{ tools }}<tool_call>"  # writes calls, so that tools can be called
@@ -486,3 +489,112 @@ async def test_habits_of_the_template_are_asked_for() -> None:
     ]
     await responder(scripted, habits=habits).create({"input": items})
     assert scripted.template_calls[-1].messages[-1]["content"] == "<system>\nc\n</system>"
+
+
+async def test_more_messages_than_a_model_is_shown() -> None:
+    notes, scripted = Notes(), engine("ok", max_model_len=1 << 20)
+    answering = responder(scripted, memory=notes)
+    many = [{"id": f"msg_{n}", "type": "message", "role": "user" if n % 2 else "assistant", "content": "x"}
+            for n in range(MAX_MESSAGES + 9)]  # fmt: skip
+    notes.conversations["conv_1"] = many
+    with pytest.raises(InvalidParameterError, match="truncation: auto") as refusal:
+        await answering.create({"input": "Hi", "conversation": "conv_1"})
+    assert refusal.value.param == "conversation"
+    made = await answering.create({"input": "Hi", "conversation": "conv_1", "truncation": "auto"})
+    assert made.status == "completed"
+    assert MAX_MESSAGES - 8 < len(scripted.template_calls[-1].messages) <= MAX_MESSAGES
+    stream = await answering.prepare(
+        {"input": "Hi", "previous_response_id": made.id, "truncation": "auto", "background": True}, at_once=True
+    )
+    await stream.aclose()
+
+
+async def test_an_agreement_to_a_call_that_cannot_run_is_refused() -> None:
+    clock = Clock()
+    answering = responder(engine(call("s__time")), servers=Servers(clock))
+    asking = {**SERVER, "require_approval": "always"}
+    _, response = await streamed(answering, {"input": "Hi", "tools": [asking]})
+    made = response["output"]
+    agreed = {"type": "mcp_approval_response", "approval_request_id": made[-1]["id"], "approve": True}
+    given = [{"role": "user", "content": "Hi"}, *made, agreed]
+    for tools in ([], [{**asking, "allowed_tools": ["other"]}]):
+        with pytest.raises(InvalidParameterError, match="no such tool") as refusal:
+            await answering.create({"input": given, "tools": tools})
+        assert refusal.value.param == f"input.{len(given) - 1}.approval_request_id"
+    assert clock.runs == 0
+
+
+async def test_a_queued_response_waits_for_nothing_that_takes_time() -> None:
+    """Neither for its conversation's turn nor for servers; what is wrong from there on is told in events."""
+    opened = asyncio.Event()
+
+    class Hanging(Servers):
+        @asynccontextmanager
+        async def open(self, tool: McpTool) -> AsyncIterator[OpenServer]:
+            await opened.wait()
+            async with super().open(tool) as server:
+                yield server
+
+    notes, servers = Notes(), Hanging(Clock())
+    answering = responder(engine("ok"), memory=notes, servers=servers)
+    asked = {"input": "Hi", "conversation": "conv_1", "background": True, "tools": [SERVER]}
+    async with asyncio.timeout(5):
+        stream = await answering.prepare(asked, at_once=True)
+        assert stream.response.status == "queued"
+        assert [item["role"] for item in stream.input_items] == ["user"]
+        opening = stream.opening()
+        await stream.start()
+        opened.set()
+        events = [*opening, *[event async for event in stream]]
+    made = judge_events([json.loads(to_json_bytes(event)) for event in events])
+    assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "message"]
+    assert (servers.open_now, notes.inside) == (0, 0)
+
+    wrong = {**asked, "input": [{"type": "function_call_output", "call_id": "none", "output": "x"}]}
+    stream = await answering.prepare(wrong, at_once=True)
+    opening = stream.opening()
+    await stream.start()
+    events = [*opening, *[event async for event in stream]]
+    made = judge_events([json.loads(to_json_bytes(event)) for event in events])
+    assert (made["status"], made["error"]["code"]) == ("failed", "invalid_prompt")
+    assert (servers.open_now, notes.inside) == (0, 0)
+
+
+async def test_nobody_works_on_a_background_response_that_is_only_created() -> None:
+    with pytest.raises(UnsupportedParameterError) as refusal:
+        await responder(engine(), memory=Notes()).create({"input": "Hi", "background": True})
+    assert refusal.value.param == "background"
+
+
+async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
+    """Its last event has not been sent: it says what became of the response."""
+    keeping = asyncio.Event()
+
+    class Slow(Notes):
+        async def keep(self, answered: Answered) -> None:
+            keeping.set()
+            await asyncio.sleep(60)
+
+    stream = await responder(engine("ok"), memory=Slow()).create_stream({"input": "Hi"})
+    events: list[Any] = []
+
+    async def read() -> None:
+        async for event in stream:
+            events.append(event)
+
+    reading = asyncio.create_task(read())
+    await keeping.wait()
+    await asyncio.sleep(0.01)
+    events += stream.stop(ErrorDetail(type="server_error", code="timeout", message="too late", param=None))
+    await stream.aclose()
+    await reading
+    made = judge_events([json.loads(to_json_bytes(event)) for event in events])
+    assert (made["status"], made["error"]["message"]) == ("failed", "too late")
+
+
+async def test_servers_by_url_are_bounded_in_number() -> None:
+    servers = McpServers(ToolRegistry(), allowed_urls=("https://example.com/*",))
+    tools = [{"type": "mcp", "server_label": f"s{n}", "server_url": "https://example.com/mcp"} for n in range(17)]
+    with pytest.raises(InvalidParameterError) as refusal:
+        await responder(engine(), servers=servers).create({"input": "Hi", "tools": tools})
+    assert refusal.value.param == "tools.16.server_url"

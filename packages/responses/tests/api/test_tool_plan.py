@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api.mcp_source import OpenServer
+from candle_vllm.responses.api.shown_tools import shown_tools
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
 from candle_vllm.responses.protocol.request import parse_responses_request
 from candle_vllm.responses.tools.tool import ToolDefinition
@@ -46,7 +48,10 @@ def test_what_the_model_is_shown() -> None:
     assert functions(plan)["f"] == {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
     assert functions(plan)["n__g"]["description"] == "One of the tools of n: Nice."
     assert functions(plan)["c"]["parameters"]["required"] == ["input"]
-    assert [tool["type"] for tool in plan.shown] == ["function", "namespace", "custom", "mcp"]
+    assert [one.name for one in plan.offered["s"]] == ["s__t", "s__u"]
+    tools = [FUNCTION, NAMESPACE, CUSTOM, {"type": "web_search"}, SERVER]
+    shown = shown_tools(parse_responses_request({"input": "x", "tools": tools}))
+    assert [tool["type"] for tool in shown] == ["function", "namespace", "custom", "mcp"]
     assert (plan.mcp_name("s", "t"), plan.mcp_name("other", "t")) == ("s__t", "other__t")
     assert plan.needs_approval("s__t")
 
@@ -71,13 +76,30 @@ def test_grammars_of_custom_tools() -> None:
 
 def test_secrets_are_not_shown() -> None:
     secret = {"server_url": "https://h/p?token=hush", "authorization": "hush", "headers": {"k": "hush"}}
-    (shown,) = planned({**SERVER, **secret}).shown
+    (shown,) = shown_tools(parse_responses_request({"input": "x", "tools": [{**SERVER, **secret}]}))
     assert shown == {
         "type": "mcp",
         "server_label": "s",
         "server_url": "https://h/p",
         "require_approval": "always",
     }
+
+
+@pytest.mark.parametrize("tools", [[{**FUNCTION, "name": "s__t"}, SERVER], [SERVER, {**FUNCTION, "name": "s__t"}]])
+def test_a_function_with_the_name_of_a_servers_tool(tools: list[dict[str, Any]]) -> None:
+    """Neither is left out without a word."""
+    with pytest.raises(InvalidParameterError) as refusal:
+        planned(*tools)
+    assert refusal.value.param == f"tools.1.{'allowed_tools' if tools[1] is SERVER else 'name'}"
+    assert planned({**FUNCTION, "name": "s__t"}, {**SERVER, "allowed_tools": ["u"]}).offered["s"][0].name == "s__u"
+
+
+def test_a_tool_that_cannot_be_offered_does_not_spoil_the_others() -> None:
+    fat = Fake("fat")
+    fat.definition = msgspec.structs.replace(fat.definition, parameters={"type": "object", "title": "x" * (2 << 20)})
+    wire = parse_responses_request({"input": "x", "tools": [SERVER]})
+    plan = plan_tools(wire, {0: OpenServer("s", [fat, Fake("t")])})
+    assert [one.name for one in plan.offered["s"]] == ["s__t"]
 
 
 def named(*names: str) -> list[dict[str, Any]]:

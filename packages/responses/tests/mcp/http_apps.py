@@ -90,6 +90,18 @@ def legacy_only(app: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[
     return door
 
 
+def moved(app: Callable[..., Awaitable[None]], old: str, new: str) -> Callable[..., Awaitable[None]]:
+    """The application, with a redirect from an old path of the same origin."""
+
+    async def door(scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") == old:
+            await Response(status_code=307, headers={"location": new})(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    return door
+
+
 def scripted_app(mode: str, seen: Seen) -> Starlette:
     """Answers requests of the older era as the mode says."""
 

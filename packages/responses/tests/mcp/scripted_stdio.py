@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Server:
             if MODE == "rubbish":
                 self.write("Listening...\n\x1b[31m{ no json\n[]\n" + '{"jsonrpc": "2.0", "id": {}, "result": 3}')
             getattr(self, "on_" + message.get("method", "answer").replace("/", "_"), self.on_other)(message)
+
+    def on_server_discover(self, message: dict[str, Any]) -> None:
+        with NOTES.open("a") as notes:
+            notes.write("asked in the newer era's way\n")
+        self.on_other(message)
 
     def on_other(self, message: dict[str, Any]) -> None:
         if "id" in message:
@@ -182,6 +188,11 @@ class Server:
         self.text(request, json.dumps({"environment": dict(os.environ), "folder": os.getcwd()}))
 
 
+def flood(descriptor: int, piece: bytes) -> None:
+    while True:
+        os.write(descriptor, piece)
+
+
 def begin() -> None:
     with NOTES.open("a") as notes:
         notes.write(f"process {os.getpid()}\n")
@@ -204,6 +215,10 @@ def begin() -> None:
             print(f"{index} \x1b[1m" + "w" * 5000, file=sys.stderr)
         sys.stderr.write("the last words of top-secret")
         sys.stderr.flush()
+    if MODE == "blank-lines":
+        threading.Thread(target=flood, args=(1, b"\n" * 65536), daemon=True).start()
+    if MODE == "chatter":
+        threading.Thread(target=flood, args=(2, b"w\n" * 32768), daemon=True).start()
     if MODE == "only-rubbish-at-start":
         while True:
             print("rubbish")

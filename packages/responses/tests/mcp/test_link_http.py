@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from http_apps import Seen, good_server, legacy_only, scripted_app
+from http_apps import Seen, good_server, legacy_only, moved, scripted_app
+from mcp.server.transport_security import TransportSecuritySettings
 
-from candle_vllm.responses.mcp import supervisor
+from candle_vllm.responses.mcp import public_transport, supervisor
 from candle_vllm.responses.mcp.errors import McpServerError
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
@@ -69,6 +70,37 @@ def not_cancelled() -> bool:
     """Nobody has cancelled the caller."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() == 0
+
+
+async def test_a_server_that_has_moved_within_its_origin(serve: Serve, seen: Seen, config: Config) -> None:
+    server = serve(lambda: moved(good_server(seen).streamable_http_app(), "/mcp/", "/mcp"), "/mcp/")
+    async with McpLink(config(url=server.url)) as link:
+        assert said(await link.call("echo", {"text": "here"})) == "here"
+
+
+async def test_public_addresses_alone(
+    serve: Serve, seen: Seen, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever names a server for somebody else does not get into the network of that one; names are looked up once."""
+    server = serve(lambda: good_server(seen).streamable_http_app())
+    with pytest.raises(McpServerError, match="not public"):
+        await McpLink(config(url=server.url), public_only=True).start()
+    asked: list[str] = []
+
+    def look_up(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr(public_transport, "look_up", look_up)
+    monkeypatch.setattr(public_transport, "is_allowed", lambda text, private: text == "127.0.0.1")
+    app = good_server(seen).streamable_http_app(transport_security=TransportSecuritySettings(
+        allowed_hosts=[f"mcp.example:{server.port}"]))  # fmt: skip
+    server.stop()
+    server._make_app = lambda: app
+    server.start()
+    async with McpLink(config(url=f"http://mcp.example:{server.port}/mcp"), public_only=True) as link:
+        assert said(await link.call("echo", {"text": "by name"})) == "by name"
+    assert set(asked) == {"mcp.example"}
 
 
 async def test_a_good_server(good: Any, config: Config, era: str) -> None:

@@ -149,10 +149,14 @@ async def test_a_start_that_is_cancelled_leaves_nothing(scripted: Scripted, note
 async def test_a_start_that_is_cancelled_at_any_time_leaves_nothing(
     scripted: Scripted, notes: Any, delay: float
 ) -> None:
-    start = asyncio.create_task(McpLink(scripted("plain")).start())
+    link = McpLink(scripted("plain"))
+    start = asyncio.create_task(link.start())
     await asyncio.sleep(delay)
     start.cancel()
     await asyncio.gather(start, return_exceptions=True)
+    if not start.cancelled():  # it was ready before
+        assert link.state == "ready"
+        await link.aclose()
     await asyncio.sleep(0.1)
     assert not notes.alive
 
@@ -269,6 +273,27 @@ async def test_a_flood_ends_the_connection(scripted: Scripted, notes: Any, mode:
         with pytest.raises(ToolUnavailableError, match=why):
             await link.call("echo", {})
     assert not notes.alive
+
+
+@pytest.mark.parametrize("mode", ["blank-lines", "chatter"])
+async def test_a_flood_beside_the_protocol_leaves_time_to_others(scripted: Scripted, mode: str) -> None:
+    async with McpLink(scripted(mode)) as link:
+        ticks, end = 0, time.monotonic() + 0.6
+        while time.monotonic() < end:
+            await asyncio.sleep(0.001)
+            ticks += 1
+        assert ticks > 80, "the event loop was held up"
+        assert not (await link.call("echo", {"text": "x"})).is_error
+
+
+async def test_the_era_of_a_server_is_remembered(scripted: Scripted, notes: Any) -> None:
+    """A server that leaves unknown requests unanswered would cost seconds at each connection."""
+    async with McpLink(scripted("exit-in-call")) as link:
+        assert notes.count("asked") == 1
+        with pytest.raises(ToolUnavailableError):
+            await link.call("echo", {})
+        await until(lambda: link.state == "ready" and link.reconnects == 1)
+        assert notes.count("asked") == 1
 
 
 async def test_the_log_is_bounded(scripted: Scripted) -> None:

@@ -188,3 +188,42 @@ async def test_conversations_do_not_expire(opener, store_url: str, clock) -> Non
     clock.now += 100 * 86_400
     assert await store.purge() == 0
     assert await store.conversation("a", "conv_1")
+
+
+async def test_one_holder_at_a_time_answers_in_a_conversation(opener, shared_url: str, clock) -> None:
+    one, other = await opener(shared_url), await opener(shared_url)
+    await begin(one)
+    assert await one.take_turn("a", "conv_1", "dead")
+    assert not await other.take_turn("a", "conv_1", "next")
+    clock.now += 19
+    await one.keep_turn("dead")
+    clock.now += 19
+    assert not await other.take_turn("a", "conv_1", "next")
+    clock.now += 2
+    assert await other.take_turn("a", "conv_1", "next")
+    await one.leave_turn("dead")  # it comes back, and takes nobody's turn away
+    assert not await one.take_turn("a", "conv_1", "third")
+    await other.leave_turn("next")
+    assert await one.take_turn("a", "conv_1", "third")
+    with pytest.raises(NotStoredError):
+        await one.take_turn("b", "conv_1", "stranger")
+    clock.now += 21
+    await one.purge()
+    assert await other.take_turn("a", "conv_1", "last")
+    await other.delete_conversation("a", "conv_1")
+
+
+async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
+    stores = [await opener(shared_url) for _ in range(3)]
+    await begin(stores[0])
+    taken = await asyncio.gather(*(store.take_turn("a", "conv_1", f"h{n}") for n, store in enumerate(stores * 4)))
+    assert sum(taken) == 1
+
+
+async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
+    store = await opener(shared_url, max_records=2)
+    await begin(store, "conv_1", message("msg_1"))
+    assert await store.take_turn("a", "conv_1", "h")
+    for name in ("conv_2", "conv_3", "conv_4"):
+        await begin(store, name)
+    assert await ids(store) == ["msg_1"]

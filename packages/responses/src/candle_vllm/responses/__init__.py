@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from candle_vllm.responses.api.responder import Responder, ResponderOptions
     from candle_vllm.responses.conversation.events import ConversationFinished, Event
     from candle_vllm.responses.conversation.http_model import HttpModel
     from candle_vllm.responses.conversation.loop import ConversationLoop
@@ -36,6 +37,8 @@ __all__ = [
     "McpLink",
     "McpServerConfig",
     "McpServerError",
+    "Responder",
+    "ResponderOptions",
     "ResponsesSession",
     "ToolCall",
     "ToolDefinition",
@@ -48,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "api.responder": ("Responder", "ResponderOptions"),
     "conversation.events": ("ConversationFinished", "Event"),
     "conversation.http_model": ("HttpModel",),
     "conversation.loop": ("ConversationLoop",),

@@ -17,6 +17,7 @@ import msgspec
 
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError
 from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.responses.api.background_run import BackgroundRun, Name
 from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response
@@ -32,38 +33,9 @@ MAX_ENDED_BYTES = 64 << 20
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
-Name = tuple[str, str]  # owner and id
 Ended = Callable[[StoredResponse], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
-
-
-class BackgroundRun:
-    """One response at work.
-
-    Attributes:
-        record: as it was when it began.
-        events: those that there have been.
-    """
-
-    def __init__(self, record: StoredResponse) -> None:
-        self.record = record
-        self.events = EventBuffer()
-        self.latest = record.response  # the response object, as JSON
-        self.ended_elsewhere = False
-        self.task: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> Name:
-        """By which it is found."""
-        return self.record.owner, self.record.id
-
-    async def stop(self) -> None:
-        """Ends the work for what was cancelled or deleted; returns when it has ended."""
-        self.ended_elsewhere = True
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait({self.task})
 
 
 class Background:
@@ -71,7 +43,7 @@ class Background:
 
     Args:
         open_store: the store that knows them.
-        ended: told of a response that has ended by itself, before its last event is seen.
+        ended: told of a response that was answered, before its last event is seen.
         max_running: at a time; half of them of one owner.
     """
 
@@ -142,12 +114,10 @@ class Background:
     async def close(self) -> None:
         """Ends all work; what was running has failed."""
         self._closed = True
-        tasks = [run.task for run in self._running.values() if run.task is not None]
         if self._renewing is not None:
-            tasks.append(self._renewing)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+        await asyncio.gather(*(run.cancel() for run in list(self._running.values())))
         self._ended.clear()
 
     def _check_room(self, owner: str) -> None:
@@ -161,6 +131,7 @@ class Background:
     async def _work(
         self, run: BackgroundRun, store: ResponseStore, events: AsyncIterator[StreamEvent], seconds: float
     ) -> None:
+        run.started.set()
         try:
             async with asyncio.timeout(seconds):
                 async for event in events:
@@ -192,7 +163,7 @@ class Background:
         try:
             if await store.change(*run.name, response.status, body):
                 run.latest = body
-                if finished:
+                if finished and response.status != "failed":  # a part of an answer would stand in the way of the next
                     made = {"status": response.status, "response": body}
                     await self._ended_by_itself(msgspec.structs.replace(run.record, **made))
             elif not await _is_kept(store, run.name, response.status):  # cancelled or deleted, maybe by another server
@@ -232,10 +203,12 @@ class Background:
                 continue
             try:
                 store = await self._open_store()
-                for name in await store.renew(names):
-                    await self.stop(*name)
+                ended = await store.renew(names)
+                await asyncio.gather(*(self.stop(*name) for name in ended))
             except CandleVllmError as error:
                 logger.warning("leases of background responses were not renewed: %s", error.__cause__ or error)
+            except Exception:  # the next time may be better, and without a next time all of them would fail
+                logger.exception("leases of background responses were not renewed")
 
 
 async def _is_kept(store: ResponseStore, name: Name, status: str) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
+from candle_vllm.responses.protocol.answer_form import JsonSchemaFormat
+from candle_vllm.responses.protocol.request import PromptFields, ResponsesRequest
 
 LIMIT = "max_completion_tokens"
 _SAME = (

@@ -1,13 +1,27 @@
-"""One response at a time in each conversation: the next one sees what the one before it added."""
+"""One response at a time in each conversation: the next one sees what the one before it added.
+
+Within a process a lock sees to that, among the servers of one store a lease in it, which is renewed while it is held.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.errors import ConversationBusyError
+from candle_vllm.responses.store.records import new_id
 
+if TYPE_CHECKING:
+    from candle_vllm.responses.store.store import ResponseStore
+
+logger = logging.getLogger(__name__)
+
+RENEW_SECONDS = 5.0
+POLL_SECONDS = 0.25  # between looks at whether another server has ended
 MAX_WAITING = 8  # responses that wait for one conversation
 
 
@@ -46,3 +60,34 @@ class ConversationTurns:
             queue.waiting -= 1
             if not queue.waiting:
                 self._queues.pop(name, None)
+
+
+@contextlib.asynccontextmanager
+async def turn_in_store(store: ResponseStore, owner: str, conversation_id: str) -> AsyncIterator[None]:
+    """Waits until no other server of this store is answering in the conversation.
+
+    Raises:
+        NotStoredError: there is no such conversation.
+    """
+    holder = new_id("turn")
+    while not await store.take_turn(owner, conversation_id, holder):
+        await asyncio.sleep(POLL_SECONDS)
+    renewing = asyncio.create_task(_renew(store, holder))
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+        try:
+            await store.leave_turn(holder)
+        except CandleVllmError as error:  # the lease ends by itself
+            logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
+
+
+async def _renew(store: ResponseStore, holder: str) -> None:
+    while True:
+        await asyncio.sleep(RENEW_SECONDS)
+        try:
+            await store.keep_turn(holder)
+        except CandleVllmError as error:
+            logger.warning("a conversation's turn was not renewed: %s", error.__cause__ or error)

@@ -5,26 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.api.item_lists import ItemList, PageRequest, item_list
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.stored_items import stored_item
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.protocol.request import ResponsesRequest
+from candle_vllm.responses.protocol.metadata import Metadata
 from candle_vllm.responses.store.records import Item, StoredConversation, new_id
 
 MAX_ITEMS_AT_ONCE = 20
 
 _Items = Annotated[list[InputItem], Field(max_length=MAX_ITEMS_AT_ONCE, fail_fast=True)]
-
-
-def _small(metadata: dict[str, str] | None) -> dict[str, str] | None:
-    return ResponsesRequest._small(metadata)  # pyright: ignore[reportPrivateUsage,reportCallIssue]
-
-
-_Metadata = Annotated[dict[str, str] | None, AfterValidator(_small)]
 
 
 class ConversationCreateRequest(WireModel):
@@ -36,7 +29,7 @@ class ConversationCreateRequest(WireModel):
     """
 
     items: _Items | None = None
-    metadata: _Metadata = None
+    metadata: Metadata | None = None
 
 
 class ConversationUpdateRequest(WireModel):
@@ -46,7 +39,7 @@ class ConversationUpdateRequest(WireModel):
         metadata: those that it has from now on.
     """
 
-    metadata: _Metadata
+    metadata: Metadata | None
 
 
 class ItemsCreateRequest(WireModel):
@@ -113,7 +106,7 @@ class Conversations:
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
         """Adds items behind those of a response that is being answered in it, and shows them."""
         store = await self._kept.store()
-        async with self._kept.turn(owner, name):
+        async with self._kept.turn(owner, name, "conversation_id"):
             added = await store.append(owner, name, _stored(request.items))
         return item_list([(item.id, item.body) for item in added], has_more=False)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.responses.api.item_writers import new_id
-from candle_vllm.responses.api.tool_plan import ToolPlan
-from candle_vllm.responses.protocol.request import JsonSchemaFormat, ResponsesRequest
+from candle_vllm.responses.api.shown_tools import shown_tools
+from candle_vllm.responses.protocol.answer_form import JsonSchemaFormat
+from candle_vllm.responses.protocol.request import ResponsesRequest
 from candle_vllm.responses.protocol.response import ConversationOut, Response
 
 # Ours, where neither the request nor the operator nor the model says something.
@@ -20,14 +21,11 @@ _DEFAULTS: Mapping[str, float] = {
 }
 
 
-def begin_response(
-    request: ResponsesRequest, plan: ToolPlan, *, model: str, stored: bool, defaults: Mapping[str, Any]
-) -> Response:
+def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defaults: Mapping[str, Any]) -> Response:
     """A response in progress (queued, where it runs in the background).
 
     Args:
         request: checked.
-        plan: its tools.
         model: the name that is told where the request has none.
         stored: whether it will be kept.
         defaults: sampling values for fields that the request leaves open.
@@ -41,7 +39,7 @@ def begin_response(
         previous_response_id=request.previous_response_id,
         conversation=None if conversation is None else ConversationOut(id=conversation),
         instructions=request.instructions,
-        tools=tuple(plan.shown),
+        tools=tuple(shown_tools(request)),
         tool_choice=_choice(request),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         max_tool_calls=request.max_tool_calls,

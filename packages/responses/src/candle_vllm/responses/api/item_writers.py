@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from msgspec import UNSET
-
-from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
-from candle_vllm.responses.api.call_results import NOT_RUN
-from candle_vllm.responses.api.messages import CUSTOM_INPUT, encode_thoughts
+from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.output import (
-    CustomToolCallOut,
-    FunctionCallOut,
-    McpCallOut,
-    MessageOut,
-    OutputItem,
-    OutputText,
-    ProtocolFailure,
-    ReasoningOut,
-    ReasoningText,
-    ToolFailure,
-)
-from candle_vllm.responses.tools.tool import ToolResult
+from candle_vllm.responses.protocol.output import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
 
 Emit = Callable[..., None]
 """Adds an event: `emit(kind, **fields)`; the number is added to it."""
-
-_TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's codes, as MCP uses them
-_CODES = {"timed_out": _TIMED_OUT, "unavailable": _UNAVAILABLE}
 
 
 def new_id(prefix: str) -> str:
@@ -135,138 +114,3 @@ class ReasoningWriter(ItemWriter):
         text = "".join(self._text)
         self._emit(wire.ReasoningTextDone, content_index=0, text=text)
         self._emit(wire.ContentPartDone, content_index=0, part=ReasoningText(text=text))
-
-
-class CallWriter(ItemWriter):
-    """A call whose arguments come in pieces."""
-
-    def __init__(self, emit: Emit, index: int, prefix: str) -> None:
-        super().__init__(emit, index, prefix)
-        self._arguments: list[str] = []
-
-    @property
-    def arguments(self) -> str:
-        """So far."""
-        return "".join(self._arguments)
-
-    def add(self, delta: str) -> None:
-        """More of them."""
-        self._arguments.append(delta)
-
-
-class FunctionWriter(CallWriter):
-    """A call of a function of the caller's."""
-
-    def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
-        super().__init__(emit, index, "fc")
-        self._call_id, self._name, self._namespace = call_id, name, namespace
-
-    def add(self, delta: str) -> None:
-        super().add(delta)
-        self._emit(wire.FunctionArgumentsDelta, delta=delta)
-
-    def item(self, status: str) -> FunctionCallOut:
-        return FunctionCallOut(
-            id=self.id,
-            status=status,
-            call_id=self._call_id,
-            name=self._name,
-            arguments=self.arguments,
-            namespace=self._namespace or UNSET,
-        )
-
-    def _end_content(self) -> None:
-        self._emit(wire.FunctionArgumentsDone, name=self._name, arguments=self.arguments)
-
-
-class CustomWriter(CallWriter):
-    """A call of a custom tool; its input is told when the JSON that it comes in is complete."""
-
-    def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
-        super().__init__(emit, index, "ctc")
-        self._call_id, self._name, self._namespace = call_id, name, namespace
-        self._input = ""
-
-    def item(self, status: str) -> CustomToolCallOut:
-        return CustomToolCallOut(
-            id=self.id,
-            status=status,
-            call_id=self._call_id,
-            name=self._name,
-            input=self._input,
-            namespace=self._namespace or UNSET,
-        )
-
-    def _end_content(self) -> None:
-        self._input = custom_input(self.arguments)
-        if self._input:
-            self._emit(wire.CustomInputDelta, delta=self._input)
-        self._emit(wire.CustomInputDone, input=self._input)
-
-
-class McpCallWriter(CallWriter):
-    """A call that runs here, on an MCP server."""
-
-    def __init__(self, emit: Emit, index: int, server: str, name: str, approval: str | None = None) -> None:
-        super().__init__(emit, index, "mcp")
-        self._server, self._name, self._approval = server, name, approval
-        self._told = False
-        self._result: ToolResult | None = None
-
-    def begin(self) -> None:
-        super().begin()
-        self._emit(wire.McpCallInProgress)
-
-    def add(self, delta: str) -> None:
-        super().add(delta)
-        self._emit(wire.McpArgumentsDelta, delta=delta)
-
-    def end_arguments(self) -> None:
-        """They are complete; once."""
-        if not self._told:
-            self._told = True
-            self._emit(wire.McpArgumentsDone, arguments=self.arguments)
-
-    def finish(self, result: ToolResult) -> None:
-        """The last events, with what came of the call."""
-        self._result = result
-        self.end("completed" if result.status == "completed" else "failed")
-
-    def item(self, status: str) -> McpCallOut:
-        result = self._result
-        return McpCallOut(
-            id=self.id,
-            status=status,
-            server_label=self._server,
-            name=self._name,
-            arguments=self.arguments,
-            output=result.text if result is not None and result.status == "completed" else None,
-            error=None if result is None or result.status == "completed" else _failure(result),
-            approval_request_id=self._approval,
-        )
-
-    def _end_content(self) -> None:
-        self.end_arguments()
-        failed = self._result is None or self._result.status != "completed"
-        self._emit(wire.McpCallFailed if failed else wire.McpCallCompleted)
-
-
-def _failure(result: ToolResult) -> ToolFailure | ProtocolFailure:
-    if result.status == "failed":
-        return ToolFailure(content=({"type": "text", "text": result.text},))
-    return ProtocolFailure(code=_CODES.get(result.status, _REFUSED), message=result.text or NOT_RUN)
-
-
-def custom_input(arguments: str) -> str:
-    """The text for a custom tool in the arguments of the function that stands for it.
-
-    What is not of the form that was asked for, such as JSON that was cut, is given as it is.
-    """
-    try:
-        value = decode_json(arguments)
-    except InvalidBodyError:
-        return arguments
-    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) and len(value) == 1 else None
-    if text is None:
-        return arguments
-    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)

@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.answered import Answered, record_of
 from candle_vllm.responses.api.background import Background
-from candle_vllm.responses.api.conversation_turns import ConversationTurns
+from candle_vllm.responses.api.conversation_turns import ConversationTurns, turn_in_store
 from candle_vllm.responses.api.event_buffer import EncodedEvent
 from candle_vllm.responses.api.item_lists import ItemList, PageRequest, page_of
-from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.protocol.events import StreamEvent
-from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.protocol.response import ResponseDeleted
+from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.responses.store.records import StoredResponse, items_of
 
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 PURGE_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
-
-
-class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
-    """A response that is gone."""
-
-    id: str
-    object: str = "response"
-    deleted: bool = True
 
 
 class KeptResponses:
@@ -97,10 +89,19 @@ class KeptResponses:
         return await (await self.store()).history(owner, response_id)
 
     async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
-        """The items of a conversation, the oldest first; NotStoredError where there is none."""
+        """The items of a conversation, the oldest first.
+
+        Raises:
+            NotStoredError: there is none.
+            StoreLimitError: it is full, and could not take an answer.
+        """
         store = await self.store()
         with _blaming("conversation"):
-            return await store.items(owner, conversation_id)
+            items = await store.items(owner, conversation_id)
+        if len(items) >= self.options.max_items:
+            message = f"The conversation {conversation_id!r:.80} is full: delete items of it, or begin another."
+            raise StoreLimitError(message, "conversation")
+        return items
 
     async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
         """Those of these items that are kept, by id."""
@@ -124,9 +125,22 @@ class KeptResponses:
         """Works on a response in the background; arguments and errors as `Background.begin`."""
         return await self.background.begin(record_of(queued), events, seconds)
 
-    def turn(self, owner: str, conversation_id: str) -> contextlib.AbstractAsyncContextManager[None]:
-        """The right to answer in a conversation; whoever comes meanwhile waits."""
-        return self.turns.turn(owner, conversation_id)
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
+        """The right to answer in a conversation; whoever comes meanwhile waits, also at other servers of the store.
+
+        Args:
+            owner: whose it is.
+            conversation_id: of a conversation that need not be there.
+            param: what is blamed where it is not.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.turns.turn(owner, conversation_id))
+            store = await self.store()
+            if store.shared:
+                with _blaming(param):
+                    await stack.enter_async_context(turn_in_store(store, owner, conversation_id))
+            yield
 
     # ---- for whoever made them ---------------------------------------------------------------------------------------
 
@@ -179,7 +193,7 @@ class KeptResponses:
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
         """What the request of a response gave, without what it only referred to."""
         record = await (await self.store()).get(owner, response_id)
-        return page_of(msgspec.json.decode(record.input_items), wanted)
+        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(record.input_items), wanted))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -217,22 +231,6 @@ class KeptResponses:
             await asyncio.sleep(PURGE_SECONDS)
 
 
-def record_of(answered: Answered) -> StoredResponse:
-    """A response as the store has it."""
-    made = answered.response
-    return StoredResponse(
-        id=made.id,
-        owner=answered.owner,
-        created_at=made.created_at,
-        response=to_json_bytes(made),
-        input_items=msgspec.json.encode(answered.input_items),
-        previous_response_id=made.previous_response_id,
-        conversation_id=made.conversation.id if made.conversation is not None else None,
-        status=made.status,
-        background=bool(made.background),
-    )
-
-
 def _store_class() -> type[ResponseStore]:
     from candle_vllm.responses.store.store import ResponseStore
 
@@ -240,7 +238,7 @@ def _store_class() -> type[ResponseStore]:
 
 
 @contextlib.contextmanager
-def _blaming(param: str) -> Any:
+def _blaming(param: str) -> Iterator[None]:
     """What is not there is blamed on the field that named it."""
     try:
         yield

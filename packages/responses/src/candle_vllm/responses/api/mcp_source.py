@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NamedTuple, Protocol
-from urllib.parse import urlsplit
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.responses.api.server_urls import ServerUrls
 from candle_vllm.responses.protocol.tools import McpTool
-from candle_vllm.responses.tools.names import matches
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Tool
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.mcp.server_config import McpServerConfig
+
+# What the connection says by itself; in other words it could be led elsewhere, or be understood in two ways.
+_OWN_HEADERS = frozenset({
+    "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
+    "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
+})  # fmt: skip
+_OWN_PREFIXES = ("mcp-", "proxy-")
+_FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  # of a configuration -> of a tool
 
 
 class OpenServer(NamedTuple):
@@ -56,7 +65,7 @@ class McpServers:
     Args:
         registry: of the operator's servers, as an `McpFleet` fills it.
         errors: why an operator's server has no tools now, by its label; None where it is not configured.
-        allowed_urls: patterns with "*" of the URLs that requests may name. Plain http is for loopback alone.
+        allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. Plain http is for loopback alone.
         connect_timeout: seconds for a URL.
     """
 
@@ -70,13 +79,16 @@ class McpServers:
     ) -> None:
         self._registry = registry
         self._errors = errors if errors is not None else {}
-        self._allowed_urls = tuple(allowed_urls)
+        self._urls = ServerUrls(allowed_urls)
         self._connect_timeout = connect_timeout
 
     def check(self, tool: McpTool, path: str) -> None:
         """Raises `RequestError` that names the label or the URL."""
         if tool.server_url is not None:
-            _check_url(tool.server_url, self._allowed_urls, f"{path}.server_url")
+            self._urls.check(tool.server_url, f"{path}.server_url")
+            _check_headers(tool.headers or {}, f"{path}.headers")
+            with _blaming(path):
+                self._config(tool)
         elif not self._tools(tool.server_label) and tool.server_label not in self._errors:
             field = f"{path}.server_label"
             raise InvalidParameterError(
@@ -94,18 +106,11 @@ class McpServers:
             error = None if tools else self._errors.get(label) or "the server has no tools now"
             yield OpenServer(label, tools, error)
             return
-        from candle_vllm.responses.mcp.config import McpServerConfig  # the `mcp` package is slow to import
-        from candle_vllm.responses.mcp.link import McpLink
+        from candle_vllm.responses.mcp.link import McpLink  # the `mcp` package is slow to import
         from candle_vllm.responses.mcp.mcp_tool import McpTool as LinkTool
 
-        config = McpServerConfig(
-            name=label,
-            url=tool.server_url,
-            headers=tool.headers or {},
-            auth=tool.authorization,
-            connect_timeout=self._connect_timeout,
-        )
-        link = McpLink(config)
+        named = self._urls.check(tool.server_url, "server_url")
+        link = McpLink(self._config(tool), public_only=not named)
         try:
             error = None
             try:
@@ -117,30 +122,32 @@ class McpServers:
         finally:
             await link.aclose()
 
+    def _config(self, tool: McpTool) -> McpServerConfig:
+        from candle_vllm.responses.mcp.server_config import McpServerConfig
+
+        return McpServerConfig(
+            name=tool.server_label,
+            url=tool.server_url,
+            headers=tool.headers or {},
+            auth=tool.authorization,
+            connect_timeout=self._connect_timeout,
+        )
+
     def _tools(self, label: str) -> list[Tool]:
         return [tool for tool in self._registry if tool.definition.server == label]
 
 
-def _check_url(url: str, patterns: Sequence[str], field: str) -> None:
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # a port that is none raises
-    except ValueError:
-        host, parts = None, None
-    if parts is None or parts.scheme not in ("http", "https") or not host or parts.username or parts.password:
-        raise InvalidParameterError(f"{field} must be an https URL without a user name", field)
-    if parts.scheme == "http" and not _is_loopback(host):
-        raise InvalidParameterError(f"{field} must be an https URL: what is sent to it may be secret", field)
-    if not matches(patterns, url):
-        raise UnsupportedParameterError(
-            f"{field} is not supported: this server dials no URL that a request names, unless the operator allows it "
-            "with --mcp-allow-urls; name one of its own servers by server_label alone",
-            field,
-        )
+def _check_headers(headers: Mapping[str, str], path: str) -> None:
+    for name in headers:
+        if name.lower() in _OWN_HEADERS or name.lower().startswith(_OWN_PREFIXES):
+            raise InvalidParameterError(f"{path} must not have {name!r:.60}: the connection says that itself", path)
 
 
-def _is_loopback(host: str) -> bool:
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """A setting of a server that cannot be is a field of the request's tool."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        yield
+    except ConfigError as error:
+        field = f"{path}.{_FIELDS.get((error.setting or '').partition('.')[0], 'server_label')}"
+        raise InvalidParameterError(f"{field} cannot be used. {error}", field) from None

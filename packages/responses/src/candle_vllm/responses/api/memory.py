@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.validation import to_request_error
+from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.protocol.items import InputItem, ItemReference
 from candle_vllm.responses.protocol.request import PromptFields
-from candle_vllm.responses.protocol.response import Response
-
-
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """A response that is to be kept.
-
-    Attributes:
-        owner: whose it is; "" where there are no API keys.
-        response: as the client gets it.
-        input_items: of the request alone, without its history, each with an id.
-    """
-
-    owner: str
-    response: Response
-    input_items: Sequence[Mapping[str, Any]]
 
 
 class Memory(Protocol):
@@ -104,7 +90,7 @@ async def _history(request: PromptFields, memory: Memory | None, owner: str) -> 
         kept = await memory.response_items(request.previous_response_id, owner)
     else:
         kept = await memory.conversation_items(request.conversation_id or "", owner)
-    return [Placed(_checked(item, field), field) for item in kept]
+    return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in kept])
 
 
 def _checked(item: Mapping[str, Any], field: str) -> InputItem:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from candle_vllm.openai.anthropic.habits import TemplateHabits
@@ -43,13 +43,14 @@ class Translated(NamedTuple):
     Attributes:
         messages: of the chat request.
         sources: for each message the path of the item that it begins with.
-        approved: ids of calls at the end that somebody has agreed to: they are to be run first.
+        approved: ids of calls at the end that somebody has agreed to, with the paths of the agreements: they are to be
+            run first.
         listed: labels of MCP servers whose tools the conversation has already.
     """
 
     messages: list[dict[str, Any]]
     sources: list[str]
-    approved: frozenset[str]
+    approved: Mapping[str, str]
     listed: frozenset[str]
 
 
@@ -80,7 +81,7 @@ def translate(
         body.add(placed)
     messages, sources = body.finish()
     results.check_all(messages)
-    return Translated(messages, sources, frozenset(results.approved), frozenset(body.listed))
+    return Translated(messages, sources, results.approved, frozenset(body.listed))
 
 
 class _Body:

@@ -5,38 +5,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.openai import parse_chat_request
+from candle_vllm.core.errors import RequestError
 from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.chat_fields import blame, chat_fields
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
-from candle_vllm.responses.api.mcp_source import McpSource, NoServers, OpenServer
-from candle_vllm.responses.api.memory import Answered, Memory, gather_items
-from candle_vllm.responses.api.messages import Translated, translate
+from candle_vllm.responses.api.mcp_source import McpSource, NoServers
+from candle_vllm.responses.api.memory import Memory, gather_items
+from candle_vllm.responses.api.preparation import Preparation, Prepared, has_servers
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import stored_items
-from candle_vllm.responses.api.tool_plan import ToolPlan, offered, plan_tools
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel
-from candle_vllm.responses.conversation.events import ConversationFinished, ToolStarted
+from candle_vllm.responses.conversation.events import ToolStarted
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
 from candle_vllm.responses.protocol.request import (
     InputTokensRequest,
-    PromptFields,
     ResponsesRequest,
     parse_input_tokens_request,
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import InputTokens, Response
-from candle_vllm.responses.protocol.tools import McpTool
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 _LOOP_FIELDS = frozenset({"messages", "tools", "stream", "stream_options", "n"})
@@ -60,14 +56,6 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_turns: int = 32
     timeout: float | None = None
     tool_timeout: float | None = None
-
-
-class _Prepared(NamedTuple):
-    request: PromptFields
-    plan: ToolPlan
-    made: Translated
-    fields: dict[str, Any]
-    items: Sequence[Placed]
 
 
 class Responder:
@@ -94,10 +82,9 @@ class Responder:
     ) -> None:
         self._model = model
         self._count = count
-        self._habits = habits
-        self._servers = servers or NoServers()
         self._memory = memory
         self._options = options or ResponderOptions()
+        self._preparation = Preparation(servers or NoServers(), habits, self._options.sampling_defaults)
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """The whole response; what `create_stream` would tell in its last event. Cancelling it ends the response.
@@ -119,7 +106,7 @@ class Responder:
         return stream
 
     async def prepare(
-        self, request: ResponsesRequest | Fields, *, owner: str = "", keep: bool = True
+        self, request: ResponsesRequest | Fields, *, owner: str = "", keep: bool = True, at_once: bool = False
     ) -> ResponseStream:
         """Checks a request and gives its events, to be started; close the stream also where it never is.
 
@@ -127,36 +114,47 @@ class Responder:
             request: checked, or an object.
             owner: whose response it is, for the memory.
             keep: False where the caller keeps the response.
+            at_once: what has to be waited for, the conversation's turn and MCP servers, is waited for when the stream
+                is started; what is wrong from there on is told in events.
         """
         parsed = request if isinstance(request, ResponsesRequest) else parse_responses_request(request)
         stored = self._is_stored(parsed)
+        if parsed.background and not at_once:
+            message = "background is not supported: nobody here works on responses without their client"
+            raise UnsupportedParameterError(message, "background")
+        self._preparation.check_servers(parsed)
+        late = at_once and (parsed.conversation_id is not None or has_servers(parsed))
         async with AsyncExitStack() as stack:
-            if parsed.conversation_id is not None and self._memory is not None:
-                await stack.enter_async_context(self._memory.turn(owner, parsed.conversation_id))
-            prepared = await self._prepare(parsed, owner, stack)
+            if late:
+                prepared, items = None, await gather_items(parsed, self._memory, owner)
+            else:
+                prepared, items = await self._ready(parsed, owner, stack, check=at_once)
             defaults = {**self._options.model_defaults, **self._options.sampling_defaults}
-            response = begin_response(
-                parsed, prepared.plan, model=self._options.model, stored=stored, defaults=defaults
-            )
-            writer = EventWriter(response, prepared.plan, encoded=parsed.wants_encrypted)
-            given = [one.item for one in prepared.items if one.path.startswith("input")]
+            response = begin_response(parsed, model=self._options.model, stored=stored, defaults=defaults)
+            writer = EventWriter(response, encoded=parsed.wants_encrypted)
 
             async def work(stream: ResponseStream) -> None:
-                await self._answer(stream, writer, prepared, owner if stored and keep else None)
+                if at_once:
+                    stream.begun()
+                ready = prepared or (await self._ready(parsed, owner, stream.opened, check=False))[0]
+                await self._answer(stream, writer, parsed, ready, owner if stored and keep else None)
 
-            return ResponseStream(writer, work, stored_items(given) if stored else (), opened=stack.pop_all())
+            given = await asyncio.to_thread(_given, items) if stored else ()
+            return ResponseStream(writer, work, given, opened=stack.pop_all())
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
         """The tokens of the prompt that `create` would make; nothing is generated."""
         parsed = request if isinstance(request, InputTokensRequest) else parse_input_tokens_request(request)
         if self._count is None:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
+        self._preparation.check_servers(parsed)
         async with AsyncExitStack() as stack:
-            prepared = await self._prepare(parsed, owner, stack)
+            items = await gather_items(parsed, self._memory, owner)
+            prepared = await self._preparation.prepare(parsed, items, stack, check=False)
             try:
-                return InputTokens(input_tokens=await self._count(self._chat(prepared)))
+                return InputTokens(input_tokens=await self._count(prepared.chat()))
             except RequestError as error:
-                self._blame(error, prepared)
+                prepared.blame(error)
                 raise
 
     def _is_stored(self, request: ResponsesRequest) -> bool:
@@ -167,98 +165,52 @@ class Responder:
             return False
         return request.store is not False
 
-    async def _prepare(self, request: PromptFields, owner: str, stack: AsyncExitStack) -> _Prepared:
-        """Reads the history, opens the MCP servers, and checks the whole as a chat request."""
+    async def _ready(
+        self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
+    ) -> tuple[Prepared, Sequence[Placed]]:
+        """Waits for the conversation's turn, reads the history, opens the servers; the stack gives them back."""
+        if request.conversation_id is not None and self._memory is not None:
+            await stack.enter_async_context(self._memory.turn(owner, request.conversation_id))
         items = await gather_items(request, self._memory, owner)
-        servers = await self._open_servers(request, stack)
-        plan = plan_tools(request, servers)
-        habits = await self._habits() if self._habits is not None else TemplateHabits()
-        made = await asyncio.to_thread(translate, items, request.instructions, plan, habits)
-        fields = chat_fields(request, plan.choice)
-        fields = {**self._absent(request), **fields}
-        prepared = _Prepared(request, plan, made, fields, items)
-        try:
-            await asyncio.to_thread(_check, self._chat(prepared), made)
-        except RequestError as error:
-            self._blame(error, prepared)
-            raise
-        return prepared
+        return await self._preparation.prepare(request, items, stack, check=check), items
 
-    def _absent(self, request: PromptFields) -> dict[str, Any]:
-        """The operator's sampling values; they hold for requests that generate."""
-        return dict(self._options.sampling_defaults) if isinstance(request, ResponsesRequest) else {}
-
-    async def _open_servers(self, request: PromptFields, stack: AsyncExitStack) -> dict[int, OpenServer]:
-        tools = {place: tool for place, tool in enumerate(request.tools or ()) if isinstance(tool, McpTool)}
-        labels: set[str] = set()
-        for place, tool in tools.items():
-            if tool.server_label in labels:
-                field = f"tools.{place}.server_label"
-                raise InvalidParameterError(
-                    f"{field} must be unique, and another tool has {tool.server_label!r:.80}", field
-                )
-            labels.add(tool.server_label)
-            self._servers.check(tool, f"tools.{place}")
-        async with asyncio.TaskGroup() as group:
-            opened = {
-                place: group.create_task(stack.enter_async_context(self._servers.open(tool)))
-                for place, tool in tools.items()
-            }
-        return {place: task.result() for place, task in opened.items()}
-
-    def _chat(self, prepared: _Prepared) -> dict[str, Any]:
-        tools = [definition.to_openai() for definition in prepared.plan.registry.definitions()]
-        tools += prepared.plan.client_tools
-        chat = {**prepared.fields, "messages": prepared.made.messages}
-        return {**chat, "tools": tools} if tools else chat
-
-    def _blame(self, error: RequestError, prepared: _Prepared) -> None:
-        blame(error, prepared.made.sources, prepared.plan.paths())
-        limit = getattr(prepared.request, "max_output_tokens", None)
-        if error.param == "max_output_tokens" and limit is None:
-            error.param = "input"  # there is no limit to lower
-
-    async def _answer(self, stream: ResponseStream, writer: EventWriter, prepared: _Prepared, keep: str | None) -> None:
+    async def _answer(
+        self,
+        stream: ResponseStream,
+        writer: EventWriter,
+        request: ResponsesRequest,
+        prepared: Prepared,
+        keep: str | None,
+    ) -> None:
         """Puts the events of a response from the first to the last."""
-        request, plan = prepared.request, prepared.plan
-        assert isinstance(request, ResponsesRequest)
+        plan, made = prepared.plan, prepared.made
         model = TurnModel(self._model, max_tokens=request.max_output_tokens, truncate=request.truncation == "auto")
         model.entered = stream.begun
-        await stream.put(writer.resume())
-        for tool in request.tools or ():
-            if isinstance(tool, McpTool) and tool.server_label not in prepared.made.listed:
-                server = next(one for one in plan.servers if one.label == tool.server_label)
-                await stream.put(writer.list_server(server, offered(tool, server)))
-        last = []
+        await stream.put(writer.resume(plan))
+        for server in plan.servers:
+            if server.label not in made.listed:
+                await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
             loop = ConversationLoop(model, plan.registry, self._loop_options(request, prepared))
-            run = loop.run(prepared.made.messages, client_tools=plan.client_tools, approved=prepared.made.approved)
-            async with aclosing(run) as events:
+            async with aclosing(
+                loop.run(made.messages, client_tools=plan.client_tools, approved=made.approved)
+            ) as events:
                 async for event in events:
                     if isinstance(event, ToolStarted):
                         stream.begun()
-                    if isinstance(event, ConversationFinished):
-                        last = writer.add(event)
-                    else:
-                        await stream.put(writer.add(event))
+                    await stream.put(writer.add(event))
         except TokensSpentError:
-            last = writer.cut("max_output_tokens")
+            await stream.put(writer.cut("max_output_tokens"))
         except RequestError as error:
-            self._blame(error, prepared)
+            prepared.blame(error)
             raise
-        *before, final = last
-        await stream.put(before)
         stream.begun()
-        try:
-            if keep is not None and self._memory is not None:
-                answered = Answered(owner=keep, response=writer.response, input_items=stream.input_items)
-                await self._memory.keep(answered)
-        except BaseException:
-            writer.withdraw(final)
-            raise
-        await stream.put([final])
+        if keep is not None and self._memory is not None:
+            answered = Answered(owner=keep, response=writer.response, input_items=stream.input_items)
+            await self._memory.keep(answered)
+        await stream.put(writer.conclude())
 
-    def _loop_options(self, request: ResponsesRequest, prepared: _Prepared) -> ConversationOptions:
+    def _loop_options(self, request: ResponsesRequest, prepared: Prepared) -> ConversationOptions:
         options = self._options
         return ConversationOptions(
             max_turns=options.max_turns,
@@ -271,7 +223,6 @@ class Responder:
         )
 
 
-def _check(chat: dict[str, Any], made: Translated) -> None:
-    """Checks the chat request as a whole; calls that are to be run first are answered for that."""
-    waiting = [{"role": "tool", "tool_call_id": one, "content": ""} for one in sorted(made.approved)]
-    parse_chat_request({**chat, "messages": [*chat["messages"], *waiting]})
+def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
+    """What came with the request itself, as it is kept."""
+    return stored_items([one.item for one in items if one.path.startswith("input")])

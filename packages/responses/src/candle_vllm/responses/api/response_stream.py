@@ -35,10 +35,10 @@ class ResponseStream:
         writer: writes the events.
         work: puts events (`put`) until the response has ended.
         input_items: of the request, each with an id, as a memory keeps them.
-        opened: closed behind the last event, or with the stream.
+        opened: what the response uses: closed behind the last event, or with the stream.
 
     Attributes:
-        input_items: as given.
+        input_items, opened: as given.
         failure: what the response failed with, or None.
     """
 
@@ -50,7 +50,7 @@ class ResponseStream:
         *,
         opened: AsyncExitStack | None = None,
     ) -> None:
-        self._opened = opened or AsyncExitStack()
+        self.opened = opened or AsyncExitStack()
         self.input_items = input_items
         self.failure: Exception | None = None
         self._writer = writer
@@ -109,7 +109,7 @@ class ResponseStream:
     async def __anext__(self) -> wire.StreamEvent:
         while not self._waiting:
             if self._closed or self._last is None or self._last.done():
-                await self._opened.aclose()
+                await self.opened.aclose()
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
@@ -124,7 +124,7 @@ class ResponseStream:
         self._news.set()
         if self._last is not None:
             await end_task(self._last)
-        await self._opened.aclose()
+        await self.opened.aclose()
 
     def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
         """The last events of a response that its caller ends for a reason of its own; then close it."""
@@ -133,8 +133,7 @@ class ResponseStream:
             self._last.cancel()
         left = list(self._waiting)
         self._waiting.clear()
-        ended = self._writer.response.status not in ("queued", "in_progress")
-        return left if ended else [*left, *self._writer.fail(error, "server_error")]
+        return left if self._writer.concluded else [*left, *self._writer.fail(error, "server_error")]
 
     async def _run(self) -> None:
         try:

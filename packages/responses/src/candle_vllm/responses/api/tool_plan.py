@@ -1,4 +1,4 @@
-"""The tools of a request: what the model is shown, what runs here, and what the caller gets back under which names."""
+"""The tools of a request: what the model is shown, what runs here, and under which names."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         client_tools: in OpenAI's chat form: those that the caller runs.
         registry: those that run here.
         approval: for each that runs here, whether somebody must agree.
-        shown: the tools in the response.
         choice: `tool_choice` of the chat request; None where it has none.
         servers: MCP servers of the request, with their tools or why there are none.
+        offered: the tools of each of them that the model is shown, by its label.
     """
 
     by_name: dict[str, PlannedTool] = msgspec.field(default_factory=dict)
     client_tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
     registry: ToolRegistry = msgspec.field(default_factory=ToolRegistry)
     approval: dict[str, Rule] = msgspec.field(default_factory=dict)
-    shown: list[dict[str, Any]] = msgspec.field(default_factory=list)
     choice: Any = None
     servers: Sequence[OpenServer] = ()
+    offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
     def mcp_name(self, label: str, name: str) -> str:
         """What the model calls a tool of an MCP server, also of one that is not there."""
@@ -90,10 +90,8 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
         elif isinstance(tool, NamespaceTool):
             for number, inner in enumerate(tool.tools):
                 _add_client_tool(plan, inner, f"{path}.tools.{number}", tool)
-            plan.shown.append(_shown_namespace(tool))
         else:
             _add_client_tool(plan, tool, path, None)
-            plan.shown.append(_shown(tool))
     plan.choice = chat_choice(plan.by_name, request.tool_choice)
     return plan
 
@@ -143,42 +141,31 @@ def _custom_function(tool: CustomTool) -> dict[str, Any]:
     return {**function, "strict": True} if strict else function
 
 
-def _shown(tool: FunctionTool | CustomTool) -> dict[str, Any]:
-    if isinstance(tool, FunctionTool):
-        return {
-            "type": "function",
-            "name": tool.name,
-            "description": tool.description,
-            "parameters": tool.parameters,
-            "strict": tool.strict,
-        }
-    form = {"type": "text"} if tool.format is None else tool.format.model_dump()
-    return {"type": "custom", "name": tool.name, "description": tool.description, "format": form}
-
-
-def _shown_namespace(tool: NamespaceTool) -> dict[str, Any]:
-    inner = [_shown(one) for one in tool.tools]
-    return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": inner}
-
-
 # ---- MCP servers -----------------------------------------------------------------------------------------------------
 
 
 def _add_server(plan: ToolPlan, tool: McpTool, server: OpenServer, path: str) -> None:
+    plan.offered[server.label] = offered = []
     for one in server.tools:
         definition = one.definition
-        if definition.name in plan.by_name or not _allowed(tool, definition):
-            continue
-        plan.registry.add(one)
         name = definition.original_name or definition.name
+        if not _allowed(tool, definition):
+            continue
+        if (other := plan.by_name.get(definition.name)) is not None:
+            field = f"{path}.allowed_tools"
+            raise InvalidParameterError(
+                f"{field} lets in {name!r:.80}, which the model would call {definition.name!r}, as it "
+                f"calls {other.path}: rename that one, or leave this one out",
+                field,
+            )
+        try:
+            plan.registry.add(one)
+        except InvalidParameterError as fault:  # as it is with the operator's servers
+            logger.warning("a tool of the MCP server %.100r is left out: %s", server.label, fault)
+            continue
+        offered.append(definition)
         plan.by_name[definition.name] = PlannedTool("mcp", name, path, server=tool.server_label)
         plan.approval[definition.name] = _rule(tool, definition)
-    plan.shown.append(_shown_server(tool))
-
-
-def offered(tool: McpTool, server: OpenServer) -> list[ToolDefinition]:
-    """Those of a server's tools that the request allows."""
-    return [one.definition for one in server.tools if _allowed(tool, one.definition)]
 
 
 def _allowed(tool: McpTool, definition: ToolDefinition) -> bool:
@@ -204,12 +191,3 @@ def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
             return "always"
         return "never" if wish.never is not None and _matches(wish.never, definition) else "always"
     return wish or "always"
-
-
-def _shown_server(tool: McpTool) -> dict[str, Any]:
-    """Without what is secret."""
-    shown = tool.model_dump(exclude={"authorization", "headers", "defer_loading"}, exclude_none=True)
-    shown["require_approval"] = shown.get("require_approval", "always")
-    if tool.server_url is not None:
-        shown["server_url"] = tool.server_url.partition("?")[0]
-    return shown

@@ -13,6 +13,7 @@ from typing import Any
 
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.responses.api.chat_fields import LIMIT
 from candle_vllm.responses.conversation.chat_model import ChatModel
@@ -57,7 +58,8 @@ class TurnModel:
 
     async def _enter(self, stack: AsyncExitStack, request: Mapping[str, Any]) -> AsyncIterator[ChatCompletionChunk]:
         units = _units(request["messages"]) if self._truncate else []
-        dropped, step = 0, -(-len(units) // _STEPS)
+        dropped = _least(units, len(request["messages"]) - MAX_MESSAGES)
+        step = -(-len(units) // _STEPS)
         while True:
             try:
                 kept = {**request, "messages": _without(request["messages"], units[:dropped])} if dropped else request
@@ -74,6 +76,12 @@ class TurnModel:
             yield chunk
 
 
+def fewer(messages: Sequence[Message]) -> list[Message]:
+    """Without the oldest turns, where there are more messages than a chat request may have."""
+    units = _units(messages)
+    return _without(messages, units[: _least(units, len(messages) - MAX_MESSAGES)])
+
+
 def _units(messages: Sequence[Message]) -> list[range]:
     """What may be left out, the oldest first: turns of a user with their answers, but for the last one.
 
@@ -84,6 +92,16 @@ def _units(messages: Sequence[Message]) -> list[range]:
     if starts and first < starts[0]:
         starts.insert(0, first)
     return [range(start, end) for start, end in pairwise(starts)]
+
+
+def _least(units: Sequence[range], too_many: int) -> int:
+    """How many of the oldest have to go for so many messages less."""
+    gone = 0
+    for count, unit in enumerate(units):
+        if gone >= too_many:
+            return count
+        gone += len(unit)
+    return len(units)
 
 
 def _without(messages: Sequence[Message], units: Sequence[range]) -> list[Message]:

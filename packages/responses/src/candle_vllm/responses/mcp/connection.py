@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
@@ -18,6 +17,7 @@ from mcp import Client, MCPError
 
 from candle_vllm.responses.mcp.failures import Redactor, leaf, sentence, shown_url, status_sentence
 from candle_vllm.responses.mcp.processes import to_the_end
+from candle_vllm.responses.mcp.sdk_client import leave_outputs_unchecked, sdk_client
 from candle_vllm.responses.mcp.transports import Kind, Opening
 from candle_vllm.responses.mcp.watched_stream import CLOSED
 
@@ -41,7 +41,9 @@ class McpConnection:
     Args:
         config: of the server.
         kind: the transport.
+        mode: "auto" or "legacy", how the SDK agrees on a protocol version.
         auth: of its HTTP requests.
+        public_only: they go to public addresses alone.
         redact: takes secrets out of texts.
         log: gets the lines that a server writes beside the protocol.
         wake: called when the connection has gone down, when the tools changed, and when a session is in doubt.
@@ -53,7 +55,9 @@ class McpConnection:
         config: McpServerConfig,
         kind: Kind,
         *,
+        mode: str,
         auth: httpx2.Auth | None,
+        public_only: bool,
         redact: Redactor,
         log: Callable[[str], None],
         wake: Callable[[], None],
@@ -63,7 +67,16 @@ class McpConnection:
         self._redact = redact
         self._wake = wake
         self._server = server
-        self._opening = Opening(config, kind, auth=auth, ended=self.end, session_doubted=self._doubted, log=log)
+        self._opening = Opening(
+            config,
+            kind,
+            auth=auth,
+            public_only=public_only,
+            ended=self.end,
+            session_doubted=self._doubted,
+            log=log,
+        )
+        self._mode = mode
         self._client: Client | None = None
         self._opened = asyncio.Event()
         self._stop = asyncio.Event()
@@ -165,7 +178,7 @@ class McpConnection:
         try:
             async with self._make_client() as client:
                 self._client = client
-                _check_outputs_elsewhere(client)
+                leave_outputs_unchecked(client)
                 self._opened.set()
                 try:
                     await self._stop.wait()
@@ -180,13 +193,8 @@ class McpConnection:
             self.end("the connection was closed")
 
     def _make_client(self) -> Client:
-        return Client(
-            self._server if self._server is not None else self._opening.transport(),
-            mode="auto",
-            cache=None,
-            client_info=types.Implementation(name="candle-vllm", version=version("candle-vllm-responses")),
-            message_handler=self._on_message,
-        )
+        target = self._server if self._server is not None else self._opening.transport()
+        return sdk_client(target, mode=self._mode, on_message=self._on_message)
 
     def _reason(self, error: BaseException) -> str:
         error, status = leaf(error), self.status
@@ -231,15 +239,6 @@ class McpConnection:
     async def _ended(self) -> None:
         if self._owner is not None:
             await asyncio.wait({self._owner}, timeout=_END_SECONDS)
-
-
-def _check_outputs_elsewhere(client: Client) -> None:
-    """Takes the SDK's check of structured outputs out: it throws the output away, and runs patterns without a limit."""
-
-    async def accept(name: str, result: types.CallToolResult) -> None:
-        del name, result
-
-    client.session.validate_tool_result = accept
 
 
 async def _abandon(task: asyncio.Task[Any], seconds: float = _CANCEL_SECONDS) -> None:

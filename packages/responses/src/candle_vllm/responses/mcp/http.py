@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import httpx2
 import msgspec
 
+from candle_vllm.responses.mcp.public_transport import PublicTransport
+
 MAX_BODY = 10 * 1024 * 1024  # bytes of a reply that is no event stream, and of one event
 _WRITE_SECONDS = 30.0
 _NOTICE_SECONDS = 10.0  # for the answer to a notification, behind which the SDK lets everything else wait
@@ -32,7 +34,7 @@ class HttpNotes:
         """Gives an answer that nobody waits for a time of its own: a call's is the caller's matter."""
         if request.method == "DELETE":
             _limit(request, _LEAVE_SECONDS)
-        elif request.method == "POST" and _is_notice(request.content):
+        elif request.method == "POST" and _is_notice(_content(request)):
             _limit(request, _NOTICE_SECONDS)
 
     async def on_response(self, response: httpx2.Response) -> None:
@@ -76,18 +78,29 @@ def http_client(
     headers: Mapping[str, str],
     auth: httpx2.Auth | tuple[str, str] | None,
     connect_seconds: float,
+    public_only: bool = False,
 ) -> httpx2.AsyncClient:
-    """A client for one connection. A reply may take as long as its caller waits."""
+    """A client for one connection, maybe to public addresses alone. A reply may take as long as its caller waits."""
     return httpx2.AsyncClient(
         headers={"accept-encoding": "identity", **headers},
         auth=auth,
         timeout=httpx2.Timeout(connect_seconds, read=None, write=_WRITE_SECONDS),
+        transport=PublicTransport() if public_only else None,
+        trust_env=not public_only,
         event_hooks={"request": [notes.on_request], "response": [notes.on_response]},
     )
 
 
 def _limit(request: httpx2.Request, seconds: float) -> None:
     request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": seconds}
+
+
+def _content(request: httpx2.Request) -> bytes:
+    """The body; b"" of a request that follows a redirect, whose body is a stream."""
+    try:
+        return request.content
+    except httpx2.RequestNotRead:
+        return b""
 
 
 def _is_notice(body: bytes) -> bool:

@@ -43,6 +43,8 @@ class McpLink:
     Args:
         config: of the server.
         server: an `mcp` server object of this process, in the place of what the configuration would open.
+        public_only: its address was named by somebody whom it could lead into this network: a host whose addresses are
+            not public is not reached.
         on_tools_changed: called after the list of tools has changed, also by the first connection.
     """
 
@@ -51,6 +53,7 @@ class McpLink:
         config: McpServerConfig,
         *,
         server: Any = None,
+        public_only: bool = False,
         on_tools_changed: Callable[[McpLink], None] | None = None,
     ) -> None:
         self.config = config
@@ -60,7 +63,9 @@ class McpLink:
         self._redact = Redactor(config)
         self._log = LinkLog(self._redact)
         self._checks = OutputChecks()
-        self._supervisor = Supervisor(config, server, redact=self._redact, log=self._log, changed=self._tools_changed)
+        self._supervisor = Supervisor(
+            config, server, public_only=public_only, redact=self._redact, log=self._log, changed=self._tools_changed
+        )
         self._calls = asyncio.Semaphore(MAX_CALLS)
 
     @property

@@ -21,11 +21,15 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_a
 from pydantic import ValidationError
 
 from candle_vllm.responses.mcp.lines import LineSplitter, OversizedLine
-from candle_vllm.responses.mcp.processes import end_process, exited, start_process, to_the_end
+from candle_vllm.responses.mcp.processes import end_process, exited, kill_group, start_process, to_the_end
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and thrown away, before its server is given up
 _CHUNK = 1 << 16
+_ERROR_CHUNK = 1 << 12
+_LINES_PER_SECOND = 5000  # of standard error; a program that writes more waits, and nobody else
+_BLANK_PER_SECOND = 1_000_000  # bytes of blank lines on standard output
+_BLANK_LINES = re.compile(rb"\n{2,}")
 _LOOK = 0.25  # seconds between looks at whether the program still runs
 _EXIT = 0.5  # seconds between the end of its output and its own
 _FLUSH = 0.5  # seconds for what was accepted to reach the pipe at the end
@@ -78,7 +82,11 @@ class StdioServer:
         finally:
             for stream in (received, sent):
                 stream.close()
-            await to_the_end(self._close(process, (reader, writer, errors, watcher)))
+            try:
+                await to_the_end(self._close(process, (reader, writer, errors, watcher)))
+            except asyncio.CancelledError:
+                kill_group(process)  # where the event loop itself ends, nobody waits for the steps before
+                raise
             for stream in (to_session, from_session):
                 stream.close()
 
@@ -99,7 +107,9 @@ class StdioServer:
         async with session:
             with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):
                 while chunk := await process.stdout.read(_CHUNK):
-                    for line in splitter.feed(chunk):
+                    filled = _BLANK_LINES.sub(b"\n", chunk)
+                    await asyncio.sleep((len(chunk) - len(filled)) / _BLANK_PER_SECOND)
+                    for line in splitter.feed(filled):
                         message = self._message(line)
                         if message is not None:
                             await session.send(message)
@@ -144,9 +154,10 @@ class StdioServer:
     async def _read_errors(self, process: Process) -> None:
         assert process.stderr is not None
         splitter = LineSplitter(4 * _CHUNK)
-        while chunk := await process.stderr.read(_CHUNK):
+        while chunk := await process.stderr.read(_ERROR_CHUNK):
             for line in splitter.feed(chunk):
                 self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+            await asyncio.sleep(chunk.count(b"\n") / _LINES_PER_SECOND)
         for line in splitter.feed(b"\n"):
             self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
 

@@ -1,4 +1,4 @@
-"""Keeps a server connected: opens a connection, lists the tools, watches, and opens another when it ends.
+"""Keeps a server connected: opens a connection, has its tools watched, and opens another when it ends.
 
 The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants
 the server makes the next one come now.
@@ -13,17 +13,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-from mcp import MCPError
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
-from pydantic import ValidationError
 
-from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
+from candle_vllm.responses.mcp.connection import McpConnection
 from candle_vllm.responses.mcp.credentials import http_auth
-from candle_vllm.responses.mcp.failures import Redactor, sentence
+from candle_vllm.responses.mcp.failures import Redactor
 from candle_vllm.responses.mcp.link_log import LinkLog
-from candle_vllm.responses.mcp.listening import listen_for_changes
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.tool_list import ToolList, list_tools
+from candle_vllm.responses.mcp.tool_list import ToolList
+from candle_vllm.responses.mcp.tool_watch import ToolWatch
 from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, Kind, kinds
 
 if TYPE_CHECKING:
@@ -36,16 +34,13 @@ LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
 FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds between attempts to connect
 MAX_ATTEMPTS = 12  # in a row; after that a server is tried again when one of its tools is called
 STEADY = 5.0  # seconds after which a connection counts as a success, and delays start small again
-_DEBOUNCE = 0.2  # seconds after a notice that the tools changed
-_MIN_BETWEEN_LISTS = 1.0
-_PING_SECONDS = 5.0
 
 
 class Supervisor:
     """The connections of one server, one after the other.
 
     Attributes:
-        state, error, listed, connections: what a link shows.
+        state, error, connections: what a link shows.
         connection: of the moment, or None.
         transports: what is tried, in order; once one has connected it stands alone.
         settled: set after each attempt, and at the end.
@@ -53,6 +48,7 @@ class Supervisor:
     Args:
         config: of the server.
         server: a server object of this process, or None.
+        public_only: HTTP goes to public addresses alone.
         redact: takes secrets out of texts.
         log: of the link.
         changed: called when the list of tools is another one.
@@ -63,6 +59,7 @@ class Supervisor:
         config: McpServerConfig,
         server: Any,
         *,
+        public_only: bool = False,
         redact: Redactor,
         log: LinkLog,
         changed: Callable[[ToolList], None],
@@ -71,12 +68,12 @@ class Supervisor:
         self._server = server
         self._redact = redact
         self._log = log
-        self._changed = changed
+        self._public_only = public_only
         self._auth = http_auth(config)
+        self._mode = "auto"  # how a protocol version is agreed on
         self.state: LinkState = "closed" if config.enabled else "disabled"
         self.error: str | None = None
         self.connection: McpConnection | None = None
-        self.listed: ToolList | None = None
         self.transports: tuple[Kind, ...] = kinds(config)
         self.connections = 0
         self.settled = asyncio.Event()
@@ -84,6 +81,12 @@ class Supervisor:
         self._closing = False
         self._wanted = False
         self._wake = asyncio.Event()
+        self._watch = ToolWatch(config, redact=redact, note=self._note, changed=changed, wake=self._wake)
+
+    @property
+    def listed(self) -> ToolList | None:
+        """The tools, of the last connection that there was."""
+        return self._watch.listed
 
     @property
     def runs(self) -> bool:
@@ -98,13 +101,14 @@ class Supervisor:
     def start(self) -> None:
         """Begins; `settled` is set when the first attempt is over."""
         self._closing = False
+        self._watch.begin()
         self.settled.clear()
         self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._config.name}")
 
     async def stop(self) -> None:
         """Ends the connection and all attempts."""
         self._closing = True
-        self._wake.set()
+        self._watch.end()
         if self.connection is not None:
             self.connection.end("the connection was closed")
         if self._task is not None:
@@ -126,7 +130,7 @@ class Supervisor:
                 connected = await self._connect()
                 self.settled.set()
                 if connected:
-                    await self._attend(connected)
+                    await self._watch.follow(connected)
                     self._note(f"the connection ended: {connected.why}")
                     self.state = "failed"
                     await connected.close()
@@ -152,7 +156,9 @@ class Supervisor:
             connection = self.connection = McpConnection(
                 self._config,
                 kind,
+                mode=self._mode,
                 auth=self._auth,
+                public_only=self._public_only,
                 redact=self._redact,
                 log=self._log.add,
                 wake=self._wake.set,
@@ -161,6 +167,8 @@ class Supervisor:
             why = await self._open(connection)
             if why is None:
                 self.transports = (kind,)
+                if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
+                    self._mode = "legacy"  # a server that leaves questions unanswered costs seconds each time
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
@@ -173,6 +181,7 @@ class Supervisor:
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break
+        self._mode = "auto"  # maybe it is another server now
         self.error = first_error
         self.state = "failed"
         return None
@@ -181,67 +190,7 @@ class Supervisor:
         """Opens a connection and lists its tools; a sentence where that fails."""
         if not await connection.open(self._config.connect_timeout):
             return self._redact(connection.why)
-        return await self._refresh(connection)
-
-    async def _refresh(self, connection: McpConnection) -> str | None:
-        """Lists the tools and tells of a change; a sentence where that fails."""
-        connection.tools_changed = False
-        try:
-            found = await list_tools(connection, self._config, self._config.connect_timeout)
-        except TimeoutError:
-            return f"it did not list its tools within {self._config.connect_timeout:g} seconds (connect_timeout)"
-        except ConnectionLostError as error:
-            return self._redact(str(error))
-        except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
-            return f"its list of tools: {sentence(error, self._config, self._redact)}"
-        changed = not found.same_as(self.listed)
-        self.listed = found
-        for note in found.notes:
-            self._note(note)
-        if changed:
-            try:
-                self._changed(found)
-            except Exception:
-                logger.exception("MCP server %.100r: whoever follows its tools failed", self._config.name)
-        return None
-
-    async def _attend(self, connection: McpConnection) -> None:
-        """Follows a connection to its end: lists the tools again when they change, and asks a session in doubt."""
-        listener: asyncio.Task[None] | None = None
-        capability = connection.client.server_capabilities.tools
-        if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
-            listener = asyncio.create_task(listen_for_changes(connection, self._note))
-        try:
-            while not (connection.is_down or self._closing):
-                await self._wake.wait()
-                self._wake.clear()
-                if connection.in_doubt and not connection.is_down:
-                    await self._ask(connection)
-                if connection.tools_changed and not connection.is_down:
-                    await self._sleep(connection, _DEBOUNCE)
-                    if why := await self._refresh(connection):
-                        self._note(f"the tools could not be listed again: {why}")
-                    await self._sleep(connection, _MIN_BETWEEN_LISTS)
-        finally:
-            if listener is not None:
-                listener.cancel()
-                await asyncio.gather(listener, return_exceptions=True)
-
-    async def _sleep(self, connection: McpConnection, seconds: float) -> None:
-        """Sleeps, unless the connection ends or is to end; what woke it is looked at again."""
-        deadline = asyncio.get_running_loop().time() + seconds
-        with anyio.move_on_at(deadline):
-            while not (connection.is_down or self._closing):
-                await self._wake.wait()
-                self._wake.clear()
-        self._wake.set()
-
-    async def _ask(self, connection: McpConnection) -> None:
-        connection.in_doubt = False
-        try:
-            await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
-        except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
-            connection.end("the server refuses the session")
+        return await self._watch.list(connection)
 
     async def _pause(self, failures: int) -> None:
         """Waits before the next attempt; a call that wants the server ends the wait."""

@@ -38,6 +38,7 @@ class Opening:
         config: of the server.
         kind: the transport.
         auth: of its HTTP requests.
+        public_only: they go to public addresses alone.
         ended: called with a sentence when the server closes the connection.
         session_doubted: see `HttpNotes`.
         log: gets the lines that a server writes beside the protocol.
@@ -49,6 +50,7 @@ class Opening:
         kind: Kind,
         *,
         auth: httpx2.Auth | None,
+        public_only: bool,
         ended: Callable[[str], None],
         session_doubted: Callable[[bool], None],
         log: Callable[[str], None],
@@ -56,6 +58,7 @@ class Opening:
         self._config = config
         self._kind: Kind = kind
         self._auth = auth
+        self._public_only = public_only
         self._ended = ended
         self._log = log
         self._notes = HttpNotes(session_doubted)
@@ -125,4 +128,5 @@ class Opening:
             headers=http_headers(self._config),
             auth=self._auth,
             connect_seconds=self._config.connect_timeout,
+            public_only=self._public_only,
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.parsing import parse_body
@@ -20,19 +20,17 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
 )
 from candle_vllm.openai.protocol.generation import MaxTokens, Stop
-from candle_vllm.openai.protocol.structured import JsonObjectFormat, TextFormat
-from candle_vllm.openai.protocol.tools import FunctionName, check_depth
+from candle_vllm.responses.protocol.answer_form import ReasoningConfig, StreamOptions, TextConfig
 from candle_vllm.responses.protocol.fields import (
     MAX_ITEMS,
-    MAX_METADATA,
-    MAX_METADATA_KEY,
-    MAX_METADATA_VALUE,
     REFUSED_COUNT_FIELDS,
     REFUSED_RESPONSES_FIELDS,
 )
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.protocol.parts import ItemId, Text, type_of
-from candle_vllm.responses.protocol.tools import AnyTool, ToolChoice
+from candle_vllm.responses.protocol.metadata import Metadata
+from candle_vllm.responses.protocol.parts import ItemId, Text
+from candle_vllm.responses.protocol.tool_choice import ToolChoice
+from candle_vllm.responses.protocol.tools import AnyTool
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
@@ -48,70 +46,7 @@ Include = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-
-
-class StreamOptions(WireModel):
-    """Has nothing to choose."""
-
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "include_obfuscation": Refusal("events are never padded with random characters", (False,))
-    }
-
-
-class JsonSchemaFormat(WireModel):
-    """A schema that the answer always follows, whether `strict` or not; the model sees nothing of it."""
-
-    type: Literal["json_schema"]
-    name: FunctionName
-    json_schema: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        check_depth(schema)
-        return schema
-
-
-class PlainFormat(TextFormat):
-    """Any text."""
-
-    @classmethod
-    def check_kind(cls, data: dict[str, Any]) -> None:
-        """Lists the formats."""
-        if data.get("type") != "text":
-            raise invalid("type", "must be one of text, json_object, json_schema")
-
-
-def _format_form(value: Any) -> str:
-    kind = type_of(value)
-    return f"<{kind}>" if kind in ("json_object", "json_schema") else "<text>"
-
-
-class TextConfig(WireModel):
-    """The form of the answer; `verbosity` has no effect."""
-
-    format: (
-        Annotated[
-            Annotated[PlainFormat, Tag("<text>")]
-            | Annotated[JsonObjectFormat, Tag("<json_object>")]
-            | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
-            Discriminator(_format_form),
-        ]
-        | None
-    ) = None
-    verbosity: Literal["low", "medium", "high"] | None = None
-
-
-class ReasoningConfig(WireModel):
-    """How much the model thinks, where its template knows efforts. The other fields have no effect."""
-
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
-    context: Literal["auto", "current_turn", "all_turns"] | None = None
-    mode: Annotated[str, Field(max_length=64)] | None = None
+INCLUDABLE: tuple[str, ...] = get_args(Include)
 
 
 class ConversationReference(WireModel):
@@ -189,7 +124,7 @@ class ResponsesRequest(PromptFields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
     # vLLM's extra ones that the engine has.
     top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
@@ -209,18 +144,6 @@ class ResponsesRequest(PromptFields):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     client_metadata: dict[str, Any] | None = None
     access_programs: dict[str, Any] | None = None
-
-    @field_validator("metadata")
-    @classmethod
-    def _small(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
-        if metadata is not None and len(metadata) > MAX_METADATA:
-            raise invalid("", f"must have at most {MAX_METADATA} pairs, not {len(metadata)}")
-        for key, value in (metadata or {}).items():
-            if not 0 < len(key) <= MAX_METADATA_KEY:
-                raise invalid("", f"has a key of {len(key)} characters; 1 to {MAX_METADATA_KEY} are allowed")
-            if len(value) > MAX_METADATA_VALUE:
-                raise invalid(key, f"must have at most {MAX_METADATA_VALUE} characters, not {len(value)}")
-        return metadata
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

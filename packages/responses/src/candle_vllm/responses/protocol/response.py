@@ -101,6 +101,14 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None
 
 
+class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """A response that is gone."""
+
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
 class InputTokens(msgspec.Struct, frozen=True, kw_only=True):
     """How many tokens the prompt of a request has."""
 

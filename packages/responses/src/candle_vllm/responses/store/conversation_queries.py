@@ -40,14 +40,14 @@ def create(
 
 def get(connection: Connection, owner: str, name: str) -> StoredConversation:
     """A conversation."""
-    return _conversation(_find(connection, owner, name))
+    return _conversation(find(connection, owner, name))
 
 
 def describe(
     connection: Connection, owner: str, name: str, metadata: bytes, now: int, options: StoreOptions
 ) -> StoredConversation:
     """Gives a conversation other metadata."""
-    row = _find(connection, owner, name, locked=True)
+    row = find(connection, owner, name, locked=True)
     grown = len(metadata) - len(row.body)
     if grown > 0:
         make_room(connection, options, grown, keep=row.number)
@@ -58,7 +58,7 @@ def describe(
 
 def remove(connection: Connection, owner: str, name: str) -> None:
     """Deletes a conversation and its items."""
-    drop(connection, [_find(connection, owner, name, locked=True).number])
+    drop(connection, [find(connection, owner, name, locked=True).number])
 
 
 def append(
@@ -75,7 +75,7 @@ def append(
 
     With `skip_known`, those that are there already stay where they are; otherwise they are refused.
     """
-    row = _find(connection, owner, name, locked=True)
+    row = find(connection, owner, name, locked=True)
     there = _known(connection, row.number, more)
     if skip_known:
         more = list({each.id: each for each in more if each.id not in there}.values())
@@ -104,7 +104,7 @@ def append(
 
 def page(connection: Connection, owner: str, name: str, limit: int, order: Order, after: str | None) -> ItemPage:
     """At most `limit` items, from the one behind `after` in the order."""
-    row = _find(connection, owner, name)
+    row = find(connection, owner, name)
     query = select(items.c.id, items.c.body).where(items.c.record == row.number)
     if after is not None:
         place = connection.execute(_item(row.number, after, items.c.number)).scalar_one_or_none()
@@ -120,7 +120,7 @@ def page(connection: Connection, owner: str, name: str, limit: int, order: Order
 
 def everything(connection: Connection, owner: str, name: str, now: int) -> list[StoredItem]:
     """All items in their order, for a response that goes on with them."""
-    row = _find(connection, owner, name)
+    row = find(connection, owner, name)
     connection.execute(update(records).where(records.c.number == row.number).values(used=now))
     query = select(items.c.id, items.c.body).where(items.c.record == row.number).order_by(items.c.number)
     return [StoredItem(id=row.id, body=bytes(row.body)) for row in connection.execute(query)]
@@ -128,7 +128,7 @@ def everything(connection: Connection, owner: str, name: str, now: int) -> list[
 
 def item(connection: Connection, owner: str, name: str, item_id: str) -> StoredItem:
     """One item."""
-    row = _find(connection, owner, name)
+    row = find(connection, owner, name)
     found = connection.execute(_item(row.number, item_id, items.c.id, items.c.body)).first()
     if found is None:
         raise NotStoredError("Conversation item", item_id, "item_id")
@@ -137,7 +137,7 @@ def item(connection: Connection, owner: str, name: str, item_id: str) -> StoredI
 
 def remove_item(connection: Connection, owner: str, name: str, item_id: str) -> StoredConversation:
     """Deletes one item; the conversation that it was in."""
-    row = _find(connection, owner, name, locked=True)
+    row = find(connection, owner, name, locked=True)
     found = connection.execute(_item(row.number, item_id, items.c.number, items.c.size)).first()
     if found is None:
         raise NotStoredError("Conversation item", item_id, "item_id")
@@ -145,6 +145,15 @@ def remove_item(connection: Connection, owner: str, name: str, item_id: str) -> 
     smaller = {"size": records.c.size - found.size}
     connection.execute(update(records).where(records.c.number == row.number).values(smaller))
     return _conversation(row)
+
+
+def find(connection: Connection, owner: str, name: str, *, locked: bool = False) -> Any:
+    """A conversation's row; NotStoredError where there is none."""
+    query = select(records).where(records.c.owner == owner, records.c.id == name, records.c.conversation)
+    row = connection.execute(query.with_for_update() if locked else query).first()
+    if row is None:
+        raise NotStoredError("Conversation", name, "conversation_id")
+    return row
 
 
 def _known(connection: Connection, number: int, more: Sequence[StoredItem]) -> set[str]:
@@ -167,14 +176,6 @@ def _refuse_twins(more: Sequence[StoredItem], there: set[str]) -> None:
                 f"items.{index}.id",
             )
         seen.add(each.id)
-
-
-def _find(connection: Connection, owner: str, name: str, *, locked: bool = False) -> Any:
-    query = select(records).where(records.c.owner == owner, records.c.id == name, records.c.conversation)
-    row = connection.execute(query.with_for_update() if locked else query).first()
-    if row is None:
-        raise NotStoredError("Conversation", name, "conversation_id")
-    return row
 
 
 def _item(number: int, item_id: str, *columns: ColumnElement[Any]) -> Select[Any]:

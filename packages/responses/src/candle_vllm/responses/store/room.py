@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, select
 
 from candle_vllm.responses.store.errors import StoreLimitError
 from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.schema import LAYOUT, items, places, records
+from candle_vllm.responses.store.schema import LAYOUT, items, places, records, turns
 
 _AT_ONCE = 100  # rows that are looked at in one go
 
@@ -55,12 +55,13 @@ def drop(connection: Connection, numbers: list[int]) -> None:
     """Deletes rows, and what belongs to them."""
     connection.execute(delete(items).where(items.c.record.in_(numbers)))
     connection.execute(delete(places).where(places.c.record.in_(numbers)))
+    connection.execute(delete(turns).where(turns.c.record.in_(numbers)))
     connection.execute(delete(records).where(records.c.number.in_(numbers)))
 
 
 def _victims(connection: Connection, most: ColumnElement[Any], keep: int | None) -> list[Any]:
     """Rows of the key that has most, the longest unused first; what somebody works on is none of them."""
-    idle: list[ColumnElement[bool]] = [records.c.lease.is_(None)]
+    idle: list[ColumnElement[bool]] = [records.c.lease.is_(None), records.c.number.not_in(select(turns.c.record))]
     if keep is not None:
         idle.append(records.c.number != keep)
     by_owner = select(records.c.owner).where(*idle).group_by(records.c.owner).order_by(most.desc()).limit(1)

@@ -76,4 +76,13 @@ places = Table(
     Column("item", String(MAX_ID), nullable=False, index=True),
 )
 
+# Who answers in a conversation now, where several servers share the store.
+turns = Table(
+    "responses_turns",
+    _metadata,
+    Column("record", _Key, ForeignKey("responses_records.number", ondelete="CASCADE"), primary_key=True),
+    Column("holder", String(MAX_ID), nullable=False, index=True),
+    Column("until", BigInteger, nullable=False),  # ms since 1970
+)
+
 LAYOUT = Layout("store of responses", "responses_store", _metadata, head, VERSION, 0x72657370)

@@ -6,6 +6,7 @@ database is a `StoreUnavailableError`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,11 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.store import conversation_queries, references, response_queries
+from candle_vllm.responses.store import conversation_queries, references, response_queries, turn_queries
 from candle_vllm.responses.store.conversation_queries import Order
 from candle_vllm.responses.store.database import Database, connect_to, connect_to_memory
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
+from candle_vllm.responses.store.errors import NotStoredError
+from candle_vllm.responses.store.item_bodies import item_bodies, known_conversation, known_item
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.responses.store.records import (
     STOPPED,
@@ -28,7 +30,6 @@ from candle_vllm.responses.store.records import (
     StoredResponse,
     is_id,
     items_of,
-    new_item_id,
     settled,
 )
 from candle_vllm.responses.store.schema import LAYOUT
@@ -138,10 +139,7 @@ class ResponseStore:
         if not is_id(response_id):
             raise NotStoredError("Previous response", response_id, "previous_response_id")
         chain = await self._database.run(response_queries.chain, owner, response_id, self._ms, self.options)
-        found: list[Item] = []
-        for record in chain:
-            found += items_of(record.response, record.input_items)
-        return found
+        return await asyncio.to_thread(_items, chain)
 
     async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, Item]:
         """Items of this owner's responses and conversations by their ids; those that are nowhere are left out."""
@@ -150,28 +148,29 @@ class ResponseStore:
 
     async def purge(self) -> int:
         """Deletes what has expired and ends what nobody works on; how many were deleted."""
+        await self._database.run(turn_queries.forget, self._ms)
         return await self._database.run(response_queries.purge, self._ms)
 
     # ---- conversations -----------------------------------------------------------------------------------------------
 
     async def create_conversation(self, owner: str, made: StoredConversation, items: Iterable[Item] = ()) -> None:
         """Keeps a new conversation with its first items."""
-        first = self._stored(items)
+        first = item_bodies(items, self.options.max_item_bytes)
         arguments = (owner, made, first, self._ms, self.options)
         self._note(await self._database.run(conversation_queries.create, *arguments))
 
     async def conversation(self, owner: str, name: str) -> StoredConversation:
         """A conversation; NotStoredError where there is none, here and in the methods below."""
-        return await self._database.run(conversation_queries.get, owner, _known(name))
+        return await self._database.run(conversation_queries.get, owner, known_conversation(name))
 
     async def describe_conversation(self, owner: str, name: str, metadata: bytes) -> StoredConversation:
         """Gives a conversation other metadata, a JSON object."""
-        arguments = (owner, _known(name), metadata, self._ms, self.options)
+        arguments = (owner, known_conversation(name), metadata, self._ms, self.options)
         return await self._database.run(conversation_queries.describe, *arguments)
 
     async def delete_conversation(self, owner: str, name: str) -> None:
         """Deletes a conversation and its items; responses that belonged to it stay."""
-        await self._database.run(conversation_queries.remove, owner, _known(name))
+        await self._database.run(conversation_queries.remove, owner, known_conversation(name))
 
     async def append(
         self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False
@@ -188,9 +187,9 @@ class ResponseStore:
             StoreLimitError: an item, or all together, are too much.
             InvalidParameterError: an id is there already.
         """
-        more = self._stored(items)
+        more = item_bodies(items, self.options.max_item_bytes)
         if more:
-            arguments = (owner, _known(name), more, self._ms, self.options)
+            arguments = (owner, known_conversation(name), more, self._ms, self.options)
             work = conversation_queries.append
             self._note(await self._database.run(work, *arguments, skip_known=skip_known))
         return more
@@ -199,20 +198,41 @@ class ResponseStore:
         """Some items; InvalidParameterError where `after` is none of them."""
         if after is not None and not is_id(after):
             raise InvalidParameterError(f"after must be the id of an item, not {after!r:.80}", "after")
-        return await self._database.run(conversation_queries.page, owner, _known(name), limit, order, after)
+        return await self._database.run(conversation_queries.page, owner, known_conversation(name), limit, order, after)
 
     async def items(self, owner: str, name: str) -> list[Item]:
         """All items of a conversation in their order."""
-        found = await self._database.run(conversation_queries.everything, owner, _known(name), self._ms)
-        return [msgspec.json.decode(item.body) for item in found]
+        found = await self._database.run(conversation_queries.everything, owner, known_conversation(name), self._ms)
+        return await asyncio.to_thread(lambda: [msgspec.json.decode(item.body) for item in found])
 
     async def item(self, owner: str, name: str, item_id: str) -> StoredItem:
         """One item."""
-        return await self._database.run(conversation_queries.item, owner, _known(name), _known_item(item_id))
+        return await self._database.run(conversation_queries.item, owner, known_conversation(name), known_item(item_id))
 
     async def delete_item(self, owner: str, name: str, item_id: str) -> StoredConversation:
         """Deletes one item; the conversation that it was in."""
-        return await self._database.run(conversation_queries.remove_item, owner, _known(name), _known_item(item_id))
+        return await self._database.run(
+            conversation_queries.remove_item, owner, known_conversation(name), known_item(item_id)
+        )
+
+    # ---- turns -------------------------------------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes can use it, too."""
+        return self.options.url != MEMORY
+
+    async def take_turn(self, owner: str, name: str, holder: str) -> bool:
+        """Gives a conversation to whoever answers in it, for 20 seconds; False while another holder has it."""
+        return await self._database.run(turn_queries.take, owner, known_conversation(name), holder, self._ms)
+
+    async def keep_turn(self, holder: str) -> None:
+        """Says that the holder still answers."""
+        await self._database.run(turn_queries.keep, holder, self._ms)
+
+    async def leave_turn(self, holder: str) -> None:
+        """Lets the next one in."""
+        await self._database.run(turn_queries.leave, holder)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -223,34 +243,10 @@ class ResponseStore:
     def _connect(self) -> Any:
         return connect_to_memory() if self.options.url == MEMORY else connect_to(self.options.url, LAYOUT)
 
-    def _stored(self, items: Iterable[Item]) -> list[StoredItem]:
-        made = []
-        for index, item in enumerate(items):
-            name = item.get("id") or new_item_id(item.get("type", "message"))
-            if not isinstance(name, str) or not is_id(name):
-                raise InvalidParameterError(f"items.{index}.id is not an id of an item", f"items.{index}.id")
-            body = msgspec.json.encode({**item, "id": name})
-            if len(body) > self.options.max_item_bytes:
-                raise StoreLimitError(
-                    f"items.{index} has {len(body)} bytes as JSON; at most {self.options.max_item_bytes} are kept of "
-                    "one item.",
-                    f"items.{index}",
-                )
-            made.append(StoredItem(id=name, body=body))
-        return made
-
     def _note(self, dropped: int) -> None:
         if dropped:
             logger.warning("the store of responses was full: %d of its oldest records made room", dropped)
 
 
-def _known(name: str) -> str:
-    if not is_id(name):
-        raise NotStoredError("Conversation", name, "conversation_id")
-    return name
-
-
-def _known_item(name: str) -> str:
-    if not is_id(name):
-        raise NotStoredError("Conversation item", name, "item_id")
-    return name
+def _items(chain: Sequence[StoredResponse]) -> list[Item]:
+    return [item for record in chain for item in items_of(record.response, record.input_items)]

@@ -13,10 +13,9 @@ from candle_vllm.responses.api.conversations import (
     ItemsCreateRequest,
 )
 from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, AnyItem, ItemList
-from candle_vllm.responses.api.kept import ResponseDeleted
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
-from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.records import MAX_ID
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation

@@ -1,0 +1,169 @@
+"""TurnItems: what a model says and what becomes of its calls -> output items, each at its place and told to its end."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
+from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, ReasoningWriter, new_id
+from candle_vllm.responses.api.output_log import OutputLog
+from candle_vllm.responses.api.tool_plan import ToolPlan
+from candle_vllm.responses.protocol.output import McpApprovalRequestOut
+from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+
+_Writer = TypeVar("_Writer", bound=ItemWriter)
+
+
+class TurnItems:
+    """The items of all turns of one response.
+
+    Args:
+        log: gets their events.
+        plan: the tools.
+        encoded: thoughts come in the form that is sent back, too.
+    """
+
+    def __init__(self, log: OutputLog, plan: ToolPlan, *, encoded: bool) -> None:
+        self._log = log
+        self._plan = plan
+        self._encoded = encoded
+        self._open: MessageWriter | ReasoningWriter | None = None
+        self._calls: dict[str, CallWriter] = {}  # by the id of the call; those that are not done
+        self._told: set[str] = set()  # ids of calls that have an item
+        self._current: CallWriter | None = None  # the call whose arguments come now
+        self._space: list[tuple[str, tuple[ChatTokenLogprob, ...]]] = []  # white space that may begin a message
+        self._said_this_turn = False
+
+    # ---- what the model says -----------------------------------------------------------------------------------------
+
+    def begin_turn(self) -> None:
+        """Nothing has been said in it."""
+        self._said_this_turn = False
+
+    def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
+        """More of a message."""
+        if isinstance(self._open, MessageWriter):
+            self._open.add(text, logprobs)
+            return
+        self._space.append((text, logprobs))
+        if text.strip():  # white space alone stands between thoughts and calls
+            self._begin_message()
+
+    def thoughts(self, text: str) -> None:
+        """More thoughts."""
+        writer = self._open
+        if not isinstance(writer, ReasoningWriter):
+            self._end_saying()
+            self._space = []
+            writer = self._begin(ReasoningWriter(self._log.emit, self._log.next_place, encoded=self._encoded))
+            self._open = writer
+        writer.add(text)
+
+    def begin_call(self, call_id: str, name: str) -> None:
+        """A call begins."""
+        self._end_saying()
+        self._space = []
+        tool = self._plan.by_name.get(name)
+        self._said_this_turn = True
+        if tool is None or self._plan.needs_approval(name):
+            return  # the model made it up, or it is told when somebody is asked
+        emit, place = self._log.emit, self._log.next_place
+        if tool.kind == "mcp":
+            writer: CallWriter = McpCallWriter(emit, place, tool.server or "", tool.name)
+        else:
+            kind = FunctionWriter if tool.kind == "function" else CustomWriter
+            writer = kind(emit, place, call_id, tool.name, tool.namespace)
+        self._told.add(call_id)
+        self._calls[call_id] = self._current = self._begin(writer)
+
+    def arguments(self, call_id: str, delta: str) -> None:
+        """More of a call's arguments."""
+        if call_id not in self._told:
+            return  # they are told when somebody is asked, or never
+        writer = self._calls.get(call_id)
+        if writer is None or writer is not self._current:
+            raise CandleVllmError("The model's answer has the arguments of several calls mixed up.")
+        writer.add(delta)
+
+    def end_turn(self, *, cut: bool) -> None:
+        """The turn has ended, maybe because it was cut."""
+        if not self._said_this_turn and not cut and self._open is None:
+            self._begin_message()  # an answer of white space, or of nothing
+        self._end_saying("incomplete" if cut else "completed")
+        self._space = []
+
+    # ---- what becomes of calls ---------------------------------------------------------------------------------------
+
+    def ask(self, call: ToolCall) -> None:
+        """Somebody has to agree to a call."""
+        tool = self._plan.by_name.get(call.name)
+        self._told.add(call.id)
+        label, name = (tool.server or "", tool.name) if tool else ("", call.name)
+        item = McpApprovalRequestOut(id=new_id("mcpr"), server_label=label, name=name, arguments=call.arguments)
+        self._log.add(item, item)
+
+    def run(self, call: ToolCall) -> None:
+        """A call runs; one that was agreed to has not been told yet."""
+        tool = self._plan.by_name.get(call.name)
+        if call.id in self._told or tool is None or tool.kind != "mcp":
+            return
+        self._told.add(call.id)
+        approval = call.id if self._plan.needs_approval(call.name) else None
+        writer = McpCallWriter(self._log.emit, self._log.next_place, tool.server or "", tool.name, approval)
+        self._calls[call.id] = self._begin(writer)
+        writer.add(call.arguments)
+        writer.end_arguments()
+
+    def ran(self, result: ToolResult) -> None:
+        """A call has its result."""
+        self.run(result.call)  # one that was not let run, such as one with wrong arguments
+        writer = self._calls.get(result.call.id)
+        if isinstance(writer, McpCallWriter):
+            writer.finish(result)
+            self._settle(writer)
+
+    def close(self, status: str) -> None:
+        """The response ends: so does what is open. A call without a result is incomplete."""
+        self._end_open(status)
+        self._current = None
+        for writer in list(self._calls.values()):
+            self._end(writer, "incomplete" if isinstance(writer, McpCallWriter) else status)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, writer: _Writer) -> _Writer:
+        self._said_this_turn = True
+        return self._log.begin(writer)
+
+    def _begin_message(self) -> None:
+        self._end_saying()
+        writer = self._begin(MessageWriter(self._log.emit, self._log.next_place))
+        self._open, self._space, held = writer, [], self._space
+        for text, logprobs in held:
+            writer.add(text, logprobs)
+
+    def _end_saying(self, status: str = "completed") -> None:
+        """Ends what is being said: a message, thoughts, or a call's arguments."""
+        self._end_open(status)
+        writer, self._current = self._current, None
+        if isinstance(writer, McpCallWriter) and status == "completed":
+            writer.end_arguments()  # it goes on until its result is there
+        elif writer is not None:
+            self._end(writer, status)
+
+    def _end_open(self, status: str) -> None:
+        writer, self._open = self._open, None
+        if writer is not None:
+            self._end(writer, status)
+
+    def _end(self, writer: ItemWriter, status: str) -> None:
+        writer.end(status)
+        self._settle(writer)
+
+    def _settle(self, writer: ItemWriter) -> None:
+        self._log.settle(writer)
+        for call_id, one in list(self._calls.items()):
+            if one is writer:
+                del self._calls[call_id]
