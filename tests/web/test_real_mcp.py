@@ -59,17 +59,51 @@ def test_a_tool_runs_after_approval(browser: Any, open_page: Callable[..., Any],
         server.stop()
 
 
-def test_a_server_without_a_key_says_what_is_missing(browser: Any, open_page: Callable[..., Any], folder: Path) -> None:
+def test_the_printed_address_runs_tools_without_a_configured_key(
+    browser: Any, open_page: Callable[..., Any], folder: Path
+) -> None:
     server = ScriptedServer(folder, ANSWERS, "--ui-server", "--mcp-config", "servers.json")
     try:
-        page = open_page(server.url + "/")
+        (address,) = [line.split()[-1] for line in server.banner if line.startswith("web UI")]
+        page = open_page(address)
+        page.set_default_timeout(20_000)
+        page.get_by_text("Tools 1/1").wait_for()
+        assert page.url == server.url + "/#/"
+        say(page, "Ask the clock")
+        button(page, "Allow once").wait_for()
+        page.reload()  # the key stays with the tab
+        button(page, "Allow once").click()
+        said(page, "It is noon.")
+        page.get_by_role("link", name="Tools").click()
+        page.get_by_text("ready · stdio").wait_for()
+        assert page.get_by_text("#key=").count() == 0
+        page.go_back()
+        assert "key" not in page.url
+        assert address.split("key=")[1] not in page.evaluate("JSON.stringify(localStorage)")
+    finally:
+        server.stop()
+    assert address.split("key=")[1] not in (folder / "server.log").read_text()
+
+
+def test_without_the_key_the_page_says_where_the_address_is(
+    browser: Any, open_page: Callable[..., Any], folder: Path
+) -> None:
+    server = ScriptedServer(folder, ANSWERS, "--ui-server", "--mcp-config", "servers.json")
+    try:
+        (address,) = [line.split()[-1] for line in server.banner if line.startswith("web UI")]
+        page = open_page(f"{server.url}/#key={'x' * 32}")  # that of a server that is gone
         page.set_default_timeout(20_000)
         page.get_by_text("Tools 1/1").wait_for()
         say(page, "Ask the clock")
         button(page, "Allow once").click()
-        page.locator(".answer").get_by_text("start it with --api-key").wait_for()
+        page.locator(".answer").get_by_text("open the address that the server printed").wait_for()
         button(page, "Allow once").wait_for()  # the call still waits
         page.get_by_role("link", name="Tools").click()
-        page.get_by_text("Start it with --api-key.").wait_for()
+        page.get_by_text("It ends in #key=").wait_for()
+        page.go_back()
+        page.evaluate("(hash) => { location.hash = hash; }", address.split("/")[-1])  # pasted into the open page
+        button(page, "Allow once").click()
+        said(page, "It is noon.")
+        assert "key" not in page.url
     finally:
         server.stop()

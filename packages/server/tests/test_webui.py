@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from candle_vllm.server.routes.webui import bundle_names, public_paths
+from candle_vllm.server.routes.webui import bundle_names, new_page_key, page_address, public_paths
+from candle_vllm.server.settings import Settings
 
 STATIC = files("candle_vllm.server") / "static"
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml", "txt": "text/plain"}
@@ -159,3 +161,18 @@ def test_the_page_needs_no_key_and_everything_else_does(start: Callable[..., Any
             assert client.get(path).status_code == 401, path
     with start(api_key=("k",)).http() as client:
         assert client.get("/").status_code == 401
+
+
+def test_a_key_for_the_page_alone_where_nobody_has_one(tmp_path: Path) -> None:
+    keys = {new_page_key(Settings(ui_server=True), True) for _ in range(3)}
+    assert len(keys) == 3
+    for key in keys:
+        assert re.fullmatch(r"[\w-]{32}", key or ""), "the form that the page takes out of its address"
+    assert page_address("http://127.0.0.1:2000", "k") == "http://127.0.0.1:2000/#key=k"
+    assert page_address("http://127.0.0.1:2000", None) == "http://127.0.0.1:2000/"
+    assert new_page_key(Settings(ui_server=True), False) is None
+    assert new_page_key(Settings(), True) is None
+    assert new_page_key(Settings(ui_server=True, api_key=("k",)), True) is None
+    file = tmp_path / "keys"
+    file.write_text("k\n")
+    assert new_page_key(Settings(ui_server=True, api_key_file=file), True) is None

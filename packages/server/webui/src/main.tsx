@@ -4,12 +4,14 @@ import { render } from "preact";
 import { startChats } from "./state/chats.ts";
 import { refreshMcp } from "./state/mcp.ts";
 import { refreshModels } from "./state/models.ts";
+import { followPageKey } from "./state/page-key.ts";
 import { applyPreferences } from "./state/preferences.ts";
 import { followAddress } from "./state/route.ts";
 import { App } from "./ui/App.tsx";
 import { listenForShortcuts } from "./ui/shortcuts.ts";
 
 applyPreferences();
+followPageKey();
 followAddress();
 listenForShortcuts();
 render(<App />, document.getElementById("app")!);

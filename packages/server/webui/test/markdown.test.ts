@@ -3,6 +3,7 @@ import { test } from "node:test";
 import type { Tokens } from "marked";
 import { GrowingBlocks, isFenceClosed, isTooMuch, readBlocks } from "../src/markdown/blocks.ts";
 import { safeLink, safePicture } from "../src/markdown/links.ts";
+import { escapeUnseen } from "../src/markdown/unseen.ts";
 import { drawMarkdown, every, outline, textOf } from "./nodes.ts";
 
 const SAMPLES = [
@@ -188,4 +189,24 @@ test("no text takes long", () => {
     if (!isTooMuch(source)) readBlocks(source);
     assert.ok(performance.now() - started < 3000, `${source.slice(0, 10)} took ${performance.now() - started} ms`);
   }
+});
+
+test("a long rule is a rule, and deep containers stay text", () => {
+  for (const rule of ["-".repeat(40), "*".repeat(40), "_".repeat(80)]) {
+    assert.equal(isTooMuch(`above\n\n${rule}\n\nbelow`), false, rule);
+  }
+  for (const deep of [">".repeat(40), "- ".repeat(40), "1. ".repeat(40), "> - ".repeat(20)]) assert.equal(isTooMuch(deep), true, deep);
+});
+
+test("a paragraph full of marks is read in time that grows with its length", () => {
+  for (const marks of ["*a_", "_a", "$", "$$", "$$a", "![", "[", "\\[", "\\(a", "<", "`", "a $$\n"]) {
+    const started = performance.now();
+    readBlocks(marks.repeat(60_000 / marks.length));
+    assert.ok(performance.now() - started < 2000, marks);
+  }
+  assert.equal(outline(drawMarkdown("a **b** c ".repeat(100))).includes("strong"), true);
+});
+
+test("characters that nobody sees are written out", () => {
+  assert.equal(escapeUnseen("a\u202eb\u200bc\u0000\u{e0041}\n\t ü 🙂"), "a\\u{202e}b\\u{200b}c\\u{0}\\u{e0041}\n\t ü 🙂");
 });

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { type MathNode, readMaths } from "../src/markdown/maths.ts";
+import type { MathNode } from "../src/markdown/maths-nodes.ts";
+import { readMaths } from "../src/markdown/maths.ts";
 
 function outline(node: MathNode | string | undefined): string {
   if (node === undefined) return "?";

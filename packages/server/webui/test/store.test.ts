@@ -88,3 +88,15 @@ test("the languages have the same texts", () => {
   const empty = (value: unknown): boolean => (typeof value === "object" && value !== null ? Object.values(value).some(empty) : value === "");
   assert.ok(!empty(de) && !empty(en));
 });
+
+test("an imported file says what it likes, and gets nothing of it", () => {
+  const text = `{"format": "candle-vllm-conversations", "version": 1, "__proto__": {"polluted": 1}, "conversations": [
+    {"conversation": {"title": "p", "leaf": {"toString": 1}, "updated": 1e300, "created": -1, "settings": {"__proto__": {"temperature": 5}}},
+     "messages": [{"id": "__proto__", "role": "user", "text": "t", "parent": {"toString": 1}, "created": 1e300}]}]}`;
+  const { archives, broken } = importText(text);
+  assert.equal(broken, 0);
+  const { conversation: read, messages } = archives[0]!;
+  assert.deepEqual([read.leaf, read.created, read.settings.temperature, messages[0]!.parent], [null, 0, undefined, null]);
+  assert.ok(read.updated <= Date.now() && messages[0]!.created <= Date.now());
+  assert.equal(({} as { polluted?: number }).polluted, undefined);
+});

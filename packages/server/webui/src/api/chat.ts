@@ -2,6 +2,7 @@
 
 import { EventReader } from "./events.ts";
 import { ApiError, describeError, isAbort, jsonRequest, send } from "./http.ts";
+import { readChunk } from "./readers.ts";
 import { Pauses } from "./pause.ts";
 import type { ChatChunk } from "./types.ts";
 
@@ -50,7 +51,7 @@ function parse(data: string): ChatChunk {
   if (chunk && typeof chunk === "object" && "error" in chunk) {
     throw new ApiError({ kind: "stream", ...describeError(chunk) });
   }
-  const { choices } = (chunk ?? {}) as Partial<ChatChunk>;
-  if (!Array.isArray(choices)) throw new ApiError({ kind: "stream", message: "" });
-  return chunk as ChatChunk;
+  const read = readChunk(chunk);
+  if (!read) throw new ApiError({ kind: "stream", message: "" });
+  return read;
 }

@@ -1,6 +1,6 @@
 // Requests to this server: addresses relative to the page, the API key, and errors with what the server said.
 
-export type Failure = "network" | "http" | "stream" | "dropped";
+export type Failure = "network" | "http" | "stream" | "dropped" | "format";
 
 /** What went wrong, in a form that can be kept with a message and shown later. */
 export interface ErrorInfo {
@@ -17,6 +17,8 @@ export class ApiError extends Error {
   }
 }
 
+const MAX_MESSAGE = 2000; // characters of an error that are shown
+
 let currentKey: () => string = () => "";
 
 /** Says where the API key comes from; it is asked for at each request. */
@@ -24,10 +26,10 @@ export function useKey(source: () => string): void {
   currentKey = source;
 }
 
-/** A request that has been answered with success; `path` is relative to the page. */
-export async function send(path: string, init: RequestInit = {}): Promise<Response> {
+/** A request that has been answered with success; `path` is relative to the page. An own key stands for the API key. */
+export async function send(path: string, init: RequestInit = {}, ownKey = ""): Promise<Response> {
   const headers = new Headers(init.headers);
-  const key = currentKey();
+  const key = ownKey || currentKey();
   if (key) headers.set("authorization", `Bearer ${key}`);
   let response: Response;
   try {
@@ -40,14 +42,19 @@ export async function send(path: string, init: RequestInit = {}): Promise<Respon
   return response;
 }
 
-export async function getJson<T>(path: string, signal?: AbortSignal): Promise<T> {
-  const response = await send(path, signal ? { signal } : {});
-  return (await response.json()) as T;
+export const getJson = async (path: string): Promise<unknown> => readJson(await send(path));
+
+export async function postJson(path: string, body: unknown, signal?: AbortSignal, ownKey = ""): Promise<unknown> {
+  return readJson(await send(path, jsonRequest(body, signal), ownKey));
 }
 
-export async function postJson<T>(path: string, body: unknown, signal?: AbortSignal): Promise<T> {
-  const response = await send(path, jsonRequest(body, signal));
-  return (await response.json()) as T;
+async function readJson(response: Response): Promise<unknown> {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    throw new ApiError({ kind: error instanceof SyntaxError ? "format" : "dropped", message: "" });
+  }
 }
 
 export function jsonRequest(body: unknown, signal?: AbortSignal): RequestInit {
@@ -74,12 +81,18 @@ async function failureOf(response: Response): Promise<ApiError> {
 /** Message and parameter of OpenAI's error body. */
 export function describeError(body: unknown): { message: string; param?: string } {
   const error = (body as { error?: unknown } | null)?.error;
-  if (typeof error === "string") return { message: error };
+  if (typeof error === "string") return { message: shortened(error) };
   const { message, param } = (error ?? {}) as { message?: unknown; param?: unknown };
-  const described: { message: string; param?: string } = { message: typeof message === "string" ? message : "" };
-  if (typeof param === "string" && param) described.param = param;
+  const described: { message: string; param?: string } = { message: shortened(message) };
+  if (typeof param === "string" && param) described.param = param.slice(0, 200);
   return described;
 }
+
+const shortened = (message: unknown): string => (typeof message === "string" ? message.slice(0, MAX_MESSAGE) : "");
+
+/** The server lets nobody without a key (or from another page) do this, and has not done it. */
+export const isRefusal = (error: unknown): boolean =>
+  error instanceof ApiError && (error.info.status === 401 || error.info.status === 403);
 
 export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === "AbortError";

@@ -1,13 +1,16 @@
 // What the server says of itself: models, MCP servers, counts.
 
 import { ApiError, getJson, postJson, send } from "./http.ts";
+import { fields, readModel, readResult, readServer, readTool, text } from "./readers.ts";
 import type { McpResult, McpServer, McpTool, ModelCard } from "./types.ts";
 
-interface List<T> {
-  data: T[];
-}
+export const listModels = (): Promise<ModelCard[]> => listOf("v1/models", readModel);
 
-export const listModels = async (): Promise<ModelCard[]> => (await getJson<List<ModelCard>>("v1/models")).data;
+async function listOf<T>(path: string, read: (data: unknown) => T[]): Promise<T[]> {
+  const { data } = fields(await getJson(path));
+  if (!Array.isArray(data)) throw new ApiError({ kind: "format", message: "" });
+  return data.flatMap(read);
+}
 
 export const loadModel = (id: string): Promise<unknown> => postJson("v1/models/load", { model: id });
 
@@ -15,11 +18,11 @@ export const unloadModel = (id: string): Promise<unknown> => postJson("v1/models
 
 /** The MCP servers, or undefined where this server has none. */
 export async function listMcpServers(): Promise<McpServer[] | undefined> {
-  return orNothing(async () => (await getJson<List<McpServer>>("v1/mcp/servers")).data);
+  return orNothing(() => listOf("v1/mcp/servers", readServer));
 }
 
 export async function listMcpTools(): Promise<McpTool[] | undefined> {
-  return orNothing(async () => (await getJson<List<McpTool>>("v1/mcp/tools")).data);
+  return orNothing(() => listOf("v1/mcp/tools", readTool));
 }
 
 async function orNothing<T>(ask: () => Promise<T>): Promise<T | undefined> {
@@ -31,11 +34,11 @@ async function orNothing<T>(ask: () => Promise<T>): Promise<T | undefined> {
   }
 }
 
-/** Runs a tool that the user has agreed to. */
-export const callTool = (name: string, args: object, signal: AbortSignal): Promise<McpResult> =>
-  postJson("v1/mcp/call", { name, arguments: args, approved: true }, signal);
+/** Runs a tool that the user has agreed to; with an own key in the place of the API key. */
+export const callTool = async (name: string, args: object, signal: AbortSignal, ownKey = ""): Promise<McpResult> =>
+  readResult(await postJson("v1/mcp/call", { name, arguments: args, approved: true }, signal, ownKey));
 
-export const serverVersion = async (): Promise<string> => (await getJson<{ version: string }>("version")).version;
+export const serverVersion = async (): Promise<string> => text(fields(await getJson("version")).version) ?? "";
 
 export async function readMetrics(): Promise<string> {
   return (await send("metrics", { headers: { accept: "text/plain" } })).text();

@@ -38,7 +38,6 @@ export interface ChatChunk {
     delta: {
       content?: string | null;
       reasoning_content?: string | null;
-      reasoning?: string | null;
       tool_calls?: ToolCallDelta[] | null;
     };
     logprobs?: { content?: TokenLogprob[] | null } | null;
@@ -61,10 +60,9 @@ export interface WireToolCall {
 export interface McpServer {
   name: string;
   transport: string;
-  state: "connecting" | "ready" | "failed" | "closed" | "disabled";
+  state: string;
   error: string | null;
   protocol_version: string | null;
-  tools_count: number;
   reconnects: number;
   log: string[];
 }
@@ -89,7 +87,6 @@ export interface McpContent {
 export interface McpResult {
   status: string;
   content: McpContent[];
-  structured?: unknown;
   is_error: boolean;
   text: string;
   seconds: number;

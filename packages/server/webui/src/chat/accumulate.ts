@@ -1,7 +1,7 @@
 // The chunks of a stream -> one step of an answer.
 
 import type { ChatChunk, ToolCallDelta, Usage } from "../api/types.ts";
-import type { Step } from "./types.ts";
+import type { AssistantMessage, Step } from "./types.ts";
 
 /** Adds chunks to a step and takes its times; `now` is in milliseconds. */
 export class StepWriter {
@@ -20,7 +20,7 @@ export class StepWriter {
     const choice = chunk.choices.find((one) => one.index === 0);
     if (!choice) return;
     const { delta } = choice;
-    const thought = delta.reasoning_content ?? delta.reasoning;
+    const thought = delta.reasoning_content;
     if (thought || delta.content || delta.tool_calls?.length) this.step.firstTokenMs ??= now - this.started;
     if (thought) {
       this.thinkingSince ??= now;
@@ -58,4 +58,15 @@ function summed(before: Usage | undefined, now: Usage): Usage {
     delete sum.completion_time_costs;
   }
   return sum;
+}
+
+/** A copy whose changed parts are new objects; texts are shared. */
+export function snapshot(draft: AssistantMessage): AssistantMessage {
+  const last = draft.steps.length - 1;
+  return {
+    ...draft,
+    steps: draft.steps.map((step, index) =>
+      index < last ? step : { ...step, calls: step.calls.map((call) => ({ ...call })) },
+    ),
+  };
 }

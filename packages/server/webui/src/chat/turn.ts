@@ -2,7 +2,7 @@
 //
 // All that a turn knows stands in its message, so that a page that was reloaded can take it up again.
 
-import { ApiError, errorInfo, isAbort } from "../api/http.ts";
+import { errorInfo, isAbort, isRefusal } from "../api/http.ts";
 import type { ChatChunk, McpResult, McpTool } from "../api/types.ts";
 import { StepWriter } from "./accumulate.ts";
 import { type AssistantMessage, emptyStep, type Step, type ToolCall } from "./types.ts";
@@ -202,11 +202,6 @@ function closeCalls(message: AssistantMessage): void {
     if (call.state === "running") lose(call);
     if (call.state === "approved") call.state = "waiting";
   }
-}
-
-/** The server lets nobody without a key (or from another page) call tools. */
-function isRefusal(error: unknown): boolean {
-  return error instanceof ApiError && (error.info.status === 401 || error.info.status === 403);
 }
 
 function argumentsOf(call: ToolCall): object | undefined {

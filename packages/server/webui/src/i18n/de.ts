@@ -32,7 +32,7 @@ export const de: Texts = {
 
   messages: "Nachrichten", you: "Du", answerOf: (model) => (model ? `Antwort von ${model}` : "Antwort"), message: "Nachricht",
   placeholder: "Nachricht schreiben", send: "Senden", stop: "Anhalten", answering: "Antwortet…", stopped: "Angehalten.",
-  cutOff: "Die Antwort hat die Token-Grenze erreicht.", answerFailed: "Die Antwort ist fehlgeschlagen.", approvalNeeded: "Ein Werkzeug wartet auf deine Zustimmung.",
+  emptyAnswer: "Das Modell hat mit nichts geantwortet.", cutOff: "Die Antwort hat die Token-Grenze erreicht.", answerFailed: "Die Antwort ist fehlgeschlagen.", approvalNeeded: "Ein Werkzeug wartet auf deine Zustimmung.",
   mayBeWrong: "Antworten können falsch sein. Prüfe, was wichtig ist.", toEnd: "Zur neuesten Nachricht",
   earlier: (count) => `${count} frühere Nachrichten zeigen`,
   copy: "Kopieren", copied: "Kopiert", copyFailed: "Kopieren ging nicht", copyCode: "Code kopieren", copyMessage: "Nachricht kopieren",
@@ -57,7 +57,7 @@ export const de: Texts = {
   toolsOn: (on, all) => `Werkzeuge ${on}/${all}`, noToolsHere: "Dieses Modell ruft keine Werkzeuge auf",
   toolsText: "Werkzeuge kommen von den MCP-Servern dieses Servers. Ein Modell darf darum bitten; nichts läuft, bevor du es erlaubst.",
   noMcp: "Dieser Server hat keine MCP-Server. Mit --mcp-config gestartet, bekommt er welche.", noServers: "Es ist kein MCP-Server eingerichtet.",
-  noTools: "Keine Werkzeuge.", toolsNeedKey: "Dieser Server hat keinen API-Schlüssel, und ohne den führt er für Seiten keine Werkzeuge aus. Starte ihn mit --api-key.", otherTools: "Andere Werkzeuge", readOnly: "liest nur", askAgain: "Immer erlaubt: wieder fragen", allOn: "Alle an", allOff: "Alle aus",
+  noTools: "Keine Werkzeuge.", toolsNeedKey: "Um Werkzeuge auszuführen, öffne diese Seite mit der Adresse, die der Server beim Start genannt hat. Sie endet auf #key=…", otherTools: "Andere Werkzeuge", readOnly: "liest nur", askAgain: "Immer erlaubt: wieder fragen", allOn: "Alle an", allOff: "Alle aus",
   reconnects: (count) => (count === 1 ? "Einmal neu verbunden." : `${count}-mal neu verbunden.`), log: (count) => `Protokoll (${count})`,
   serverStates: { connecting: "verbindet…", ready: "bereit", failed: "fehlgeschlagen", closed: "geschlossen", disabled: "abgeschaltet" },
 
@@ -100,5 +100,6 @@ export const de: Texts = {
 
   unreachable: "Der Server ist nicht erreichbar. Läuft er?", dropped: "Die Verbindung ist abgerissen. Was ankam, bleibt erhalten.",
   httpError: (status) => `Der Server antwortete mit Status ${status}.`, streamError: "Die Antwort brach ab.",
+  notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",
 };

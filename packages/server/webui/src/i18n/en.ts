@@ -31,7 +31,7 @@ export const en = {
 
   messages: "Messages", you: "You", answerOf: (model: string) => (model ? `Answer of ${model}` : "Answer"), message: "Message",
   placeholder: "Write a message", send: "Send", stop: "Stop", answering: "Answering…", stopped: "Stopped.",
-  cutOff: "The answer reached the token limit.", answerFailed: "The answer failed.", approvalNeeded: "A tool waits for your approval.",
+  emptyAnswer: "The model answered with nothing.", cutOff: "The answer reached the token limit.", answerFailed: "The answer failed.", approvalNeeded: "A tool waits for your approval.",
   mayBeWrong: "Answers can be wrong. Check what matters.", toEnd: "Go to the newest message",
   earlier: (count: number) => `Show ${count} earlier messages`,
   copy: "Copy", copied: "Copied", copyFailed: "Could not copy", copyCode: "Copy code", copyMessage: "Copy message",
@@ -58,7 +58,7 @@ export const en = {
   toolsOn: (on: number, all: number) => `Tools ${on}/${all}`, noToolsHere: "This model calls no tools",
   toolsText: "Tools come from the server's MCP servers. A model may ask for one; nothing runs before you allow it.",
   noMcp: "This server has no MCP servers. Start it with --mcp-config to add some.", noServers: "No MCP server is configured.",
-  noTools: "No tools.", toolsNeedKey: "This server has no API key, and without one it runs no tools for pages. Start it with --api-key.", otherTools: "Other tools", readOnly: "reads only", askAgain: "Always allowed: ask again", allOn: "All on", allOff: "All off",
+  noTools: "No tools.", toolsNeedKey: "To run tools, open this page at the address that the server printed when it started. It ends in #key=…", otherTools: "Other tools", readOnly: "reads only", askAgain: "Always allowed: ask again", allOn: "All on", allOff: "All off",
   reconnects: (count: number) => (count === 1 ? "Reconnected once." : `Reconnected ${count} times.`), log: (count: number) => `Log (${count})`,
   serverStates: { connecting: "connecting…", ready: "ready", failed: "failed", closed: "closed", disabled: "disabled" } as Record<string, string>,
 
@@ -101,6 +101,7 @@ export const en = {
 
   unreachable: "The server cannot be reached. Is it running?", dropped: "The connection was lost. What had arrived is kept.",
   httpError: (status: number) => `The server answered with status ${status}.`, streamError: "The answer broke off.",
+  notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",
 };
 

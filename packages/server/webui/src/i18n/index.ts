@@ -17,6 +17,10 @@ export const shownLanguage = computed<string>(() => {
 
 export const t = computed<Texts>(() => LANGUAGES[shownLanguage.value]!);
 
+/** What a table has under a name that came from elsewhere; nothing of what every object inherits. */
+export const named = (table: Readonly<Record<string, string>>, name: string): string | undefined =>
+  Object.hasOwn(table, name) ? table[name] : undefined;
+
 export function formatNumber(value: number, digits = 0): string {
   return new Intl.NumberFormat(shownLanguage.value, { maximumFractionDigits: digits, minimumFractionDigits: digits }).format(value);
 }

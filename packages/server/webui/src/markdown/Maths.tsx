@@ -1,7 +1,8 @@
 // A formula: MathML, or what was written where that is not understood.
 
 import { createElement, type VNode } from "preact";
-import { type MathNode, readMaths } from "./maths.ts";
+import type { MathNode } from "./maths-nodes.ts";
+import { readMaths } from "./maths.ts";
 
 export function Maths({ text, display }: { text: string; display: boolean }) {
   const read = readMaths(text);

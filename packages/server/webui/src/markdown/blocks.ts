@@ -19,9 +19,12 @@ const KEPT_ITEMS = 4; // at its end, which may still change
 const blockMath: TokenizerAndRendererExtension = {
   name: "math",
   level: "block",
-  start: (source) => /\$\$|\\\[/.exec(source)?.index,
+  start: (source) => {
+    const found = /\n {0,3}(?:\$\$|\\\[)/.exec(source);
+    return found ? found.index + 1 : undefined;
+  },
   tokenizer(source) {
-    const found = /^ {0,3}(?:\$\$([^$]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n|$)/.exec(source);
+    const found = /^ {0,3}(?:\$\$([^$]+?)\$\$|\\\[([\s\S]{1,4000}?)\\\])[ \t]*(?:\n|$)/.exec(source);
     return found ? { type: "math", raw: found[0], text: (found[1] ?? found[2])!.trim(), display: true } : undefined;
   },
 };
@@ -33,18 +36,31 @@ const inlineMath: TokenizerAndRendererExtension = {
   start: (source) => /\$|\\[([]/.exec(source)?.index,
   tokenizer(source) {
     const found =
-      /^\\\(([\s\S]+?)\\\)/.exec(source) ??
+      /^\\\(([\s\S]{1,4000}?)\\\)/.exec(source) ??
       /^\$(?![\s$])((?:\\[\s\S]|[^\\$\n])+?)(?<!\s)\$(?![\d$])/.exec(source);
     if (found) return { type: "math", raw: found[0], text: found[1]!, display: false };
-    const display = /^(?:\$\$([^$]+?)\$\$|\\\[([\s\S]+?)\\\])/.exec(source);
+    const display = /^(?:\$\$([^$]+?)\$\$|\\\[([\s\S]{1,4000}?)\\\])/.exec(source);
     return display ? { type: "math", raw: display[0], text: (display[1] ?? display[2])!.trim(), display: true } : undefined;
+  },
+};
+
+const MARKS = /[*_$<[!\\`~]/g;
+const MAX_MARKS = 1500; // in one paragraph; the time for them grows with their square
+
+// First of all inline rules, asked at the beginning of a paragraph: one that is full of marks stays as it is.
+const dense: TokenizerAndRendererExtension = {
+  name: "dense",
+  level: "inline",
+  tokenizer(source, tokens) {
+    const isDense = !tokens.length && (source.match(MARKS)?.length ?? 0) > MAX_MARKS;
+    return isDense ? { type: "escape", raw: source, text: source } : undefined;
   },
 };
 
 // HTML is text like any other: its tokenizers find nothing, so that what stands in it is read as Markdown.
 const marked = new Marked({
   gfm: true,
-  extensions: [blockMath, inlineMath],
+  extensions: [blockMath, inlineMath, dense],
   tokenizer: {
     html: () => undefined,
     tag: (source) => {
@@ -62,7 +78,7 @@ export function readBlocks(source: string): Block[] {
 }
 
 // Containers inside each other cost time without end; nobody reads past a few.
-const TOO_DEEP = /^[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]*){24}/m;
+const TOO_DEEP = /^[ \t]*(?:(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])[ \t]*){24}/m;
 
 /** Whether a text would take longer to read than it is worth. */
 export const isTooMuch = (source: string): boolean => source.length > MAX_MARKDOWN || TOO_DEEP.test(source);

@@ -72,3 +72,19 @@ export const ALPHABETS: Readonly<Record<string, { upper: number; lower?: number;
   mathsf: { upper: 0x1d5a0, lower: 0x1d5ba, digit: 0x1d7e2 },
   mathtt: { upper: 0x1d670, lower: 0x1d68a, digit: 0x1d7f6 },
 };
+
+/** Environments: the brackets around them, and how their columns are set. */
+export const ENVIRONMENTS: Readonly<Record<string, readonly [string, string, string]>> = {
+  matrix: ["", "", "center"], pmatrix: ["(", ")", "center"], bmatrix: ["[", "]", "center"],
+  Bmatrix: ["{", "}", "center"], vmatrix: ["|", "|", "center"], Vmatrix: ["‖", "‖", "center"],
+  smallmatrix: ["", "", "center"], cases: ["{", "", "left"], aligned: ["", "", "sides"], align: ["", "", "sides"],
+  "align*": ["", "", "sides"], split: ["", "", "sides"], gathered: ["", "", "center"], gather: ["", "", "center"],
+  "gather*": ["", "", "center"], equation: ["", "", "center"], "equation*": ["", "", "center"],
+  array: ["", "", "center"], alignedat: ["", "", "sides"],
+};
+
+/** Commands that change nothing here. */
+export const IGNORED = new Set([
+  "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl",
+  "Bigr", "biggl", "biggr", "Biggl", "Biggr", "bigm", "nonumber", "notag", "hline", "rm", "bf", "it", "strut", "mathstrut",
+]);

@@ -1,31 +1,13 @@
 // The part of TeX's maths that models write -> MathML as a tree. What is not known makes the whole formula plain text.
 
+import { fixed, type MathNode, node, restyled, sign, wrapped } from "./maths-nodes.ts";
+import { Scanner, Unknown } from "./maths-scanner.ts";
 import {
-  ACCENTS, ALPHABETS, BRACKETS, FUNCTIONS, INTEGRALS, LARGE, LETTERS, OPERATORS, SPACES, UNDER,
+  ACCENTS, ALPHABETS, BRACKETS, ENVIRONMENTS, FUNCTIONS, IGNORED, INTEGRALS, LARGE, LETTERS, OPERATORS, SPACES, UNDER,
 } from "./maths-symbols.ts";
-
-export interface MathNode {
-  tag: string;
-  attributes?: Readonly<Record<string, string>>;
-  children: (MathNode | string)[];
-}
-
-class Unknown extends Error {}
 
 const MAX_LENGTH = 20_000;
 const MAX_DEPTH = 60;
-const ENVIRONMENTS: Readonly<Record<string, readonly [string, string, string]>> = {
-  matrix: ["", "", "center"], pmatrix: ["(", ")", "center"], bmatrix: ["[", "]", "center"],
-  Bmatrix: ["{", "}", "center"], vmatrix: ["|", "|", "center"], Vmatrix: ["‖", "‖", "center"],
-  smallmatrix: ["", "", "center"], cases: ["{", "", "left"], aligned: ["", "", "sides"], align: ["", "", "sides"],
-  "align*": ["", "", "sides"], split: ["", "", "sides"], gathered: ["", "", "center"], gather: ["", "", "center"],
-  "gather*": ["", "", "center"], equation: ["", "", "center"], "equation*": ["", "", "center"],
-  array: ["", "", "center"], alignedat: ["", "", "sides"],
-};
-const IGNORED = new Set([
-  "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl",
-  "Bigr", "biggl", "biggr", "Biggl", "Biggr", "bigm", "nonumber", "notag", "hline", "rm", "bf", "it", "strut", "mathstrut",
-]);
 
 /** The formula as a tree; undefined where it holds something that is not known here. */
 export function readMaths(source: string): MathNode | undefined {
@@ -40,22 +22,8 @@ export function readMaths(source: string): MathNode | undefined {
   }
 }
 
-const node = (tag: string, children: (MathNode | string)[], attributes?: Record<string, string>): MathNode =>
-  attributes ? { tag, children, attributes } : { tag, children };
-const sign = (text: string, attributes?: Record<string, string>) => node("mo", [text], attributes);
-const fixed = (text: string) => sign(text, { stretchy: "false" });
-const wrapped = (items: MathNode[]): MathNode => (items.length === 1 ? items[0]! : node("mrow", items));
-
-class Reader {
-  private at = 0;
+class Reader extends Scanner {
   private depth = 0;
-
-  constructor(private readonly source: string) {}
-
-  get isAtEnd(): boolean {
-    this.skipSpace();
-    return this.at >= this.source.length;
-  }
 
   row(ends: () => boolean): MathNode {
     if (++this.depth > MAX_DEPTH) throw new Unknown();
@@ -172,7 +140,7 @@ class Reader {
     const space = look(SPACES);
     if (space) return node("mspace", [], { width: space });
     const accent = look(ACCENTS);
-    if (accent) return node("mover", [this.argument(), sign(accent, { stretchy: stretches(name) })], { accent: "true" });
+    if (accent) return node("mover", [this.argument(), sign(accent, { stretchy: String(/^(?:wide|over)/.test(name)) })], { accent: "true" });
     const under = look(UNDER);
     if (under) return node("munder", [this.argument(), sign(under, { stretchy: "true" })], { accentunder: "true" });
     if (Object.hasOwn(ALPHABETS, name)) return restyled(this.argument(), name);
@@ -326,52 +294,4 @@ class Reader {
     this.expect("]");
     return content;
   }
-
-  /** Text in braces as it stands. */
-  private raw(): string {
-    this.skipSpace();
-    this.expect("{");
-    const start = this.at;
-    let open = 1;
-    for (; this.at < this.source.length; this.at++) {
-      const mark = this.source[this.at];
-      if (mark === "{") open++;
-      if (mark === "}" && --open === 0) return this.source.slice(start, this.at++).replace(/\\([$%&#_{}])/g, "$1");
-    }
-    throw new Unknown();
-  }
-
-  private expect(text: string): void {
-    if (!this.source.startsWith(text, this.at)) throw new Unknown();
-    this.at += text.length;
-  }
-
-  private take(length: number): string {
-    return this.source.slice(this.at, (this.at += length));
-  }
-
-  private skipSpace(): void {
-    while (this.at < this.source.length && /\s/.test(this.source[this.at]!)) this.at++;
-  }
-}
-
-const stretches = (name: string): string => String(/^(?:wide|over)/.test(name));
-
-/** Letters and digits of another alphabet. */
-function restyled(given: MathNode, name: string): MathNode {
-  const { upper, lower, digit, holes = "" } = ALPHABETS[name]!;
-  const shift = (character: string): string => {
-    const hole = [...holes].indexOf(character);
-    if (hole >= 0 && hole % 2 === 0) return [...holes][hole + 1]!;
-    const from = (base: number | undefined, first: string) =>
-      base === undefined ? character : String.fromCodePoint(base + character.codePointAt(0)! - first.codePointAt(0)!);
-    if (/[A-Z]/.test(character)) return from(upper, "A");
-    if (/[a-z]/.test(character)) return from(lower, "a");
-    if (/[0-9]/.test(character)) return from(digit, "0");
-    return character;
-  };
-  const children = given.children.map((child) =>
-    typeof child === "string" ? [...child].map(shift).join("") : restyled(child, name),
-  );
-  return { ...given, children };
 }

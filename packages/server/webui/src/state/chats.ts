@@ -26,13 +26,15 @@ export const isPersistent = signal(true);
 
 export async function startChats(): Promise<void> {
   store = await openStore();
+  await readList().catch(() => {
+    store = new MemoryStore(); // what is there cannot be read: nothing of it is touched
+  });
   isPersistent.value = store.persistent;
-  await readList();
   isStoreReady.value = true;
   await followRoute();
   route.subscribe(() => void followRoute());
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden) void readList(); // another tab may have changed it
+    if (!document.hidden) readList().then(reopenChanged, unsaved); // another tab may have changed it
   });
 }
 
@@ -45,6 +47,17 @@ async function readList(): Promise<void> {
     map.set(conversation.id, there ?? signal(conversation));
   }
   known.value = map;
+}
+
+/** Reads the shown conversation again where another tab has gone on with it, and leaves one that is gone. */
+async function reopenChanged(): Promise<void> {
+  const chat = current.value;
+  if (!chat || chat.isBusy) return;
+  const id = chat.info.peek().id;
+  if (known.value.has(id) && chat.hasLeaf) return;
+  opened.delete(id);
+  current.value = (await openChat(id)) ?? null;
+  if (!current.value && route.value.page === "chat") go({ page: "chat", id: null }, true);
 }
 
 async function followRoute(): Promise<void> {
@@ -74,8 +87,10 @@ function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
   return chat;
 }
 
+const unsaved = (): void => notify("error", t.value.notSaved);
+
 function changed(conversation: Conversation): void {
-  store.putConversation(conversation).catch(() => notify("error", t.value.notSaved));
+  store.putConversation(conversation).catch(unsaved);
 }
 
 /** A new conversation with a first message. */
@@ -111,7 +126,7 @@ export function rename(id: string, title: string): void {
 export async function deleteChat(id: string): Promise<void> {
   opened.get(id)?.discard();
   opened.delete(id);
-  await store.deleteConversation(id);
+  await store.deleteConversation(id).catch(unsaved);
   const others = new Map(known.value);
   others.delete(id);
   known.value = others;
@@ -121,7 +136,7 @@ export async function deleteChat(id: string): Promise<void> {
 export async function deleteAll(): Promise<void> {
   for (const chat of opened.values()) chat.discard();
   opened.clear();
-  await store.clear();
+  await store.clear().catch(unsaved);
   known.value = new Map();
   current.value = null;
   go({ page: "chat", id: null }, true);

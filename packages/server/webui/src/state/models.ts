@@ -17,6 +17,7 @@ export const working = signal<Readonly<Record<string, "loading" | "unloading">>>
 
 const BUSY = new Set(["waiting", "loading", "draining"]);
 const POLL_MS = 1500;
+const RETRY_MS = 5000; // while the server cannot be reached
 let polling: ReturnType<typeof setTimeout> | undefined;
 
 export const defaultModel = computed<ModelCard | undefined>(
@@ -39,6 +40,7 @@ export async function refreshModels(): Promise<void> {
     const status = error instanceof ApiError ? error.info.status : undefined;
     connection.value = status === 401 || status === 403 ? "locked" : "unreachable";
     connectionError.value = errorInfo(error);
+    if (connection.value === "unreachable") polling = setTimeout(() => void refreshModels(), RETRY_MS);
     return;
   }
   const busy = models.value.some((card) => BUSY.has(card.status)) || Object.keys(working.value).length > 0;

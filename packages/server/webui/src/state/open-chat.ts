@@ -2,7 +2,7 @@
 
 import { batch, type ReadonlySignal, type Signal, signal } from "@preact/signals";
 import { streamChat } from "../api/chat.ts";
-import { callTool } from "../api/server.ts";
+import { snapshot } from "../chat/accumulate.ts";
 import { chatRequest } from "../chat/request.ts";
 import { merged } from "../chat/settings.ts";
 import { MessageTree } from "../chat/tree.ts";
@@ -15,6 +15,7 @@ import { FrameQueue } from "./frames.ts";
 import { allowAlways, enabledTools, findTool, isAllowed } from "./mcp.ts";
 import { cardFor } from "./models.ts";
 import { announce, notify } from "./notices.ts";
+import { callToolFromPage } from "./page-key.ts";
 import { preferences } from "./preferences.ts";
 
 const SAVE_MS = 500;
@@ -45,6 +46,12 @@ export class OpenChat {
 
   get isBusy(): boolean {
     return this.active.value !== null;
+  }
+
+  /** Whether the message is here that the conversation was left at, in this tab or in another one. */
+  get hasLeaf(): boolean {
+    const { leaf } = this.info.value;
+    return leaf === null ? this.tree.size === 0 : this.tree.has(leaf);
   }
 
   message(id: string): ReadonlySignal<Message> | undefined {
@@ -190,7 +197,7 @@ export class OpenChat {
     return {
       request: (goOn: boolean) => this.request(draft, goOn),
       stream: streamChat,
-      callTool,
+      callTool: callToolFromPage,
       tool: findTool,
       isAllowed,
       allowAlways,
@@ -243,15 +250,4 @@ export class OpenChat {
   private keep(work: Promise<void>): void {
     work.catch(() => notify("error", t.value.notSaved));
   }
-}
-
-/** A copy whose changed parts are new objects; texts are shared. */
-function snapshot(draft: AssistantMessage): AssistantMessage {
-  const last = draft.steps.length - 1;
-  return {
-    ...draft,
-    steps: draft.steps.map((step, index) =>
-      index < last ? step : { ...step, calls: step.calls.map((call) => ({ ...call })) },
-    ),
-  };
 }

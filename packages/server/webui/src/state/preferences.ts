@@ -3,7 +3,7 @@
 import { effect, signal } from "@preact/signals";
 import { useKey } from "../api/http.ts";
 import { language } from "../i18n/index.ts";
-import { type Preferences, readKey, readPreferences, writeKey, writePreferences } from "../store/preferences.ts";
+import { KEY, type Preferences, readKey, readPreferences, writeKey, writePreferences } from "../store/preferences.ts";
 
 export const preferences = signal<Preferences>(readPreferences());
 export const apiKey = signal(readKey());
@@ -30,6 +30,6 @@ export function applyPreferences(): void {
     language.value = preferences.value.language;
   });
   addEventListener("storage", (event) => {
-    if (event.storageArea === localStorage) preferences.value = readPreferences();
+    if (event.key === KEY || event.key === null) preferences.value = readPreferences();
   });
 }

@@ -16,11 +16,11 @@ export interface Preferences {
   sidebar: boolean;
 }
 
-const KEY = "candle-vllm.preferences";
+export const KEY = "candle-vllm.preferences";
 const API_KEY = "candle-vllm.key";
 
 export function readPreferences(): Preferences {
-  const given = fromJson(read(localStorage, KEY));
+  const given = fromJson(read("localStorage", KEY));
   const theme = (["light", "dark"] as const).find((one) => one === given.theme) ?? "system";
   const allowed = typeof given.allowed === "object" && given.allowed !== null ? given.allowed : {};
   return {
@@ -35,37 +35,45 @@ export function readPreferences(): Preferences {
 }
 
 export const writePreferences = (preferences: Preferences): void =>
-  write(localStorage, KEY, JSON.stringify(preferences));
+  write("localStorage", KEY, JSON.stringify(preferences));
 
 /** The API key: kept for the tab, or on this device where the user said so. */
 export function readKey(): { key: string; remembered: boolean } {
-  const remembered = read(localStorage, API_KEY);
-  return remembered ? { key: remembered, remembered: true } : { key: read(sessionStorage, API_KEY) ?? "", remembered: false };
+  const remembered = read("localStorage", API_KEY);
+  return remembered ? { key: remembered, remembered: true } : { key: read("sessionStorage", API_KEY) ?? "", remembered: false };
 }
 
 export function writeKey(key: string, remember: boolean): void {
-  write(localStorage, API_KEY, remember ? key : "");
-  write(sessionStorage, API_KEY, remember ? "" : key);
+  write("localStorage", API_KEY, remember ? key : "");
+  write("sessionStorage", API_KEY, remember ? "" : key);
 }
 
-/** What is typed and not sent, by conversation; "" is the new one. It stays with the tab. */
-export const readDraft = (conversation: string): string => read(sessionStorage, `candle-vllm.draft.${conversation}`) ?? "";
-export const writeDraft = (conversation: string, text: string): void =>
-  write(sessionStorage, `candle-vllm.draft.${conversation}`, text);
+const PAGE_KEY = "candle-vllm.page-key";
 
-// Storage can be forbidden or full; nothing here is worth a failure.
-function read(storage: Storage, key: string): string | null {
+/** The key of the address that the server printed; it stays with the tab. */
+export const readPageKey = (): string => read("sessionStorage", PAGE_KEY) ?? "";
+export const writePageKey = (key: string): void => write("sessionStorage", PAGE_KEY, key);
+
+/** What is typed and not sent, by conversation; "" is the new one. It stays with the tab. */
+export const readDraft = (conversation: string): string => read("sessionStorage", `candle-vllm.draft.${conversation}`) ?? "";
+export const writeDraft = (conversation: string, text: string): void =>
+  write("sessionStorage", `candle-vllm.draft.${conversation}`, text);
+
+// Storage can be forbidden, so that its name alone throws, or full; nothing here is worth a failure.
+type StorageName = "localStorage" | "sessionStorage";
+
+function read(storage: StorageName, key: string): string | null {
   try {
-    return storage.getItem(key);
+    return globalThis[storage].getItem(key);
   } catch {
     return null;
   }
 }
 
-function write(storage: Storage, key: string, value: string): void {
+function write(storage: StorageName, key: string, value: string): void {
   try {
-    if (value) storage.setItem(key, value);
-    else storage.removeItem(key);
+    if (value) globalThis[storage].setItem(key, value);
+    else globalThis[storage].removeItem(key);
   } catch {
     // see above
   }

@@ -1,6 +1,6 @@
 // Export and import: one JSON document with conversations. What comes in is checked piece by piece, and gets new ids.
 
-import type { McpContent, TokenLogprob, Usage } from "../api/types.ts";
+import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
 import { readSettings } from "../chat/settings.ts";
 import type { AnswerState, AssistantMessage, CallState, Conversation, Message, Step, ToolCall } from "../chat/types.ts";
 import { newId } from "./ids.ts";
@@ -51,11 +51,11 @@ function readArchive(data: unknown): Archive | undefined {
       id: newId(),
       title: given.title.slice(0, 500),
       renamed: given.renamed === true,
-      created: number(given.created) ?? Date.now(),
-      updated: number(given.updated) ?? Date.now(),
+      created: timeOf(given.created) ?? Date.now(),
+      updated: timeOf(given.updated) ?? Date.now(),
       model: text(given.model) ?? null,
       settings: readSettings(given.settings),
-      leaf: ids.get(String(given.leaf)) ?? null,
+      leaf: ids.get(text(given.leaf) ?? "") ?? null,
     },
     messages: read as Message[],
   };
@@ -63,9 +63,9 @@ function readArchive(data: unknown): Archive | undefined {
 
 function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message | undefined {
   const given = fields(data);
-  const id = ids.get(String(given.id));
+  const id = ids.get(text(given.id) ?? "");
   if (!id) return undefined;
-  const base = { id, parent: ids.get(String(given.parent)) ?? null, created: number(given.created) ?? 0 };
+  const base = { id, parent: ids.get(text(given.parent) ?? "") ?? null, created: timeOf(given.created) ?? 0 };
   if (given.role === "user" && typeof given.text === "string") return { ...base, role: "user", text: given.text };
   if (given.role !== "assistant" || !Array.isArray(given.steps)) return undefined;
   const message: AssistantMessage = {
@@ -76,6 +76,12 @@ function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message |
     state: answerState(given.state),
   };
   return message;
+}
+
+// Not later than now: a clock that was wrong elsewhere would put a conversation at the head for good.
+function timeOf(value: unknown): number | undefined {
+  const time = number(value);
+  return time === undefined ? undefined : Math.min(Math.max(0, time), Date.now());
 }
 
 // An answer that is not at its end came from a page that no longer writes it.
@@ -117,41 +123,3 @@ function readCall(data: unknown): ToolCall {
   if (Array.isArray(given.content)) call.content = given.content.map(readContent);
   return call;
 }
-
-function readContent(data: unknown): McpContent {
-  const given = fields(data);
-  const content: McpContent = { kind: text(given.kind) ?? "text" };
-  for (const name of ["text", "data", "mime_type", "uri", "name"] as const) {
-    const value = text(given[name]);
-    if (value !== undefined) content[name] = value;
-  }
-  return content;
-}
-
-function readUsage(data: unknown): Usage | undefined {
-  const given = fields(data);
-  const [prompt, completion] = [number(given.prompt_tokens), number(given.completion_tokens)];
-  if (prompt === undefined || completion === undefined) return undefined;
-  const usage: Usage = { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };
-  const cached = number(fields(given.prompt_tokens_details).cached_tokens);
-  const reasoning = number(fields(given.completion_tokens_details).reasoning_tokens);
-  const costs = number(given.completion_time_costs);
-  if (cached !== undefined) usage.prompt_tokens_details = { cached_tokens: cached };
-  if (reasoning !== undefined) usage.completion_tokens_details = { reasoning_tokens: reasoning };
-  if (costs !== undefined) usage.completion_time_costs = costs;
-  return usage;
-}
-
-function readLogprob(data: unknown): TokenLogprob[] {
-  const given = fields(data);
-  const [token, logprob] = [text(given.token), number(given.logprob)];
-  if (token === undefined || logprob === undefined) return [];
-  const top = Array.isArray(given.top_logprobs) ? given.top_logprobs.slice(0, 20).flatMap(readLogprob) : [];
-  return [{ token, logprob, top_logprobs: top }];
-}
-
-const fields = (data: unknown): Record<string, unknown> =>
-  typeof data === "object" && data !== null ? (data as Record<string, unknown>) : {};
-const text = (value: unknown): string | undefined => (typeof value === "string" ? value : undefined);
-const number = (value: unknown): number | undefined =>
-  typeof value === "number" && Number.isFinite(value) ? value : undefined;

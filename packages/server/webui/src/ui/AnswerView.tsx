@@ -14,6 +14,8 @@ import { Siblings, removeButton } from "./MessageTools.tsx";
 import { Numbers } from "./Numbers.tsx";
 import { ToolCard } from "./ToolCard.tsx";
 
+const WORTH_SAYING_MS = 100; // of thinking
+
 interface AnswerProps {
   chat: OpenChat;
   message: AssistantMessage;
@@ -49,7 +51,7 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
             <button type="button" class="icon-button" aria-label={t.value.regenerate} title={t.value.regenerate} disabled={chat.isBusy} onClick={() => chat.regenerate(message.id)}>
               <Icon name="refresh" />
             </button>
-            {isLast && textOf(message) && (
+            {isLast && message.state !== "waiting" && textOf(message) && (
               <button type="button" class="icon-button" aria-label={t.value.goOn} title={t.value.goOn} disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>
                 <Icon name="play" />
               </button>
@@ -68,12 +70,13 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
 /** Says why an answer is not whole, and offers to go on. */
 function Ending({ chat, message, isLast }: AnswerProps) {
   const finish = message.steps.at(-1)?.finish;
-  const why = message.state === "stopped" ? t.value.stopped : finish === "length" ? t.value.cutOff : undefined;
+  const isEmpty = message.state === "done" && message.steps.every((step) => !step.text && !step.calls.length);
+  const why = message.state === "stopped" ? t.value.stopped : finish === "length" ? t.value.cutOff : isEmpty ? t.value.emptyAnswer : undefined;
   if (!why || message.error) return null;
   return (
     <p class="ending">
       <span>{why}</span>
-      {isLast && <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.goOn}</button>}
+      {isLast && !isEmpty && <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.goOn}</button>}
     </p>
   );
 }
@@ -102,7 +105,7 @@ const StepView = memo(
 );
 
 function Reasoning({ step, isOpen }: { step: Step; isOpen: boolean }) {
-  const label = isOpen ? t.value.thinking : t.value.thought(step.reasoningMs === undefined ? "" : formatSeconds(step.reasoningMs / 1000));
+  const label = isOpen ? t.value.thinking : t.value.thought((step.reasoningMs ?? 0) < WORTH_SAYING_MS ? "" : formatSeconds(step.reasoningMs! / 1000));
   const [unfolded, setUnfolded] = useState(false);
   return (
     <details class="reasoning" open={unfolded} onToggle={(event) => setUnfolded(event.currentTarget.open)}>

@@ -7,7 +7,7 @@ import { confirmFirst } from "../state/dialogs.ts";
 import { ImportError, MAX_IMPORT_BYTES } from "../store/transfer.ts";
 
 export function DataTab() {
-  const [said, say] = useState("");
+  const [said, say] = useState<Said>({ text: "" });
   const file = useRef<HTMLInputElement>(null);
   const chat = current.value?.info.value;
   const read = async () => {
@@ -32,7 +32,7 @@ export function DataTab() {
         <p class="faint">{t.value.importText}</p>
         <input ref={file} id="import-file" class="off-screen" type="file" accept="application/json,.json" aria-label={t.value.import} tabIndex={-1} onChange={() => void read()} />
         <button type="button" class="button" onClick={() => file.current?.click()}>{t.value.chooseFile}</button>
-        <p role="status" class="said">{said}</p>
+        <p role="status" class={said.isWrong ? "said wrong" : "said"}>{said.text}</p>
       </section>
       <section>
         <h3>{t.value.deleteAll}</h3>
@@ -46,13 +46,18 @@ export function DataTab() {
   );
 }
 
-async function importFile(file: File): Promise<string> {
-  if (file.size > MAX_IMPORT_BYTES) return t.value.fileTooLarge(file.name);
+interface Said {
+  text: string;
+  isWrong?: boolean;
+}
+
+async function importFile(file: File): Promise<Said> {
+  if (file.size > MAX_IMPORT_BYTES) return { text: t.value.fileTooLarge(file.name), isWrong: true };
   try {
     const { added, broken } = await importChats(await file.text());
-    return t.value.imported(added, broken);
+    return { text: t.value.imported(added, broken), isWrong: broken > 0 };
   } catch (error) {
-    return error instanceof ImportError ? t.value.notAnExport(file.name) : t.value.notSaved;
+    return { text: error instanceof ImportError ? t.value.notAnExport(file.name) : t.value.notSaved, isWrong: true };
   }
 }
 

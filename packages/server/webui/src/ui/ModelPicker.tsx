@@ -3,7 +3,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { errorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
-import { formatNumber, t } from "../i18n/index.ts";
+import { formatNumber, named, t } from "../i18n/index.ts";
 import { cardFor, changeModel, connection, models, refreshModels, working } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
 import { notify } from "../state/notices.ts";
@@ -51,11 +51,11 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
         <span class="model-id">{card.id}</span>
         <span class="model-facts">
           <StatusDot status={status} />
-          {t.value.modelStates[status as keyof typeof t.value.modelStates] ?? status}
+          {named(t.value.modelStates, status) ?? status}
           {card.max_model_len && ` · ${t.value.contextTokens(formatNumber(card.max_model_len))}`}
           {isAlias && ` · ${t.value.alias}`}
         </span>
-        {busy && <progress aria-label={t.value.modelStates[status as keyof typeof t.value.modelStates] ?? status} />}
+        {busy && <progress aria-label={named(t.value.modelStates, status) ?? status} />}
       </button>
       {isChosen && <Icon name="check" />}
       {!busy && !isAlias && (status === "ready" ? (

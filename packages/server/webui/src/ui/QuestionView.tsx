@@ -8,12 +8,14 @@ import { CopyButton } from "./CopyButton.tsx";
 import { Icon } from "./Icon.tsx";
 import { Siblings, removeButton } from "./MessageTools.tsx";
 
+const SHOWN = 10_000; // characters of a question at first
+
 export function QuestionView({ chat, message, isLast }: { chat: OpenChat; message: UserMessage; isLast: boolean }) {
   const [editing, setEditing] = useState(false);
   if (editing) return <Editor chat={chat} message={message} onDone={() => setEditing(false)} />;
   return (
     <article class="question" aria-label={t.value.you}>
-      <div class="bubble">{message.text}</div>
+      <Bubble text={message.text} />
       <footer class="message-tools">
         <Siblings chat={chat} id={message.id} />
         <button type="button" class="icon-button edit-question" aria-label={t.value.edit} title={t.value.edit} disabled={chat.isBusy}
@@ -27,6 +29,19 @@ export function QuestionView({ chat, message, isLast }: { chat: OpenChat; messag
         )}
       </footer>
     </article>
+  );
+}
+
+/** Text of any length would take seconds to lay out: a long one is shown by its beginning at first. */
+function Bubble({ text }: { text: string }) {
+  const [count, setCount] = useState(SHOWN);
+  return (
+    <div class="bubble">
+      {text.length > count ? `${text.slice(0, count)}…` : text}
+      {text.length > count && (
+        <button type="button" class="button small" onClick={() => setCount(count * 10)}>{t.value.more}</button>
+      )}
+    </div>
   );
 }
 

@@ -4,7 +4,7 @@ import { useEffect, useState } from "preact/hooks";
 import { ApiError, errorInfo } from "../api/http.ts";
 import { rate, type Sample, sampleOf } from "../api/metrics.ts";
 import { readMetrics, serverVersion } from "../api/server.ts";
-import { formatNumber, formatSeconds, t } from "../i18n/index.ts";
+import { formatNumber, formatSeconds, named, t } from "../i18n/index.ts";
 import { models, refreshModels } from "../state/models.ts";
 import { Chart } from "./Chart.tsx";
 import { describe } from "./errors.ts";
@@ -105,7 +105,7 @@ function Models() {
             {models.value.map((card) => (
               <tr key={card.id}>
                 <td>{card.id}</td>
-                <td>{t.value.modelStates[card.status as keyof typeof t.value.modelStates] ?? card.status}</td>
+                <td>{named(t.value.modelStates, card.status) ?? card.status}</td>
                 <td>{card.max_model_len ? formatNumber(card.max_model_len) : "–"}</td>
                 <td>{card.tool_parser ?? "–"}</td>
                 <td>{card.reasoning_parser ?? "–"}</td>

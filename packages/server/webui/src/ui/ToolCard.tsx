@@ -4,6 +4,7 @@ import type { McpContent } from "../api/types.ts";
 import type { Decision } from "../chat/turn.ts";
 import type { ToolCall } from "../chat/types.ts";
 import { formatSeconds, t } from "../i18n/index.ts";
+import { escapeUnseen } from "../markdown/unseen.ts";
 import { safeLink, safePicture } from "../markdown/links.ts";
 import { findTool } from "../state/mcp.ts";
 import { Icon, type IconName } from "./Icon.tsx";
@@ -71,8 +72,8 @@ function Content({ content }: { content: McpContent }) {
 
 function pretty(text: string): string {
   try {
-    return JSON.stringify(JSON.parse(text), null, 2);
+    return escapeUnseen(JSON.stringify(JSON.parse(text), null, 2));
   } catch {
-    return text;
+    return escapeUnseen(text);
   }
 }

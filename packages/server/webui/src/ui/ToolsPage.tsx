@@ -3,8 +3,9 @@
 import { useEffect, useState } from "preact/hooks";
 import { errorInfo } from "../api/http.ts";
 import type { McpServer, McpTool } from "../api/types.ts";
-import { t } from "../i18n/index.ts";
+import { named, t } from "../i18n/index.ts";
 import { askAgain, isAllowed, mcpServers, mcpTools, refreshMcp, switchTools } from "../state/mcp.ts";
+import { pageKey } from "../state/page-key.ts";
 import { apiKey, preferences } from "../state/preferences.ts";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
@@ -21,7 +22,7 @@ export function ToolsPage() {
       <header class="page-head"><SidebarButton /><h1>{t.value.tools}</h1></header>
       <div class="scroller"><div class="page">
         {failure && <div class="notice error" role="alert"><Icon name="warning" /><p>{failure}</p></div>}
-        {servers && servers.length > 0 && !apiKey.value.key && <div class="notice"><Icon name="info" /><p>{t.value.toolsNeedKey}</p></div>}
+        {servers && servers.length > 0 && !apiKey.value.key && !pageKey.value && <div class="notice"><Icon name="info" /><p>{t.value.toolsNeedKey}</p></div>}
         <p class="faint">{servers ? t.value.toolsText : t.value.noMcp}</p>
         {servers?.length === 0 && <p class="empty">{t.value.noServers}</p>}
         {servers?.map((server) => <ServerCard key={server.name} server={server} tools={mcpTools.value.filter((tool) => tool.server === server.name)} />)}
@@ -55,17 +56,21 @@ function useFresh(): string {
 }
 
 function ServerCard({ server, tools }: { server: McpServer; tools: readonly McpTool[] }) {
-  const kind = { ready: "good", failed: "bad", connecting: "busy", closed: "off", disabled: "off" }[server.state] ?? "off";
+  const kind = named({ ready: "good", failed: "bad", connecting: "busy" }, server.state) ?? "off";
   const names = tools.map((tool) => tool.function.name);
   return (
     <section class="card">
       <header>
         <span class={`dot ${kind}`} aria-hidden="true" />
         <h2>{server.name}</h2>
-        <span class="faint small">{[t.value.serverStates[server.state] ?? server.state, server.transport, server.protocol_version].filter(Boolean).join(" · ")}</span>
+        <span class="faint small">{[named(t.value.serverStates, server.state) ?? server.state, server.transport, server.protocol_version].filter(Boolean).join(" · ")}</span>
         <span class="spring" />
-        {names.length > 1 && <button type="button" class="button small" onClick={() => switchTools(names, true)}>{t.value.allOn}</button>}
-        {names.length > 1 && <button type="button" class="button small" onClick={() => switchTools(names, false)}>{t.value.allOff}</button>}
+        {names.length > 1 && (
+          <span class="both">
+            <button type="button" class="button small" onClick={() => switchTools(names, true)}>{t.value.allOn}</button>
+            <button type="button" class="button small" onClick={() => switchTools(names, false)}>{t.value.allOff}</button>
+          </span>
+        )}
       </header>
       {server.error && <p class="server-error">{server.error}</p>}
       {server.reconnects > 0 && <p class="faint small">{t.value.reconnects(server.reconnects)}</p>}

@@ -7,6 +7,7 @@ what the page asks for does. Only names of the bundle's manifest are served: no 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from candle_vllm.server.page_files import PageFile, page_headers
+from candle_vllm.server.settings import Settings
 
 _ROOT = files("candle_vllm.server") / "static"
 _POLICY: Mapping[str, str] = {
@@ -46,6 +48,25 @@ def read_bundle() -> dict[str, PageFile]:
         content = _ROOT.joinpath(*name.split("/")).read_bytes()
         bundle[name] = PageFile(name, content, page_headers(cache, _POLICY))
     return bundle
+
+
+def new_page_key(settings: Settings, has_tools: bool) -> str | None:
+    """A random key for the printed address, by which the page may call tools where the server has no API key.
+
+    Args:
+        settings: whether the page is served, and whether clients have keys of their own.
+        has_tools: whether the server has MCP servers.
+
+    Returns:
+        The key; None where nobody needs one.
+    """
+    has_keys = bool(settings.api_key or settings.api_key_file)
+    return secrets.token_urlsafe(24) if settings.ui_server and has_tools and not has_keys else None
+
+
+def page_address(url: str, key: str | None) -> str:
+    """The address to open; the key stands after #, which browsers send to nobody."""
+    return f"{url}/#key={key}" if key else f"{url}/"
 
 
 def web_ui_router() -> APIRouter:

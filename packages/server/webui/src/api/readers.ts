@@ -1,0 +1,131 @@
+// What comes from a server or a file is looked at before it is used: the few shapes, read field by field.
+
+import type { ChatChunk, McpContent, McpResult, McpServer, McpTool, ModelCard, TokenLogprob, ToolCallDelta, Usage } from "./types.ts";
+
+export const fields = (data: unknown): Record<string, unknown> =>
+  typeof data === "object" && data !== null ? (data as Record<string, unknown>) : {};
+export const text = (value: unknown): string | undefined => (typeof value === "string" ? value : undefined);
+export const number = (value: unknown): number | undefined =>
+  typeof value === "number" && Number.isFinite(value) ? value : undefined;
+const list = (value: unknown): readonly unknown[] => (Array.isArray(value) ? value : []);
+
+const MAX_CALLS = 128; // of one answer
+
+/** A chunk of a chat stream; undefined where it is none. */
+export function readChunk(data: unknown): ChatChunk | undefined {
+  const given = fields(data);
+  if (!Array.isArray(given.choices)) return undefined;
+  const chunk: ChatChunk = { choices: given.choices.map(readChoice) };
+  const usage = readUsage(given.usage);
+  if (usage) chunk.usage = usage;
+  return chunk;
+}
+
+function readChoice(data: unknown): ChatChunk["choices"][number] {
+  const { index, delta, logprobs, finish_reason: finish } = fields(data);
+  const given = fields(delta);
+  return {
+    index: number(index) ?? 0,
+    delta: {
+      content: text(given.content) ?? null,
+      reasoning_content: text(given.reasoning_content) ?? text(given.reasoning) ?? null,
+      tool_calls: list(given.tool_calls).flatMap(readCallDelta),
+    },
+    logprobs: { content: list(fields(logprobs).content).flatMap(readLogprob) },
+    finish_reason: text(finish) ?? null,
+  };
+}
+
+// The index says where in a list the call stands, so it must not be anything else.
+function readCallDelta(data: unknown): ToolCallDelta[] {
+  const { index, id, function: called } = fields(data);
+  if (typeof index !== "number" || !Number.isInteger(index) || index < 0 || index >= MAX_CALLS) return [];
+  const { name, arguments: written } = fields(called);
+  return [{ index, id: text(id) ?? "", function: { name: text(name) ?? "", arguments: text(written) ?? "" } }];
+}
+
+export function readUsage(data: unknown): Usage | undefined {
+  const given = fields(data);
+  const [prompt, completion] = [number(given.prompt_tokens), number(given.completion_tokens)];
+  if (prompt === undefined || completion === undefined) return undefined;
+  const usage: Usage = { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };
+  const cached = number(fields(given.prompt_tokens_details).cached_tokens);
+  const reasoning = number(fields(given.completion_tokens_details).reasoning_tokens);
+  const costs = number(given.completion_time_costs);
+  if (cached !== undefined) usage.prompt_tokens_details = { cached_tokens: cached };
+  if (reasoning !== undefined) usage.completion_tokens_details = { reasoning_tokens: reasoning };
+  if (costs !== undefined) usage.completion_time_costs = costs;
+  return usage;
+}
+
+export function readLogprob(data: unknown): TokenLogprob[] {
+  const given = fields(data);
+  const [token, logprob] = [text(given.token), number(given.logprob)];
+  if (token === undefined || logprob === undefined) return [];
+  return [{ token, logprob, top_logprobs: list(given.top_logprobs).slice(0, 20).flatMap(readLogprob) }];
+}
+
+export function readContent(data: unknown): McpContent {
+  const given = fields(data);
+  const content: McpContent = { kind: text(given.kind) ?? "text" };
+  for (const name of ["text", "data", "mime_type", "uri", "name"] as const) {
+    const value = text(given[name]);
+    if (value !== undefined) content[name] = value;
+  }
+  return content;
+}
+
+export function readModel(data: unknown): ModelCard[] {
+  const given = fields(data);
+  const id = text(given.id);
+  if (id === undefined) return [];
+  const card: ModelCard = { id, status: text(given.status) ?? "", default: given.default === true };
+  const [root, most] = [text(given.root), number(given.max_model_len)];
+  if (root !== undefined) card.root = root;
+  if (most !== undefined) card.max_model_len = most;
+  for (const name of ["tool_parser", "reasoning_parser"] as const) {
+    const value = given[name];
+    if (value === null || typeof value === "string") card[name] = value;
+  }
+  return [card];
+}
+
+export function readServer(data: unknown): McpServer[] {
+  const given = fields(data);
+  const name = text(given.name);
+  if (name === undefined) return [];
+  return [{
+    name,
+    transport: text(given.transport) ?? "",
+    state: text(given.state) ?? "",
+    error: text(given.error) ?? null,
+    protocol_version: text(given.protocol_version) ?? null,
+    reconnects: number(given.reconnects) ?? 0,
+    log: list(given.log).filter((line) => typeof line === "string"),
+  }];
+}
+
+export function readTool(data: unknown): McpTool[] {
+  const given = fields(data);
+  const { name, description, parameters } = fields(given.function);
+  if (typeof name !== "string" || !name) return [];
+  return [{
+    type: "function",
+    function: { name, description: text(description) ?? "", parameters: fields(parameters) },
+    server: text(given.server) ?? null,
+    original_name: text(given.original_name) ?? name,
+    read_only: given.read_only === true,
+  }];
+}
+
+/** The result of a tool; what is no result counts as a failure. */
+export function readResult(data: unknown): McpResult {
+  const given = fields(data);
+  return {
+    status: text(given.status) ?? "failed",
+    content: list(given.content).map(readContent),
+    is_error: given.is_error !== false,
+    text: text(given.text) ?? "",
+    seconds: number(given.seconds) ?? 0,
+  };
+}
