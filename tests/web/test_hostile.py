@@ -131,6 +131,20 @@ def test_stop_and_answer_again_pressed_quickly(slow_site: Site, open_page: Calla
         }""")
         page.get_by_text(f"{count + 1}/{count + 1}").wait_for()
     page.reload()
-    page.get_by_text("Stopped.").wait_for()
     page.get_by_text("5/5").wait_for()
+    said(page, "Stopped.")
     wait_idle(page)
+
+
+def test_what_is_done_right_before_a_reload_is_kept(chat: Any) -> None:
+    ask(chat, "Hello")
+    button(chat, "Answer again").click()
+    wait_idle(chat)
+    for time in range(10):
+        name, shown = (("Previous version", "1/2"), ("Next version", "2/2"))[time % 2]
+        chat.locator(".siblings").wait_for()
+        with chat.expect_navigation():
+            chat.evaluate(
+                "(name) => { document.querySelector(`[aria-label='${name}']`).click(); location.reload(); }", name
+            )
+        said(chat, shown)

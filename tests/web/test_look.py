@@ -186,3 +186,40 @@ def test_motion_can_be_reduced(slow_site: Site, open_page: Callable[..., Any]) -
     page.locator(".pulse").wait_for()
     assert page.evaluate("document.getAnimations().length") == 0
     said(page, "The number is 42.")
+
+
+def test_panels_stay_on_a_phone(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page.locator(".model-button").tap()
+    page.locator(".popover").wait_for()
+    panel = page.locator(".popover").bounding_box()
+    assert panel["x"] >= 0
+    assert panel["x"] + panel["width"] <= 390
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+/")
+    page.locator("dialog").wait_for()
+    sheet = page.locator("dialog").bounding_box()
+    assert sheet["height"] < 700
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+,")
+    page.get_by_label("Structured output").scroll_into_view_if_needed()
+    assert page.get_by_role("heading", name="Settings").bounding_box()["y"] >= 0  # stays in sight
+
+
+def test_nothing_gapes_below_a_question(chat: Any) -> None:
+    ask(chat, "Hello")
+    bubble, answer = (chat.locator(name).bounding_box() for name in (".bubble", ".answer"))
+    assert answer["y"] - bubble["y"] - bubble["height"] < 32
+
+
+def test_tools_of_a_message_hide_while_an_answer_is_written(slow_site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(slow_site.url)
+    say(page, "slowly")
+    page.locator(".answer[aria-busy=true]").wait_for()
+    page.mouse.move(5, 5)
+    opacities = page.locator(".question .message-tools > *").evaluate_all(
+        "(all) => all.map((one) => getComputedStyle(one).opacity)"
+    )
+    assert opacities
+    assert set(opacities) == {"0"}
+    page.keyboard.press("Escape")

@@ -109,6 +109,7 @@ try {
     await compare(work);
   } else {
     await rm(target, { recursive: true, force: true });
+    await mkdir(target); // as every folder is made, where the one in work is for its owner alone
     await cp(work, target, { recursive: true });
   }
 } catch (error) {

@@ -2,6 +2,7 @@
 
 import { render } from "preact";
 import { startChats } from "./state/chats.ts";
+import { watchLeaving } from "./state/leaving.ts";
 import { refreshMcp } from "./state/mcp.ts";
 import { refreshModels } from "./state/models.ts";
 import { followPageKey } from "./state/page-key.ts";
@@ -10,6 +11,7 @@ import { followAddress } from "./state/route.ts";
 import { App } from "./ui/App.tsx";
 import { listenForShortcuts } from "./ui/shortcuts.ts";
 
+watchLeaving();
 applyPreferences();
 followPageKey();
 followAddress();

@@ -105,6 +105,7 @@ def create_app(
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.stopping = lambda: False
     app.state.failure = None  # why it could not start
+    app.state.page_key = None  # of the web UI's printed address, which stands for an API key where tools are called
     # The web UI comes first: its page stands where the server's own answer at / is otherwise.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)

@@ -12,6 +12,7 @@ import { t } from "../i18n/index.ts";
 import type { Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
 import { FrameQueue } from "./frames.ts";
+import { isLeaving } from "./leaving.ts";
 import { allowAlways, enabledTools, findTool, isAllowed } from "./mcp.ts";
 import { cardFor } from "./models.ts";
 import { announce, notify } from "./notices.ts";
@@ -244,7 +245,7 @@ export class OpenChat {
   }
 
   private save(message: Message): void {
-    if (!this.deleted) this.keep(this.store.putMessages([{ ...message, conversation: this.info.value.id }]));
+    if (!this.deleted && !isLeaving()) this.keep(this.store.putMessages([{ ...message, conversation: this.info.value.id }]));
   }
 
   private keep(work: Promise<void>): void {

@@ -79,7 +79,7 @@ class DatabaseStore implements Store {
       at(CHATS).delete(id);
       const finding = at(MESSAGES).index(BY_CHAT).getAllKeys(id);
       finding.onsuccess = () => finding.result.forEach((key) => at(MESSAGES).delete(key));
-    });
+    }, false);
   }
 
   clear(): Promise<void> {
@@ -89,13 +89,15 @@ class DatabaseStore implements Store {
     });
   }
 
-  private change(names: string[], work: (at: (name: string) => IDBObjectStore) => unknown): Promise<void> {
+  /** With `whole` nothing follows what `work` asks for: it is kept even where the page goes away at once. */
+  private change(names: string[], work: (at: (name: string) => IDBObjectStore) => unknown, whole = true): Promise<void> {
     return new Promise((resolve, reject) => {
       const transaction = this.database.transaction(names, "readwrite");
       transaction.oncomplete = () => resolve();
       transaction.onerror = () => reject(transaction.error);
       transaction.onabort = () => reject(transaction.error);
       work((name) => transaction.objectStore(name));
+      if (whole) transaction.commit();
     });
   }
 }

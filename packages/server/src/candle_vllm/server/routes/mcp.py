@@ -140,7 +140,7 @@ def _check_client(request: Request, settings: Settings) -> None:
 
 def _has_page_key(request: Request) -> bool:
     """Whether the request carries the key of the page's printed address, where the server has made one."""
-    key: str | None = getattr(request.app.state, "page_key", None)
+    key: str | None = request.app.state.page_key
     given = request.headers.getlist("authorization")
     if key is None or len(given) != 1:
         return False
