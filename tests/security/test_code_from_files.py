@@ -93,6 +93,7 @@ EXCUSED = {
         "imports a module by a name that is made at run time",
     ),  # our own, as pkgutil lists them
     ("kernels/attention/flash_attn.py", "imports a module by a name that is made at run time"),  # two that stand there
+    ("responses/__init__.py", "imports a module by a name that is made at run time"),  # our own, from a table there
     ("openai/formats/values.py", "uses ast.literal_eval"),  # literals alone, of bounded length and depth
 }
 
