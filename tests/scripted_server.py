@@ -18,6 +18,11 @@ _GENERATION = re.compile(r"generations: .* prompt_tokens=(\d+) .* completion_tok
 _REQUEST = re.compile(r"requests: (\w+) '([^']*)' (\d{3}) ")
 
 
+def tool_call(name: str, **arguments: Any) -> str:
+    """A call as the scripted model writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
 def can_be_isolated() -> bool:
     """Whether processes without any network but a loopback of their own can be made here."""
     try:

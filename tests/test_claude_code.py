@@ -5,7 +5,6 @@ Where the system allows it, both run in a network of their own that has a loopba
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 from claude_code import ClaudeCode, claude_code
-from scripted_server import ScriptedServer, can_be_isolated
+from scripted_server import ScriptedServer, can_be_isolated, tool_call
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
@@ -48,11 +47,6 @@ def start(program: Path, isolated: bool, tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-def call(name: str, **arguments: str) -> str:
-    """A tool call as the scripted model writes it."""
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-
 def test_a_question_is_one_request(start: Start) -> None:
     server, claude = start({"What is the capital": ["The capital", " is Paris."]})
     run = claude.run("What is the capital of France?")
@@ -65,7 +59,7 @@ def test_a_question_is_one_request(start: Start) -> None:
 
 def test_it_writes_the_file_that_the_model_writes(start: Start, tmp_path: Path) -> None:
     note, text = tmp_path / "work" / "note.txt", 'A "quoted" line – ü\n</tool_call> in a string\n'
-    write = call("Write", file_path=str(note), content=text)
+    write = tool_call("Write", file_path=str(note), content=text)
     server, claude = start({"tool\nFile created": ["It is ", "written."], "Take a note": ["I write.\n", write]})
     run = claude.run("Take a note")
     assert run.status == 0, run.errors
@@ -81,13 +75,19 @@ def test_it_writes_the_file_that_the_model_writes(start: Start, tmp_path: Path) 
 
 def test_a_chain_of_tools_and_thoughts(start: Start, tmp_path: Path) -> None:
     one, two = tmp_path / "work" / "one.txt", tmp_path / "work" / "two.txt"
-    both = call("Write", file_path=str(one), content="1") + "\n" + call("Write", file_path=str(two), content="2")
+    both = (
+        tool_call("Write", file_path=str(one), content="1") + "\n" + tool_call("Write", file_path=str(two), content="2")
+    )
     server, claude = start(
         {
             "tool\nFile created": "Three steps.",
             "File does not exist": ["No such file.\n", both],
-            "tool\nsaid-by-bash": ["<think>It works.</think>\n\n", call("Read", file_path=str(one))],
-            "Go on": ["<think>First ", "the shell.</think>\n\nI ask it.\n", call("Bash", command="echo said-by-bash")],
+            "tool\nsaid-by-bash": ["<think>It works.</think>\n\n", tool_call("Read", file_path=str(one))],
+            "Go on": [
+                "<think>First ",
+                "the shell.</think>\n\nI ask it.\n",
+                tool_call("Bash", command="echo said-by-bash"),
+            ],
         }
     )
     run = claude.run("Go on")
@@ -125,8 +125,8 @@ def test_it_reads_and_changes_a_file(start: Start, tmp_path: Path) -> None:
     server, claude = start(
         {
             "tool\nThe file": "Changed.",
-            "1\told": ["I change it.\n", call("Edit", file_path=str(story), old_string="old", new_string="new")],
-            "Look at it": ["I read it.\n", call("Read", file_path=str(story))],
+            "1\told": ["I change it.\n", tool_call("Edit", file_path=str(story), old_string="old", new_string="new")],
+            "Look at it": ["I read it.\n", tool_call("Read", file_path=str(story))],
         }
     )
     story.write_text("old\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from codex import Codex, codex
-from scripted_server import ScriptedServer, can_be_isolated
+from scripted_server import ScriptedServer, can_be_isolated, tool_call
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
@@ -47,11 +47,6 @@ def start(program: Path, isolated: bool, tmp_path: Path) -> Iterator[Start]:
         yield start
 
 
-def call(name: str, **arguments: Any) -> str:
-    """A tool call as the scripted model writes it."""
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-
 def test_a_question_is_one_request(start: Start) -> None:
     server, client = start({"What is the capital": ["The capital", " is Paris."]})
     run = client.run("What is the capital of France?")
@@ -62,7 +57,7 @@ def test_a_question_is_one_request(start: Start) -> None:
 
 
 def test_a_command_and_an_answer(start: Start, tmp_path: Path) -> None:
-    order = call("exec_command", cmd="echo said-by-shell | tee note.txt")
+    order = tool_call("exec_command", cmd="echo said-by-shell | tee note.txt")
     server, client = start(
         {
             "Process exited with code 0": "It is ready.",
@@ -79,7 +74,7 @@ def test_a_command_and_an_answer(start: Start, tmp_path: Path) -> None:
 
 
 def test_two_commands_at_once(start: Start) -> None:
-    both = call("exec_command", cmd="echo one-of-two") + "\n" + call("exec_command", cmd="echo two-of-two")
+    both = tool_call("exec_command", cmd="echo one-of-two") + "\n" + tool_call("exec_command", cmd="echo two-of-two")
     server, client = start({"two-of-two\n": "Both.", "Do both": both})
     run = client.run("Do both")
     assert (run.status, run.words) == (0, ["Both."]), run.errors
@@ -93,7 +88,7 @@ def test_two_commands_at_once(start: Start) -> None:
 def test_a_tool_of_a_namespace_comes_back_under_its_own_name(start: Start) -> None:
     """The model is shown `multi_agent_v1__close_agent`; Codex knows the tool only with its namespace apart."""
     server, client = start(
-        {"tool\n": "There is none.", "Close it": call("multi_agent_v1__close_agent", target="nobody")}
+        {"tool\n": "There is none.", "Close it": tool_call("multi_agent_v1__close_agent", target="nobody")}
     )
     run = client.run("Close it")
     assert (run.status, run.words) == (0, ["There is none."]), run.errors

@@ -6,7 +6,6 @@ field that the caller wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,23 +15,24 @@ from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.anthropic.request import CountTokensRequest, MessagesRequest, ThinkingOn
 from candle_vllm.openai.anthropic.tools import AutoChoice, SearchTool, Tool, ToolChoice, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import openai_turns
+from candle_vllm.openai.field_paths import FieldPaths, message_path
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import parse_chat_request
 
 _ALL_TAKEN = TemplateHabits()
 _FORMAT_NAME = "answer"  # OpenAI's schemas need a name; the model does not see it
-_MESSAGE = re.compile(r"messages\.(\d+)(\..*)?")
-_TOOL = re.compile(r"tools\.(\d+)(\..*)?")
-_TOOL_PARTS = (("function.parameters", "input_schema"), ("function.", ""), ("function", ""))
-_SAME_MEANING = (
-    ("response_format.json_schema.schema", "output_config.format.schema"),
-    ("response_format", "output_config.format"),
-    ("tool_choice.function.name", "tool_choice.name"),
-    ("parallel_tool_calls", "tool_choice.disable_parallel_tool_use"),
-    ("stop", "stop_sequences"),
-    ("enable_thinking", "thinking"),
-    ("include_reasoning", "thinking"),
-    ("prompt", "messages"),
+_PATHS = FieldPaths(
+    fields=(
+        ("response_format.json_schema.schema", "output_config.format.schema"),
+        ("response_format", "output_config.format"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("parallel_tool_calls", "tool_choice.disable_parallel_tool_use"),
+        ("stop", "stop_sequences"),
+        ("enable_thinking", "thinking"),
+        ("include_reasoning", "thinking"),
+        ("prompt", "messages"),
+    ),
+    tool_parts=(("function.parameters", "input_schema"), ("function.", ""), ("function", "")),
 )
 _PREFILL = "continue_final_message"
 
@@ -163,17 +163,8 @@ def blame(error: RequestError, messages: Sequence[str], tools: Sequence[int]) ->
 
 
 def _anthropic_path(path: str, messages: Sequence[str], tools: Sequence[int]) -> str:
-    if (match := _MESSAGE.fullmatch(path)) is not None and int(match[1]) < len(messages):
-        source = messages[int(match[1])]
-        return source if source == "system" or not match[2] else f"{source}.content"
-    if (match := _TOOL.fullmatch(path)) is not None and int(match[1]) < len(tools):
-        below = (match[2] or "").removeprefix(".")
-        for prefix, own in _TOOL_PARTS:
-            if below.startswith(prefix):
-                below = own + below[len(prefix) :]
-                break
-        return f"tools.{tools[int(match[1])]}" + (f".{below}" if below else "")
-    for prefix, own in _SAME_MEANING:
-        if path == prefix or path.startswith(f"{prefix}."):
-            return own + path[len(prefix) :]
-    return path
+    message = message_path(path)
+    if message is not None and message.number < len(messages):
+        source = messages[message.number]
+        return source if source == "system" or not message.inside else f"{source}.content"
+    return _PATHS.respelled(path, [f"tools.{number}" for number in tools])

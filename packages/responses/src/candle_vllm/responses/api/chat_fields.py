@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.errors import RequestError
+from candle_vllm.openai.field_paths import FieldPaths, message_path
 from candle_vllm.responses.protocol.answer_form import JsonSchemaFormat
 from candle_vllm.responses.protocol.request import PromptFields, ResponsesRequest
 
@@ -15,22 +16,22 @@ _SAME = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "cache_salt", "priority",
 )  # fmt: skip
-_MESSAGE = re.compile(r"messages\.(\d+)(\..*)?")
-_TOOL = re.compile(r"tools\.(\d+)(\..*)?")
-_TOOL_PARTS = (("function.parameters", "parameters"), ("function.", ""), ("function", ""))
-_SAME_MEANING = (
-    ("response_format.json_schema.schema", "text.format.schema"),
-    ("response_format.json_schema", "text.format"),
-    ("response_format", "text.format"),
-    ("tool_choice.function.name", "tool_choice.name"),
-    ("tool_choice.allowed_tools", "tool_choice"),
-    ("reasoning_effort", "reasoning.effort"),
-    (LIMIT, "max_output_tokens"),
-    ("max_tokens", "max_output_tokens"),
-    ("top_logprobs", "top_logprobs"),
-    ("logprobs", "include"),
-    ("messages", "input"),
-    ("prompt", "input"),
+_PATHS = FieldPaths(
+    fields=(
+        ("response_format.json_schema.schema", "text.format.schema"),
+        ("response_format.json_schema", "text.format"),
+        ("response_format", "text.format"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice.allowed_tools", "tool_choice"),
+        ("reasoning_effort", "reasoning.effort"),
+        (LIMIT, "max_output_tokens"),
+        ("max_tokens", "max_output_tokens"),
+        ("top_logprobs", "top_logprobs"),
+        ("logprobs", "include"),
+        ("messages", "input"),
+        ("prompt", "input"),
+    ),
+    tool_parts=(("function.parameters", "parameters"), ("function.", ""), ("function", "")),
 )
 
 
@@ -85,16 +86,7 @@ def blame(error: RequestError, messages: Sequence[str], tools: Sequence[str]) ->
 
 
 def _path(path: str, messages: Sequence[str], tools: Sequence[str]) -> str:
-    if (match := _MESSAGE.fullmatch(path)) is not None:
-        return messages[int(match[1])] if int(match[1]) < len(messages) else "input"
-    if (match := _TOOL.fullmatch(path)) is not None and int(match[1]) < len(tools):
-        below = (match[2] or "").removeprefix(".")
-        for prefix, own in _TOOL_PARTS:
-            if below.startswith(prefix):
-                below = own + below[len(prefix) :]
-                break
-        return f"{tools[int(match[1])]}.{below}" if below else tools[int(match[1])]
-    for prefix, own in _SAME_MEANING:
-        if path == prefix or path.startswith(f"{prefix}."):
-            return own + path[len(prefix) :]
-    return path
+    message = message_path(path)
+    if message is not None:
+        return messages[message.number] if message.number < len(messages) else "input"
+    return _PATHS.respelled(path, tools)

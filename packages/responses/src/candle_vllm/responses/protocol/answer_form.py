@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag
 
 from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid
-from candle_vllm.openai.protocol.structured import JsonObjectFormat, TextFormat
-from candle_vllm.openai.protocol.tools import FunctionName, check_depth
+from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
 from candle_vllm.responses.protocol.parts import type_of
 
 
@@ -21,20 +20,10 @@ class StreamOptions(WireModel):
     }
 
 
-class JsonSchemaFormat(WireModel):
+class JsonSchemaFormat(JsonSchema):
     """A schema that the answer always follows, whether `strict` or not; the model sees nothing of it."""
 
     type: Literal["json_schema"]
-    name: FunctionName
-    json_schema: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        check_depth(schema)
-        return schema
 
 
 class PlainFormat(TextFormat):
