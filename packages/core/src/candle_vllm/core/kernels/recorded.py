@@ -2,7 +2,7 @@
 
 When the layers run on `Recorded` values instead of tensors, every kernel writes an operation into a plan instead of
 computing; later steps replay the plan. Kernels and layers only know this interface; what is recorded, and what is fused
-on the way, is the recorder's business (`kernels/cpu_runtime/recorder.py`).
+on the way, is the business of `kernels/cpu_runtime/values.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from candle_vllm.core.kernels.activation import Activation
+    from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.moe.arguments import RecordedExperts, Routing
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 
@@ -41,33 +44,76 @@ class Recorded(ABC):
         """The heads side by side again."""
 
     @abstractmethod
-    def __add__(self, other: Recorded) -> Recorded: ...
+    def __add__(self, other: Recorded) -> Recorded:
+        """This value, changed in place; `other` is a matrix's result or a norm."""
 
     @abstractmethod
     def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:
         """See `kernels/rms_norm`."""
 
     @abstractmethod
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Recorded:
+        """See `kernels/layer_norm`."""
+
+    @abstractmethod
     def rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> Recorded:
         """See `kernels/rotary`."""
+
+    @abstractmethod
+    def position_scale(self, table: torch.Tensor) -> Recorded:
+        """See `kernels/position_scale`."""
 
     @abstractmethod
     def silu_mul(self) -> Recorded:
         """See `kernels/silu_mul`."""
 
     @abstractmethod
+    def gelu_tanh_mul(self) -> Recorded:
+        """See `kernels/silu_mul`."""
+
+    @abstractmethod
+    def activation(self, kind: Activation) -> Recorded:
+        """See `kernels/activation`."""
+
+    @abstractmethod
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
         """See `kernels/packed_linear` and `kernels/plain_linear`; the matrices' results stand side by side."""
 
     @abstractmethod
+    def experts(
+        self,
+        logits: Recorded,
+        routing: Routing,
+        experts: RecordedExperts,
+        shared: Recorded | None = None,
+        gate: Recorded | None = None,
+    ) -> Recorded:
+        """See `kernels/moe`; `shared` is added, times the sigmoid of gate [T, 1] where there is one."""
+
+    @abstractmethod
     def attend(
-        self, k: Recorded, v: Recorded, key_cache: Any, value_cache: Any, *, scale: float, window: int | None
+        self,
+        k: Recorded,
+        v: Recorded,
+        key_cache: Any,
+        value_cache: Any,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q."""
 
     @abstractmethod
-    def logits(self, matrix: Matrix) -> Recorded:
-        """Scores of the rows whose successor is wanted."""
+    def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
+        """See `kernels/latent_attention/layout.py`; this value is the queries [T, H * (nope + R)], kv [T, L + R]."""
+
+    @abstractmethod
+    def logits(
+        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
+    ) -> Recorded:
+        """Scores of the rows whose successor is wanted, a bias added, then as `kernels/scale_cap` says."""
 
     @abstractmethod
     def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
@@ -78,5 +124,5 @@ class RecordedTokens(ABC):
     """The token ids of a step while it is recorded."""
 
     @abstractmethod
-    def embedding(self, matrix: Matrix) -> Recorded:
-        """See `kernels/embedding`."""
+    def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:
+        """See `kernels/embedding`; the rows times `scale`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, paged_attention
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary_write import HeadNorms, rotary_write
+from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Part, TensorPart
 from candle_vllm.core.layers.rotary import Rotary
 
 
@@ -43,40 +45,56 @@ class PagedAttention:
     Args:
         layer: whose caches it uses.
         head_dim: D.
-        rotary: positions.
+        rotary: positions; None for a layer whose queries and keys do not turn.
         q_norm, k_norm: of heads, where the model has them.
         window: how many positions a token sees, itself included; None is all.
         scale: of scores; None is D^-0.5.
+        softcap: of scores.
+        sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
+            `kernels/attention`.
     """
 
     def __init__(
         self,
         layer: int,
         head_dim: int,
-        rotary: Rotary,
-        q_norm: RMSNorm | None = None,
-        k_norm: RMSNorm | None = None,
+        rotary: Rotary | None,
+        q_norm: RMSNorm | HeadLayerNorm | None = None,
+        k_norm: RMSNorm | HeadLayerNorm | None = None,
         *,
         window: int | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.layer = layer
         self.rotary = rotary
         self.norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.softcap = softcap
+        self.sinks = sinks
 
     def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
-        key_cache, value_cache = step.key_caches[self.layer], step.value_caches[self.layer]
-        if isinstance(q, Recorded):
-            if self.norms is not None:
-                q, k = self.norms[0](q), self.norms[1](k)
-            q, k = self.rotary(q, k, step.positions)
-            return q.attend(k, v, key_cache, value_cache, scale=self.scale, window=self.window)
+        caches = (step.key_caches[self.layer], step.value_caches[self.layer])
+        scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         norms, scales = None, step.cache_scales
         if self.norms is not None:
-            norms = HeadNorms(self.norms[0].weight, self.norms[1].weight, self.norms[0].eps)
-        caches, tables = (key_cache, value_cache), self.rotary.tables
+            q_norm, k_norm = self.norms
+            if isinstance(q_norm, RMSNorm) and not isinstance(q, Recorded):
+                norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
+            else:
+                q, k = q_norm(q), k_norm(k)
+        if isinstance(q, Recorded):
+            if self.rotary is not None:
+                q, k = self.rotary(self.rotary.scaled(q, step.positions), k, step.positions)
+            return q.attend(k, v, *caches, **scores)
+        tables = None if self.rotary is None else self.rotary.tables
         q = rotary_write(q, k, v, step.positions, tables, caches, step.slots, norms=norms, cache_scales=scales)
-        options = {"scale": self.scale, "window": self.window, "cache_scales": scales}
-        return step.attend(q, key_cache, value_cache, step.rows, **options)
+        if self.rotary is not None:
+            q = self.rotary.scaled(q, step.positions)
+        return step.attend(q, *caches, step.rows, cache_scales=scales, **scores)
+
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        return {} if self.sinks is None else {"sinks": TensorPart(self.sinks)}

@@ -1,4 +1,4 @@
-"""LayerNorm with its weight and bias."""
+"""LayerNorm: of hidden states, and of heads that have weights of their own."""
 
 from __future__ import annotations
 
@@ -6,23 +6,52 @@ from collections.abc import Mapping
 
 import torch
 
+from candle_vllm.core.kernels.layer_norm import layer_norm
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 
 
 class LayerNorm:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x [T, size], in fp32.
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x [T, size]; the arithmetic is fp32.
 
     Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
     """
 
-    def __init__(self, size: int, eps: float, placement: Placement) -> None:
+    def __init__(self, size: int, eps: float, placement: Placement, *, bias: bool = True) -> None:
         self.eps = eps
         self.weight = torch.empty(size, device=placement.device, dtype=torch.float32)
-        self.bias = torch.empty(size, device=placement.device, dtype=torch.float32)
+        self.bias = torch.empty(size, device=placement.device, dtype=torch.float32) if bias else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+    def __call__(self, x: Value) -> Value:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Value, residual: Value | None) -> tuple[Value, Value]:
+        """(norm of residual + x, residual + x): a layer's input, and what its output is added to; None is nothing."""
+        total = x if residual is None else residual + x
+        return self(total), total
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        return {"weight": TensorPart(self.weight), "bias": TensorPart(self.bias)}
+        found: dict[str, Part] = {"weight": TensorPart(self.weight)}
+        return found if self.bias is None else {**found, "bias": TensorPart(self.bias)}
+
+
+class HeadLayerNorm:
+    """LayerNorm over each head of x [T, heads, size], a row of the weight [heads, size] for each; no bias.
+
+    Checkpoints have the weight as one tensor, "weight", or, with `rows`, a tensor "0.weight", "1.weight", ... a head.
+    """
+
+    def __init__(self, heads: int, size: int, eps: float, placement: Placement, *, rows: bool = False) -> None:
+        self.eps = eps
+        self.weight = torch.empty(heads, size, device=placement.device, dtype=torch.float32)
+        self._rows = rows
+
+    def __call__(self, x: Value) -> Value:
+        return layer_norm(x, self.weight, None, self.eps)
+
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        if not self._rows:
+            return {"weight": TensorPart(self.weight)}
+        return {f"{head}.weight": TensorPart(row) for head, row in enumerate(self.weight)}

@@ -1,20 +1,62 @@
-"""Feed-forward layers."""
+"""Feed-forward layers: with a gate, and without."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+from candle_vllm.core.kernels.activation import Activation, activation
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.silu_mul import silu_mul
+from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul, silu_mul
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 
 
 class GatedMLP:
-    """SwiGLU: down(silu(gate(x)) * up(x)) for x [T, E], with gate and up as one product."""
+    """SwiGLU or GeGLU: down(act(gate(x)) * up(x)) for x [T, E], with gate and up as one product.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, placement: Placement, *, bias: bool = False) -> None:
-        shards = {"gate": intermediate_size, "up": intermediate_size}
+    Args:
+        hidden_size, intermediate_size: E and F.
+        placement: where the weights live.
+        bias: whether all three matrices have one.
+        activation: of the gate.
+        fused: checkpoints have gate and up as one matrix [2F, E], the gate's rows first: the part "weight" of
+            `gate_up`; else as two, "gate.weight" and "up.weight".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        placement: Placement,
+        *,
+        bias: bool = False,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
+        fused: bool = False,
+    ) -> None:
+        shards = 2 * intermediate_size if fused else {"gate": intermediate_size, "up": intermediate_size}
         self.gate_up = Linear(hidden_size, shards, placement, bias=bias)
         self.down = Linear(intermediate_size, hidden_size, placement, bias=bias)
+        self._gate = silu_mul if activation == "silu" else gelu_tanh_mul
 
     def __call__(self, x: Value) -> Value:
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(self._gate(self.gate_up(x)))
+
+
+class MLP:
+    """down(act(up(x))) for x [T, E]. Arguments as those of `GatedMLP`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        placement: Placement,
+        *,
+        bias: bool = True,
+        activation: Activation = "gelu_tanh",
+    ) -> None:
+        self.up = Linear(hidden_size, intermediate_size, placement, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, placement, bias=bias)
+        self._activation: Activation = activation
+
+    def __call__(self, x: Value) -> Value:
+        return self.down(activation(self.up(x), self._activation))

@@ -12,7 +12,11 @@ from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
 
 
 class RMSNorm:
-    """RMSNorm over the last dimension of x [T, ..., size]."""
+    """RMSNorm over the last dimension of x [T, ..., size].
+
+    A norm behind a matrix is added to a residual as any value is: `residual + norm(x)`, or
+    `next_norm.add(norm(x), residual)`; in a recorded step either is one operation.
+    """
 
     def __init__(self, size: int, eps: float, placement: Placement) -> None:
         self.eps = eps

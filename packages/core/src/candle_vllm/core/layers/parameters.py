@@ -7,19 +7,20 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.stored import QuantisedTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
     from candle_vllm.core.kernels.gguf_linear import GgufMatrix
+    from candle_vllm.core.kernels.group_linear import GroupMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
     from candle_vllm.core.kernels.recorded import Matrix
 
-    Weight: TypeAlias = torch.Tensor | GgufMatrix
+    Weight: TypeAlias = torch.Tensor | GgufMatrix | GroupMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ class Part(Protocol):
         """Shape that the stored tensor must have."""
         ...
 
-    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
-        """Takes the tensor; with `interleaved_heads` its rows are first brought to half-split rotary order."""
+    def fill(self, stored: StoredTensor) -> None:
+        """Takes the tensor."""
         ...
 
 
@@ -98,11 +99,10 @@ class TensorPart:
         """Shape that the stored tensor must have."""
         return tuple(self._tensor.shape)
 
-    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+    def fill(self, stored: StoredTensor) -> None:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
         values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
-        ordered = values[_row_order(stored, interleaved_heads)] if interleaved_heads else values
-        self._tensor.copy_(ordered.to(self._tensor.device))
+        self._tensor.copy_(values.to(self._tensor.device))
 
 
 class MatrixPart:
@@ -112,33 +112,63 @@ class MatrixPart:
         matrices, name: where the matrix goes.
         shape: [N, K].
         placement: of a model whose steps are recorded.
+        ordered: whether the layer brings its input to an order of the matrix's own.
     """
 
-    def __init__(self, matrices: dict[str, Matrix], name: str, shape: tuple[int, int], placement: Placement) -> None:
+    def __init__(
+        self,
+        matrices: dict[str, Matrix],
+        name: str,
+        shape: tuple[int, int],
+        placement: Placement,
+        *,
+        ordered: bool = False,
+    ) -> None:
         self._placement = placement
+        self._ordered = ordered
         self._matrices = matrices
         self._name = name
         self.shape = shape
 
-    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+    def fill(self, stored: StoredTensor) -> None:
         """Packs the tensor."""
-        raw = stored.raw()
-        if interleaved_heads:
-            raw = raw[_row_order(stored, interleaved_heads)]
         try:
-            self._matrices[self._name] = self._pack(stored, raw)
+            self._matrices[self._name] = self._pack(stored)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{stored.file.path}: tensor {stored.name}: {error}") from error
+            raise UnsupportedModelError(f"{stored.path}: tensor {stored.name}: {error}") from error
 
-    def _pack(self, stored: StoredTensor, raw: np.ndarray) -> Matrix:
+    def _pack(self, stored: StoredTensor) -> Matrix:
         from candle_vllm.core.kernels import packed_linear, plain_linear
 
         memory = self._placement.weight_memory
+        if isinstance(stored, QuantisedTensor):
+            return self._pack_parts(stored)
         if stored.dtype is not None:
-            return plain_linear.pack(raw, stored.dtype, *self.shape, kind=self._placement.plain_kind, memory=memory)
+            kind = self._placement.plain_kind
+            return plain_linear.pack(stored.raw(), stored.dtype, *self.shape, kind=kind, memory=memory)
         from gguf import GGMLQuantizationType
 
-        return packed_linear.pack(raw, GGMLQuantizationType[stored.type_name], *self.shape, memory)
+        return packed_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, memory)
+
+    def _pack_parts(self, stored: QuantisedTensor) -> Matrix:
+        """Blocks that hold the numbers exactly, else plain numbers: bfloat16, or what was asked for."""
+        from candle_vllm.core.kernels import packed_linear, plain_linear
+
+        memory, blocks = self._placement.weight_memory, stored.blocks()
+        if blocks is not None and (blocks.order is None or self._ordered):
+            matrix = packed_linear.pack(blocks.raw, blocks.type, *self.shape, memory)
+            return dataclasses.replace(matrix, order=blocks.order)
+        if stored.source.plain is None:
+            logger.warning(
+                "%s: tensor %s is multiplied as plain numbers: no blocks hold it exactly%s",
+                stored.path,
+                stored.name,
+                "" if blocks is None else " in the order of its inputs",
+            )
+        kind = self._placement.plain_kind
+        dtype = torch.bfloat16 if kind is None else torch.float32  # float16 is checked for numbers beyond its range
+        raw = stored.load(dtype).view(torch.uint8).numpy()
+        return plain_linear.pack(raw, dtype, *self.shape, kind=kind, memory=memory)
 
 
 class DevicePart:
@@ -148,39 +178,48 @@ class DevicePart:
         matrices, name: where the matrix goes.
         shape: [N, K].
         placement: of a model that keeps quantised matrices.
+        groups: whether the layer multiplies codes in groups; else they come in blocks, or decoded.
     """
 
-    def __init__(self, matrices: dict[str, Weight], name: str, shape: tuple[int, int], placement: Placement) -> None:
+    def __init__(
+        self,
+        matrices: dict[str, Weight],
+        name: str,
+        shape: tuple[int, int],
+        placement: Placement,
+        *,
+        groups: bool = False,
+    ) -> None:
         self._matrices = matrices
         self._name = name
         self._placement = placement
+        self._groups = groups
         self.shape = shape
 
-    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+    def fill(self, stored: StoredTensor) -> None:
         """Brings the tensor to the device; a quantised one that no kernel multiplies is decoded, which is logged."""
-        order = None if interleaved_heads is None else _row_order(stored, interleaved_heads)
-        if stored.dtype is None and (packed := self._packed(stored, order)) is not None:
+        packed = self._packed(stored) if stored.dtype is None else None
+        if packed is None:
+            self._matrices[self._name] = stored.load(self._placement.dtype).to(self._placement.device)
+        else:
             self._matrices[self._name] = packed
-            return
-        values = stored.load(self._placement.dtype)
-        self._matrices[self._name] = (values if order is None else values[order]).to(self._placement.device)
 
-    def _packed(self, stored: StoredTensor, order: np.ndarray | None) -> GgufMatrix | None:
+    def _packed(self, stored: StoredTensor) -> GgufMatrix | GroupMatrix | None:
         from gguf import GGMLQuantizationType
 
-        from candle_vllm.core.kernels import gguf_linear
+        from candle_vllm.core.kernels import gguf_linear, group_linear
 
-        raw = stored.raw() if order is None else stored.raw()[order]
-        kind = GGMLQuantizationType[stored.type_name]
+        device = self._placement.device
         try:
-            return gguf_linear.pack(raw, kind, *self.shape, self._placement.device)
+            if not isinstance(stored, QuantisedTensor):
+                return gguf_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, device)
+            codes = stored.group_codes() if self._groups else None
+            if codes is not None and (matrix := group_linear.from_codes(codes, device)) is not None:
+                return matrix
+            blocks = stored.blocks()
+            if blocks is None or blocks.order is not None:
+                return None
+            return gguf_linear.pack(blocks.raw, blocks.type, *self.shape, device)
         except UnsupportedModelError as error:
-            logger.warning(
-                "%s: tensor %s is decoded, which takes more memory: %s", stored.file.path, stored.name, error
-            )
+            logger.warning("%s: tensor %s is decoded, which takes more memory: %s", stored.path, stored.name, error)
             return None
-
-
-def _row_order(stored: StoredTensor, heads: int) -> np.ndarray:
-    """Row numbers that bring [H * D, ...] from interleaved order (pair i is rows 2i, 2i + 1) to half-split."""
-    return np.arange(stored.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

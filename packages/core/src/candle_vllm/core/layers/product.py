@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from candle_vllm.core.kernels import gguf_linear
+from candle_vllm.core.kernels import gguf_linear, group_linear
+from candle_vllm.core.kernels.gguf_linear import GgufMatrix
+from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.linear import linear
 
 if TYPE_CHECKING:
@@ -48,10 +50,14 @@ class Product:
         piece, bias = self._pieces[index], self._biases[index]
         if isinstance(piece, torch.Tensor):
             return linear(x, piece, bias, out=out, invariant=self._invariant)
+        if isinstance(piece, GroupMatrix):
+            return group_linear.linear(x, piece, bias, out=out, invariant=self._invariant)
         return gguf_linear.linear(x, piece, bias, out=out, invariant=self._invariant)
 
 
 def _type(weight: Weight) -> object:
+    if isinstance(weight, GroupMatrix):
+        return weight.form if weight.order is None else id(weight)
     return weight.dtype if isinstance(weight, torch.Tensor) else weight.kind
 
 
@@ -65,4 +71,7 @@ def _joined(weights: list[Weight]) -> Weight:
     tensors = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     if tensors:
         return torch.cat(tensors)
-    return gguf_linear.stack([weight for weight in weights if not isinstance(weight, torch.Tensor)])
+    groups = [weight for weight in weights if isinstance(weight, GroupMatrix)]
+    if groups:
+        return group_linear.stack(groups)
+    return gguf_linear.stack([weight for weight in weights if isinstance(weight, GgufMatrix)])

@@ -8,15 +8,19 @@ from collections.abc import Mapping
 import torch
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.kernels.position_scale import position_scale
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary_pair
 from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
-from candle_vllm.core.loading.config import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import StoredTensor
 
 
 class Rotary:
     """Rotates queries and keys by position; one per model, shared by its layers.
+
+    With a `query_scale` s of the settings, queries are also multiplied by 1 + s ln(1 + floor(position / original)),
+    where original is the context before stretching: by 1 within it.
 
     A GGUF file of Llama 3 carries its scaling as divisors of the frequencies; they are the optional part "factors".
 
@@ -38,6 +42,8 @@ class Rotary:
         _check_angles(self._frequencies, max_position, f"the rotary settings {rope}")
         self._factors = torch.ones(rope.dim // 2) if factors else None
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._growth, self._original = rope.query_scale, rope.original_max_position
+        self._query_factors: torch.Tensor | None = None
 
     def prepare(self, positions: int) -> None:
         """Makes the tables for positions below `positions`; larger ones that are there already stay.
@@ -57,9 +63,19 @@ class Rotary:
 
     def _make_tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies = self._frequencies if self._factors is None else self._frequencies / self._factors
+        if self._growth and positions > self._original:
+            periods = torch.arange(positions, dtype=torch.float32).div(self._original, rounding_mode="floor")
+            self._query_factors = (1 + self._growth * periods.log1p()).to(self.device)
         angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * frequencies
         cos = angles.cos().mul_(self._scale).to(self.device)
         return cos, angles.sin_().mul_(self._scale).to(self.device)
+
+    def scaled(self, q: Value, positions: torch.Tensor) -> Value:
+        """Queries [T, H, D] times their position's factor; as they are where it is 1 everywhere."""
+        if self._growth == 0 or len(self.tables[0]) <= self._original:
+            return q
+        assert self._query_factors is not None, "they are made with the tables"
+        return position_scale(q, positions, self._query_factors)
 
     def __call__(self, q: Value, k: Value, positions: torch.Tensor) -> tuple[Value, Value]:
         """Both rotated: q [T, H, D], k [T, K, D]."""
@@ -81,9 +97,9 @@ class _Factors(TensorPart):
         self._frequencies = frequencies
         self._max_position = max_position
 
-    def fill(self, stored: StoredTensor, interleaved_heads: int | None) -> None:
+    def fill(self, stored: StoredTensor) -> None:
         """Copies the tensor."""
-        super().fill(stored, interleaved_heads)
+        super().fill(stored)
         _check_angles(self._frequencies / self._factors, self._max_position, f"the tensor {stored.name}")
 
 
@@ -94,19 +110,30 @@ def _check_angles(frequencies: torch.Tensor, max_position: int, source: str) -> 
 
 
 def attention_scale(rope: RopeConfig) -> float:
-    """The factor on cos and sin: yarn's 0.1 ln(factor) + 1, else 1."""
-    if rope.kind != "yarn":
+    """The factor on cos and sin: yarn's 0.1 ln(factor) + 1, divided by what scores get instead; longrope's; else 1."""
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
+    return yarn_scale(rope.factor)
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1, by which a context that is stretched by `factor` sharpens attention."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
     """Angle per position [R/2] in fp32, for a context of `max_position` tokens.
 
     Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, taken at the longest context from the start, so
-    that cached keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071.
+    that cached keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071;
+    longrope, Ding et al., arXiv:2402.13753: the divisors for long texts where `max_position` is beyond the original
+    context, else those for short ones, again once and for all texts.
     """
     theta = rope.theta
     if rope.kind == "dynamic" and max_position > rope.original_max_position:
@@ -119,6 +146,10 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
         return _llama3(plain, rope)
     if rope.kind == "yarn":
         return _yarn(plain, rope)
+    if rope.kind == "longrope":
+        return plain / torch.tensor(
+            rope.long_factor if max_position > rope.original_max_position else rope.short_factor
+        )
     return plain
 
 

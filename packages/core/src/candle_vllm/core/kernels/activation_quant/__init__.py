@@ -1,9 +1,13 @@
 """Quantising activations to 8 bits, with what comes right before it.
 
 Contract: x float32 [T, C]; first a prologue makes y [T, K]:
-    NONE    y = x, K = C
-    NORM    y = RMSNorm(x) * weight, K = C (see `kernels/rms_norm`)
-    SILU    y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
+    NONE         y = x, K = C
+    NORM         y = RMSNorm(x) * weight, K = C (see `kernels/rms_norm`)
+    LAYER_NORM   y = LayerNorm(x) * weight + bias, K = C (see `kernels/layer_norm`)
+    SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
+    GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (the same)
+    SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
+    GELU_TANH, GELU, RELU   y = act(x), K = C (see `kernels/activation`)
 then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
 and q = round(y / s) to nearest even. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
 which weights with an offset need. All in fp32. This is the step that GGML calls Q8_1.
@@ -22,3 +26,19 @@ class Prologue(enum.IntEnum):
     NONE = 0
     NORM = 1
     SILU = 2
+    LAYER_NORM = 3
+    GELU_GATE = 4
+    GELU_TANH = 5
+    GELU = 6
+    RELU = 7
+    SWIGLU_OAI = 8
+
+    @property
+    def gated(self) -> bool:
+        """Two numbers become one: the gate's half of a row stands before the other."""
+        return self in (Prologue.SILU, Prologue.GELU_GATE, Prologue.SWIGLU_OAI)
+
+    @property
+    def norm(self) -> bool:
+        """Every number depends on the whole row."""
+        return self in (Prologue.NORM, Prologue.LAYER_NORM)

@@ -7,9 +7,9 @@ With at least as many rows as threads each thread takes whole rows, else every t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 
 from llvmlite import ir
@@ -18,26 +18,19 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
+    emit_gelu,
+    emit_gelu_tanh,
+    emit_relu,
+    emit_silu,
+    emit_swiglu_oai,
+)
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
 from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
 
-_LOG2E = 1.4426950216293335  # log2(e) as float32 has it
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
-
-
-def emit_exp(e: Emitter, x: Any) -> Any:
-    """exp of 16 floats, relative error below 3e-7; inputs are held to [-87, 88]."""
-    b = e.b
-    low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
-    x = b.select(b.fcmp_ordered("<", x, high), x, high)
-    x = b.select(b.fcmp_ordered(">", x, low), x, low)
-    shifted = e.fma(x, e.constant(F32, _LOG2E), e.constant(F32, SHIFTER))
-    whole = b.fsub(shifted, e.constant(F32, SHIFTER))
-    rest = e.fma(x, e.constant(F32, _LOG2E), b.fneg(whole))
-    rest = e.fma(x, e.constant(F32, math.log2(math.e) - _LOG2E), rest)
-    return e.power_of_two(shifted, rest)
 
 
 def _fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
@@ -118,91 +111,161 @@ def _two(e: Emitter, base: Any, group: Any) -> list[Any]:
     return [e.load(at, vector(F32), 4 * LANES * part) for part in range(2)]
 
 
+_ACTIVATIONS = MappingProxyType(
+    {
+        Prologue.SILU: emit_silu,
+        Prologue.GELU_GATE: emit_gelu_tanh,
+        Prologue.GELU_TANH: emit_gelu_tanh,
+        Prologue.GELU: emit_gelu,
+        Prologue.RELU: emit_relu,
+    }
+)
+
+
 def prologue_halves(
-    e: Emitter, prologue: Prologue, x: Any, other: Any = None, scale: Any = None
+    e: Emitter,
+    prologue: Prologue,
+    x: Any,
+    other: Any = None,
+    scale: Any = None,
+    *,
+    mean: Any = None,
+    bias: Any = None,
 ) -> Callable[[Any], list[Any]]:
     """What gives the two vectors of a group of 32 neighbours behind the prologue.
 
     Args:
         e: where the code goes.
         prologue: what is computed.
-        x: address of the row; with SILU of its gate.
-        other: address of NORM's weight, or of SILU's second factor.
-        scale: of NORM, from `rms_scale`.
+        x: address of the row; of a gated one, of its gate.
+        other: address of a norm's weight, or of a gated row's second factor.
+        scale: of a norm, from `rms_scale` or `layer_scale`.
+        mean, bias: of LAYER_NORM: from `row_mean`, and an address.
     """
+    b = e.b
     if prologue is Prologue.NONE:
         return lambda group: _two(e, x, group)
-    one, factor = e.constant(F32, 1.0), None if scale is None else e.splat(scale)
-
-    def halves(group: Any) -> list[Any]:
-        pairs = zip(_two(e, x, group), _two(e, other, group))
-        if prologue is Prologue.NORM:
-            return [e.b.fmul(e.b.fmul(value, factor), weight) for value, weight in pairs]
-        return [e.b.fmul(e.b.fdiv(g, e.b.fadd(one, emit_exp(e, e.b.fneg(g)))), up) for g, up in pairs]
-
-    return halves
-
-
-@intrinsic
-def quantise_plain(_: Any, x: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any) -> Any:
-    """Groups of a row as they are."""
-    signature = types.void(*[types.int64] * 6)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        _groups_code(e, args[1:], prologue_halves(e, Prologue.NONE, args[0]))
-        return context.get_dummy_value()
-
-    return signature, code
+    if prologue is Prologue.NORM:
+        factor = e.splat(scale)
+        return lambda group: [
+            b.fmul(b.fmul(value, factor), weight) for value, weight in zip(_two(e, x, group), _two(e, other, group))
+        ]
+    if prologue is Prologue.LAYER_NORM:
+        factor, centre = e.splat(scale), e.splat(mean)
+        return lambda group: [
+            e.fma(b.fmul(b.fsub(value, centre), factor), weight, shift)
+            for value, weight, shift in zip(*(_two(e, at, group) for at in (x, other, bias)))
+        ]
+    if prologue is Prologue.SWIGLU_OAI:
+        return lambda group: [emit_swiglu_oai(e, g, up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
+    act = _ACTIVATIONS[prologue]
+    if prologue.gated:
+        return lambda group: [b.fmul(act(e, g), up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
+    return lambda group: [act(e, value) for value in _two(e, x, group)]
 
 
-@intrinsic
-def quantise_scaled(
-    _: Any, x: Any, weight: Any, scale: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any
+@intrinsic(prefer_literal=True)
+def quantise_groups(
+    _: Any,
+    prologue: Any,
+    x: Any,
+    other: Any,
+    bias: Any,
+    scale: Any,
+    mean: Any,
+    q: Any,
+    scales: Any,
+    sums: Any,
+    first: Any,
+    count: Any,
 ) -> Any:
-    """Groups of a row times `scale`, times a weight for each column."""
-    signature = types.void(types.int64, types.int64, types.float32, *[types.int64] * 5)
+    """Groups of a row behind its prologue; the arguments are those of `prologue_halves`."""
+    before, integers = Prologue(prologue.literal_value), [types.int64] * 3
+    signature = types.void(prologue, *integers, types.float32, types.float32, *integers, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        halves = prologue_halves(e, Prologue.NORM, args[0], args[1], args[2])
-        _groups_code(e, args[3:], halves)
+        halves = prologue_halves(e, before, args[1], args[2], args[4], mean=args[5], bias=args[3])
+        _groups_code(e, args[6:], halves)
         return context.get_dummy_value()
 
     return signature, code
 
 
-@intrinsic
-def quantise_silu(_: Any, gate: Any, up: Any, q: Any, scales: Any, sums: Any, first: Any, count: Any) -> Any:
-    """Groups of silu(gate) * up."""
-    signature = types.void(*[types.int64] * 7)
+def _row_sum(e: Emitter, x: Any, columns: Any, term: Callable[[Any, Any], Any], masked: bool) -> Any:
+    """The sum of a row of float32 numbers as term(value, sum so far) adds them, in lanes and then across them.
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        halves = prologue_halves(e, Prologue.SILU, args[0], args[1])
-        _groups_code(e, args[2:], halves)
-        return context.get_dummy_value()
+    Where `masked`, what stands behind the row counts as nothing; else it must be 0 up to a multiple of 32 columns.
+    """
+    b = e.b
+    lanes = ir.Constant(vector(I32), list(range(LANES)))
+    end = e.splat(b.trunc(columns, I32)) if masked else None
 
-    return signature, code
+    def body(group: Any, totals: list[Any]) -> list[Any]:
+        results = [term(value, total) for value, total in zip(_two(e, x, group), totals)]
+        if end is None:
+            return results
+        first = b.trunc(b.mul(group, e.int64(GROUP)), I32)
+        for part in range(2):
+            at = b.add(lanes, e.splat(b.add(first, ir.Constant(I32, LANES * part))))
+            results[part] = b.select(b.icmp_signed("<", at, end), results[part], totals[part])
+        return results
+
+    groups = b.sdiv(b.add(columns, e.int64(GROUP - 1)), e.int64(GROUP))
+    return e.sum_lanes(b.fadd(*e.loop(groups, [e.zeros(F32), e.zeros(F32)], body)))
+
+
+def _one_over_root(e: Emitter, total: Any, columns: Any, eps: Any) -> Any:
+    mean = e.b.fdiv(total, e.b.sitofp(columns, F32))
+    return e.b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [e.b.fadd(mean, eps)]))
+
+
+def _rms_scale(masked: bool, context: Any, b: Any, sig: Any, args: Any) -> Any:
+    e = Emitter(b)
+    total = _row_sum(e, args[0], args[1], lambda v, total: e.fma(v, v, total), masked)
+    return _one_over_root(e, total, args[1], args[2])
 
 
 @intrinsic
 def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
     """1 / sqrt(mean(x^2) + eps) of a row; it is zero from its end to the next multiple of 32 columns."""
     signature = types.float32(types.int64, types.int64, types.float32)
+    return signature, partial(_rms_scale, False)
+
+
+@intrinsic
+def rms_scale_within(_: Any, x: Any, columns: Any, eps: Any) -> Any:
+    """The same where anything may stand behind the row; up to 31 numbers of it are read."""
+    signature = types.float32(types.int64, types.int64, types.float32)
+    return signature, partial(_rms_scale, True)
+
+
+@intrinsic
+def row_mean(_: Any, x: Any, columns: Any) -> Any:
+    """The mean of a row; behind it stands what may be read."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
+        return b.fdiv(_row_sum(e, *args, b.fadd, True), b.sitofp(args[1], F32))
 
-        def body(group: Any, totals: list[Any]) -> list[Any]:
-            return [e.fma(v, v, total) for v, total in zip(_two(e, args[0], group), totals)]
+    return types.float32(types.int64, types.int64), code
 
-        groups = b.sdiv(b.add(args[1], e.int64(GROUP - 1)), e.int64(GROUP))
-        totals = e.loop(groups, [e.zeros(F32), e.zeros(F32)], body)
-        mean = b.fdiv(e.sum_lanes(b.fadd(*totals)), b.sitofp(args[1], F32))
-        return b.fdiv(ir.Constant(F32, 1.0), e.call("llvm.sqrt.f32", F32, [b.fadd(mean, args[2])]))
 
-    return signature, code
+@intrinsic
+def layer_scale(_: Any, x: Any, columns: Any, mean: Any, eps: Any) -> Any:
+    """1 / sqrt(mean((x - mean)^2) + eps) of a row; behind it stands what may be read."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        centre = e.splat(args[2])
+
+        def squares(value: Any, total: Any) -> Any:
+            distance = b.fsub(value, centre)
+            return e.fma(distance, distance, total)
+
+        return _one_over_root(e, _row_sum(e, args[0], args[1], squares, True), args[1], args[3])
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), code
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------
@@ -218,7 +281,7 @@ def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, 
     return 0, rows, first, groups * (thread + 1) // threads - first
 
 
-def make_quantise(prologue: int) -> Callable[..., None]:
+def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
     """The operation for one prologue. Arguments: see `quantise_row`."""
 
     def quantise(a, thread, threads):
@@ -235,14 +298,17 @@ def make_quantise(prologue: int) -> Callable[..., None]:
             if picked != 0:
                 source = int64_at(picked)[t]
             at = x + source * stride * 4
-            to, to_s, to_m = q + t * columns, scales + t * groups * 4, sums + t * groups * 4
-            if prologue == 1:
+            other, scale, mean = weight, eps, eps
+            if GATED == 1:
+                other = at + columns * 4
+            if PROLOGUE == 1:
                 scale = rms_scale(at, columns, eps)
-                quantise_scaled(at, weight, scale, to, to_s, to_m, first_group, group_count)
-            elif prologue == 2:
-                quantise_silu(at, at + columns * 4, to, to_s, to_m, first_group, group_count)
-            else:
-                quantise_plain(at, to, to_s, to_m, first_group, group_count)
+            elif PROLOGUE == 3:
+                mean = row_mean(at, columns)
+                scale = layer_scale(at, columns, mean, eps)
+            to, to_s, to_m = q + t * columns, scales + t * groups * 4, sums + t * groups * 4
+            bias = weight + columns * 4
+            quantise_groups(PROLOGUE, at, other, bias, scale, mean, to, to_s, to_m, first_group, group_count)
 
     return quantise
 
@@ -250,7 +316,7 @@ def make_quantise(prologue: int) -> Callable[..., None]:
 @cache
 def quantise_operation(prologue: Prologue) -> int:
     """Address of the compiled operation."""
-    return compile_operation(make_quantise(int(prologue)))
+    return compile_operation(make_quantise(int(prologue), int(prologue.gated)))
 
 
 def quantise_row(
@@ -272,7 +338,7 @@ def quantise_row(
         x: address of float32 rows, `stride` floats apart.
         columns: K, a multiple of 32.
         q, scales, sums: addresses of the results.
-        weight, eps: of a norm.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
         picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers counts the rows.
     """

@@ -1,10 +1,35 @@
-"""Quantising activations in plain torch."""
+"""Quantising activations, and what comes right before, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.activation_quant import GROUP
+from candle_vllm.core.kernels.activation import reference as activation
+from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
+from candle_vllm.core.kernels.layer_norm.reference import layer_norm
+from candle_vllm.core.kernels.moe.reference import gated
+from candle_vllm.core.kernels.rms_norm.reference import rms_norm
+from candle_vllm.core.kernels.silu_mul.reference import gelu_tanh_mul, silu_mul
+
+
+def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
+    """y of the contract; `weight` of LAYER_NORM is its weight and its bias behind each other."""
+    if prologue is Prologue.NONE:
+        return x
+    if prologue is Prologue.SILU:
+        return silu_mul(x)
+    if prologue is Prologue.GELU_GATE:
+        return gelu_tanh_mul(x)
+    if prologue is Prologue.SWIGLU_OAI:
+        gate, up = x.chunk(2, dim=-1)
+        return gated(gate, up, "swiglu_oai")
+    if not prologue.norm:
+        return activation.activation(x, prologue.name.lower())
+    assert weight is not None
+    if prologue is Prologue.NORM:
+        return rms_norm(x, weight, eps)
+    factor, bias = weight.chunk(2)
+    return layer_norm(x, factor, bias, eps)
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

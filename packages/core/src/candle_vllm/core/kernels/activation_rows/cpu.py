@@ -15,7 +15,13 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import prologue_halves, rms_scale, share
+from candle_vllm.core.kernels.activation_quant.cpu import (
+    layer_scale,
+    prologue_halves,
+    rms_scale,
+    row_mean,
+    share,
+)
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
@@ -25,16 +31,26 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 @intrinsic(prefer_literal=True)
 def _write_groups(
-    _: Any, prologue: Any, form: Any, x: Any, other: Any, scale: Any, out: Any, first: Any, count: Any
+    _: Any,
+    prologue: Any,
+    form: Any,
+    x: Any,
+    other: Any,
+    bias: Any,
+    scale: Any,
+    mean: Any,
+    out: Any,
+    first: Any,
+    count: Any,
 ) -> Any:
-    """Groups of 32 of a row behind its prologue; `other` and `scale` are those of `prologue_halves`."""
+    """Groups of 32 of a row behind its prologue; `other` to `mean` are those of `prologue_halves`."""
     before, wanted = Prologue(prologue.literal_value), RowForm(form.literal_value)
     integers = [types.int64] * 3
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_x, at_other, factor, at_out, start, number = args[2:]
-        halves = prologue_halves(e, before, at_x, at_other, factor)
+        at_x, at_other, at_bias, factor, centre, at_out, start, number = args[2:]
+        halves = prologue_halves(e, before, at_x, at_other, factor, mean=centre, bias=at_bias)
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             group = b.add(start, index)
@@ -47,11 +63,11 @@ def _write_groups(
         e.loop(number, [], body)
         return context.get_dummy_value()
 
-    return types.void(prologue, form, types.int64, types.int64, types.float32, *integers), code
+    return types.void(prologue, form, *integers, types.float32, types.float32, *integers), code
 
 
 @njit
-def _padded(x: int, columns: int, target: int) -> int:
+def padded_row(x: int, columns: int, target: int) -> int:
     """Copies a row to `target`, with zeros up to the next multiple of 32; returns `target`."""
     source, copy = float32_at(x), float32_at(target)
     for column in range(columns):
@@ -61,7 +77,7 @@ def _padded(x: int, columns: int, target: int) -> int:
     return target
 
 
-def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
+def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
     """The operation for a prologue and a form; BYTES of a number. Arguments: see `rows_row`."""
 
     def activation_rows(a, thread, threads):
@@ -75,23 +91,30 @@ def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
             return
         ragged = columns % GROUP != 0
         copies = stack_bytes(3 * row_bytes if ragged else 64)
-        if ragged and PROLOGUE == 1:
-            weight = _padded(weight, columns, copies + row_bytes)
+        if ragged and (PROLOGUE == 1 or PROLOGUE == 3):
+            if PROLOGUE == 3:
+                padded_row(weight + columns * 4, columns, copies + 2 * row_bytes)
+            weight = padded_row(weight, columns, copies + row_bytes)
         for t in range(first_row, first_row + row_count):
             source = t
             if picked != 0:
                 source = int64_at(picked)[t]
             at = x + source * stride * 4
-            other = weight
-            if PROLOGUE == 2:
+            other, scale, mean = weight, eps, eps
+            if GATED == 1:
                 other = at + columns * 4
                 if ragged:
-                    other = _padded(other, columns, copies + 2 * row_bytes)
+                    other = padded_row(other, columns, copies + 2 * row_bytes)
             if ragged:
-                at = _padded(at, columns, copies)
-            scale = rms_scale(at, columns, eps) if PROLOGUE == 1 else eps
+                at = padded_row(at, columns, copies)
+            if PROLOGUE == 1:
+                scale = rms_scale(at, columns, eps)
+            elif PROLOGUE == 3:
+                mean = row_mean(at, columns)
+                scale = layer_scale(at, columns, mean, eps)
             target = out + t * groups * GROUP * BYTES
-            _write_groups(PROLOGUE, FORM, at, other, scale, target, first_group, group_count)
+            bias = weight + row_bytes
+            _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, first_group, group_count)
 
     return activation_rows
 
@@ -99,7 +122,7 @@ def make_rows(PROLOGUE: int, FORM: int, BYTES: int) -> Callable[..., None]:
 @cache
 def rows_operation(prologue: Prologue, form: RowForm) -> int:
     """Address of the compiled operation."""
-    return compile_operation(make_rows(int(prologue), int(form), form.bytes))
+    return compile_operation(make_rows(int(prologue), int(prologue.gated), int(form), form.bytes))
 
 
 def rows_row(
@@ -119,7 +142,7 @@ def rows_row(
         x: address of float32 rows, `stride` floats apart.
         columns: K.
         out: address of the result.
-        weight, eps: of a norm.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
         picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers counts the rows.
     """

@@ -3,8 +3,9 @@
 Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and
 values; H is a multiple of K, and query head h reads key-value head h // (H / K). `rows` says which tokens belong to
 which sequence and where its blocks are. The token at position p sees positions 0..p, or, with a window w, only
-p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. Scores and sums are fp32.
-y [T, H, D] has q's dtype, in new memory.
+p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. With sinks [H] fp32, each head's
+number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. Scores and
+sums are fp32. y [T, H, D] has q's dtype, in new memory.
 
 A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
 float32 each, by which its numbers are multiplied.
@@ -13,7 +14,7 @@ On a GPU D is 256 at most and S a power of two from 16 on. Where the step's numb
 nothing waits for it, and launches depend on the shapes of tensors and on `decodes` only, so that they can be captured:
 the rows of y from query_start[R] on hold anything, sequences among the first `decodes` without context get zeros.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
-arXiv:2408.00118 (soft cap).
+arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
 """
 
 from __future__ import annotations
@@ -99,11 +100,13 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every sequence of the step."""
     assert q.shape[1] % key_cache.shape[2] == 0
     assert q.shape[2] == key_cache.shape[3]
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    assert sinks is None or sinks.shape == q.shape[1:2]
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
     if on_gpu(q):
         from candle_vllm.core.kernels.attention import triton
 

@@ -39,6 +39,7 @@ class Attend(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -53,6 +54,7 @@ class AttentionNeeds:
         block_size: tokens of a block.
         windows: whether a layer has a sliding window.
         soft_caps: whether a layer caps its scores.
+        sinks: whether a layer's heads have sinks.
         fp8_cache: whether the cache is float8.
         deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
     """
@@ -63,6 +65,7 @@ class AttentionNeeds:
     block_size: int
     windows: bool = False
     soft_caps: bool = False
+    sinks: bool = False
     fp8_cache: bool = False
     deterministic: bool = False
 
@@ -110,6 +113,8 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     """What no FlashAttention serves, as a sentence."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
+    if needs.sinks:
+        return "FlashAttention has no attention sinks"
     if needs.fp8_cache:
         return "FlashAttention does not read a float8 cache beside queries of another type"
     if needs.capability is None or needs.capability < (8, 0):
@@ -185,8 +190,9 @@ def _attend_by_reference(
     window: int | None = None,
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
     return reference.paged_attention(q, key_cache, value_cache, rows.on_host(), **options)
 
 

@@ -2,7 +2,8 @@
 """Paged attention on the CPU: `attend` and, behind a barrier, `merge` (step 6 of a request's life).
 
 Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`), queries bfloat16 [T, H, D] already times
-softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D].
+softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D]. So scores are exponents of 2, and a soft cap and
+sinks come in their unit too, times `LOG2E`. A head's sink joins its rows' sums when all their keys have.
 
 Same bits whatever else is in the step: the positions are cut into fixed chunks (`cpu_split.py`), every chunk gives a
 partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
@@ -16,6 +17,7 @@ counter back to 0, and the barriers before and behind it keep that apart from ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -39,8 +41,10 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     SCORE_STRIDE,
     STRIP,
     TILES,
+    add_sink,
+    cap_scores,
     clear_partial,
-    copy_lines,
+    copy_query,
     finish_partial,
     merge_partial,
     partial_floats,
@@ -49,9 +53,10 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     value_tiles,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float_from_bits, int64_at
 
+LOG2E = math.log2(math.e)
 _SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
 
@@ -142,7 +147,7 @@ def _gather_queries(
     t, h = first // group, first % group
     for i in range(rows):
         at[i] = position + t
-        copy_lines(to + i * 2 * dim, q + (token + t) * stride + h * 2 * dim, dim // 32)
+        copy_query(to + i * 2 * dim, q + (token + t) * stride + h * 2 * dim, dim)
         h += 1
         if h == group:
             h = 0
@@ -159,6 +164,7 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         q, out, key_cache, value_cache = a[3], a[4], a[5], a[6]
         starts, contexts = int64_at(a[7]), int64_at(a[8])
         shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
+        cap, sinks = float_from_bits(a[18]), a[19]
         group = heads // kv_heads
         stride = 4 * min(1 << shift, STRIP)
         tiles = scratch + HEADER + thread * thread_bytes
@@ -234,6 +240,9 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                         if size > 0:
                             target = to + i * row_bytes
                         _scores(queries + i * query_bytes, tiles, stride, scores, count, some, head_dim, isa)
+                        if cap > 0:
+                            for j in range(some):
+                                cap_scores(scores + j * SCORE_STRIDE, count, cap)
                         _softmax(
                             scores,
                             probabilities,
@@ -253,6 +262,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     t, h = first // group, first % group
                     for i in range(rows):
                         result = out + ((token + t) * heads + head * group + h) * 4 * head_dim
+                        if sinks != 0:
+                            add_sink(states + i * row_bytes, sinks + 4 * (head * group + h), head_dim)
                         finish_partial(states + i * row_bytes, result, head_dim)
                         h += 1
                         if h == group:
@@ -286,7 +297,7 @@ def make_merge(head_dim: int) -> Callable[..., None]:
 
     def merge(a, thread, threads):
         out, starts, contexts = a[4], int64_at(a[7]), int64_at(a[8])
-        heads, kv_heads, window, scratch = a[12], a[13], a[14], a[15]
+        heads, kv_heads, window, scratch, sinks = a[12], a[13], a[14], a[15], a[19]
         group = heads // kv_heads
         state = scratch + HEADER + thread * thread_bytes
         partials = scratch + HEADER + threads * thread_bytes
@@ -310,6 +321,8 @@ def make_merge(head_dim: int) -> Callable[..., None]:
                 first = chunk_of(first_seen(position, window))
                 for c in range(first, chunk_of(position) + 1):
                     merge_partial(state, partials + (c - first_chunk) * step + row * row_bytes, head_dim)
+                if sinks != 0:
+                    add_sink(state, sinks + 4 * h, head_dim)
                 finish_partial(state, out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
                 turn += threads
             turn -= tokens * heads
@@ -348,6 +361,8 @@ def attend_row(
     scratch: int,
     scratch_size: int,
     window: int = 0,
+    cap: float = 0.0,
+    sinks: int = 0,
 ) -> list[int]:
     """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
 
@@ -360,7 +375,10 @@ def attend_row(
         stretch_step: slots from one stretch of the caches to the next.
         scratch, scratch_size: address and size of `scratch_bytes`.
         window: positions that a token sees, its own included; 0 is all.
+        cap: soft cap times log2(e); 0 is none.
+        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
     """
     shift = block_size.bit_length() - 1
     caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
-    return [*caches, shift, heads, kv_heads, window, scratch, scratch_size, stretch_step]
+    numbers = [shift, heads, kv_heads, window, scratch, scratch_size, stretch_step]
+    return [*caches, *numbers, float_bits(cap), sinks]

@@ -21,8 +21,8 @@ _STRETCH_SHIFT = STRETCH.bit_length() - 1
 
 
 def supported(head_dim: int, block_size: int) -> bool:
-    """Whether these kernels can compute it: D a multiple of 32 up to 256, S a power of two from 16."""
-    return head_dim % 32 == 0 and 32 <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
+    """Whether these kernels can compute it: D even, from 16 to 256, S a power of two from 16."""
+    return head_dim % 2 == 0 and LANES <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
 
 
 def key_cache_shape(num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:

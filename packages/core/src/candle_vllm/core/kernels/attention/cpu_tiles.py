@@ -6,9 +6,12 @@ bfloat16, so that one 64-byte load is the same pair of dimensions of the 16 keys
 from its beginning to its end: memory read in another order is slower by half, for the processor fetches ahead only what
 goes on in sequence. Values are [8, D, 2] for a tile: one load is 16 dimensions of a pair of keys.
 
-A partial result of one query row over some keys is D + 16 floats, `partial_floats(D)`: the unnormalised sum of values,
-then the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's arithmetic is the
-same whatever rows are computed beside it, and a hidden key adds exactly nothing.
+D is any even number from 16 to 256. Where it is no multiple of 16, the last 16 dimensions of a row are computed as one
+vector, which repeats some of the vector before it.
+
+A partial result of one query row over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then,
+from `state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. Each row's
+arithmetic is the same whatever rows are computed beside it, and a hidden key adds exactly nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, SHIFTER, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
 
 ROWS = 4  # query rows that share a load
 TILES = 4  # key tiles that share the load of a query pair
@@ -28,12 +32,22 @@ CHUNK = 256  # most keys at a time
 SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
 PROBABILITY_STRIDE = SCORE_STRIDE // 2
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
-_DIMENSIONS = 80  # most dimensions of a row whose sums are held in registers
+_BLOCKS = 5  # most vectors of a row's dimensions whose sums are held in registers
+
+
+def state_at(head_dim: int) -> int:
+    """Where m stands in a partial result, in floats; s is behind it."""
+    return -(-head_dim // LANES) * LANES
 
 
 def partial_floats(head_dim: int) -> int:
     """Size of a partial result, in floats."""
-    return head_dim + LANES
+    return state_at(head_dim) + LANES
+
+
+def vector_starts(head_dim: int) -> list[int]:
+    """Where the vectors of 16 dimensions begin that make up a row."""
+    return [min(start, head_dim - LANES) for start in range(0, head_dim, LANES)]
 
 
 def emit_exp2(e: Emitter, x: Any) -> Any:
@@ -157,7 +171,7 @@ def softmax_rows(
 
         totals = e.loop(args[2], [e.zeros(F32)] * m, exponentials)
         for row in range(m):
-            at = 4 * (partial_floats(d) * row + d)
+            at = 4 * (partial_floats(d) * row + state_at(d))
             e.store(args[6], b.extract_element(tops[row], ir.Constant(I32, 0)), at)
             e.store(args[6], e.sum_lanes(totals[row]), at + 4)
         return context.get_dummy_value()
@@ -165,11 +179,11 @@ def softmax_rows(
     return signature, code
 
 
-def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Isa) -> None:
-    """The value product for some dimensions; args as in `value_tiles`."""
+def _value_pass(e: Emitter, args: Any, m: int, d: int, starts: list[int], features: Isa) -> None:
+    """The value product for the vectors that begin at some dimensions; args as in `value_tiles`."""
     b = e.b
     probabilities, tiles, keys, partials = args
-    blocks = len(dims) // LANES
+    blocks = len(starts)
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
     odd = b.trunc(b.and_(keys, e.int64(1)), I32)
     # Beyond the last key stands whatever was there before, perhaps NaN, which a probability of 0 would not hide.
@@ -181,7 +195,7 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Is
         within = b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d))
         at = b.add(e.load(slot, I64), within)
         mask = e.splat(b.select(b.icmp_signed("==", pair, last), last_mask, all_bits))
-        v = [b.and_(e.load(at, vector(I32), 4 * (dims.start + LANES * n)), mask) for n in range(blocks)]
+        v = [b.and_(e.load(at, vector(I32), 4 * start), mask) for start in starts]
         p_at = b.add(probabilities, b.shl(pair, e.int64(2)))
         weights = [e.splat(e.load(p_at, I32, PROBABILITY_STRIDE * row)) for row in range(m)]
         return [
@@ -192,8 +206,8 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, dims: range, features: Is
 
     totals = e.loop_or_skip(pairs, [e.zeros(F32)] * (m * blocks), body)
     for row in range(m):
-        for n in range(blocks):
-            e.store(partials, totals[blocks * row + n], 4 * (partial_floats(d) * row + dims.start + LANES * n))
+        for n, start in enumerate(starts):
+            e.store(partials, totals[blocks * row + n], 4 * (partial_floats(d) * row + start))
 
 
 @intrinsic(prefer_literal=True)
@@ -206,9 +220,31 @@ def value_tiles(_: Any, probabilities: Any, tiles: Any, keys: Any, partials: Any
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        width = max(width for width in range(LANES, _DIMENSIONS + 1, LANES) if d % width == 0)
-        for start in range(0, d, width):
-            _value_pass(Emitter(b), args[:4], m, d, range(start, start + width), features)
+        starts = vector_starts(d)
+        passes = -(-len(starts) // _BLOCKS)
+        width = -(-len(starts) // passes)
+        for first in range(0, len(starts), width):
+            _value_pass(Emitter(b), args[:4], m, d, starts[first : first + width], features)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
+    """A row's scores of some tiles, soft-capped: cap * tanh(score / cap)."""
+    signature = types.void(types.int64, types.int64, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        cap = e.splat(args[2])
+
+        def body(tile: Any, state: list[Any]) -> list[Any]:
+            at = b.add(args[0], b.shl(tile, e.int64(6)))
+            e.store(at, b.fmul(emit_tanh(e, b.fdiv(e.load(at, vector(F32)), cap)), cap))
+            return state
+
+        e.loop(args[1], [], body)
         return context.get_dummy_value()
 
     return signature, code
@@ -218,43 +254,68 @@ def value_tiles(_: Any, probabilities: Any, tiles: Any, keys: Any, partials: Any
 def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
     """The partial result of no keys."""
     signature = types.void(types.int64, dim)
+    end = state_at(dim.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        for n in range(dim.literal_value // LANES):
-            e.store(args[0], e.zeros(F32), 4 * LANES * n)
-        e.store(args[0], ir.Constant(F32, NOTHING), 4 * dim.literal_value)
-        e.store(args[0], ir.Constant(F32, 0.0), 4 * dim.literal_value + 4)
+        for start in range(0, end, LANES):
+            e.store(args[0], e.zeros(F32), 4 * start)
+        e.store(args[0], ir.Constant(F32, NOTHING), 4 * end)
+        e.store(args[0], ir.Constant(F32, 0.0), 4 * end + 4)
         return context.get_dummy_value()
 
     return signature, code
+
+
+def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
+    """By how much what was summed below two maxima is multiplied below the larger of them."""
+    b, one = e.b, e.constant(F32, 1.0)
+    difference = b.fsub(old_top, new_top)
+    power = emit_exp2(e, b.fneg(e.call("llvm.fabs.v16f32", vector(F32), [difference])))
+    rises = b.fcmp_ordered("<", difference, e.zeros(F32))
+    return b.select(rises, power, one), b.select(rises, one, power)
 
 
 @intrinsic(prefer_literal=True)
 def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
     """Adds the partial result of later keys to that of earlier ones. One without keys changes nothing."""
     signature = types.void(types.int64, types.int64, dim)
-    d = dim.literal_value
+    end = state_at(dim.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         state, partial = args[:2]
-        old_top, new_top = (e.splat(e.load(at, F32, 4 * d)) for at in (state, partial))
-        difference = b.fsub(old_top, new_top)
-        power = emit_exp2(e, b.fneg(e.call("llvm.fabs.v16f32", vector(F32), [difference])))
-        rises = b.fcmp_ordered("<", difference, e.zeros(F32))
-        one = e.constant(F32, 1.0)
-        keep, add = b.select(rises, power, one), b.select(rises, one, power)
+        old_top, new_top = (e.splat(e.load(at, F32, 4 * end)) for at in (state, partial))
+        keep, add = _shares(e, old_top, new_top)
 
         def mix(kind: ir.Type, offset: int, keep: Any, add: Any) -> None:
             old, new = (e.load(at, kind, offset) for at in (state, partial))
             e.store(state, b.fadd(b.fmul(old, keep), b.fmul(new, add)), offset)
 
-        for n in range(d // LANES):
-            mix(vector(F32), 4 * LANES * n, keep, add)
+        for start in range(0, end, LANES):
+            mix(vector(F32), 4 * start, keep, add)
         zero = ir.Constant(I32, 0)
-        mix(F32, 4 * d + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
-        e.store(state, b.extract_element(_larger(e, old_top, new_top), zero), 4 * d)
+        mix(F32, 4 * end + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
+        e.store(state, b.extract_element(_larger(e, old_top, new_top), zero), 4 * end)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def add_sink(_: Any, state: Any, sink: Any, dim: Any) -> Any:
+    """A score without a value, at the address `sink`, joins a row's sum of probabilities."""
+    signature = types.void(types.int64, types.int64, dim)
+    end = state_at(dim.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        top, sink = e.splat(e.load(args[0], F32, 4 * end)), e.splat(e.load(args[1], F32))
+        keep, add = _shares(e, top, sink)
+        for start in range(0, end, LANES):
+            e.store(args[0], b.fmul(e.load(args[0], vector(F32), 4 * start), keep), 4 * start)
+        total = b.fadd(b.fmul(e.splat(e.load(args[0], F32, 4 * end + 4)), keep), add)
+        e.store(args[0], b.extract_element(total, ir.Constant(I32, 0)), 4 * end + 4)
         return context.get_dummy_value()
 
     return signature, code
@@ -268,28 +329,23 @@ def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        total = e.splat(e.load(args[0], F32, 4 * d + 4))
-        for n in range(d // LANES):
-            e.store(args[1], b.fdiv(e.load(args[0], vector(F32), 4 * LANES * n), total), 4 * LANES * n)
+        total = e.splat(e.load(args[0], F32, 4 * state_at(d) + 4))
+        for start in vector_starts(d):
+            e.store(args[1], b.fdiv(e.load(args[0], vector(F32), 4 * start), total), 4 * start)
         return context.get_dummy_value()
 
     return signature, code
 
 
-@intrinsic
-def copy_lines(_: Any, to: Any, source: Any, lines: Any) -> Any:
-    """Copies 64-byte lines, at least one."""
-    signature = types.void(*[types.int64] * 3)
+@intrinsic(prefer_literal=True)
+def copy_query(_: Any, to: Any, source: Any, dim: Any) -> Any:
+    """Copies a row of bfloat16."""
+    signature = types.void(types.int64, types.int64, dim)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            at = b.shl(index, e.int64(6))
-            e.store(b.add(args[0], at), e.load(b.add(args[1], at), vector(I32)))
-            return state
-
-        e.loop(args[2], [], body)
+        for start in vector_starts(dim.literal_value):
+            e.store(args[0], e.load(args[1], vector(I16), 2 * start), 2 * start)
         return context.get_dummy_value()
 
     return signature, code

@@ -121,8 +121,10 @@ class PagedFlash:
         window: int | None = None,
         softcap: float | None = None,
         cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert cache_scales is None
+        assert sinks is None
         assert key_cache.dtype == value_cache.dtype == q.dtype
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         decodes, others = split(rows, len(q), key_cache.shape[1])

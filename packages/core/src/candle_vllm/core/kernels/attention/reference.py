@@ -22,6 +22,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     out = torch.empty_like(q)
@@ -35,7 +36,7 @@ def paged_attention(
             k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):
             last = min(first + _QUERIES, end)
-            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window, softcap)
+            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window, softcap, sinks)
     return out
 
 
@@ -47,6 +48,7 @@ def _attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; returns [Q, H, D]."""
     queries, heads, dim = q.shape
@@ -61,7 +63,12 @@ def _attend(
     if window is not None:
         hidden |= seen <= at - window
     scores.view(kv_heads, heads // kv_heads, queries, context).masked_fill_(hidden, float("-inf"))
-    mixed = torch.matmul(scores.softmax(-1), v)  # [K, G * Q, D]
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        beside = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1, 1)
+        weights = torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    mixed = torch.matmul(weights, v)  # [K, G * Q, D]
     return (
         mixed.view(kv_heads, heads // kv_heads, queries, dim)
         .permute(2, 0, 1, 3)

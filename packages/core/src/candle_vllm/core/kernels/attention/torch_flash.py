@@ -142,9 +142,11 @@ class CopiedFlash:
         window: int | None = None,
         softcap: float | None = None,
         cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert softcap is None
         assert cache_scales is None
+        assert sinks is None
         n = rows.decodes
         if len(q) == n:
             return self._decode(q, key_cache, value_cache, rows, scale, window)

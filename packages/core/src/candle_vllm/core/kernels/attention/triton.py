@@ -25,10 +25,16 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
     tokens, heads, dim = q.shape
     _check(q, key_cache, value_cache, rows, cache_scales)
+    if sinks is not None:
+        assert sinks.shape == (heads,)
+        assert sinks.dtype == torch.float32
+        assert sinks.is_contiguous()
+        assert sinks.device == q.device
     assert scale > 0
     assert window is None or window > 0
     assert softcap is None or softcap > 0
@@ -46,6 +52,7 @@ def paged_attention(
             window=window,
             softcap=softcap,
             scales=cache_scales,
+            sinks=sinks,
         )
     if tokens > n:
         prefill(
@@ -61,6 +68,7 @@ def paged_attention(
             window=window,
             softcap=softcap,
             scales=cache_scales,
+            sinks=sinks,
         )
     return out
 

@@ -50,6 +50,7 @@ def decode_kernel(
     block_tables,  # [R, ...]
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
+    sinks,  # [H] fp32, read where SINKS
     scale,
     cap,
     rows,
@@ -64,6 +65,7 @@ def decode_kernel(
     WINDOW: tl.constexpr,  # 0 for none
     CAP: tl.constexpr,
     FP8: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -118,6 +120,9 @@ def decode_kernel(
             )
         values = values * out_factor
         if count == 1:
+            if SINKS:
+                sink = tl.load(sinks + head * G + lines, mask=lines < G, other=0.0) * 1.4426950408889634
+                sums += tl.exp2(sink - tops * factor)
             values = values / sums[:, None]
             tl.store(out + row.to(tl.int64) * (K * G * D) + place, values.to(out.dtype.element_ty), mask=valid)
         else:
@@ -135,6 +140,7 @@ def merge_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32
     out,  # [R, H, D]
     context_lens,  # [R]
+    sinks,  # [H] fp32, read where SINKS
     H: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -142,6 +148,7 @@ def merge_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
     MERGED: tl.constexpr,
 ):
     """One program per sequence and head. A sequence without context, a filler of a captured batch, gets zeros."""
@@ -156,7 +163,10 @@ def merge_kernel(
         top = tl.where(count > 0, tl.max(tops), 0.0)
         sums = tl.load(states + 1, mask=splits < count, other=0.0)
         weights = tl.where(splits < count, tl.exp2(tops - top), 0.0)
-        total = tl.where(count > 0, tl.sum(sums * weights), 1.0)
+        total = tl.sum(sums * weights)
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 - top)
+        total = tl.where(count > 0, total, 1.0)
         dims = tl.arange(0, DP)
         values = tl.zeros([DP], tl.float32)
         for base in range(0, count, MERGED):
@@ -205,6 +215,7 @@ def decode(
     window: int | None,
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     """Token r of q belongs to sequence r. Writes out. Checks are the caller's."""
     heads, dim = q.shape[1:]
@@ -213,7 +224,8 @@ def decode(
     rows = min(q.shape[0], _ROWS)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
-    constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, softcap is not None)
+    flags = (softcap is not None, sinks is not None)
+    constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, *flags)
     merging = _merge_constants(constants)
     for start in range(0, q.shape[0], _ROWS):
         rows = min(_ROWS, q.shape[0] - start)
@@ -229,6 +241,7 @@ def decode(
             block_tables[start:],
             scales[0] if scales else None,
             scales[1] if scales else None,
+            sinks,
             scale,
             softcap or 0.0,
             rows,
@@ -241,7 +254,7 @@ def decode(
             **OPTIONS,
         )
         merge_kernel[(rows * heads,)](
-            values, states, out[start:], context_lens[start:], **merging, num_warps=2, **OPTIONS
+            values, states, out[start:], context_lens[start:], sinks, **merging, num_warps=2, **OPTIONS
         )
 
 
@@ -251,7 +264,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _constants(
-    shape: Splits, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool
+    shape: Splits, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool, sinks: bool
 ) -> dict[str, Any]:
     return {
         "K": kv_heads,
@@ -262,6 +275,7 @@ def _constants(
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,
+        "SINKS": sinks,
         "BLOCK_N": shape.keys,
         "SPLITS": shape.splits,
         "CHUNK": _CHUNK,
@@ -270,7 +284,7 @@ def _constants(
 
 
 def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
-    shared = {name: constants[name] for name in ("D", "DP", "WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
+    shared = {name: constants[name] for name in ("D", "DP", "WINDOW", "BLOCK_N", "SPLITS", "CHUNK", "SINKS")}
     return {**shared, "H": constants["K"] * constants["G"], "MERGED": _MERGED}
 
 
@@ -284,22 +298,25 @@ def _builds(
     window: int = 0,
     cap: bool = False,
     fp8: bool = False,
+    sinks: bool = False,
 ) -> tuple[Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
     shape = splits(triton.next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
-    constants = _constants(shape, kv_heads, group, dim, block_size, window, cap)
+    constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "block_tables": "*i32"}
     arguments |= {**partials, "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
-    scales = ("key_scale", "value_scale")
+    scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
+    label += "-sinks" * sinks
+    none = {} if sinks else {"sinks": None}
     targets = (90, 100) if fp8 else (80, 90, 100)
     return (
         Build(
             decode_kernel,
-            arguments | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
-            {**constants, "FP8": fp8, **({} if fp8 else dict.fromkeys(scales))},
+            arguments | sink | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
+            {**constants, "FP8": fp8, **none, **({} if fp8 else dict.fromkeys(scales))},
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
@@ -307,7 +324,14 @@ def _builds(
             label=label,
             capabilities=targets,
         ),
-        Build(merge_kernel, partials, _merge_constants(constants), num_warps=2, label=label, capabilities=targets),
+        Build(
+            merge_kernel,
+            partials | sink,
+            _merge_constants(constants) | none,
+            num_warps=2,
+            label=label,
+            capabilities=targets,
+        ),
     )
 
 
@@ -319,4 +343,5 @@ AOT = (
     *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
     *_builds("fp32", 128, 8, 4, 16)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
+    *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
 )

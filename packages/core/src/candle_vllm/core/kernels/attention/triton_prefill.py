@@ -56,6 +56,7 @@ def prefill_kernel(
     block_tables,  # [rows, ...]
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
+    sinks,  # [H] fp32, read where SINKS
     scale,
     cap,
     rows,
@@ -69,6 +70,7 @@ def prefill_kernel(
     WINDOW: tl.constexpr,  # 0 for none
     CAP: tl.constexpr,
     FP8: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,6 +143,9 @@ def prefill_kernel(
             tops, sums, values = attend_tile(
                 queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
             )
+        if SINKS:
+            sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
+            sums = tl.where(sums > 0.0, sums + tl.exp2(sink - tops * factor), 1.0)
         sums = tl.where(sums > 0.0, sums, 1.0)  # rows behind the last token may have seen nothing
         values = values * (out_factor / sums)[:, None]
         at_out = out + token_index[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
@@ -187,6 +192,7 @@ def prefill(
     window: int | None,
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's."""
     rows = context_lens.shape[0]
@@ -195,6 +201,7 @@ def prefill(
     shape = tiles(triton.next_power_of_2(dim), q.element_size(), group, _capability(q.device))
     assert group <= shape.rows
     count = tokens // (shape.rows // group) + rows
+    flags = (softcap is not None, scales is not None, sinks is not None)
     prefill_kernel[(count * kv_heads,)](
         q,
         key_cache,
@@ -205,12 +212,13 @@ def prefill(
         block_tables,
         scales[0] if scales else None,
         scales[1] if scales else None,
+        sinks,
         scale,
         softcap or 0.0,
         rows,
         q.stride(0),
         block_tables.stride(0),
-        **_constants(shape, kv_heads, group, dim, block_size, window or 0, softcap is not None, scales is not None),
+        **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         **OPTIONS,
@@ -226,7 +234,7 @@ def _capability(device: torch.device) -> int:
 
 
 def _constants(
-    shape: Tiles, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool, fp8: bool
+    shape: Tiles, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool, fp8: bool, sinks: bool
 ) -> dict[str, Any]:
     return {
         "K": kv_heads,
@@ -237,6 +245,7 @@ def _constants(
         "WINDOW": window,
         "CAP": cap,
         "FP8": fp8,
+        "SINKS": sinks,
         "BLOCK_M": shape.rows,
         "BLOCK_N": shape.keys,
         "ROWS": _ROWS,
@@ -244,25 +253,35 @@ def _constants(
 
 
 def _builds(
-    dtype: str, dim: int, group: int, block_size: int, *, window: int = 0, cap: bool = False, fp8: bool = False
+    dtype: str,
+    dim: int,
+    group: int,
+    block_size: int,
+    *,
+    window: int = 0,
+    cap: bool = False,
+    fp8: bool = False,
+    sinks: bool = False,
 ) -> list[Build]:
     cache = "fp8e4nv" if fp8 else dtype
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": f"*{dtype}"}
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
-    scales = ("key_scale", "value_scale")
+    pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks
+    label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     builds = []
     for capability in (90, 100) if fp8 else (80, 90, 100):
         shape = tiles(triton.next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, capability)
         build = Build(
             prefill_kernel,
-            arguments | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
-            _constants(shape, 8, group, dim, block_size, window, cap, fp8) | ({} if fp8 else dict.fromkeys(scales)),
+            arguments | dict.fromkeys(pointers, "*fp32"),
+            _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks)
+            | {name: None for name in ("key_scale", "value_scale", "sinks") if name not in pointers},
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
             unaligned=("query_start", "context_lens", "block_tables"),
-            label=f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8,
+            label=label + "-sinks" * sinks,
             capabilities=(capability,),
         )
         builds.append(build)
@@ -278,4 +297,5 @@ AOT = (
     *_builds("fp32", 128, 4, 16),
     *_builds("fp32", 256, 1, 16, window=1024),
     *_builds("bf16", 128, 4, 16, fp8=True),
+    *_builds("bf16", 64, 8, 16, window=128, sinks=True),
 )

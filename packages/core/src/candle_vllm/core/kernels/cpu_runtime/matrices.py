@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.activation_rows.cpu import rows_operation, rows_row
+from candle_vllm.core.kernels.column_order.cpu import order_operation, order_row
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
@@ -36,10 +37,24 @@ class InputForm(enum.Enum):
     F32 = "rows of float32"
 
 
-def input_form(matrix: Matrix) -> InputForm:
+@dataclasses.dataclass(frozen=True)
+class Ordered:
+    """8-bit groups of the input's columns in an order of their own; equal orders are one form.
+
+    Attributes:
+        order: the column numbers, the bytes of int64 [K].
+    """
+
+    order: bytes
+
+
+Form: TypeAlias = InputForm | Ordered
+
+
+def input_form(matrix: Matrix) -> Form:
     """The form that a matrix reads."""
     if isinstance(matrix, PackedMatrix):
-        return InputForm.GROUPS
+        return InputForm.GROUPS if matrix.order is None else Ordered(matrix.order.tobytes())
     return InputForm.BF16 if matrix.kind is PlainKind.BF16 else InputForm.F32
 
 
@@ -73,21 +88,48 @@ class Inputs:
     arrays: tuple[np.ndarray, ...]
 
 
-def make_inputs(recorder: Recorder, form: InputForm, source: Source, *, barrier: bool = True) -> Inputs:
-    """Records the making of an input."""
+def make_inputs(recorder: Recorder, form: Form, source: Source, *, copies: int = 1, barrier: bool = True) -> Inputs:
+    """Records the making of an input, which has up to `copies` rows for each token."""
+    if isinstance(form, Ordered):
+        return _ordered_inputs(recorder, form, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
     prologue, columns = common.pop("prologue"), source.columns
     if form is InputForm.GROUPS:
-        q = recorder.memory(columns, np.int8)
-        scales, sums = recorder.memory(columns // GROUP), recorder.memory(columns // GROUP)
+        q = recorder.memory(copies * columns, np.int8)
+        scales, sums = (recorder.memory(copies * columns // GROUP) for _ in range(2))
         at_q, at_scales, at_sums = address_of(q), address_of(scales), address_of(sums)
         arguments = quantise_row(**common, q=at_q, scales=at_scales, sums=at_sums)
         recorder.add(quantise_operation(prologue), arguments, barrier=barrier)
         return Inputs({"xq": at_q, "xs": at_scales, "xsum": at_sums}, (q, scales, sums))
     wanted = RowForm[form.name]
-    out = recorder.memory(row_elements(columns), np.int16 if wanted is RowForm.BF16 else np.float32)
+    out = recorder.memory(copies * row_elements(columns), np.int16 if wanted is RowForm.BF16 else np.float32)
     recorder.add(rows_operation(prologue, wanted), rows_row(**common, out=address_of(out)), barrier=barrier)
     return Inputs({"x": address_of(out), "x_bytes": wanted.bytes * row_elements(columns)}, (out,))
+
+
+def _ordered_inputs(recorder: Recorder, form: Ordered, source: Source, *, copies: int, barrier: bool) -> Inputs:
+    """What is computed on the way comes first, then the order, then the groups."""
+    columns, arrays = source.columns, ()
+    x, stride, picked = source.x, source.stride, source.picked
+    if source.prologue is not Prologue.NONE:
+        made = make_inputs(recorder, InputForm.F32, source, copies=copies)
+        x, stride, picked, arrays = made.arguments["x"], row_elements(columns), 0, made.arrays
+    rows = recorder.memory(copies * columns)
+    order = recorder.keep_array(np.frombuffer(form.order, np.int64))
+    arguments = order_row(
+        x=x,
+        stride=stride,
+        order=order,
+        columns=columns,
+        out=address_of(rows),
+        out_stride=columns,
+        picked=picked,
+        rows_from=source.rows_from,
+    )
+    recorder.add(order_operation(), arguments)
+    ordered = Source(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
+    made = make_inputs(recorder, InputForm.GROUPS, ordered, copies=copies, barrier=barrier)
+    return Inputs(made.arguments, (*made.arrays, *arrays, rows))
 
 
 def multiply(
@@ -104,22 +146,25 @@ def multiply(
     barrier: bool = True,
 ) -> None:
     """Records a matrix times an input of its form; see `linear_row` of both kinds for the arguments."""
-    recorder.keep_matrix(matrix)
     place = {"out": out, "out_stride": out_stride, "column": column, "bias": bias}
     how = {"accumulate": accumulate, "rows_from": rows_from}
+    recorder.add(*linear_call(recorder, matrix, inputs, **place, **how), barrier=barrier)
+
+
+def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, list[int]]:
+    """A linear operation and its arguments, for `Recorder.add`; `how` as for `linear_row` of both kinds."""
+    recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
-        operation = packed.linear_operation(matrix.kind, recorder.isa)
-        arguments = packed.linear_row(matrix, **inputs.arguments, **place, **how)
-    else:
-        operation = plain.linear_operation(matrix.kind, recorder.isa)
-        arguments = plain.linear_row(matrix, **inputs.arguments, **place, **how)
-    recorder.add(operation, arguments, barrier=barrier)
+        arguments = packed.linear_row(matrix, **inputs.arguments, **how)
+        return packed.linear_operation(matrix.kind, recorder.isa), arguments
+    return plain.linear_operation(matrix.kind, recorder.isa), plain.linear_row(matrix, **inputs.arguments, **how)
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Records the reading of a table's rows; see `embedding_row` of both kinds for the arguments."""
     recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
+        assert matrix.order is None, "a table's rows are read in the order in which they lie"
         operation = packed.embedding_rows_operation(matrix.kind)
         arguments = packed.embedding_row(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
     else:

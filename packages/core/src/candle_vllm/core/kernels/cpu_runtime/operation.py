@@ -38,6 +38,7 @@ class StepNumber(enum.IntEnum):
     TOKENS = 0  # T
     SEQUENCES = 1  # R
     LOGIT_ROWS = 2  # rows whose logits are wanted
+    PAIRS = 3  # of tokens and experts, in the mixture that runs; written by the plan itself
     COUNT = 8
 
 

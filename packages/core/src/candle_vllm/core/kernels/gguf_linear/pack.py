@@ -16,6 +16,7 @@ from candle_vllm.core.kernels.gguf_linear.blocks import Parts, from_floats, take
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ def pack(
 ) -> GgufMatrix:
     """Brings a quantised matrix to a device.
 
-    A type with a layout of its own keeps its numbers exactly. Any other is decoded and rounded to 8 bits with a scale
-    for each 32 weights, which a log line says.
+    A type with a layout of its own keeps its numbers exactly, and so does MXFP4 as Q5_0. Any other is decoded and
+    rounded to 8 bits with a scale for each 32 weights, which a log line says.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -68,6 +69,8 @@ def pack(
     if kind.name != ggml_type.name:
         cost = (8.5 * size) / (8 * width)
         logger.info("%s has no kernel of its own: read as 8 bits, %.1f times the memory", ggml_type.name, cost)
+    if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
+        return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, device)
     planes = PLANES[kind]
     found = planes.empty(rows, columns, device)
     source = raw.reshape(rows, columns // size, width)

@@ -3,6 +3,9 @@
 What files of GPTQ, AWQ and compressed-tensors hold once they are unpacked: a weight is scale * (code - zero), and the
 weights of a row share a scale, and where there are any a zero, by groups of 32 or a multiple along K, or all of them.
 
+Groups of inputs that are no neighbours (activation order) are brought together at load, and x likewise before each
+product (`GroupMatrix.order`).
+
 Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GroupMatrix` [N, K]; bias [N] of x's dtype or None.
 y [T, N] = x W^T + bias has x's dtype, in new memory or in `out`: x's dtype, shape [T, N], the numbers of a row behind
 each other, rows any distance apart; it shares no memory with the others. Products of x with the weights are summed in
@@ -22,9 +25,9 @@ import torch
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.group_linear import reference
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, stack
-from candle_vllm.core.kernels.group_linear.pack import pack
+from candle_vllm.core.kernels.group_linear.pack import from_codes, pack
 
-__all__ = ["SMALL", "GroupMatrix", "linear", "pack", "stack"]
+__all__ = ["SMALL", "GroupMatrix", "from_codes", "linear", "pack", "stack"]
 
 SMALL = 16
 """Most rows for which codes are kept exact where invariance is not asked for."""
@@ -41,6 +44,8 @@ def linear(
     """x times the transpose of the matrix, plus bias."""
     assert x.dim() == 2
     assert x.shape[1] == matrix.columns
+    if matrix.order is not None:
+        x = x.index_select(1, matrix.order)
     if on_gpu(x):
         from candle_vllm.core.kernels.group_linear import triton, triton_exact
 

@@ -35,6 +35,7 @@ class GroupMatrix:
         group: weights of a row that share a scale: a multiple of 32, or K.
         scale_dtype: float16 or bfloat16, what the bits of a scale mean.
         codes, scales: the planes, contiguous.
+        order: which number of x meets each column, int64 [K]; None where they stand as x does.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class GroupMatrix:
     scale_dtype: torch.dtype
     codes: torch.Tensor
     scales: torch.Tensor
+    order: torch.Tensor | None = None
 
     @property
     def zeros(self) -> bool:
@@ -90,17 +92,18 @@ class GroupMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.codes.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.order is None else self.order.nbytes)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What matrices must have in common to be one."""
+        return self.columns, self.bits, self.group, self.scale_dtype, self.zeros
 
 
 def stack(matrices: Sequence[GroupMatrix]) -> GroupMatrix:
     """Matrices of one form that read the same input, as one whose results stand side by side (q, k, v; gate, up)."""
     first = matrices[0]
-
-    def form(matrix: GroupMatrix) -> tuple[object, ...]:
-        return matrix.columns, matrix.bits, matrix.group, matrix.scale_dtype, matrix.zeros
-
-    assert all(form(matrix) == form(first) for matrix in matrices)
+    assert all(matrix.form == first.form and matrix.order is None for matrix in matrices)
     codes = torch.cat([matrix.codes for matrix in matrices], 1)
     scales = torch.cat([matrix.scales for matrix in matrices], 1)
     rows = sum(matrix.rows for matrix in matrices)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import PART, WORDS, GroupMatrix
+from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
 """Weights per round: about 10 times as many bytes are needed on the way."""
@@ -45,6 +49,29 @@ def pack(
             found = (found.to(torch.int32) & 0xFFFF) | zeros[part].to(device).to(torch.int32) << 16
         words[:groups, part] = found.transpose(0, 1)
     return GroupMatrix(rows, columns, bits, matrix.group, scales.dtype, plane, words)
+
+
+def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | None:
+    """Brings what a file's codes mean to a device; None where no kernel multiplies them as they are."""
+    codes, groups, order = found.codes, found.scales.shape[1], None
+    if found.group_of is not None:
+        if (np.bincount(found.group_of, minlength=groups) * groups != found.columns).any():
+            return None
+        order = np.argsort(found.group_of, kind="stable")
+        codes = codes[:, order]
+    group = found.columns // groups
+    if found.bits not in (4, 8) or found.scale_dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if group != found.columns and group % PART:
+        return None
+    scales, zeros = _tensor(found.scales).to(found.scale_dtype), None if found.zeros is None else _tensor(found.zeros)
+    matrix = pack(_tensor(codes), scales, zeros, found.bits, device)
+    return matrix if order is None else dataclasses.replace(matrix, order=torch.from_numpy(order).to(device))
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """A copy where the array is a view of a file, which torch may not write to, or out of order."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> None:

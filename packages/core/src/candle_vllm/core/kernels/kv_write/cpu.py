@@ -134,15 +134,18 @@ def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, st
 
 @njit(inline="always")
 def _write_rest(x: int, first: int, dim: int, factor: float, to: int, stride: int, kind: int) -> None:
-    """The dimensions from `first` on, which do not rotate, up to a multiple of 16 one by one."""
+    """The dimensions from `first` on, which do not rotate; those outside whole runs of 16 one by one."""
     row = float32_at(x)
     i = first
     while i < dim and i % LANES != 0:
         store_bf16(_place(to, stride, i, kind), row[i] * factor)
         i += 1
-    while i < dim:
+    while i + LANES <= dim:
         write_plain(x, i, factor, to, stride, kind)
         i += LANES
+    while i < dim:
+        store_bf16(_place(to, stride, i, kind), row[i] * factor)
+        i += 1
 
 
 @njit(inline="always")

@@ -11,13 +11,20 @@ by their sum where asked, times `scale`. The experts of a token differ and stand
 Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
 
 `moe`: x [T, E], gate_up [X, 2F, E] (the gate's rows, then up's) and down [X, E, F], bfloat16 or float16, or a
-`GgufMatrix` each, whose rows are the experts' behind each other; weights [T, k] fp32, experts [T, k] int32.
-y[t] = sum over j of weights[t, j] * down[e] (act(gate[e] x[t]) * (up[e] x[t])) with e = experts[t, j], new memory.
+`GgufMatrix` each, whose rows are the experts' behind each other; or all of it float32; weights [T, k] fp32, experts
+[T, k] int32. y[t], in new memory, is the sum over j, with e = experts[t, j], of
+
+    weights[t, j] * (down[e] (act(gate[e] x[t]) * (up[e] x[t])))
+
+`biases` are added to each of the three products. gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate
+at most 7 and up within [-7, 7], in the place of act(gate) * up.
 The experts of a token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that
 fill up a batch need none. Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y.
 Results are added in the order of j. With up to `FEW` pairs of token and expert the kernels are others than with more,
 and with GGUF's numbers they round as `kernels/gguf_linear` does. On either side of that, y[t] depends on nothing but
 token t's own row, weights and experts; with `invariant=True` on both sides alike, to the bit.
+
+float32 has no kernels: on a GPU every expert is multiplied with every token in torch, which is slow.
 
 Nothing here waits for the GPU, and what is launched depends on shapes alone, so that a graph may capture it. Tensors on
 the CPU are computed by `reference.py`.
@@ -25,13 +32,37 @@ the CPU are computed by `reference.py`.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.moe import reference
-from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Experts, MoeSizes, Scoring
+from candle_vllm.core.kernels.moe.arguments import (
+    FEW,
+    MOST_EXPERTS,
+    Activation,
+    Biases,
+    Experts,
+    MoeSizes,
+    RecordedExperts,
+    Routing,
+    Scoring,
+)
 
-__all__ = ["FEW", "MOST_EXPERTS", "Activation", "Experts", "MoeSizes", "Scoring", "moe", "route"]
+__all__ = [
+    "FEW",
+    "MOST_EXPERTS",
+    "Activation",
+    "Biases",
+    "Experts",
+    "MoeSizes",
+    "RecordedExperts",
+    "Routing",
+    "Scoring",
+    "moe",
+    "route",
+]
 
 
 def route(
@@ -74,14 +105,17 @@ def moe(
     weights: torch.Tensor,
     experts: torch.Tensor,
     *,
+    biases: Biases | None = None,
     activation: Activation = "silu",
     invariant: bool = False,
 ) -> torch.Tensor:
     """The experts' weighted results [T, E]; see above. `invariant`: few pairs are computed as many are."""
-    sizes = MoeSizes.of(x, gate_up, down, weights, experts)
-    assert activation in ("silu", "gelu_tanh")
+    sizes = MoeSizes.of(x, gate_up, down, weights, experts, biases)
+    assert activation in get_args(Activation)
+    if on_gpu(x) and x.dtype == torch.float32:
+        return reference.every_expert(x, gate_up, down, weights, experts, sizes, activation, biases)
     if on_gpu(x):
         from candle_vllm.core.kernels.moe import triton
 
-        return triton.moe(x, gate_up, down, weights, experts, sizes, activation, invariant)
-    return reference.moe(x, gate_up, down, weights, experts, sizes, activation)
+        return triton.moe(x, gate_up, down, weights, experts, sizes, activation, biases, invariant)
+    return reference.moe(x, gate_up, down, weights, experts, sizes, activation, biases)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.recorded import Matrix
 
 FEW = 64
 """Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
@@ -15,10 +19,51 @@ FEW = 64
 MOST_EXPERTS = 512
 """Of a layer."""
 
-Activation: TypeAlias = Literal["silu", "gelu_tanh"]
+Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid"]
 Experts: TypeAlias = torch.Tensor | GgufMatrix
 """One matrix of every expert: [X, rows, columns], or a quantised matrix of X * rows rows."""
+
+
+Biases: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Of gate and up [X, 2F], and of down [X, E]."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Routing:
+    """How a token's experts are chosen; see `route`.
+
+    Attributes:
+        top_k: k.
+        scoring, renormalise, scale: how logits become weights.
+        bias: [X] fp32 or None.
+        groups, top_groups: of experts, and how many of the groups are candidates.
+    """
+
+    top_k: int
+    scoring: Scoring = "softmax"
+    renormalise: bool = True
+    bias: torch.Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedExperts:
+    """What recorded steps need of the experts: a matrix of each in each list.
+
+    Attributes:
+        gate, up: [F, E] each.
+        down: [E, F] each.
+        activation, biases: see `moe`; biases in fp32.
+    """
+
+    gate: Sequence[Matrix]
+    up: Sequence[Matrix]
+    down: Sequence[Matrix]
+    activation: Activation
+    biases: Biases | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +95,14 @@ class MoeSizes:
         return self.pairs <= FEW
 
     @staticmethod
-    def of(x: torch.Tensor, gate_up: Experts, down: Experts, weights: torch.Tensor, experts: torch.Tensor) -> MoeSizes:
+    def of(
+        x: torch.Tensor,
+        gate_up: Experts,
+        down: Experts,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        biases: Biases | None = None,
+    ) -> MoeSizes:
         """Reads them; what does not fit together is our own mistake."""
         assert x.dim() == 2
         assert experts.dim() == 2
@@ -71,4 +123,7 @@ class MoeSizes:
         else:
             assert gate_up.shape == (count, 2 * inner, hidden)
         assert 0 < count <= MOST_EXPERTS
+        if biases is not None:
+            assert biases[0].shape == (count, 2 * inner)
+            assert biases[1].shape == (count, hidden)
         return MoeSizes(tokens, count, experts.shape[1], hidden, inner)

@@ -6,7 +6,7 @@ import torch
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
-from candle_vllm.core.kernels.moe.arguments import Activation, Experts, MoeSizes, Scoring
+from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes, Scoring
 
 # Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum.
 LEAST_SUM = 1e-20
@@ -58,6 +58,7 @@ def moe(
     experts: torch.Tensor,
     sizes: MoeSizes,
     activation: Activation,
+    biases: Biases | None = None,
 ) -> torch.Tensor:
     """See the contract in the package; fp32 throughout, rounded once."""
     wide = x.float()
@@ -67,17 +68,48 @@ def moe(
         if not 0 <= expert < sizes.experts:
             continue
         token, slot = (experts == expert).nonzero(as_tuple=True)
-        gate, up = (wide[token] @ _matrix(gate_up, expert, sizes.experts).T).chunk(2, -1)
-        gate = torch.nn.functional.silu(gate) if activation == "silu" else _gelu(gate)
-        results[token, slot] = (gate * up) @ _matrix(down, expert, sizes.experts).T
+        both = wide[token] @ _matrix(gate_up, expert, sizes.experts).T
+        gate, up = (both if biases is None else both + biases[0][expert].float()).chunk(2, -1)
+        result = gated(gate, up, activation) @ _matrix(down, expert, sizes.experts).T
+        results[token, slot] = result if biases is None else result + biases[1][expert].float()
     for slot in range(sizes.top_k):
         inside = (experts[:, slot] >= 0) & (experts[:, slot] < sizes.experts)
         total += torch.where(inside, weights[:, slot], 0.0)[:, None] * results[:, slot]
     return total.to(x.dtype)
 
 
-def _gelu(gate: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.gelu(gate, approximate="tanh")
+def every_expert(
+    x: torch.Tensor,
+    gate_up: Experts,
+    down: Experts,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    sizes: MoeSizes,
+    activation: Activation,
+    biases: Biases | None = None,
+) -> torch.Tensor:
+    """The same without a look at which experts are asked, so that nothing waits for a GPU; added by their numbers."""
+    wide = x.float()
+    total = torch.zeros_like(wide)
+    for expert in range(sizes.experts):
+        both = wide @ _matrix(gate_up, expert, sizes.experts).T
+        gate, up = (both if biases is None else both + biases[0][expert].float()).chunk(2, -1)
+        result = gated(gate, up, activation) @ _matrix(down, expert, sizes.experts).T
+        result = result if biases is None else result + biases[1][expert].float()
+        asked = experts == expert
+        weight = torch.where(asked, weights, 0.0).sum(1, keepdim=True)
+        total += torch.where(asked.any(1, keepdim=True), weight * result, 0.0)
+    return total.to(x.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(gate) * up; see the contract."""
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def _matrix(experts: Experts, expert: int, count: int) -> torch.Tensor:

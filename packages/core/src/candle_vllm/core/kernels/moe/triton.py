@@ -15,7 +15,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.moe import triton_gguf, triton_plain
-from candle_vllm.core.kernels.moe.arguments import Activation, Experts, MoeSizes
+from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
@@ -55,6 +55,7 @@ def moe(
     experts: torch.Tensor,
     sizes: MoeSizes,
     activation: Activation,
+    biases: Biases | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
     """See the contract in the package."""
@@ -68,17 +69,18 @@ def moe(
         return y
     inner = torch.empty((sizes.pairs, sizes.inner), dtype=x.dtype, device=x.device)
     results = torch.empty((sizes.pairs, sizes.hidden), dtype=x.dtype, device=x.device)
-    products = ((x, gate_up, inner, activation), (inner, down, results, None))
+    first, second = (None, None) if biases is None else biases
+    products = ((x, gate_up, first, inner, activation), (inner, down, second, results, None))
     if sizes.few and not invariant:
-        for source, matrix, out, gate in products:
+        for source, matrix, bias, out, gate in products:
             module = triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
-            module.few(source, matrix, experts, out, sizes, gate)
+            module.few(source, matrix, bias, experts, out, sizes, gate)
     else:
         block = block_tokens(sizes)
         blocks = sort_pairs(experts, sizes, block)
-        for source, matrix, out, gate in products:
+        for source, matrix, bias, out, gate in products:
             module = triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
-            module.many(source, matrix, blocks, out, sizes, gate)
+            module.many(source, matrix, bias, blocks, out, sizes, gate)
     grid = (sizes.tokens, triton.cdiv(sizes.hidden, _PART))
     constants = {"TOP": sizes.top_k, "BLOCK": _PART}
     sum_kernel[grid](results, weights, experts, y, sizes.experts, sizes.hidden, **constants, num_warps=4, **OPTIONS)

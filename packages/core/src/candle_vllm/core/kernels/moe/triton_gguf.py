@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.gguf_linear.triton_codes import (
 from candle_vllm.core.kernels.moe.arguments import MoeSizes
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.moe.triton_tiles import (
+    activation_number,
     block_pairs,
     few_pairs,
     finished,
@@ -68,6 +69,7 @@ def few_kernel(
     high,
     scales,
     supers,
+    bias,  # [X, N], or where GATED [X, 2N]
     experts,  # [T, TOP]
     out,  # [pairs, N]
     T,
@@ -86,7 +88,7 @@ def few_kernel(
     PADDED: tl.constexpr,
     TOP: tl.constexpr,
     GATED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACT: tl.constexpr,
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -139,7 +141,7 @@ def few_kernel(
                 minimum -= scale * OFFSET
                 total = tl.fma(sums, tl.broadcast_to(minimum[:, None], (ROWS, TOKENS)), total)
                 total = tl.fma(dots, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), total)
-    total = finished(total, GATED, GELU, ROWS, TOKENS)
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
@@ -150,6 +152,7 @@ def many_kernel(
     high,
     scales,
     supers,
+    bias,
     order,  # [pairs]
     table,  # [3, blocks]
     out,  # where GATED [places, N], else [pairs, N]
@@ -169,7 +172,7 @@ def many_kernel(
     PADDED: tl.constexpr,
     TOP: tl.constexpr,
     GATED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACT: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -207,12 +210,18 @@ def many_kernel(
             if PADDED:
                 right = right & (k + column < K)[:, None]
             total = tl.dot(weights, tl.load(x_at + k, mask=right, other=0.0), total)
-    total = finished(total, GATED, GELU, ROWS, TOKENS)
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, at if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
 def few(
-    x: torch.Tensor, matrix: GgufMatrix, experts: torch.Tensor, out: torch.Tensor, sizes: MoeSizes, gate: str | None
+    x: torch.Tensor,
+    matrix: GgufMatrix,
+    bias: torch.Tensor | None,
+    experts: torch.Tensor,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
 ) -> None:
     """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
     tokens = next(size for size in FEW_TILES if sizes.tokens <= size)
@@ -220,7 +229,7 @@ def few(
     rows = out.shape[1]
     few_kernel[(triton.cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
-        *_planes_of(x, matrix),
+        *_planes_of(x, matrix, bias),
         experts,
         out,
         sizes.tokens,
@@ -237,14 +246,20 @@ def few(
 
 
 def many(
-    x: torch.Tensor, matrix: GgufMatrix, blocks: Blocks, out: torch.Tensor, sizes: MoeSizes, gate: str | None
+    x: torch.Tensor,
+    matrix: GgufMatrix,
+    bias: torch.Tensor | None,
+    blocks: Blocks,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
 ) -> None:
     """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
     constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, blocks.most, MANY_TILES)
     rows = out.shape[1]
     many_kernel[(blocks.count * triton.cdiv(rows, tile_height(constants)),)](
         x,
-        *_planes_of(x, matrix),
+        *_planes_of(x, matrix, bias),
         blocks.order,
         blocks.table,
         out,
@@ -261,9 +276,10 @@ def many(
     )
 
 
-def _planes_of(x: torch.Tensor, matrix: GgufMatrix) -> tuple[torch.Tensor | None, ...]:
+def _planes_of(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     assert matrix.device == x.device
-    return matrix.low, matrix.high, matrix.scales, matrix.supers
+    assert bias is None or (bias.is_contiguous() and bias.device == x.device)
+    return matrix.low, matrix.high, matrix.scales, matrix.supers, bias
 
 
 def _constants(
@@ -281,7 +297,7 @@ def _constants(
         "PADDED": columns % planes.step != 0,
         "TOP": top_k,
         "GATED": gate is not None,
-        "GELU": gate == "gelu_tanh",
+        "ACT": activation_number(gate),
         "TOKENS": tokens,
         "ROWS": rows,
     }
@@ -293,26 +309,33 @@ def _options(tokens: int, tiles: Mapping[int, tuple[int, int, int]]) -> dict[str
 
 
 def _build(
-    kernel: Any, kind: PackedKind, gate: str | None, tokens: int, capabilities: tuple[int, ...] = CAPABILITIES
+    kernel: Any,
+    kind: PackedKind,
+    gate: str | None,
+    tokens: int,
+    capabilities: tuple[int, ...] = CAPABILITIES,
+    bias: bool = False,
 ) -> Build:
     planes, tiles = PLANES[kind], FEW_TILES if kernel is few_kernel else MANY_TILES
     elements = {1: "*i16", 2: "*i16", 4: "*i32", 8: "*i32"}
     types = {"low": elements[planes.low]} | dict.fromkeys(("scales", "experts", "order", "table"), "*i32")
     types |= dict.fromkeys(("T", "X", "N", "K", "x_stride", "steps", "blocks"), "i32")
     types |= dict.fromkeys(("x", "out"), "*bf16")
+    if bias:
+        types["bias"] = "*fp32"
     if planes.high:
         types["high"] = elements[planes.high]
     if planes.layout.nested:
         types["supers"] = "*i32"
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
-    missing = {name: None for name in ("high", "supers") if name not in types}
+    missing = {name: None for name in ("high", "supers", "bias") if name not in types}
     return Build(
         kernel,
         {name: types[name] for name in kernel.arg_names if name in types},
         {**_constants(planes, 2048, 8, gate, tokens, tiles), **extra, **missing},
         **_options(tokens, tiles),
         aligned=("N", "K", "x_stride"),
-        label=f"{kind.name}x{tokens}{'-' + gate if gate else ''}",
+        label=f"{kind.name}x{tokens}{'-' + gate if gate else ''}{'-bias' if bias else ''}",
         capabilities=capabilities,
     )
 
@@ -329,4 +352,7 @@ AOT = (
     *(_build(many_kernel, kind, "silu", 128, _HOPPER) for kind in PackedKind),
     *(_build(many_kernel, PackedKind.Q4_K, "silu", tokens) for tokens in MANY_TILES),
     *(_build(many_kernel, PackedKind.Q6_K, None, tokens) for tokens in (16, 128)),
+    _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, bias=True),
+    _build(few_kernel, PackedKind.Q5_0, None, 8, bias=True),
+    _build(many_kernel, PackedKind.Q5_0, "swiglu_oai", 128, bias=True),
 )

@@ -24,6 +24,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.moe.arguments import MoeSizes
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.moe.triton_tiles import (
+    activation_number,
     block_pairs,
     few_pairs,
     finished,
@@ -79,6 +80,7 @@ def _product(
 def few_kernel(
     x,  # [T, K], or where not GATED [pairs, K]
     weight,  # [X, N, K], or where GATED [X, 2N, K], contiguous
+    bias,  # [X, N] or [X, 2N]
     experts,  # [T, TOP]
     out,  # [pairs, N]
     T,
@@ -88,7 +90,7 @@ def few_kernel(
     x_stride,
     TOP: tl.constexpr,
     GATED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACT: tl.constexpr,
     PADDED: tl.constexpr,
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -104,7 +106,7 @@ def few_kernel(
     row, inside = tile_rows(tile, expert, N, GATED, ROWS)
     source = tl.arange(0, TOKENS).to(tl.int64) if GATED else pair
     total = _product(x, weight, source, asked, row, inside, K, x_stride, PADDED, TOKENS, ROWS, STEP)
-    total = finished(total, GATED, GELU, ROWS, TOKENS)
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
@@ -112,6 +114,7 @@ def few_kernel(
 def many_kernel(
     x,  # where GATED [T, K], else [places, K]
     weight,  # as above
+    bias,
     order,  # [pairs]
     table,  # [3, blocks]
     out,  # where GATED [places, N], else [pairs, N]
@@ -121,7 +124,7 @@ def many_kernel(
     x_stride,
     TOP: tl.constexpr,
     GATED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACT: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,21 +139,28 @@ def many_kernel(
     source = pair // TOP if GATED else place
     row, inside = tile_rows(tile, expert, N, GATED, ROWS)
     total = _product(x, weight, source, asked, row, inside, K, x_stride, PADDED, TOKENS, ROWS, STEP)
-    total = finished(total, GATED, GELU, ROWS, TOKENS)
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, place if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
 def few(
-    x: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor, out: torch.Tensor, sizes: MoeSizes, gate: str | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    experts: torch.Tensor,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
 ) -> None:
     """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
-    _check(x, weight)
+    _check(x, weight, bias)
     tokens = few_tokens(sizes.tokens)
     constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, FEW_TILES)
     rows = out.shape[1]
     few_kernel[(triton.cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
         weight,
+        bias,
         experts,
         out,
         sizes.tokens,
@@ -166,16 +176,23 @@ def few(
 
 
 def many(
-    x: torch.Tensor, weight: torch.Tensor, blocks: Blocks, out: torch.Tensor, sizes: MoeSizes, gate: str | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    blocks: Blocks,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
 ) -> None:
     """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
-    _check(x, weight)
+    _check(x, weight, bias)
     tokens = blocks.most
     constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, MANY_TILES)
     rows = out.shape[1]
     many_kernel[(blocks.count * triton.cdiv(rows, tile_height(constants)),)](
         x,
         weight,
+        bias,
         blocks.order,
         blocks.table,
         out,
@@ -195,8 +212,9 @@ def few_tokens(tokens: int) -> int:
     return next(size for size in FEW_TILES if tokens <= size)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     assert weight.is_contiguous()
+    assert bias is None or (bias.is_contiguous() and bias.device == x.device)
     assert weight.dtype == x.dtype
     assert weight.device == x.device
 
@@ -208,7 +226,7 @@ def _constants(
     return {
         "TOP": top_k,
         "GATED": gate is not None,
-        "GELU": gate == "gelu_tanh",
+        "ACT": activation_number(gate),
         "PADDED": columns % step != 0,
         "TOKENS": tokens,
         "ROWS": rows,
@@ -221,18 +239,20 @@ def _options(tokens: int, tiles: Mapping[int, tuple[int, int, int, int]]) -> dic
     return {"num_warps": warps, "num_stages": stages}
 
 
-def _build(kernel: Any, dtype: str, columns: int, gate: str | None, tokens: int) -> Build:
+def _build(kernel: Any, dtype: str, columns: int, gate: str | None, tokens: int, bias: str | None = None) -> Build:
     tiles = FEW_TILES if kernel is few_kernel else MANY_TILES
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
     types = dict.fromkeys(("x", "weight", "out"), f"*{dtype}") | dict.fromkeys(("experts", "order", "table"), "*i32")
+    if bias is not None:
+        types["bias"] = f"*{bias}"
     types |= dict.fromkeys(("T", "X", "N", "K", "x_stride", "blocks"), "i32")
     return Build(
         kernel,
         {name: types[name] for name in kernel.arg_names if name in types},
-        {**_constants(columns, 8, gate, tokens, tiles), **extra},
+        {**_constants(columns, 8, gate, tokens, tiles), **extra, **({} if bias else {"bias": None})},
         **_options(tokens, tiles),
         aligned=("N", "K", "x_stride"),
-        label=f"{dtype}-{columns}x{tokens}{'-' + gate if gate else ''}",
+        label=f"{dtype}-{columns}x{tokens}{'-' + gate if gate else ''}{'-bias' if bias else ''}",
     )
 
 
@@ -241,4 +261,7 @@ AOT = (
     *(_build(many_kernel, "bf16", 2048, gate, tokens) for gate in ("silu", None) for tokens in MANY_TILES),
     _build(few_kernel, "fp16", 1440, "gelu_tanh", 32),
     _build(many_kernel, "fp16", 1440, "gelu_tanh", 128),
+    _build(few_kernel, "bf16", 2880, "swiglu_oai", 16, "fp32"),
+    _build(many_kernel, "bf16", 2880, "swiglu_oai", 128, "fp32"),
+    _build(few_kernel, "bf16", 2880, None, 8, "fp32"),
 )

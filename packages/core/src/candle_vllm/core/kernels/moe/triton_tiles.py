@@ -6,10 +6,12 @@ step 6 of a request's life."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import triton
 import triton.language as tl
+
+from candle_vllm.core.kernels.moe.arguments import Activation
 
 
 @triton.jit
@@ -27,12 +29,21 @@ def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def finished(total, GATED: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
-    """A tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] of them."""
+def finished(
+    total, bias, row, inside, GATED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """A tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] of them; `row` and `inside` as `tile_rows`."""
+    if bias is not None:
+        total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), 0, 2, 3, 1))
+        if ACT == 2:  # gpt-oss; NaN stays NaN
+            gate = tl.where(gate > 7.0, 7.0, gate)
+            up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
         inner = gate
-        if GELU:
+        if ACT == 2:
+            inner = 1.702 * gate
+        if ACT == 1:
             # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
             inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         total = tl.reshape(gate / (1.0 + tl.exp(-inner)) * up, (ROWS // 2, TOKENS))
@@ -77,6 +88,11 @@ def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
     asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
     pair = tl.load(order + place, mask=asked, other=0)
     return asked, place.to(tl.int64), pair.to(tl.int64)
+
+
+def activation_number(gate: str | None) -> int:
+    """The constant ACT of `finished`."""
+    return 0 if gate is None else get_args(Activation).index(gate)
 
 
 def tile_height(constants: Mapping[str, Any]) -> int:

@@ -310,8 +310,8 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
     def packed_linear(arguments: Any, thread: int, threads: int) -> None:
         rows = int64_at(arguments[2])[arguments[3]]
         weights, tile_bytes, columns, groups = arguments[4], arguments[5], arguments[6], arguments[7]
-        xq, xs, xsum = arguments[8], arguments[9], arguments[10]
-        out, row_bytes, bias, accumulate = arguments[11], arguments[12], arguments[13], arguments[14]
+        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
+        picked, xq, xs, xsum = arguments[12], arguments[13], arguments[14], arguments[15]
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -328,6 +328,8 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
                 count = min(block, left)
                 for index in range(block):
                     source = row + min(index, count - 1)
+                    if picked != 0:
+                        source = int64_at(picked)[source]
                     at_xq, at_xs, at_xsum = (
                         xq + source * groups * 32,
                         xs + source * groups * 4,
@@ -372,9 +374,12 @@ def linear_row(
     column: int = 0,
     bias: int = 0,
     accumulate: bool = False,
+    picked: int = 0,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> list[int]:
     """The arguments of a linear operation; the caller keeps all of the memory alive.
+
+    What stands in front of the activations has the same places in `plain_linear`'s (see `kernels/moe/cpu.py`).
 
     Args:
         matrix: the weights [N, K].
@@ -384,6 +389,7 @@ def linear_row(
         column: first column of the result that is written.
         bias: address of float32 [N], or 0.
         accumulate: add to what stands in the result.
+        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers is T.
     """
     assert out_stride >= column + matrix.rows
@@ -393,13 +399,14 @@ def linear_row(
         matrix.layout.tile_bytes(matrix.columns),
         matrix.rows,
         matrix.groups,
-        xq,
-        xs,
-        xsum,
         out + 4 * column,
         4 * out_stride,
         bias,
         int(accumulate),
+        picked,
+        xq,
+        xs,
+        xsum,
     ]
 
 

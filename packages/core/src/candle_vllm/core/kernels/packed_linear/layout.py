@@ -141,12 +141,14 @@ class PackedMatrix:
         kind: the layout.
         data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes. The rows that fill up the
             last tile are zero.
+        order: which number of an input meets each column, int64 [K]; None where they stand as the input does.
     """
 
     rows: int
     columns: int
     kind: PackedKind
     data: np.ndarray
+    order: np.ndarray | None = None
 
     @property
     def layout(self) -> Layout:

@@ -25,6 +25,7 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 from candle_vllm.core.kernels.packed_linear.split import Parts, from_floats, split
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def pack(
 ) -> PackedMatrix:
     """Packs a quantised matrix.
 
-    A type with a layout of its own keeps its numbers exactly. Any other is decoded and rounded to 8 bits with a scale
-    for each 32 weights (an error of at most 0.4 % of a group's largest weight, against the several per cent that such
-    types have themselves), which a log line says.
+    A type with a layout of its own keeps its numbers exactly, and so does MXFP4 as Q5_0. Any other is decoded and
+    rounded to 8 bits with a scale for each 32 weights (an error of at most 0.4 % of a group's largest weight, against
+    the several per cent that such types have themselves), which a log line says.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -78,6 +79,8 @@ def pack(
         )
     if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
+    if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
+        return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if kind.name != ggml_type.name:
         cost = (8.5 * size) / (8 * width)

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, LANES, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
@@ -54,20 +54,14 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
-def _fill(_: Any, block: Any, panel: Any, x: Any, row_bytes: Any, last: Any, vectors: Any) -> Any:
-    """Copies rows 0, 1, ... of x, none beyond `last`, into a panel of `block` rows of `vectors` times 16 elements."""
+def _fill(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> Any:
+    """Copies the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
     height = block.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_panel, at_x, stride, at_last, count = args[1:]
-
-        def address(row: int) -> Any:
-            number = e.int64(row)
-            number = b.select(b.icmp_signed("<", number, at_last), number, at_last)
-            return b.add(at_x, b.mul(number, stride))
-
-        sources = [address(row) for row in range(height)]
+        at_panel, at_addresses, count = args[1:]
+        sources = [e.load(at_addresses, I64, 8 * row) for row in range(height)]
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             offset = b.mul(index, e.int64(_VECTOR_BYTES))
@@ -80,7 +74,7 @@ def _fill(_: Any, block: Any, panel: Any, x: Any, row_bytes: Any, last: Any, vec
         e.loop(count, [], body)
         return context.get_dummy_value()
 
-    return types.void(block, *[types.int64] * 5), code
+    return types.void(block, *[types.int64] * 3), code
 
 
 # ---- tiles times a panel ---------------------------------------------------------------------------------------------
@@ -170,14 +164,15 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
     def plain_linear(arguments: Any, thread: int, threads: int) -> None:
         rows = int64_at(arguments[2])[arguments[3]]
         weights, tile_bytes, columns, runs = arguments[4], arguments[5], arguments[6], arguments[7]
-        x, x_bytes = arguments[8], arguments[9]
-        out, row_bytes, bias, accumulate = arguments[10], arguments[11], arguments[12], arguments[13]
+        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
+        picked, x, x_bytes = arguments[12], arguments[13], arguments[14]
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = stack_bytes(8 * x_bytes + 1024)
+        panel = stack_bytes(8 * x_bytes + 1024 + 64)
         sums = panel + 8 * x_bytes
+        addresses = int64_at(sums + 1024)
         step = max(TILE_BLOCK // tile_bytes, 2) & -2
         for begin in range(first, last, step):
             end = min(begin + step, last)
@@ -186,12 +181,16 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
                 left = rows - row
                 block = 8 if left > 4 else 4 if left > 1 else 1
                 count = min(block, left)
-                at_x = x + row * x_bytes
+                for index in range(block):
+                    source = row + min(index, count - 1)
+                    if picked != 0:
+                        source = int64_at(picked)[source]
+                    addresses[index] = x + source * x_bytes
                 target = out + row * row_bytes
                 if block == 8:
-                    _fill(8, panel, at_x, x_bytes, count - 1, x_bytes >> 6)
+                    _fill(8, panel, sums + 1024, x_bytes >> 6)
                 elif block == 4:
-                    _fill(4, panel, at_x, x_bytes, count - 1, x_bytes >> 6)
+                    _fill(4, panel, sums + 1024, x_bytes >> 6)
                 tile = begin
                 while tile < end:
                     at = weights + tile * tile_bytes
@@ -203,7 +202,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
                     elif block == 4:
                         _multiply(KIND, 4, 1, ISA, at, tile_bytes, panel, sums, runs)
                     else:
-                        _multiply(KIND, 1, 1, ISA, at, tile_bytes, at_x, sums, runs)
+                        _multiply(KIND, 1, 1, ISA, at, tile_bytes, addresses[0], sums, runs)
                     _write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
                     tile += width
                 row += count
@@ -227,9 +226,12 @@ def linear_row(
     column: int = 0,
     bias: int = 0,
     accumulate: bool = False,
+    picked: int = 0,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> list[int]:
     """The arguments of a linear operation; the caller keeps all of the memory alive.
+
+    What stands in front of the activations has the same places in `packed_linear`'s (see `kernels/moe/cpu.py`).
 
     Args:
         matrix: the weights [N, K].
@@ -240,6 +242,7 @@ def linear_row(
         column: first column of the result that is written.
         bias: address of float32 [N], or 0.
         accumulate: add to what stands in the result.
+        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers is T.
     """
     assert out_stride >= column + matrix.rows
@@ -251,12 +254,13 @@ def linear_row(
         matrix.tile_bytes,
         matrix.rows,
         matrix.steps // RUN,
-        x,
-        x_bytes,
         out + 4 * column,
         4 * out_stride,
         bias,
         int(accumulate),
+        picked,
+        x,
+        x_bytes,
     ]
 
 

@@ -1,23 +1,39 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""RMSNorm of every head of a value, in place. The norm of whole rows is part of `kernels/activation_quant`."""
+"""Norms on the CPU that stand by themselves: of every head of a value, in place, and of rows added to a residual.
+
+The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1
+for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
+from candle_vllm.core.kernels.activation_quant import GROUP
+from candle_vllm.core.kernels.activation_quant.cpu import (
+    layer_scale,
+    rms_scale,
+    rms_scale_within,
+    row_mean,
+    share,
+)
+from candle_vllm.core.kernels.activation_rows.cpu import padded_row
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def scale_in_place(_: Any, x: Any, weight: Any, scale: Any, columns: Any) -> Any:
-    """x <- x * scale * weight for a multiple of 16 columns."""
+def scale_in_place(_: Any, x: Any, weight: Any, scale: Any, lines: Any) -> Any:
+    """x <- x * scale * weight for 16 columns `lines` times."""
     signature = types.void(types.int64, types.int64, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -31,37 +47,122 @@ def scale_in_place(_: Any, x: Any, weight: Any, scale: Any, columns: Any) -> Any
             e.store(at, b.fmul(b.fmul(e.load(at, vector(F32)), factor), weights))
             return state
 
-        e.loop(b.sdiv(args[3], e.int64(LANES)), [], body)
+        e.loop_or_skip(args[3], [], body)
         return context.get_dummy_value()
 
     return signature, code
 
 
-def head_norm(a, thread, threads):
+@njit
+def _layer_norm_head(x: int, dim: int, weight: int, eps: float) -> None:
+    """LayerNorm of one head, in place, without a bias."""
+    mean = row_mean(x, dim)
+    scale = layer_scale(x, dim, mean, eps)
+    values, weights = float32_at(x), float32_at(weight)
+    for i in range(dim):
+        values[i] = (values[i] - mean) * scale * weights[i]
+
+
+def make_head_norm(LAYER: int) -> Callable[..., None]:
     """The operation. Arguments: see `head_norm_row`."""
-    numbers = int64_at(a[2])
-    x, stride, heads, head_dim, weight = a[3], a[4], a[5], a[6], a[7]
-    eps = float_from_bits(a[8])
-    total = numbers[StepNumber.TOKENS.value] * heads
-    for unit in range(total * thread // threads, total * (thread + 1) // threads):
-        row = unit // heads
-        at = x + (row * stride + (unit - row * heads) * head_dim) * 4
-        scale_in_place(at, weight, rms_scale(at, head_dim, eps), head_dim)
+
+    def head_norm(a, thread, threads):
+        numbers = int64_at(a[2])
+        x, stride, heads, head_dim, weight, step = a[3], a[4], a[5], a[6], a[7], a[9]
+        eps = float_from_bits(a[8])
+        total = numbers[StepNumber.TOKENS.value] * heads
+        for unit in range(total * thread // threads, total * (thread + 1) // threads):
+            row = unit // heads
+            head = unit - row * heads
+            at = x + (row * stride + head * head_dim) * 4
+            own = weight + head * step
+            if LAYER == 1:
+                _layer_norm_head(at, head_dim, own, eps)
+            elif head_dim % GROUP == 0:
+                scale_in_place(at, own, rms_scale(at, head_dim, eps), head_dim // LANES)
+            else:
+                scale = rms_scale_within(at, head_dim, eps)
+                scale_in_place(at, own, scale, head_dim // LANES)
+                values, weights = float32_at(at), float32_at(own)
+                for i in range(head_dim // LANES * LANES, head_dim):
+                    values[i] = values[i] * scale * weights[i]
+
+    return head_norm
 
 
 @cache
-def head_norm_operation() -> int:
+def head_norm_operation(layer: bool = False) -> int:
     """Address of the compiled operation."""
-    return compile_operation(head_norm)
+    return compile_operation(make_head_norm(int(layer)))
 
 
-def head_norm_row(*, x: int, stride: int, heads: int, head_dim: int, weight: int, eps: float) -> list[int]:
+def head_norm_row(
+    *, x: int, stride: int, heads: int, head_dim: int, weight: int, eps: float, weight_step: int = 0
+) -> list[int]:
     """The operation's arguments.
 
     Args:
-        x: address of the first head of float32 rows, `stride` floats apart.
-        heads, head_dim: heads stand side by side; head_dim is a multiple of 32.
+        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
+            read where head_dim is no multiple of 32.
+        heads, head_dim: heads stand side by side.
         weight: address of head_dim floats.
         eps: of the norm.
+        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
     """
-    return [x, stride, heads, head_dim, weight, float_bits(eps)]
+    return [x, stride, heads, head_dim, weight, float_bits(eps), weight_step]
+
+
+# ---- onto a residual -------------------------------------------------------------------------------------------------
+
+
+def make_norm_onto(LAYER: int) -> Callable[..., None]:
+    """Adds the norms of rows to other rows. Arguments: see `norm_onto_row`."""
+
+    def norm_onto(a, thread, threads):
+        rows, x, stride, columns, weight = int64_at(a[2])[StepNumber.TOKENS.value], a[3], a[4], a[5], a[6]
+        eps = float_from_bits(a[7])
+        groups = (columns + GROUP - 1) // GROUP
+        first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
+        if group_count == 0:
+            return
+        ragged = columns % GROUP != 0
+        copy = stack_bytes(groups * GROUP * 4 if ragged else 64)
+        first, last = first_group * GROUP, min((first_group + group_count) * GROUP, columns)
+        weights, biases = float32_at(weight), float32_at(weight + 4 * columns)
+        for t in range(first_row, first_row + row_count):
+            at = x + t * stride * 4
+            if ragged:
+                at = padded_row(at, columns, copy)
+            values, target = float32_at(at), float32_at(a[8] + t * a[9] * 4)
+            if LAYER == 1:
+                mean = row_mean(at, columns)
+                scale = layer_scale(at, columns, mean, eps)
+                for i in range(first, last):
+                    target[i] += (values[i] - mean) * scale * weights[i] + biases[i]
+            else:
+                scale = rms_scale(at, columns, eps)
+                for i in range(first, last):
+                    target[i] += values[i] * scale * weights[i]
+
+    return norm_onto
+
+
+@cache
+def norm_onto_operation(layer: bool = False) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_norm_onto(int(layer)))
+
+
+def norm_onto_row(
+    *, x: int, stride: int, columns: int, weight: int, eps: float, target: int, target_stride: int
+) -> list[int]:
+    """The operation's arguments.
+
+    Args:
+        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
+        columns: of a row.
+        weight: address of as many floats, behind which LayerNorm has its bias.
+        eps: of the norm.
+        target, target_stride: the rows that are added to.
+    """
+    return [x, stride, columns, weight, float_bits(eps), target, target_stride]

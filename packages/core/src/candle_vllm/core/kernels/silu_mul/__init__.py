@@ -26,9 +26,10 @@ def silu_mul(x: Value) -> Value:
     return reference.silu_mul(x)
 
 
-def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
-    """gelu(x[:, :F]) * x[:, F:]. Not recorded: a family that needs it runs op by op on the CPU."""
-    assert not isinstance(x, Recorded)
+def gelu_tanh_mul(x: Value) -> Value:
+    """gelu(x[:, :F]) * x[:, F:]."""
+    if isinstance(x, Recorded):
+        return x.gelu_tanh_mul()
     _check(x)
     if on_gpu(x):
         from candle_vllm.core.kernels.silu_mul import triton

@@ -1,0 +1,25 @@
+"""Activations of feed-forward layers without a gate.
+
+Contract: x [T, F] of any float dtype; y = act(x) has x's shape and dtype, in new memory; the arithmetic is fp32.
+    gelu        x Phi(x), by the error function
+    gelu_tanh   0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which configs call gelu_new or gelu_pytorch_tanh
+    relu        max(x, 0)
+On every device but in recorded steps these are torch's own kernels, which wait for nothing.
+Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from candle_vllm.core.kernels.activation import reference
+from candle_vllm.core.kernels.recorded import Recorded, Value
+
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu"]
+
+
+def activation(x: Value, kind: Activation) -> Value:
+    """act(x) for every number of x."""
+    if isinstance(x, Recorded):
+        return x.activation(kind)
+    return reference.activation(x, kind)

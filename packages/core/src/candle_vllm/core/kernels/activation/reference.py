@@ -1,0 +1,17 @@
+"""Activations in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """See the contract in the package."""
+    wide = x.float()
+    if kind == "gelu":
+        return functional.gelu(wide).to(x.dtype)
+    if kind == "gelu_tanh":
+        return functional.gelu(wide, approximate="tanh").to(x.dtype)
+    assert kind == "relu", kind
+    return functional.relu(wide).to(x.dtype)

@@ -1,0 +1,132 @@
+"""Recording a layer's attention: rotary and the cache write, attention, and its merge (step 6 of a request's life)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from candle_vllm.core.kernels.attention.cpu import LOG2E, attend_operation, attend_row, merge_operation
+from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
+from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys; see `kernels/attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedHeads:
+    """Where q [T, H, D], k and v [T, K, D] stand side by side.
+
+    Attributes:
+        address, stride: of float32 rows, and floats from one to the next.
+        columns: where q, k and v begin in a row.
+        heads, kv_heads, head_dim: H, K and D.
+    """
+
+    address: int
+    stride: int
+    columns: tuple[int, int, int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def record_attention(
+    recorder: Recorder,
+    qkv: FusedHeads,
+    caches: tuple[np.ndarray, np.ndarray],
+    scores: Scores,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    out: int,
+) -> None:
+    """Rotates q and k, writes k and v to the cache, attends, and merges what was attended in parts.
+
+    Args:
+        recorder: of the plan.
+        qkv: the layer's heads.
+        caches: of keys and of values, as `cpu_cache.py` says.
+        scores: what becomes of them.
+        tables: cos and sin [P, R/2]; None rotates nothing.
+        out: address of the result, float32 [T, H, D].
+    """
+    queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
+    _record_write(recorder, qkv, caches, scores.scale, tables, address_of(queries))
+    arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
+    size = scratch_bytes(
+        max_tokens=limits.tokens,
+        max_seqs=limits.sequences,
+        heads=qkv.heads,
+        head_dim=dim,
+        max_context=limits.table_width * limits.block_size,
+        threads=limits.threads,
+    )
+    attended = attend_row(
+        q=address_of(queries),
+        out=out,
+        key_cache=address_of(caches[0]),
+        value_cache=address_of(caches[1]),
+        query_start=address_of(arrays.query_start),
+        context_lens=address_of(arrays.context_lens),
+        block_tables=address_of(arrays.block_tables),
+        table_stride=limits.table_width,
+        stretch_step=stretch_step(caches[0].strides, dim),
+        block_size=limits.block_size,
+        heads=qkv.heads,
+        kv_heads=qkv.kv_heads,
+        scratch=recorder.scratch(size),
+        scratch_size=size,
+        window=scores.window or 0,
+        cap=(scores.softcap or 0.0) * LOG2E,
+        sinks=0 if scores.sinks is None else recorder.keep(scores.sinks.float() * LOG2E),
+    )
+    recorder.add(attend_operation(dim, recorder.isa), attended)
+    recorder.add(merge_operation(dim, recorder.isa), attended)
+
+
+def _record_write(
+    recorder: Recorder,
+    qkv: FusedHeads,
+    caches: tuple[np.ndarray, np.ndarray],
+    scale: float,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    queries: int,
+) -> None:
+    arrays = recorder.arrays
+    cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
+    written = rotate_and_write_row(
+        qkv=qkv.address,
+        stride=qkv.stride,
+        q_column=qkv.columns[0],
+        k_column=qkv.columns[1],
+        v_column=qkv.columns[2],
+        heads=qkv.heads,
+        kv_heads=qkv.kv_heads,
+        head_dim=qkv.head_dim,
+        block_size=recorder.limits.block_size,
+        stretch_step=stretch_step(caches[0].strides, qkv.head_dim),
+        rotary_dim=2 * tables[0].shape[1] if tables else 0,
+        cos=cos,
+        sin=sin,
+        positions=address_of(arrays.positions),
+        slots=address_of(arrays.slots),
+        q=queries,
+        key_cache=address_of(caches[0]),
+        value_cache=address_of(caches[1]),
+        scale=scale * LOG2E,
+    )
+    recorder.add(rotate_and_write_operation(recorder.isa), written)

@@ -1,0 +1,100 @@
+"""Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activations made of them.
+
+Results are NaN where inputs are; relative errors are below 4e-7 where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, SHIFTER, Emitter, vector
+
+_LOG2E = 1.4426950216293335  # log2(e) as float32 has it
+
+# tanh(x) = x + x^3 * (...) below 0.625. Source: Cephes, tanhf.c (Moshier).
+_TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+# erf(x) = 1 - t (...) exp(-x^2) with t = 1 / (1 + 0.3275911 x). Source: Abramowitz and Stegun, 7.1.26.
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def emit_exp(e: Emitter, x: Any) -> Any:
+    """exp of 16 floats, relative error below 3e-7; inputs are held to [-87, 88], and NaN to 88."""
+    b = e.b
+    low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
+    x = b.select(b.fcmp_ordered("<", x, high), x, high)
+    x = b.select(b.fcmp_ordered(">", x, low), x, low)
+    shifted = e.fma(x, e.constant(F32, _LOG2E), e.constant(F32, SHIFTER))
+    whole = b.fsub(shifted, e.constant(F32, SHIFTER))
+    rest = e.fma(x, e.constant(F32, _LOG2E), b.fneg(whole))
+    rest = e.fma(x, e.constant(F32, math.log2(math.e) - _LOG2E), rest)
+    return e.power_of_two(shifted, rest)
+
+
+def emit_tanh(e: Emitter, x: Any) -> Any:
+    """tanh of 16 floats."""
+    b, one = e.b, e.constant(F32, 1.0)
+    size = _absolute(e, x)
+    square = b.fmul(x, x)
+    odd = e.constant(F32, _TANH[0])
+    for factor in _TANH[1:]:
+        odd = e.fma(odd, square, e.constant(F32, factor))
+    small = e.fma(b.fmul(odd, square), x, x)
+    power = emit_exp(e, b.fadd(size, size))
+    large = b.fsub(one, b.fdiv(e.constant(F32, 2.0), b.fadd(power, one)))
+    result = b.select(b.fcmp_ordered("<", size, e.constant(F32, 0.625)), small, _signed_as(e, large, x))
+    return b.select(b.fcmp_unordered("uno", x, x), x, result)
+
+
+def emit_sigmoid_times(e: Emitter, x: Any, inner: Any) -> Any:
+    """x * sigmoid(inner)."""
+    return e.b.fdiv(x, e.b.fadd(e.constant(F32, 1.0), emit_exp(e, e.b.fneg(inner))))
+
+
+def emit_silu(e: Emitter, x: Any) -> Any:
+    """x * sigmoid(x)."""
+    return emit_sigmoid_times(e, x, x)
+
+
+def emit_gelu_tanh(e: Emitter, x: Any) -> Any:
+    """GELU in its tanh form: 0.5 (1 + tanh(z)) is the sigmoid of 2z."""
+    b = e.b
+    twice = 2 * math.sqrt(2 / math.pi)
+    factor = e.fma(b.fmul(x, x), e.constant(F32, 0.044715 * twice), e.constant(F32, twice))
+    return emit_sigmoid_times(e, x, b.fmul(x, factor))
+
+
+def emit_gelu(e: Emitter, x: Any) -> Any:
+    """GELU by the error function; the absolute error of erf is below 3e-7."""
+    b, one = e.b, e.constant(F32, 1.0)
+    size = b.fmul(_absolute(e, x), e.constant(F32, math.sqrt(0.5)))
+    t = b.fdiv(one, e.fma(size, e.constant(F32, 0.3275911), one))
+    total = e.constant(F32, _ERF[0])
+    for factor in _ERF[1:]:
+        total = e.fma(total, t, e.constant(F32, factor))
+    power = emit_exp(e, b.fneg(b.fmul(size, size)))
+    erf = b.fsub(one, b.fmul(b.fmul(total, t), power))
+    return b.fmul(b.fmul(x, e.constant(F32, 0.5)), b.fadd(one, _signed_as(e, erf, x)))
+
+
+def emit_relu(e: Emitter, x: Any) -> Any:
+    """max(x, 0)."""
+    return e.b.select(e.b.fcmp_ordered("<", x, e.zeros(F32)), e.zeros(F32), x)
+
+
+def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
+    """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7]."""
+    b, high, low = e.b, e.constant(F32, 7.0), e.constant(F32, -7.0)
+    gate = b.select(b.fcmp_ordered(">", gate, high), high, gate)
+    up = b.select(b.fcmp_ordered(">", up, high), high, up)
+    up = b.select(b.fcmp_ordered("<", up, low), low, up)
+    gated = emit_sigmoid_times(e, gate, b.fmul(gate, e.constant(F32, 1.702)))
+    return b.fmul(b.fadd(up, e.constant(F32, 1.0)), gated)
+
+
+def _absolute(e: Emitter, x: Any) -> Any:
+    return e.call("llvm.fabs.v16f32", vector(F32), [x])
+
+
+def _signed_as(e: Emitter, size: Any, x: Any) -> Any:
+    return e.call("llvm.copysign.v16f32", vector(F32), [size, x])

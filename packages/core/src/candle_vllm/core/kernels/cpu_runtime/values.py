@@ -1,0 +1,459 @@
+"""Recording a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
+
+Nothing is computed while recording. **Fusion** is decided on the way: a norm, a gate and an activation are not computed
+when they are met but together with the form in which matrices want their input (`matrices.py`); a matrix's result is
+added to the residual where it is made, and so is a norm of it.
+
+A value remembers the state of its buffer; using it after the buffer was overwritten is an error of the model's code
+and fails at once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
+from candle_vllm.core.kernels.cpu_runtime.matrices import (
+    Form,
+    Inputs,
+    Source,
+    input_form,
+    make_inputs,
+    multiply,
+    read_rows,
+)
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
+from candle_vllm.core.kernels.layer_norm import reference as layer_norm_reference
+from candle_vllm.core.kernels.moe import RecordedExperts, Routing
+from candle_vllm.core.kernels.moe.plan import Results, record_experts, record_sum
+from candle_vllm.core.kernels.position_scale.cpu import position_scale_operation, position_scale_row
+from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens
+from candle_vllm.core.kernels.rms_norm import reference as rms_norm_reference
+from candle_vllm.core.kernels.rms_norm.cpu import (
+    head_norm_operation,
+    head_norm_row,
+    norm_onto_operation,
+    norm_onto_row,
+)
+from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_operation, scale_cap_row
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.activation import Activation
+    from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.recorded import Matrix
+
+
+def step_tokens(recorder: Recorder) -> RecordedTokens:
+    """The step's token ids, to begin a recording with."""
+    return _Tokens(recorder)
+
+
+def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
+    """What stands in a buffer when the step begins (or will stand there, by rows already in the plan), whole rows."""
+    return _Value(recorder, buffer, 0, buffer.width)
+
+
+class _Tokens(RecordedTokens):
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:
+        recorder = self._recorder
+        buffer = recorder.buffer(matrix.columns)
+        ids, out = address_of(recorder.arrays.token_ids), address_of(buffer.array)
+        read_rows(recorder, matrix, token_ids=ids, out=out, out_stride=buffer.stride)
+        if scale is not None:
+            arguments = scale_cap_row(x=out, stride=buffer.stride, columns=matrix.columns, scale=scale, cap=None)
+            recorder.add(scale_cap_operation(False), arguments)
+        return buffer_value(recorder, buffer)
+
+
+class _Value(Recorded):
+    """Columns of a buffer; with `head_dim` they are heads."""
+
+    def __init__(
+        self, recorder: Recorder, buffer: Buffer, column: int, width: int, head_dim: int | None = None
+    ) -> None:
+        self.recorder = recorder
+        self._buffer = buffer
+        self._version = buffer.version
+        self.column = column
+        self.width = width
+        self.head_dim = head_dim
+
+    @property
+    def buffer(self) -> Buffer:
+        """The buffer, which must still hold this value."""
+        assert self._buffer.version == self._version, "a recorded value was used after it was overwritten"
+        return self._buffer
+
+    @property
+    def address(self) -> int:
+        """Where the first row begins."""
+        return address_of(self.buffer.array) + 4 * self.column
+
+    def split(self, sizes: Sequence[int], dim: int) -> list[Recorded]:
+        assert dim == -1
+        assert sum(sizes) == self.width
+        ends = np.cumsum(sizes).tolist()
+        return [_Value(self.recorder, self.buffer, self.column + end - size, size) for end, size in zip(ends, sizes)]
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
+        assert dim == -1
+        assert sizes[0] == -1
+        return _Value(self.recorder, self.buffer, self.column, self.width, sizes[1])
+
+    def flatten(self, start: int) -> Recorded:
+        assert start == 1
+        return _Value(self.recorder, self.buffer, self.column, self.width)
+
+    def __add__(self, other: Recorded) -> Recorded:
+        assert isinstance(other, (_Pending, _Prepared)), "only a matrix's result or a norm can be added to a value"
+        assert (self.column, self.width) == (0, self.buffer.width)
+        if isinstance(other, _Pending):
+            other.emit(self.buffer, accumulate=True)
+        else:
+            other.onto(self.buffer)
+        self.buffer.version += 1
+        return _Value(self.recorder, self._buffer, 0, self.width)
+
+    def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:
+        if self.head_dim is None:
+            return _Prepared(self, Prologue.NORM, self.width, weight, eps)
+        return self._norm_heads(self.head_dim, weight, eps, layer=False)
+
+    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Recorded:
+        if self.head_dim is None:
+            both = torch.cat([weight, torch.zeros_like(weight) if bias is None else bias])
+            return _Prepared(self, Prologue.LAYER_NORM, self.width, both, eps)
+        assert bias is None
+        return self._norm_heads(self.head_dim, weight, eps, layer=True)
+
+    def _norm_heads(self, head_dim: int, weight: torch.Tensor, eps: float, *, layer: bool) -> Recorded:
+        """In place: nothing else reads these columns."""
+        arguments = head_norm_row(
+            x=self.address,
+            stride=self.buffer.stride,
+            heads=self.width // head_dim,
+            head_dim=head_dim,
+            weight=self.recorder.keep(weight),
+            eps=eps,
+            weight_step=4 * head_dim if weight.dim() == 2 else 0,
+        )
+        self.recorder.add(head_norm_operation(layer), arguments)
+        return self
+
+    def rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> Recorded:
+        return _Rotated(self, cos, sin)
+
+    def position_scale(self, table: torch.Tensor) -> Recorded:
+        row = position_scale_row(
+            x=self.address,
+            stride=self.buffer.stride,
+            columns=self.width,
+            positions=address_of(self.recorder.arrays.positions),
+            table=self.recorder.keep(table),
+        )
+        self.recorder.add(position_scale_operation(), row)
+        return self
+
+    def silu_mul(self) -> Recorded:
+        return _Prepared(self, Prologue.SILU, self.width // 2)
+
+    def gelu_tanh_mul(self) -> Recorded:
+        return _Prepared(self, Prologue.GELU_GATE, self.width // 2)
+
+    def activation(self, kind: Activation) -> Recorded:
+        return _Prepared(self, Prologue[kind.upper()], self.width)
+
+    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias)
+
+    def experts(
+        self,
+        logits: Recorded,
+        routing: Routing,
+        experts: RecordedExperts,
+        shared: Recorded | None = None,
+        gate: Recorded | None = None,
+    ) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).experts(logits, routing, experts, shared, gate)
+
+    def attend(
+        self,
+        k: Recorded,
+        v: Recorded,
+        key_cache: Any,
+        value_cache: Any,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Recorded:
+        assert isinstance(k, _Value)
+        assert isinstance(v, _Value)
+        scores = Scores(scale, window, softcap, sinks)
+        return _attend(self, k, v, (key_cache, value_cache), scores, None)
+
+    def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
+        from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_latent
+
+        assert isinstance(kv, _Value)
+        result = self.recorder.buffer(parts.sizes.heads * parts.sizes.value)
+        q, k, out = (
+            Place(at, buffer.stride)
+            for at, buffer in (
+                (self.address, self.buffer),
+                (kv.address, kv.buffer),
+                (address_of(result.array), result),
+            )
+        )
+        record_latent(self.recorder, q, k, parts, cache, out, scale=scale)
+        return _Value(self.recorder, result, 0, result.width)
+
+    def logits(
+        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
+    ) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).logits(matrix, bias=bias, scale=scale, cap=cap)
+
+    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+        whole = self.buffer.array.reshape(-1, self.buffer.stride)
+        return torch.from_numpy(whole[wanted, self.column : self.column + self.width])
+
+
+class _Wrapper(_Value):
+    """A value that is computed together with what uses it; `source` is what it is computed from."""
+
+    def __init__(self, source: _Value, width: int) -> None:
+        super().__init__(source.recorder, source.buffer, source.column, width, source.head_dim)
+        self.source = source
+
+
+class _Prepared(_Wrapper):
+    """The input of matrices: norm or gate, and each form that one of them wants, made once when first wanted."""
+
+    def __init__(
+        self,
+        source: _Value,
+        prologue: Prologue,
+        columns: int,
+        weight: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        super().__init__(source, columns)
+        self._prologue, self._weight, self._eps = prologue, weight, eps
+        self._forms: dict[Form, Inputs] = {}
+
+    def inputs(self, forms: Iterable[Form]) -> Mapping[Form, Inputs]:
+        """The input in these forms."""
+        new = [form for form in dict.fromkeys(forms) if form not in self._forms]
+        for form in new:
+            self._forms[form] = make_inputs(self.recorder, form, self._from(), barrier=form is new[-1])
+        return self._forms
+
+    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+        forms = self.inputs(map(input_form, matrices))
+        return _Product(self.recorder, [(matrix, forms[input_form(matrix)]) for matrix in matrices], bias)
+
+    def experts(
+        self,
+        logits: Recorded,
+        routing: Routing,
+        experts: RecordedExperts,
+        shared: Recorded | None = None,
+        gate: Recorded | None = None,
+    ) -> Recorded:
+        assert isinstance(logits, _Value)
+        scores = (logits.address, logits.buffer.stride)
+        return _Mixture(
+            self.recorder, record_experts(self.recorder, self.inputs, scores, routing, experts), shared, gate
+        )
+
+    def onto(self, target: Buffer) -> None:
+        """Adds the norm to the rows of `target`."""
+        assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
+        assert self._weight is not None
+        arguments = norm_onto_row(
+            x=self.source.address,
+            stride=self.source.buffer.stride,
+            columns=self.width,
+            weight=self.recorder.keep(self._weight),
+            eps=self._eps,
+            target=address_of(target.array),
+            target_stride=target.stride,
+        )
+        self.recorder.add(norm_onto_operation(self._prologue is Prologue.LAYER_NORM), arguments)
+
+    def logits(
+        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
+    ) -> Recorded:
+        recorder = self.recorder
+        stride = row_stride(matrix.rows)
+        recorder.logits = aligned(recorder.limits.logit_rows * stride, np.float32).reshape(-1, stride)[:, : matrix.rows]
+        picked = self._from(address_of(recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS)
+        multiply(
+            recorder,
+            matrix,
+            make_inputs(recorder, input_form(matrix), picked),
+            out=address_of(recorder.logits),
+            out_stride=stride,
+            bias=0 if bias is None else recorder.keep(bias),
+            rows_from=StepNumber.LOGIT_ROWS,
+        )
+        if scale != 1 or cap is not None:
+            x, counted = address_of(recorder.logits), StepNumber.LOGIT_ROWS
+            row = scale_cap_row(x=x, stride=stride, columns=matrix.rows, scale=scale, cap=cap, rows_from=counted)
+            recorder.add(scale_cap_operation(cap is not None), row)
+        return self
+
+    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+        assert self._prologue is Prologue.NONE or self._prologue.norm, "no model ends with an activation"
+        found = self.source.rows(wanted)
+        if self._weight is None:
+            return found
+        if self._prologue is Prologue.LAYER_NORM:
+            weight, bias = self._weight.chunk(2)
+            return layer_norm_reference.layer_norm(found, weight, bias, self._eps)
+        return rms_norm_reference.rms_norm(found, self._weight, self._eps)
+
+    def _from(self, picked: int = 0, rows_from: StepNumber = StepNumber.TOKENS) -> Source:
+        return Source(
+            x=self.source.address,
+            stride=self.source.buffer.stride,
+            columns=self.width,
+            prologue=self._prologue,
+            weight=0 if self._weight is None else self.recorder.keep(self._weight),
+            eps=self._eps,
+            picked=picked,
+            rows_from=rows_from,
+        )
+
+
+class _Pending(_Value):
+    """A value that is not yet made: it goes to a buffer of its own, or onto a residual."""
+
+    def __init__(self, recorder: Recorder, width: int) -> None:
+        super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
+        self._made = False
+
+    @property
+    def buffer(self) -> Buffer:
+        if not self._made:
+            self._buffer = self.recorder.buffer(self.width)
+            self._version = 0
+            self.emit(self._buffer, accumulate=False)
+        return super().buffer
+
+    def emit(self, target: Buffer, *, accumulate: bool) -> None:
+        """Writes the operations that put the value into `target`."""
+        assert not self._made
+        self._made = True
+        self._record(target, accumulate)
+
+    @abstractmethod
+    def _record(self, target: Buffer, accumulate: bool) -> None: ...
+
+
+class _Product(_Pending):
+    """The result of matrices side by side."""
+
+    def __init__(self, recorder: Recorder, factors: list[tuple[Matrix, Inputs]], bias: torch.Tensor | None) -> None:
+        super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
+        self._factors, self._bias = factors, bias
+
+    def _record(self, target: Buffer, accumulate: bool) -> None:
+        bias = 0 if self._bias is None else self.recorder.keep(self._bias)
+        column = 0
+        for number, (matrix, inputs) in enumerate(self._factors, 1):
+            multiply(
+                self.recorder,
+                matrix,
+                inputs,
+                out=address_of(target.array),
+                out_stride=target.stride,
+                column=column,
+                bias=bias and bias + 4 * column,
+                accumulate=accumulate,
+                barrier=number == len(self._factors),
+            )
+            column += matrix.rows
+
+
+class _Mixture(_Pending):
+    """The weighted sum of experts' results, and of what is shared by all tokens."""
+
+    def __init__(self, recorder: Recorder, results: Results, shared: Recorded | None, gate: Recorded | None) -> None:
+        super().__init__(recorder, results.width)
+        self._results, self._shared, self._gate = results, shared, gate
+
+    def _record(self, target: Buffer, accumulate: bool) -> None:
+        places = [_place(value) for value in (self._shared, self._gate)]
+        to = (address_of(target.array), target.stride)
+        record_sum(self.recorder, self._results, to, accumulate=accumulate, shared=places[0], gate=places[1])
+
+
+def _place(value: Recorded | None) -> tuple[int, int]:
+    """Address and stride of a value's rows; zeros of none."""
+    if value is None:
+        return 0, 0
+    assert isinstance(value, _Value)
+    return value.address, value.buffer.stride
+
+
+class _Rotated(_Wrapper):
+    """Heads that are rotated by position when they are written or attend."""
+
+    def __init__(self, source: _Value, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        super().__init__(source, source.width)
+        self.tables = (cos, sin)
+
+    def attend(
+        self,
+        k: Recorded,
+        v: Recorded,
+        key_cache: Any,
+        value_cache: Any,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Recorded:
+        assert isinstance(k, _Rotated)
+        assert isinstance(v, _Value)
+        scores = Scores(scale, window, softcap, sinks)
+        return _attend(self.source, k.source, v, (key_cache, value_cache), scores, self.tables)
+
+
+def _attend(
+    q: _Value,
+    k: _Value,
+    v: _Value,
+    caches: tuple[np.ndarray, np.ndarray],
+    scores: Scores,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Recorded:
+    """See `kernels/attention/cpu_record.py`."""
+    recorder, dim = q.recorder, q.head_dim
+    assert dim is not None
+    assert q.buffer is k.buffer is v.buffer
+    heads = FusedHeads(
+        address=address_of(q.buffer.array),
+        stride=q.buffer.stride,
+        columns=(q.column, k.column, v.column),
+        heads=q.width // dim,
+        kv_heads=k.width // dim,
+        head_dim=dim,
+    )
+    out = Buffer(recorder.memory(q.width), q.width, q.width)
+    record_attention(recorder, heads, caches, scores, tables, address_of(out.array))
+    return _Value(recorder, out, 0, q.width, dim)

@@ -1,0 +1,72 @@
+"""Multi-head latent attention: over a paged cache of one latent row for each token.
+
+A row of the cache is [rope | latent], R + L numbers for all heads together: the part of the key that is rotated, and a
+latent vector of which every head's other keys and its values are linear images. They are never made: the matrices of a
+head's images are multiplied into its queries and its result instead ("absorbed").
+
+Contract of `latent_attention`: q_rope [T, H, R] rotated, q_latent [T, H, L]; cache [B, S, 1, R + L] of their dtype,
+already holding the new tokens' rows; `rows` as in `kernels/attention`. The token at position p sees positions 0..p.
+
+    score(h, j) = scale * (q_rope[h] . rope[j] + q_latent[h] . latent[j])
+    y[h] = sum over j of softmax(score(h))[j] * latent[j]                             y [T, H, L], in new memory
+
+Scores and sums are fp32. A row's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a power
+of two from 16 on, and what `kernels/attention` says of `DeviceRows` holds here too.
+
+`latent_write` puts rows into the cache, `head_linear` multiplies every head by a matrix of its own. `cpu.py` has the
+compiled operations of recorded steps. Source: DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.dispatch import on_gpu
+from candle_vllm.core.kernels.latent_attention import reference
+
+
+def latent_attention(
+    q_rope: torch.Tensor,
+    q_latent: torch.Tensor,
+    cache: torch.Tensor,
+    rows: AttentionRows | DeviceRows,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """The mixed latent vectors [T, H, L] of every head; any strides but the last of the queries."""
+    assert q_rope.shape[:2] == q_latent.shape[:2]
+    assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])
+    if on_gpu(q_rope):
+        from candle_vllm.core.kernels.latent_attention import triton
+
+        rows = rows.on_device() if isinstance(rows, AttentionRows) else rows
+        return triton.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
+    rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
+    return reference.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
+
+
+def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes rows [rope | latent], of rope [T, R] and latent [T, L], to their slots [T]; a negative slot to nowhere."""
+    assert rope.shape[0] == latent.shape[0] == slots.shape[0]
+    assert cache.shape[2:] == (1, rope.shape[1] + latent.shape[1])
+    if on_gpu(rope):
+        from candle_vllm.core.kernels.latent_attention import triton_write
+
+        triton_write.latent_write(rope, latent, cache, slots)
+        return
+    reference.latent_write(rope, latent, cache, slots)
+
+
+def head_linear(x: torch.Tensor, weight: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
+    """y[t, h] = weight[h] x[t, h] for x [T, H, I] and weight [H, O, I]: [T, H, O] of x's dtype and of any strides.
+
+    The numbers of a head lie behind each other. With `invariant` a token's bits do not depend on the other tokens, at
+    some cost on a GPU.
+    """
+    assert x.shape[1:] == (weight.shape[0], weight.shape[2])
+    if on_gpu(x) and invariant:
+        from candle_vllm.core.kernels.latent_attention import triton_heads
+
+        return triton_heads.head_linear(x, weight)
+    return reference.head_linear(x, weight, row_by_row=invariant)

@@ -1,0 +1,297 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Latent attention on the CPU: `attend` and, behind a barrier, `merge`; step 6 of a request.
+
+Work is cut as in `attention/cpu.py`, whose chunks and merging these operations share, so that a row's result has the
+same bits whatever else is in the step. A tile of queries is four groups of 16 heads (`cpu_tiles.py`), which read the
+same rows of the cache while these are near. The result goes to where `cpu_heads.py` reads its inputs: for each head
+rows of L numbers, bfloat16 or float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from numba import njit
+
+from candle_vllm.core.kernels.attention.cpu_cache import place_of
+from candle_vllm.core.kernels.attention.cpu_split import (
+    HEADER,
+    ROW_TILE,
+    chunk_of,
+    chunk_start,
+    count_row_tiles,
+    split_bytes,
+    total_cost,
+)
+from candle_vllm.core.kernels.attention.cpu_tiles import CHUNK, clear_partial, merge_partial, partial_floats
+from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at
+from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
+    BLOCK,
+    GROUPS,
+    OCTET,
+    PROBABILITY_BYTES,
+    SCORE_BYTES,
+    STATE_BYTES,
+    finish_latent,
+    keys_at_once,
+    latent_scores,
+    latent_softmax,
+    latent_values,
+)
+
+_SEQUENCES = int(StepNumber.SEQUENCES)
+_RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
+_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+_TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
+_AT_ONCE = tuple(keys_at_once(groups) for groups in range(1, GROUPS + 1))
+
+
+# ---- attend ----------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: int, step: int, width: int) -> None:
+    """Writes the addresses of `count` tiles of 16 cache rows, from position `start` on."""
+    to = int64_at(tiles)
+    for n in range(count):
+        position = start + n * LANES
+        slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
+        to[n] = cache + 2 * width * place_of(slot, 0, shift, step)
+
+
+@njit(inline="always")
+def _scores(q: int, tiles: int, scores: int, count: int, groups: int, width: int, isa: int) -> None:
+    """Scores of up to 4 groups with all tiles of a chunk."""
+    at_once = _AT_ONCE[groups - 1]
+    for n in range(count):
+        tile = int64_at(tiles)[n]
+        for key in range(0, LANES, at_once):
+            at, to = tile + 2 * width * key, scores + 4 * LANES * (n * LANES + key)
+            if groups == 4:
+                latent_scores(q, at, to, 4, width, isa)
+            elif groups == 3:
+                latent_scores(q, at, to, 3, width, isa)
+            elif groups == 2:
+                latent_scores(q, at, to, 2, width, isa)
+            else:
+                latent_scores(q, at, to, 1, width, isa)
+
+
+@njit(inline="always")
+def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> None:
+    """A group's tops and sums into its 16 partial results."""
+    numbers = float32_at(state)
+    for row in range(LANES):
+        to = float32_at(partials + row * row_bytes)
+        to[latent] = numbers[row]
+        to[latent + 1] = numbers[LANES + row]
+
+
+def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
+    """The operation for one shape. Arguments: see `attend_row`; `form` is that of `cpu_tiles.copy_numbers`."""
+    width = rope + latent
+    row_bytes = 4 * partial_floats(latent)
+    thread_bytes = scratch_per_thread(latent)
+    group_bytes = 2 * LANES * width
+
+    def latent_attend(a, thread, threads):
+        q, out, cache = a[3], a[4], a[5]
+        starts, contexts = int64_at(a[6]), int64_at(a[7])
+        shift, heads, parts, scratch = a[10], a[11], a[12], a[13]
+        lines = parts * LANES  # query rows of a token
+        tiles = scratch + HEADER + thread * thread_bytes
+        state = tiles + _TILE_LIST
+        states = state + STATE_BYTES
+        own = states + ROW_TILE * row_bytes
+        scores = own + ROW_TILE * row_bytes
+        probabilities = scores + GROUPS * SCORE_BYTES
+
+        partials = scratch + HEADER + threads * thread_bytes
+        free = a[14] - HEADER - threads * thread_bytes
+        sequences = int64_at(a[2])[_SEQUENCES]
+        total = total_cost(starts, contexts, sequences, 0)
+        before = 0  # units of the sequences before this one
+        unit = fetch_add(scratch, 1)
+        for r in range(sequences):
+            token, context = starts[r], contexts[r]
+            tokens = starts[r + 1] - token
+            table = int64_at(a[8] + 8 * r * a[9])
+            all_rows = tokens * lines
+            last_chunk = chunk_of(context - 1)
+            size = split_bytes(tokens, context, 0, lines, 1, total, threads, free, row_bytes)
+            units = count_row_tiles(all_rows)
+            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
+            if size > 0:
+                run = max(1, (last_chunk + 1) * units // (threads * _RUNS_PER_THREAD))
+                runs = (last_chunk + run) // run
+                units *= runs
+            while unit < before + units:
+                rest = units - 1 - (unit - before)
+                turn = rest % runs
+                first = rest // runs * ROW_TILE
+                groups = min(ROW_TILE, all_rows - first) // LANES
+                at_group = first // LANES
+                begin = context - tokens  # position of the sequence's first token in this step
+                most = begin + (at_group + groups - 1) // parts
+                queries = q + (token * parts + at_group) * group_bytes
+                to = own
+                if size == 0:
+                    for i in range(groups * LANES):
+                        clear_partial(states + i * row_bytes, latent)
+                for c in range(turn * run, min(turn * run + run - 1, chunk_of(most)) + 1):
+                    start = chunk_start(c)
+                    keys = min(chunk_start(c + 1), most + 1) - start
+                    count = (keys + LANES - 1) // LANES
+                    _list_tiles(tiles, cache, table, start, count, shift, a[15], width)
+                    if size > 0:
+                        to = partials + (c * all_rows + first) * row_bytes
+                    _scores(queries, tiles, scores, count, groups, width, isa)
+                    for g in range(groups):
+                        seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
+                        at_probabilities = probabilities + g * PROBABILITY_BYTES
+                        latent_softmax(scores + g * SCORE_BYTES, at_probabilities, seen, state)
+                        _write_states(state, to + g * LANES * row_bytes, row_bytes, latent)
+                    for block in range(0, latent, BLOCK):  # these numbers of all keys stay in the nearest cache
+                        for g in range(groups):
+                            seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
+                            for i in range(0, LANES, OCTET):
+                                latent_values(
+                                    probabilities + g * PROBABILITY_BYTES + 4 * i,
+                                    tiles,
+                                    seen,
+                                    2 * (rope + block),
+                                    to + (g * LANES + i) * row_bytes + 4 * block,
+                                    width,
+                                    latent,
+                                    isa,
+                                )
+                    if size == 0:
+                        for i in range(groups * LANES):
+                            merge_partial(states + i * row_bytes, own + i * row_bytes, latent)
+                if size == 0:
+                    for i in range(groups * LANES):
+                        t, h = (first + i) // lines, (first + i) % lines
+                        if h < heads:
+                            target = out + h * a[16] + (token + t) * a[17]
+                            finish_latent(states + i * row_bytes, target, latent, form)
+                unit = fetch_add(scratch, 1)
+            before += units
+            partials += size
+            free -= size
+
+    return latent_attend
+
+
+def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return _compiled_attend(rope, latent, form, int(isa & Isa.BF16))
+
+
+@cache
+def _compiled_attend(rope: int, latent: int, form: int, isa: int) -> int:
+    return compile_operation(make_attend(rope, latent, form, isa))
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def make_merge(latent: int, form: int) -> Callable[..., None]:
+    """Merges what `attend` left in scratch memory. Arguments: those of `attend`."""
+    row_bytes = 4 * partial_floats(latent)
+    thread_bytes = scratch_per_thread(latent)
+
+    def latent_merge(a, thread, threads):
+        out, starts, contexts = a[4], int64_at(a[6]), int64_at(a[7])
+        heads, lines, scratch = a[11], a[12] * LANES, a[13]
+        state = scratch + HEADER + thread * thread_bytes
+        partials = scratch + HEADER + threads * thread_bytes
+        free = a[14] - HEADER - threads * thread_bytes
+        sequences = int64_at(a[2])[_SEQUENCES]
+        total = total_cost(starts, contexts, sequences, 0)
+        turn = thread  # rows go round, so that every thread has its share of each sequence
+        for r in range(sequences):
+            token, context = starts[r], contexts[r]
+            tokens = starts[r + 1] - token
+            size = split_bytes(tokens, context, 0, lines, 1, total, threads, free, row_bytes)
+            if size == 0:
+                continue
+            while turn < tokens * heads:
+                t, h = turn // heads, turn % heads
+                clear_partial(state, latent)
+                for c in range(chunk_of(context - tokens + t) + 1):
+                    merge_partial(state, partials + ((c * tokens + t) * lines + h) * row_bytes, latent)
+                finish_latent(state, out + h * a[16] + (token + t) * a[17], latent, form)
+                turn += threads
+            turn -= tokens * heads
+            partials += size
+            free -= size
+        if thread == 0:
+            int64_at(scratch)[0] = 0
+
+    return latent_merge
+
+
+@cache
+def merge_operation(latent: int, form: int) -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_merge(latent, form))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def groups_of(heads: int) -> int:
+    """P: groups of 16 that the heads of a token take."""
+    return -(-heads // LANES)
+
+
+def scratch_per_thread(latent: int) -> int:
+    """Scratch memory of one thread: tile addresses, states and partials of a tile, scores, probabilities."""
+    rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
+    return -(-(_TILE_LIST + STATE_BYTES + rows) // 128) * 128
+
+
+def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
+    """Size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
+    chunks = chunk_of.py_func(max_context) + 1
+    stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
+    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
+    return HEADER + threads * scratch_per_thread(latent) + max(stream, min(streams * stream, _MOST_PARTIALS))
+
+
+def attend_row(
+    *,
+    q: int,
+    out: int,
+    head_bytes: int,
+    row_bytes: int,
+    cache: int,
+    query_start: int,
+    context_lens: int,
+    block_tables: int,
+    table_stride: int,
+    stretch_step: int,
+    block_size: int,
+    heads: int,
+    scratch: int,
+    scratch_size: int,
+) -> list[int]:
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Args:
+        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
+        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
+        cache: address of the layer's cache, see `cpu_write.py`.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        stretch_step: slots from one stretch of the cache to the next.
+        heads: H.
+        scratch, scratch_size: address and size of `scratch_bytes`.
+    """
+    shift = block_size.bit_length() - 1
+    places = [q, out, cache, query_start, context_lens, block_tables, table_stride, shift]
+    return [*places, heads, groups_of(heads), scratch, scratch_size, stretch_step, head_bytes, row_bytes]

@@ -1,0 +1,158 @@
+"""Recording a layer's latent attention: the operations of this folder, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.latent_attention.cpu import (
+    attend_operation,
+    attend_row,
+    groups_of,
+    merge_operation,
+    scratch_bytes,
+)
+from candle_vllm.core.kernels.latent_attention.cpu_heads import head_rows, heads_operation, heads_row
+from candle_vllm.core.kernels.latent_attention.cpu_tiles import LANES
+from candle_vllm.core.kernels.latent_attention.cpu_write import prepare_operation, prepare_row, stretch_step
+from candle_vllm.core.kernels.plain_linear.cpu import linear_operation, linear_row
+from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+    from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Float32 rows: the address of the first, and floats from one to the next."""
+
+    address: int
+    stride: int
+
+
+def record_latent(
+    recorder: Recorder, q: Place, kv: Place, parts: LatentParts, cache: np.ndarray, out: Place, *, scale: float
+) -> None:
+    """Rotates, writes to the cache and attends.
+
+    Args:
+        recorder: of the plan.
+        q: rows of H heads [nope | rope].
+        kv: rows [latent | rope].
+        parts: what the layer has.
+        cache: of the layer, as `cpu_write.cache_shape` says.
+        out: where the result [T, H * V] goes.
+        scale: of scores.
+    """
+    arrays, sizes = recorder.arrays, parts.sizes
+    heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
+    kind = parts.keys[0].kind
+    assert all(matrix.kind is kind for matrix in (*parts.keys, *parts.values))
+    form = RowForm.BF16 if kind is PlainKind.BF16 else RowForm.F32
+    width, factor = rope + latent, scale * math.log2(math.e)
+    queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
+    inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
+    prepared = prepare_row(
+        q=q.address,
+        q_stride=q.stride,
+        kv=kv.address,
+        kv_stride=kv.stride,
+        heads=heads,
+        nope=nope,
+        rope=rope,
+        latent=latent,
+        norm=recorder.keep(parts.norm),
+        eps=parts.eps,
+        scale=factor,
+        stretch_step=stretch_step(cache.strides, width),
+        block_size=recorder.limits.block_size,
+        positions=address_of(arrays.positions),
+        slots=address_of(arrays.slots),
+        cache=address_of(cache),
+        queries=address_of(queries),
+        inputs=inputs.address,
+        head_bytes=inputs.head_bytes,
+        row_numbers=inputs.row_numbers,
+        cos=recorder.keep(parts.cos),
+        sin=recorder.keep(parts.sin),
+    )
+    recorder.add(prepare_operation(int(form)), prepared)
+    rows = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
+    function = linear_operation(kind, recorder.isa)
+    arranged = heads_row(
+        function=function,
+        rows=rows,
+        outputs=latent,
+        latent_queries=address_of(products),
+        queries=address_of(queries),
+        rope=rope,
+        scale=factor,
+    )
+    recorder.add(heads_operation(arranges=True), arranged)
+    mixed = _Inputs(recorder, heads, latent, form)
+    _attend(recorder, address_of(queries), mixed, parts, cache, form)
+    rows = _multiplied(recorder, parts.values, mixed, out)
+    recorder.add(heads_operation(arranges=False), heads_row(function=function, rows=rows, outputs=sizes.value))
+
+
+class _Inputs:
+    """Memory for input rows of every head's matrix: [H, most tokens, numbers of a row]."""
+
+    def __init__(self, recorder: Recorder, heads: int, columns: int, form: RowForm) -> None:
+        self.row_numbers = row_elements(columns)
+        self.array = recorder.memory(heads * self.row_numbers, np.int16 if form is RowForm.BF16 else np.float32)
+        self.address = address_of(self.array)
+        self.row_bytes = self.row_numbers * form.bytes
+        self.head_bytes = recorder.limits.tokens * self.row_bytes
+
+
+def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> np.ndarray:
+    """The arguments of every head's product, whose results stand side by side."""
+    rows = []
+    for head, matrix in enumerate(matrices):
+        recorder.keep_matrix(matrix)
+        x = inputs.address + head * inputs.head_bytes
+        to, column = out.address, head * matrix.rows
+        rows.append(linear_row(matrix, x=x, x_bytes=inputs.row_bytes, out=to, out_stride=out.stride, column=column))
+    made = head_rows(address_of(recorder.arrays.numbers), rows)
+    recorder.keep_array(made)
+    return made
+
+
+def _attend(
+    recorder: Recorder, queries: int, mixed: _Inputs, parts: LatentParts, cache: np.ndarray, form: RowForm
+) -> None:
+    arrays, limits, sizes = recorder.arrays, recorder.limits, parts.sizes
+    size = scratch_bytes(
+        max_tokens=limits.tokens,
+        max_seqs=limits.sequences,
+        heads=sizes.heads,
+        latent=sizes.latent,
+        max_context=limits.table_width * limits.block_size,
+        threads=limits.threads,
+    )
+    attended = attend_row(
+        q=queries,
+        out=mixed.address,
+        head_bytes=mixed.head_bytes,
+        row_bytes=mixed.row_bytes,
+        cache=address_of(cache),
+        query_start=address_of(arrays.query_start),
+        context_lens=address_of(arrays.context_lens),
+        block_tables=address_of(arrays.block_tables),
+        table_stride=limits.table_width,
+        stretch_step=stretch_step(cache.strides, sizes.rope + sizes.latent),
+        block_size=limits.block_size,
+        heads=sizes.heads,
+        scratch=recorder.scratch(size),
+        scratch_size=size,
+    )
+    recorder.add(attend_operation(sizes.rope, sizes.latent, int(form), recorder.isa), attended)
+    recorder.add(merge_operation(sizes.latent, int(form)), attended)

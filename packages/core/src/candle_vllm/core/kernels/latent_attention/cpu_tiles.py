@@ -1,0 +1,229 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""The emitted inner loops of latent attention on the CPU: scores, softmax, values.
+
+The cache keeps a token's row [rope | latent] as it is, D = R + L numbers of bfloat16, and both products read it so.
+Query rows are the heads of a token, 16 of them a **group**: one vector has the same pair of dimensions of 16 heads, so
+that a score needs no sum over lanes, and the heads of a token see the same keys, so that nothing is masked. Queries are
+[T, P, D / 2, 16, 2] for P groups a token; lanes without a head hold anything, and reach nothing but themselves.
+
+Scores are float32 [G, 256, 16] for the G groups of a tile, probabilities bfloat16 pairs of positions [G, 128, 16, 2].
+For the values, two neighbouring rows of the cache are interleaved in registers. A partial result is that of
+`attention.cpu_tiles`, of L dimensions. Every row's arithmetic is the same whatever rows are computed beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.attention.cpu_tiles import CHUNK, NOTHING, emit_exp2, partial_floats
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, Isa, vector
+
+GROUPS = 4  # groups of a tile, whose heads share the loads of keys
+BLOCK = 32  # dimensions whose values are summed at a time
+OCTET = 8  # rows that share the loads of values
+SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
+PROBABILITY_BYTES = SCORE_BYTES // 2
+STATE_BYTES = 2 * 4 * LANES  # a group's tops and sums
+
+
+def keys_at_once(groups: int) -> int:
+    """Keys whose scores are summed at a time, so that there are about 16 sums in registers."""
+    return 16 // groups if groups < 3 else 4
+
+
+@intrinsic(prefer_literal=True)
+def latent_scores(_: Any, q: Any, keys: Any, scores: Any, groups: Any, width: Any, isa: Any) -> Any:
+    """Scores of `groups` groups of queries with `keys_at_once` neighbouring rows of the cache.
+
+    `width` is D; it, `groups` and `isa` are constants.
+    """
+    signature = types.void(*[types.int64] * 3, groups, width, isa)
+    g, d, features = groups.literal_value, width.literal_value, Isa(isa.literal_value)
+    n = keys_at_once(g)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(pair: Any, totals: list[Any]) -> list[Any]:
+            at = b.add(args[0], b.shl(pair, e.int64(6)))
+            queries = [e.load(at, vector(I32), group * d * 2 * LANES) for group in range(g)]
+            place = b.add(args[1], b.shl(pair, e.int64(2)))
+            sums = list(totals)
+            for key in range(n):
+                k = e.splat(e.load(place, I32, 2 * d * key))
+                for group in range(g):
+                    at_sum = group * n + key
+                    sums[at_sum] = e.dot_bf16(sums[at_sum], queries[group], k, features)
+            return sums
+
+        totals = e.loop(e.int64(d // 2), [e.zeros(F32)] * (g * n), body)
+        for group in range(g):
+            for key in range(n):
+                e.store(args[2], totals[group * n + key], group * SCORE_BYTES + 4 * LANES * key)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: Any) -> Any:
+    """exp2(score - m) of the first `seen` keys of a group as pairs of bfloat16; m and their sum s go to `state`.
+
+    An odd last key is paired with 0; s sums the rounded probabilities.
+    """
+    signature = types.void(*[types.int64] * 4)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_scores, at_probabilities, seen, state = args
+        nothing = e.constant(F32, NOTHING)
+
+        def largest(key: Any, tops: list[Any]) -> list[Any]:
+            score = e.load(b.add(at_scores, b.shl(key, e.int64(6))), vector(F32))
+            return [b.select(b.fcmp_ordered(">", score, tops[0]), score, tops[0])]
+
+        (top,) = e.loop_or_skip(seen, [nothing], largest)
+
+        def rounded(at: Any, offset: int) -> Any:
+            bits = b.bitcast(emit_exp2(e, b.fsub(e.load(at, vector(F32), offset), top)), vector(I32))
+            # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
+            return b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
+
+        def exponentials(pair: Any, totals: list[Any]) -> list[Any]:
+            at = b.add(at_scores, b.shl(pair, e.int64(7)))
+            second = b.add(b.shl(pair, e.int64(1)), e.int64(1))
+            low, high = rounded(at, 0), rounded(at, 4 * LANES)
+            high = b.select(b.icmp_signed("<", second, seen), high, e.zeros(I32))
+            both = b.or_(b.lshr(low, e.constant(I32, 16)), high)
+            e.store(b.add(at_probabilities, b.shl(pair, e.int64(6))), both)
+            return [b.fadd(b.fadd(totals[0], b.bitcast(low, vector(F32))), b.bitcast(high, vector(F32)))]
+
+        pairs = b.ashr(b.add(seen, e.int64(1)), e.int64(1))
+        (total,) = e.loop_or_skip(pairs, [e.zeros(F32)], exponentials)
+        e.store(state, top)
+        e.store(state, total, 4 * LANES)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def latent_values(
+    _: Any, probabilities: Any, tiles: Any, seen: Any, start: Any, partials: Any, width: Any, latent: Any, isa: Any
+) -> Any:
+    """`BLOCK` dimensions of the latent rows of the first `seen` keys, weighted for `OCTET` rows, into partial results.
+
+    `tiles` is the address of the addresses of 16 neighbouring cache rows each, `start` the block's first byte in a row;
+    `partials` points at the block in the first row's partial result. `width` is D, `latent` L, constants as `isa` is.
+    """
+    signature = types.void(*[types.int64] * 5, width, latent, isa)
+    d, size, features = width.literal_value, latent.literal_value, Isa(isa.literal_value)
+    orders = [
+        ir.Constant(vector(I32, 2 * LANES), [half + lane // 2 + lane % 2 * BLOCK for lane in range(2 * LANES)])
+        for half in (0, LANES)
+    ]
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_probabilities, tiles, seen, start, partials = args[:5]
+        one, kind = e.int64(1), vector(I16, 2 * LANES)
+
+        def body(pair: Any, totals: list[Any]) -> list[Any]:
+            tile = e.load(b.add(tiles, b.and_(pair, e.int64(-8))), I64)
+            at = b.add(b.add(tile, start), b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d)))
+            # Behind the last key stands what was there before, perhaps NaN, which a probability of 0 would not hide.
+            there = b.icmp_signed("<", b.add(b.shl(pair, one), one), seen)
+            first = e.load(at, kind)
+            second = b.select(there, e.load(at, kind, 2 * d), ir.Constant(kind, None))
+            v = [b.bitcast(b.shuffle_vector(first, second, order), vector(I32)) for order in orders]
+            p_at = b.add(at_probabilities, b.shl(pair, e.int64(6)))
+            sums = list(totals)
+            for row in range(OCTET):
+                weight = e.splat(e.load(p_at, I32, 4 * row))
+                for n in range(2):
+                    sums[2 * row + n] = e.dot_bf16(sums[2 * row + n], v[n], weight, features)
+            return sums
+
+        pairs = b.ashr(b.add(seen, one), one)
+        totals = e.loop_or_skip(pairs, [e.zeros(F32)] * (2 * OCTET), body)
+        for row in range(OCTET):
+            for n in range(2):
+                e.store(partials, totals[2 * row + n], 4 * (partial_floats(size) * row + LANES * n))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def scaled_to_bf16(_: Any, x: Any, weight: Any, scale: Any, to: Any, count: Any) -> Any:
+    """x * scale * weight of `count` floats, a multiple of 16, as bfloat16."""
+    signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        factor = e.splat(args[2])
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.shl(index, e.int64(6))
+            value = b.fmul(e.load(b.add(args[0], offset), vector(F32)), factor)
+            value = b.fmul(value, e.load(b.add(args[1], offset), vector(F32)))
+            e.store(b.add(args[3], b.shl(index, e.int64(5))), e.float_to_bf16(value))
+            return state
+
+        e.loop(b.ashr(args[4], e.int64(4)), [], body)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def copy_numbers(_: Any, x: Any, to: Any, index: Any, form: Any) -> Any:
+    """16 floats from `index` on, to a row of bfloat16 (`form` 0) or float32 (1), where they have the same index."""
+    signature = types.void(*[types.int64] * 3, form)
+    wide = bool(form.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        value = e.load(b.add(args[0], b.shl(args[2], e.int64(2))), vector(F32))
+        target = b.add(args[1], b.shl(args[2], e.int64(2 if wide else 1)))
+        e.store(target, value if wide else e.float_to_bf16(value))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def store_pairs(_: Any, x: Any, scale: Any, to: Any) -> Any:
+    """16 floats times a factor as 8 pairs of bfloat16, 64 bytes apart: one lane of a group of queries."""
+    signature = types.void(types.int64, types.float32, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        value = b.fmul(e.load(args[0], vector(F32)), e.splat(args[1]))
+        pairs = b.bitcast(e.float_to_bf16(value), vector(I32, LANES // 2))
+        for n in range(LANES // 2):
+            e.store(args[2], b.extract_element(pairs, ir.Constant(I32, n)), 4 * LANES * n)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def finish_latent(_: Any, partial: Any, out: Any, latent: Any, form: Any) -> Any:
+    """The sum of values over the sum of probabilities, L numbers in the form that `copy_numbers` writes."""
+    signature = types.void(types.int64, types.int64, latent, form)
+    size, wide = latent.literal_value, bool(form.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        total = e.splat(e.load(args[0], F32, 4 * size + 4))
+        for start in range(0, size, LANES):
+            value = b.fdiv(e.load(args[0], vector(F32), 4 * start), total)
+            e.store(args[1], value if wide else e.float_to_bf16(value), start * (4 if wide else 2))
+        return context.get_dummy_value()
+
+    return signature, code

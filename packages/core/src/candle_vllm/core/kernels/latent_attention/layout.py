@@ -1,0 +1,51 @@
+"""The sizes of latent attention, and what a layer's part of it consists of on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSizes:
+    """Shapes of latent attention.
+
+    Attributes:
+        heads: H.
+        nope: numbers of a query head that do not rotate.
+        rope: R, numbers of a query head, and of the one key of all heads, that rotate.
+        latent: L, numbers of a token's latent vector.
+        value: V, numbers of a head's result.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentParts:
+    """A layer's weights and tables.
+
+    Attributes:
+        sizes: the shapes.
+        norm, eps: of the latent vector, [L] float32.
+        cos, sin: tables of the rotation, [P, R / 2].
+        keys: for every head the matrix [L, nope] that brings its queries to latent space.
+        values: for every head the matrix [V, L] that makes its result of the mixed latent vector.
+    """
+
+    sizes: LatentSizes
+    norm: torch.Tensor
+    eps: float
+    cos: torch.Tensor
+    sin: torch.Tensor
+    keys: tuple[PlainMatrix, ...]
+    values: tuple[PlainMatrix, ...]

@@ -1,0 +1,48 @@
+"""Latent attention on a GPU: checks, and which kernel computes which tokens.
+
+As in `attention/triton.py`: the first `decodes` sequences of a step go to `triton_decode`, the others to
+`triton_prefill`, and nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.latent_attention.triton_decode import decode
+from candle_vllm.core.kernels.latent_attention.triton_prefill import prefill
+
+
+def latent_attention(
+    q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, rows: DeviceRows, *, scale: float
+) -> torch.Tensor:
+    """See the contract in the package."""
+    _check(q_rope, q_latent, cache, rows)
+    assert scale > 0
+    tokens, n = len(q_latent), rows.decodes
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    if n:
+        tables = rows.block_tables[:n]
+        decode(q_rope[:n], q_latent[:n], cache, out[:n], rows.context_lens[:n], tables, scale=scale)
+    if tokens > n:
+        numbers = (rows.query_start[n:], rows.context_lens[n:], rows.block_tables[n:])
+        prefill(q_rope, q_latent, cache, out, *numbers, tokens=tokens - n, scale=scale)
+    return out
+
+
+def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, rows: DeviceRows) -> None:
+    block_size = cache.shape[1]
+    assert q_rope.stride(2) == q_latent.stride(2) == 1
+    assert q_rope.dtype == q_latent.dtype == cache.dtype
+    assert min(q_rope.shape[2], q_latent.shape[2]) >= 16
+    assert block_size >= 16, "a block has a power of two of slots, at least 16"
+    assert block_size & (block_size - 1) == 0
+    assert cache.is_contiguous()
+    count = rows.context_lens.shape[0]
+    assert rows.query_start.shape == (count + 1,)
+    assert rows.block_tables.shape[0] == count
+    assert rows.block_tables.stride(1) == 1
+    assert 0 <= rows.decodes <= min(count, len(q_latent))
+    numbers = (rows.query_start, rows.context_lens, rows.block_tables)
+    assert all(x.dtype in (torch.int32, torch.int64) for x in numbers)
+    assert all(x.device == cache.device for x in (q_rope, q_latent, *numbers))

@@ -1,0 +1,225 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Latent attention of one new token of each sequence on a GPU, split over the context.
+
+The work is cut as in `attention/triton_decode.py`, whose merging kernel this one shares: a work item is one split of
+one sequence and some of its heads, all of which read the same rows of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, split_keys
+from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
+from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_ROWS = 256  # sequences of a launch
+_CHUNK = 256  # keys of a split, at least
+_MERGED = 8  # splits that the merging kernel reads together
+
+
+# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(do_not_specialize=["rows", "table_stride"], do_not_specialize_on_alignment=["context_lens", "block_tables"])
+def latent_decode_kernel(
+    q_rope,  # [R, H, ROPE]
+    q_latent,  # [R, H, L]
+    cache,  # [B, S, ROPE + L]
+    out,  # [R, H, L]
+    partial_values,  # [R, SPLITS, H, L] fp32
+    partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
+    context_lens,  # [R]
+    block_tables,  # [R, ...]
+    scale,
+    rows,
+    rope_token,  # strides of the queries
+    rope_head,
+    latent_token,
+    latent_head,
+    table_stride,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,  # of an item
+    ROPE: tl.constexpr,
+    RP: tl.constexpr,  # up to the next power of two
+    L: tl.constexpr,
+    LP: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS
+    index = tl.arange(0, ROWS)
+    contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+    _, _, counts = split_keys(contexts, 0, BLOCK_N, SPLITS, CHUNK)
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts) * parts
+    factor = scale * 1.4426950408889634
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        heads = (item % parts) * HEADS + tl.arange(0, HEADS)
+        valid = heads < H
+        work = item // parts
+        done = ends <= work
+        row = tl.sum(done.to(tl.int32))
+        split = work - tl.max(tl.where(done, ends, 0))
+        context = tl.load(context_lens + row).to(tl.int32)
+        begin, keys, count = split_keys(context, 0, BLOCK_N, SPLITS, CHUNK)
+        begin += split * keys
+        end = tl.minimum(begin + keys, context)
+        table = block_tables + row.to(tl.int64) * table_stride
+        rotated = load_queries(q_rope + row.to(tl.int64) * rope_token, heads * rope_head, valid, ROPE, RP)
+        others = load_queries(q_latent + row.to(tl.int64) * latent_token, heads * latent_head, valid, L, LP)
+        positions = tl.zeros([HEADS], tl.int32) + context - 1
+
+        tops = tl.full([HEADS], float("-inf"), tl.float32)
+        sums = tl.zeros([HEADS], tl.float32)
+        values = tl.zeros([HEADS, LP], tl.float32)
+        for at in range(begin, end, BLOCK_N):
+            slots = tile_slots(table, at, end, S, BLOCK_N, True)
+            rope = load_part(cache, slots, at, end, ROPE + L, 0, ROPE, RP, True)
+            latent = load_part(cache, slots, at, end, ROPE + L, ROPE, L, LP, True)
+            tops, sums, values = attend_latent_tile(
+                rotated, others, tops, sums, values, rope, latent, positions, at, factor, True
+            )
+        dims = tl.arange(0, LP)
+        inside = valid[:, None] & (dims[None, :] < L)
+        place = heads[:, None] * L + dims[None, :]
+        if count == 1:
+            values = values / sums[:, None]
+            tl.store(out + row.to(tl.int64) * (H * L) + place, values.to(out.dtype.element_ty), mask=inside)
+        else:
+            partial = row.to(tl.int64) * SPLITS + split
+            tl.store(partial_values + partial * (H * L) + place, values, mask=inside)
+            state = partial_states + partial * (H * 2) + heads * 2
+            # Tops in units of exponents of 2, which is what the merging kernel needs.
+            tl.store(state, tops * factor, mask=valid)
+            tl.store(state + 1, sums, mask=valid)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Heads of a work item, keys of a tile, most splits of a sequence, and how they are computed."""
+
+    heads: int
+    keys: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    programs: int  # per multiprocessor
+
+
+def splits(heads: int, bytes_per_number: int) -> Splits:
+    """By the model's shape alone, never by the batch.
+
+    Not measured yet: the most heads whose sums of 512 numbers stay in registers, for each reads the cache again.
+    """
+    some = max(16, triton.next_power_of_2(heads))
+    if bytes_per_number == 4:
+        return Splits(min(some, 16), 16, 64, 8, 2, 1)
+    if some <= 16:
+        return Splits(16, 32, 64, 4, 2, 2)
+    return Splits(32, 32, 64, 8, 2, 1)
+
+
+def decode(
+    q_rope: torch.Tensor,
+    q_latent: torch.Tensor,
+    cache: torch.Tensor,
+    out: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+) -> None:
+    """Token r belongs to sequence r. Writes out. Checks are the caller's."""
+    heads, latent = q_latent.shape[1:]
+    shape = splits(heads, cache.element_size())
+    count = min(q_latent.shape[0], _ROWS)
+    values = torch.empty(count, shape.splits, heads, latent, dtype=torch.float32, device=out.device)
+    states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
+    constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
+    merging = _merge_constants(constants)
+    parts = triton.cdiv(heads, shape.heads)
+    for start in range(0, q_latent.shape[0], _ROWS):
+        rows = min(_ROWS, q_latent.shape[0] - start)
+        programs = min(rows * parts * shape.splits, shape.programs * _multiprocessors(out.device))
+        latent_decode_kernel[(programs,)](
+            q_rope[start:],
+            q_latent[start:],
+            cache,
+            out[start:],
+            values,
+            states,
+            context_lens[start:],
+            block_tables[start:],
+            scale,
+            rows,
+            *q_rope.stride()[:2],
+            *q_latent.stride()[:2],
+            block_tables.stride(0),
+            **constants,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+            **OPTIONS,
+        )
+        merge_kernel[(rows * heads,)](
+            values, states, out[start:], context_lens[start:], None, **merging, num_warps=2, **OPTIONS
+        )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Those of the GPU; under the interpreter, so few that programs have several items."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _constants(shape: Splits, heads: int, rope: int, latent: int, block_size: int) -> dict[str, Any]:
+    return {
+        "H": heads,
+        "HEADS": shape.heads,
+        "ROPE": rope,
+        "RP": max(16, triton.next_power_of_2(rope)),
+        "L": latent,
+        "LP": triton.next_power_of_2(latent),
+        "S": block_size,
+        "BLOCK_N": shape.keys,
+        "SPLITS": shape.splits,
+        "CHUNK": _CHUNK,
+        "ROWS": _ROWS,
+    }
+
+
+def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    shared = {name: constants[name] for name in ("H", "BLOCK_N", "SPLITS", "CHUNK")}
+    return {**shared, "D": constants["L"], "DP": constants["LP"], "WINDOW": 0, "SINKS": False, "MERGED": _MERGED}
+
+
+def _build(dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64) -> Build:
+    shape = splits(heads, 4 if dtype == "fp32" else 2)
+    arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
+    arguments |= {"partial_values": "*fp32", "partial_states": "*fp32", "scale": "fp32"}
+    arguments |= {"context_lens": "*i32", "block_tables": "*i32"}
+    strides = ("rope_token", "rope_head", "latent_token", "latent_head")
+    arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
+    return Build(
+        latent_decode_kernel,
+        arguments,
+        _constants(shape, heads, rope, latent, block_size),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        aligned=strides,
+        unaligned=("context_lens", "block_tables"),
+        label=f"{dtype}-h{heads}-s{block_size}",
+    )
+
+
+AOT = (
+    _build("bf16", 128),
+    _build("bf16", 16),
+    _build("fp32", 128),
+)

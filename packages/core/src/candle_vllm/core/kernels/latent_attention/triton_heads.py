@@ -1,0 +1,84 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+"""A matrix for every head on a GPU: the same bits for a token whatever else is in the step.
+
+A program makes some numbers of one head for a tile of tokens. The tile has the same size however many tokens there are,
+and a row's sum runs over the columns in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_TOKENS, _OUTPUTS = 16, 64  # of a program; not measured yet
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def head_linear_kernel(
+    x,  # [T, H, I]
+    weight,  # [H, O, I] contiguous
+    y,  # [T, H, O] contiguous
+    tokens,
+    x_token,  # strides
+    x_head,
+    H: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    head = tl.program_id(0) % H
+    token = (tl.program_id(0) // H).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    matrix = weight + head.to(tl.int64) * (OUT * IN)
+    sums = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for start in range(0, IN, BLOCK_I):
+        at = start + tl.arange(0, BLOCK_I)
+        inside = at[None, :] < IN
+        rows = tl.load(
+            x + token[:, None] * x_token + head * x_head + at[None, :],
+            mask=(token < tokens)[:, None] & inside,
+            other=0.0,
+        )
+        columns = tl.load(matrix + output[:, None] * IN + at[None, :], mask=(output < OUT)[:, None] & inside, other=0.0)
+        sums = tl.dot(rows, tl.trans(columns), sums, input_precision="ieee")
+    target = y + (token[:, None] * H + head) * OUT + output[None, :]
+    tl.store(target, sums.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (output < OUT)[None, :])
+
+
+def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See the package."""
+    tokens, heads, _ = x.shape
+    outputs = weight.shape[1]
+    assert x.stride(2) == 1
+    assert weight.is_contiguous()
+    assert x.dtype == weight.dtype
+    assert x.device == weight.device
+    y = torch.empty(tokens, heads, outputs, dtype=x.dtype, device=x.device)
+    if tokens:
+        grid = (triton.cdiv(tokens, _TOKENS) * heads, triton.cdiv(outputs, _OUTPUTS))
+        sizes = _constants(heads, x.shape[2], outputs, x.element_size())
+        head_linear_kernel[grid](x, weight, y, tokens, *x.stride()[:2], **sizes, num_warps=4, **OPTIONS)
+    return y
+
+
+def _constants(heads: int, inputs: int, outputs: int, bytes_per_number: int) -> dict[str, Any]:
+    sizes = {"H": heads, "IN": inputs, "OUT": outputs}
+    return {**sizes, "BLOCK_T": _TOKENS, "BLOCK_O": _OUTPUTS, "BLOCK_I": 32 if bytes_per_number == 4 else 64}
+
+
+AOT = (
+    Build(
+        head_linear_kernel,
+        dict.fromkeys(("x", "weight", "y"), "*bf16") | dict.fromkeys(("tokens", "x_token", "x_head"), "i32"),
+        _constants(128, 128, 512, 2),
+        aligned=("x_token", "x_head"),
+        label="bf16",
+    ),
+)

@@ -1,0 +1,193 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Latent attention of several new tokens of a sequence on a GPU: prompts, and their chunks.
+
+A program takes a tile of queries: the heads of some neighbouring tokens of one sequence, or, where a token has more
+heads than a tile has rows, some of its heads. It walks over the tiles of the context from position 0 to its last token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.attention.triton_prefill import find_tile
+from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
+from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+_ROWS = 256  # sequences that a program looks at together when it searches its own
+
+
+# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(
+    do_not_specialize=["rows", "table_stride"],
+    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables"],
+)
+def latent_prefill_kernel(
+    q_rope,  # [T, H, ROPE]
+    q_latent,  # [T, H, L]
+    cache,  # [B, S, ROPE + L]
+    out,  # [T, H, L]
+    query_start,  # [rows + 1]
+    context_lens,  # [rows]
+    block_tables,  # [rows, ...]
+    scale,
+    rows,
+    rope_token,  # strides of the queries
+    rope_head,
+    latent_token,
+    latent_head,
+    table_stride,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,  # of a tile
+    ROPE: tl.constexpr,
+    RP: tl.constexpr,  # up to the next power of two
+    L: tl.constexpr,
+    LP: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS
+    part = tl.program_id(0) % parts
+    # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
+    tile = tl.num_programs(0) // parts - 1 - tl.program_id(0) // parts
+    row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
+    start = tl.load(query_start + row).to(tl.int32)
+    count = tl.load(query_start + row + 1).to(tl.int32) - start
+    if tile * BLOCK_Q < count:
+        context = tl.load(context_lens + row).to(tl.int32)
+        lines = tl.arange(0, BLOCK_M)
+        tokens = tile * BLOCK_Q + lines // HEADS
+        heads = part * HEADS + lines % HEADS
+        valid = (lines < BLOCK_Q * HEADS) & (tokens < count) & (heads < H)
+        token_index = (start + tokens).to(tl.int64)
+        rotated = load_queries(q_rope, token_index * rope_token + heads * rope_head, valid, ROPE, RP)
+        others = load_queries(q_latent, token_index * latent_token + heads * latent_head, valid, L, LP)
+        first = context - count + tile * BLOCK_Q
+        last = context - count + tl.minimum(tile * BLOCK_Q + BLOCK_Q, count) - 1
+        positions = context - count + tokens
+        whole = (first + 1) // BLOCK_N * BLOCK_N  # every row sees the keys before this one
+        factor = scale * 1.4426950408889634
+        table = block_tables + row.to(tl.int64) * table_stride
+
+        tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        sums = tl.zeros([BLOCK_M], tl.float32)
+        values = tl.zeros([BLOCK_M, LP], tl.float32)
+        for at in range(0, whole, BLOCK_N):
+            slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
+            rope = load_part(cache, slots, at, last + 1, ROPE + L, 0, ROPE, RP, False)
+            latent = load_part(cache, slots, at, last + 1, ROPE + L, ROPE, L, LP, False)
+            tops, sums, values = attend_latent_tile(
+                rotated, others, tops, sums, values, rope, latent, positions, at, factor, False
+            )
+        for at in range(whole, last + 1, BLOCK_N):
+            slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
+            rope = load_part(cache, slots, at, last + 1, ROPE + L, 0, ROPE, RP, True)
+            latent = load_part(cache, slots, at, last + 1, ROPE + L, ROPE, L, LP, True)
+            tops, sums, values = attend_latent_tile(
+                rotated, others, tops, sums, values, rope, latent, positions, at, factor, True
+            )
+        values = values / sums[:, None]
+        dims = tl.arange(0, LP)
+        at_out = out + token_index[:, None] * (H * L) + heads[:, None] * L + dims[None, :]
+        tl.store(at_out, values.to(out.dtype.element_ty), mask=valid[:, None] & (dims[None, :] < L))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and keys of a tile, and how they are computed."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(bytes_per_number: int) -> Tiles:
+    """By the shape of a head alone, never by the batch. Not measured yet: the most rows that do not spill."""
+    return Tiles(16, 16, 8, 2) if bytes_per_number == 4 else Tiles(64, 16, 8, 3)
+
+
+def prefill(
+    q_rope: torch.Tensor,
+    q_latent: torch.Tensor,
+    cache: torch.Tensor,
+    out: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    tokens: int,
+    scale: float,
+) -> None:
+    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's."""
+    rows = context_lens.shape[0]
+    heads, latent = q_latent.shape[1:]
+    shape = tiles(cache.element_size())
+    constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
+    count = tokens // (shape.rows // constants["HEADS"]) + rows
+    latent_prefill_kernel[(count * triton.cdiv(heads, constants["HEADS"]),)](
+        q_rope,
+        q_latent,
+        cache,
+        out,
+        query_start,
+        context_lens,
+        block_tables,
+        scale,
+        rows,
+        *q_rope.stride()[:2],
+        *q_latent.stride()[:2],
+        block_tables.stride(0),
+        **constants,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        **OPTIONS,
+    )
+
+
+def _constants(shape: Tiles, heads: int, rope: int, latent: int, block_size: int) -> dict[str, Any]:
+    return {
+        "H": heads,
+        "HEADS": min(heads, shape.rows),
+        "ROPE": rope,
+        "RP": max(16, triton.next_power_of_2(rope)),
+        "L": latent,
+        "LP": triton.next_power_of_2(latent),
+        "S": block_size,
+        "BLOCK_M": shape.rows,
+        "BLOCK_N": shape.keys,
+        "ROWS": _ROWS,
+    }
+
+
+def _build(dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64) -> Build:
+    shape = tiles(4 if dtype == "fp32" else 2)
+    arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
+    arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32"}
+    strides = ("rope_token", "rope_head", "latent_token", "latent_head")
+    arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
+    return Build(
+        latent_prefill_kernel,
+        arguments,
+        _constants(shape, heads, rope, latent, block_size),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        aligned=strides,
+        unaligned=("query_start", "context_lens", "block_tables"),
+        label=f"{dtype}-h{heads}-s{block_size}",
+    )
+
+
+AOT = (
+    _build("bf16", 128),
+    _build("bf16", 16),
+    _build("fp32", 128),
+)

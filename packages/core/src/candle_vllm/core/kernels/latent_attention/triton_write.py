@@ -1,0 +1,68 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+"""Writing latent rows to the cache on a GPU: one program for each token.
+
+Slots are read on the device and tokens whose slot is negative write nothing, so that a captured step may be longer than
+what is scheduled.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+
+@triton.jit
+def latent_write_kernel(
+    rope,  # [T, R]
+    latent,  # [T, L]
+    cache,  # [B * S, R + L]
+    slots,  # [T]
+    rope_stride,
+    latent_stride,
+    R: tl.constexpr,
+    L: tl.constexpr,
+    RP: tl.constexpr,  # up to the next power of two
+    LP: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        at = tl.arange(0, RP)
+        row = cache + slot * (R + L)
+        tl.store(row + at, tl.load(rope + token * rope_stride + at, mask=at < R), mask=at < R)
+        at = tl.arange(0, LP)
+        tl.store(row + R + at, tl.load(latent + token * latent_stride + at, mask=at < L), mask=at < L)
+
+
+def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """See the package. Slots may be int32 too."""
+    assert rope.dtype == latent.dtype == cache.dtype
+    assert rope.stride(1) == latent.stride(1) == 1
+    assert cache.is_contiguous()
+    assert slots.is_contiguous()
+    assert slots.dtype in (torch.int32, torch.int64)
+    assert all(x.device == cache.device for x in (rope, latent, slots))
+    if len(slots):
+        sizes = _constants(rope.shape[1], latent.shape[1])
+        latent_write_kernel[(len(slots),)](
+            rope, latent, cache, slots, rope.stride(0), latent.stride(0), **sizes, num_warps=4, **OPTIONS
+        )
+
+
+def _constants(rope: int, latent: int) -> dict[str, int]:
+    return {"R": rope, "L": latent, "RP": triton.next_power_of_2(rope), "LP": triton.next_power_of_2(latent)}
+
+
+AOT = (
+    Build(
+        latent_write_kernel,
+        dict.fromkeys(("rope", "latent", "cache"), "*bf16")
+        | {"slots": "*i32", "rope_stride": "i32", "latent_stride": "i32"},
+        _constants(64, 512),
+        aligned=("rope_stride", "latent_stride"),
+        label="bf16",
+    ),
+)

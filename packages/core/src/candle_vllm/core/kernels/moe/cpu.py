@@ -1,0 +1,360 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Mixture of experts as compiled CPU operations: choosing, sorting pairs, the experts' matrices, the weighted sum.
+
+A pair is a token and one of its experts; pair t * k + j is token t's jth. Sorted by expert, an expert's pairs stand
+behind each other, in the order of the tokens, each at its **place**. So the rows that an expert multiplies are
+neighbours in the result, and its matrices are read once for all of them.
+
+`experts` multiplies nothing itself: it shares tiles of all asked experts' matrices among the threads, and calls the
+linear operation of each matrix's own kind for them, with a row of arguments of which it changes the places that all
+kinds have in common. So matrices of any kinds may stand side by side, a row has the bits that the linear layer gives
+it, and with one token only the chosen experts' weights are read.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.activation_quant.cpu import share
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, LANES, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import (
+    call_operation,
+    fetch_add,
+    float32_at,
+    float_from_bits,
+    int64_at,
+    store_release,
+)
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.moe.reference import LEAST_SUM
+
+ENTRY = 16
+"""Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""
+
+READING = 4
+"""What reading a tile of weights costs beside multiplying it by a row, in rows; for sharing the work only."""
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _number(value: float) -> float:
+    """NaN counts as lower than every number."""
+    return value if value == value else -math.inf
+
+
+@njit
+def _best(values: Any, candidates: Any, count: int) -> int:
+    """The place of the highest candidate, the lowest among equals; it is a candidate no longer."""
+    best = -1
+    for place in range(count):
+        if candidates[place] != 0 and (best < 0 or values[place] > values[best]):
+            best = place
+    candidates[best] = 0
+    return best
+
+
+@njit
+def _score(logits: Any, scores: Any, choice: Any, count: int, sigmoid: int, bias: int) -> None:
+    """A token's scores, and the numbers by which experts are chosen; computed in float64, kept in float32."""
+    added = float32_at(bias)
+    largest = -math.inf
+    for x in range(count):
+        largest = max(largest, _number(float(logits[x])))
+    total = 0.0
+    for x in range(count):
+        if sigmoid == 0:
+            total += math.exp(float(logits[x]) - largest)
+    for x in range(count):
+        value = float(logits[x])
+        scores[x] = math.exp(value - largest) / total if sigmoid == 0 else 1.0 / (1.0 + math.exp(-value))
+        choice[x] = _number(logits[x]) if bias == 0 else _number(scores[x] + added[x])
+
+
+@njit
+def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: int, top_groups: int, two: int) -> None:
+    """Makes candidates of the members of the best groups. scratch: address of 2 * groups floats."""
+    worth, remaining = float32_at(scratch), float32_at(scratch + 4 * groups)
+    for group in range(groups):
+        best, second = -math.inf, -math.inf
+        for x in range(group * size, (group + 1) * size):
+            value = float(choice[x])
+            if value > best:
+                best, second = value, best
+            elif value > second:
+                second = value
+        worth[group] = best + second if two != 0 else best
+        remaining[group] = 1
+    for _ in range(top_groups):
+        group = _best(worth, remaining, groups)
+        for x in range(group * size, (group + 1) * size):
+            candidates[x] = 1
+
+
+@njit
+def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_of: int, place_of: int) -> None:
+    """Sorts the pairs of experts int64 [T, k] by expert; see `route_row`."""
+    wanted, first, following = int64_at(experts), int64_at(starts), int64_at(starts + (count + 1) * 8)
+    tokens_, places = int64_at(token_of), int64_at(place_of)
+    for x in range(count + 1):
+        first[x] = 0
+    for pair in range(tokens * top_k):
+        first[wanted[pair] + 1] += 1
+    for x in range(count):
+        following[x] = first[x]
+        first[x + 1] += first[x]
+    for pair in range(tokens * top_k):
+        expert = wanted[pair]
+        place = following[expert]
+        following[expert] = place + 1
+        tokens_[place] = pair // top_k
+        places[pair] = place
+
+
+def route(a, thread, threads):
+    """The operation that chooses experts and sorts the pairs. Arguments: see `route_row`."""
+    numbers = int64_at(a[2])
+    tokens = numbers[StepNumber.TOKENS.value]
+    logits, stride, count, top_k = a[3], a[4], a[5], a[6]
+    groups, top_groups, sigmoid, renormalise = a[7], a[8], a[9], a[10]
+    bias, scale = a[11], float(float_from_bits(a[12]))
+    experts, weights, finished = a[13], a[14], a[15]
+    memory = stack_bytes(3 * 4 * count + 8 * groups)
+    scores, choice, candidates = float32_at(memory), float32_at(memory + 4 * count), float32_at(memory + 8 * count)
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        _score(float32_at(logits + t * stride * 4), scores, choice, count, sigmoid, bias)
+        for x in range(count):
+            candidates[x] = 1 if groups == 1 else 0
+        if groups > 1:
+            _keep_groups(choice, candidates, memory + 12 * count, count // groups, groups, top_groups, bias)
+        chosen, found = int64_at(experts + t * top_k * 8), float32_at(weights + t * top_k * 4)
+        total = 0.0
+        for j in range(top_k):
+            expert = _best(choice, candidates, count)
+            chosen[j] = expert
+            total += float(scores[expert])
+        factor = scale / (total + LEAST_SUM) if renormalise != 0 else scale
+        for j in range(top_k):
+            found[j] = float(scores[chosen[j]]) * factor
+    if fetch_add(finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
+        store_release(finished, 0)
+        _sort(experts, tokens, top_k, count, a[16], a[17], a[18])
+        numbers[StepNumber.PAIRS.value] = tokens * top_k
+
+
+@cache
+def route_operation() -> int:
+    """Address of the compiled operation."""
+    return compile_operation(route)
+
+
+def route_row(
+    *,
+    logits: int,
+    stride: int,
+    count: int,
+    top_k: int,
+    groups: tuple[int, int],
+    sigmoid: bool,
+    renormalise: bool,
+    bias: int,
+    scale: float,
+    experts: int,
+    weights: int,
+    finished: int,
+    starts: int,
+    token_of: int,
+    place_of: int,
+) -> list[int]:
+    """The operation's arguments. It also sets the step's number `PAIRS`.
+
+    Args:
+        logits, stride: address of float32 [T, X], rows `stride` floats apart.
+        count: X.
+        top_k: k.
+        groups: how many groups of experts there are, and how many of them are candidates.
+        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
+        bias: address of float32 [X], or 0.
+        experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
+        finished: of int64, 0 between operations.
+        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
+        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
+    """
+    how = [int(sigmoid), int(renormalise), bias, float_bits(scale)]
+    results = [experts, weights, finished, starts, token_of, place_of]
+    return [logits, stride, count, top_k, *groups, *how, *results]
+
+
+# ---- the experts' matrices -------------------------------------------------------------------------------------------
+
+
+def experts(a, thread, threads):
+    """The operation that multiplies. Arguments: see `experts_row`."""
+    starts, table, count, matrices, picked = int64_at(a[3]), a[4], a[5], a[6], a[7]
+    total = 0
+    for x in range(count):
+        rows = starts[x + 1] - starts[x]
+        if rows > 0:
+            for m in range(matrices):
+                entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
+                total += ((entry[6] + 15) >> 4) * (rows + READING)
+    low, high = total * thread // threads, total * (thread + 1) // threads
+    memory = stack_bytes(ENTRY * 8 + 64)
+    row, numbers = int64_at(memory), int64_at(memory + ENTRY * 8)
+    at = 0
+    for x in range(count):
+        start = starts[x]
+        rows = starts[x + 1] - start
+        if rows == 0:
+            continue
+        for m in range(matrices):
+            entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
+            cost, tiles = rows + READING, (entry[6] + 15) >> 4
+            # A tile is the thread's within whose share of the cost its own begins.
+            first = min((max(low - at, 0) + cost - 1) // cost, tiles)
+            last = min((max(high - at, 0) + cost - 1) // cost, tiles)
+            at += tiles * cost
+            if first >= last:
+                continue
+            for index in range(ENTRY):
+                row[index] = entry[index]
+            numbers[0] = rows
+            row[2] = memory + ENTRY * 8
+            row[3] = 0
+            row[4] += first * row[5]
+            row[6] = min(row[6] - first * 16, (last - first) * 16)
+            row[8] += start * row[9] + first * 64
+            if row[10] != 0:
+                row[10] += first * 64
+            row[12] = picked + start * 8
+            call_operation(row[0], memory, 0, 1)
+
+
+@cache
+def experts_operation() -> int:
+    """Address of the compiled operation."""
+    return compile_operation(experts)
+
+
+def experts_row(*, starts: int, table: int, count: int, matrices: int, picked: int) -> list[int]:
+    """The operation's arguments.
+
+    Args:
+        starts: address of what `route` made.
+        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
+        count: X.
+        matrices: of each expert; their tiles are as dear as each other.
+        picked: of int64: the row of the activations for each place.
+    """
+    return [starts, table, count, matrices, picked]
+
+
+# ---- the weighted sum ------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _mix(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
+    """Vectors first .. first + count of `target`, plus themselves if `onto` is not 0: the sum of weights * terms."""
+    signature = types.void(*[types.int64] * 7)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_target, at_addresses, at_weights, number, start, vectors, added = args
+
+        def column(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(b.add(start, index), e.int64(4 * LANES))
+
+            def term(j: Any, sums: list[Any]) -> list[Any]:
+                source = e.load(b.add(at_addresses, b.mul(j, e.int64(8))), I64)
+                weight = e.splat(e.load(b.add(at_weights, b.mul(j, e.int64(4))), F32))
+                return [e.fma(weight, e.load(b.add(source, offset), vector(F32)), sums[0])]
+
+            (result,) = e.loop(number, [e.zeros(F32)], term)
+            at = b.add(at_target, offset)
+            old = b.select(b.icmp_signed("!=", added, e.int64(0)), e.load(at, vector(F32)), e.zeros(F32))
+            e.store(at, b.fadd(old, result))
+            return state
+
+        e.loop_or_skip(vectors, [], column)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def combine(a, thread, threads):
+    """The operation that adds up a token's results. Arguments: see `combine_row`."""
+    tokens = int64_at(a[2])[StepNumber.TOKENS.value]
+    out, row_bytes, onto, columns, top_k = a[3], a[4], a[5], a[6], a[7]
+    weights, places, results, result_bytes = a[8], a[9], a[10], a[11]
+    shared, shared_bytes, gate, gate_bytes = a[12], a[13], a[14], a[15]
+    vectors = columns >> 4
+    first_row, row_count, first, count = share(tokens, vectors + 1, thread, threads)
+    memory = stack_bytes(16 * (top_k + 1) + 64)
+    at_factors = memory + 8 * (top_k + 1)
+    addresses, factors = int64_at(memory), float32_at(at_factors)
+    has_tail = first + count == vectors + 1  # the last share is what fills no vector
+    for t in range(first_row, first_row + row_count):
+        chosen, found = int64_at(places + t * top_k * 8), float32_at(weights + t * top_k * 4)
+        for j in range(top_k):
+            addresses[j] = results + chosen[j] * result_bytes
+            factors[j] = found[j]
+        terms = top_k
+        if shared != 0:
+            addresses[terms] = shared + t * shared_bytes
+            factors[terms] = 1.0
+            if gate != 0:
+                factors[terms] = 1.0 / (1.0 + math.exp(-float(float32_at(gate + t * gate_bytes)[0])))
+            terms += 1
+        at = out + t * row_bytes
+        _mix(at, memory, at_factors, terms, first, count - has_tail, onto)
+        if has_tail:
+            target = float32_at(at)
+            for column in range(vectors << 4, columns):
+                total = factors[0] * float32_at(addresses[0])[column]
+                for j in range(1, terms):
+                    total += factors[j] * float32_at(addresses[j])[column]
+                target[column] = target[column] + total if onto != 0 else total
+
+
+@cache
+def combine_operation() -> int:
+    """Address of the compiled operation."""
+    return compile_operation(combine)
+
+
+def combine_row(
+    *,
+    out: int,
+    out_stride: int,
+    accumulate: bool,
+    columns: int,
+    top_k: int,
+    weights: int,
+    places: int,
+    results: int,
+    result_stride: int,
+    shared: tuple[int, int] = (0, 0),
+    gate: tuple[int, int] = (0, 0),
+) -> list[int]:
+    """The operation's arguments; strides are floats from one row to the next.
+
+    Args:
+        out, out_stride: address of the result, float32 [T, E].
+        accumulate: add to what stands there.
+        columns: E.
+        top_k: k.
+        weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
+        results, result_stride: of float32 [T * k, E], a row for each place.
+        shared: address and stride of what is added with weight 1, float32 [T, E], or zeros.
+        gate: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
+    """
+    target = [out, 4 * out_stride, int(accumulate), columns]
+    terms = [top_k, weights, places, results, 4 * result_stride]
+    return [*target, *terms, shared[0], 4 * shared[1], gate[0], 4 * gate[1]]

@@ -1,0 +1,191 @@
+"""Recording a mixture of experts: the operations of `cpu.py` in their order, and the memory between them; step 6.
+
+A plan may run any step up to its limits, so there is room for k rows for each of the largest step's tokens. With one
+token the chosen experts' matrices are the only ones that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.cpu_runtime.matrices import (
+    Form,
+    Inputs,
+    Source,
+    input_form,
+    linear_call,
+    make_inputs,
+)
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.moe import cpu
+from candle_vllm.core.kernels.moe.arguments import Activation, RecordedExperts, Routing
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+    from candle_vllm.core.kernels.recorded import Matrix
+
+_PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType(
+    {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI}
+)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a step, where a plan finds them.
+
+    Attributes:
+        top_k: k.
+        weights: float32 [T, k].
+        places: int64 [T, k].
+        starts: int64 [X + 1].
+        token_of: int64 [T * k].
+    """
+
+    top_k: int
+    weights: np.ndarray
+    places: np.ndarray
+    starts: np.ndarray
+    token_of: np.ndarray
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the experts made: float32 [T * k, E], a row for each place, `stride` floats apart."""
+
+    pairs: Pairs
+    rows: np.ndarray
+    stride: int
+    width: int
+
+
+def record_experts(
+    recorder: Recorder,
+    inputs: Callable[[Sequence[Form]], Mapping[Form, Inputs]],
+    logits: tuple[int, int],
+    routing: Routing,
+    experts: RecordedExperts,
+) -> Results:
+    """Records everything up to the experts' results.
+
+    Args:
+        recorder: of the plan.
+        inputs: makes the layer's input in some forms, each once.
+        logits: address and stride of float32 [T, X].
+        routing, experts: of the layer.
+    """
+    count, top_k = len(experts.down), routing.top_k
+    pairs = _record_pairs(recorder, logits, count, routing)
+    inner, hidden = experts.down[0].columns, experts.down[0].rows
+    made = inputs([input_form(matrix) for matrix in (*experts.gate, *experts.up)])
+    between, stride = recorder.rows(2 * inner, top_k)
+    biases = (None, None) if experts.biases is None else experts.biases
+    _record_products(recorder, (experts.gate, experts.up), made, pairs, (between, stride), biases[0], pairs.token_of)
+    x, prologue = address_of(between), _PROLOGUES[experts.activation]
+    source = Source(x=x, stride=stride, columns=inner, prologue=prologue, rows_from=StepNumber.PAIRS)
+    forms = list(dict.fromkeys(map(input_form, experts.down)))
+    gated = {form: make_inputs(recorder, form, source, copies=top_k, barrier=form is forms[-1]) for form in forms}
+    results, stride = recorder.rows(hidden, top_k)
+    every = recorder.row_numbers(top_k)
+    _record_products(recorder, (experts.down,), gated, pairs, (results, stride), biases[1], every)
+    return Results(pairs, results, stride, hidden)
+
+
+def record_sum(
+    recorder: Recorder,
+    results: Results,
+    target: tuple[int, int],
+    *,
+    accumulate: bool,
+    shared: tuple[int, int],
+    gate: tuple[int, int],
+) -> None:
+    """Records the weighted sum; addresses come with their strides, see `combine_row`."""
+    pairs = results.pairs
+    arguments = cpu.combine_row(
+        out=target[0],
+        out_stride=target[1],
+        accumulate=accumulate,
+        columns=results.width,
+        top_k=pairs.top_k,
+        weights=address_of(pairs.weights),
+        places=address_of(pairs.places),
+        results=address_of(results.rows),
+        result_stride=results.stride,
+        shared=shared,
+        gate=gate,
+    )
+    recorder.add(cpu.combine_operation(), arguments)
+
+
+def _record_pairs(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
+    """Chooses and sorts."""
+    top_k = routing.top_k
+    experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
+    counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
+    pairs = Pairs(top_k, recorder.memory(top_k), places, counters, token_of)
+    arguments = cpu.route_row(
+        logits=logits[0],
+        stride=logits[1],
+        count=count,
+        top_k=top_k,
+        groups=(routing.groups, routing.top_groups),
+        sigmoid=routing.scoring == "sigmoid",
+        renormalise=routing.renormalise,
+        bias=0 if routing.bias is None else recorder.keep(routing.bias.float()),
+        scale=routing.scale,
+        experts=address_of(experts),
+        weights=address_of(pairs.weights),
+        finished=recorder.keep_array(np.zeros(1, np.int64)),
+        starts=address_of(pairs.starts),
+        token_of=address_of(token_of),
+        place_of=address_of(places),
+    )
+    recorder.add(cpu.route_operation(), arguments)
+    return pairs
+
+
+def _record_products(
+    recorder: Recorder,
+    matrices: tuple[Sequence[Matrix], ...],
+    inputs: Mapping[Form, Inputs],
+    pairs: Pairs,
+    out: tuple[np.ndarray, int],
+    bias: torch.Tensor | None,
+    picked: np.ndarray,
+) -> None:
+    """Every expert's matrices times the rows of its places; those of an expert stand side by side in the result."""
+    count = len(matrices[0])
+    table = np.zeros((count, len(matrices), cpu.ENTRY), np.int64)
+    at_bias = 0 if bias is None else recorder.keep(bias.float())
+    for x in range(count):
+        column = 0
+        for m, of_experts in enumerate(matrices):
+            matrix = of_experts[x]
+            operation, arguments = linear_call(
+                recorder,
+                matrix,
+                inputs[input_form(matrix)],
+                out=address_of(out[0]),
+                out_stride=out[1],
+                column=column,
+                bias=at_bias and at_bias + 4 * (x * bias.shape[1] + column),  # pyright: ignore[reportOptionalMemberAccess]
+                rows_from=StepNumber.PAIRS,
+            )
+            table[x, m, : 3 + len(arguments)] = [operation, 0, 0, *arguments]
+            column += matrix.rows
+    arguments = cpu.experts_row(
+        starts=address_of(pairs.starts),
+        table=recorder.keep_array(table),
+        count=count,
+        matrices=len(matrices),
+        picked=address_of(picked),
+    )
+    recorder.add(cpu.experts_operation(), arguments)

@@ -1,0 +1,22 @@
+"""Heads times a number of their position: queries that grow sharper far into a long context.
+
+Contract: x [T, H, D] of any float dtype, table [P] fp32, positions [T] below P. Token t becomes
+x[t] * table[positions[t]] in fp32, rounded to x's dtype, in new memory; recorded steps do it in place, by the operation
+in `cpu.py`.
+Source: Llama 4's temperature tuning, as Ministral 3 has it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from candle_vllm.core.kernels.position_scale import reference
+from candle_vllm.core.kernels.recorded import Recorded, Value
+
+
+def position_scale(x: Value, positions: torch.Tensor, table: torch.Tensor) -> Value:
+    """Heads times their position's number; on a GPU by torch's own kernels, which wait for nothing."""
+    if isinstance(x, Recorded):
+        return x.position_scale(table)
+    assert x.dim() == 3
+    return reference.position_scale(x, positions, table)

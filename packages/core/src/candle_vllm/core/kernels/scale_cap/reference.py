@@ -1,0 +1,12 @@
+"""Scaling and soft-capping in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch.Tensor:
+    """See the contract in the package."""
+    if cap is None:
+        return x if scale == 1 else x.mul_(scale)
+    return x.mul_(scale / cap).tanh_().mul_(cap)

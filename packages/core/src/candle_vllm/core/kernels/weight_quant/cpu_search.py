@@ -1,0 +1,273 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""The searches for a group's scale, 16 groups at a time: each lane of the vectors is a group of its own.
+
+The arithmetic is that of `reference.py`, in the same order on every CPU: no sum is taken across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, LANES, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.weight_quant import LEAST_SPREAD, NOTHING, OFFSET_STEP, SCALE_STEP, SCALE_STEPS
+
+
+@intrinsic
+def bits_of(_: Any, value: Any) -> Any:
+    """The bits of a float32 as an int64 without a sign."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.zext(b.bitcast(args[0], I32), I64)
+
+    return types.int64(types.float32), code
+
+
+@intrinsic
+def ends_of_32(_: Any, x: Any) -> Any:
+    """Bits of the largest (upper half) and of the smallest of the 32 float32 at an address."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        magnitude, sign = e.constant(I32, 0x7FFFFFFF), e.constant(I32, 31)
+
+        def ordered(value: Any) -> Any:
+            """Whole numbers in the order of the floats, and back."""
+            return b.xor(value, b.and_(b.ashr(value, sign), magnitude))
+
+        x, y = (ordered(e.load(args[0], vector(I32), at)) for at in (0, 4 * LANES))
+        found = []
+        for name, relation in (("smax", ">"), ("smin", "<")):
+            both = b.select(b.icmp_signed(relation, x, y), x, y)
+            found.append(e.call(f"llvm.vector.reduce.{name}.v{LANES}i32", I32, [both]))
+        high, low = (b.extract_element(ordered(e.splat(value)), ir.Constant(I32, 0)) for value in found)
+        return b.or_(b.shl(b.zext(high, I64), e.int64(32)), b.zext(low, I64))
+
+    return types.int64(types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def store_codes(_: Any, width: Any, x: Any, low: Any, inverse: Any, add: Any, to: Any) -> Any:
+    """Stores (x - low) * inverse + add of 32 numbers, cut to whole numbers of `width` bits.
+
+    The fifth bits come first, number i's as bit i of 32, then nibbles: number i's low and number i + 16's high.
+    """
+    f, i, bits = types.float32, types.int64, width.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        _, at, low, inverse, add, to = args
+        most, codes = e.constant(I32, (1 << bits) - 1), []
+        for start in (0, 4 * LANES):
+            value = b.fmul(b.fsub(e.load(at, vector(F32), start), e.splat(low)), e.splat(inverse))
+            whole = b.fptosi(b.fadd(value, e.splat(add)), vector(I32))
+            codes.append(b.select(b.icmp_signed("<", whole, most), whole, most))
+        four, mask = e.constant(I32, 4), e.constant(I32, 15)
+        nibbles = b.or_(b.and_(codes[0], mask), b.shl(b.and_(codes[1], mask), four))
+        e.store(to, b.trunc(nibbles, vector(I8)), 4 if bits == 5 else 0)
+        if bits == 5:
+            for part, whole in enumerate(codes):
+                fifth = b.icmp_signed(">", whole, mask)
+                e.store(to, b.bitcast(fifth, ir.IntType(LANES)), 2 * part)
+        return context.get_dummy_value()
+
+    return types.void(width, i, f, f, f, i), code
+
+
+@intrinsic
+def fit_offset(
+    _: Any, x: Any, count: Any, most: Any, first: Any, tries: Any, floor: Any, scales: Any, mins: Any
+) -> Any:
+    """Scale and minimum of 16 groups, see `reference.fit_offset`.
+
+    Args:
+        x: address of float32 [count, 16]: element i of every group stands together.
+        most, first, tries, floor: as there; all but the third are float32.
+        scales, mins: addresses of float32 [16].
+    """
+    f, i = types.float32, types.int64
+    signature = types.void(i, i, f, f, i, f, i, i)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _OffsetSearch(Emitter(b), args).emit()
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def fit_scale(_: Any, x: Any, count: Any, half: Any, floor: Any, scales: Any) -> Any:
+    """Scale of 16 groups without an offset, see `reference.fit_scale`; arguments as for `fit_offset`."""
+    signature = types.void(types.int64, types.int64, types.float32, types.float32, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _emit_fit_scale(Emitter(b), *args)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def _elements(
+    e: Emitter, x: Any, count: Any, state: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """Runs body(element of every group, state) over all elements."""
+    bytes_each = 4 * LANES
+
+    def step(index: Any, carried: list[Any]) -> list[Any]:
+        return body(e.load(e.b.add(x, e.b.mul(index, e.int64(bytes_each))), vector(F32)), carried)
+
+    return e.loop(count, state, step)
+
+
+def _fabs(e: Emitter, value: Any) -> Any:
+    return e.call(f"llvm.fabs.v{LANES}f32", vector(F32), [value])
+
+
+def _clamp(e: Emitter, value: Any, low: Any, high: Any) -> Any:
+    value = e.b.select(e.b.fcmp_ordered(">", value, low), value, low)
+    return e.b.select(e.b.fcmp_ordered("<", value, high), value, high)
+
+
+def _rounded(e: Emitter, value: Any) -> Any:
+    """To nearest even, for numbers below 2^22."""
+    shifter = e.constant(F32, SHIFTER)
+    return e.b.fsub(e.b.fadd(value, shifter), shifter)
+
+
+class _OffsetSearch:
+    """Emits `fit_offset`."""
+
+    def __init__(self, e: Emitter, args: Any) -> None:
+        self.e, self.b = e, e.b
+        self.x, self.count, most, first, self.tries, floor, self.scales, self.mins = args
+        self.most, self.first, self.floor = e.splat(most), e.splat(first), e.splat(floor)
+        self.zero = e.zeros(F32)
+
+    def emit(self) -> None:
+        e, b, zero = self.e, self.b, self.zero
+        self._weigh()
+        low, span = self._range()
+        # The plain scale, from the smallest number (or 0) to the largest.
+        scale = b.fdiv(span, self.most)
+        start = [e.constant(F32, NOTHING), scale, low]
+        _, best_scale, best_low = e.loop(self.tries, start, lambda index, state: self._try(index, state, low, span))
+        plain_error, best_error = self._errors(scale, low, best_scale, best_low)
+        better = b.fcmp_ordered("<", best_error, plain_error)
+        flat = b.fcmp_ordered("==", span, zero)
+        scale, low = b.select(better, best_scale, scale), b.select(better, best_low, low)
+        e.store(self.scales, b.select(flat, zero, scale))
+        e.store(self.mins, b.fsub(zero, low))
+
+    def _weight(self, value: Any) -> Any:
+        return self.b.fadd(self.base, _fabs(self.e, value))
+
+    def _weigh(self) -> None:
+        """The part of a weight that all elements of a group share: floor times the root of the mean square."""
+        e, b = self.e, self.b
+        (total,) = _elements(e, self.x, self.count, [self.zero], lambda v, s: [b.fadd(s[0], b.fmul(v, v))])
+        mean = b.fdiv(total, e.splat(b.sitofp(self.count, F32)))
+        root = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [mean])
+        self.base = b.fmul(self.floor, root)
+
+    def _range(self) -> tuple[Any, Any]:
+        """Minimum, at most 0, and the span to the maximum; the weights' own sums beside them."""
+        e, b, zero = self.e, self.b, self.zero
+
+        def body(value: Any, state: list[Any]) -> list[Any]:
+            low, high, total, weighted = state
+            weight = self._weight(value)
+            low = b.select(b.fcmp_ordered("<", value, low), value, low)
+            high = b.select(b.fcmp_ordered(">", value, high), value, high)
+            return [low, high, b.fadd(total, weight), b.fadd(weighted, b.fmul(weight, value))]
+
+        start = [zero, e.constant(F32, -NOTHING), zero, zero]
+        low, high, self.weights, self.weighted = _elements(e, self.x, self.count, start, body)
+        return low, b.fsub(high, low)
+
+    def _codes(self, value: Any, low: Any, inverse: Any) -> Any:
+        b = self.b
+        return _clamp(self.e, _rounded(self.e, b.fmul(inverse, b.fsub(value, low))), self.zero, self.most)
+
+    def _try(self, index: Any, state: list[Any], low: Any, span: Any) -> list[Any]:
+        """One step size: codes, then the scale and minimum that fit them best, kept where the error is smaller."""
+        e, b, zero = self.e, self.b, self.zero
+        best_error, best_scale, best_low = state
+        steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, OFFSET_STEP)))
+        inverse = b.fdiv(b.fadd(b.fadd(self.first, steps), self.most), span)
+
+        def body(value: Any, sums: list[Any]) -> list[Any]:
+            code, weight = self._codes(value, low, inverse), self._weight(value)
+            weighted = b.fmul(weight, code)
+            return [
+                b.fadd(sums[0], weighted),
+                b.fadd(sums[1], b.fmul(weighted, code)),
+                b.fadd(sums[2], b.fmul(weighted, value)),
+            ]
+
+        sum_l, sum_ll, sum_lx = _elements(e, self.x, self.count, [zero] * 3, body)
+        whole = b.fmul(self.weights, sum_ll)
+        spread = b.fsub(whole, b.fmul(sum_l, sum_l))
+        usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, LEAST_SPREAD)))
+        scale = b.fdiv(b.fsub(b.fmul(self.weights, sum_lx), b.fmul(self.weighted, sum_l)), spread)
+        fitted = b.fdiv(b.fsub(b.fmul(sum_ll, self.weighted), b.fmul(sum_l, sum_lx)), spread)
+        above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
+        scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
+        fitted = b.select(above, zero, fitted)
+        # The squared error less the sum of w * x^2, which all tries share.
+        error = b.fsub(zero, b.fadd(b.fmul(scale, sum_lx), b.fmul(fitted, self.weighted)))
+        better = b.and_(usable, b.fcmp_ordered("<", error, best_error))
+        return [
+            b.select(better, new, old) for new, old in ((error, best_error), (scale, best_scale), (fitted, best_low))
+        ]
+
+    def _errors(self, scale: Any, low: Any, other_scale: Any, other_low: Any) -> list[Any]:
+        """Squared errors of two scales and minima."""
+        e, b = self.e, self.b
+        one = e.constant(F32, 1.0)
+        inverses = [b.fdiv(one, scale), b.fdiv(one, other_scale)]
+
+        def body(value: Any, sums: list[Any]) -> list[Any]:
+            weight, results = self._weight(value), []
+            for s, m, inverse, total in zip((scale, other_scale), (low, other_low), inverses, sums):
+                off = b.fsub(b.fadd(b.fmul(s, self._codes(value, m, inverse)), m), value)
+                results.append(b.fadd(total, b.fmul(weight, b.fmul(off, off))))
+            return results
+
+        return _elements(e, self.x, self.count, [self.zero] * 2, body)
+
+
+def _emit_fit_scale(e: Emitter, x: Any, count: Any, half: Any, floor: Any, scales: Any) -> None:
+    b, zero = e.b, e.zeros(F32)
+    low, high = e.splat(b.fsub(ir.Constant(F32, 0.0), half)), e.splat(b.fsub(half, ir.Constant(F32, 1.0)))
+
+    def farthest(value: Any, state: list[Any]) -> list[Any]:
+        size = _fabs(e, value)
+        larger = b.fcmp_ordered(">", size, state[0])
+        total = b.fadd(state[2], b.fmul(value, value))
+        return [b.select(larger, size, state[0]), b.select(larger, value, state[1]), total]
+
+    size, extreme, total = _elements(e, x, count, [zero] * 3, farthest)
+    base = b.fmul(e.splat(floor), b.fdiv(total, e.splat(b.sitofp(count, F32))))
+
+    def attempt(index: Any, state: list[Any]) -> list[Any]:
+        steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(SCALE_STEPS)))
+        wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, SCALE_STEP)))
+        inverse = b.fdiv(e.splat(b.fsub(ir.Constant(F32, 0.0), wanted)), extreme)
+
+        def body(value: Any, sums: list[Any]) -> list[Any]:
+            code = _clamp(e, _rounded(e, b.fmul(inverse, value)), low, high)
+            weighted = b.fmul(b.fadd(base, b.fmul(value, value)), code)
+            return [b.fadd(sums[0], b.fmul(weighted, value)), b.fadd(sums[1], b.fmul(weighted, code))]
+
+        sum_lx, sum_ll = _elements(e, x, count, [zero, zero], body)
+        scale = b.fdiv(sum_lx, sum_ll)
+        gain = b.fmul(scale, sum_lx)
+        better = b.and_(b.fcmp_ordered(">", sum_ll, zero), b.fcmp_ordered(">", gain, state[0]))
+        return [b.select(better, gain, state[0]), b.select(better, scale, state[1])]
+
+    _, scale = e.loop(e.int64(2 * SCALE_STEPS + 1), [zero, zero], attempt)
+    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))

@@ -1,0 +1,181 @@
+"""The searches and the layouts of `kernels/weight_quant` in numpy, number for number as the compiled functions.
+
+Shapes: x float32 [G, n], a group in each row; all sums go from a group's first number to its last, in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+
+from candle_vllm.core.kernels.weight_quant import (
+    LARGEST,
+    LEAST_SPREAD,
+    NOTHING,
+    OFFSET_STEP,
+    OFFSETS,
+    SCALE_STEP,
+    SCALE_STEPS,
+    SCALES,
+    SIMPLE,
+    OffsetSearch,
+    Quantise,
+    ScaleSearch,
+)
+
+F = np.float32
+
+
+def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
+    """See the package."""
+
+    def quantise(x: np.ndarray, out: np.ndarray) -> bool:
+        if not (np.abs(x) <= LARGEST).all():
+            return False
+        with np.errstate(all="ignore"):
+            out[:] = quantised(x, ggml_type)
+        return True
+
+    return quantise
+
+
+def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
+    """Blocks [N, numbers] as bytes [N, bytes]."""
+    name = ggml_type.name
+    if name in SIMPLE:
+        return quants.quantize(x, ggml_type)
+    if name in OFFSETS:
+        return _with_offset(x, OFFSETS[name])
+    return _scaled(x, SCALES[name])
+
+
+def fit_offset(x: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
+    """Scale [G] and minimum [G], the minimum negated: x is about scale * code - minimum.
+
+    Steps of 1 / (most + first + 0.1 * t) of the span are tried for t = 0, 1, ...; the codes of each give the scale and
+    minimum of least weighted squares. The plain scale, of most steps, stands where none is better.
+    """
+    weights = _root_mean_square(x, search.floor)[:, None] + np.abs(x)
+    low = np.minimum(x.min(axis=1), F(0))
+    span = x.max(axis=1) - low
+    plain, most = span / F(search.most), F(search.most)
+    total, weighted = _sum(weights), _sum(weights * x)
+    best_error, best_scale, best_low = np.full(len(x), NOTHING, F), plain, low
+    for index in range(search.tries):
+        inverse = (F(search.first) + F(index) * F(OFFSET_STEP) + most) / span
+        code = _codes(x, low, inverse, most)
+        sum_l, sum_ll, sum_lx = _sum(weights * code), _sum(weights * code * code), _sum(weights * code * x)
+        whole = total * sum_ll
+        spread = whole - sum_l * sum_l
+        scale = (total * sum_lx - weighted * sum_l) / spread
+        fitted = (sum_ll * weighted - sum_l * sum_lx) / spread
+        above = fitted > 0  # a minimum above 0 cannot be stored
+        scale, fitted = np.where(above, sum_lx / sum_ll, scale), np.where(above, F(0), fitted)
+        error = F(0) - (scale * sum_lx + fitted * weighted)
+        better = (spread > whole * F(LEAST_SPREAD)) & (error < best_error)
+        best_error, best_scale, best_low = (
+            np.where(better, new, old) for new, old in ((error, best_error), (scale, best_scale), (fitted, best_low))
+        )
+    plain_error, error = (
+        _sum(weights * (off * off))
+        for s, m in ((plain, low), (best_scale, best_low))
+        for off in [s[:, None] * _codes(x, m, F(1) / s, most) + m[:, None] - x]
+    )
+    better = error < plain_error
+    scale, low = np.where(better, best_scale, plain), np.where(better, best_low, low)
+    return np.where(span == 0, F(0), scale), F(0) - low
+
+
+def fit_scale(x: np.ndarray, search: ScaleSearch) -> np.ndarray:
+    """Scale [G]: codes of several step sizes about the plain one give the scale of least weighted squares."""
+    at = np.abs(x).argmax(axis=1)
+    extreme = x[np.arange(len(x)), at]
+    square = x * x
+    weights = F(search.floor) * (_sum(square) / F(x.shape[1]))
+    weights = weights[:, None] + square
+    gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
+    for index in range(2 * SCALE_STEPS + 1):
+        wanted = F(search.half) + (F(index) - F(SCALE_STEPS)) * F(SCALE_STEP)
+        inverse = (F(0) - wanted) / extreme
+        code = np.clip(np.rint(inverse[:, None] * x), F(-search.half), F(search.half - 1))
+        sum_lx, sum_ll = _sum(weights * code * x), _sum(weights * code * code)
+        scale = sum_lx / sum_ll
+        better = (sum_ll > 0) & (scale * sum_lx > gain)
+        gain, best = np.where(better, scale * sum_lx, gain), np.where(better, scale, best)
+    return np.where(extreme == 0, F(0), best)
+
+
+def _root_mean_square(x: np.ndarray, floor: float) -> np.ndarray:
+    return F(floor) * np.sqrt(_sum(x * x) / F(x.shape[1]))
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    total = np.zeros(len(x), F)
+    for column in x.T:
+        total = total + column
+    return total
+
+
+def _codes(x: np.ndarray, low: np.ndarray, inverse: np.ndarray, most: np.float32) -> np.ndarray:
+    return np.clip(np.rint(inverse[:, None] * (x - low[:, None])), F(0), most)
+
+
+def _whole(values: np.ndarray, most: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values [N, groups] as whole numbers, and the float16 [N, 1] that they are multiples of."""
+    at = np.abs(values).argmax(axis=1)[:, None]
+    d = (np.take_along_axis(values, at, axis=1) / F(most)).astype(np.float16)
+    codes = np.where(d == 0, F(0), np.rint(values / d.astype(F)))
+    return np.clip(codes, low, high).astype(np.int32), d
+
+
+def _with_offset(x: np.ndarray, search: OffsetSearch) -> np.ndarray:
+    groups = x.reshape(-1, search.group)
+    scales, mins = (found.reshape(len(x), -1) for found in fit_offset(groups, search))
+    (sc, d), (mn, m) = (_whole(values, search.stored, 0, search.stored) for values in (scales, mins))
+    scale, low = d.astype(F) * sc.astype(F), m.astype(F) * mn.astype(F)
+    shaped = x.reshape(*scale.shape, -1)
+    codes = np.where(scale[..., None] == 0, F(0), np.rint((shaped + low[..., None]) / scale[..., None]))
+    codes = np.clip(codes, 0, search.most).astype(np.uint8).reshape(len(x), 256)
+    ends = [d.view(np.uint8), m.view(np.uint8)]
+    if search.most == 3:
+        return np.concatenate([(sc | mn << 4).astype(np.uint8), _fields(codes, 2), *ends], axis=1)
+    packed = [
+        sc[:, :4] | sc[:, 4:] >> 4 << 6,
+        mn[:, :4] | mn[:, 4:] >> 4 << 6,
+        (sc[:, 4:] & 15) | (mn[:, 4:] & 15) << 4,
+    ]
+    nibbles = (codes & 15).reshape(-1, 4, 2, 32)
+    parts = [*ends, *(part.astype(np.uint8) for part in packed)]
+    if search.most == 31:
+        parts.append(_bits(codes >> 4))
+    return np.concatenate([*parts, (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)], axis=1)
+
+
+def _scaled(x: np.ndarray, search: ScaleSearch) -> np.ndarray:
+    scales = fit_scale(x.reshape(-1, 16), search).reshape(-1, 16)
+    sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
+    scale = (d.astype(F) * sc.astype(F))[..., None]
+    codes = np.where(scale == 0, F(0), np.rint(x.reshape(-1, 16, 16) / scale))
+    codes = (np.clip(codes, -search.half, search.half - 1) + search.half).astype(np.uint8).reshape(-1, 256)
+    end = d.view(np.uint8)
+    if search.half == 4:
+        stored = sc + 32
+        low = (stored[:, :8] & 15) | (stored[:, 8:] & 15) << 4
+        high = sum((stored[:, 4 * part : 4 * part + 4] >> 4) << 2 * part for part in range(4))
+        parts = [_bits(codes >> 2), _fields(codes & 3, 2), low, high, end]
+    else:
+        nibbles = (codes & 15).reshape(-1, 2, 2, 64)
+        low = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
+        parts = [low, _fields(codes >> 4, 2), sc.astype(np.int8).view(np.uint8), end]
+    return np.concatenate([np.asarray(part).astype(np.uint8) for part in parts], axis=1)
+
+
+def _fields(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Of 128 neighbours, those 32 apart in one byte: [N, 256] to [N, 64]."""
+    shaped = codes.reshape(-1, 2, 4, 32)
+    return np.bitwise_or.reduce([shaped[:, :, part] << bits * part for part in range(4)]).reshape(-1, 64)
+
+
+def _bits(flags: np.ndarray) -> np.ndarray:
+    """Bit g of byte i is that of number 32 * g + i: [N, 256] to [N, 32]."""
+    return np.packbits(flags.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)

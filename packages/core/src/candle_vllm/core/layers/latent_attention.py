@@ -1,0 +1,157 @@
+"""Latent attention over the paged cache: norm of latent rows, matrices of every head."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts, LatentSizes
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.views import Viewed
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.plain_linear import PlainMatrix
+
+logger = logging.getLogger(__name__)
+
+
+class HeadMatrices:
+    """A matrix [O, I] for every head, in plain numbers; part "weight" [H, O, I].
+
+    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others. With `announces` that is
+    logged, for this layer and all others.
+    """
+
+    def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement, *, announces: bool = False) -> None:
+        self._shape = (heads, outputs, inputs)
+        self._placement, self._announces = placement, announces
+        self.matrices: list[PlainMatrix] = []
+        device, dtype = placement.device, placement.dtype
+        self._weight = None if placement.recorded else torch.empty(self._shape, device=device, dtype=dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H, I] -> [T, H, O]."""
+        assert self._weight is not None
+        return head_linear(x, self._weight, invariant=self._placement.invariant)
+
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        if self._weight is not None:
+            return {"weight": _DecodedPart(self._weight, announces=self._announces)}
+        return {"weight": _HeadsPart(self.matrices, self._shape, self._placement, announces=self._announces)}
+
+
+class _DecodedPart(TensorPart):
+    """A plain tensor."""
+
+    def __init__(self, tensor: torch.Tensor, *, announces: bool) -> None:
+        super().__init__(tensor)
+        self._announces = announces
+
+    def fill(self, stored: StoredTensor) -> None:
+        """Decodes the tensor and copies it."""
+        if self._announces:
+            _log_decoded(stored)
+        super().fill(stored)
+
+
+class _HeadsPart:
+    """The matrices of recorded steps, laid out anew."""
+
+    def __init__(
+        self, matrices: list[PlainMatrix], shape: tuple[int, int, int], placement: Placement, *, announces: bool
+    ) -> None:
+        self._matrices, self._placement = matrices, placement
+        self._shape, self._announces = shape, announces
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape that the stored tensor must have."""
+        return self._shape
+
+    def fill(self, stored: StoredTensor) -> None:
+        """Packs every head's matrix."""
+        from candle_vllm.core.kernels import plain_linear
+
+        if self._announces:
+            _log_decoded(stored)
+        kind, memory = self._placement.plain_kind, self._placement.weight_memory
+        if stored.dtype is None or _source(stored).dtype is None:
+            dtype = torch.bfloat16 if kind is None else torch.float32  # a narrower kind checks its range
+            raw = stored.load(dtype).view(torch.uint8).numpy()
+        else:
+            dtype, raw = stored.dtype, stored.raw()
+        heads, outputs, inputs = self._shape
+        try:
+            for head in raw.reshape(heads, -1):
+                self._matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{stored.path}: tensor {stored.name}: {error}") from error
+
+
+def _source(stored: StoredTensor) -> StoredTensor:
+    """What a view, or a view of a view, looks at."""
+    while isinstance(stored, Viewed):
+        stored = stored.source
+    return stored
+
+
+def _log_decoded(stored: StoredTensor) -> None:
+    if _source(stored).dtype is None:
+        logger.info(
+            "%s: tensor %s, and those of other layers, are kept in plain numbers, as matrices of single heads are: "
+            "%.1f MiB each in 16 bits",
+            stored.path,
+            stored.name,
+            math.prod(stored.shape) * 2 / (1 << 20),
+        )
+
+
+class LatentAttention:
+    """Norm of the latent row, rotary, cache write and attention in latent space: q, kv -> [T, H * V].
+
+    Args:
+        layer: whose cache it uses.
+        sizes: the shapes.
+        rotary: positions.
+        norm_eps: of the latent row's norm.
+        placement: where the weights live.
+        scale: of scores.
+    """
+
+    def __init__(
+        self, layer: int, sizes: LatentSizes, rotary: Rotary, norm_eps: float, placement: Placement, *, scale: float
+    ) -> None:
+        self.layer, self.sizes, self.rotary, self.scale = layer, sizes, rotary, scale
+        self.norm = RMSNorm(sizes.latent, norm_eps, placement)
+        first = layer == 0
+        self.keys = HeadMatrices(sizes.heads, sizes.latent, sizes.nope, placement, announces=first)
+        self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement, announces=first)
+
+    def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
+        """q [T, H * (nope + R)] of heads [nope | rope], kv [T, L + R] of latent rows and the key part that rotates."""
+        cache, sizes = step.key_caches[self.layer], self.sizes
+        if isinstance(q, Recorded):
+            return q.attend_latent(kv, self._parts(), cache, scale=self.scale)
+        nope, rope = q.unflatten(-1, (sizes.heads, -1)).split((sizes.nope, sizes.rope), -1)
+        latent, key = kv.split((sizes.latent, sizes.rope), -1)
+        rope, key = self.rotary(rope, key.unsqueeze(1), step.positions)
+        latent_write(key.squeeze(1), self.norm(latent), cache, step.slots)
+        mixed = latent_attention(rope, self.keys(nope), cache, step.rows, scale=self.scale)
+        return self.values(mixed).flatten(1)
+
+    def _parts(self) -> LatentParts:
+        norm, tables = self.norm, self.rotary.tables
+        matrices = tuple(self.keys.matrices), tuple(self.values.matrices)
+        return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices)
