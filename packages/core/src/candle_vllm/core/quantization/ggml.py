@@ -243,6 +243,20 @@ def _q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     groups *= (_half(blocks, 208) * blocks[:, 192:208].view(np.int8))[:, :, None]
 
 
+def _q8_k(blocks: np.ndarray, out: np.ndarray) -> None:
+    """d in float32, 256 int8; sums of 16 numbers behind them are of no use here. Not in the `gguf` package."""
+    out[:] = blocks[:, 4:260].view(np.int8)
+    out *= np.ascontiguousarray(blocks[:, :4]).view(np.float32)
+
+
+def _q1_0(blocks: np.ndarray, out: np.ndarray) -> None:
+    """d and 128 bits: d where set, else -d. Not in the `gguf` package."""
+    out[:] = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    out *= 2
+    out -= 1
+    out *= _half(blocks, 0)
+
+
 _DECODERS: Mapping[GGMLQuantizationType, Decoder] = MappingProxyType(
     {
         GGMLQuantizationType.Q4_0: _q4_0,
@@ -255,5 +269,7 @@ _DECODERS: Mapping[GGMLQuantizationType, Decoder] = MappingProxyType(
         GGMLQuantizationType.Q4_K: _q4_k,
         GGMLQuantizationType.Q5_K: _q5_k,
         GGMLQuantizationType.Q6_K: _q6_k,
+        GGMLQuantizationType.Q8_K: _q8_k,
+        **({GGMLQuantizationType["Q1_0"]: _q1_0} if "Q1_0" in GGMLQuantizationType.__members__ else {}),
     }
 )

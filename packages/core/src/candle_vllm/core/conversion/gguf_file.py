@@ -1,0 +1,106 @@
+"""Writes a GGUF file: metadata, the table of tensors, then their data, one tensor after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+
+from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.quantise import quantise
+from candle_vllm.core.text.gguf_vocab import PREFIX
+
+Progress = Callable[[int, int], object]
+"""Called with bytes written and bytes in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of a file that is to be written.
+
+    Attributes:
+        name: in the file.
+        stored: plain numbers.
+        kind: what they become.
+    """
+
+    name: str
+    stored: StoredTensor
+    kind: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        size, width = ggml.block_layout(self.kind)
+        return self.stored.numel // size * width
+
+
+def write_file(
+    path: Path, plans: Sequence[PlannedTensor], metadata: Mapping[str, Any], progress: Progress = lambda *_: None
+) -> None:
+    """Writes a file; beside it, memory is taken for one tensor and its blocks.
+
+    Args:
+        path: where to; what is there is replaced.
+        plans: the tensors, in order.
+        metadata: keys and values: texts, truth values, whole numbers (uint32), other numbers (float32), lists of one
+            of them. `general.architecture` must be among them.
+        progress: see `Progress`.
+
+    Raises:
+        WeightsError: a tensor's numbers cannot be stored in its type.
+        OSError: the file cannot be written.
+    """
+    total = sum(plan.nbytes for plan in plans)
+    writer = GGUFWriter(path, str(metadata["general.architecture"]))
+    try:
+        for key, value in metadata.items():
+            if key != "general.architecture":  # the writer has put it there
+                _add(writer, key, value)
+        for plan in plans:
+            size, width = ggml.block_layout(plan.kind)
+            shape = (*plan.stored.shape[:-1], plan.stored.shape[-1] // size * width)
+            writer.add_tensor_info(plan.name, shape, np.dtype(np.uint8), plan.nbytes, raw_dtype=plan.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        done = 0
+        for plan in plans:
+            writer.write_tensor_data(_bytes(plan))
+            plan.stored.release()
+            done += plan.nbytes
+            progress(done, total)
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    if not isinstance(value, list):
+        writer.add_key_value(key, value, GGUFValueType[kinds[type(value)]])
+    elif value:
+        kind = "INT32" if key == f"{PREFIX}token_type" else kinds[type(value[0])]
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType[kind])
+
+
+def _bytes(plan: PlannedTensor) -> np.ndarray:
+    """The tensor's data, uint8 [rows, bytes per row]."""
+    stored, rows = plan.stored, max(1, plan.stored.numel // plan.stored.shape[-1])
+    plain = ggml.PLAIN_TYPES.get(plan.kind)
+    if plain is not None:
+        values = stored.load(plain)
+        if plain == torch.float16 and not values.isfinite().all():
+            raise WeightsError(f"{stored.path}: tensor {stored.name} has numbers beyond float16: choose bf16 or f32")
+        return values.contiguous().view(torch.uint8).numpy().reshape(rows, -1)
+    assert stored.dtype is not None
+    try:
+        return quantise(stored.raw(), stored.dtype, stored.shape[-1], plan.kind)
+    except ValueError as error:
+        raise WeightsError(f"{stored.path}: tensor {stored.name} cannot be quantised: {error}") from error

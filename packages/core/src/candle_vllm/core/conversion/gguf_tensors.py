@@ -1,0 +1,160 @@
+"""The tensors of a GGUF file, found by a family's table of names read backwards.
+
+The table says how a stored tensor of either format becomes the one that the model wants. A tensor of the GGUF file is
+the one whose view gives the model's: where the view picks and orders rows, it is tried on row numbers, and the rows are
+put where it takes them from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.weights import Line, WeightName, expand
+
+_Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Made(StoredTensor):
+    """A plain tensor that is in no file.
+
+    Attributes:
+        source: the file to blame.
+    """
+
+    source: Path
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.source
+
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`."""
+        values = self.load(None).contiguous().view(torch.uint8).numpy()
+        return values.reshape(max(1, math.prod(self.shape[:-1])), -1)
+
+    def release(self) -> None:
+        """See `StoredTensor.release`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Constant(Made):
+    """A tensor of given numbers.
+
+    Attributes:
+        values: the numbers.
+    """
+
+    values: torch.Tensor
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`."""
+        return self.values.to(dtype or self.values.dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Assembled(Made):
+    """Rows of several tensors in an order of its own.
+
+    Attributes:
+        pieces: the numbers of the rows, and what they hold.
+    """
+
+    pieces: tuple[tuple[torch.Tensor, StoredTensor], ...]
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=dtype or self.dtype)
+        rows = out.view(sum(len(order) for order, _ in self.pieces), -1)
+        for order, stored in self.pieces:
+            rows[order] = stored.load(out.dtype).view(len(order), -1)
+        return out
+
+    def release(self) -> None:
+        for _, stored in self.pieces:
+            stored.release()
+
+
+def constant(name: str, values: torch.Tensor, source: Path) -> StoredTensor:
+    """A float32 tensor of given numbers."""
+    return Constant(name, tuple(values.shape), "F32", torch.float32, 4 * values.numel(), source, values.float())
+
+
+def gguf_tensors(
+    table: Sequence[WeightName],
+    checkpoint: Checkpoint,
+    config: Any,
+    gguf_config: Any,
+    has_place: Callable[[str], bool],
+    fused: Sequence[str] = (),
+) -> Iterator[tuple[str, str, StoredTensor]]:
+    """Name, place in the model and plain tensor of all that a GGUF file has of a checkpoint, in the table's order.
+
+    Args:
+        table: the family's names.
+        checkpoint: safetensors.
+        config: the model's, as its config.json says it.
+        gguf_config: the same as GGUF's metadata will say it.
+        has_place: says of a line's target whether the model has it.
+        fused: parts of names that are taken of a line's alternatives; else the first is.
+
+    Raises:
+        UnsupportedModelError: GGUF has no name for a tensor.
+    """
+    found: defaultdict[str, list[_Piece]] = defaultdict(list)
+    both = zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True)
+    for stored_line, line in both:
+        name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(line.target) else None
+        if name is None:
+            continue
+        if not line.names:
+            raise UnsupportedModelError(f"{checkpoint.path}: GGUF has no name for tensor {name}")
+        line = _preferred(line, fused)
+        found[line.first].append((line, stored_line.look(checkpoint.tensors[name], name, config)))
+    for name, pieces in found.items():
+        yield name, pieces[0][0].target, _joined(name, pieces, gguf_config)
+
+
+def _preferred(line: Line, fused: Sequence[str]) -> Line:
+    """The line with the name first that is to be written."""
+    wanted = [pair for pair in line.names if any(part in pair[0] for part in fused)]
+    return dataclasses.replace(line, names=(*wanted, *(pair for pair in line.names if pair not in wanted)))
+
+
+def _joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
+    """The tensor of the file that gives all its pieces."""
+    line, first = pieces[0]
+    written, view = line.names[0]
+    experts = config.num_experts if line.expert is not None and "{e}" not in written else 0
+    if view is None and not experts:
+        assert len(pieces) == 1, name
+        return first
+    rows = sum(stored.shape[0] for _, stored in pieces)
+    shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
+    orders = [_rows_of(line, shape, stored, config) for line, stored in pieces]
+    if sorted(torch.cat(orders).tolist()) != list(range(rows)):
+        raise UnsupportedModelError(f"{first.path}: {first.name} cannot be put into GGUF's tensor {name}")
+    if len(pieces) == 1 and not experts and torch.equal(orders[0], torch.arange(rows)):
+        return first
+    dtypes = {stored.dtype for _, stored in pieces}
+    dtype = first.dtype if len(dtypes) == 1 and first.dtype is not None else torch.float32
+    nbytes = math.prod(shape) * dtype.itemsize
+    return _Assembled(name, shape, str(dtype), dtype, nbytes, first.path, tuple(zip(orders, (s for _, s in pieces))))
+
+
+def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> torch.Tensor:
+    """Which rows of a file's tensor of `shape` a line takes, in its order."""
+    count = len(shape) - len(stored.shape) + 1  # dimensions that number rows
+    numbers = torch.arange(math.prod(shape[:count])).view(*shape[:count], *[1] * (len(shape) - count))
+    probe = Constant(line.first, tuple(numbers.shape), "I64", torch.int64, 8 * numbers.numel(), stored.path, numbers)
+    return line.look(probe, line.first, config).load(torch.int64).reshape(-1)

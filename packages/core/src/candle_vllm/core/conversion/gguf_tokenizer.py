@@ -1,0 +1,181 @@
+"""A tokenizer as GGUF metadata: the way back from a `tokenizer.json` to `tokenizer.ggml.*`.
+
+Two kinds have a form there. Byte-pair merges over GPT-2's byte alphabet are "gpt2", with the name of the cut that comes
+before the merges; it is found by cutting a text that tells the cuts apart. SentencePiece's byte-pair model is "llama":
+the file holds no merges, but a score for each token, which is how early a merge makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.text.gguf_backend import SPACE
+from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+_UNREACHED = -1e6  # score of a token that no merge makes
+_PARTS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+PROBE = (
+    "It's we'LL THEY'RE I'm can't 'Twas\n\n  two  spaces\t\ttabs\r\n 1 12 123 1234 12345 3.14 $5,000.00 x2y 2x Ca"
+    "melCase HTMLParser snake_case foo/bar path\\to !!! ?! ... (a) [b] {c} <d> a+b=c #tag @you a_b\n \n  \n   end"
+    "   \nna\xefve \xdcn\xefcode \xc9COLE stra\xdfe \u041f\u0440\u0438\u0432\u0435\u0442 \u0391\u0392\u0393 "
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 \u0661\u0662\u0663 \u0939\u093f\u0928\u094d\u0926"
+    "\u0940 \u0e44\u0e17\u0e22 \u1780\u17b6\u1793\u17cb \u4f60\u597d\u4e16\u754c \u65e5\u672c\u8a9e\u30c6\u30b9"
+    "\u30c8 \ud55c\uad6d \U0001f600\U0001f469\u200d\U0001f467 \u2705 e\u0301 \xbd \u2167 \xa0x\u3000wide a\u200bb"
+    "  'S 'T we've'd  \n\t x"
+)
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str, Any]:
+    """The keys of a vocabulary.
+
+    Args:
+        tokenizer: as the model's folder gives it.
+        rows: of the embedding table; ids without a token get a name of their own.
+        ends: token ids that end a sequence.
+
+    Raises:
+        UnsupportedModelError: GGUF has no form for this tokenizer.
+    """
+    data = json.loads(tokenizer.backend.to_str())
+    model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
+    if model["type"] != "BPE":
+        raise UnsupportedModelError(f"GGUF files are written with byte-pair tokenizers, and this is a {model['type']}")
+    if not model["merges"]:
+        raise UnsupportedModelError("GGUF has no form for a byte-pair tokenizer without merges")
+    tokens = _texts(model["vocab"], added, rows)
+    spm = bool(model.get("byte_fallback"))
+    found: dict[str, Any] = {"model": "llama" if spm else "gpt2"}
+    found["pre"] = "default" if spm else cut_name(tokenizer.backend, bool(model.get("ignore_merges")))
+    types = [_type(index, text, model, added, spm) for index, text in enumerate(tokens)]
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    if spm:
+        tokens = [text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, kind in zip(tokens, types)]
+        found |= {"scores": _scores(tokens, merges), "add_space_prefix": _space_prefix(data)}
+    else:
+        found["merges"] = [" ".join(merge) for merge in merges]
+    found |= {"tokens": tokens, "token_type": types}
+    found |= _special(tokenizer, tokens, ends)
+    metadata = {PREFIX + key: value for key, value in found.items()}
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        metadata |= {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}
+        metadata["tokenizer.chat_templates"] = [name for name in template if name != "default"]
+        template = template.get("default")
+    return metadata if template is None else metadata | {"tokenizer.chat_template": template}
+
+
+def _texts(vocabulary: Mapping[str, int], added: Mapping[int, Any], rows: int) -> list[str]:
+    texts: list[str | None] = [None] * rows
+    for text, index in vocabulary.items():
+        texts[index] = text
+    for index, token in added.items():
+        texts[index] = token["content"]
+    return [f"[PAD{index}]" if text is None else text for index, text in enumerate(texts)]
+
+
+def _type(index: int, text: str, model: Mapping[str, Any], added: Mapping[int, Any], spm: bool) -> int:
+    token = added.get(index)
+    if spm and text == model.get("unk_token"):
+        return UNKNOWN
+    if token is not None and token["special"]:
+        return CONTROL
+    if token is not None and not (spm and SPACE in text and text in model["vocab"]):  # runs of spaces are merged anyway
+        return USER_DEFINED
+    if spm and len(text) == 6 and text.startswith("<0x"):
+        return BYTE
+    return NORMAL if model["vocab"].get(text) == index else UNUSED
+
+
+def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
+    """What is merged first has the highest score."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks[text]) if text in ranks else _UNREACHED for text in tokens]
+
+
+def _space_prefix(data: Mapping[str, Any]) -> bool:
+    """Whether a text gets a space before its first word, by the normaliser or the cut."""
+    for part in (data.get("normalizer"), data.get("pre_tokenizer")):
+        for step in [] if part is None else part.get("normalizers") or part.get("pretokenizers") or [part]:
+            if step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never"):
+                return True
+    return False
+
+
+def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:
+    """Ids of special tokens, and which of them stand around a text."""
+    ids = {text: index for index, text in enumerate(tokens)}
+    found: dict[str, Any] = {}
+    for name, key in _PARTS.items():
+        text = tokenizer.special_tokens.get(name)
+        if text is not None and text in ids:
+            found[f"{key}_token_id"] = ids[text]
+    ends = [index for index in dict.fromkeys((*ends, *tokenizer.eos_token_ids)) if index < len(tokens)]
+    if ends:
+        found.setdefault("eos_token_id", ends[0])
+    others = [index for index in ends if index != found.get("eos_token_id")]
+    found |= dict(zip(("eot_token_id", "eom_token_id"), others))
+    return found | _frame(tokenizer, found)
+
+
+def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
+    """Which tokens stand around a text; GGUF knows one before it and the end token behind it."""
+    inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    first = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
+    before, behind = whole[:first], whole[first + len(inner) :]
+    if len(before) > 1 or behind not in ([], [named.get("eos_token_id")]):
+        raise UnsupportedModelError(
+            f"this tokenizer puts the tokens {before} before and {behind} behind every text; GGUF has one token for "
+            "the beginning and the end-of-sequence token for the end"
+        )
+    begin = {"bos_token_id": before[0]} if before else {}
+    return begin | {"add_bos_token": bool(before), "add_eos_token": bool(behind)}
+
+
+def phi3_name(metadata: Mapping[str, Any]) -> str:
+    """The name of a Phi-3: readers know by it that its role tokens swallow the line break behind them."""
+    name, tokens = metadata["general.name"], metadata[f"{PREFIX}tokens"]
+    roles = {"<unk>", "<s>", "<|endoftext|>", "<|user|>", "<|assistant|>"}
+    return name if "phi-3" in name.lower() or not roles <= set(tokens) else f"Phi-3 {name}"
+
+
+# ---- the cut ---------------------------------------------------------------------------------------------------------
+
+
+def cut_name(backend: Backend, ignore_merges: bool) -> str:
+    """The name in `PRE_TOKENIZERS` of a tokenizer's cut.
+
+    Raises:
+        UnsupportedModelError: none of them cuts as it does.
+    """
+    cut = backend.pre_tokenizer
+    wanted = None if cut is None else _pieces(cut)
+    alike = [name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level and _cuts(entry) == wanted]
+    if not alike:
+        raise UnsupportedModelError(
+            "this byte-pair tokenizer cuts texts into words as none of GGUF's named cuts does; "
+            "such a model can be served from its folder, with --isq where that is wanted"
+        )
+    same = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
+    return (same or alike)[0]
+
+
+def _cuts(entry: PreTokenizer) -> list[tuple[int, int]]:
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in entry.patterns]
+    return _pieces(
+        pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    )
+
+
+def _pieces(cut: Any) -> list[tuple[int, int]]:
+    return [where for _, where in cut.pre_tokenize_str(PROBE)]

@@ -1,0 +1,193 @@
+"""Writes a model's folder as one GGUF file, its matrices quantised or plain, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
+from candle_vllm.core.conversion.gguf_metadata import architecture, check_description, describe, rope_tensors
+from candle_vllm.core.conversion.gguf_tensors import constant, gguf_tensors
+from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
+from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.opening import config_file, model_files, naming, open_model, open_tokenizer
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.stretch import stretched
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.vocabulary import end_tokens
+from candle_vllm.core.loading.weights import check_weights, places
+from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
+from candle_vllm.core.quantization.isq import check_plain, chosen_type, stays_plain
+from candle_vllm.core.quantization.quantise import ISQ_TYPES
+
+_PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
+_SLACK = 64 << 20  # beside the tensors: metadata, and what a file system takes
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """What `write_gguf` made.
+
+    Attributes:
+        path: the file.
+        nbytes: its size.
+        types: how many tensors of each type.
+    """
+
+    path: Path
+    nbytes: int
+    types: Mapping[str, int]
+
+
+def write_gguf(
+    config: EngineConfig,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> WrittenFile:
+    """Writes the model of `config` as a GGUF file.
+
+    The file appears under its name once it is whole. Memory: one tensor and its blocks.
+
+    Args:
+        config: `model` and where to find it; `isq` is the type of matrices, as when a model is loaded; without it they
+            stay as they are stored, or are brought to `dtype`. `tokenizer` and `chat_template` replace the model's.
+        out: the file, which ends in .gguf.
+        overwrite: a file of that name may be replaced.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        ConfigError: the file cannot be written there, or the weights are not plain.
+        ModelNotFoundError: the model names nothing that exists.
+        ModelLoadError: its files cannot be used, or GGUF has no form for the model.
+    """
+    out = Path(out)
+    _check_target(out, overwrite)
+    files = model_files(config)
+    if files.format != "safetensors":
+        raise ConfigError(
+            f"{files.name} is a {files.format} model, and GGUF files are written of safetensors: name the folder or "
+            "repository with the plain weights",
+            "model",
+        )
+    with open_model(files, torch.device("cpu")).checkpoint as checkpoint, naming(config_file(files)):
+        check_plain(config.isq or "f16", checkpoint)
+        plans, metadata = _plan(config, files, checkpoint)
+        total = sum(plan.nbytes for plan in plans)
+        _check_room(out, total)
+        return _write(plans, metadata, out, progress)
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out.parent} is no folder: make it first", "out")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name a file in it", "out")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists: name another file, or pass --force to replace it", "out")
+
+
+def _check_room(out: Path, count: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < count + _SLACK:
+        raise ConfigError(
+            f"{out} takes about {(count + _SLACK) / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f} MB left: make "
+            "room, name a file elsewhere, or choose a smaller type",
+            "out",
+        )
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
+) -> tuple[list[PlannedTensor], dict[str, Any]]:
+    """The tensors, and the metadata."""
+    if files.config is None:
+        raise UnsupportedModelError(f"{files.folder}: there is no config.json beside the safetensors files")
+    described = read_json(files.config)
+    if encoder_from_hf(described, files.config) is not None:
+        raise UnsupportedModelError(f"{files.config}: GGUF files are not written for encoders; use the folder as it is")
+    family, model = family_from_hf(described, files.config, checkpoint.tensors)
+    model = stretched(model, config.yarn_scaling_factor, checkpoint)
+    row, ignored = architecture(model, files.config), family.ignored(model)
+    table = family.weights
+    check_weights(lambda where: family.build(model, where, checkpoint), table, checkpoint, model, ignored=ignored)
+    has_place = places(family.build(model, Placement(torch.device("meta"), torch.float32), checkpoint))
+    other = dataclasses.replace(model, interleaved_rotary=row.interleaved)
+    found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.fused))
+    for name, divisors in rope_tensors(model).items():
+        found.append((name, "rotary:factors", constant(name, divisors, files.config)))
+    plans = [PlannedTensor(name, stored, _kind(config, target, stored)) for name, target, stored in found]
+    metadata = describe(model, row) | _general(config, files, plans) | _words(config, files, model)
+    if row.name == "phi3":
+        metadata["general.name"] = phi3_name(metadata)
+    written = {plan.name: plan.stored for plan in plans}
+    check_description(model, Checkpoint(files.config, "gguf", (), written, metadata))
+    return plans, metadata
+
+
+def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[str, Any]:
+    """Tokenizer and chat template."""
+    tokenizer = open_tokenizer(config, files, {}, model.vocab_size)
+    generation = files.generation_config
+    ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
+    ends = end_tokens(model, ending, tokenizer, files.config or files.folder)
+    metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
+    return metadata if config.chat_template is None else metadata | {"tokenizer.chat_template": config.chat_template}
+
+
+def _kind(config: EngineConfig, target: str, stored: StoredTensor) -> GGMLQuantizationType:
+    """Norms, biases and routers in full precision: llama.cpp computes with no other."""
+    if stays_plain(target, stored):
+        return GGMLQuantizationType.F32
+    chosen = None if config.isq is None else chosen_type(ISQ_TYPES[config.isq], target, stored)
+    if chosen is not None:
+        return chosen
+    wanted = "auto" if config.isq is not None else config.dtype
+    name = _PLAIN.get(wanted, _STORED.get(stored.dtype or torch.float32, "F32"))
+    return GGMLQuantizationType[name]
+
+
+def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]) -> dict[str, Any]:
+    most = max(plans, key=lambda plan: plan.nbytes).kind.name if config.isq is None else ISQ_TYPES[config.isq].name
+    names = {f"ALL_{most}", f"MOSTLY_{most}", f"MOSTLY_{most}_S"}
+    file_type = next((kind for kind in LlamaFileType if kind.name in names), LlamaFileType.GUESSED)
+    return {
+        "general.type": "model",
+        "general.name": Path(files.name).name,
+        "general.file_type": int(file_type),
+        "general.quantization_version": 2,
+    }
+
+
+def _write(plans: list[PlannedTensor], metadata: Mapping[str, Any], out: Path, progress: Progress) -> WrittenFile:
+    """Under another name until it is whole."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        write_file(partial, plans, metadata, progress)
+        os.replace(partial, out)
+    except OSError as error:
+        raise ModelLoadError(f"{out} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    counts: dict[str, int] = {}
+    for plan in plans:
+        counts[plan.kind.name] = counts.get(plan.kind.name, 0) + 1
+    return WrittenFile(out, out.stat().st_size, counts)

@@ -1,0 +1,79 @@
+"""AWQ in its "gemm" layout: codes of 4 bits packed along the outputs, shuffled.
+
+Stands before step 1 of a request's life. Of a layer [N, K] with G groups of inputs:
+
+    qweight  int32 [K, N / 8]   8 outputs in an int32: the code at bit 4 * i is that of output 8 j + ORDER[i]
+    qzeros   int32 [G, N / 8]   the zeros, packed likewise
+    scales   float [G, N]
+
+Source: Lin et al., 2023, arXiv:2306.00978; AutoAWQ's `WQLinear_GEMM`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+
+BITS = 4
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of 8 outputs the codes of an int32 belong to, from the lowest bits on."""
+
+PER = 8
+
+
+class AwqSource(CodeSource):
+    """See the head of the file."""
+
+    align = PER
+
+    def __init__(self, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor) -> None:
+        self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
+
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """See `CodeSource.codes`."""
+        zeros = _unpacked(self._qzeros, first, last)
+        scales = floats(self._scales, np.s_[:, first:last]).T
+        dtype = self._scales.dtype
+        assert dtype is not None
+        middle = bool((zeros == 1 << (BITS - 1)).all())
+        whole = None if middle else zeros.astype(np.int32)
+        return GroupCodes(_unpacked(self._qweight, first, last), scales, whole, BITS, dtype)
+
+
+def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
+    """Codes of some outputs, uint8 [outputs, rows of the part]."""
+    words = np.ascontiguousarray(numbers(part, np.int32)[:, first // PER : last // PER].T)
+    found = nibbles(words.view(np.uint8).reshape(*words.shape, 4))  # [outputs / 8, rows, 8]
+    codes = np.empty((words.shape[0], PER, words.shape[1]), np.uint8)
+    for place, output in enumerate(ORDER):
+        codes[:, output] = found[:, :, place]
+    return codes.reshape(-1, words.shape[1])
+
+
+def awq_tensor(parts: Parts, group: int) -> QuantisedTensor:
+    """The weight of a layer with `qweight`.
+
+    Args:
+        parts: of the layer.
+        group: inputs in a group; -1 for all.
+
+    Raises:
+        InvalidFileError: parts are missing or do not go together.
+    """
+    qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
+    scales = parts.get(".scales", *FLOATS)
+    if len(qweight.shape) != 2 or 0 in qweight.shape:
+        raise parts.shape_error(qweight, "[inputs, outputs / 8]", "8 codes of 4 bits of an input each")
+    columns, rows = qweight.shape[0], qweight.shape[1] * PER
+    why = f"{rows} outputs, {columns} inputs and group_size {group}"
+    if group > 0 and columns % group:
+        raise parts.shape_error(qweight, f"[a multiple of {group}, outputs / 8]", "groups of inputs are whole")
+    groups = 1 if group < 0 else columns // group
+    if scales.shape != (groups, rows):
+        raise parts.shape_error(scales, [groups, rows], why)
+    if qzeros.shape != (groups, rows // PER):
+        raise parts.shape_error(qzeros, [groups, rows // PER], why)
+    return parts.tensor("AWQ-4", (rows, columns), AwqSource(qweight, qzeros, scales))

@@ -1,0 +1,160 @@
+"""compressed-tensors: the schemes of a config's groups, and a layer's weight by one of them.
+
+Stands before step 1 of a request's life. Whole numbers are in `compressed_ints.py`, the other formats are those of
+`fp8.py` and `fp4.py`. A config's `targets` and `ignore` are not matched with names: which layers are quantised is seen
+from what is stored, and a layer is read by a scheme that its parts fit.
+Source: the compressors of vllm-project/compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.quantization.compressed_ints import packed_ints, plain_ints
+from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
+from candle_vllm.core.quantization.fp8 import fp8_tensor
+from candle_vllm.core.quantization.stored import Parts, QuantisedTensor
+
+PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
+NVFP4, MXFP4, DENSE = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense"
+FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, DENSE)
+"""The formats that are read."""
+
+_WHOLE = (("int", 4), ("int", 8))
+_KINDS = MappingProxyType(
+    {
+        PACKED: _WHOLE,
+        INT: _WHOLE,
+        FLOAT: (("float", 8),),
+        NAIVE: (*_WHOLE, ("float", 8)),
+        NVFP4: (("float", 4),),
+        MXFP4: (("float", 4),),
+    }
+)
+
+
+@dataclass(frozen=True)
+class CtScheme:
+    """How the weights of a config group are stored.
+
+    Attributes:
+        format: one of `FORMATS`.
+        bits: of a whole number; 8 of a float one.
+        kind: "int" or "float".
+        group: inputs in a group; -1 for whole rows or the whole tensor.
+        block: rows and columns that share a scale, where the strategy is "block".
+    """
+
+    format: str
+    bits: int
+    kind: str
+    group: int
+    block: tuple[int, int] | None
+
+
+def read_schemes(config: Fields) -> list[CtScheme]:
+    """The schemes of a `quantization_config`; empty of a dense one.
+
+    Raises:
+        UnsupportedModelError: a format, strategy or number of bits that is not implemented.
+        InvalidFileError: a key is missing or of the wrong type.
+    """
+    whole = config.get("format", str, DENSE)
+    sparse = config.section("sparsity_config")
+    if sparse.get("format", str, DENSE) != DENSE:
+        sparse.choice("format", DENSE, DENSE)
+    transforms = config.section("transform_config")
+    if "config_groups" in transforms and transforms.section("config_groups").values:
+        raise UnsupportedModelError(
+            f"{config.path}: transform_config asks for transforms of activations, which are not implemented: take a "
+            "checkpoint without them"
+        )
+    found = []
+    groups = config.section("config_groups")
+    for name in groups.values:
+        group = groups.section(name)
+        if "weights" in group:
+            own = group.choice("format", whole, *FORMATS)
+            if own != DENSE:
+                found.append(_scheme(group.section("weights"), own))
+    if whole != "mixed-precision":
+        config.choice("format", DENSE, *FORMATS)
+    return found
+
+
+def _scheme(weights: Fields, format: str) -> CtScheme:
+    bits, kind = weights.get("num_bits", int), weights.choice("type", "int", "int", "float")
+    size = weights.get("group_size", int, None)
+    default = "tensor" if size is None else "channel" if size == -1 else "group"
+    strategy = weights.choice("strategy", default, "tensor", "channel", "group", "block", "tensor_group")
+    if (kind, bits) not in _KINDS[format]:
+        allowed = ", ".join(f"{name} of {size} bits" for name, size in _KINDS[format])
+        raise UnsupportedModelError(
+            f"{weights.path}: {format} weights of type {kind} with num_bits {bits} are not implemented; implemented: "
+            f"{allowed}"
+        )
+    group = weights.count("group_size") if strategy == "group" and format not in (NVFP4, MXFP4) else -1
+    block = None
+    if strategy == "block":
+        block = block_shape(weights, "block_structure")
+    elif kind == "float" and group > 0:
+        block = (1, group)
+    return CtScheme(format, bits, kind, group, block)
+
+
+def block_shape(fields: Fields, key: str) -> tuple[int, int]:
+    """Rows and columns of a block.
+
+    Raises:
+        InvalidFileError: not two counts.
+    """
+    sizes = fields.get(key, list)
+    if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):
+        raise InvalidFileError(f"{fields.path}: {key} is {sizes!r:.80}; it must be two sizes such as [128, 128]")
+    return sizes[0], sizes[1]
+
+
+def ct_tensor(parts: Callable[[], Parts], schemes: list[CtScheme]) -> tuple[Parts, QuantisedTensor]:
+    """The weight of a layer that is stored quantised, by the first scheme that its parts fit.
+
+    Args:
+        parts: gives the layer's parts, anew for each scheme that is tried.
+        schemes: of the config.
+
+    Raises:
+        InvalidFileError: the parts fit none; says why not the first.
+    """
+    first = parts()
+    errors = [
+        InvalidFileError(
+            f"{first.path}: layer {first.layer} is stored quantised, and quantization_config has no config_groups that "
+            "say how"
+        )
+    ]
+    for scheme in schemes:
+        own = parts()
+        try:
+            return own, _READERS[scheme.format](own, scheme)
+        except InvalidFileError as error:
+            errors.append(error)
+    raise errors[1 if schemes else 0]
+
+
+def _naive(parts: Parts, scheme: CtScheme) -> QuantisedTensor:
+    return fp8_tensor(parts, scheme.block) if scheme.kind == "float" else plain_ints(parts, scheme.bits, scheme.group)
+
+
+_READERS: Mapping[str, Callable[[Parts, CtScheme], QuantisedTensor]] = MappingProxyType(
+    {
+        PACKED: lambda parts, scheme: packed_ints(parts, scheme.bits, scheme.group),
+        INT: _naive,
+        FLOAT: _naive,
+        NAIVE: _naive,
+        NVFP4: lambda parts, _: nvfp4_tensor(parts, divided=True),
+        MXFP4: lambda parts, _: mxfp4_tensor(parts),
+    }
+)

@@ -1,0 +1,134 @@
+"""MXFP4 and NVFP4: floats of 4 bits (e2m1) in small groups with scales of 8 bits.
+
+Stands before step 1 of a request's life. A number is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; two are
+in a byte, the first in its lower half.
+
+    MXFP4   groups of 32, scale 2^(e - 127) by a byte e, of which 255 is NaN
+    NVFP4   groups of 16, scale e4m3 times one float32 of the tensor: modelopt's `weight_scale_2`, or, to be divided by,
+            compressed-tensors' `weight_global_scale`; in this order, in fp32
+
+Twice a number is whole, so MXFP4 is Q5_0 exactly, where half its scale is a float16.
+Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `convert_moe_packed_tensors`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.fp8 import scale_numbers
+from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
+from candle_vllm.core.quantization.stored import CodeSource, Parts, QuantisedTensor, Source, numbers
+
+MX_GROUP, NV_GROUP = 32, 16
+MIDDLE = 16
+"""Code of weight 0 in 5 bits."""
+
+
+def _codes(packed: np.ndarray) -> np.ndarray:
+    """Bytes [R, K / 2] as twice their numbers plus 16: uint8 [R, K]."""
+    positive = [0, 1, 2, 3, 4, 6, 8, 12]
+    table = np.array([MIDDLE + x for x in positive] + [MIDDLE - x for x in positive], np.uint8)
+    return table[nibbles(packed)]
+
+
+class Mxfp4Source(CodeSource):
+    """See the head of the file.
+
+    Args:
+        blocks: bytes of rows, whatever its outer dimensions.
+        scales: exponents; a row has one for 32 weights.
+    """
+
+    def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
+        self._blocks, self._scales = blocks, scales
+
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """See `CodeSource.codes`."""
+        groups = self._scales.shape[-1]
+        packed = numbers(self._blocks, np.uint8).reshape(-1, groups * MX_GROUP // 2)[first:last]
+        exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
+        scales = np.ldexp(np.float32(1), exponents - 128).astype(np.float32)
+        scales[exponents == 255] = np.nan
+        return GroupCodes(_codes(packed), scales, None, 5, torch.float32)
+
+
+class Nvfp4Source(Source):
+    """See the head of the file.
+
+    Args:
+        packed: [N, K / 2].
+        scales: [N, K / 16].
+        whole: the tensor's own scale, one number.
+        divided: the scales are divided by it.
+    """
+
+    plain = "NVFP4 is multiplied as {dtype}"
+
+    def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:
+        self._packed, self._scales, self._whole, self._divided = packed, scales, whole, divided
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """See `Source.decode`."""
+        dtype = self._scales.dtype
+        assert dtype is not None
+        stored = torch.from_numpy(self._scales.raw()[first:last].copy())
+        scales = stored.view(dtype).to(torch.float32).numpy()
+        whole = scale_numbers(self._whole).reshape(-1)[0]
+        with np.errstate(all="ignore"):  # a scale of 0 or NaN is the file's business, and no reason to warn
+            scales = scales / whole if self._divided else scales * whole
+            values = _codes(self._packed.raw()[first:last]).astype(np.float32)
+            values -= MIDDLE
+            values *= 0.5
+            values *= np.repeat(scales, NV_GROUP, axis=1)
+        return values
+
+
+def mxfp4_experts(parts: Parts) -> QuantisedTensor:
+    """gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] as one tensor [X, R, K], rows being outputs.
+
+    Raises:
+        InvalidFileError: parts are missing or do not go together.
+    """
+    blocks, scales = parts.get("_blocks", "U8"), parts.get("_scales", "U8")
+    if len(blocks.shape) < 3 or 0 in blocks.shape or blocks.shape[-1] != MX_GROUP // 2:
+        raise parts.shape_error(blocks, "[..., outputs, inputs / 32, 16]", "16 bytes are a group of 32 weights")
+    if scales.shape != blocks.shape[:-1]:
+        raise parts.shape_error(scales, list(blocks.shape[:-1]), f"{blocks.name} has shape {list(blocks.shape)}")
+    shape = (*blocks.shape[:-2], blocks.shape[-2] * MX_GROUP)
+    return parts.tensor("MXFP4", shape, Mxfp4Source(blocks, scales), parts.layer)
+
+
+def mxfp4_tensor(parts: Parts) -> QuantisedTensor:
+    """compressed-tensors' `weight_packed` [N, K / 2] and `weight_scale` [N, K / 32]; errors as `mxfp4_experts`."""
+    packed, scales = parts.get(".weight_packed", "U8"), parts.get(".weight_scale", "U8", "F8_E8M0")
+    rows, columns = _matrix(parts, packed, scales, MX_GROUP)
+    return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
+
+
+def nvfp4_tensor(parts: Parts, *, divided: bool) -> QuantisedTensor:
+    """A matrix of NVFP4; errors as `mxfp4_experts`.
+
+    Args:
+        parts: of the layer.
+        divided: the parts are those of compressed-tensors, else those of modelopt.
+    """
+    packed = parts.get(".weight_packed" if divided else ".weight", "U8")
+    scales = parts.get(".weight_scale", "F8_E4M3")
+    whole = parts.get(".weight_global_scale" if divided else ".weight_scale_2", "F32", "F16", "BF16")
+    rows, columns = _matrix(parts, packed, scales, NV_GROUP)
+    if math.prod(whole.shape) != 1:
+        raise parts.shape_error(whole, [1], "one number for the tensor")
+    return parts.tensor("NVFP4", (rows, columns), Nvfp4Source(packed, scales, whole, divided))
+
+
+def _matrix(parts: Parts, packed: StoredTensor, scales: StoredTensor, group: int) -> tuple[int, int]:
+    if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] * 2 % group:
+        raise parts.shape_error(packed, "[outputs, inputs / 2]", f"rows are whole groups of {group} weights")
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if scales.shape != (rows, columns // group):
+        raise parts.shape_error(scales, [rows, columns // group], f"{rows} outputs and {columns} inputs")
+    return rows, columns

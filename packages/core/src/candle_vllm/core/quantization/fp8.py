@@ -1,0 +1,80 @@
+"""FP8: a float of 8 bits for each weight, and a scale for a tensor, a row or a block.
+
+Stands before step 1 of a request's life. A weight is scale * number in fp32. Numbers are e4m3 (without infinities) or
+e5m2; of a matrix [N, K] there is one scale, or [N, 1], or [N / block, K / block] with blocks that may be cut off at the
+edges. Hugging Face calls a scale of blocks `weight_scale_inv`, though the numbers are multiplied by it.
+Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.stored import FLOATS, Parts, QuantisedTensor, Source, floats
+
+NUMBERS = ("F8_E4M3", "F8_E5M2")
+SCALES = (*FLOATS, "F8_E8M0")
+
+
+class Fp8Source(Source):
+    """See the head of the file.
+
+    Args:
+        weight: [N, K].
+        scales: float32 [blocks of rows, blocks of columns].
+        block: rows and columns of a block.
+    """
+
+    plain = "FP8 is multiplied as {dtype}"
+
+    def __init__(self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
+        self._weight, self._scales, self._block = weight, scales, block
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """See `Source.decode`."""
+        dtype = self._weight.dtype
+        assert dtype is not None
+        raw = torch.from_numpy(self._weight.raw()[first:last].copy())
+        values = raw.view(dtype).to(torch.float32).numpy()
+        rows, columns = self._block
+        grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
+        scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]
+        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
+            values *= np.repeat(scales, columns, axis=1)[:, : values.shape[1]] if grid[1] > 1 else scales
+        return values
+
+
+def scale_numbers(part: StoredTensor) -> np.ndarray:
+    """Stored scales as float32, whole."""
+    return part.load(torch.float32).numpy() if part.type_name.startswith("F8") else floats(part)
+
+
+def fp8_tensor(parts: Parts, block: tuple[int, int] | None) -> QuantisedTensor:
+    """The weight of a layer whose `weight` is FP8.
+
+    Args:
+        parts: of the layer.
+        block: rows and columns that share a scale, as the config says; None where the scale's shape says it.
+
+    Raises:
+        InvalidFileError: the scale is missing or does not fit.
+    """
+    weight = parts.get(".weight", *NUMBERS)
+    scale = parts.find(".weight_scale_inv", *SCALES) or parts.get(".weight_scale", *SCALES)
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise parts.shape_error(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
+    rows, columns = weight.shape
+    if block is not None:
+        wanted = (-(-rows // block[0]), -(-columns // block[1]))
+        if scale.shape == wanted:
+            return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, block))
+        allowed = f"{list(wanted)} for blocks of {block[0]} x {block[1]}"
+    elif scale.numel == 1:
+        return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, (rows, columns)))
+    elif scale.shape in ((rows, 1), (rows,)):
+        return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, (1, columns)))
+    else:
+        allowed = f"one number or [{rows}, 1]"
+    raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")

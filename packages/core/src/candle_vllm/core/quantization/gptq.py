@@ -1,0 +1,118 @@
+"""GPTQ: codes of 4 or 8 bits packed along the inputs, scales and zeros of groups of inputs.
+
+Stands before step 1 of a request's life. Of a layer [N, K] with G groups there are, P = 32 / bits codes in an int32:
+
+    qweight  int32 [K / P, N]   code of (k, n) at bit bits * (k % P) of [k / P, n]
+    qzeros   int32 [G, N / P]   zero of (g, n) at bit bits * (n % P) of [g, n / P]; in the first version minus one
+    scales   float [G, N]
+    g_idx    int32 [K]          the group of each input (activation order); without it, neighbours
+
+A zero of the first version is (stored + 1) mod 2^bits, which undoes what the writers do, and is what AutoGPTQ's own
+torch layer computes; quantisers make zeros from 0 to 2^bits - 1 only.
+Source: Frantar et al., 2022, arXiv:2210.17323; AutoGPTQ's and GPTQModel's torch layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.group_codes import GroupCodes, fields
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+
+
+@dataclass(frozen=True)
+class GptqScheme:
+    """What the config says of a layer.
+
+    Attributes:
+        bits: 4 or 8.
+        group: inputs in a group; -1 for all.
+        zeros_less_one: the zeros are those of the first version.
+    """
+
+    bits: int
+    group: int
+    zeros_less_one: bool
+
+    def groups(self, columns: int) -> int:
+        """Groups of a row."""
+        return 1 if self.group < 0 else -(-columns // self.group)
+
+
+class GptqSource(CodeSource):
+    """See the head of the file."""
+
+    def __init__(
+        self,
+        scheme: GptqScheme,
+        qweight: StoredTensor,
+        qzeros: StoredTensor,
+        scales: StoredTensor,
+        group_of: np.ndarray | None,
+    ) -> None:
+        self.scheme = scheme
+        self.align = 32 // scheme.bits
+        self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
+        self._group_of = group_of
+
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """See `CodeSource.codes`."""
+        bits = self.scheme.bits
+        words = numbers(self._qweight, np.int32)[:, first:last]
+        codes = fields(words.T, bits)  # [rows, K]
+        zeros = fields(numbers(self._qzeros, np.int32)[:, first // self.align : last // self.align], bits).T
+        if self.scheme.zeros_less_one:
+            zeros = zeros + np.uint8(1) & np.uint8((1 << bits) - 1)
+        scales = floats(self._scales, np.s_[:, first:last]).T
+        middle = bool((zeros == 1 << (bits - 1)).all())
+        dtype = self._scales.dtype
+        assert dtype is not None
+        return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self._group_of)
+
+
+def gptq_tensor(parts: Parts, scheme: GptqScheme) -> QuantisedTensor:
+    """The weight of a layer with `qweight`.
+
+    Raises:
+        InvalidFileError: parts are missing or do not go together.
+    """
+    bits, per = scheme.bits, 32 // scheme.bits
+    qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
+    scales, g_idx = parts.get(".scales", *FLOATS), parts.find(".g_idx", "I32")
+    if len(qweight.shape) != 2 or 0 in qweight.shape:
+        raise parts.shape_error(qweight, "[inputs, outputs]", f"{per} codes of {bits} bits of an input column each")
+    columns, rows = qweight.shape[0] * per, qweight.shape[1]
+    groups = scheme.groups(columns)
+    why = f"{rows} outputs, {columns} inputs, {bits} bits and group_size {scheme.group}"
+    if scales.shape != (groups, rows):
+        raise parts.shape_error(scales, [groups, rows], why)
+    if rows % per or qzeros.shape != (groups, rows // per):
+        raise parts.shape_error(qzeros, [groups, rows / per if rows % per else rows // per], why)
+    ragged = scheme.group > 0 and columns % scheme.group
+    group_of = np.arange(columns) // scheme.group if ragged else None
+    if g_idx is not None:
+        group_of = column_groups(parts, g_idx, columns, groups)
+    source = GptqSource(scheme, qweight, qzeros, scales, group_of)
+    return parts.tensor(f"GPTQ-{bits}", (rows, columns), source)
+
+
+def column_groups(parts: Parts, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
+    """The stored group of each column, int64 [K]; None where they are G groups of neighbours.
+
+    Raises:
+        InvalidFileError: there are not K of them, or one is not a group.
+    """
+    if g_idx.shape != (columns,):
+        raise parts.shape_error(g_idx, [columns], "one group for each input")
+    found = numbers(g_idx, np.int32).astype(np.int64)
+    if columns and not (found.min() >= 0 and found.max() < groups):
+        bad = found[(found < 0) | (found >= groups)][0]
+        raise InvalidFileError(
+            f"{g_idx.path}: tensor {g_idx.name} names group {bad}; there are {groups}, numbered from 0"
+        )
+    regular = columns % groups == 0 and (found == np.arange(columns) // (columns // groups)).all()
+    return None if regular else found

@@ -1,0 +1,161 @@
+"""In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
+
+Stands before step 1 of a request's life. Every matrix of a family's table is looked at as the model wants it (its views
+come first), then wrapped in a tensor that quantises when it is asked for its bytes. What stays plain: norms and biases,
+the scores of experts, and matrices whose rows fit no block. The embedding table and the head get at least Q6_K, for
+they are looked up and compared row by row, and every token passes both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.errors import ConfigError, WeightsError
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import Viewed
+from candle_vllm.core.loading.weights import Counted, Line, WeightName, expand
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.quantise import ISQ_TYPES, SOURCES, fitting_type, quantise
+
+logger = logging.getLogger(__name__)
+
+_TABLES = ("embed:", "head:")
+_FINE = (GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q8_0)
+_PLAIN = ("router:", "shared_gate:", "attend.keys:", "attend.values:")  # the last two: see `HeadMatrices`
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class InSitu(Viewed):
+    """A plain matrix that is quantised when its bytes are asked for.
+
+    Attributes:
+        kind: the type of its blocks.
+    """
+
+    kind: GGMLQuantizationType
+
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`; made anew at each call.
+
+        Raises:
+            WeightsError: a number cannot be quantised.
+        """
+        assert self.source.dtype is not None
+        try:
+            return quantise(self.source.raw(), self.source.dtype, self.shape[-1], self.kind)
+        except ValueError as error:
+            raise WeightsError(
+                f"{self.path}: tensor {self.name} cannot be quantised: {error}; load it without --isq"
+            ) from error
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`: the quantised numbers."""
+        return ggml.dequantize(self.raw(), self.kind, self.shape, dtype or torch.float32)
+
+
+def quantised_in_situ(
+    name: str,
+    table: Sequence[WeightName],
+    checkpoint: Checkpoint,
+    config: Counted,
+    has_place: Callable[[str], bool] = lambda _: True,
+) -> Checkpoint:
+    """The checkpoint with its matrices quantised to a type, under the names of their places in the model.
+
+    Args:
+        name: one of `ISQ_TYPES`.
+        table: the family's names.
+        checkpoint: plain weights; closing either closes both.
+        config: the model's.
+        has_place: says of a line's target whether the model has it: see `loading.weights.places`.
+
+    Raises:
+        ConfigError: the checkpoint is quantised already.
+    """
+    check_plain(name, checkpoint)
+    tensors, used, counts = dict[str, StoredTensor](), set[str](), Counter[str]()
+    for line, found, stored in _matched(table, checkpoint, config, has_place):
+        used.add(found)
+        chosen = chosen_type(ISQ_TYPES[name], line.target, stored)
+        counts[_group(ISQ_TYPES[name], chosen, line.target, stored)] += 1
+        tensors[line.target] = stored if chosen is None else in_situ(stored, chosen)
+    _say(name, counts)
+    rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in used}
+    return checkpoint.with_tensors(rest | tensors)
+
+
+def check_plain(name: str, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a checkpoint that is not of plain numbers, with what to do instead."""
+    quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
+    if checkpoint.format == "gguf":
+        held = "a GGUF file, whose tensors have their types"
+    elif quantised is not None:
+        held = f"quantised already: {quantised.name} is {quantised.type_name}"
+    else:
+        return
+    raise ConfigError(
+        f"isq {name} quantises plain safetensors weights, and {checkpoint.path} is {held}: leave it out, take a GGUF "
+        f"file of the type that is wanted, or make one of the plain weights: candle-vllm quantize --m MODEL "
+        f"--isq {name} --out FILE.gguf",
+        "isq",
+    )
+
+
+def _matched(
+    table: Sequence[WeightName], checkpoint: Checkpoint, config: Counted, has_place: Callable[[str], bool]
+) -> Iterator[tuple[Line, str, StoredTensor]]:
+    """The lines of a table that the checkpoint has a tensor for, its name, and it as the model wants it."""
+    for line in expand(table, config, checkpoint.format):
+        found = line.find(checkpoint.tensors) if line.names and has_place(line.target) else None
+        if found is not None:
+            yield line, found, line.look(checkpoint.tensors[found], found, config)
+
+
+def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -> GGMLQuantizationType | None:
+    """What a tensor becomes; None where it stays plain."""
+    if stays_plain(target, stored):
+        return None
+    if _is_table(target) and kind not in _FINE:
+        kind = GGMLQuantizationType.Q6_K
+    return fitting_type(kind, stored.shape[-1])
+
+
+def in_situ(stored: StoredTensor, kind: GGMLQuantizationType) -> InSitu:
+    """A plain tensor as one of blocks."""
+    size, width = ggml.block_layout(kind)
+    nbytes = math.prod(stored.shape) // size * width
+    return InSitu(stored.name, stored.shape, kind.name, None, nbytes, stored, kind)
+
+
+def stays_plain(target: str, stored: StoredTensor) -> bool:
+    """What is added, scaled or decides between experts: whatever is no matrix of a linear layer."""
+    if len(stored.shape) < 2 or stored.dtype not in SOURCES or not target.endswith("weight"):
+        return True
+    return any(f".{name}" in f".{target}" for name in _PLAIN)
+
+
+def _is_table(target: str) -> bool:
+    return target.startswith(_TABLES)
+
+
+def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, target: str, stored: StoredTensor) -> str:
+    """The log line that a tensor is counted in."""
+    if chosen is None:
+        return "" if stays_plain(target, stored) else "plain, as their rows fit no block"
+    if chosen == GGMLQuantizationType.Q8_0 != wanted:
+        return "Q8_0, as their rows are no multiple of 256"
+    return f"{chosen.name} (embedding and head)" if chosen != wanted else chosen.name
+
+
+def _say(name: str, counts: Counter[str]) -> None:
+    for group, count in counts.items():
+        if group:
+            logger.info("isq %s: %d matrices as %s", name, count, group)

@@ -1,0 +1,93 @@
+"""GPTQ checkpoints in the layout of the first Marlin kernel, brought back to plain codes.
+
+Stands before step 1 of a request's life. Codes are symmetric, of 4 bits. Of a layer [N, K] with G groups of
+128 inputs, or one:
+
+    B  int32 [K / 16, 2 N]   tiles of 16 inputs x 64 outputs: 1,024 codes in the order of `_code_order`
+    s  float [G, N]          runs of 64 (with one group: 32) scales in the order of `_scale_order`
+
+Source: Frantar et al., 2024, arXiv:2408.11743, and the layout in IST-DASLab's marlin, as AutoGPTQ stores it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+
+TILE = 16
+"""Inputs of a tile."""
+
+WIDTH = 64
+"""Outputs of a tile."""
+
+
+def _code_order() -> np.ndarray:
+    """For each of a tile's codes as stored, where it belongs: output block * 256 + input * 16 + output of 16.
+
+    A warp's 32 lanes hold, for each of 4 blocks of 16 outputs, what the tensor core's instruction wants: of each half
+    of 8 outputs the inputs 2t, 2t + 1, 2t + 8 and 2t + 9 of output lane / 4, where t = lane % 4. The eight codes of an
+    int32 are interleaved, evens first.
+    """
+    lane, block, half, pair, odd = np.meshgrid(*(np.arange(size) for size in (32, 4, 2, 2, 2)), indexing="ij")
+    source = 16 * (2 * (lane % 4) + 8 * pair + odd) + lane // 4 + 8 * half + 256 * block
+    return source.reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
+
+
+def _scale_order(groups: int) -> np.ndarray:
+    """For each scale of a run as stored, the output that it belongs to."""
+    if groups > 1:
+        return np.arange(64).reshape(8, 8).T.reshape(-1)
+    pairs = 2 * np.arange(4)[:, None, None] + 8 * np.arange(4)[None, :, None] + np.arange(2)
+    return pairs.reshape(-1)
+
+
+class MarlinSource(CodeSource):
+    """See the head of the file."""
+
+    align = WIDTH
+
+    def __init__(self, packed: StoredTensor, scales: StoredTensor) -> None:
+        self._packed, self._scales = packed, scales
+
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """See `CodeSource.codes`."""
+        words = np.ascontiguousarray(numbers(self._packed, np.int32)[:, 2 * first : 2 * last])
+        stored = nibbles(words.view(np.uint8)).reshape(len(words), -1, TILE * WIDTH)
+        tiles = np.empty_like(stored)
+        tiles[..., _code_order()] = stored
+        tiles = tiles.reshape(len(words), -1, TILE, TILE)  # [K / 16, N / 16, 16 inputs, 16 outputs]
+        codes = np.ascontiguousarray(tiles.transpose(1, 3, 0, 2)).reshape(last - first, -1)
+        found = floats(self._scales, np.s_[:, first:last])
+        order = _scale_order(len(found))
+        scales = np.empty_like(found)
+        scales.reshape(len(found), -1, len(order))[..., order] = found.reshape(len(found), -1, len(order))
+        dtype = self._scales.dtype
+        assert dtype is not None
+        return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, dtype)
+
+
+def marlin_tensor(parts: Parts, group: int) -> QuantisedTensor:
+    """The weight of a layer with `B`.
+
+    Args:
+        parts: of the layer.
+        group: inputs in a group; -1 for all.
+
+    Raises:
+        InvalidFileError: parts are missing or do not go together.
+    """
+    packed, scales = parts.get(".B", "I32"), parts.get(".s", *FLOATS)
+    parts.find(".workspace", "I32")
+    if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] % (2 * WIDTH):
+        raise parts.shape_error(packed, "[inputs / 16, 2 outputs]", "outputs come in runs of 64")
+    columns, rows = packed.shape[0] * TILE, packed.shape[1] // 2
+    if group > 0 and columns % group:
+        raise parts.shape_error(packed, f"[a multiple of {group / TILE:g}, 2 outputs]", "groups of inputs are whole")
+    groups = 1 if group < 0 else columns // group
+    if scales.shape != (groups, rows):
+        why = f"{rows} outputs, {columns} inputs and group_size {group}"
+        raise parts.shape_error(scales, [groups, rows], why)
+    return parts.tensor("Marlin-4", (rows, columns), MarlinSource(packed, scales))

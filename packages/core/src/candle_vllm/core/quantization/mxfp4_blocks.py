@@ -1,0 +1,36 @@
+"""GGUF's MXFP4 blocks as Q5_0 blocks, number for number: kernels multiply these.
+
+Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose numbers are
+whole (twice those of e2m1), with the scale 2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits and 16
+bytes of nibbles, whose numbers are -16 to 15. The 32 codes stand in the same order in both. Source: ggml-common.h.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BLOCK, Q5_0_BLOCK = 17, 22
+"""Bytes."""
+
+_NUMBERS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+_SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
+
+
+def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
+    """The same numbers in blocks of Q5_0, uint8; None where a scale is beyond the range of float16.
+
+    Args:
+        raw: blocks of MXFP4, uint8, contiguous.
+    """
+    blocks = raw.reshape(-1, BLOCK)
+    exponents, codes = blocks[:, 0].astype(np.int32), blocks[:, 1:]
+    empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
+    if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
+        return None
+    fives = _NUMBERS[np.concatenate([codes & 15, codes >> 4], axis=1)].astype(np.uint8) + np.uint8(16)
+    out = np.empty((len(blocks), Q5_0_BLOCK), np.uint8)
+    scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0))
+    out[:, :2] = scales.astype(np.float16)[:, None].view(np.uint8)
+    out[:, 2:6] = np.packbits(fives >> 4, axis=1, bitorder="little")
+    out[:, 6:] = (fives[:, :16] & 15) | (fives[:, 16:] & 15) << 4
+    return out.reshape(-1)

@@ -1,0 +1,74 @@
+"""Making quantised blocks of plain rows, in chunks and on several threads, as ggml and its files have them.
+
+Stands before step 1 of a request's life. What the bytes mean is in `ggml.py`, how they are found in
+`kernels/weight_quant`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.kernels import weight_quant
+from candle_vllm.core.loading.tensors import load_plain
+from candle_vllm.core.quantization import ggml
+
+CHUNK = 1 << 18
+"""Weights per round: what a round touches stays in the cache."""
+
+ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
+    {name: GGMLQuantizationType[re.sub("k$", "_K", name).upper()] for name in ISQ_NAMES}
+)
+"""The types that can be made, by the names that users give them."""
+
+SOURCES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of plain weights."""
+
+
+def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
+    """The type for rows of a length: `kind`, Q8_0 where its blocks do not fit, None where nothing does."""
+    for choice in (kind, GGMLQuantizationType.Q8_0):
+        if columns and columns % ggml.block_layout(choice)[0] == 0:
+            return choice
+    return None
+
+
+def quantise(raw: np.ndarray, stored: torch.dtype, columns: int, kind: GGMLQuantizationType) -> np.ndarray:
+    """Quantises rows; beside the result it takes a few MB.
+
+    Args:
+        raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
+        stored: their dtype, one of `SOURCES`.
+        columns: elements of a row, a multiple of the type's block.
+        kind: one of the types of `ISQ_TYPES`.
+
+    Returns:
+        The blocks, uint8 [R, bytes per row].
+
+    Raises:
+        ValueError: a number is not finite, or beyond 65,504.
+    """
+    size, width = ggml.block_layout(kind)
+    assert columns % size == 0, (columns, kind)
+    rows, run = len(raw), weight_quant.quantiser(kind)
+    out = np.empty((rows, columns // size * width), np.uint8)
+    step = max(1, CHUNK // columns)
+
+    def job(first: int) -> bool:
+        part = raw[first : first + step]
+        values = load_plain(np.ascontiguousarray(part), stored, (len(part), columns), torch.float32)
+        return run(values.numpy().reshape(-1, size), out[first : first + step].reshape(-1, width))
+
+    starts = range(0, rows, step)
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
+        good = all(list(pool.map(job, starts)))
+    if not good:
+        raise ValueError(f"a number is not finite, or beyond {weight_quant.LARGEST:,.0f}")
+    return out

@@ -1,0 +1,228 @@
+"""One logical tensor for the parts that a quantised safetensors format stores of a matrix.
+
+Stands before step 1 of a request's life. A format reads runs of rows of its parts (`Source`); a `QuantisedTensor` is a
+matrix, or several of the same shape, whose rows the views of `loading/views.py` may pick. Nothing is read before it is
+asked for, and then in chunks of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+
+Found = TypeVar("Found", np.ndarray, GroupCodes)
+
+FLOATS = ("F16", "BF16", "F32")
+"""Types that scales are stored in."""
+
+CHUNK = 1 << 19
+"""Weights per round: what a round touches stays in the cache."""
+
+
+class Source(ABC):
+    """The parts of one matrix [R, K] in a format's own layout.
+
+    Attributes:
+        parts: the stored tensors.
+        align: rows are read from a multiple of this on, and to one (or to the end).
+        plain: why no kernel multiplies the stored numbers as they are, for a log; None where one does.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    align: int = 1
+    plain: str | None = None
+
+    @abstractmethod
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """Rows first to last - 1 as float32 [last - first, K]."""
+
+
+class CodeSource(Source):
+    """A source of whole numbers in groups."""
+
+    @abstractmethod
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """Rows first to last - 1."""
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """See `Source.decode`."""
+        return self.codes(first, last).dequantise()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class QuantisedTensor(StoredTensor):
+    """A tensor [..., R, K] that several stored tensors mean together; `dtype` is None.
+
+    Attributes:
+        source: where its rows come from.
+        index: numbers of the source's rows, int64; None for all.
+    """
+
+    source: Source
+    index: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.source.parts[0].path
+
+    def select(self, order: np.ndarray) -> QuantisedTensor:
+        """Entries of the outermost dimension by their numbers."""
+        each = math.prod(self.shape[1:-1])
+        index = (order[:, None] * each + np.arange(each)).reshape(-1)
+        if self.index is not None:
+            index = self.index[index]
+        nbytes = self.nbytes // max(1, self.shape[0]) * len(order)
+        return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, index=index)
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """See `StoredTensor.load`; None means float32. Float32 is exact, a narrower type is rounded from it."""
+        out = torch.empty(self._rows, self.shape[-1], dtype=dtype or torch.float32)
+
+        def job(first: int, last: int) -> None:
+            out[first:last] = torch.from_numpy(self._run(self.source.decode, first, last))
+
+        self._in_chunks(job)
+        return out.view(self.shape)
+
+    def raw(self) -> np.ndarray:
+        """The rows in blocks of the ggml type that `blocks` says, their columns in the order of the weights.
+
+        Raises:
+            UnsupportedModelError: no such type holds them exactly.
+        """
+        found = self.blocks()
+        if found is None or found.order is not None:
+            raise UnsupportedModelError(f"{self.path}: {self.type_name} tensor {self.name} has no blocks")
+        return found.raw
+
+    def blocks(self) -> Blocks | None:
+        """The rows in blocks of a ggml type that kernels multiply; None where none holds them exactly."""
+        source = self.source
+        if not isinstance(source, CodeSource) or source.plain is not None:
+            return None
+        found: dict[int, Blocks | None] = {}
+
+        def job(first: int, last: int) -> None:
+            found[first] = self._run(source.codes, first, last).blocks()
+
+        self._in_chunks(job)
+        chunks = [chunk for _, chunk in sorted(found.items()) if chunk is not None]
+        if not chunks or len(chunks) < len(found):
+            return None
+        return Blocks(chunks[0].type, np.concatenate([chunk.raw for chunk in chunks]), chunks[0].order)
+
+    def group_codes(self) -> GroupCodes | None:
+        """The codes of all rows, where the format has some."""
+        if not isinstance(self.source, CodeSource):
+            return None
+        return self._run(self.source.codes, 0, self._rows)
+
+    def release(self) -> None:
+        """See `StoredTensor.release`."""
+        for part in self.source.parts:
+            part.release()
+
+    @property
+    def _rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    def _run(self, read: Callable[[int, int], Found], first: int, last: int) -> Found:
+        """Rows of this tensor out of the source's aligned ones."""
+        wanted = np.arange(first, last) if self.index is None else self.index[first:last]
+        align = self.source.align
+        start, stop = int(wanted.min()), int(wanted.max()) + 1
+        start, stop = start // align * align, -(-stop // align) * align
+        found = read(start, stop)
+        if self.index is None and (start, stop) == (first, last):
+            return found
+        inside = wanted - start
+        return found.take(inside) if isinstance(found, GroupCodes) else found[inside]
+
+    def _in_chunks(self, job: Callable[[int, int], None]) -> None:
+        step = max(1, CHUNK // max(1, self.shape[-1]))
+        step = -(-step // self.source.align) * self.source.align
+        starts = range(0, self._rows, step)
+        with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
+            jobs = [pool.submit(job, first, min(first + step, self._rows)) for first in starts]
+        for running in jobs:
+            running.result()
+
+
+class Parts:
+    """The stored tensors of one layer, taken by name; each is checked, and what is not taken stays in the checkpoint.
+
+    Args:
+        tensors: of the checkpoint.
+        layer: their common start, "model.layers.0.mlp.down_proj".
+        path: to blame for a tensor that is not there.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], layer: str, path: Path) -> None:
+        self._tensors = tensors
+        self.layer = layer
+        self.path = path
+        self.taken: list[StoredTensor] = []
+
+    def find(self, end: str, *type_names: str) -> StoredTensor | None:
+        """The tensor `layer` + `end`, if it is stored; it must have one of the types."""
+        found = self._tensors.get(self.layer + end)
+        if found is None:
+            return None
+        if found.type_name not in type_names:
+            raise InvalidFileError(
+                f"{found.path}: tensor {found.name} is {found.type_name}; it must be {' or '.join(type_names)}"
+            )
+        self.taken.append(found)
+        return found
+
+    def get(self, end: str, *type_names: str) -> StoredTensor:
+        """As `find`; the tensor must be there."""
+        found = self.find(end, *type_names)
+        if found is None:
+            raise InvalidFileError(
+                f"{self.path}: tensor {self.layer + end} is missing; the other parts of this quantised layer are there"
+            )
+        return found
+
+    def shape_error(self, part: StoredTensor, wanted: object, why: str) -> InvalidFileError:
+        """What to raise where a part has a shape that does not go with the others."""
+        return InvalidFileError(
+            f"{part.path}: tensor {part.name} has shape {list(part.shape)}; it must be {wanted}: {why}"
+        )
+
+    def tensor(
+        self, type_name: str, shape: tuple[int, ...], source: Source, name: str | None = None
+    ) -> QuantisedTensor:
+        """The logical tensor of the parts that were taken."""
+        source.parts = tuple(self.taken)
+        nbytes = sum(part.nbytes for part in self.taken)
+        return QuantisedTensor(name or f"{self.layer}.weight", shape, type_name, None, nbytes, source)
+
+
+def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
+    """A stored tensor as an array of its shape; a view into the file where it is aligned."""
+    data = part.raw().reshape(-1)
+    if data.ctypes.data % np.dtype(dtype).itemsize:
+        data = data.copy()
+    return data.view(dtype).reshape(part.shape)
+
+
+def floats(part: StoredTensor, where: object = ...) -> np.ndarray:
+    """Stored floats, or those at `where` in numpy's notation, as float32; a view of the file at best."""
+    if part.type_name == "BF16":
+        return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)  # pyright: ignore
+    kind = np.float16 if part.type_name == "F16" else np.float32
+    return numbers(part, kind)[where].astype(np.float32)  # pyright: ignore
