@@ -1,84 +1,44 @@
 """A model's own description, read once and strictly into frozen dataclasses.
 
 `config.json` and GGUF metadata are read through `Fields`, which names the file and the key in every error. Each model
-family turns them into one `ModelConfig` (see `models/`), and nothing later looks at the files again.
+family turns them into one `ModelConfig`, or into what it derives from that (see `models/`), and nothing later looks at
+the files again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.fields import MAX_COUNT, Fields
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf, stretched_context
+from candle_vllm.core.loading.tensors import Checkpoint
 
-T = TypeVar("T", int, float, bool, str, list, dict)
-
-MAX_CONFIG_BYTES = 16 << 20
-MAX_COUNT = 1 << 24
-"""Most tokens, rows, columns or heads that a config may name."""
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
 
 MAX_LAYERS = 4096
-_REQUIRED: Any = object()
+MAX_EXPERTS = 512
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding. Values that cannot be computed with are an `InvalidFileError`.
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """What the KV cache keeps of a token in each layer.
 
     Attributes:
-        theta: base of the frequencies.
-        dim: how many of a head's dimensions rotate.
-        kind: default, linear, dynamic, llama3 or yarn.
-        factor: by how much the context is stretched.
-        original_max_position: context before stretching, in tokens.
-        low_freq_factor, high_freq_factor: llama3's band limits, in turns over the original context.
-        beta_fast, beta_slow: yarn's band limits, in turns over the original context.
-        attention_factor: yarn's scale of cos and sin; None derives it from `factor`.
-        truncate: yarn rounds its band limits to whole dimensions.
+        kv_heads, key_dim: keys [K, D].
+        value_dim: values [K, this]; 0 where values are a part of the keys (latent attention).
     """
 
-    theta: float = 10000.0
-    dim: int = 64
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_position: int = 2048
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
-    def __post_init__(self) -> None:
-        smallest = 4 if self.kind == "dynamic" else 2  # its exponent is dim / (dim - 2)
-        if not smallest <= self.dim <= 1024 or self.dim % 2:
-            raise InvalidFileError(
-                f"{self.dim} rotary dimensions are not possible: {self.kind} rotary positions need an even number "
-                f"from {smallest} to 1024"
-            )
-        self._check("base (rope_theta)", self.theta, 1, 1e30)
-        if not 1 <= self.factor <= MAX_COUNT:
-            raise InvalidFileError(f"the rotary factor is {self.factor}; it must be 1 to {MAX_COUNT}")
-        if not 1 <= self.original_max_position <= MAX_COUNT:
-            raise InvalidFileError(
-                f"the context before stretching is {self.original_max_position} tokens; it must be 1 to {MAX_COUNT}"
-            )
-        if self.kind == "llama3":
-            self._check("low_freq_factor", self.low_freq_factor, 0, 1e6)
-            self._check("high_freq_factor", self.high_freq_factor, self.low_freq_factor, 1e6)
-        if self.kind == "yarn":
-            self._check("beta_slow", self.beta_slow, 0, 1e6)
-            self._check("beta_fast", self.beta_fast, self.beta_slow, 1e6)
-            if self.attention_factor is not None:
-                self._check("attention_factor", self.attention_factor, 0, 1e6)
-
-    def _check(self, name: str, value: float, low: float, high: float) -> None:
-        if not low < value <= high:  # NaN is not within either
-            raise InvalidFileError(f"the rotary {name} is {value}; it must be above {low:g} and at most {high:g}")
+    @property
+    def numbers(self) -> int:
+        """Numbers of a token in a layer."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,9 +48,17 @@ class ModelConfig:
     Attributes:
         model_type: Hugging Face's name of the family.
         vocab_size: rows of the embedding table (the tokenizer may know fewer).
+        intermediate_size: of dense feed-forward layers.
         max_position: longest context, scaling included.
+        norm_eps: of every norm.
+        rope: of every layer, or of those that see all positions where a family has two kinds.
+        tie_embeddings: the head is the embedding table.
         sliding_windows: per layer, how many tokens back a query sees, itself included; None sees all.
-        qk_norm: q and k are RMS-normalised per head before rotation.
+        attention_softcap: of scores, in every layer; None leaves them.
+        attention_sinks: heads have sinks, see `kernels/attention`.
+        num_experts: of a layer of experts; 0 where there are none.
+        interleaved_rotary: q and k rows are stored in pairs of neighbours, and are brought to half-split order.
+        has_head: it generates; else it has no head of its own, and gives vectors alone.
         eos_token_ids: as far as the config names them.
     """
 
@@ -106,11 +74,12 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     tie_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    num_experts: int = 0
+    interleaved_rotary: bool = False
+    has_head: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,7 +100,109 @@ class ModelConfig:
                 raise InvalidFileError(
                     f"the model's config says its sliding window is {window} tokens; it must be 1 to {MAX_COUNT}"
                 )
+        if not 0 <= self.num_experts <= MAX_EXPERTS:
+            raise InvalidFileError(f"the model has {self.num_experts} experts in a layer; at most {MAX_EXPERTS}")
         assert len(self.sliding_windows) == self.num_layers
+
+    @property
+    def latent(self) -> LatentSizes | None:
+        """The sizes of latent attention; None where a model has keys and values."""
+        return None
+
+    @property
+    def cache(self) -> CacheShape:
+        """What the KV cache keeps."""
+        if self.latent is not None:
+            return CacheShape(1, self.latent.rope + self.latent.latent, 0)
+        return CacheShape(self.num_kv_heads, self.head_dim, self.head_dim)
+
+
+def shared_from_hf(fields: Fields, model_type: str, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What most families' `config.json` says by the same keys, as arguments of a `ModelConfig`.
+
+    Args:
+        fields: the config.
+        model_type: goes into the result.
+        eps: key of the norms' epsilon.
+    """
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    layers, position = fields.count("num_hidden_layers", most=MAX_LAYERS), fields.count("max_position_embeddings")
+    head_dim = fields.count("head_dim", hidden // heads)
+    rope = rope_from_hf(fields, head_dim, position)
+    return {
+        "model_type": model_type,
+        "vocab_size": fields.count("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.count("intermediate_size"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.count("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "max_position": stretched_context(rope, position),
+        "norm_eps": fields.get(eps, float),
+        "rope": rope,
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
+        "sliding_windows": (None,) * layers,
+        "eos_token_ids": fields.token_ids("eos_token_id"),
+    }
+
+
+def shared_from_gguf(
+    fields: Fields, checkpoint: Checkpoint, *, eps: str = "attention.layer_norm_rms_epsilon"
+) -> dict[str, Any]:
+    """What most architectures' GGUF metadata says by the same keys, as arguments of a `ModelConfig`.
+
+    Args:
+        fields: the metadata, with the architecture as prefix.
+        checkpoint: its tensors say the size of the vocabulary and whether the head is the embedding table.
+        eps: key of the norms' epsilon.
+    """
+    hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
+    layers, position = fields.count("block_count", most=MAX_LAYERS), fields.count("context_length")
+    head_dim = fields.count("attention.key_length", hidden // heads)
+    rope = rope_from_gguf(fields, head_dim, position)
+    embedding = checkpoint.tensors.get("token_embd.weight")
+    return {
+        "model_type": Fields(fields.values, fields.path).get("general.architecture", str),
+        "vocab_size": embedding.shape[0] if embedding and embedding.shape else fields.count("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": fields.count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position": stretched_context(rope, position) if rope.kind == "yarn" else position,
+        "norm_eps": fields.get(eps, float),
+        "rope": rope,
+        "tie_embeddings": "output.weight" not in checkpoint.tensors,
+        "sliding_windows": (fields.get("attention.sliding_window", int, None) or None,) * layers,
+    }
+
+
+def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int | None, ...] | None:
+    """Windows by `layer_types`, which names full or sliding attention for every layer; None where it is absent."""
+    if "layer_types" not in fields:
+        return None
+    kinds = fields.get("layer_types", list)
+    if len(kinds) != layers or not all(kind in ("full_attention", "sliding_attention") for kind in kinds):
+        raise UnsupportedModelError(f"{fields.path}: layer_types must name full or sliding attention per layer")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int) -> tuple[int | None, ...]:
+    """Windows by GGUF's `attention.sliding_window_pattern`.
+
+    It is a list that says which layers have one, or a period, whose last layer has none; `period` where it is absent.
+    Source: llama.cpp, `load_swa_pattern`.
+    """
+    key = "attention.sliding_window_pattern"
+    stored = fields.values.get(fields.prefix + key)
+    if isinstance(stored, list):
+        if len(stored) != layers or not all(isinstance(has, (bool, int)) for has in stored):
+            raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} must say true or false for {layers} layers")
+        return tuple(window if has else None for has in stored)
+    period = fields.get(key, int, period)
+    return tuple(None if period and (layer + 1) % period == 0 else window for layer in range(layers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +233,7 @@ class EncoderConfig:
     activation: str = "gelu"
     scores: bool = False
     sigmoid: bool = False
+    num_experts: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -170,142 +242,3 @@ class EncoderConfig:
             raise InvalidFileError(f"the model's config leaves room for texts of {self.max_position} tokens")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"the model's config says the epsilon of its norms is {self.norm_eps}")
-
-
-class Fields:
-    """Typed access to a mapping from a file.
-
-    Args:
-        values: the mapping.
-        path: the file, for messages.
-        prefix: put before every key (GGUF keys begin with the architecture).
-    """
-
-    def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
-        self.values = values
-        self.path = path
-        self.prefix = prefix
-
-    def __contains__(self, key: str) -> bool:
-        return self.values.get(self.prefix + key) is not None
-
-    def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null."""
-        value = self.values.get(self.prefix + key)
-        if value is None:
-            if default is _REQUIRED:
-                raise InvalidFileError(f"{self.path}: {self.prefix + key} is missing")
-            return default
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = self._finite(key, value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not a {kind.__name__}")
-        return value
-
-    def _finite(self, key: str, value: float) -> float:
-        try:
-            number = float(value)
-        except OverflowError:  # a whole number beyond 1.8e308
-            number = math.inf
-        if not math.isfinite(number):
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
-        return number
-
-    def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
-        """A whole number from 1 to `most`."""
-        value = self.get(key, int, default)
-        if value is not default and not 0 < value <= most:
-            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {most}")
-        return value
-
-    def choice(self, key: str, default: str, *allowed: str) -> str:
-        """A text that must be one of `allowed`."""
-        value = self.get(key, str, default)
-        if value not in allowed:
-            raise UnsupportedModelError(
-                f"{self.path}: {self.prefix + key} is {value!r}; implemented: {', '.join(allowed)}"
-            )
-        return value
-
-    def section(self, key: str) -> Fields:
-        """A nested mapping; empty where absent."""
-        return Fields(self.get(key, dict, {}), self.path)
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id, from 0 to 2^24, or a list of them, as a tuple."""
-        value = self.values.get(self.prefix + key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT for item in ids):
-            raise InvalidFileError(
-                f"{self.path}: {self.prefix + key} is {value!r:.80}, not a token id or a list of them"
-            )
-        return tuple(ids)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 16 MiB."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidFileError(f"{path}: holds no JSON object")
-    return value
-
-
-def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    nested = fields.section("rope_parameters") if "rope_parameters" in fields else fields.section("rope_scaling")
-    kind = nested.get("rope_type", str, nested.get("type", str, "default"))
-    theta = nested.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
-    partial = nested.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise UnsupportedModelError(
-            f"{fields.path}: rope_type is {kind!r}; implemented: default, linear, dynamic, llama3, yarn"
-        )
-    if not 0 < partial <= 1:
-        raise InvalidFileError(f"{fields.path}: partial_rotary_factor is {partial}; it must be above 0 and at most 1")
-    attention_factor = nested.get("attention_factor", float, None)
-    if kind == "yarn" and attention_factor is None and "mscale" in nested:
-        raise UnsupportedModelError(f"{fields.path}: yarn with mscale is not implemented for this model")
-    return RopeConfig(
-        theta=theta,
-        dim=int(head_dim * partial),
-        kind=kind,
-        factor=nested.get("factor", float, 1.0) if kind == "default" else nested.get("factor", float),
-        original_max_position=nested.get("original_max_position_embeddings", int, max_position),
-        low_freq_factor=nested.get("low_freq_factor", float, 1.0),
-        high_freq_factor=nested.get("high_freq_factor", float, 4.0),
-        beta_fast=nested.get("beta_fast", float, 32.0),
-        beta_slow=nested.get("beta_slow", float, 1.0),
-        attention_factor=attention_factor,
-        truncate=nested.get("truncate", bool, True),
-    )
-
-
-def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """Reads `<arch>.rope.*`. Llama 3's scaling is not here: it comes as the tensor `rope_freqs.weight`."""
-    kind = {"none": "default"}.get(name := fields.get("rope.scaling.type", str, "none"), name)
-    if kind not in ("default", "linear", "yarn"):
-        raise UnsupportedModelError(f"{fields.path}: rope scaling {kind!r} is not implemented")
-    return RopeConfig(
-        theta=fields.get("rope.freq_base", float, 10000.0),
-        dim=fields.get("rope.dimension_count", int, head_dim),
-        kind=kind,
-        factor=fields.get("rope.scaling.factor", float, 1.0),
-        original_max_position=fields.get("rope.scaling.original_context_length", int, max_position),
-        beta_fast=fields.get("rope.scaling.yarn_beta_fast", float, 32.0),
-        beta_slow=fields.get("rope.scaling.yarn_beta_slow", float, 1.0),
-        attention_factor=fields.get("rope.scaling.attn_factor", float, None),
-    )
-
-
-def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """The context that a scaled rotary embedding reaches; llama3's configs name it themselves."""
-    if rope.kind in ("linear", "dynamic"):
-        return int(max_position * rope.factor)
-    if rope.kind == "yarn":
-        return max(max_position, int(rope.original_max_position * rope.factor))
-    return max_position

@@ -31,7 +31,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine | EncoderEngi
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=loaded.template is not None,
         default_sampling=loaded.default_sampling,
-        tasks=vectors if isinstance(loaded, LoadedEncoder) else ("generate", *vectors),
+        tasks=("generate", *vectors) if isinstance(loaded, LoadedModel) and loaded.config.has_head else vectors,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,
@@ -39,11 +39,9 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine | EncoderEngi
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
-    """A bar for loading, on a terminal, when it takes longer than a second."""
-    with tqdm(
-        desc="loading", unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True, disable=None
-    ) as bar:
+def progress_bar(what: str = "loading") -> Iterator[Any]:
+    """A bar for what is done to a model's weights, on a terminal, when it takes longer than a second."""
+    with tqdm(desc=what, unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
-from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import Fields, read_json
-from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor
+from candle_vllm.core.layers.parameters import Part, Placement
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.loading.weights import expand, layer_at
 from candle_vllm.core.memory import available_memory
 from candle_vllm.core.models.registry import family_from_hf
@@ -42,7 +43,7 @@ DTYPES = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DummyTensor(StoredTensor):
+class DummyTensor(FileTensor):
     """A tensor that no file holds; `file` is the config that asks for it, and `dtype` is always set.
 
     Attributes:
@@ -72,6 +73,8 @@ class DummyTensor(StoredTensor):
 
 def open_dummy(config: Path, device: torch.device) -> Checkpoint:
     """The tensors that a model of this config would have, with Hugging Face's names.
+
+    Parts of one stored tensor (the experts of a fused one) are tensors of their own, named by their place in the model.
 
     Args:
         config: a `config.json`.
@@ -107,12 +110,16 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     family, config = family_from_hf(read_json(path), path)
     nothing = Checkpoint(path, "safetensors", (), {}, {})
     model = family.build(config, Placement(torch.device("meta"), torch.float32), nothing)
-    for line in expand(family.weights, config.num_layers):
+    lines = [line for line in expand(family.weights, config) if line.names]
+    uses = Counter(line.first for line in lines)
+    known: dict[str, Mapping[str, Part]] = {}
+    for line in lines:
         where, part = line.target.split(":")
-        layer = layer_at(model, where)
-        parts = layer.parts() if layer is not None else {}
-        if line.hf is not None and part in parts:
-            yield line.hf, parts[part].shape
+        if where not in known:
+            layer = layer_at(model, where)
+            known[where] = layer.parts() if layer is not None else {}
+        if part in known[where]:
+            yield line.first if uses[line.first] == 1 else line.target, known[where][part].shape
 
 
 def _dtype(fields: Fields) -> tuple[str, torch.dtype]:

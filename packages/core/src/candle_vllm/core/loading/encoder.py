@@ -16,13 +16,12 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import fitting
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import EncoderConfig, Fields, read_json
-from candle_vllm.core.loading.model import (
-    LoadedModel,
+from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.model import LoadedModel, collector_paused, load_model
+from candle_vllm.core.loading.opening import (
     Opened,
-    collector_paused,
     config_file,
-    load_model,
     model_files,
     naming,
     open_model,
@@ -33,12 +32,8 @@ from candle_vllm.core.loading.placement import DTYPES
 from candle_vllm.core.loading.pooling import longest_text, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights, load_weights
-from candle_vllm.core.models.registry import (
-    Encoder,
-    EncoderFamily,
-    encoder_from_gguf,
-    encoder_from_hf,
-)
+from candle_vllm.core.models.family import Encoder, EncoderFamily
+from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
 from candle_vllm.core.pooling.model_pooling import ModelPooling
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -82,6 +77,8 @@ def load_any_model(
             found = encoder_from_hf(read_json(files.config), files.config)
     if found is not None and files.format == "dummy":
         raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
+    if found is not None:
+        _check_isq(config)
     with collector_paused():
         opened = open_model(files, device)
     if files.format == "gguf":
@@ -90,6 +87,7 @@ def load_any_model(
     if found is None:
         return load_model(config, device, progress, opened)
     with opened.checkpoint:
+        _check_isq(config)
         return _load_encoder(config, device, progress, opened, *found)
 
 
@@ -121,14 +119,10 @@ def _load_encoder(
         progress(done, weight_bytes)
 
     with naming(described, checkpoint.path):
-        check_weights(
-            lambda where: family.build(model, where), table, checkpoint, num_layers=model.num_layers, ignored=ignored
-        )
+        check_weights(lambda where: family.build(model, where), table, checkpoint, model, ignored=ignored)
         with fitting(device, f"the weights of {files.name}", weight_bytes):
             encoder = family.build(model, placement)
-            load_weights(
-                encoder, table, checkpoint, num_layers=model.num_layers, heads={}, ignored=ignored, progress=report
-            )
+            load_weights(encoder, table, checkpoint, model, ignored=ignored, progress=report)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
     return LoadedEncoder(
         name=files.name,
@@ -143,6 +137,15 @@ def _load_encoder(
         num_parameters=sum(tensor.numel for tensor in tensors),
         weight_bytes=weight_bytes,
     )
+
+
+def _check_isq(config: EngineConfig) -> None:
+    if config.isq is not None:
+        raise ConfigError(
+            f"isq {config.isq} is for models that write text: an encoder's weights are multiplied as plain numbers. "
+            "Leave it out; --dtype bf16 halves the memory of an fp32 encoder",
+            "isq",
+        )
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:

@@ -24,7 +24,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.quantization import ggml
 
 MAGIC = b"GGUF"
@@ -57,7 +57,7 @@ _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GgufTensor(StoredTensor):
+class GgufTensor(FileTensor):
     """A tensor of a GGUF file.
 
     Attributes:
@@ -249,10 +249,10 @@ def _alignment(header: _Header, metadata: dict[str, MetadataValue]) -> int:
     return value
 
 
-def _read_tensors(header: _Header, count: int, alignment: int) -> dict[str, StoredTensor]:
+def _read_tensors(header: _Header, count: int, alignment: int) -> dict[str, FileTensor]:
     entries = [_read_tensor_entry(header, index) for index in range(count)]
     data_start = -(-header.position // alignment) * alignment
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for name, shape, ggml_type, offset in entries:
         if name in tensors:
             raise header.error(f"tensor {name!r} appears twice")
@@ -301,8 +301,8 @@ def _place_tensor(
     return GgufTensor(name, shape, ggml_type.name, plain, nbytes, header.file, start, ggml_type)
 
 
-def _check_overlaps(header: _Header, tensors: dict[str, StoredTensor]) -> None:
-    previous: StoredTensor | None = None
+def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
+    previous: FileTensor | None = None
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
         if previous is not None and tensor.start < previous.start + previous.nbytes:
             raise header.error(
@@ -376,12 +376,12 @@ def _split_field(part: GgufFile, key: str) -> int | None:
     return value
 
 
-def _merge(parts: list[GgufFile]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
+def _merge(parts: list[GgufFile]) -> dict[str, FileTensor]:
+    tensors: dict[str, FileTensor] = {}
     for part in parts:
         for name, tensor in part.tensors.items():
             if name in tensors:
-                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].file.path} and in {part.path}")
+                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].path} and in {part.path}")
             tensors[name] = tensor
     expected = _split_field(parts[0], "split.tensors.count")
     if len(parts) > 1 and expected not in (None, len(tensors)):

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +15,30 @@ import torch
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import fitting
-from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelLoadError
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import Fields, ModelConfig, read_json
-from candle_vllm.core.loading.dummy import open_dummy
-from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.loading.placement import choose_placement, computing_dtype
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.opening import (
+    Opened,
+    config_file,
+    model_files,
+    naming,
+    open_model,
+    open_tokenizer,
+    stored_types,
+)
+from candle_vllm.core.loading.placement import choose_placement, computing_dtype, memory_of
 from candle_vllm.core.loading.pooling import read_pooling
-from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.source import ModelFiles, resolve
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.vocabulary import end_tokens, fit_tokenizer
-from candle_vllm.core.loading.weights import check_weights, load_weights
-from candle_vllm.core.models.registry import Decoder, Family, family_from_gguf, family_from_hf, gguf_heads
+from candle_vllm.core.loading.vocabulary import end_tokens
+from candle_vllm.core.loading.weights import check_weights, load_weights, places
+from candle_vllm.core.models.family import Decoder, Family
+from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.quantization.isq import quantised_in_situ
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -75,15 +84,6 @@ class LoadedModel:
     weight_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model's files, its stored tensors, and the metadata of a GGUF file."""
-
-    files: ModelFiles
-    checkpoint: Checkpoint
-    metadata: Mapping[str, Any]
-
-
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Keeps Python's cycle collector from going through the vocabulary again and again while it grows."""
@@ -94,19 +94,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if running:
             gc.enable()
-
-
-def model_files(config: EngineConfig) -> ModelFiles:
-    """The files of `config.model`, downloaded where needed; errors as `load_model`."""
-    return resolve(
-        config.model,
-        weight_file=config.weight_file,
-        revision=config.revision,
-        token=config.hf_token,
-        cache_dir=config.download_dir,
-        offline=config.offline,
-        load_format=config.load_format,
-    )
 
 
 @collector_paused()
@@ -134,7 +121,8 @@ def load_model(
     described = config_file(files)
     with checkpoint:
         with naming(described):
-            family, model_config, heads = _describe(files, checkpoint, metadata)
+            family, model_config = _describe(files, checkpoint, metadata)
+        model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
         limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
         model_config = dataclasses.replace(model_config, max_position=limit)
         # What is small comes first: a model that cannot be served is refused before its weights are read.
@@ -146,23 +134,24 @@ def load_model(
         eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
         with naming(described, checkpoint.path):
             _check_weights(family, model_config, checkpoint)
-            placement = choose_placement(config, device, checkpoint, model_config)
-            weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-            with fitting(device, f"the weights of {files.name}", weight_bytes):
+            stored = _as_loaded(config, family, model_config, checkpoint)
+            placement = choose_placement(config, device, stored, model_config)
+            weight_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
+            with fitting(device, f"the weights of {files.name}", memory_of(placement, stored)):
                 decoder = family.build(model_config, placement, checkpoint)
-                _fill(decoder, family, model_config, checkpoint, heads, progress)
+                _fill(decoder, family, model_config, stored, progress)
         loaded = LoadedModel(
             name=files.name,
             decoder=decoder,
             placement=placement,
-            dtype=computing_dtype(placement, checkpoint),
+            dtype=computing_dtype(placement, stored),
             config=model_config,
             tokenizer=tokenizer,
             template=template,
             eos_token_ids=eos_token_ids,
             default_sampling=default_sampling,
             pooling=pooling,
-            quantization=stored_types(checkpoint),
+            quantization=stored_types(stored),
             num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
             weight_bytes=weight_bytes,
         )
@@ -171,44 +160,13 @@ def load_model(
     return loaded
 
 
-def config_file(files: ModelFiles) -> Path:
-    """The file that describes the model."""
-    return files.weights[0] if files.format == "gguf" else files.config or files.folder
-
-
-@contextmanager
-def naming(source: object, *others: object) -> Iterator[None]:
-    """Puts `source` before the message of a loading error, whoever raised it, unless it names that or `others`."""
-    try:
-        yield
-    except ModelLoadError as error:
-        if any(str(name) in str(error) for name in (source, *others)):
-            raise
-        raise type(error)(f"{source}: {error}") from error
-
-
-def open_model(files: ModelFiles, device: torch.device) -> Opened:
-    """Opens what `model_files` found; errors as `load_model`."""
-    with naming(config_file(files)):
-        if files.format == "gguf":
-            gguf = open_gguf(files.weights[0])
-            return Opened(files, gguf, gguf.metadata)
-        if files.format == "dummy":
-            assert files.config is not None
-            return Opened(files, open_dummy(files.config, device), {})
-        return Opened(files, open_safetensors(files.folder), {})
-
-
-def _describe(
-    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]
-) -> tuple[Family, ModelConfig, Mapping[str, int]]:
+def _describe(files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     if files.format == "gguf":
-        family, config = family_from_gguf(metadata, checkpoint)
-        return family, config, gguf_heads(metadata, config)
+        return family_from_gguf(metadata, checkpoint)
     if files.config is None:
         raise InvalidFileError(f"{files.folder}: there is no config.json beside the safetensors files")
-    family, config = family_from_hf(read_json(files.config), files.config)
-    return family, config, {}
+    tensors = None if files.format == "dummy" else checkpoint.tensors
+    return family_from_hf(read_json(files.config), files.config, tensors)
 
 
 def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -216,9 +174,17 @@ def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) 
         lambda placement: family.build(config, placement, checkpoint),
         family.weights,
         checkpoint,
-        num_layers=config.num_layers,
+        config,
         ignored=family.ignored(config),
     )
+
+
+def _as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """What is loaded of a checkpoint: its tensors as they are stored, or quantised on the way."""
+    if config.isq is None:
+        return checkpoint
+    shapes = family.build(model, Placement(torch.device("meta"), torch.float32), checkpoint)
+    return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes))
 
 
 def _fill(
@@ -226,7 +192,6 @@ def _fill(
     family: Family,
     config: ModelConfig,
     checkpoint: Checkpoint,
-    heads: Mapping[str, int],
     progress: Callable[[int, int], object],
 ) -> None:
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -240,20 +205,10 @@ def _fill(
         decoder,
         family.weights,
         checkpoint,
-        num_layers=config.num_layers,
-        heads=heads,
+        config,
         ignored=family.ignored(config),
         progress=report,
     )
-
-
-def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
-    """The tokenizer, brought to the `rows` of the embedding table."""
-    inside = files.format == "gguf" and config.tokenizer is None
-    source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    with naming(source):
-        tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
-        return fit_tokenizer(tokenizer, rows, source)
 
 
 def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
@@ -286,14 +241,6 @@ def _default_sampling(generation: Fields) -> dict[str, float | int]:
     except InvalidParameterError as error:
         raise InvalidFileError(f"{generation.path}: {error}; correct the file or take the key out") from error
     return values
-
-
-def stored_types(checkpoint: Checkpoint) -> str | None:
-    """Stored types with their counts, most frequent first, where any is not a plain float."""
-    kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
-    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
-        return None
-    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
 
 
 def _numel(shape: tuple[int, ...]) -> int:

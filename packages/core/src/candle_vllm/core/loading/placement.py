@@ -19,7 +19,9 @@ from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.quantised import log_decoded
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.quantization.stored import QuantisedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,11 @@ def choose_placement(
                 "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
                 "dtype",
             )
+        log_decoded(checkpoint, in_torch.dtype)
         return dataclasses.replace(in_torch, keeps_quantised=quantised)
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
+        log_decoded(checkpoint, dtype or torch.bfloat16)
         return Placement(device, torch.float32, WeightMemory(), None if dtype is None else plain_kind(dtype))
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return in_torch
@@ -59,11 +63,15 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed"
     from candle_vllm.core.kernels.attention.cpu_cache import supported
+    from candle_vllm.core.kernels.latent_attention.cpu_write import supported as latent_supported
 
-    if not supported(model.head_dim, block_size):
+    if model.latent is not None:
+        if not latent_supported(model.latent, block_size):
+            return f"latent attention of {model.latent} with blocks of {block_size} tokens (--block-size) has no kernel"
+    elif not supported(model.head_dim, block_size):
         return f"heads of {model.head_dim} with blocks of {block_size} tokens (--block-size) have no kernel"
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) == 2 and not _has_kernel(tensor):
+        if len(tensor.shape) >= 2 and not _has_kernel(tensor):
             return f"{tensor.name} is {tensor.type_name} {list(tensor.shape)}, which has no kernel"
     return None
 
@@ -74,12 +82,30 @@ def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
     counts: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) == 2:
+        if len(tensor.shape) >= 2:
             counts[_matrix_dtype(tensor, placement.plain_kind)] += tensor.numel
     return ", ".join(name for name, _ in counts.most_common())
 
 
+def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
+    """Bytes that the weights take about, once they are loaded; decoded ones take more than they are stored in."""
+    return sum(_memory_of(placement, tensor) for tensor in checkpoint.tensors.values())
+
+
+def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
+    if placement.stacked:
+        return tensor.numel * placement.dtype.itemsize
+    if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
+        return tensor.numel * torch.bfloat16.itemsize
+    if tensor.dtype is None:
+        return tensor.nbytes
+    dtype = placement.dtype if placement.keeps_quantised else tensor.dtype
+    return tensor.numel * (dtype if placement.plain_kind is None else placement.plain_kind.dtype).itemsize
+
+
 def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
+    if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
+        return (PlainKind.BF16 if wanted is None else wanted).name.lower()
     if tensor.dtype is None:
         return "int8"
     return (plain_kind(tensor.dtype) if wanted is None else wanted).name.lower()
@@ -87,8 +113,8 @@ def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
 
 def _has_kernel(matrix: StoredTensor) -> bool:
     """Whether the compiled kernels multiply a matrix: plain ones of any shape, quantised ones of whole blocks."""
-    columns = matrix.shape[1]
-    if matrix.dtype is not None:
+    columns = matrix.shape[-1]  # those of all experts may be one tensor
+    if matrix.dtype is not None or isinstance(matrix, QuantisedTensor):
         return columns <= MAX_COLUMNS
     layout = LAYOUTS[packed_kind(GGMLQuantizationType[matrix.type_name])]
     return columns % (GROUP * layout.groups) == 0 and columns <= MAX_PACKED_COLUMNS

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, MappedFile, StoredTensor, load_plain
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, load_plain
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,7 +63,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SafetensorsTensor(StoredTensor):
+class SafetensorsTensor(FileTensor):
     """A tensor of a safetensors file; `dtype` is always set."""
 
     def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
@@ -85,14 +85,14 @@ def open_safetensors(source: Path | str) -> Checkpoint:
     weight_map = _read_index(index) if index is not None else {}
     paths = safetensors_files(source)
     files: list[MappedFile] = []
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     metadata: dict[str, str] = {}
     try:
         for path in paths:
             files.append(MappedFile(path))
             found, notes = _read_header(files[-1])
             for name in found.keys() & tensors.keys():
-                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].file.path} and in {path}")
+                raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].path} and in {path}")
             tensors.update(found)
             metadata.update(notes)
         for name, shard in weight_map.items():
@@ -163,7 +163,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _read_header(file: MappedFile) -> tuple[dict[str, FileTensor], dict[str, str]]:
     if file.size < 8:
         raise InvalidFileError(f"{file.path} has {file.size} bytes, a safetensors file at least 8")
     length = int.from_bytes(file.buffer[:8], "little")
@@ -173,7 +173,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, s
             f"at most {MAX_HEADER_BYTES} are allowed: it is damaged, incomplete or no safetensors file"
         )
     entries, notes = _decode_header(file.path, file.buffer[8 : 8 + length])
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, FileTensor] = {}
     for name, entry in entries.items():
         tensors[name] = _place_tensor(file, 8 + length, name, entry)
     _check_coverage(file, 8 + length, tensors)
@@ -217,7 +217,7 @@ def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -
     return SafetensorsTensor(name, tuple(entry.shape), entry.dtype, dtype, end - begin, file, data_start + begin)
 
 
-def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, FileTensor]) -> None:
     """No byte of the data may belong to two tensors or to none; a name that is given twice shows here as a hole."""
     position = data_start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):

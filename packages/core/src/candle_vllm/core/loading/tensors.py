@@ -86,16 +86,14 @@ class MappedFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor(ABC):
-    """One tensor of a checkpoint, still in its file.
+    """One tensor of a checkpoint: still in its file, or made of what is there when it is asked for.
 
     Attributes:
-        name: as the file has it.
+        name: as the file has it, or the name under which a family's table looks for it.
         shape: torch order, outermost first: a linear weight is [out, in]. () for a single number.
         type_name: how it is stored: "Q4_1", "F32", "BF16", "F16", "I8", ...
-        dtype: the torch dtype of the stored elements; None for a type stored in quantised blocks.
-        nbytes: bytes in the file.
-        file: the mapped file.
-        start: byte in the file where the data begins.
+        dtype: the torch dtype of the stored elements; None for a type stored in quantised blocks or codes.
+        nbytes: bytes that are stored for it.
     """
 
     name: str
@@ -103,30 +101,59 @@ class StoredTensor(ABC):
     type_name: str
     dtype: torch.dtype | None
     nbytes: int
-    file: MappedFile
-    start: int
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The file to blame in messages."""
+
+    @abstractmethod
     def raw(self) -> np.ndarray:
-        """The stored bytes, uint8 [rows, bytes per row]: a read-only view into the mapped file.
+        """The stored bytes, uint8 [rows, bytes per row], not to be written to.
 
         A row is one run along the innermost dimension; the outer dimensions are flattened.
         """
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The tensor has been taken over: its pages of the file need not stay in memory."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileTensor(StoredTensor):
+    """A tensor that lies in one piece in a mapped file.
+
+    Attributes:
+        file: the mapped file.
+        start: byte in the file where the data begins.
+    """
+
+    file: MappedFile
+    start: int
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.file.path
+
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`: a read-only view into the mapped file."""
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
 
     def release(self) -> None:
-        """The tensor has been taken over: its pages of the file need not stay in memory."""
+        """See `StoredTensor.release`."""
         self.file.release(self.start, self.nbytes)
-
-    @abstractmethod
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
 
 
 class Checkpoint:
@@ -152,6 +179,10 @@ class Checkpoint:
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(dict(tensors))
         self.metadata: Mapping[str, object] = MappingProxyType(dict(metadata))
         self._files = tuple(files)
+
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> Checkpoint:
+        """The same files and metadata with other tensors: renamed ones, or what several stored ones mean together."""
+        return Checkpoint(self.path, self.format, self._files, tensors, self.metadata)
 
     def close(self) -> None:
         """Unmaps the files; loaded tensors stay valid."""

@@ -1,7 +1,7 @@
 """Filling a model from a checkpoint through the family's table of weight names.
 
 The table has one line per tensor: where it goes in the model, its Hugging Face name and its GGUF name, with `{i}` for
-the layer. Loading ends by naming everything that is missing, unexpected, or half of a merged layer.
+the layer and `{e}` for the expert. Before memory is taken, all that is missing, unexpected or misshapen is named.
 """
 
 from __future__ import annotations
@@ -10,17 +10,43 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.layers.parameters import Finishes, Loadable, Part, Placement
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import Spare, View, entry
 
-_SHOWN = 8  # names listed in an error message
+_SHOWN = 64  # names of one kind listed in an error message
 
-_Job = tuple[StoredTensor, Part, int | None]  # what, where to, and the heads whose rows are interleaved
+_Job = tuple[StoredTensor, Part]  # what, and where to
+
+
+class Counted(Protocol):
+    """What a model's config says about its tables: how often lines repeat."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of lines with `{i}`."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Of lines with `{e}`; 0 where there are none."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A stored name with a view of its own: where alternatives of one line are stored differently (apart, fused)."""
+
+    name: str
+    view: View
+
+
+Names: TypeAlias = str | Seen | tuple[str | Seen, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +55,61 @@ class WeightName:
 
     Attributes:
         target: attribute path of the layer and the part, "layers.{i}.attention.qkv:q.weight".
-        hf, gguf: the stored names; None where the format has no such tensor.
-        gguf_heads: the model's config attribute that counts heads, for matrices whose rows GGUF's llama converter
-            stores in interleaved rotary order; the loader brings them back to half-split order.
+        hf, gguf: the stored name, or several, of which the first that is stored is meant; None where the format has no
+            such tensor. In a line with `{e}` a name without it is that of a tensor of all experts.
+        hf_view, gguf_view: how the stored tensor is looked at, where its name has no view of its own; of all experts'
+            tensor it gets one expert's.
     """
 
     target: str
-    hf: str | None
-    gguf: str | None
-    gguf_heads: str | None = None
+    hf: Names
+    gguf: Names
+    hf_view: View | None = None
+    gguf_view: View | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a table for one layer, expert and format.
+
+    Attributes:
+        target: as in `WeightName`, spelled out.
+        names: stored names and how the tensor is looked at, the layer spelled out; none where the format has none.
+        expert: its number.
+    """
+
+    target: str
+    names: tuple[tuple[str, View | None], ...]
+    expert: int | None
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
+        """The first name that is stored; what no file holds is named by its target where lines share a tensor."""
+        return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
+
+    def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
+        """The tensor stored under `name`, as the model wants it."""
+        if name == self.target:
+            return stored
+        written, view = next(pair for pair in self.names if self._spelled(pair) == name)
+        if self.expert is not None and written == name:
+            stored = entry(stored, self.expert)
+        return stored if view is None else view(stored, config)
+
+    @property
+    def first(self) -> str:
+        """The name for messages."""
+        return self._spelled(self.names[0])
+
+    def _spelled(self, name: tuple[str, View | None]) -> str:
+        return name[0] if self.expert is None else name[0].replace("{e}", str(self.expert))
 
 
 def check_weights(
     build: Callable[[Placement], object],
     table: Sequence[WeightName],
     checkpoint: Checkpoint,
+    config: Counted,
     *,
-    num_layers: int,
     ignored: Sequence[str] = (),
 ) -> None:
     """Compares the model that a config describes with what the checkpoint holds, before memory is taken for it.
@@ -55,27 +119,26 @@ def check_weights(
 
     Args:
         build: makes the model.
-        table, checkpoint, num_layers, ignored: as for `load_weights`.
+        table, checkpoint, config, ignored: as for `load_weights`.
 
     Raises:
         WeightsError: as `load_weights`, or the config has more layers than the checkpoint has tensors.
     """
-    if num_layers > len(checkpoint.tensors):
+    if config.num_layers > len(checkpoint.tensors):
         raise WeightsError(
-            f"{checkpoint.path}: the model's config asks for {num_layers} layers and there are only "
+            f"{checkpoint.path}: the model's config asks for {config.num_layers} layers and there are only "
             f"{len(checkpoint.tensors)} tensors"
         )
     model = build(Placement(torch.device("meta"), torch.float32))
-    _match(model, table, checkpoint, num_layers, {}, ignored)
+    _match(model, table, checkpoint, config, ignored)
 
 
 def load_weights(
     model: object,
     table: Sequence[WeightName],
     checkpoint: Checkpoint,
+    config: Counted,
     *,
-    num_layers: int,
-    heads: Mapping[str, int],
     ignored: Sequence[str] = (),
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
@@ -85,26 +148,25 @@ def load_weights(
         model: the object whose attribute paths the table names.
         table: the family's names.
         checkpoint: the stored tensors.
-        num_layers: how often the `{i}` lines repeat.
-        heads: head counts for `gguf_heads`; empty where the family's GGUF files keep the half-split order.
+        config: the model's; views are given it.
         ignored: patterns of stored names that carry nothing (buffers that old checkpoints saved).
         progress: called with the bytes of each tensor as it is done.
 
     Raises:
         WeightsError: with all names that do not match.
     """
-    jobs = _match(model, table, checkpoint, num_layers, heads, ignored)
+    jobs = _match(model, table, checkpoint, config, ignored)
 
     def run(job: _Job) -> int:
-        stored, place, interleaved = job
-        place.fill(stored, interleaved)
+        stored, place = job
+        place.fill(stored)
         stored.release()
         return stored.nbytes
 
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
         for count in pool.map(run, jobs):
             progress(count)
-    for path in dict.fromkeys(line.target.split(":")[0] for line in expand(table, num_layers)):
+    for path in dict.fromkeys(line.target.split(":")[0] for line in expand(table, config)):
         layer = layer_at(model, path)
         if isinstance(layer, Finishes):
             layer.finish()
@@ -114,69 +176,96 @@ def _match(
     model: object,
     table: Sequence[WeightName],
     checkpoint: Checkpoint,
-    num_layers: int,
-    heads: Mapping[str, int],
+    config: Counted,
     ignored: Sequence[str],
 ) -> list[_Job]:
     """What goes where; a `WeightsError` where the names or the shapes differ."""
     jobs: list[_Job] = []
     missing: list[str] = []
+    misshapen: list[str] = []
     used: set[str] = set()
-    for line in expand(table, num_layers):
-        name = line.hf if checkpoint.format == "safetensors" else line.gguf
+    known: dict[str, Mapping[str, Part]] = {}
+    for line in expand(table, config, checkpoint.format):
         path, part = line.target.split(":")
-        layer = layer_at(model, path)
-        parts = layer.parts() if layer is not None else {}
-        if name is None or part not in parts:
+        if path not in known:
+            layer = layer_at(model, path)
+            known[path] = layer.parts() if layer is not None else {}
+        if not line.names or part not in known[path]:
             continue
-        if name not in checkpoint.tensors:
-            missing.append(name)
+        name = line.find(checkpoint.tensors)
+        if name is None:
+            missing.append(line.first)
             continue
         used.add(name)
-        stored, place = checkpoint.tensors[name], parts[part]
+        stored, place = line.look(checkpoint.tensors[name], name, config), known[path][part]
         if tuple(stored.shape) != place.shape:
-            raise WeightsError(
-                f"{checkpoint.path}: tensor {name} has shape {list(stored.shape)}; "
-                f"the model's config asks for {list(place.shape)}"
+            misshapen.append(
+                f"tensor {name} has shape {list(stored.shape)}; the model's config asks for {list(place.shape)}"
             )
-        jobs.append((stored, place, heads.get(line.gguf_heads or "") if checkpoint.format == "gguf" else None))
-    unexpected = [name for name in checkpoint.tensors if name not in used and not _matches(name, ignored)]
-    if missing or unexpected:
-        raise WeightsError(f"{checkpoint.path}: {_mismatch(missing, unexpected)}")
+        jobs.append((stored, place))
+    rest = (name for name, tensor in checkpoint.tensors.items() if name not in used and not isinstance(tensor, Spare))
+    unexpected = [name for name in rest if not _matches(name, ignored)]
+    if missing or unexpected or misshapen:
+        raise WeightsError(f"{checkpoint.path}: {_mismatch(list(dict.fromkeys(missing)), unexpected, misshapen)}")
     return jobs
 
 
-def expand(table: Iterable[WeightName], num_layers: int) -> Iterator[WeightName]:
-    """The lines of a table, those with `{i}` once for each layer."""
+def expand(table: Iterable[WeightName], config: Counted, format: str = "safetensors") -> Iterator[Line]:
+    """The lines of a table, those with `{i}` once for each layer, those with `{e}` once for each of its experts."""
     for line in table:
-        if "{i}" not in line.target:
-            yield line
-            continue
-        for i in range(num_layers):
-            names = {key: value and value.replace("{i}", str(i)) for key, value in _names(line).items()}
-            yield dataclasses.replace(line, **names)
+        names = line.hf if format == "safetensors" else line.gguf
+        usual = line.hf_view if format == "safetensors" else line.gguf_view
+        seen = [
+            (name.name, name.view) if isinstance(name, Seen) else (name, usual)
+            for name in (names if isinstance(names, tuple) else (names,))
+            if name is not None
+        ]
+        for i in range(config.num_layers) if "{i}" in line.target else (0,):
+            target, spelled = line.target.replace("{i}", str(i)), tuple((n.replace("{i}", str(i)), v) for n, v in seen)
+            if "{e}" not in target:
+                yield Line(target, spelled, None)
+                continue
+            for e in range(config.num_experts):
+                yield Line(target.replace("{e}", str(e)), spelled, e)
+
+
+def places(model: object) -> Callable[[str], bool]:
+    """Whether the model has the part that a line's target names; tables have lines that only some models need."""
+    known: dict[str, Mapping[str, Part]] = {}
+
+    def has(target: str) -> bool:
+        path, part = target.split(":")
+        if path not in known:
+            layer = layer_at(model, path)
+            known[path] = layer.parts() if layer is not None else {}
+        return part in known[path]
+
+    return has
 
 
 def layer_at(model: object, path: str) -> Loadable | None:
     """The layer behind a path like "layers.3.attention.qkv"; None where the model has none there (a tied head)."""
     found: Any = model
     for name in path.split("."):
-        found = found[int(name)] if name.isdigit() else getattr(found, name)
+        found = found[int(name)] if name.isdigit() else getattr(found, name, None)
+        if found is None:
+            return None
     return found
-
-
-def _names(line: WeightName) -> dict[str, str | None]:
-    return {"target": line.target, "hf": line.hf, "gguf": line.gguf}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _mismatch(missing: list[str], unexpected: list[str]) -> str:
+def _mismatch(missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
     lines = []
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"{what} tensors ({len(names)}): {', '.join(names[:_SHOWN])}{more}")
+            lines.append(f"{what} tensors ({len(names)}): {', '.join(names[:_SHOWN])}{_more(names)}")
+    if misshapen:
+        lines.append(f"{'; '.join(misshapen[:_SHOWN])}{_more(misshapen)}")
     return "; ".join(lines)
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -21,9 +21,11 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig, Fields
+from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
+from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -233,3 +235,21 @@ def ignored(config: EncoderConfig) -> list[str]:
         [] if config.scores and config.model_type == "bert" else [r"(bert\.|roberta\.)?pooler\.dense\.(weight|bias)"]
     )
     return [buffers, *unused, r"cls\..*", r"lm_head\..*"]
+
+
+FAMILY = EncoderFamily(
+    hf={
+        "BertModel": ("bert", False),
+        "BertForSequenceClassification": ("bert", True),
+        "RobertaModel": ("roberta", False),
+        "RobertaForSequenceClassification": ("roberta", True),
+        "XLMRobertaModel": ("xlm-roberta", False),
+        "XLMRobertaForSequenceClassification": ("xlm-roberta", True),
+    },
+    gguf=("bert",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Bert,
+    weights=weights,
+    ignored=ignored,
+)

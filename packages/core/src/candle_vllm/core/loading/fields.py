@@ -1,0 +1,102 @@
+"""Typed, strict access to what a file says: `config.json`, GGUF metadata. Every error names the file and the key."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+
+T = TypeVar("T", int, float, bool, str, list, dict)
+
+MAX_CONFIG_BYTES = 16 << 20
+MAX_COUNT = 1 << 24
+"""Most tokens, rows, columns or heads that a config may name."""
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """Typed access to a mapping from a file.
+
+    Args:
+        values: the mapping.
+        path: the file, for messages.
+        prefix: put before every key (GGUF keys begin with the architecture).
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
+        self.values = values
+        self.path = path
+        self.prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(self.prefix + key) is not None
+
+    def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
+        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null."""
+        value = self.values.get(self.prefix + key)
+        if value is None:
+            if default is _REQUIRED:
+                raise InvalidFileError(f"{self.path}: {self.prefix + key} is missing")
+            return default
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = self._finite(key, value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not a {kind.__name__}")
+        return value
+
+    def _finite(self, key: str, value: float) -> float:
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond 1.8e308
+            number = math.inf
+        if not math.isfinite(number):
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
+        return number
+
+    def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
+        """A whole number from 1 to `most`."""
+        value = self.get(key, int, default)
+        if value is not default and not 0 < value <= most:
+            raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {most}")
+        return value
+
+    def choice(self, key: str, default: str, *allowed: str) -> str:
+        """A text that must be one of `allowed`."""
+        value = self.get(key, str, default)
+        if value not in allowed:
+            raise UnsupportedModelError(
+                f"{self.path}: {self.prefix + key} is {value!r}; implemented: {', '.join(allowed)}"
+            )
+        return value
+
+    def section(self, key: str) -> Fields:
+        """A nested mapping; empty where absent."""
+        return Fields(self.get(key, dict, {}), self.path)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One token id, from 0 to 2^24, or a list of them, as a tuple."""
+        value = self.values.get(self.prefix + key)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT for item in ids):
+            raise InvalidFileError(
+                f"{self.path}: {self.prefix + key} is {value!r:.80}, not a token id or a list of them"
+            )
+        return tuple(ids)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 16 MiB."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidFileError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidFileError(f"{path}: holds no JSON object")
+    return value

@@ -1,0 +1,101 @@
+"""Opening a model: from what was asked for to its files, its stored tensors and its tokenizer, before any is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import ModelLoadError
+from candle_vllm.core.loading.dummy import open_dummy
+from candle_vllm.core.loading.fields import read_json
+from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.quantised import read_quantised
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.source import ModelFiles, resolve
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.towers import text_tensors
+from candle_vllm.core.loading.trunks import prefixed
+from candle_vllm.core.loading.vocabulary import fit_tokenizer
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model's files, its stored tensors, and the metadata of a GGUF file."""
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    metadata: Mapping[str, Any]
+
+
+def model_files(config: EngineConfig) -> ModelFiles:
+    """The files of `config.model`, downloaded where needed; errors as `load_model`."""
+    return resolve(
+        config.model,
+        weight_file=config.weight_file,
+        revision=config.revision,
+        token=config.hf_token,
+        cache_dir=config.download_dir,
+        offline=config.offline,
+        load_format=config.load_format,
+    )
+
+
+def config_file(files: ModelFiles) -> Path:
+    """The file that describes the model."""
+    return files.weights[0] if files.format == "gguf" else files.config or files.folder
+
+
+@contextmanager
+def naming(source: object, *others: object) -> Iterator[None]:
+    """Puts `source` before the message of a loading error, whoever raised it, unless it names that or `others`."""
+    try:
+        yield
+    except ModelLoadError as error:
+        if any(str(name) in str(error) for name in (source, *others)):
+            raise
+        raise type(error)(f"{source}: {error}") from error
+
+
+def open_model(files: ModelFiles, device: torch.device) -> Opened:
+    """Opens what `model_files` found; errors as `load_model`."""
+    with naming(config_file(files)):
+        if files.format == "gguf":
+            gguf = open_gguf(files.weights[0])
+            return Opened(files, gguf, gguf.metadata)
+        if files.format == "dummy":
+            assert files.config is not None
+            return Opened(files, open_dummy(files.config, device), {})
+        stored = open_safetensors(files.folder)
+        if files.config is None:
+            return Opened(files, stored, {})
+        try:
+            config = read_json(files.config)
+            return Opened(files, read_quantised(prefixed(text_tensors(config, stored)), config, files.config), {})
+        except BaseException:
+            stored.close()
+            raise
+
+
+def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
+    """The tokenizer, brought to the `rows` of the embedding table."""
+    inside = files.format == "gguf" and config.tokenizer is None
+    source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
+    with naming(source):
+        tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
+        return fit_tokenizer(tokenizer, rows, source)
+
+
+def stored_types(checkpoint: Checkpoint) -> str | None:
+    """Stored types with their counts, most frequent first, where any is not a plain float."""
+    kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
+    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
+        return None
+    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())

@@ -1,0 +1,159 @@
+"""Quantised safetensors: a config's `quantization_config`, and one tensor for a matrix's parts.
+
+Stands before step 1 of a request's life. What the parts mean is in `quantization/`, a file for each format. Which
+layers are quantised is seen from what is stored, so that lists of exceptions in a config hold without being read, and a
+layer's own bits or groups (GPTQModel's `dynamic`, several `config_groups`) are taken where its parts fit them. No
+pattern of a config is ever run. Parts that are not used stay in the checkpoint, where the loader names them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.quantised_layers import METHODS, is_dense
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import spare
+from candle_vllm.core.quantization.fp8 import NUMBERS
+from candle_vllm.core.quantization.stored import Parts, QuantisedTensor
+
+logger = logging.getLogger(__name__)
+
+FILES = MappingProxyType(
+    {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+)
+"""Files beside a `config.json` in which older writers left the settings, and whose they are."""
+
+ACTIVATION_SCALES = re.compile(
+    r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
+    r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
+)
+"""Scales of activations and of a quantised cache: both are computed in a higher precision than they describe."""
+
+_CODES = (*NUMBERS, "I8", "U8", "I32")
+
+
+def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
+    """The checkpoint with quantised layers put together; itself where the config asks for none.
+
+    Args:
+        checkpoint: of safetensors.
+        config: what `config.json` holds.
+        path: of `config.json`; one of `FILES` may lie beside it.
+
+    Raises:
+        UnsupportedModelError: a method, format or number of bits that is not implemented; names those that are.
+        InvalidFileError: the config is damaged, or a layer's parts do not go together.
+    """
+    settings = _settings(config, path)
+    if settings is None:
+        return checkpoint
+    method, fields = settings
+    taken: set[str] = set()
+    logical: dict[str, StoredTensor] = {}
+    for parts, tensor in METHODS[method](fields, checkpoint):
+        if tensor.name in logical or (tensor.name in checkpoint.tensors and tensor.name not in _names(parts)):
+            raise InvalidFileError(f"{tensor.path}: tensor {tensor.name} is stored both plain and quantised")
+        taken |= _names(parts)
+        logical[tensor.name] = tensor
+    if _quantises_activations(fields):
+        logger.info("%s asks for quantised activations: here they keep a precision at least as high", path)
+    if not logical:
+        logger.warning("%s says its weights are quantised by %s, and none are", path, method)
+    rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in taken}
+    _check_plain(rest)
+    scales = {name for name in rest if ACTIVATION_SCALES.fullmatch(name)}
+    if scales:
+        logger.info(
+            "%s: %d scales of activations or of a quantised cache are left out: both keep their precision here",
+            path,
+            len(scales),
+        )
+    idle = {name for name in rest if _is_idle(checkpoint, name)} if method == "compressed-tensors" else set[str]()
+    if idle:
+        logger.info("%s: %d scales of weights that are stored plain are left out", path, len(idle))
+    kept = {name: tensor for name, tensor in rest.items() if name not in scales | idle}
+    # AutoGPTQ once stored a bias for every layer, of zeros where the model has none.
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
+    idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
+    return checkpoint.with_tensors(kept | idle_biases | logical)
+
+
+def log_decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Says what is multiplied as plain numbers rather than as it is stored, why, and what that costs.
+
+    Args:
+        checkpoint: with quantised layers put together.
+        dtype: of the plain numbers.
+    """
+    reasons: dict[str, list[QuantisedTensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
+            reasons.setdefault(tensor.source.plain, []).append(tensor)
+    for reason, tensors in reasons.items():
+        logger.info(
+            "%s: %s: %d matrices take %.1f MB instead of %.1f",
+            checkpoint.path,
+            reason.format(dtype=str(dtype).removeprefix("torch.")),
+            len(tensors),
+            sum(tensor.numel for tensor in tensors) * dtype.itemsize / 1e6,
+            sum(tensor.nbytes for tensor in tensors) / 1e6,
+        )
+
+
+def _quantises_activations(fields: Fields) -> bool:
+    """Whether a config describes how activations are rounded, once or at each step."""
+    groups = fields.section("config_groups")
+    return "activation_scheme" in fields or any("input_activations" in groups.section(name) for name in groups.values)
+
+
+def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
+    """Codes without a scale are not plain weights of an odd type."""
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.type_name in _CODES:
+            raise InvalidFileError(
+                f"{tensor.path}: tensor {name} is {tensor.type_name}, and nothing beside it says what that means: "
+                "its scales are missing, or the file is incomplete"
+            )
+
+
+def _names(parts: Parts) -> set[str]:
+    return {part.name for part in parts.taken}
+
+
+def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | None:
+    """The method and its settings."""
+    fields = Fields(config, path)
+    for key in ("quantization_config", "compression_config"):
+        if fields.get(key, dict, {}):
+            own = fields.section(key)
+            nested = "quantization" in own  # modelopt writes its own file's contents here, or what is in them
+            default = "modelopt" if nested or "quant_algo" in own else ""
+            method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
+            method, own = method.lower(), own.section("quantization") if nested else own
+            if method not in METHODS:
+                raise UnsupportedModelError(
+                    f"{path}: {key} asks for the method {method!r:.60}, which is not implemented; implemented: "
+                    f"{', '.join(METHODS)}: take a checkpoint in one of these, or a GGUF file"
+                )
+            return method, own
+    for file, method in FILES.items():
+        beside = path.with_name(file)
+        if beside.is_file():
+            own = Fields(read_json(beside), beside)
+            return method, own.section("quantization") if method == "modelopt" else own
+    return None
+
+
+def _is_idle(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor says how a layer would be quantised that is stored in plain numbers."""
+    layer, _, end = name.rpartition(".")
+    return end in ("weight_scale", "weight_zero_point", "weight_g_idx") and is_dense(checkpoint, layer)

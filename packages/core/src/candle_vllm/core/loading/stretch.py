@@ -1,0 +1,53 @@
+"""A longer context than a model says it has: `yarn_scaling_factor` of the engine's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.fields import MAX_COUNT
+from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+
+_SETTING = "yarn_scaling_factor"
+_SCALED_BY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight")  # of GGUF files: Llama 3's, long-rope's
+
+
+def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint) -> ModelConfig:
+    """The model with YaRN by `factor` over its own context, which becomes that many times as long; None leaves it.
+
+    Raises:
+        ConfigError: the model's rotary positions are scaled already, differ from layer to layer, or would be too many.
+    """
+    if factor is None:
+        return config
+    rope = config.rope
+    if rope.kind != "default" or any(name in checkpoint.tensors for name in _SCALED_BY_TENSORS):
+        how = "by tensors of its file" if rope.kind == "default" else f"{rope.kind}, in its files"
+        raise ConfigError(
+            f"--yarn-scaling-factor {factor:g}: the rotary positions of this model are scaled already ({how}), for "
+            f"{config.max_position} tokens: leave the setting out",
+            _SETTING,
+        )
+    if any(isinstance(getattr(config, field.name), RopeConfig) for field in _own_fields(config)):
+        raise ConfigError(
+            f"--yarn-scaling-factor {factor:g}: the layers of {config.model_type} have rotary positions of two kinds, "
+            "which one factor cannot stretch: leave the setting out",
+            _SETTING,
+        )
+    length = int(config.max_position * factor)
+    if length > MAX_COUNT:
+        raise ConfigError(
+            f"--yarn-scaling-factor {factor:g}: {config.max_position} tokens would become {length}, and at most "
+            f"{MAX_COUNT} are possible: set it to {MAX_COUNT // config.max_position} or less",
+            _SETTING,
+        )
+    yarn = dataclasses.replace(rope, kind="yarn", factor=factor, original_max_position=config.max_position)
+    return dataclasses.replace(config, rope=yarn, max_position=length)
+
+
+def _own_fields(config: ModelConfig) -> list[dataclasses.Field[object]]:
+    """What a family's description has beyond the shared one."""
+    shared = {field.name for field in dataclasses.fields(ModelConfig)}
+    return [field for field in dataclasses.fields(config) if field.name not in shared]

@@ -1,0 +1,143 @@
+"""The text tower of a multimodal checkpoint: its description, and its tensors' names.
+
+Stands before step 1 of a request's life. Images are not served: the other towers' tensors are left where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, WeightsError
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+
+logger = logging.getLogger(__name__)
+
+TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+    }
+)
+"""By multimodal architecture: the model_type of `text_config`, the first where it is absent, and the text model's
+architecture."""
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "gemma3_text": {
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+        },
+        "mistral": {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+        },
+        "ministral3": {
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+        },
+    }
+)
+"""Keys that published configs leave out of `text_config`, by model_type: the values of transformers' config classes."""
+
+_CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
+_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.language_model\.)(.*)")
+_OTHER = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*")
+
+
+def text_fields(
+    architecture: str, config: Mapping[str, Any], path: Path, tensors: Collection[str] | None = None
+) -> tuple[str, Fields]:
+    """The architecture and the description of a model, or of its text tower, whose keys messages name `text_config.*`.
+
+    Args:
+        architecture: that `config` names.
+        config: what config.json says.
+        path: for messages.
+        tensors: names that the checkpoint holds, as `text_tensors` gives them: they say whether the tower has a head
+            of its own, which configs leave out or get wrong. None where there are none to look at.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: there is no text_config, or it is of another model.
+        WeightsError: the checkpoint has no text tower.
+    """
+    if architecture not in TOWERS:
+        return architecture, Fields(config, path)
+    text, prefix = Fields(config, path).section("text_config").values, "text_config."
+    if not text:
+        raise InvalidFileError(f"{path}: text_config is missing: {architecture} keeps its text model's keys there")
+    allowed = TOWERS[architecture]
+    model_type = Fields({prefix + key: value for key, value in text.items()}, path, prefix).choice(
+        "model_type", next(iter(allowed)), *allowed
+    )
+    if tensors is not None and not any(name.startswith("model.") for name in tensors):
+        raise WeightsError(
+            f"{path.parent}: no tensor of the text tower (language_model.*) is there: "
+            f"download the checkpoint of the whole {architecture}"
+        )
+    values = {key: config[key] for key in _CARRIED if key in config} | dict(DEFAULTS.get(model_type, {}))
+    values |= {key: value for key, value in text.items() if value is not None or key not in values}
+    values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
+    values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
+    return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
+
+
+def text_tensors(config: Mapping[str, Any], checkpoint: Checkpoint) -> Checkpoint:
+    """The text tower's tensors under a text model's names; of any other checkpoint all, as they are.
+
+    Raises:
+        InvalidFileError: two tensors would have one name.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not any(isinstance(name, str) and name in TOWERS for name in names):
+        return checkpoint
+    made: dict[str, StoredTensor] = {}
+    dropped = 0
+    for name, tensor in checkpoint.tensors.items():
+        if _OTHER.fullmatch(name):
+            dropped += 1
+            continue
+        found = _TEXT.fullmatch(name)
+        plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
+        if plain in made:
+            raise InvalidFileError(f"{checkpoint.path}: tensor {plain} of the text tower is there under two names")
+        made[plain] = dataclasses.replace(tensor, name=plain)
+    logger.info("%s: %d tensors of the vision tower are left out: images are not served", checkpoint.path, dropped)
+    return checkpoint.with_tensors(made)
+
+
+def _ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    return Fields(config, path).token_ids("eos_token_id")
+
+
+def _tied(parts: Iterable[Fields], tensors: Collection[str] | None) -> bool:
+    """A head that is stored is used, as transformers does; else the embedding table, unless the config forbids it."""
+    if tensors is not None and any(name.startswith("lm_head.") for name in tensors):
+        return False
+    said = [part.get("tie_word_embeddings", bool) for part in parts if "tie_word_embeddings" in part]
+    return not said or any(said)

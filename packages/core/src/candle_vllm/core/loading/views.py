@@ -1,0 +1,243 @@
+"""Views of stored tensors: the rows, experts and orders in which a model wants what a file holds.
+
+Stands before step 1 of a request's life. A family's table of names says which view a tensor passes on its way
+(`WeightName`). Nothing is read before the view itself is asked; quantised rows stay as they are.
+Letters: R rows, C columns, X experts, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.loading.tensors import FileTensor, StoredTensor
+from candle_vllm.core.quantization.stored import QuantisedTensor
+
+View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
+"""What a family's table does with a stored tensor on its way, given the model's config."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Viewed(StoredTensor):
+    """A tensor that is made of another.
+
+    Attributes:
+        source: the other.
+    """
+
+    source: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.source.path
+
+    @abstractmethod
+    def raw(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor: ...
+
+    def release(self) -> None:
+        """See `StoredTensor.release`; what other views of the same tensor still need is read again."""
+        self.source.release()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Spare(Viewed):
+    """A tensor that adds nothing, such as a bias of zeros: a model need not have a place for it."""
+
+    def raw(self) -> np.ndarray:
+        return self.source.raw()
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        return self.source.load(dtype)
+
+
+def spare(stored: StoredTensor) -> Spare:
+    """Marks a tensor as one that adds nothing."""
+    return Spare(stored.name, stored.shape, stored.type_name, stored.dtype, stored.nbytes, stored)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Rows(Viewed):
+    """Entries of the outermost dimension, in any order."""
+
+    index: np.ndarray
+
+    def raw(self) -> np.ndarray:
+        data = self.source.raw()
+        return data.reshape(self.source.shape[0], -1)[self.index].reshape(max(1, math.prod(self.shape[:-1])), -1)
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        return self.source.load(dtype)[torch.from_numpy(self.index)].reshape(self.shape)
+
+
+def ordered(stored: StoredTensor, order: np.ndarray) -> StoredTensor:
+    """Entries of the outermost dimension by their numbers, int64 [R']."""
+    if isinstance(stored, QuantisedTensor):
+        return stored.select(order)
+    shape = (len(order), *stored.shape[1:])
+    nbytes = stored.nbytes // max(1, stored.shape[0]) * len(order)
+    return _Rows(stored.name, shape, stored.type_name, stored.dtype, nbytes, stored, order)
+
+
+def rows(stored: StoredTensor, first: int, last: int) -> StoredTensor:
+    """Entries `first` to `last` - 1 of the outermost dimension.
+
+    Raises:
+        WeightsError: there are fewer.
+    """
+    if not stored.shape or not 0 <= first < last <= stored.shape[0]:
+        raise WeightsError(
+            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; rows {first} to {last - 1} are wanted"
+        )
+    if isinstance(stored, FileTensor):
+        each = stored.nbytes // stored.shape[0]
+        return dataclasses.replace(
+            stored,
+            shape=(last - first, *stored.shape[1:]),
+            nbytes=each * (last - first),
+            start=stored.start + each * first,
+        )
+    return ordered(stored, np.arange(first, last))
+
+
+def entry(stored: StoredTensor, index: int) -> StoredTensor:
+    """One entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
+    if len(stored.shape) < 2:
+        raise WeightsError(f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more is wanted")
+    return dataclasses.replace(rows(stored, index, index + 1), shape=stored.shape[1:])
+
+
+def row_part(index: int, count: int) -> View:
+    """The index-th of `count` equal parts of the rows: gate and up of a fused tensor."""
+
+    def view(stored: StoredTensor, config: Any) -> StoredTensor:
+        del config
+        size = stored.shape[0] // count if stored.shape else 0
+        if stored.shape and stored.shape[0] % count:
+            raise WeightsError(
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; {count} equal parts are wanted"
+            )
+        return rows(stored, index * size, (index + 1) * size)
+
+    return view
+
+
+def qkv_rows(part: str) -> View:
+    """The rows of "q", "k" or "v" in a matrix or bias that holds all three behind each other; sizes by the config."""
+
+    def view(stored: StoredTensor, config: Any) -> StoredTensor:
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        if stored.shape[:1] != (q + 2 * kv,):
+            raise WeightsError(
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
+                f"{q} rows of q and {kv} each of k and v"
+            )
+        return rows(stored, *{"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part])
+
+    return view
+
+
+def every_other(first: int) -> View:
+    """Rows first, first + 2, ...: gate or up of a fused tensor in which they alternate."""
+
+    def view(stored: StoredTensor, config: Any) -> StoredTensor:
+        del config
+        return ordered(stored, np.arange(first, stored.shape[0] if stored.shape else 0, 2))
+
+    return view
+
+
+def half_split(heads: str) -> View:
+    """Query or key rows [H * D, ...] to half-split rotary order, where the config says that they are interleaved.
+
+    The pairs of the first `config.rope.dim` rows of every head are rows 2i and 2i + 1 in the file; the kernels rotate
+    rows i and i + dim / 2. Source: the permutation of llama.cpp's converter for Llama, turned back.
+
+    Args:
+        heads: the config's attribute that counts the heads.
+    """
+
+    def view(stored: StoredTensor, config: Any) -> StoredTensor:
+        count, size, turned = getattr(config, heads), config.head_dim, config.rope.dim
+        if not config.interleaved_rotary or not stored.shape or stored.shape[0] != count * size:
+            return stored  # a wrong shape is named by the loader
+        head = np.concatenate([np.arange(0, turned, 2), np.arange(1, turned, 2), np.arange(turned, size)])
+        return ordered(stored, (np.arange(count)[:, None] * size + head).reshape(-1))
+
+    return view
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Computed(Viewed):
+    """Plain numbers that a function makes of another tensor's."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+
+    def raw(self) -> np.ndarray:
+        data = self.load(None).reshape(max(1, math.prod(self.shape[:-1])), -1)
+        return data.view(torch.uint8).numpy()
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        made = self.compute(self.source.load(self.dtype))
+        assert made.shape == self.shape
+        return made.to(dtype or self.dtype).contiguous()
+
+
+def computed(stored: StoredTensor, shape: tuple[int, ...], compute: Callable[[torch.Tensor], torch.Tensor]) -> Viewed:
+    """A tensor of `shape` that `compute` makes; of a quantised one the decoded numbers, in fp32."""
+    dtype, name = (torch.float32, "F32") if stored.dtype is None else (stored.dtype, stored.type_name)
+    return _Computed(stored.name, shape, name, dtype, math.prod(shape) * dtype.itemsize, stored, compute)
+
+
+def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Numbers plus 1, in fp32: norms that Hugging Face stores as the distance from 1 (Gemma)."""
+    del config
+    wide = computed(stored, stored.shape, lambda values: values.float() + 1)
+    return dataclasses.replace(wide, dtype=torch.float32, type_name="F32", nbytes=4 * stored.numel)
+
+
+def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
+    """A plain matrix [R, C] as [C, R]; of [X, R, C] every one."""
+    del config
+    if len(stored.shape) < 2:
+        return stored  # a wrong shape is named by the loader
+    if stored.dtype is None:
+        raise UnsupportedModelError(f"{stored.path}: {stored.type_name} tensor {stored.name} cannot be transposed")
+    shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
+    return computed(stored, shape, lambda values: values.transpose(-1, -2))
+
+
+def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Numbers [C] as a matrix [1, C] (GGUF's gate of a shared expert)."""
+    del config
+    if len(stored.shape) != 1:
+        return stored
+    return computed(stored, (1, *stored.shape), lambda values: values.unsqueeze(0))
+
+
+def chain(*views: View) -> View:
+    """Several views, one after the other."""
+
+    def view(stored: StoredTensor, config: Any) -> StoredTensor:
+        for each in views:
+            stored = each(stored, config)
+        return stored
+
+    return view

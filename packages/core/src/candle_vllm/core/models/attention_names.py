@@ -1,0 +1,46 @@
+"""Names of queries, keys and values as most families have them; in GGUF files matrices of their own, or rows of one.
+
+Source: llama.cpp's `create_tensor_qkv`; its converter's `--fuse-qkv` writes the second kind for most architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import View, chain, qkv_rows
+from candle_vllm.core.loading.weights import Seen, WeightName
+
+HF, GG = "model.layers.{i}.", "blk.{i}."
+
+
+def projections(views: Mapping[str, View] = MappingProxyType({})) -> list[WeightName]:
+    """The lines of q, k and v with their optional biases; `views`: how the rows of some of them are looked at."""
+    return [
+        WeightName(
+            f"layers.{{i}}.attention.qkv:{part}.{kind}",
+            f"{HF}self_attn.{part}_proj.{kind}",
+            gguf_projection(part, kind, views.get(part)),
+            views.get(part),
+        )
+        for part in "qkv"
+        for kind in ("weight", "bias")
+    ]
+
+
+def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[Seen, Seen]:
+    """The places of q, k or v.
+
+    Args:
+        part: "q", "k" or "v".
+        kind: "weight" or "bias".
+        view: how its rows are looked at, wherever they are.
+    """
+    alone = view or chain()
+    return Seen(f"{GG}attn_{part}.{kind}", alone), Seen(f"{GG}attn_qkv.{kind}", chain(qkv_rows(part), alone))
+
+
+def gguf_has_bias(checkpoint: Checkpoint) -> bool:
+    """Whether q, k and v have biases; files do not say it otherwise."""
+    return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))

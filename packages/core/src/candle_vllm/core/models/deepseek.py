@@ -1,0 +1,222 @@
+"""DeepSeek-V2, V3 and R1: latent attention, and experts in all but the first layers.
+
+Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x, or from a latent vector of their own.
+Source: DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437.
+Shapes: T tokens, H heads, L latent, R rotary dimensions, V numbers of a head's result, E hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.latent_attention import LatentAttention
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.moe import SparseMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.views import computed, ordered
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
+from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.stack import DecoderStack
+
+_LATENT_EPS = 1e-6  # of the norms of latent vectors: the models' own code leaves it at that, whatever rms_norm_eps is
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Latent attention: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: DeepseekConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+        self.sizes = (config.q_rank or queries, config.kv_rank + config.rope_dim)
+        shards: dict[str, int] = dict(zip(("q", "kv"), self.sizes, strict=True))
+        self.down = Linear(hidden, shards, placement, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.q_rank, _LATENT_EPS, placement) if config.q_rank else None
+        self.q_up = Linear(config.q_rank, queries, placement) if config.q_rank else None
+        self.attend = LatentAttention(layer, config.latent, rotary, _LATENT_EPS, placement, scale=config.score_scale)
+        results = config.num_heads * config.value_dim
+        self.output = Linear(results, hidden, placement, bias=config.attention_bias)
+
+    def __call__(self, x: Value, step: StepInput) -> Value:
+        q, kv = self.down(x).split(self.sizes, dim=-1)
+        if self.q_norm is not None and self.q_up is not None:
+            q = self.q_up(self.q_norm(q))
+        return self.output(self.attend(q, kv, step))
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+
+    def __init__(self, config: DeepseekConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.attention = Attention(config, layer, rotary, placement)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        if config.mixture is None or layer < config.dense_layers:
+            self.mlp: GatedMLP | SparseMLP = GatedMLP(config.hidden_size, config.intermediate_size, placement)
+        else:
+            self.mlp = SparseMLP(config.hidden_size, config.mixture, placement)
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        normed, residual = self.attention_norm.add(x, residual)
+        normed, residual = self.mlp_norm.add(self.attention(normed, step), residual)
+        return self.mlp(normed), residual
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Deepseek(DecoderStack):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, vocabulary]."""
+
+    def __init__(self, config: DeepseekConfig, placement: Placement) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
+        self.rotary = Rotary(config.rope, config.max_position, placement)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        tied = config.tie_embeddings
+        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
+    """Numbers of rows 0 .. first + R - 1, of which the last R are brought from pairs of neighbours to two halves."""
+    rotated = np.arange(first, first + config.rope_dim)
+    return np.concatenate([np.arange(first), rotated[::2], rotated[1::2]])
+
+
+def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+    """Rows of heads [nope | rope] in half-split rotary order."""
+    if not config.interleaved_rotary or stored.shape[:1] != (config.num_heads * config.head_dim,):
+        return stored  # a wrong shape is named by the loader
+    head = _half_split(config.latent.nope, config)
+    return ordered(stored, (np.arange(config.num_heads)[:, None] * config.head_dim + head).reshape(-1))
+
+
+def _first_query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+    """The same where queries are made of x; else these rows do not rotate."""
+    return stored if config.q_rank else _query_rows(stored, config)
+
+
+def _key_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+    """Rows [latent | rope] in half-split rotary order."""
+    if not config.interleaved_rotary or stored.shape[:1] != (config.kv_rank + config.rope_dim,):
+        return stored
+    return ordered(stored, _half_split(config.kv_rank, config))
+
+
+def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+    """[H, L, nope] of the rows [H * (nope + V), L] that make keys and values; newer GGUF files have it so."""
+    sizes = config.latent
+    each = sizes.nope + sizes.value
+    if stored.shape != (sizes.heads * each, sizes.latent):
+        return stored
+
+    def keys(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.view(sizes.heads, each, sizes.latent)[:, : sizes.nope].transpose(1, 2)
+
+    return computed(stored, (sizes.heads, sizes.latent, sizes.nope), keys)
+
+
+def _value_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
+    """[H, V, L] of the same rows."""
+    sizes = config.latent
+    each = sizes.nope + sizes.value
+    if stored.shape != (sizes.heads * each, sizes.latent):
+        return stored
+
+    def values(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.view(sizes.heads, each, sizes.latent)[:, sizes.nope :]
+
+    return computed(stored, (sizes.heads, sizes.value, sizes.latent), values)
+
+
+_HF, _GG = "model.layers.{i}.", "blk.{i}."
+_AT, _TO = _HF + "self_attn.", "layers.{i}.attention."
+
+
+def _down(part: str, hf: tuple[str, ...], gguf: tuple[str, ...], view: Any) -> list[WeightName]:
+    """A projection of x, and its optional bias."""
+    return [
+        WeightName(
+            f"{_TO}down:{part}.{kind}",
+            tuple(f"{_AT}{name}.{kind}" for name in hf),
+            tuple(f"{_GG}{name}.{kind}" for name in gguf),
+            view,
+            view,
+        )
+        for kind in ("weight", "bias")
+    ]
+
+
+WEIGHTS = [
+    WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
+    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    *_down("q", ("q_a_proj", "q_proj"), ("attn_q_a", "attn_q"), _first_query_rows),
+    *_down("kv", ("kv_a_proj_with_mqa",), ("attn_kv_a_mqa",), _key_rows),
+    WeightName(_TO + "q_norm:weight", _AT + "q_a_layernorm.weight", _GG + "attn_q_a_norm.weight"),
+    WeightName(_TO + "q_up:weight", _AT + "q_b_proj.weight", _GG + "attn_q_b.weight", _query_rows, _query_rows),
+    WeightName(_TO + "attend.norm:weight", _AT + "kv_a_layernorm.weight", _GG + "attn_kv_a_norm.weight"),
+    WeightName(
+        _TO + "attend.keys:weight",
+        _AT + "kv_b_proj.weight",
+        (_GG + "attn_k_b.weight", _GG + "attn_kv_b.weight"),
+        _key_matrices,
+        _key_matrices,
+    ),
+    WeightName(
+        _TO + "attend.values:weight",
+        _AT + "kv_b_proj.weight",
+        (_GG + "attn_v_b.weight", _GG + "attn_kv_b.weight"),
+        _value_matrices,
+        _value_matrices,
+    ),
+    WeightName(_TO + "output:weight", _AT + "o_proj.weight", _GG + "attn_output.weight"),
+    WeightName(_TO + "output:bias", _AT + "o_proj.bias", _GG + "attn_output.bias"),
+    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
+    WeightName("layers.{i}.mlp.gate_up:gate.weight", _HF + "mlp.gate_proj.weight", _GG + "ffn_gate.weight"),
+    WeightName("layers.{i}.mlp.gate_up:up.weight", _HF + "mlp.up_proj.weight", _GG + "ffn_up.weight"),
+    WeightName("layers.{i}.mlp.down:weight", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
+    WeightName("layers.{i}.mlp.router:weight", _HF + "mlp.gate.weight", _GG + "ffn_gate_inp.weight"),
+    WeightName("layers.{i}.mlp.router:correction", _HF + "mlp.gate.e_score_correction_bias", _GG + "exp_probs_b.bias"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *shared_names("mlp.shared_experts"),
+    WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
+    WeightName("head:weight", "lm_head.weight", "output.weight"),
+]
+
+
+def ignored(config: DeepseekConfig) -> list[str]:
+    """Stored names that carry nothing here: layers that predict further tokens, matrices that are there twice."""
+    last = range(config.num_layers, config.num_layers + config.extra_layers)
+    extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
+    buffers = [r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_kv_b\.weight", r".*\.attn_rot_embd\.weight", *extra]
+    return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
+
+
+FAMILY = Family(
+    hf={"DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3"},
+    gguf=("deepseek2",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=lambda config, placement, _: Deepseek(config, placement),
+    weights=WEIGHTS,
+    ignored=ignored,
+)

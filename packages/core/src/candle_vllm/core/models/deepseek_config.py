@@ -1,0 +1,200 @@
+"""DeepSeek's own description: `config.json` of V2 and V3, and GGUF metadata of deepseek2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.layers.rotary import yarn_scale
+from candle_vllm.core.loading.config import MAX_LAYERS, ModelConfig, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.experts import without_next_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekConfig(ModelConfig):
+    """What these models have beside a Llama. `head_dim` is that of queries and keys, made in full.
+
+    Attributes:
+        q_rank: numbers of the latent vector that queries are made of; 0 where they are made of x.
+        kv_rank: L.
+        rope_dim: R.
+        value_dim: V.
+        attention_bias: the projections to latent vectors and that of the result have biases.
+        dense_layers: how many layers, from the first on, have no experts.
+        mixture: the experts of the others.
+        extra_layers: layers behind the last that predict further tokens, which are not loaded.
+    """
+
+    q_rank: int
+    kv_rank: int
+    rope_dim: int
+    value_dim: int
+    attention_bias: bool = False
+    dense_layers: int
+    mixture: Mixture | None
+    extra_layers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rope_dim % 2 or not 0 < self.rope_dim < self.head_dim:
+            raise InvalidFileError(
+                f"{self.rope_dim} rotary dimensions of {self.head_dim} are not possible: their number must be even, "
+                "and some must be left that do not rotate"
+            )
+        if not 0 <= self.extra_layers <= MAX_LAYERS:
+            raise InvalidFileError(f"the model has {self.extra_layers} layers that predict further tokens")
+        if max(self.kv_rank, self.q_rank, self.value_dim) > 1 << 16:
+            raise InvalidFileError(f"latent vectors of {self.kv_rank} and {self.q_rank} are not possible")
+
+    @property
+    def latent(self) -> LatentSizes:
+        """The sizes of latent attention."""
+        nope = self.head_dim - self.rope_dim
+        return LatentSizes(
+            heads=self.num_heads, nope=nope, rope=self.rope_dim, latent=self.kv_rank, value=self.value_dim
+        )
+
+    @property
+    def score_scale(self) -> float:
+        """Of scores, with what yarn puts there and not on cos and sin."""
+        rope, scale = self.rope, self.head_dim**-0.5
+        if rope.kind == "default" or not rope.mscale_all_dim:
+            return scale
+        return scale * yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
+
+
+def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
+    """Reads `config.json` of deepseek_v2 and deepseek_v3."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(fields, model_type)
+    rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
+    position = fields.count("max_position_embeddings")
+    rope = rope_from_hf(fields, rope_dim, position)
+    q_rank, bias = fields.count("q_lora_rank", 0), fields.get("attention_bias", bool, False)
+    if bias and not q_rank:
+        raise UnsupportedModelError(f"{fields.path}: attention_bias without q_lora_rank is not implemented")
+    if fields.get("mlp_bias", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: mlp_bias is not implemented for this model")
+    dense, mixture = _mixture_from_hf(fields, model_type, shared["num_layers"])
+    own: dict[str, Any] = {
+        "num_kv_heads": 1,
+        "head_dim": nope + rope_dim,
+        "rope": rope,
+        "max_position": stretched_context(rope, position),
+        "num_experts": mixture.experts if mixture else 0,
+        "interleaved_rotary": model_type == "deepseek_v2" or fields.get("rope_interleave", bool, True),
+    }
+    return DeepseekConfig(
+        **shared | own,
+        q_rank=q_rank,
+        kv_rank=fields.count("kv_lora_rank"),
+        rope_dim=rope_dim,
+        value_dim=fields.count("v_head_dim"),
+        attention_bias=bias,
+        dense_layers=dense,
+        mixture=mixture,
+        extra_layers=fields.get("num_nextn_predict_layers", int, 0),
+    )
+
+
+def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
+    """How many layers are dense, and the experts of the others."""
+    dense = fields.get("first_k_dense_replace", int, 0)
+    if "n_routed_experts" not in fields or dense >= layers:
+        return layers, None
+    if fields.get("moe_layer_freq", int, 1) != 1:
+        raise UnsupportedModelError(f"{fields.path}: moe_layer_freq other than 1 is not implemented")
+    newer = model_type == "deepseek_v3"
+    method = fields.choice(
+        "topk_method",
+        "noaux_tc" if newer else "greedy",
+        *(("noaux_tc",) if newer else ("greedy", "group_limited_greedy")),
+    )
+    scoring = "sigmoid" if newer else "softmax"
+    fields.choice("scoring_func", scoring, scoring)
+    renormalise = fields.get("norm_topk_prob", bool, newer)
+    if renormalise and not newer:
+        raise UnsupportedModelError(f"{fields.path}: norm_topk_prob is not implemented for {model_type}")
+    grouped = method != "greedy"
+    inner = fields.count("moe_intermediate_size")
+    shared = fields.get("n_shared_experts", int, 0)
+    if shared < 0 or dense < 0:
+        raise InvalidFileError(f"{fields.path}: n_shared_experts and first_k_dense_replace must not be negative")
+    return dense, Mixture(
+        experts=fields.count("n_routed_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=inner,
+        scoring=scoring,
+        renormalise=renormalise,
+        groups=fields.count("n_group", 1) if grouped else 1,
+        top_groups=fields.count("topk_group", 1) if grouped else 1,
+        scale=fields.get("routed_scaling_factor", float, 1.0),
+        correction=newer,
+        shared_size=shared * inner,
+    )
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
+    """Reads GGUF metadata of deepseek2, in which newer files say the sizes of heads by keys that end in `_mla`."""
+    shared = shared_from_gguf(fields, checkpoint)
+    if fields.get("attention.temperature_scale", float, 0.0):
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}attention.temperature_scale is not implemented")
+    layers = without_next_tokens(fields, shared["num_layers"])
+    rope, scale = shared["rope"], fields.get("rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
+    if rope.kind == "yarn" and scale:  # the file has 0.1 times the model's two numbers, which are equal
+        rope = dataclasses.replace(rope, mscale=scale, mscale_all_dim=scale)
+    rope_dim = fields.count("rope.dimension_count")
+    head_dim = fields.count("attention.key_length_mla", fields.count("attention.key_length"))
+    dense, mixture = _mixture_from_gguf(fields, checkpoint, layers)
+    own: dict[str, Any] = {
+        "num_kv_heads": 1,
+        "head_dim": head_dim,
+        "rope": rope,
+        "num_layers": layers,
+        "sliding_windows": (None,) * layers,
+        "num_experts": mixture.experts if mixture else 0,
+        "interleaved_rotary": True,
+    }
+    return DeepseekConfig(
+        **shared | own,
+        q_rank=fields.count("attention.q_lora_rank", 0),
+        kv_rank=fields.count("attention.kv_lora_rank"),
+        rope_dim=rope_dim,
+        value_dim=fields.count("attention.value_length_mla", fields.count("attention.value_length")),
+        dense_layers=dense,
+        mixture=mixture,
+        extra_layers=shared["num_layers"] - layers,
+    )
+
+
+def _mixture_from_gguf(fields: Fields, checkpoint: Checkpoint, layers: int) -> tuple[int, Mixture | None]:
+    """How many layers are dense, and the experts of the others. Groups are named by newer files only."""
+    dense = fields.get("leading_dense_block_count", int, 0)
+    if dense >= layers or not fields.get("expert_count", int, 0):
+        return layers, None
+    correction = f"blk.{dense}.exp_probs_b.bias" in checkpoint.tensors
+    gating = fields.get("expert_gating_func", int, 0)
+    if gating not in (0, 1, 2):
+        raise UnsupportedModelError(
+            f"{fields.path}: {fields.prefix}expert_gating_func is {gating}; implemented: 1 (softmax), 2 (sigmoid)"
+        )
+    inner = fields.count("expert_feed_forward_length")
+    scale = fields.get("expert_weights_scale", float, 1.0)
+    return dense, Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=inner,
+        scoring="sigmoid" if gating == 2 or (gating == 0 and correction) else "softmax",
+        renormalise=fields.get("expert_weights_norm", bool, False),
+        groups=fields.count("expert_group_count", 1),
+        top_groups=fields.count("expert_group_used_count", 1),
+        scale=scale or 1.0,
+        correction=correction,
+        shared_size=fields.get("expert_shared_count", int, 0) * inner,
+    )

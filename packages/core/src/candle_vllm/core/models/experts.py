@@ -1,0 +1,67 @@
+"""Names under which checkpoints store experts, shared by the families that have them.
+
+Hugging Face: a tensor for each expert, or one of all of them, gate and up joined (`gate_up_proj` [X, 2F, E], the gate's
+rows first). GGUF: one tensor of all experts for gate, up and down, or, in old files, one for each expert.
+"""
+
+from __future__ import annotations
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models.attention_names import GG, HF
+
+
+def expert_names(hf: str, *names: str) -> list[WeightName]:
+    """The experts' matrices.
+
+    Args:
+        hf: what the experts' names begin with in a layer: "mlp.experts".
+        names: of gate, up and down there: "gate_proj", "up_proj", "down_proj".
+    """
+    lines = []
+    for part, name in zip(("gate", "up", "down"), names, strict=True):
+        hf_each, gguf_each = f"{HF}{hf}.{{e}}.{name}.weight", f"{GG}ffn_{part}.{{e}}.weight"
+        gguf_all, starts = f"{GG}ffn_{part}_exps.weight", dict.fromkeys((f"{HF}{hf}.", f"{HF}mlp.experts."))
+        target = f"layers.{{i}}.mlp.experts:{part}.{{e}}.weight"
+        if part == "down":
+            hf_all = tuple(start + "down_proj" for start in starts)
+            lines.append(WeightName(target, (hf_each, *hf_all), (gguf_all, gguf_each)))
+            continue
+        half = row_part(int(part == "up"), 2)
+        joined = tuple(Seen(start + "gate_up_proj", half) for start in starts)
+        gguf_joined = Seen(f"{GG}ffn_gate_up_exps.weight", half)
+        lines.append(WeightName(target, (hf_each, *joined), (gguf_all, gguf_each, gguf_joined)))
+    return lines
+
+
+def expert_count(fields: Fields, *keys: str) -> int:
+    """The number of experts, by the first of some keys that is there: transformers 5 renames them."""
+    return fields.count(next((key for key in keys if key in fields), keys[0]))
+
+
+def shared_names(hf: str) -> list[WeightName]:
+    """The layer that all tokens share; `hf` is its name in a layer: "mlp.shared_expert"."""
+    return [
+        WeightName(
+            f"layers.{{i}}.mlp.shared.{target}weight", f"{HF}{hf}.{name}_proj.weight", f"{GG}ffn_{name}_shexp.weight"
+        )
+        for target, name in (("gate_up:gate.", "gate"), ("gate_up:up.", "up"), ("down:", "down"))
+    ]
+
+
+def sparse_in_gguf(checkpoint: Checkpoint, layers: int) -> frozenset[int]:
+    """The layers that have a router."""
+    return frozenset(i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in checkpoint.tensors)
+
+
+def without_next_tokens(fields: Fields, layers: int) -> int:
+    """GGUF's count of layers without those that predict further tokens, which are not run."""
+    count = fields.get("nextn_predict_layers", int, 0)
+    if not 0 <= count < layers:
+        raise InvalidFileError(
+            f"{fields.path}: {fields.prefix}nextn_predict_layers is {count}; it must be below the {layers} layers"
+        )
+    return layers - count

@@ -1,0 +1,95 @@
+"""What the loader and the engine need of a model family: how to read, build, fill and run its models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+
+
+class Decoder(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its description."""
+        ...
+
+    def prepare(self, positions: int) -> None:
+        """Makes the tables for positions below `positions`, at most the config's; the first step makes them else."""
+        ...
+
+    def forward(self, token_ids: Value, step: StepInput) -> Value:
+        """Token ids [T] to hidden states [T, E]."""
+        ...
+
+    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
+        """Hidden states [T, E] to scores [T, V] in fp32; into `out` where it is given."""
+        ...
+
+
+class Encoder(Protocol):
+    """What the engine needs of a model that reads texts whole; see `models/bert.py`."""
+
+    config: EncoderConfig
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32."""
+        ...
+
+    def scores(self, first: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, E] of the texts' first tokens to scores [R] in fp32; of a cross-encoder."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How to read, build and fill the models of one file in this folder.
+
+    Attributes:
+        hf: `architectures` of config.json, and the model_type by whose rules each one's config is read.
+        gguf: `general.architecture` of GGUF files.
+        config_from_hf, config_from_gguf: read a model's description, strictly. `config` parameters below are what they
+            return: `ModelConfig`, or what the family derives from it.
+        build: the model without its weights.
+        weights: its table of names.
+        ignored: patterns of stored names that carry nothing.
+    """
+
+    hf: Mapping[str, str]
+    gguf: tuple[str, ...] = ()
+    config_from_hf: Callable[[Fields, str], ModelConfig]
+    config_from_gguf: Callable[[Fields, Checkpoint], ModelConfig] | None = None
+    build: Callable[[Any, Placement, Checkpoint], Decoder]
+    weights: Sequence[WeightName]
+    ignored: Callable[[Any], Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderFamily:
+    """How to read, build and fill the encoders of one file in this folder.
+
+    Attributes:
+        hf: `architectures` of config.json: the model_type, and whether the model has a head for scores.
+        gguf, config_from_hf, config_from_gguf, build, weights, ignored: as for `Family`.
+    """
+
+    hf: Mapping[str, tuple[str, bool]]
+    gguf: tuple[str, ...] = ()
+    config_from_hf: Callable[..., EncoderConfig]
+    config_from_gguf: Callable[[Fields, Checkpoint], EncoderConfig]
+    build: Callable[[EncoderConfig, Placement], Encoder]
+    weights: Callable[[EncoderConfig, Iterable[str]], Sequence[WeightName]]
+    ignored: Callable[[EncoderConfig], Sequence[str]]

@@ -1,0 +1,140 @@
+"""What config.json and GGUF metadata say about a Gemma, as `gemma.py` wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+
+_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Layers of the models of 27B, whose scale of scores is another and is not in GGUF files."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GemmaConfig(ModelConfig):
+    """The flags of these families.
+
+    Attributes:
+        embedding_scale: of embeddings: the root of their size.
+        query_scale: of scores.
+        final_softcap, attention_softcap: of logits and of scores; None leaves them.
+        sandwich: what attention and the feed-forward layer give is normed too (Gemma 2 and 3).
+        qk_norm: q and k are RMS-normalised per head before rotation (Gemma 3).
+        local_rope: of layers with a window, where theirs is another (Gemma 3).
+        attention_bias: of all four projections.
+    """
+
+    embedding_scale: float
+    query_scale: float
+    final_softcap: float | None = None
+    attention_softcap: float | None = None
+    sandwich: bool = True
+    qk_norm: bool = False
+    local_rope: RopeConfig | None = None
+    attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, cap in (("final", self.final_softcap), ("attn", self.attention_softcap)):
+            if cap is not None and not cap > 0:
+                raise InvalidFileError(f"the model's config says {name}_logit_softcapping is {cap}; it must be above 0")
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
+    """Reads `config.json` of gemma, gemma2 and gemma3_text."""
+    shared = _shared_from_hf(fields, model_type)
+    if model_type == "gemma":
+        return GemmaConfig(**shared, sandwich=False)
+    layers, period = shared["num_layers"], 2
+    if model_type == "gemma3_text":
+        period = fields.count("sliding_window_pattern", 6)
+    shared["sliding_windows"] = _windows(fields, layers, period)
+    cap = fields.get("attn_logit_softcapping", float, None)
+    if model_type == "gemma2":
+        return GemmaConfig(**shared, attention_softcap=cap)
+    if cap is not None:
+        raise UnsupportedModelError(f"{fields.path}: attn_logit_softcapping is {cap}; Gemma 3 has none: set it to null")
+    shared["max_position"] = fields.count("max_position_embeddings")  # with every scaling
+    shared["rope"] = _layer_rope(fields, shared, "full_attention")
+    return GemmaConfig(**shared, qk_norm=True, local_rope=_layer_rope(fields, shared, "sliding_attention"))
+
+
+def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
+    """What all have in common.
+
+    transformers rounds the factor of embeddings to the type of the weights, and the models were trained that way.
+    """
+    if fields.get("use_bidirectional_attention", bool, False):
+        raise UnsupportedModelError(f"{fields.path}: use_bidirectional_attention is true, which is not implemented")
+    if model_type == "gemma":
+        fields.choice("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh", "gelu")  # both mean the tanh form
+    else:
+        fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    shared = shared_from_hf(fields, model_type)
+    scalar = shared["head_dim"] if model_type == "gemma" else fields.get("query_pre_attn_scalar", float)
+    if not scalar > 0:
+        raise InvalidFileError(f"{fields.path}: query_pre_attn_scalar is {scalar}; it must be above 0")
+    stored = fields.get("dtype", str, fields.get("torch_dtype", str, "float32"))
+    factor = torch.tensor(math.sqrt(shared["hidden_size"]), dtype=_ROUNDED.get(stored, torch.float64))
+    return shared | {
+        "head_dim": fields.count("head_dim"),
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
+        "embedding_scale": factor.item(),
+        "query_scale": scalar**-0.5,
+        "final_softcap": fields.get("final_logit_softcapping", float, None),
+        "attention_bias": fields.get("attention_bias", bool, False),
+    }
+
+
+def _windows(fields: Fields, layers: int, period: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without it, the last of every `period` layers sees all positions."""
+    local = layer_windows(fields, layers, 1) or tuple((layer + 1) % period or None for layer in range(layers))
+    window = fields.get("sliding_window", int) if any(local) else None
+    return tuple(window if has else None for has in local)
+
+
+def _layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
+    """The rotary settings of one kind of layer: `rope_parameters` by kind (transformers 5), or keys of their own."""
+    local = kind == "sliding_attention"
+    theta = fields.get("rope_local_base_freq", float, 1e4) if local else fields.get("rope_theta", float, 1e6)
+    if "rope_parameters" in fields:
+        stored = fields.section("rope_parameters").section(kind).values
+    else:
+        stored = {} if local else fields.section("rope_scaling").values
+    one = Fields({"rope_parameters": {"rope_theta": theta, **stored}}, fields.path)
+    return rope_from_hf(one, shared["head_dim"], shared["max_position"])
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaConfig:
+    """Reads GGUF metadata of gemma, gemma2 and gemma3; what is missing is as llama.cpp has it."""
+    shared = shared_from_gguf(fields, checkpoint)
+    family, layers, position = shared["model_type"], shared["num_layers"], fields.count("context_length")
+    hidden, dim = shared["hidden_size"], shared["head_dim"]
+    scalar = hidden // shared["num_heads"] if layers == _LARGEST.get(family) else dim
+    shared |= {"embedding_scale": math.sqrt(hidden), "query_scale": scalar**-0.5, "max_position": position}
+    if family == "gemma":
+        return GemmaConfig(**shared, sandwich=False)
+    window = fields.get("attention.sliding_window", int, 4096 if family == "gemma2" else 0) or None
+    shared["sliding_windows"] = gguf_windows(fields, layers, window, period=2 if family == "gemma2" else 6)
+    cap = fields.get("final_logit_softcapping", float, 30.0 if family == "gemma2" else 0.0)
+    shared["final_softcap"] = cap or None
+    if family == "gemma2":
+        cap = fields.get("attn_logit_softcapping", float, 50.0)
+        return GemmaConfig(**shared, attention_softcap=cap or None)
+    local = RopeConfig(theta=fields.get("rope.freq_base_swa", float, 1e4), dim=shared["rope"].dim)
+    return GemmaConfig(**shared, qk_norm=True, local_rope=local)

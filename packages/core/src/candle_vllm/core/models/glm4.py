@@ -1,0 +1,167 @@
+"""The GLM-4 wiring: half of a head turns, in pairs of neighbours; gate and up are one matrix.
+
+GLM-4-0414 norms what attention and the feed-forward layer give as well as what they get; GLM-4-9B-Chat does not.
+Source: Team GLM, 2024, arXiv:2406.12793.
+Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import PagedAttention, StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import half_split
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.attention_names import projections
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.stack import DecoderStack
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlmConfig(ModelConfig):
+    """The flags of these families.
+
+    Attributes:
+        qkv_bias: of queries, keys and values.
+        sandwich: what attention and the feed-forward layer give is normed too.
+    """
+
+    qkv_bias: bool = True
+    sandwich: bool = True
+
+
+def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
+    """Reads `config.json` of glm and glm4, where half of a head turns unless they say otherwise."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    if "partial_rotary_factor" not in fields:
+        fields = Fields({**fields.values, "partial_rotary_factor": 0.5}, fields.path)
+    return GlmConfig(
+        **shared_from_hf(fields, model_type),
+        qkv_bias=fields.get("attention_bias", bool, True),
+        sandwich=model_type == "glm4",
+        interleaved_rotary=True,
+    )
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GlmConfig:
+    """Reads GGUF metadata of glm4 and chatglm."""
+    if any(fields.get("rope.dimension_sections", list, [])):
+        raise UnsupportedModelError(
+            f"{fields.path}: {fields.prefix}rope.dimension_sections: rotary positions of images are not implemented; "
+            "use a GGUF file of the text model"
+        )
+    shared = shared_from_gguf(fields, checkpoint)
+    biased = any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
+    return GlmConfig(**shared, qkv_bias=biased, sandwich=shared["model_type"] == "glm4", interleaved_rotary=True)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Grouped-query attention with rotary positions: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: GlmConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes, self.head_dim = (heads * dim, kv_heads * dim, kv_heads * dim), dim
+        self.qkv = Linear(config.hidden_size, dict(zip("qkv", self.sizes)), placement, bias=config.qkv_bias)
+        self.output = Linear(heads * dim, config.hidden_size, placement)
+        self.attend = PagedAttention(layer, dim, rotary, window=config.sliding_windows[layer])
+
+    def __call__(self, x: Value, step: StepInput) -> Value:
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        return self.output(self.attend(q, k, v, step).flatten(1))
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+
+    def __init__(self, config: GlmConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(hidden, eps, placement)
+        self.attention = Attention(config, layer, rotary, placement)
+        self.attention_post_norm = RMSNorm(hidden, eps, placement) if config.sandwich else None
+        self.mlp_norm = RMSNorm(hidden, eps, placement)
+        self.mlp = GatedMLP(hidden, config.intermediate_size, placement, fused=True)
+        self.mlp_post_norm = RMSNorm(hidden, eps, placement) if config.sandwich else None
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        normed, residual = self.attention_norm.add(x, residual)
+        x = self.attention(normed, step)
+        x = x if self.attention_post_norm is None else self.attention_post_norm(x)
+        normed, residual = self.mlp_norm.add(x, residual)
+        x = self.mlp(normed)
+        return (x if self.mlp_post_norm is None else self.mlp_post_norm(x)), residual
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Glm(DecoderStack):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    def __init__(self, config: GlmConfig, placement: Placement, checkpoint: Checkpoint) -> None:
+        del checkpoint
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
+        self.rotary = Rotary(config.rope, config.max_position, placement)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.head = None if config.tie_embeddings else Embedding(config.vocab_size, config.hidden_size, placement)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_HF, _GG = "model.layers.{i}.", "blk.{i}."
+
+
+def _plain(target: str, hf: str, gguf: str) -> WeightName:
+    return WeightName(f"layers.{{i}}.{target}:weight", f"{_HF}{hf}.weight", f"{_GG}{gguf}.weight")
+
+
+WEIGHTS = [
+    WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
+    _plain("attention_norm", "input_layernorm", "attn_norm"),
+    *projections({"q": half_split("num_heads"), "k": half_split("num_kv_heads")}),
+    _plain("attention.output", "self_attn.o_proj", "attn_output"),
+    _plain("attention_post_norm", "post_self_attn_layernorm", "post_attention_norm"),
+    _plain("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+    _plain("mlp.gate_up", "mlp.gate_up_proj", "ffn_up"),
+    _plain("mlp.down", "mlp.down_proj", "ffn_down"),
+    _plain("mlp_post_norm", "post_mlp_layernorm", "post_ffw_norm"),
+    WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
+    WeightName("head:weight", "lm_head.weight", "output.weight"),
+]
+
+
+def ignored(config: GlmConfig) -> list[str]:
+    """Stored names that carry nothing: buffers that old converters saved, and the second copy of a tied head."""
+    return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
+
+
+FAMILY = Family(
+    hf={"GlmForCausalLM": "glm", "Glm4ForCausalLM": "glm4"},
+    gguf=("glm4", "chatglm"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Glm,
+    weights=WEIGHTS,
+    ignored=ignored,
+)

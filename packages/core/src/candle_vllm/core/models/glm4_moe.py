@@ -1,0 +1,132 @@
+"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air): the Llama wiring, part of each head rotated, and experts.
+
+Experts are scored by sigmoids and chosen with a correction, within groups, as DeepSeek-V3's are; a layer that all
+tokens share is added. The layers behind the last, which predict further tokens, are not loaded.
+"""
+
+from __future__ import annotations
+
+import re
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import gguf_has_bias
+from candle_vllm.core.models.experts import (
+    GG,
+    HF,
+    expert_count,
+    expert_names,
+    shared_names,
+    sparse_in_gguf,
+    without_next_tokens,
+)
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_SIGMOID = 2  # in GGUF's metadata
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of glm4_moe."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(Fields({"partial_rotary_factor": 0.5} | dict(fields.values), fields.path), model_type)
+    layers, dense = shared["num_layers"], fields.get("first_k_dense_replace", int, 1)
+    inner = fields.count("moe_intermediate_size")
+    shared_experts = fields.get("n_shared_experts", int, 1)
+    mixture = Mixture(
+        experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=inner,
+        scoring="sigmoid",
+        renormalise=fields.get("norm_topk_prob", bool, True),
+        groups=fields.count("n_group", 1),
+        top_groups=fields.count("topk_group", 1),
+        scale=fields.get("routed_scaling_factor", float, 1.0),
+        correction=True,
+        shared_size=inner * shared_experts,
+    )
+    return LlamaConfig(
+        **shared
+        | {
+            "qkv_bias": fields.get("attention_bias", bool, False),
+            "qk_norm": fields.get("use_qk_norm", bool, False),
+            "mixture": mixture,
+            "num_experts": mixture.experts,
+            "sparse_layers": frozenset(range(max(dense, 0), layers)),
+        }
+    )
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of glm4moe."""
+    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
+    layers = without_next_tokens(fields, shared["num_layers"])
+    shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
+    if (gating := fields.get("expert_gating_func", int, _SIGMOID)) != _SIGMOID:
+        key = f"{fields.prefix}expert_gating_func"
+        raise UnsupportedModelError(f"{fields.path}: {key} is {gating}; implemented: {_SIGMOID} (sigmoid)")
+    inner = fields.count("expert_feed_forward_length")
+    mixture = Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=inner,
+        scoring="sigmoid",
+        renormalise=fields.get("expert_weights_norm", bool, True),
+        groups=fields.count("expert_group_count", 1),
+        top_groups=fields.count("expert_group_used_count", 1),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
+        correction=any(name.endswith("exp_probs_b.bias") for name in tensors),
+        shared_size=inner * fields.get("expert_shared_count", int, 0),
+    )
+    return LlamaConfig(
+        **shared,
+        qkv_bias=gguf_has_bias(checkpoint),
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        mixture=mixture,
+        num_experts=mixture.experts,
+        sparse_layers=sparse_in_gguf(checkpoint, layers),
+    )
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_NORM = "layers.{i}.mlp_norm:weight"
+_CORRECTION = HF + "mlp.gate.e_score_correction_bias"
+
+WEIGHTS = [
+    *(line for line in llama.WEIGHTS if line.target != _NORM),
+    WeightName(_NORM, HF + "post_attention_layernorm.weight", GG + "post_attention_norm.weight"),
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+    WeightName("layers.{i}.mlp.router:correction", _CORRECTION, GG + "exp_probs_b.bias"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *shared_names("mlp.shared_experts"),
+]
+
+
+def ignored(config: LlamaConfig) -> list[str]:
+    """As Llama's, and the layers behind the last."""
+    return [*llama.ignored(config), *later_layers(config.num_layers)]
+
+
+def later_layers(layers: int) -> list[str]:
+    """Patterns of what belongs to layers from number `layers` on, up to 8 of them."""
+    numbers = "|".join(re.escape(str(layers + index)) for index in range(8))
+    return [rf"model\.layers\.({numbers})\..*", rf"blk\.({numbers})\..*"]
+
+
+FAMILY = Family(
+    hf={"Glm4MoeForCausalLM": "glm4_moe"},
+    gguf=("glm4moe",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=ignored,
+)

@@ -1,0 +1,211 @@
+"""gpt-oss: attention with a learned sink for each head, a window in every other layer, and experts with biases.
+
+Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts are gated by a clamped SwiGLU. Checkpoints come
+with experts in MXFP4, rows being outputs, or plain and transposed; the rows of gate and up alternate in both.
+Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, F inner size, X experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import PagedAttention, StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.moe import Mixture, SparseMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import chain, every_other, transposed
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections
+from candle_vllm.core.models.experts import expert_count
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.stack import DecoderStack
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GptOssConfig(ModelConfig):
+    """Flags of the family.
+
+    Attributes:
+        mixture: its experts.
+        attention_bias: q, k, v and the output have biases.
+    """
+
+    mixture: Mixture
+    attention_sinks: bool = True
+    attention_bias: bool = True
+
+
+def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
+    """Reads `config.json` of gpt_oss."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    for key, value in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if fields.get(key, float, value) != value:
+            raise UnsupportedModelError(f"{fields.path}: {key} is {fields.get(key, float)}; implemented: {value}")
+    shared = shared_from_hf(fields, model_type)
+    layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
+    experts = expert_count(fields, "num_local_experts", "num_experts")
+    mixture = _mixture(experts, fields.count("num_experts_per_tok"), shared)
+    windows = layer_windows(fields, layers, window) or _alternating(layers, window)
+    return GptOssConfig(
+        **shared | {"sliding_windows": windows, "num_experts": mixture.experts},
+        mixture=mixture,
+        attention_bias=fields.get("attention_bias", bool, True),
+    )
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptOssConfig:
+    """Reads GGUF metadata of gpt-oss, which leaves unsaid that yarn's band limits are not rounded."""
+    shared = shared_from_gguf(fields, checkpoint)
+    inner = {"intermediate_size": fields.count("expert_feed_forward_length", shared["intermediate_size"])}
+    mixture = _mixture(fields.count("expert_count"), fields.count("expert_used_count"), shared | inner)
+    windows = _alternating(shared["num_layers"], fields.get("attention.sliding_window", int, None) or None)
+    rope = dataclasses.replace(shared["rope"], truncate=False)
+    return GptOssConfig(
+        **shared | {"sliding_windows": windows, "num_experts": mixture.experts, "rope": rope},
+        mixture=mixture,
+        attention_bias=gguf_has_bias(checkpoint),
+    )
+
+
+def _mixture(experts: int, top_k: int, shared: dict[str, Any]) -> Mixture:
+    """The chosen experts' shares are a softmax over their logits: those of a softmax over all, made to sum to 1."""
+    return Mixture(
+        experts=experts,
+        top_k=top_k,
+        inner_size=shared["intermediate_size"],
+        activation="swiglu_oai",
+        router_bias=True,
+        expert_bias=True,
+    )
+
+
+def _alternating(layers: int, window: int | None) -> tuple[int | None, ...]:
+    return tuple(None if layer % 2 else window for layer in range(layers))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Grouped-query attention with rotary positions and sinks: x [T, E] -> [T, E]."""
+
+    def __init__(self, config: GptOssConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
+        self.head_dim = dim
+        shards = dict(zip("qkv", self.sizes, strict=True))
+        self.qkv = Linear(config.hidden_size, shards, placement, bias=config.attention_bias)
+        self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.attention_bias)
+        sinks, window = torch.empty(heads, device=placement.device), config.sliding_windows[layer]
+        self.attend = PagedAttention(layer, dim, rotary, window=window, sinks=sinks)
+
+    def __call__(self, x: Value, step: StepInput) -> Value:
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        return self.output(self.attend(q, k, v, step).flatten(1))
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+
+    def __init__(self, config: GptOssConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.attention = Attention(config, layer, rotary, placement)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.mlp = SparseMLP(config.hidden_size, config.mixture, placement)
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        normed, residual = self.attention_norm.add(x, residual)
+        normed, residual = self.mlp_norm.add(self.attention(normed, step), residual)
+        return self.mlp(normed), residual
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class GptOss(DecoderStack):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    def __init__(self, config: GptOssConfig, placement: Placement, checkpoint: Checkpoint) -> None:
+        del checkpoint
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
+        self.rotary = Rotary(config.rope, config.max_position, placement)
+        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        tied = config.tie_embeddings
+        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _outputs_first(stored: StoredTensor, config: GptOssConfig) -> StoredTensor:
+    """An expert's matrix with a row for each output: plain ones [I, O] are transposed, quantised ones are not."""
+    return stored if stored.dtype is None else transposed(stored, config)
+
+
+def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
+    """A matrix and its bias."""
+    return [
+        WeightName(f"layers.{{i}}.{target}{kind}", f"{HF}{hf}.{kind}", f"{GG}{gguf}.{kind}")
+        for kind in ("weight", "bias")
+    ]
+
+
+def _experts(part: str, hf: str, first: int | None) -> list[WeightName]:
+    """A matrix of every expert and its bias; with `first`, every other row from that one on."""
+    target, stored, gguf = f"layers.{{i}}.mlp.experts:{part}.{{e}}.", f"{HF}mlp.experts.{hf}", f"{GG}ffn_{part}_exps."
+    some = () if first is None else (every_other(first),)
+    return [
+        WeightName(target + "weight", stored, gguf + "weight", chain(_outputs_first, *some)),
+        WeightName(target + "bias", stored + "_bias", gguf + "bias", chain(*some)),
+    ]
+
+
+WEIGHTS = [
+    WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
+    WeightName("layers.{i}.attention_norm:weight", HF + "input_layernorm.weight", GG + "attn_norm.weight"),
+    *projections(),
+    *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
+    WeightName("layers.{i}.attention.attend:sinks", HF + "self_attn.sinks", GG + "attn_sinks.weight"),
+    WeightName("layers.{i}.mlp_norm:weight", HF + "post_attention_layernorm.weight", GG + "post_attention_norm.weight"),
+    *_pair("mlp.router:", "mlp.router", "ffn_gate_inp"),
+    *_experts("gate", "gate_up_proj", 0),
+    *_experts("up", "gate_up_proj", 1),
+    *_experts("down", "down_proj", None),
+    WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
+    WeightName("head:weight", "lm_head.weight", "output.weight"),
+]
+
+
+def ignored(config: GptOssConfig) -> list[str]:
+    """Stored names that carry nothing: the second copy of a tied head."""
+    return [r"lm_head\.weight"] if config.tie_embeddings else []
+
+
+FAMILY = Family(
+    hf={"GptOssForCausalLM": "gpt_oss"},
+    gguf=("gpt-oss",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=GptOss,
+    weights=WEIGHTS,
+    ignored=ignored,
+)

@@ -1,0 +1,122 @@
+"""Phi-3, Phi-3.5 and Phi-4: the Llama wiring (`llama.py`) with fused matrices and long-rope.
+
+q, k and v are stored as one matrix, gate and up as another; Phi-4-mini turns a part of each head. Models of 128k tokens
+divide their frequencies by factors of which there are two sets, for short texts and for long ones; which is taken is
+decided by the context that is served (`layers/rotary.py`). In GGUF files the sets are tensors.
+Source: Abdin et al., 2024, arXiv:2404.14219; long-rope, Ding et al., 2024, arXiv:2402.13753.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import qkv_rows, row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+
+_ORIGINAL = "original_max_position_embeddings"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of phi3, whose original context is 4096 tokens unless it says otherwise."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(Fields({_ORIGINAL: 4096, **fields.values}, fields.path), model_type)
+    kind = shared["rope"].kind
+    if kind not in ("default", "longrope"):
+        raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; Phi-3 has default, longrope or su")
+    window = fields.get("sliding_window", int, None)
+    return LlamaConfig(**shared | {"sliding_windows": (window,) * shared["num_layers"]})
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of phi3."""
+    shared = shared_from_gguf(fields, checkpoint)
+    position, layers = shared["max_position"], shared["num_layers"]
+    if "attention.sliding_window" not in fields and position == 4096 and layers in (32, 40):
+        shared["sliding_windows"] = (2047,) * layers  # files of Phi-3-4k from before the key
+    if _LONG in checkpoint.tensors or _SHORT in checkpoint.tensors:
+        shared["rope"] = _longrope(fields, checkpoint, shared["rope"], position)
+    return LlamaConfig(**shared)
+
+
+def _longrope(fields: Fields, checkpoint: Checkpoint, rope: RopeConfig, position: int) -> RopeConfig:
+    return dataclasses.replace(
+        rope,
+        kind="longrope",
+        factor=max(1.0, position / rope.original_max_position),
+        attention_factor=fields.get("rope.scaling.attn_factor", float, None),
+        short_factor=_divisors(checkpoint, _SHORT, rope.dim),
+        long_factor=_divisors(checkpoint, _LONG, rope.dim),
+    )
+
+
+def _divisors(checkpoint: Checkpoint, name: str, dim: int) -> tuple[float, ...]:
+    stored = checkpoint.tensors.get(name)
+    if stored is None:
+        raise InvalidFileError(f"{checkpoint.path}: tensor {name} is missing; long-rope has {_SHORT} and {_LONG}")
+    if stored.shape != (dim // 2,):
+        raise InvalidFileError(
+            f"{checkpoint.path}: tensor {name} has shape {list(stored.shape)}; {dim} rotary dimensions ask for "
+            f"{[dim // 2]}"
+        )
+    return tuple(stored.load().tolist())
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_HF, _GG = "model.layers.{i}.", "blk.{i}."
+
+WEIGHTS = [
+    WeightName("embed:weight", "model.embed_tokens.weight", "token_embd.weight"),
+    WeightName("layers.{i}.attention_norm:weight", _HF + "input_layernorm.weight", _GG + "attn_norm.weight"),
+    *[
+        WeightName(
+            f"layers.{{i}}.attention.qkv:{part}.weight",
+            _HF + "self_attn.qkv_proj.weight",
+            (f"{_GG}attn_{part}.weight", Seen(_GG + "attn_qkv.weight", qkv_rows(part))),
+            qkv_rows(part),
+        )
+        for part in "qkv"
+    ],
+    WeightName("layers.{i}.attention.output:weight", _HF + "self_attn.o_proj.weight", _GG + "attn_output.weight"),
+    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
+    *[
+        WeightName(
+            f"layers.{{i}}.mlp.gate_up:{part}.weight",
+            _HF + "mlp.gate_up_proj.weight",
+            _GG + "ffn_up.weight",
+            row_part(index, 2),
+            row_part(index, 2),
+        )
+        for index, part in enumerate(("gate", "up"))
+    ],
+    WeightName("layers.{i}.mlp.down:weight", _HF + "mlp.down_proj.weight", _GG + "ffn_down.weight"),
+    WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
+    WeightName("head:weight", "lm_head.weight", "output.weight"),
+]
+
+
+def ignored(config: LlamaConfig) -> list[str]:
+    """Stored names that carry nothing, and long-rope's factors, which the config has."""
+    return [*llama.ignored(config), r"rope_factors_(short|long)\.weight"]
+
+
+FAMILY = Family(
+    hf={"Phi3ForCausalLM": "phi3"},
+    gguf=("phi3",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=ignored,
+)

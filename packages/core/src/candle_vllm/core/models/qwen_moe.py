@@ -1,0 +1,126 @@
+"""Qwen2-MoE and Qwen3-MoE: the wiring of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
+
+Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a layer that all tokens share, weighed by a sigmoid of the token, and takes
+the chosen experts' scores as they are; Qwen3-MoE has no such layer, and makes them sum to 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import as_row
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, sparse_in_gguf
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of qwen2_moe and qwen3_moe."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(fields, model_type)
+    qwen2 = model_type == "qwen2_moe"
+    mixture = Mixture(
+        experts=expert_count(fields, "num_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=fields.count("moe_intermediate_size"),
+        renormalise=fields.get("norm_topk_prob", bool, False),
+        shared_size=fields.count("shared_expert_intermediate_size") if qwen2 else 0,
+        shared_gate=qwen2,
+    )
+    bias = fields.get("attention_bias", bool, False)
+    return LlamaConfig(
+        **shared
+        | {
+            "qkv_bias": fields.get("qkv_bias", bool, True) if qwen2 else bias,
+            "output_bias": not qwen2 and bias,
+            "qk_norm": not qwen2,
+            "sliding_windows": _windows(fields, shared["num_layers"]),
+            "mixture": mixture,
+            "num_experts": mixture.experts,
+            "sparse_layers": _sparse_layers(fields, shared["num_layers"]),
+        }
+    )
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """Qwen says by a flag whether there are windows, and by name or number in which layers."""
+    if not fields.get("use_sliding_window", bool, False):
+        return (None,) * layers
+    window = fields.get("sliding_window", int, None)
+    named = layer_windows(fields, layers, window)
+    if named is not None:
+        return named
+    first = fields.get("max_window_layers", int, layers)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
+    """Every `decoder_sparse_step`-th layer, without those of `mlp_only_layers`."""
+    step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", list, [])
+    if not all(isinstance(layer, int) for layer in dense):
+        raise InvalidFileError(f"{fields.path}: mlp_only_layers is {dense!r:.80}, not a list of layers")
+    return frozenset(layer for layer in range(layers) if (layer + 1) % step == 0) - set(dense)
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of qwen2moe and qwen3moe."""
+    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
+    qwen2 = shared["model_type"] == "qwen2moe"
+    mixture = Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=fields.count("expert_feed_forward_length"),
+        renormalise=fields.get("expert_weights_norm", bool, not qwen2),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
+        shared_size=_shared_size(fields, tensors) if qwen2 else 0,
+        shared_gate=qwen2,
+    )
+    return LlamaConfig(
+        **shared,
+        qkv_bias=gguf_has_bias(checkpoint),
+        output_bias="blk.0.attn_output.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        mixture=mixture,
+        num_experts=mixture.experts,
+        sparse_layers=sparse_in_gguf(checkpoint, shared["num_layers"]),
+    )
+
+
+def _shared_size(fields: Fields, tensors: Any) -> int:
+    """As the metadata says, or, in old files, the tensors."""
+    found: StoredTensor | None = tensors.get("blk.0.ffn_up_shexp.weight")
+    stored = found.shape[0] if found is not None and found.shape else None
+    return fields.count("expert_shared_feed_forward_length", *([] if stored is None else [stored]))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_GATE = "layers.{i}.mlp.shared_gate:weight"
+
+WEIGHTS = [
+    *llama.WEIGHTS,
+    WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *shared_names("mlp.shared_expert"),
+    WeightName(_GATE, HF + "mlp.shared_expert_gate.weight", GG + "ffn_gate_inp_shexp.weight", None, as_row),
+]
+
+FAMILY = Family(
+    hf={"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
+    gguf=("qwen2moe", "qwen3moe"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=llama.ignored,
+)
