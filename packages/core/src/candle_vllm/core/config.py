@@ -25,6 +25,12 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "attention_backend": ("auto", "triton", "torch_flash", "flash_attn", "torch"),
     }
 )
+ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k")
+"""Types that plain weights can be quantised to while they are loaded."""
+
+MAX_STRETCH = 1024
+"""Times that a context can be stretched."""
+
 _SWITCHES = ("offline", "enforce_eager", "cuda_graphs", "deterministic", "enable_prefix_caching")
 _OPTIONAL_NUMBERS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "threads", "seed")
 
@@ -50,6 +56,9 @@ class EngineConfig:
         offline: never use the network.
         tokenizer: folder with a `tokenizer.json` to use instead of the model's own.
         chat_template: Jinja source to use instead of the model's own template.
+        isq: quantise plain weights while they are loaded: one of `ISQ_NAMES` (q4_k stands for q4k); None does not. The
+            embedding and the head get at least q6k, norms, biases and routers stay plain. Not for GGUF files, for
+            weights that are quantised already, or for encoders.
         load_format: "auto" reads the model's weights; "dummy" needs its config.json and tokenizer alone and fills the
             weights with random numbers, to measure a model that is not there.
         device: "auto", "cpu", "cuda" or "cuda:N"; "auto" is the first GPU that can be used, else the CPU.
@@ -65,6 +74,8 @@ class EngineConfig:
         cuda_graphs: on a GPU, capture the steps that only decode, of up to 512 sequences, as CUDA graphs.
         deterministic: on a GPU, a seeded answer is the same whatever else is in the batch, however its prompt was cut,
             and whatever the prefix cache held. On the CPU it always is.
+        yarn_scaling_factor: stretch the context of a model without rotary scaling by YaRN, to this many times its own;
+            None leaves it. Short texts lose a little by it.
         max_model_len: longest prompt plus output, in tokens; None is the model's own, or less where memory says so.
         max_num_seqs: most sequences in one step; None is 64 on the CPU, 256 on a GPU.
         max_num_batched_tokens: most tokens in one step, prompts included; None is 512 on the CPU, 8192 on a GPU.
@@ -85,6 +96,7 @@ class EngineConfig:
     offline: bool = False
     tokenizer: Path | None = None
     chat_template: str | None = None
+    isq: str | None = None
     load_format: LoadFormat = "auto"
     device: str = "auto"
     dtype: DType = "auto"
@@ -93,6 +105,7 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDType = "auto"
     cuda_graphs: bool = True
     deterministic: bool = False
+    yarn_scaling_factor: float | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -106,8 +119,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._take_paths()
-        for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "device", *CHOICES):
+        for name in ("model", "weight_file", "revision", "hf_token", "chat_template", "isq", "device", *CHOICES):
             self._text(name)
+        if self.isq is not None:
+            object.__setattr__(self, "isq", isq_name(self.isq))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} {_shown(getattr(self, name))} is neither True nor False", name)
@@ -118,6 +133,7 @@ class EngineConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} {getattr(self, name)!r:.80} is not one of {', '.join(choices)}", name)
+        self._check_factor()
         self._within("max_model_len", 1, 1 << 24)
         self._within("max_num_seqs", 1, 4096)
         self._within("max_num_batched_tokens", 1, 1 << 20)
@@ -133,6 +149,17 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_fraction {_shown(self.kv_fraction)} is not a number between 0 and 1: try 0.4", "kv_fraction"
             )
+
+    def _check_factor(self) -> None:
+        factor = self.yarn_scaling_factor
+        if factor is None:
+            return
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= MAX_STRETCH:
+            raise ConfigError(
+                f"yarn_scaling_factor {_shown(factor)} is not a number above 1 and at most {MAX_STRETCH}: try 4.0",
+                "yarn_scaling_factor",
+            )
+        object.__setattr__(self, "yarn_scaling_factor", float(factor))
 
     def _take_paths(self) -> None:
         """Paths and texts stand for each other: `model` becomes a text, the folders become paths."""
@@ -157,6 +184,20 @@ class EngineConfig:
             return
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"{name} {_shown(value)} is not a whole number between {low} and {high}", name)
+
+
+def isq_name(text: str) -> str:
+    """The name in `ISQ_NAMES` that a user's spelling means; q4_k and Q4K stand for q4k.
+
+    Raises:
+        ConfigError: none. The mixtures of llama.cpp (q4_k_m) are no types.
+    """
+    name = text.strip().lower()
+    if name in ISQ_NAMES or (name := name.replace("_k", "k")) in ISQ_NAMES:
+        return name
+    main = re.sub("_[sml]$", "", name)
+    hint = f"; {text!r:.60} is a mixture of types, mostly {main}" if main in ISQ_NAMES else ""
+    raise ConfigError(f"isq {text!r:.60} is not one of {', '.join(ISQ_NAMES)}{hint}", "isq")
 
 
 def _shown(value: object) -> str:

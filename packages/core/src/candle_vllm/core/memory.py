@@ -76,7 +76,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
             f"set --mem {int(available * 0.9) // MIB} or less",
             "kv_cache_memory",
         )
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype_bytes
+    token_bytes = model.num_layers * model.cache.numbers * dtype_bytes
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     per_sequence = -(-model.max_position // config.block_size)
@@ -89,10 +89,17 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     message = (
         f"KV cache: {num_blocks} blocks of {config.block_size} tokens = {num_blocks * config.block_size} tokens, "
         f"{_size(num_blocks * block_bytes)} of {_size(budget)} ({source}); one token takes "
-        f"2 x {model.num_layers} layers x {model.num_kv_heads} heads x {model.head_dim} x {dtype_bytes} B = "
-        f"{token_bytes} B; context {context}"
+        f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context}"
     )
     return CachePlan(num_blocks, block_bytes, context, message)
+
+
+def _numbers(model: ModelConfig) -> str:
+    """What is kept of a token: keys and values, or only the former."""
+    cache, layers = model.cache, f"{model.num_layers} layers"
+    if cache.key_dim == cache.value_dim:
+        return f"2 x {layers} x {cache.kv_heads} heads x {cache.key_dim}"
+    return f"{layers} x {cache.kv_heads} head x {cache.key_dim + cache.value_dim}"
 
 
 def _shrunk_context(

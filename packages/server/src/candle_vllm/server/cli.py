@@ -1,4 +1,4 @@
-"""The `candle-vllm` command: serve, generate, chat, agent, bench, config.
+"""The `candle-vllm` command: serve, generate, chat, agent, bench, quantize, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
 the traceback is shown only with `--log-level debug`.
@@ -81,6 +81,10 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
         from candle_vllm.server.commands.agent import agent
 
         return agent(settings, **own)
+    if command == "quantize":
+        from candle_vllm.server.commands.quantize import quantize
+
+        return quantize(settings, **own)
     from candle_vllm.server.commands.bench import bench
 
     return bench(settings, **own)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Kind, Number, Secret, Text
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "chat": "talk with the model on the terminal",
     "agent": "carry out one request with the tools of MCP servers",
     "bench": "measure the model on this machine",
+    "quantize": "write the model as a GGUF file, quantised or plain",
     "config": "show every setting, and where its value comes from",
 }
 MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
@@ -34,6 +36,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
+    "quantize": (MODEL, LOGGING),
     "config": GROUPS,
 }
 
@@ -82,12 +85,14 @@ def _switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more:
 
 _SERVE = ("serve", "config")  # bench sizes the batch itself, and one conversation has no batch
 _WITH_TEXT = ("serve", "generate", "chat", "agent", "config")  # bench has no text, and always takes the likeliest token
+_LOADING = tuple(command for command in COMMANDS if command != "quantize")
 _REUSING = ("serve", "chat", "agent", "config")  # those with requests that begin alike
 _CALLING = ("serve", "agent", "config")  # those whose requests have tools
 _TOKENS = Integer(1, 1 << 24)
 _DTYPES = Choice(("auto", "f32", "bf16", "f16"), {"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
 _ATTENTION = Choice(("auto", "triton", "torch_flash", "flash_attn", "torch"), {"flash-attn": "flash_attn"})
 _KV_DTYPES = Choice(("auto", "fp8"), {"fp8_e4m3": "fp8"})
+_ISQ = Choice(ISQ_NAMES, {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")})
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 
 OPTIONS: tuple[Option, ...] = (
@@ -102,7 +107,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("tokenizer", MODEL, ("--tokenizer",), FilePath(), "folder with the tokenizer.json to use instead", "DIR",
            in_yaml=True),
     Option("chat_template", MODEL, ("--chat-template",), FilePath(), "file with the Jinja chat template to use instead",
-           "FILE", in_yaml=True, commands=_WITH_TEXT),
+           "FILE", in_yaml=True, commands=(*_WITH_TEXT, "quantize")),
     Option("tool_parser", MODEL, ("--tool-parser", "--tool-call-parser", "--enforce-parser"), Text(128),
            "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files", "NAME",
            in_yaml=True, commands=_CALLING),
@@ -121,9 +126,12 @@ OPTIONS: tuple[Option, ...] = (
            rivals="Hugging Face token"),
     Option("download_dir", MODEL, ("--download-dir",), FilePath(), "where downloads are kept", "DIR", in_yaml=True),
     _switch("offline", MODEL, "never use the network to find the model"),
+    Option("isq", MODEL, ("--isq",), _ISQ,
+           "quantise plain weights while they are loaded (docs/quantisation.md): " + ", ".join(ISQ_NAMES), "TYPE",
+           in_yaml=True),
     Option("load_format", MODEL, ("--load-format",), Choice(("auto", "dummy"), {}),
            "auto reads the weights; dummy fills them with random numbers, to measure a model without its files",
-           "FORMAT", in_yaml=True),
+           "FORMAT", in_yaml=True, commands=_LOADING),
     Option("device", DEVICE, ("--d", "--device"), Device(),
            "auto, cpu, cuda, cuda:N, or N alone for a GPU; --cpu is --device cpu", "DEVICE",
            constants={"--cpu": "cpu"}, in_yaml=True),
@@ -157,6 +165,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("threads", DEVICE, ("--threads",), Integer(1, 1024), "CPU threads; without it, one per physical core", "N",
            in_yaml=True),
     Option("max_model_len", LIMITS, ("--max-model-len",), _TOKENS, "longest prompt plus answer, in tokens", "N",
+           in_yaml=True),
+    Option("yarn_scaling_factor", LIMITS, ("--yarn-scaling-factor",), Number(1, 1024, open_low=True),
+           "stretch the context of a model without rotary scaling by YaRN, to this many times its own", "FACTOR",
            in_yaml=True),
     Option("max_num_seqs", LIMITS, ("--max-num-seqs",), Integer(1, 4096),
            "most sequences in one step: 64 on the CPU, 256 on a GPU", "N", in_yaml=True, commands=_SERVE),
@@ -305,6 +316,26 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         Option("concurrency", "command", ("--concurrency",), Integer(1, 4096), "requests at the same time", "N"),
         Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
         _AS_JSON,
+    ),
+    "quantize": (
+        Option("out", "command", ("--out",), FilePath(), "the file to write, which ends in .gguf", "FILE"),
+        Option("force", "command", (), Boolean(), "replace a file of that name", constants={"--force": True}),
+        Option(
+            "dtype",
+            "command",
+            ("--dtype",),
+            _DTYPES,
+            "type of matrices without --isq: auto (as stored), f32, bf16 or f16",
+            "TYPE",
+        ),
+        Option(
+            "threads",
+            "command",
+            ("--threads",),
+            Integer(1, 1024),
+            "CPU threads; without it, one per physical core",
+            "N",
+        ),
     ),
     "config": (_AS_JSON,),
 }

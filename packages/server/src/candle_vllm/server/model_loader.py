@@ -129,7 +129,7 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     import torch
 
     from candle_vllm.core.devices import choose_device
-    from candle_vllm.core.loading.model import model_files, open_model
+    from candle_vllm.core.loading.opening import model_files, open_model
 
     config = engine_config(settings)
     files = model_files(config)
@@ -170,7 +170,7 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
         NoRoomError: it does not fit.
     """
     from candle_vllm.core.devices import choose_device
-    from candle_vllm.core.loading.model import model_files
+    from candle_vllm.core.loading.opening import model_files
 
     config = engine_config(settings)
     device = choose_device(config.device)

@@ -39,6 +39,7 @@ class Settings:
     hf_token_path: Path | None = None
     download_dir: Path | None = None
     offline: bool = False
+    isq: str | None = None
     load_format: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -54,6 +55,7 @@ class Settings:
     engine_process: bool = False
     threads: int | None = None
     max_model_len: int | None = None
+    yarn_scaling_factor: float | None = None
     max_num_seqs: int | None = None
     prefill_chunk_size: int | None = None
     enable_prefix_caching: bool | None = None

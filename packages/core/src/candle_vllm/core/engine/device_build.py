@@ -17,6 +17,7 @@ from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose
+from candle_vllm.core.kernels.latent_attention.backend import choose_latent
 from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 
@@ -35,7 +36,8 @@ def build_on_gpu(
         ConfigError: settings that cannot work with this model, GPU and memory.
     """
     device, model = loaded.placement.device, loaded.config
-    backend = choose(config.attention_backend, _needs(config, loaded))
+    select = choose if model.cache.value_dim else choose_latent
+    backend = select(config.attention_backend, _needs(config, loaded))
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
@@ -83,9 +85,11 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
     return AttentionNeeds(
         capability=torch.cuda.get_device_capability(placement.device),
         dtype=placement.dtype,
-        head_dim=model.head_dim,
+        head_dim=model.cache.key_dim,
         block_size=config.block_size,
         windows=any(window is not None for window in model.sliding_windows),
+        soft_caps=model.attention_softcap is not None,
+        sinks=model.attention_sinks,
         fp8_cache=config.kv_cache_dtype == "fp8",
         deterministic=config.deterministic,
     )

@@ -23,7 +23,7 @@ from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS
 from candle_vllm.core.kernels.attention import DeviceRows
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.registry import Decoder
+from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
 from candle_vllm.core.sampling.sampler import SampledToken
 from candle_vllm.core.sampling.state import SamplingState
@@ -177,14 +177,15 @@ class DeviceRunner:
 
     def _allocate(self, num_blocks: int) -> None:
         config = self.decoder.config
-        shape = (num_blocks, self._limits.block_size, config.num_kv_heads, config.head_dim)
+        rows = (num_blocks, self._limits.block_size, config.cache.kv_heads)
 
-        def caches() -> tuple[torch.Tensor, ...]:
+        def caches(dim: int) -> tuple[torch.Tensor, ...]:
+            shape = (*rows, dim)
             return tuple(
                 self._empty(shape, dtype=self._dtype, device=self._stream.device) for _ in range(config.num_layers)
             )
 
-        self.key_caches, self.value_caches = caches(), caches()
+        self.key_caches, self.value_caches = caches(config.cache.key_dim), caches(config.cache.value_dim)
         self._stream.join()
 
     def _bucket(self, batch: Batch) -> int | None:

@@ -28,7 +28,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.models.registry import Encoder
+from candle_vllm.core.models.family import Encoder
 from candle_vllm.core.pooling.model_pooling import ModelPooling, PoolingPlan
 from candle_vllm.core.pooling.pooler import Pooler, as_array
 

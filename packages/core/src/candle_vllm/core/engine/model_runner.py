@@ -12,7 +12,7 @@ import torch
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.registry import Decoder
+from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -118,12 +118,13 @@ class EagerRunner(StepwiseRunner):
         self, decoder: Decoder, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         config = decoder.config
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        rows = (num_blocks, block_size, config.cache.kv_heads)
+        keys, values = (*rows, config.cache.key_dim), (*rows, config.cache.value_dim)
         super().__init__(decoder)
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
-        self.key_caches = tuple(torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers))
-        self.value_caches = tuple(torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers))
+        self.key_caches = tuple(torch.empty(keys, device=device, dtype=dtype) for _ in range(config.num_layers))
+        self.value_caches = tuple(torch.empty(values, device=device, dtype=dtype) for _ in range(config.num_layers))
         self._hidden = torch.empty(0, config.hidden_size)
 
     @torch.inference_mode()

@@ -19,9 +19,12 @@ from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
+from candle_vllm.core.kernels.latent_attention.cpu_write import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.registry import Decoder
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.models.family import Decoder
 
 
 class RecordedRunner(StepwiseRunner):
@@ -36,17 +39,13 @@ class RecordedRunner(StepwiseRunner):
 
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
-        shape = (num_blocks, limits.block_size, config.num_layers, config.num_kv_heads, config.head_dim)
-        keys, values = (
-            aligned(math.prod(whole), np.int16).reshape(whole).swapaxes(0, 1)
-            for whole in (key_cache_shape(*shape), value_cache_shape(*shape))
-        )
+        keys, values = _caches(config, num_blocks, limits.block_size)
         super().__init__(decoder)
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing = torch.empty(0)
-        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), tuple(keys), tuple(values))
+        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
         self._caches = (keys, values)
-        self._hidden: Recorded = decoder.forward(recorder.tokens(), step)
+        self._hidden: Recorded = decoder.forward(step_tokens(recorder), step)
         head_start, layer_rows = len(recorder.plan), recorder.num_rows
         decoder.logits(self._hidden)
         assert recorder.logits is not None
@@ -88,3 +87,15 @@ class RecordedRunner(StepwiseRunner):
         assert address_of(plan) % 8 == 0
         self._team.run(plan, num_rows)
         return self._logits[: len(rows)]
+
+
+def _caches(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[tuple[np.ndarray, ...], ...]:
+    """The caches of keys and of values, of each layer; the same twice where values are a part of the keys."""
+    cache, layers = config.cache, config.num_layers
+    if not cache.value_dim:
+        shapes = [latent_cache_shape(num_blocks, block_size, layers, cache.key_dim)]
+    else:
+        shape = (num_blocks, block_size, layers, cache.kv_heads, cache.key_dim)
+        shapes = [key_cache_shape(*shape), value_cache_shape(*shape)]
+    made = [tuple(aligned(math.prod(whole), np.int16).reshape(whole).swapaxes(0, 1)) for whole in shapes]
+    return made[0], made[-1]

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.weights import expand, layer_at
-from candle_vllm.core.models.registry import HF_ENCODERS, EncoderFamily, encoder_from_hf
+from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.models.registry import HF_ENCODERS, encoder_from_hf
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LETTERS = string.ascii_lowercase + string.digits + string.punctuation
@@ -24,7 +25,7 @@ TOY_ENCODER_VOCAB_SIZE = len(_SPECIAL) + 2 * len(_LETTERS)
 
 def toy_encoder_config(architecture: str = "BertModel", **overrides: Any) -> dict[str, Any]:
     """A `config.json` of a two-layer encoder; `overrides` replace or add keys."""
-    _, model_type, scores = HF_ENCODERS[architecture]
+    model_type, scores = HF_ENCODERS[architecture].hf[architecture]
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -80,16 +81,15 @@ def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[st
     prefix = ("bert." if config.model_type == "bert" else "roberta.") if config.scores else ""
     model = family.build(config, Placement(torch.device("meta"), torch.float32))
     made = {}
-    for line in expand(family.weights(config, [prefix]), config.num_layers):
+    for line in expand(family.weights(config, [prefix]), config):
         path, part = line.target.split(":")
         layer = layer_at(model, path)
         if layer is None:
             continue
         shape = layer.parts()[part].shape
-        assert line.hf is not None
         values = torch.randn(shape, generator=generator)
         spread, centre = (1.5 * shape[1] ** -0.5, 0.0) if len(shape) == 2 else (0.1, float("norm:w" in line.target))
-        made[line.hf] = centre + spread * values
+        made[line.first] = centre + spread * values
     return made
 
 

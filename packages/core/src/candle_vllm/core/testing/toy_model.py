@@ -70,10 +70,15 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
     dtype = getattr(torch, config["torch_dtype"])
     weights = {name: weight.to(dtype) for name, weight in _weights(config, torch.Generator().manual_seed(seed)).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    write_toy_tokenizer(folder)
+    return folder
+
+
+def write_toy_tokenizer(folder: Path) -> None:
+    """Writes the files of the byte tokenizer, with its chat template, into a model's folder."""
     _tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": _TEMPLATE, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return folder
 
 
 def write_toy_gguf(
@@ -109,13 +114,7 @@ def write_toy_gguf(
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*_byte_names(), *SPECIAL_TOKENS, "he"])
-    writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS) + [1])
-    writer.add_token_merges(["h e"])  # a file without merges has no byte-pair tokenizer
-    writer.add_eos_token_id(258)
-    writer.add_chat_template(_TEMPLATE)
+    add_toy_vocabulary(writer)
     for hf_name, tensor in _weights(config, torch.Generator().manual_seed(seed)).items():
         data = tensor.numpy()
         if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
@@ -132,6 +131,17 @@ def write_toy_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_toy_vocabulary(writer: GGUFWriter) -> None:
+    """Writes the byte tokenizer and its chat template into a GGUF file's metadata."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*_byte_names(), *SPECIAL_TOKENS, "he"])
+    writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS) + [1])
+    writer.add_token_merges(["h e"])  # a file without merges has no byte-pair tokenizer
+    writer.add_eos_token_id(258)
+    writer.add_chat_template(_TEMPLATE)
 
 
 _GGUF_NAMES = {

@@ -1,0 +1,37 @@
+"""`candle-vllm quantize`: writes a model of plain weights as one GGUF file, quantised or as it is.
+
+No request runs; the file is what this library and llama.cpp load (see `candle_vllm.core.conversion`).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.loading.description import progress_bar
+from candle_vllm.core.memory import physical_cores
+from candle_vllm.server.engine_setup import engine_config
+from candle_vllm.server.kinds import UsageError
+from candle_vllm.server.settings import Settings
+
+
+def quantize(
+    settings: Settings,
+    out: Path | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> int:
+    """Writes the file and says what is in it."""
+    if out is None:
+        raise UsageError("--out FILE.gguf is missing: it names the file to write")
+    changes = {"dtype": dtype} if dtype is not None else {}
+    torch.set_num_threads(threads or settings.threads or physical_cores())
+    with progress_bar("writing") as progress:
+        written = write_gguf(engine_config(settings, **changes), out, overwrite=force, progress=progress)
+    types = ", ".join(f"{kind} x {count}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1]))
+    sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:,.1f} MB, {types}\n")
+    return 0
