@@ -23,11 +23,13 @@ WRONG: dict[str, list[Any]] = {
     "device": [5, None, "gpu", "cuda:x"],
     "dtype": [5, None, "f64", []],
     "enforce_eager": ["no", 1, None],
+    "isq": [5, "", "q4", "q4_k_m", "gguf", True],
     "load_format": [5, None, "fast"],
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
     "cuda_graphs": ["no", 1, None],
     "deterministic": ["no", 1, None],
+    "yarn_scaling_factor": [1, 0.5, 1025.0, "4", True, math.nan, math.inf],
     "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],
     "max_num_seqs": [0, "8", True],
     "max_num_batched_tokens": [0, "8"],
@@ -55,6 +57,17 @@ def test_a_wrong_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         EngineConfig(**values)
     assert caught.value.setting == name
+
+
+@pytest.mark.parametrize("spelling", ["q4k", "q4_k", "Q4_K", "Q4K"])
+def test_a_type_to_quantise_to_has_several_spellings(spelling: str) -> None:
+    assert EngineConfig(model="m", isq=spelling).isq == "q4k"
+    assert EngineConfig(model="m", isq="Q8_0").isq == "q8_0"
+
+
+def test_a_mixture_is_no_type_to_quantise_to() -> None:
+    with pytest.raises(ConfigError, match=r"'q4_k_m' is not one of q4_0, .*; 'q4_k_m' is a mixture.* q4k"):
+        EngineConfig(model="m", isq="q4_k_m")
 
 
 def test_paths_may_be_texts_and_the_model_a_path() -> None:

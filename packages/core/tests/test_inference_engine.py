@@ -36,7 +36,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def make(folder: Path, **settings: Any) -> InferenceEngine:
-    return InferenceEngine(str(folder), threads=1, **settings)
+    """Op by op in torch, which serves blocks of every size."""
+    return InferenceEngine(str(folder), threads=1, **({"enforce_eager": True} | settings))
 
 
 @pytest.fixture(scope="module")

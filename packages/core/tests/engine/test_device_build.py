@@ -103,6 +103,19 @@ def test_what_does_not_fit_names_a_flag(
         build(loaded, **settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"attention_sinks": True}, "has no attention sinks"), ({"attention_softcap": 50.0}, "has no soft cap")],
+)
+def test_what_a_model_asks_of_attention_is_told_to_the_backend(
+    loaded: LoadedModel, memory: Memory, change: dict[str, Any], message: str
+) -> None:
+    half = dataclasses.replace(loaded.placement, dtype=torch.bfloat16)
+    asking = dataclasses.replace(loaded, placement=half, config=dataclasses.replace(loaded.config, **change))
+    with pytest.raises(ConfigError, match=message):
+        build(asking, attention_backend="torch_flash")
+
+
 def test_memory_that_runs_out_in_the_largest_step(
     loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

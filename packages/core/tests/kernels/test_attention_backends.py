@@ -82,6 +82,8 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
         ("triton", change(dtype=torch.float64, deterministic=True), "float64", "without 'deterministic'"),
         ("triton", change(capability=None), "needs a GPU", "'auto' or 'torch'"),
         ("torch_flash", change(soft_caps=True), "no soft cap", "'triton'"),
+        ("torch_flash", change(sinks=True), "no attention sinks", "'triton'"),
+        ("flash_attn", change(sinks=True), "no attention sinks", "'triton'"),
         ("torch_flash", change(dtype=torch.float32), "float32", "'triton'"),
         ("torch_flash", change(deterministic=True), "'deterministic'", "'triton'"),
         ("torch_flash", change(capability=(7, 0)), "8.0", "'torch'"),

@@ -21,11 +21,7 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention import reference as attention_reference
-from candle_vllm.core.kernels.attention.cpu import (
-    attend_operation,
-    attend_row,
-    merge_operation,
-)
+from candle_vllm.core.kernels.attention.cpu import LOG2E, attend_operation, attend_row, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, supported, value_cache_shape
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
@@ -74,6 +70,8 @@ class Model:
     block: int = 16
     blocks: int = 160
     window: int = 0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
     rotary: int = -1
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
@@ -144,6 +142,7 @@ class Step:
         numbers = np.zeros(8, np.int64)
         numbers[:2] = tokens, len(lengths)
         k_column = model.heads * model.dim
+        sinks = None if model.sinks is None else model.sinks * LOG2E
         write = rotate_and_write_row(
             qkv=qkv.data_ptr(),
             stride=stride,
@@ -181,6 +180,8 @@ class Step:
             scratch=scratch,
             scratch_size=size,
             window=model.window,
+            cap=(model.softcap or 0) * LOG2E,
+            sinks=0 if sinks is None else sinks.data_ptr(),
         )
         both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim, model.isa), attend)]
         plan = plan_of(
@@ -203,9 +204,8 @@ class Step:
         )
         window = model.window or None
         scale = 1 / math.log2(math.e)
-        return attention_reference.paged_attention(
-            q.float(), keys.float(), values.float(), rows, scale=scale, window=window
-        )
+        options = {"scale": scale, "window": window, "softcap": model.softcap, "sinks": model.sinks}
+        return attention_reference.paged_attention(q.float(), keys.float(), values.float(), rows, **options)
 
 
 class Pages:
@@ -250,9 +250,47 @@ def test_head_ratios(teams: dict[int, ThreadTeam], heads: tuple[int, int], threa
     check(model, teams[threads], [33, 300, 70], [1, 40, 70])
 
 
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("dim", [16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256])
 def test_head_sizes(teams: dict[int, ThreadTeam], dim: int) -> None:
     check(Model(dim=dim, heads=4, kv_heads=2), teams[2], [130, 41], [1, 23])
+
+
+@pytest.mark.parametrize("dim", [16, 72, 80])
+def test_odd_heads_change_no_bit_however_they_are_computed(teams: dict[int, ThreadTeam], dim: int) -> None:
+    model = Model(dim=dim, heads=4, kv_heads=2, blocks=80)
+    table, qkv = Pages(model).table(700), random_qkv(model, 700, 5)
+    whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
+    for cut, threads in ((1, 2), (37, 3), (300, 1)):
+        last, _ = Step([table], [700 - cut], [qkv[-cut:]]).run(model, teams[threads])
+        assert torch.equal(last, whole[-cut:])
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("softcap", [0.4, 5.0, 50.0])
+def test_soft_caps(teams: dict[int, ThreadTeam], softcap: float, window: int) -> None:
+    """Down to caps that squeeze every score, in chunks of every size, split among threads and not."""
+    check(Model(softcap=softcap, heads=6, kv_heads=2, window=window), teams[2], [700, 41, 90], [1, 41, 30])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [0, 16])
+def test_sinks(teams: dict[int, ThreadTeam], window: int, softcap: float | None, threads: int) -> None:
+    """Sinks far below every score, among them, and far above, which leaves almost nothing of the values."""
+    sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
+    model = Model(sinks=sinks, softcap=softcap, heads=6, kv_heads=2, window=window)
+    check(model, teams[threads], [700, 41, 90], [1, 41, 30])
+
+
+def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> None:
+    model = Model(sinks=torch.tensor([500.0, -500.0, 0.0]))
+    table, qkv = Pages(model).table(90), random_qkv(model, 90, 5)
+    got, _ = Step([table], [0], [qkv]).run(model, teams[2])
+    model.sinks = None
+    plain, _ = Step([table], [0], [qkv]).run(model, teams[2])
+    assert (got[:, 0] == 0).all()
+    assert torch.equal(got[:, 1], plain[:, 1])
+    assert (got[:, 2].norm(dim=-1) < plain[:, 2].norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("isa", [Isa.GENERIC, Isa.VNNI, host_isa()])
@@ -382,6 +420,6 @@ def test_exp2() -> None:
 
 
 def test_supported() -> None:
-    assert all(supported(dim, 16) for dim in range(32, 257, 32))
-    assert not any(supported(dim, 16) for dim in (0, 16, 80, 288))
+    assert all(supported(dim, 16) for dim in (16, 18, 72, 80, 96, 128, 256))
+    assert not any(supported(dim, 16) for dim in (0, 8, 17, 258))
     assert [supported(64, block) for block in (8, 16, 24, 32, 1024)] == [False, True, False, True, True]

@@ -7,7 +7,8 @@ import importlib
 import pytest
 import torch
 
-from candle_vllm.core.kernels.group_linear import GroupMatrix, linear, pack, reference, stack
+from candle_vllm.core.kernels.group_linear import GroupMatrix, from_codes, linear, pack, reference, stack
+from candle_vllm.core.quantization.group_codes import GroupCodes
 
 
 def numbers(
@@ -108,3 +109,29 @@ def test_what_no_kernel_multiplies_is_refused() -> None:
     refused("zeros from -", codes, scales, -zeros - 1, 4)
     refused("to 65536", codes, scales, zeros * 0 + 65536, 4)
     assert isinstance(pack(codes, scales, zeros, 4, "cpu"), GroupMatrix)
+
+
+def test_columns_in_another_order() -> None:
+    """Activation order: the groups of a file's columns lie anyhow, and x is brought to the matrix's order."""
+    codes, scales, zeros = numbers(12, 96, 32, 4)
+    group_of = torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32
+    found = GroupCodes(codes.numpy(), scales.float().numpy(), zeros.numpy(), 4, torch.float16, group_of.numpy())
+    matrix = from_codes(found, "cpu")
+    assert matrix is not None
+    assert matrix.order is not None
+    assert matrix.nbytes == 12 * 128 // 2 + 12 * 4 * 4 + 96 * 8
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(linear(x, matrix), x @ torch.from_numpy(found.dequantise()).T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AssertionError):
+        stack([matrix, matrix])
+
+
+def test_codes_that_no_kernel_multiplies_are_none() -> None:
+    codes, scales, zeros = (part.numpy() for part in numbers(4, 96, 32, 4))
+    wide = scales.astype("float32")
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float16), "cpu") is not None
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float32), "cpu") is None
+    assert from_codes(GroupCodes(codes, wide, zeros, 5, torch.float16), "cpu") is None
+    assert from_codes(GroupCodes(codes[:, :48], wide, zeros, 4, torch.float16), "cpu") is None
+    uneven = (torch.arange(96) // 40).numpy()
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float16, uneven), "cpu") is None

@@ -106,22 +106,33 @@ def test_routing_that_cannot_be_is_refused() -> None:
         route(torch.zeros(1, MOST_EXPERTS + 1), 1)
 
 
+def gated_by_hand(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    pairs = [(min(g, 7.0), min(max(u, -7.0), 7.0)) for g, u in zip(gate.tolist(), up.tolist())]
+    return torch.tensor([(u + 1) * g / (1 + math.exp(-1.702 * g)) for g, u in pairs], dtype=gate.dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts(activation: Activation, dtype: torch.dtype) -> None:
-    x, gate_up = random(9, 40, dtype=dtype), random(5, 2 * 33, 40, dtype=dtype, seed=1) / 8
+def test_experts(activation: Activation, dtype: torch.dtype, biased: bool) -> None:
+    large = 4 if activation == "swiglu_oai" else 1  # some gates are beyond 7
+    x, gate_up = random(9, 40, dtype=dtype) * large, random(5, 2 * 33, 40, dtype=dtype, seed=1) / 8 * large
     down = random(5, 40, 33, dtype=dtype, seed=2) / 8
+    biases = random(5, 66, dtype=dtype, seed=4) * biased, random(5, 40, dtype=dtype, seed=5) * biased
     weights, experts = route(random(9, 5, seed=3), 3)
     experts[4, 1], experts[5, :] = -1, 5  # none
     wanted = torch.zeros(9, 40, dtype=torch.float64)
     for t in range(9):
         for weight, e in zip(weights[t].tolist(), experts[t].tolist()):
             if e not in (-1, 5):
-                gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
-                act = torch.nn.functional.silu if activation == "silu" else torch.nn.functional.gelu
-                options = {} if activation == "silu" else {"approximate": "tanh"}
-                wanted[t] += weight * (down[e].double() @ (act(gate, **options) * up))
-    got = moe(x, gate_up, down, weights, experts, activation=activation)
+                gate, up = (gate_up[e].double() @ x[t].double() + biases[0][e].double()).chunk(2)
+                inner = gated_by_hand(gate, up, activation)
+                wanted[t] += weight * (down[e].double() @ inner + biases[1][e].double())
+    got = moe(x, gate_up, down, weights, experts, activation=activation, biases=biases if biased else None)
     assert got.dtype == dtype
     assert error(got, wanted) < (1e-5 if dtype == torch.float32 else 5e-3)
     assert torch.equal(got[5], torch.zeros(40, dtype=dtype))
@@ -153,3 +164,5 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             moe(*wrong)
+    with pytest.raises(AssertionError):
+        moe(x, gate_up, down, weights, experts, biases=(torch.zeros(3, 12), torch.zeros(3, 7)))

@@ -182,15 +182,13 @@ def test_chunks_are_packed_alike(monkeypatch):
     assert np.array_equal(pack(raw, GgmlType.Q5_K, 63, 256).data, whole.data)
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0", "IQ2_XXS"])
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "IQ2_XXS"])
 def test_other_types_become_eight_bits(name, caplog):
     ggml_type, rows, columns = GgmlType[name], 18, 512
     size, width = ggml.block_layout(ggml_type)
     raw = np.random.default_rng(3).integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
     start = {"TQ1_0": width - 2, "TQ2_0": width - 2}.get(name, 0)
-    raw[:, :, start : start + (1 if name == "MXFP4" else 2)] = (
-        120 if name == "MXFP4" else np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
-    )
+    raw[:, :, start : start + 2] = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
     wanted = ggml.dequantize(raw.reshape(-1), ggml_type, (rows, columns)).numpy()
     with caplog.at_level("INFO"):
         matrix = pack(raw.reshape(-1), ggml_type, rows, columns)

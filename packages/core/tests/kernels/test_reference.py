@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
+from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.attention import AttentionRows, paged_attention
 from candle_vllm.core.kernels.embedding import embedding
 from candle_vllm.core.kernels.kv_write import kv_write
+from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.rms_norm import rms_norm
 from candle_vllm.core.kernels.rotary import rotary
@@ -39,6 +41,46 @@ def test_rms_norm(dtype: torch.dtype, rows: int, size: int) -> None:
     got = rms_norm(x, weight, 1e-5)
     assert got.dtype == dtype
     assert error(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [1, 64, 4097])
+def test_layer_norm(dtype: torch.dtype, rows: int, size: int) -> None:
+    x, weight, bias = random(rows, size, dtype=dtype) + 3, random(size, seed=1), random(size, seed=2)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for shift in (None, bias):
+        got = layer_norm(x, weight, shift, 1e-5)
+        assert got.dtype == dtype
+        wanted = scaled * weight.double() + (0 if shift is None else shift.double())
+        if size > 1 or shift is not None:
+            assert error(got, wanted) < TOLERANCE[dtype]
+        else:
+            assert (got == 0).all(), "a row of one number is its mean"
+
+
+def test_layer_norm_of_heads_with_weights_of_their_own() -> None:
+    x, weight = random(5, 3, 18), random(3, 18, seed=1)
+    got = layer_norm(x, weight, None, 1e-5)
+    for head in range(3):
+        wanted = layer_norm(x[:, head], weight[head], None, 1e-5)
+        torch.testing.assert_close(got[:, head], wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(dtype: torch.dtype) -> None:
+    x = random(63, 45, dtype=dtype) * 3
+    wide = x.double()
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    for kind, wanted in (
+        ("gelu", 0.5 * wide * (1 + torch.erf(wide / math.sqrt(2)))),
+        ("gelu_tanh", 0.5 * wide * (1 + inner.tanh())),
+        ("relu", wide * (wide > 0)),
+    ):
+        got = activation(x, kind)  # type: ignore[arg-type]
+        assert got.dtype == dtype
+        assert error(got, wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,3 +177,20 @@ def test_attention_sees_what_it_may_and_nothing_else(
                 wanted[starts[row] + i, head] = weights @ v
     assert got.dtype == dtype
     assert error(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_sinks_take_their_share_of_every_softmax(softcap: float | None) -> None:
+    heads, kv_heads, dim, context = 4, 2, 8, 21
+    key_cache, value_cache = random(3, 8, kv_heads, dim), random(3, 8, kv_heads, dim, seed=1)
+    q, sinks = random(5, heads, dim, seed=2), torch.tensor([-3.0, 0.0, 1.5, 40.0])
+    rows = AttentionRows((0, 5), (context,), torch.tensor([[2, 0, 1]]))
+    got = paged_attention(q, key_cache, value_cache, rows, scale=0.3, softcap=softcap, sinks=sinks)
+    keys, values = (cache[[2, 0, 1]].flatten(0, 1).double() for cache in (key_cache, value_cache))
+    for token in range(5):
+        seen = context - 4 + token
+        for head in range(heads):
+            scores = keys[:seen, head // 2] @ q[token, head].double() * 0.3
+            scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+            shares = scores.exp() / (scores.exp().sum() + sinks[head].double().exp())
+            assert error(got[token, head], shares @ values[:seen, head // 2]) < 1e-5

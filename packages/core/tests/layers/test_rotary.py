@@ -11,10 +11,15 @@ import torch
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.parameters import Placement, TensorPart
 from candle_vllm.core.layers.rotary import Rotary, attention_scale, inverse_frequencies
-from candle_vllm.core.loading.config import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 NAN, INF = math.nan, math.inf
+LONG: dict[str, Any] = {"kind": "longrope", "dim": 16, "short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8}
+
+
+def longrope(**changes: Any) -> RopeConfig:
+    return RopeConfig(**(LONG | changes))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +41,16 @@ NAN, INF = math.nan, math.inf
         ({"kind": "llama3", "low_freq_factor": 4.0}, "high_freq_factor is 4.0; it must be above 4"),
         ({"kind": "yarn", "beta_fast": 0.0}, "beta_fast is 0"),
         ({"kind": "yarn", "beta_slow": -1.0}, "beta_slow is -1"),
-        ({"kind": "yarn", "beta_slow": 32.0}, "beta_fast is 32.0; it must be above 32"),
+        ({"kind": "yarn", "beta_slow": 33.0}, "beta_fast is 32.0; it must be beta_slow, 33, to 1e6"),
         ({"kind": "yarn", "attention_factor": NAN}, "attention_factor is nan"),
         ({"kind": "yarn", "attention_factor": 0.0}, "attention_factor is 0"),
+        (LONG | {"long_factor": (1.0,) * 7}, "long_factor has 7 numbers; it must have 8"),
+        (LONG | {"short_factor": ()}, "short_factor has 0 numbers"),
+        (LONG | {"short_factor": (1.0,) * 7 + (NAN,)}, "short_factor holds nan"),
+        (LONG | {"long_factor": (1.0,) * 7 + (-2.0,)}, "long_factor holds -2"),
+        (LONG | {"long_factor": (INF,) * 8}, "long_factor holds inf"),
+        (LONG | {"original_max_position": 1}, "context before stretching is 1; it must be above 1"),
+        (LONG | {"attention_factor": NAN}, "attention_factor is nan"),
     ],
 )
 def test_ranges(settings: dict[str, Any], message: str) -> None:
@@ -58,6 +70,7 @@ def test_ranges(settings: dict[str, Any], message: str) -> None:
         {"dim": 4},
         {"low_freq_factor": 3.9999999},
         {"beta_slow": 31.9999999},
+        {"beta_slow": 32.0},
         {"truncate": False},
     ],
     ids=str,
@@ -67,6 +80,27 @@ def test_tables_are_finite_wherever_the_ranges_allow(kind: str, extreme: dict[st
     rotary = Rotary(RopeConfig(**settings), 1 << 24, CPU)
     rotary.prepare(64)
     assert all(bool(table.isfinite().all()) for table in rotary.tables)
+
+
+def test_longrope_divides_by_the_set_of_the_served_context() -> None:
+    rope = longrope(long_factor=tuple(range(1, 9)), factor=4.0, original_max_position=1024)
+    plain = inverse_frequencies(RopeConfig(dim=16), 1024)
+    assert torch.equal(inverse_frequencies(rope, 1024), plain)
+    torch.testing.assert_close(inverse_frequencies(rope, 1025), plain / torch.arange(1, 9))
+    assert attention_scale(rope) == pytest.approx(math.sqrt(1.2))  # ln 4 is a fifth of ln 1024
+    assert attention_scale(longrope()) == 1.0
+
+
+@pytest.mark.parametrize("divisor", [1e-30, 1e6])
+def test_longropes_tables_are_finite(divisor: float) -> None:
+    rotary = Rotary(longrope(long_factor=(divisor,) * 8), 1 << 24, CPU)
+    rotary.prepare(64)
+    assert all(bool(table.isfinite().all()) for table in rotary.tables)
+
+
+def test_longropes_divisors_may_not_be_so_small_that_angles_are_infinite() -> None:
+    with pytest.raises(InvalidFileError, match="frequencies that are negative, infinite"):
+        Rotary(longrope(long_factor=(1e-45,) * 8), 1 << 24, CPU)
 
 
 def test_prepare_makes_the_first_rows_of_the_whole_tables() -> None:
@@ -106,8 +140,8 @@ class _Stored:
 def test_divisors_are_checked_as_they_come(bad: float) -> None:
     part = Rotary(RopeConfig(dim=16), 512, CPU, factors=True).parts()["factors"]
     assert isinstance(part, TensorPart)
-    part.fill(_Stored(torch.full((8,), 2.0)), None)  # type: ignore[arg-type]
+    part.fill(_Stored(torch.full((8,), 2.0)))  # type: ignore[arg-type]
     values = torch.ones(8)
     values[3] = bad
     with pytest.raises(InvalidFileError, match=r"rope_freqs\.weight"):
-        part.fill(_Stored(values), None)  # type: ignore[arg-type]
+        part.fill(_Stored(values))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from real_models import qwen_coder
 from registry_packages import CACHE, npm_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -44,8 +45,8 @@ QUESTIONS = [
 Forward = Callable[[list[int]], torch.Tensor]
 
 
-def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str]) -> None:
-    greedy = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str], count: int = 200) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     for output in engine.generate(prompts, greedy, use_tqdm=False):
         start, tokens = len(output.prompt_token_ids), [*output.prompt_token_ids, *output.token_ids]
         likeliest = oracle(tokens).argmax(-1)[start - 1 : -1]
@@ -176,12 +177,16 @@ def demo_model() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.fixture
-def smollm2_oracle() -> Iterator[Forward]:
-    path = demo_model()
-    model = AutoModelForCausalLM.from_pretrained(
+def gguf_oracle(path: Path) -> torch.nn.Module:
+    """transformers' reading of the same file."""
+    return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
+
+
+@pytest.fixture
+def smollm2_oracle() -> Iterator[Forward]:
+    model = gguf_oracle(demo_model())
     yield forward(model)
     del model
     gc.collect()
@@ -204,3 +209,16 @@ def test_packed_weights_keep_the_perplexity() -> None:
             assert scores is not None
             mean[eager] = np.mean([entry.chosen.logprob for entry in scores[1:] if entry])
     assert abs(np.exp(mean[True] - mean[False]) - 1) < 5e-3
+
+
+# ---- Qwen2.5-Coder, Q4_K_M -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peer
+def test_qwen_coder_equals_transformers() -> None:
+    """Four types of quantised matrices, biases on q, k and v, and a vocabulary three times as large."""
+    path = qwen_coder()
+    model = gguf_oracle(path)
+    with InferenceEngine(str(path), enforce_eager=True, max_model_len=1024) as engine:
+        check_greedy(engine, forward(model), QUESTIONS[2:6], 24)
+        check_logits(engine, forward(model), engine.tokenize("def quicksort(numbers: list[int]) -> list[int]:\n" * 6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from candle_vllm.core import (
     InvalidParameterError,
     PromptTooLongError,
     SamplingParams,
+    WeightsError,
 )
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
@@ -411,3 +413,37 @@ def test_wrong_matryoshka_lengths_name_the_file(tmp_path: Path, lengths: Any) ->
     folder = write_toy_model(tmp_path, toy_config(matryoshka_dimensions=lengths))
     with pytest.raises(CandleVllmError, match=r"config\.json: matryoshka_dimensions is"):
         InferenceEngine(str(folder), enforce_eager=True)
+
+
+# ---- models without a head -------------------------------------------------------------------------------------------
+
+
+def write_trunk(source: Path, folder: Path, architecture: str) -> Path:
+    """The toy as embedding models are published: saved from the base model, names without a prefix, no head."""
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight")
+    bare = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(bare, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [architecture]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForCausalLM"])
+def test_a_model_without_a_head_gives_vectors_alone(architecture: str, toy_model: Path, tmp_path: Path) -> None:
+    trunk = write_trunk(toy_model, tmp_path / "trunk", architecture)
+    with InferenceEngine(str(toy_model)) as whole, InferenceEngine(str(trunk)) as engine:
+        assert engine.model_info.tasks == ("embed", "score")
+        assert np.array_equal(vectors(engine, TEXTS), vectors(whole, TEXTS))
+        with pytest.raises(InvalidParameterError, match="generates no text"):
+            engine.generate([TEXTS[1]], GREEDY, use_tqdm=False)
+
+
+def test_a_missing_head_is_a_damaged_checkpoint(toy_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_model, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"missing tensors \(1\): lm_head\.weight"):
+        load_model(EngineConfig(model=str(tmp_path / "m")), CPU, lambda *_: None)

@@ -159,7 +159,12 @@ def write_gguf(folder: Path, path: Path) -> Path:
     found = encoder_from_hf(toy_encoder_config(), folder / "config.json")
     assert found is not None
     family, config = found
-    names = {line.hf: line.gguf for line in expand(family.weights(config, ()), config.num_layers)}
+    table = family.weights(config, ())
+    names = {
+        hf.first: gguf.first
+        for hf, gguf in zip(expand(table, config), expand(table, config, "gguf"), strict=True)
+        if hf.names and gguf.names
+    }
     writer = GGUFWriter(path, "bert")
     writer.add_context_length(130)
     writer.add_embedding_length(32)

@@ -27,6 +27,9 @@ import torch
 
 from candle_vllm.core.kernels.triton_build import Usage, compile_form
 
+for folder in ("quantization", "models"):  # for the table of families
+    sys.path.append(str(Path(__file__).parents[2] / folder))
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
 DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")

@@ -111,6 +111,18 @@ def test_window_and_soft_cap(device: torch.device, window: int, softcap: float |
     check(step, window=window, softcap=softcap)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # a sink above all scores is meant to become inf
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 2.0)])
+@pytest.mark.parametrize("decodes", [None, 0])
+def test_sinks(device: torch.device, decodes: int | None, window: int | None, softcap: float | None) -> None:
+    """Below every score, among them, above all of them; in decodes of one split and of several, and in prompts."""
+    sinks = torch.tensor([-300.0, 0.0, 2.0, 300.0], device=device)
+    step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), heads=4, kv_heads=2, dim=32)
+    check(step, decodes=decodes, sinks=sinks, window=window, softcap=softcap)
+    assert (run(step, sinks=sinks)[:, 3] == 0).all()
+    assert torch.equal(run(step, sinks=sinks)[:, 0], run(step)[:, 0])
+
+
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
     """The other rows of its tile, behind the last token, have no key in their window."""
     check(make_step(device, (100,), (1,), heads=2, kv_heads=1, dim=16), decodes=0, window=5)
@@ -171,6 +183,8 @@ def test_fillers_of_a_captured_batch_get_zeros(device: torch.device) -> None:
     lens = torch.tensor([300, 20, 0], dtype=torch.int64, device=device)
     got = run(step, replace(rows, context_lens=lens))
     assert torch.equal(got[:2], run(step)[:2])
+    assert torch.equal(got[2], torch.zeros_like(got[2]))
+    got = run(step, replace(rows, context_lens=lens), sinks=torch.ones(2, device=device))
     assert torch.equal(got[2], torch.zeros_like(got[2]))
 
 

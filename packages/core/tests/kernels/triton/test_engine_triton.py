@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from format_writers import Written, gptq, quantise_model
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.engine.block_manager import BlockManager
@@ -103,4 +104,18 @@ def test_quantised_weights(
     got = answers(loaded, device)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     reference = load(path, torch.device("cpu"), "f32", monkeypatch, keeps_quantised=False)
+    check(got, answers(reference, torch.device("cpu")), 0.03)
+
+
+def test_codes_in_groups(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ with zeros of its own, some layers in activation order, and a plain head."""
+
+    def writer(weight: torch.Tensor) -> Written:
+        return gptq(weight, symmetric=False, act_order=weight.shape[0] != SMALL["intermediate_size"])
+
+    source = write_toy_model(tmp_path / "toy", SMALL)
+    folder, _ = quantise_model(source, tmp_path, writer)
+    got = answers(load(folder, device, "bf16", monkeypatch, keeps_quantised=True), device)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    reference = load(folder, torch.device("cpu"), "f32", monkeypatch, keeps_quantised=False)
     check(got, answers(reference, torch.device("cpu")), 0.03)

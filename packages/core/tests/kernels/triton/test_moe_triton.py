@@ -14,7 +14,16 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
-from candle_vllm.core.kernels.moe import Activation, Experts, MoeSizes, reference, triton, triton_route, triton_sort
+from candle_vllm.core.kernels.moe import (
+    Activation,
+    Biases,
+    Experts,
+    MoeSizes,
+    reference,
+    triton,
+    triton_route,
+    triton_sort,
+)
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 
@@ -133,9 +142,11 @@ def run(
     weights: torch.Tensor,
     experts: torch.Tensor,
     activation: Activation = "silu",
+    biases: Biases | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels give, and the reference."""
-    arguments = (x, gate_up, down, weights, experts, MoeSizes.of(x, gate_up, down, weights, experts), activation)
+    sizes = MoeSizes.of(x, gate_up, down, weights, experts, biases)
+    arguments = (x, gate_up, down, weights, experts, sizes, activation, biases)
     return triton.moe(*arguments), reference.moe(*arguments)
 
 
@@ -175,6 +186,21 @@ def test_many_pairs(
     device: torch.device,
 ) -> None:
     got, wanted = run(*problem(tokens, count, top_k, hidden, inner, dtype, device), activation)
+    assert ratio(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+def test_biases(tokens: int, activation: Activation, device: torch.device) -> None:
+    """Of plain and of quantised experts; some gates are beyond gpt-oss's bounds."""
+    x, gate_up, down, weights, experts = problem(tokens, 4, 2, 64, 40, torch.bfloat16, device)
+    biases = (random(4, 80, seed=5) * 4).to(x), (random(4, 64, seed=6) / 4).to(x)
+    got, wanted = run(x * 4, gate_up, down, weights, experts, activation, biases)
+    assert ratio(got, wanted) < TOLERANCE
+    assert ratio(run(x * 4, gate_up, down, weights, experts, activation)[0], wanted) > 0.05
+    x, gate_up, down, weights, experts = quantised(tokens, (PackedKind.Q5_0, PackedKind.Q8_0), 3, 64, 32, device)
+    biases = (random(3, 64, seed=5) * 4).to(x), (random(3, 64, seed=6) / 4).to(x)
+    got, wanted = run(x, gate_up, down, weights, experts, activation, biases)
     assert ratio(got, wanted) < TOLERANCE
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from candle_vllm.core.kernels.rotary_write import HeadNorms, reference, triton
+from candle_vllm.core.kernels.rotary_write import HeadNorms, reference, rotary_write, triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -77,6 +77,30 @@ def test_it_is_the_three_one_after_the_other(
         nowhere = torch.full((1,), -1, device=device)
         alone = triton.rotary_write(*one, tables, tuple(caches), nowhere, norms=norms, cache_scales=scales)  # type: ignore[arg-type]
         assert torch.equal(alone[0], results[0][0][row]), "neighbours do not matter"
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_without_tables_nothing_turns(device: torch.device, normed: bool, fp8: bool) -> None:
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    heads, kv_heads, dim = 5, 2, 24
+    fused = random(4, (heads + 2 * kv_heads) * dim, dtype=torch.bfloat16).to(device)
+    q, k, v = (
+        part.unflatten(1, (-1, dim)) for part in fused.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+    )
+    positions, slots = (torch.tensor(x, device=device, dtype=torch.int32) for x in ([49, 0, 7, 7], [19, -1, 0, 6]))
+    norms = HeadNorms(random(dim, seed=1).to(device), random(dim, seed=2).to(device), 1e-5) if normed else None
+    scales = tuple(torch.tensor([value], device=device) for value in (0.01, 3.0)) if fp8 else None
+    still = torch.ones(50, 1, device=device), torch.zeros(50, 1, device=device)
+    kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    results = []
+    for write, tables in ((rotary_write, None), (reference.rotary_write, still)):
+        caches = [torch.full((BLOCKS, SIZE, kv_heads, dim), math.nan, device=device).to(kind) for _ in range(2)]
+        out = write(q, k, v, positions, tables, caches, slots, norms=norms, cache_scales=scales)  # type: ignore[arg-type]
+        results.append((out, *caches))
+    for got, wanted in zip(*results):
+        check(got, wanted, 2e-2 if fp8 and normed else TOLERANCE[torch.bfloat16])
 
 
 def test_no_tokens_are_no_work(device: torch.device) -> None:

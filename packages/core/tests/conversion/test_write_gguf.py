@@ -1,0 +1,178 @@
+"""Models written as GGUF files: what is read back is the model, to the bit where the type of the numbers allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ROWS
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
+from candle_vllm.core.conversion import WrittenFile, write_gguf
+from candle_vllm.core.conversion.gguf_metadata import ARCHITECTURES
+from candle_vllm.core.testing.toy_encoder import write_toy_encoder
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
+
+TOKENS = some_tokens(40)
+UNSAYABLE = {"Gemma-2 scale"}  # no key for the scale of scores
+WRITTEN = [name for name, row in ROWS.items() if row.model_type in ARCHITECTURES and name not in UNSAYABLE]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-pair tokenizer with a few merges and Qwen2's cut: the toy models' own has none."""
+    folder = tmp_path_factory.mktemp("words")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e")]  # with them the end token is 258, as the tiny models' configs have it
+    vocabulary = {text: index for index, text in enumerate([*letters, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"].patterns[0]), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, spelling])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.add_tokens(["<tool>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}')
+    return folder
+
+
+def write(folder: Path, out: Path, words: Path, *, overwrite: bool = False, **settings: Any) -> WrittenFile:
+    return write_gguf(EngineConfig(model=str(folder), tokenizer=words, **settings), out, overwrite=overwrite)
+
+
+def logits(source: Path, **settings: Any) -> torch.Tensor:
+    return eager_logits(source, TOKENS, [len(TOKENS)], **settings)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -> None:
+    row = ROWS[name]
+    folder = write_tiny(tmp_path / "model", row.model_type, **row.config)
+    plain = write(folder, tmp_path / "plain.gguf", words)
+    assert set(plain.types) == {"F32"}
+    assert error(logits(plain.path), logits(folder)) < 1e-6
+    quantised = write(folder, tmp_path / "q8_0.gguf", words, isq="q8_0")
+    assert "Q8_0" in quantised.types
+    assert error(logits(quantised.path), logits(folder, isq="q8_0")) < 1e-6
+
+
+def test_every_row_that_gguf_cannot_say_is_known(tmp_path: Path) -> None:
+    assert set(ROWS) >= UNSAYABLE
+
+
+@pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k"])
+def test_the_compiled_kernels_run_what_was_written(isq: str, tmp_path: Path, words: Path) -> None:
+    """Rows of 256 take the type; a file and a model that is quantised while it is loaded have the same blocks."""
+    big = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8}
+    folder = write_tiny(tmp_path / "model", "llama", **big)
+    written = write(folder, tmp_path / "q.gguf", words, isq=isq)
+    ours, theirs = (
+        recorded_logits(source, TOKENS, [len(TOKENS)], **settings)
+        for source, settings in ((written.path, {}), (folder, {"isq": isq}))
+    )
+    assert torch.equal(ours, theirs)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(written.path).tensors}
+    assert kinds["token_embd.weight"] == "Q6_K"
+    assert kinds["blk.1.ffn_down.weight"] == isq.upper().replace("K", "_K")
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+
+
+@pytest.mark.parametrize(("stored", "asked", "written"), [
+    ("bfloat16", "auto", "BF16"), ("float16", "auto", "F16"), ("float32", "bf16", "BF16"), ("bfloat16", "f32", "F32"),
+])  # fmt: skip
+def test_plain_types(stored: str, asked: Any, written: str, tmp_path: Path, words: Path) -> None:
+    folder = write_toy_model(tmp_path / "model", toy_config(torch_dtype=stored))
+    found = write(folder, tmp_path / "plain.gguf", words, dtype=asked)
+    assert set(found.types) == {written, "F32"}
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[written]
+    matrix = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].to(dtype)
+    read = next(each for each in GGUFReader(found.path).tensors if each.name == "blk.0.ffn_up.weight")
+    assert read.data.tobytes() == matrix.view(torch.uint8).numpy().tobytes()
+
+
+def test_words_and_template_come_back(tmp_path: Path, words: Path) -> None:
+    folder = write_toy_model(tmp_path / "model", toy_config())
+    written = load(write(folder, tmp_path / "m.gguf", words).path)
+    tokenizer, before = written.tokenizer, load(folder, tokenizer=words).tokenizer
+    for text in ("the then 1212 in  the\n\n x <tool> it's", "Ünï 你好 \x00<|im_end|>the"):
+        assert tokenizer.encode(text) == before.encode(text)
+    assert tokenizer.eos_token_ids == before.eos_token_ids == (258,)
+    assert tokenizer.chat_template == "{{ messages }}"
+    other = load(write(folder, tmp_path / "t.gguf", words, chat_template="{{ 1 }}").path)
+    assert other.tokenizer.chat_template == "{{ 1 }}"
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_not_replaced_unless_asked(tmp_path: Path, words: Path) -> None:
+    folder, out = write_toy_model(tmp_path / "model"), tmp_path / "m.gguf"
+    out.write_text("mine")
+    with pytest.raises(ConfigError, match=r"m\.gguf exists: .*--force"):
+        write(folder, out, words)
+    assert out.read_text() == "mine"
+    write(folder, out, words, overwrite=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path, words: Path) -> None:
+    folder, out = write_toy_model(tmp_path / "model"), tmp_path / "m.gguf"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(weights, folder / "model.safetensors")
+    out.write_text("mine")
+    with pytest.raises(WeightsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight cannot be quantised"):
+        write(folder, out, words, overwrite=True, isq="q8_0")
+    assert out.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("m.bin", r"m\.bin does not end in \.gguf"), ("no/m.gguf", r"no is no folder"), ("d.gguf", r"is a folder")],
+)
+def test_places_where_no_file_can_be(out: str, message: str, tmp_path: Path, words: Path) -> None:
+    (tmp_path / "d.gguf").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        write(tmp_path, tmp_path / out, words)
+
+
+def test_too_little_room(tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_toy_model(tmp_path / "model")
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr("candle_vllm.core.conversion.write.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"takes about \d+ MB and .* has 1 MB left: make room"):
+        write(folder, tmp_path / "m.gguf", words)
+
+
+def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        write(tmp_path / "nothing", tmp_path / "m.gguf", words)
+    gguf = write_toy_gguf(tmp_path / "toy.gguf")
+    with pytest.raises(ConfigError, match="toy is a gguf model, and GGUF files are written of safetensors"):
+        write(gguf, tmp_path / "m.gguf", words)
+    stable = write_tiny(tmp_path / "stable", "stablelm", **ROWS["StableLM"].config)
+    with pytest.raises(UnsupportedModelError, match=r"not written for stablelm yet, but for llama, mistral, .*--isq"):
+        write(stable, tmp_path / "m.gguf", words)
+    with pytest.raises(UnsupportedModelError, match="not written for encoders"):
+        write(write_toy_encoder(tmp_path / "encoder"), tmp_path / "m.gguf", words)
+    dynamic = toy_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UnsupportedModelError, match=r"GGUF's llama has no way to say this model's .*rope"):
+        write(write_toy_model(tmp_path / "dynamic", dynamic), tmp_path / "m.gguf", words)
+
+
+@pytest.mark.parametrize("name", sorted(UNSAYABLE))
+def test_what_gguf_cannot_say_is_named(name: str, tmp_path: Path, words: Path) -> None:
+    row = ROWS[name]
+    folder = write_tiny(tmp_path / "model", row.model_type, **row.config)
+    with pytest.raises(UnsupportedModelError, match=r"GGUF"):
+        write(folder, tmp_path / "m.gguf", words)

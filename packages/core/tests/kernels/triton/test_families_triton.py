@@ -1,0 +1,83 @@
+"""Every family of `tests/models/families.py` over the GPU's path: steps by the Triton kernels equal those in torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CUDA_FORMATS, CUDA_ISQ, ROWS, first_rows
+from family_formats import write_format
+from gguf_export import export_gguf
+from tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
+
+from candle_vllm.core import EngineConfig
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.device_stream import CudaStream
+from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.loading import model as loading
+from candle_vllm.core.testing.lazy_stream import LazyStream
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+BLOCK = 16
+CHUNKS = {"f32": [6, 1, 1], "bf16": [5]}  # quantised products take the interpreter long
+
+
+def logits(source: Path, device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    """Logits [T, V] of a model as it lies on a GPU, wherever the test runs."""
+    usual = loading.choose_placement
+
+    def placed(config: EngineConfig, _: torch.device, checkpoint: Any, *others: Any) -> Any:
+        quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
+        return dataclasses.replace(usual(config, device, checkpoint, *others), keeps_quantised=quantised)
+
+    config = EngineConfig(model=str(source), enforce_eager=True, dtype=dtype, max_model_len=64, **settings)  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "choose_placement", placed)
+        loaded = loading.load_model(config, device, lambda *_: None)
+    stream = LazyStream() if device.type == "cpu" else CudaStream(device)
+    dtypes = {"f32": torch.float32, "bf16": torch.bfloat16}
+    runner = DeviceRunner(loaded.decoder, DeviceLimits(32, 2, 4, BLOCK), stream, dtypes[dtype], graphs=False)
+    runner.allocate(4)
+    return step_logits(runner, some_tokens(sum(CHUNKS[dtype])), CHUNKS[dtype]).cpu()
+
+
+def reference(source: Path, like: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> torch.Tensor:
+    """What `logits` gives in the type `like`, in torch and fp32."""
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "interpreted", lambda: False)
+        return eager_logits(source, some_tokens(sum(CHUNKS[like])), CHUNKS[like], max_model_len=64, **settings)
+
+
+def written(name: str, folder: Path) -> Path:
+    return write_tiny(folder / "model", ROWS[name].model_type, **ROWS[name].config)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(name, tmp_path)
+    assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in first_rows() if ROWS[name].gguf])
+def test_gguf(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised matrices as they are, activations in bf16, against the decoded weights in fp32."""
+    path = export_gguf(written(name, tmp_path), tmp_path / "model.gguf", str(ROWS[name].gguf), quantization="Q8_0")
+    assert typical_spread(logits(path, device, "bf16", monkeypatch), reference(path, "bf16", monkeypatch)) < 0.05
+
+
+@pytest.mark.parametrize("name", CUDA_ISQ)
+def test_in_situ_quantisation(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(name, tmp_path)
+    ours = logits(source, device, "bf16", monkeypatch, isq="q8_0")
+    assert typical_spread(ours, reference(source, "bf16", monkeypatch, isq="q8_0")) < 0.05
+
+
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("name", first_rows())
+def test_formats(name: str, format: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, plain = write_format(written(name, tmp_path), format, tmp_path)
+    assert typical_spread(logits(stored, device, "bf16", monkeypatch), reference(plain, "bf16", monkeypatch)) < 0.05

@@ -1,0 +1,269 @@
+"""The table of families: for each a few tiny configurations, among them every flag that changes the arithmetic.
+
+A row is what transformers' config is made with, beside `tiny.SMALL`. The row's name begins with the family's line in
+`docs/models.md`. Families whose tests live in files of their own say so there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tiny model.
+
+    Attributes:
+        model_type: Hugging Face's.
+        config: keys of its config.
+        gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
+        recorded: the compiled CPU kernels serve it.
+        undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
+    """
+
+    model_type: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gguf: str | None = None
+    recorded: bool = True
+    undecided: float = 0.0
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "rms_norm_eps": 1e-5,
+}
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+
+MINISTRAL_LAYERS = ["full_attention", "sliding_attention"]
+MINISTRAL3_ROPE = {  # with an original context so short that queries grow within these prompts
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 24,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+
+# every second layer looks back 16 tokens; softer caps than published ones, so that they bend these small numbers
+GEMMA2 = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 16,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+
+GEMMA3 = {
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
+QWEN_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+    "decoder_sparse_step": 1,
+}
+SPARSE_STEPS = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True}
+GLM_MOE = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "attention_bias": True,
+}
+GLM_GROUPS = {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "norm_topk_prob": False, "first_k_dense_replace": 0}
+GPT_OSS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 4,
+    "sliding_window": 16,
+    "num_hidden_layers": 3,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+YI = {"hidden_size": 128, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
+QWQ = {
+    "hidden_size": 128,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "use_sliding_window": False,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+}
+
+# heads of 96, 80 and 32 dimensions; texts of 70 tokens are beyond the original context
+PHI3 = {"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 16}
+PHI4_MINI = {
+    "hidden_size": 128,
+    "tie_word_embeddings": True,
+    "original_max_position_embeddings": 48,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + 0.1 * i for i in range(12)],
+        "long_factor": [1.0 + 1.5 * i for i in range(12)],
+    },
+}
+PHI2 = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.4,
+}
+STABLELM = {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
+STABLELM_12B = {"hidden_size": 128, "use_parallel_residual": True, "qk_layernorm": True}
+SMOLLM3 = {"hidden_size": 128, "num_hidden_layers": 4}
+SMOLLM3_WINDOWS = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "no_rope_layers": [0, 1, 0],
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": False,
+}
+
+ROWS: Mapping[str, Row] = {
+    "Llama": Row("llama", {"head_dim": 32}, "llama"),
+    "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
+    "Mistral": Row("mistral", {"head_dim": 32, "sliding_window": 16}, "llama"),
+    "Ministral": Row("ministral", {"head_dim": 32, "sliding_window": 16, "layer_types": MINISTRAL_LAYERS}),
+    "Ministral 3": Row("ministral3", {"head_dim": 32, "rope_parameters": MINISTRAL3_ROPE}, "mistral3"),
+    "Qwen2": Row("qwen2", {"hidden_size": 128}, "qwen2"),
+    "Qwen3": Row("qwen3", {"head_dim": 32}, "qwen3"),
+    "Gemma": Row("gemma", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}, "gemma"),
+    "Gemma-2": Row("gemma2", GEMMA2, "gemma2"),
+    "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
+    "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
+    "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
+    "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
+    "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
+    "DeepSeek-V2": Row("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy"}, "deepseek2", undecided=0.1),
+    "DeepSeek-V2 Lite": Row(
+        "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1
+    ),
+    "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
+    "DeepSeek-V3 halves": Row(
+        "deepseek_v3",
+        DEEPSEEK
+        | {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": DEEPSEEK_YARN | {"mscale": 1.3}},
+        undecided=0.1,
+    ),
+    "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
+    "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
+    "Mixtral window": Row(
+        "mixtral", {"head_dim": 32, "sliding_window": 16} | MIXTRAL | {"num_experts_per_tok": 2}, undecided=0.1
+    ),
+    "Qwen2-MoE": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE, "qwen2moe", undecided=0.1),
+    "Qwen2-MoE sparse steps": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE | SPARSE_STEPS, undecided=0.1),
+    "Qwen3-MoE": Row("qwen3_moe", {"head_dim": 32} | QWEN_MOE | {"norm_topk_prob": True}, "qwen3moe", undecided=0.1),
+    "GLM-4-MoE": Row("glm4_moe", {"head_dim": 32} | GLM_MOE, "glm4moe", undecided=0.1),
+    "GLM-4-MoE groups": Row("glm4_moe", {"head_dim": 32} | GLM_MOE | GLM_GROUPS, "glm4moe", undecided=0.1),
+    "Yi": Row("llama", YI, "llama"),
+    "QwQ": Row("qwen2", QWQ, "qwen2"),
+    "Phi-2": Row("phi", PHI2, "phi2"),
+    "Phi-3": Row("phi3", PHI3, "phi3"),
+    "Phi-4-mini": Row("phi3", PHI4_MINI, "phi3"),
+    "StableLM": Row("stablelm", STABLELM, "stablelm"),
+    "StableLM-2": Row("stablelm", STABLELM | {"hidden_size": 128, "use_qkv_bias": True}, "stablelm"),
+    "StableLM-2-12B": Row("stablelm", STABLELM_12B, "stablelm"),
+    "SmolLM3": Row("smollm3", SMOLLM3, "smollm3"),
+    "SmolLM3 windows": Row("smollm3", SMOLLM3_WINDOWS),
+    "gpt-oss": Row("gpt_oss", {"head_dim": 32} | GPT_OSS, "gpt-oss", undecided=0.1),
+}
+
+FORMATS: Mapping[str, str] = {
+    "GPTQ": "gptq asymmetric",
+    "AWQ": "awq",
+    "compressed-tensors int4": "ct int4",
+    "compressed-tensors int8": "ct int8",
+    "FP8": "fp8 blocks",
+    "MXFP4": "mxfp4",
+    "NVFP4": "nvfp4",
+}
+"""Formats of quantised safetensors, by the writer in `tests/quantization/format_writers.py` that stands for each."""
+
+ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
+"""In-situ types that stand for all, and the most that they may change the logits of random weights."""
+
+
+TOWERS: Mapping[str, str] = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+}
+"""Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
+
+CUDA_FORMATS = ("GPTQ",)
+"""Formats that `tests/kernels/triton/test_families_triton.py` runs every family in, beside plain weights and GGUF."""
+
+
+CUDA_ISQ = ("Llama", "Mixtral", "DeepSeek-V2")
+"""Rows that it quantises while loading: to GGUF's types, which its tests of GGUF run for every family."""
+
+
+def first_rows() -> list[str]:
+    """One row for every kind of model, the first: flags change no format."""
+    seen: dict[str, str] = {}
+    for name, row in ROWS.items():
+        seen.setdefault(row.model_type, name)
+    return list(seen.values())

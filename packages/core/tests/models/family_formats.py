@@ -1,0 +1,47 @@
+"""A tiny checkpoint in a format of quantised weights, beside the plain checkpoint of the numbers that it means."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from families import FORMATS
+from format_writers import WRITERS
+from safetensors.torch import load_file, save_file
+from tiny import config_of
+
+_KEPT_PLAIN = re.compile(r"embed|lm_head|\.gate\.weight|router|norm|shared_expert_gate|kv_b_proj")
+"""What the makers of quantised checkpoints leave alone."""
+
+
+def write_format(source: Path, format: str, folder: Path) -> tuple[Path, Path]:
+    """Folders of the quantised checkpoint and of the plain one, below `folder`."""
+    stored, plain = (shutil.copytree(source, folder / kind) for kind in ("stored", "plain"))
+    weights = load_file(source / "model.safetensors")
+    parts, config = dict(weights), {}
+    names = [name for name, weight in weights.items() if weight.dim() == 2 and _quantised(name)]
+    assert len(names) >= 2, "nothing to quantise"
+    for matrix in names:
+        written = WRITERS[FORMATS[format]](parts.pop(matrix))
+        stem = matrix.removesuffix(".weight")
+        parts |= {stem + end: part.contiguous() for end, part in written.parts.items()}
+        weights[matrix], config = written.weight, written.config
+    save_file(parts, stored / "model.safetensors")
+    save_file(weights, plain / "model.safetensors")
+    kept = [name.removesuffix(".weight") for name in weights if weights[name].dim() == 2 and name not in names]
+    settings = config_of(source) | {"quantization_config": config | _left_plain(config, kept)}
+    (stored / "config.json").write_text(json.dumps(settings))
+    return stored, plain
+
+
+def _quantised(name: str) -> bool:
+    return name.endswith(".weight") and not _KEPT_PLAIN.search(name)
+
+
+def _left_plain(config: Mapping[str, object], names: list[str]) -> dict[str, list[str]]:
+    """What a checkpoint says of the layers that it leaves alone."""
+    key = "ignore" if config["quant_method"] in ("compressed-tensors", "modelopt") else "modules_to_not_convert"
+    return {} if config["quant_method"] == "gptq" else {key: names}

@@ -1,0 +1,357 @@
+"""A converter from a tiny checkpoint to GGUF, apart from the library's own: names by the `gguf` package's table.
+
+Each architecture's function writes its metadata, and says what its tensors become, as llama.cpp's converter does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    ExpertGatingFuncType,
+    GGMLQuantizationType,
+    GGUFWriter,
+    RopeScalingType,
+    get_tensor_name_map,
+)
+from safetensors.torch import load_file
+from tiny import config_of
+
+from candle_vllm.core.testing.toy_model import add_toy_vocabulary
+
+Tensors = dict[str, np.ndarray]
+Convert = Callable[[GGUFWriter, Mapping[str, Any], Tensors], Tensors]
+"""Writes metadata beyond `_shared`; gets tensors by Hugging Face's names, and gives them back as GGUF wants them."""
+
+
+def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: str = "F32") -> Path:
+    """Writes one GGUF file with the byte tokenizer; matrices that the type can hold are quantised."""
+    from gguf import quants
+
+    config = config_of(folder)
+    kind = GGMLQuantizationType[quantization]
+    writer = GGUFWriter(path, architecture)
+    _shared(writer, config)
+    tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"])
+    for name, data in tensors.items():
+        found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        data = np.ascontiguousarray(data)
+        plain = data.ndim < 2 or "ffn_gate_inp" in found or found.endswith(".bias")  # routers, and biases of experts
+        if kind is not GGMLQuantizationType.F32 and not plain:
+            writer.add_tensor(found, quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(found, data)
+    add_toy_vocabulary(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope or "rope_theta" in config:
+        writer.add_rope_freq_base(rope.get("rope_theta") or config["rope_theta"])
+
+
+def _plain(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _llama(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Rows of q and k in pairs of neighbours; Llama 3's rotary scaling as divisors of the frequencies."""
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    made = dict(_experts(writer, config, tensors) if config["model_type"] == "mixtral" else tensors)
+    for name, data in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            made[name] = interleaved(data, config["head_dim"])
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        _yarn(writer, rope)
+    if rope["rope_type"] == "llama3":
+        made["rope_freqs.weight"] = _llama3_factors(rope, config["head_dim"])
+    return made
+
+
+def _yarn(writer: GGUFWriter, rope: Mapping[str, Any]) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+
+
+def interleaved(data: np.ndarray, head_dim: int) -> np.ndarray:
+    """The two halves of each head's rows in turns."""
+    heads = data.reshape(-1, 2, head_dim // 2, *data.shape[1:])
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(data.shape)
+
+
+def _llama3_factors(rope: Mapping[str, Any], dim: int) -> np.ndarray:
+    """What each frequency is divided by, from Meta's code."""
+    factors = []
+    low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    for frequency in 1.0 / rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float32) / dim):
+        length = 2 * np.pi / frequency
+        if length < high:
+            factors.append(1.0)
+        elif length > low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (rope["original_max_position_embeddings"] / length - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def _gemma(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms plus 1; what the architecture's keys say of caps, windows and the two rotary settings."""
+    for key, add in (
+        ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
+        ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ("sliding_window", writer.add_sliding_window),
+    ):
+        if config.get(key) is not None:
+            add(config[key])
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+        full, local = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
+        writer.add_rope_freq_base(full["rope_theta"])
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+        if full["rope_type"] == "linear":
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(full["factor"])
+    return {name: data + 1 if name.endswith("norm.weight") else data for name, data in tensors.items()}
+
+
+def _glm4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Rows stay in pairs of neighbours."""
+    writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
+    return tensors
+
+
+def _chatglm(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """As GLM-4, with q, k and v fused as in the older checkpoints."""
+    made = dict(_glm4(writer, config, tensors))
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = [made.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            made[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+    return made
+
+
+def _experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Matrices of all experts in one tensor each, as converters merge them; the numbers of a mixture."""
+    count = next(config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config)
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    made: dict[str, np.ndarray] = {}
+    merged: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    names = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
+    for name, data in tensors.items():
+        start, found, rest = name.partition(".experts.")
+        if not found:
+            made[name] = data
+            continue
+        expert, part, _ = rest.split(".")
+        merged.setdefault((start.split(".")[2], names[part]), {})[int(expert)] = data
+    for (layer, part), matrices in merged.items():
+        made[f"blk.{layer}.ffn_{part}_exps.weight"] = np.stack([matrices[e] for e in range(count)])
+    return made
+
+
+def _qwen_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    if config["model_type"] == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    made = _experts(writer, config, tensors)
+    return {name: data[0] if "shared_expert_gate" in name else data for name, data in made.items()}
+
+
+def _glm4_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """With a layer behind the last, as files of the family have it for predicting further tokens."""
+    writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+    writer.add_nextn_predict_layers(1)
+    layers = config["num_hidden_layers"]
+    writer.add_block_count(layers + 1)
+    made = _experts(writer, config, tensors)
+    made[f"blk.{layers}.nextn.enorm.weight"] = np.ones(config["hidden_size"], np.float32)
+    return {name.replace("e_score_correction_bias", "e_score_correction.bias"): data for name, data in made.items()}
+
+
+def _gpt_oss(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Gate and up apart, rows being outputs."""
+    rope = config["rope_parameters"]
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    made = {}
+    for name, data in tensors.items():
+        start, found, part = name.partition(".mlp.experts.")
+        if not found:
+            made[name.replace("self_attn.sinks", "self_attn.sinks.weight")] = data
+            continue
+        at, kind = f"blk.{start.split('.')[2]}.ffn_", "bias" if part.endswith("bias") else "weight"
+        data = data if kind == "bias" else data.swapaxes(1, 2)
+        if part.startswith("down"):
+            made[f"{at}down_exps.{kind}"] = data
+        else:
+            made[f"{at}gate_exps.{kind}"], made[f"{at}up_exps.{kind}"] = data[:, 0::2], data[:, 1::2]
+    return made
+
+
+def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *, split: bool = True) -> Tensors:
+    """Keys' and values' matrices apart, as newer files have them, or in one, with the older metadata."""
+    heads, nope, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
+    latent, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_head_count_kv(1 if split else heads)
+    writer.add_key_length(latent + rope if split else nope + rope)
+    writer.add_value_length(latent if split else value)
+    if split:
+        writer.add_key_length_mla(nope + rope)
+        writer.add_value_length_mla(value)
+    if config.get("q_lora_rank"):
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_rope_dimension_count(rope)
+    scaling = config["rope_parameters"]
+    if scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+    made: Tensors = {}
+    for name, data in _deepseek_experts(writer, config, tensors).items():
+        if split and name.endswith("kv_b_proj.weight"):
+            k, v = np.split(data.reshape(heads, nope + value, latent), [nope], axis=1)
+            made[name.replace("kv_b", "k_b")], made[name.replace("kv_b", "v_b")] = k.swapaxes(1, 2), v
+        else:
+            made[name.replace("score_correction_bias", "score_correction.bias")] = data
+    return made
+
+
+def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    newer = config["model_type"] == "deepseek_v3"
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if newer:
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    if newer or config["topk_method"] == "group_limited_greedy":
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    return _experts(writer, config, tensors)
+
+
+def _phi2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """q, k and v fused in the first layer, as in files from before transformers had the family."""
+    _partial(writer, config)
+    made = dict(tensors)
+    for kind in ("weight", "bias"):
+        parts = [made.pop(f"model.layers.0.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        made[f"blk.0.attn_qkv.{kind}"] = np.concatenate(parts)
+    return made
+
+
+def _partial(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
+    """How many dimensions turn; the epsilon of LayerNorms."""
+    size = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(int(size * config["rope_parameters"]["partial_rotary_factor"]))
+    if "layer_norm_eps" in config:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+
+
+def _phi3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Long-rope's factors as tensors, its scale as a number; a window of 0 where there is none."""
+    _partial(writer, config)
+    writer.add_sliding_window(config["sliding_window"] or 0)
+    rope, position = config["rope_parameters"], config["max_position_embeddings"]
+    original = config["original_max_position_embeddings"]
+    writer.add_rope_scaling_orig_ctx_len(original)
+    if rope["rope_type"] != "longrope":
+        return tensors
+    writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(position / original) / np.log(original))))
+    factors = {key: np.array(rope[f"{key}_factor"], np.float32) for key in ("long", "short")}
+    return tensors | {f"rope_factors_{key}.weight": values for key, values in factors.items()}
+
+
+def _stablelm(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The norms of heads in one tensor."""
+    _partial(writer, config)
+    writer.add_parallel_residual(config["use_parallel_residual"])
+    made = {name: data for name, data in tensors.items() if ".norms." not in name}
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    for layer in range(config["num_hidden_layers"] if config["qk_layernorm"] else 0):
+        for part, count in heads.items():
+            start = f"model.layers.{layer}.self_attn.{part}_layernorm"
+            made[f"{start}.weight"] = np.stack([tensors[f"{start}.norms.{head}.weight"] for head in range(count)])
+    return made
+
+
+def _smollm3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Rows of q and k in pairs of neighbours, also in the layers that do not turn."""
+    size = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(size)
+    turned = ("q_proj", "k_proj")
+    return {name: interleaved(data, size) if any(t in name for t in turned) else data for name, data in tensors.items()}
+
+
+CONVERTERS: Mapping[str, Convert] = {
+    "phi2": _phi2,
+    "phi3": _phi3,
+    "stablelm": _stablelm,
+    "smollm3": _smollm3,
+    "qwen2moe": _qwen_moe,
+    "qwen3moe": _qwen_moe,
+    "glm4moe": _glm4_moe,
+    "gpt-oss": _gpt_oss,
+    "llama": _llama,
+    "mistral3": _llama,
+    "gemma": _gemma,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "glm4": _glm4,
+    "chatglm": _chatglm,
+    "deepseek2": deepseek2,
+}

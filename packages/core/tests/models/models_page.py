@@ -1,0 +1,81 @@
+"""The table of docs/models.md, made of the registry and of what the tests of this folder are run with.
+
+`uv run python packages/core/tests/models/models_page.py` writes it anew; a test compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "quantization")]
+
+from families import CUDA_FORMATS, CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, first_rows
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES
+
+PAGE = Path(__file__).parents[4] / "docs" / "models.md"
+BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
+COMPILED, TORCH, INTERPRETED, UNTESTED, NONE = "compiled", "torch", "interpreted", "untested", "–"
+
+
+def rows_by_class() -> dict[str, list[str]]:
+    """Names of test rows by the class that their checkpoints name."""
+    found: dict[str, list[str]] = {name: [] for name in HF_FAMILIES}
+    for name, row in ROWS.items():
+        found[str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type])].append(name)
+    for tower, text in TOWERS.items():
+        found[tower] = list(found[text])
+    return found
+
+
+def table() -> str:
+    """A table for the CPU, one for GPUs, and the encoders."""
+    formats = ["safetensors", "GGUF", f"`--isq` ({', '.join(ISQ_TYPES)})", *FORMATS]
+    head = f"| architecture | {' | '.join(formats)} |\n|{'---|' * (len(formats) + 1)}"
+    parts = []
+    for title, cells in (("On the CPU", _on_cpu), ("On a GPU", _on_gpu)):
+        lines = [f"| `{name}` | {' | '.join(cells(name, tests))} |" for name, tests in sorted(rows_by_class().items())]
+        parts.append("\n".join([f"**{title}**\n", head, *lines]))
+    encoders = ", ".join(f"`{name}`" for name in sorted(HF_ENCODERS))
+    return "\n\n".join([*parts, f"**Encoders**, in torch on both, from safetensors, and BERT from GGUF: {encoders}."])
+
+
+def _on_cpu(name: str, tests: list[str]) -> list[str]:
+    """What is tested of one architecture, format by format."""
+    word = COMPILED if all(ROWS[test].recorded for test in tests) else TORCH
+    first = set(tests) & set(first_rows())
+    return [
+        word if tests else UNTESTED,
+        _gguf(name, tests, word),
+        *[word if first else UNTESTED for _ in ("isq", *FORMATS)],
+    ]
+
+
+def _on_gpu(name: str, tests: list[str]) -> list[str]:
+    first = set(tests) & set(first_rows())
+    return [
+        INTERPRETED if tests else UNTESTED,
+        _gguf(name, tests, INTERPRETED),
+        INTERPRETED if set(tests) & set(CUDA_ISQ) else UNTESTED,
+        *[INTERPRETED if first and format in CUDA_FORMATS else UNTESTED for format in FORMATS],
+    ]
+
+
+def _gguf(name: str, tests: list[str], word: str) -> str:
+    if HF_FAMILIES[TOWERS.get(name, name)].config_from_gguf is None:
+        return NONE
+    return word if any(ROWS[test].gguf for test in tests) else UNTESTED
+
+
+def page(text: str) -> str:
+    """The page with the table as it should be."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

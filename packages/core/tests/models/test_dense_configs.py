@@ -1,0 +1,219 @@
+"""Configs of Phi, StableLM and SmolLM3: as they are published, as old files leave keys out, and wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dense_models import edited, folders, gguf_config
+from families import PHI4_MINI
+from tiny import load
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return folders(tmp_path_factory)
+
+
+# ---- what old files leave out ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "window"),
+    [
+        ({}, 2047),  # Phi-3-mini-4k from before files had the key
+        ({"block_count": 40}, 2047),
+        ({"context_length": 131072}, None),
+        ({"block_count": 24}, None),
+        ({"attention.sliding_window": 0}, None),  # Phi-4
+        ({"attention.sliding_window": 512}, 512),
+    ],
+)
+def test_the_window_of_old_phi3_files(numbers: dict[str, int], window: int | None, tmp_path: Path) -> None:
+    assert set(gguf_config(tmp_path / "m.gguf", "phi3", {}, **numbers).sliding_windows) == {window}
+
+
+def test_longropes_scale_where_a_file_has_none(tmp_path: Path) -> None:
+    factors = {f"rope_factors_{kind}.weight": np.full(8, 2.0, np.float32) for kind in ("long", "short")}
+    numbers = {"context_length": 131072, "rope.scaling.original_context_length": 4096}
+    config = gguf_config(tmp_path / "m.gguf", "phi3", factors, **numbers)
+    assert attention_scale(config.rope) == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+# ---- configs as they are published -----------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 1000, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Phi-3-mini-4k": (
+        "Phi3ForCausalLM",
+        {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+        | {"original_max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0}
+        | {"sliding_window": 2047, "attention_bias": False, "tie_word_embeddings": False, "embd_pdrop": 0.0},
+        {"head_dim": 96, "sliding_windows": (2047,) * 32, "max_position": 4096, "tie_embeddings": False},
+    ),
+    "Phi-3.5-mini": (
+        "Phi3ForCausalLM",
+        {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 131072}
+        | {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": 262144}
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+        {"head_dim": 96, "max_position": 131072, "sliding_windows": (262144,) * 32},
+    ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"num_attention_heads": 40, "hidden_size": 5120, "num_key_value_heads": 10, "rope_theta": 250000}
+        | {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "rope_scaling": None}
+        | {"rms_norm_eps": 1e-5, "sliding_window": None},
+        {"head_dim": 128, "num_kv_heads": 10, "sliding_windows": (None,) * 32},
+    ),
+    "phi-2": (
+        "PhiForCausalLM",
+        {"num_attention_heads": 32, "hidden_size": 2560, "num_key_value_heads": 32, "layer_norm_eps": 1e-5}
+        | {"max_position_embeddings": 2048, "partial_rotary_factor": 0.4, "rope_scaling": None, "rope_theta": 10000.0}
+        | {"hidden_act": "gelu_new", "qk_layernorm": False, "resid_pdrop": 0.1},
+        {"head_dim": 80, "norm_eps": 1e-5},
+    ),
+    "stablelm-2-12b": (
+        "StableLmForCausalLM",
+        {"num_attention_heads": 32, "hidden_size": 5120, "num_key_value_heads": 8, "layer_norm_eps": 1e-5}
+        | {"max_position_embeddings": 4096, "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": False}
+        | {"qk_layernorm": True, "use_parallel_residual": True},
+        {"head_dim": 160, "parallel": True, "head_norms": "cut", "qkv_bias": False},
+    ),
+    "SmolLM3-3B": (
+        "SmolLM3ForCausalLM",
+        {"num_attention_heads": 16, "hidden_size": 2048, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+        | {"max_position_embeddings": 65536, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None}
+        | {"use_sliding_window": False, "no_rope_layers": [1, 1, 1, 0] * 8, "no_rope_layer_interval": 4}
+        | {"layer_types": ["full_attention"] * 32, "max_window_layers": 28},
+        {"unrotated_layers": frozenset(range(3, 32, 4)), "tie_embeddings": True, "head_dim": 128},
+    ),
+}
+ROTARY = {"Phi-3.5-mini": ("longrope", 96), "phi-2": ("default", 32), "stablelm-2-12b": ("default", 40)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name: str) -> None:
+    architecture, values, wanted = PUBLISHED[name]
+    config = family_from_hf(SIZES | values | {"architectures": [architecture]}, Path("config.json"))[1]
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    kind, dim = ROTARY.get(name, ("default", config.head_dim))
+    assert (config.rope.kind, config.rope.dim) == (kind, dim)
+    assert len(inverse_frequencies(config.rope, config.max_position)) == dim // 2
+
+
+# ---- what is wrong, or not there -------------------------------------------------------------------------------------
+
+LONGROPE = PHI4_MINI["rope_parameters"]
+assert isinstance(LONGROPE, dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("longrope", {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 11}}, "short_factor has 11 .* have 12"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_factor": [1.0] * 11 + [0]}}, "long_factor holds 0"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_factor": [1.0] * 11 + ["x"]}}, "long_factor holds 'x'"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_factor": [math.nan] * 12}}, "long_factor holds nan"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_factor": [10**400] * 12}}, "long_factor holds 1000"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_factor": None}}, "long_factor is missing"),
+        ("longrope", {"rope_parameters": LONGROPE | {"short_factor": 3}}, "short_factor is 3, not a list"),
+        ("longrope", {"rope_parameters": LONGROPE | {"attention_factor": 0}}, "attention_factor is 0"),
+        ("longrope", {"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        ("longrope", {"original_max_position_embeddings": 1}, "context before stretching is 1"),
+        ("phi3", {"num_key_value_heads": 3}, "2 heads cannot share 3"),
+        ("phi3", {"sliding_window": -1}, "sliding window is -1"),
+        ("phi", {"layer_norm_eps": None}, "layer_norm_eps is missing"),
+        ("phi", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "0 rotary dimensions"),
+        ("phi", {"qk_layernorm": 1}, "qk_layernorm is 1, not a bool"),
+        ("stablelm", {"use_parallel_residual": "yes"}, "use_parallel_residual is 'yes'"),
+        ("stablelm", {"layer_norm_eps": 2.0}, "epsilon of its norms is 2"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .* 4 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers is .* 4 layers"),
+        ("smollm3", {"no_rope_layers": [[], {}, None, "0"]}, "no_rope_layers is .* 4 layers"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_config_names_file_and_key(
+    name: str, change: dict[str, Any], message: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = edited(folder(name), tmp_path, **change)
+    with pytest.raises(InvalidFileError, match=message) as caught:
+        load(source)
+    assert str(source / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("phi3", {"architectures": ["Phi3SmallForCausalLM"]}, "architecture 'Phi3SmallForCausalLM' is not implemented"),
+        ("phi3", {"architectures": ["PhiMoEForCausalLM"]}, "architecture 'PhiMoEForCausalLM' is not implemented"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'; Phi-3 has"),
+        ("longrope", {"rope_parameters": LONGROPE | {"long_mscale": 1.2}}, "long_mscale in the rotary settings"),
+        ("phi", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: gelu_new"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is true"),
+        ("stablelm", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("stablelm 12b", {"num_attention_heads": 256}, "qk_layernorm is true with 256 heads; at most 128"),
+        ("smollm3", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("smollm3", {"rope_parameters": {"rope_type": "spiral"}}, "rope_type is 'spiral'"),
+    ],
+    ids=str,
+)
+def test_what_is_not_implemented_is_refused_by_name(
+    name: str, change: dict[str, Any], message: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        load(edited(folder(name), tmp_path, **change))
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("stablelm", {"use_parallel_residual": True}, r"unexpected tensors \(4\): .*post_attention_layernorm"),
+        ("stablelm", {"use_qkv_bias": True}, r"missing tensors \(6\): .*q_proj\.bias"),
+        ("stablelm 12b", {"qk_layernorm": False}, r"unexpected tensors \(12\): .*k_layernorm\.norms\.0\.weight"),
+        ("phi3", {"num_key_value_heads": 1}, r"qkv_proj\.weight has shape \[576, 192\].* 192 rows of q and 96 each"),
+        ("smollm3", {"attention_bias": True}, r"missing tensors \(16\): .*q_proj\.bias"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_the_config(
+    name: str, change: dict[str, Any], message: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        load(edited(folder(name), tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_factors_short.weight": None}, r"tensor rope_factors_short\.weight is missing"),
+        ({"rope_factors_long.weight": np.ones(5, np.float32)}, r"rope_factors_long\.weight has shape \[5\].*\[8\]"),
+        ({"rope_factors_long.weight": np.zeros(8, np.float32)}, "long_factor holds 0.0"),
+        ({"rope_factors_short.weight": np.full(8, math.inf, np.float32)}, "short_factor holds inf"),
+    ],
+    ids=str,
+)
+def test_wrong_factors_in_a_gguf_file(change: dict[str, np.ndarray | None], message: str, tmp_path: Path) -> None:
+    factors = {f"rope_factors_{kind}.weight": np.full(8, 2.0, np.float32) for kind in ("long", "short")} | change
+    with pytest.raises(InvalidFileError, match=message):
+        gguf_config(tmp_path / "m.gguf", "phi3", {name: data for name, data in factors.items() if data is not None})
+
+
+@pytest.mark.parametrize("count", [np.arange(3), "8", True], ids=str)
+def test_a_count_of_experts_that_is_no_number_is_named(count: object) -> None:
+    """It tells Mixtral's files from Llama's, before either's metadata is read; long arrays come as NumPy's."""
+    metadata = {"general.architecture": "llama", "llama.expert_count": count}
+    with pytest.raises(InvalidFileError, match=r"m\.gguf: llama\.expert_count is .*, not a int"):
+        family_from_gguf(metadata, Checkpoint(Path("m.gguf"), "gguf", (), {}, metadata))

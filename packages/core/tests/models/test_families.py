@@ -1,0 +1,72 @@
+"""Every family against transformers: whole prompts, chunks and decoding; op by op, compiled, and from GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import ROWS
+from gguf_export import export_gguf
+from tiny import (
+    cuts,
+    eager_logits,
+    error,
+    recorded_logits,
+    settled,
+    some_tokens,
+    spread,
+    their_logits,
+    typical_spread,
+    write_tiny,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Written when first asked for, and shared by the tests of a row."""
+    return {}
+
+
+def folder_of(name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if name not in folders:
+        row = ROWS[name]
+        folders[name] = write_tiny(tmp_path_factory.mktemp("family"), row.model_type, **row.config)
+    return folders[name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_equal_transformers(
+    name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, tokens = folder_of(name, folders, tmp_path_factory), some_tokens()
+    theirs = their_logits(folder, tokens)
+    for chunks in cuts():
+        assert error(eager_logits(folder, tokens, chunks), theirs) < 1e-4, chunks
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.recorded])
+def test_compiled_steps_are_close(
+    name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Attention and its cache are bfloat16 there; matrices stay as they are stored, in fp32."""
+    folder, tokens = folder_of(name, folders, tmp_path_factory), some_tokens()
+    eager = eager_logits(folder, tokens, [len(tokens)])
+    whole, cut = (recorded_logits(folder, tokens, chunks) for chunks in cuts())
+    assert spread(*settled(whole, eager, ROWS[name].undecided)) < 1e-2
+    assert torch.equal(whole, cut), "what a step holds must not change a token's numbers"
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.gguf])
+def test_gguf_equals_safetensors(
+    name: str, folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, tokens = folder_of(name, folders, tmp_path_factory), some_tokens(24)
+    architecture = str(ROWS[name].gguf)
+    path = export_gguf(folder, tmp_path / "model.gguf", architecture)
+    plain = eager_logits(folder, tokens, [len(tokens)])
+    assert error(eager_logits(path, tokens, [len(tokens)]), plain) < 1e-5
+    if ROWS[name].recorded:
+        path = export_gguf(folder, tmp_path / "quantised.gguf", architecture, quantization="Q8_0")
+        decoded = eager_logits(path, tokens, [len(tokens)])
+        assert typical_spread(recorded_logits(path, tokens, [len(tokens)]), decoded) < 0.05

@@ -1,0 +1,56 @@
+"""GGUF files with q, k and v in one matrix, as llama.cpp's converter writes them when it is asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import ROWS
+from gguf import GGUFWriter
+from gguf_export import CONVERTERS, Tensors, export_gguf
+from tiny import eager_logits, error, recorded_logits, some_tokens, spread, write_tiny
+
+from candle_vllm.core.loading.gguf import open_gguf
+
+TOKENS = some_tokens(24)
+KINDS = ("Llama", "Ministral 3", "Qwen2", "Qwen3-MoE", "Gemma-3", "StableLM-2", "SmolLM3", "GLM-4-MoE", "gpt-oss")
+
+
+def fuse(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes the converter of a row's architecture fuse; returns the architecture."""
+    architecture = str(ROWS[name].gguf)
+    usual = CONVERTERS.get(architecture, lambda writer, config, tensors: tensors)
+
+    def fused(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+        made = usual(writer, config, tensors)
+        for layer in range(config["num_hidden_layers"]):
+            for kind in ("weight", "bias"):
+                names = [f"model.layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+                if names[0] in made:
+                    made[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate([made.pop(each) for each in names])
+        return made
+
+    monkeypatch.setitem(CONVERTERS, architecture, fused)  # type: ignore[arg-type]
+    return architecture
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_of_one_matrix_are_q_k_and_v(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny(tmp_path / "source", ROWS[name].model_type, **ROWS[name].config)
+    path = export_gguf(folder, tmp_path / "fused.gguf", fuse(name, monkeypatch))
+    with open_gguf(path) as checkpoint:
+        assert "blk.1.attn_qkv.weight" in checkpoint.tensors
+        assert not any(".attn_q." in stored for stored in checkpoint.tensors)
+    plain = eager_logits(folder, TOKENS, [len(TOKENS)])
+    assert error(eager_logits(path, TOKENS, [len(TOKENS)]), plain) < 1e-5
+
+
+def test_quantised_rows_run_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny(tmp_path / "source", "llama", **ROWS["Llama"].config)
+    apart = export_gguf(folder, tmp_path / "apart.gguf", "llama", quantization="Q8_0")
+    fused = export_gguf(folder, tmp_path / "fused.gguf", fuse("Llama", monkeypatch), quantization="Q8_0")
+    ours, wanted = (recorded_logits(path, TOKENS, [len(TOKENS)]) for path in (fused, apart))
+    assert spread(ours, wanted) < 1e-6

@@ -1,0 +1,232 @@
+"""Text towers of multimodal checkpoints against transformers, and configs as they are published or wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import GEMMA3, MINISTRAL3_ROPE
+from family_formats import write_format
+from safetensors.torch import load_file, save_file
+from tiny import SMALL, config_of, cuts, eager_logits, error, load, randomise, recorded_logits, some_tokens, spread
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.loading.towers import DEFAULTS, text_fields
+from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Gemma-3": ("gemma3", "siglip_vision_model", {"model_type": "gemma3_text"} | GEMMA3),
+    "Mistral 3": ("mistral3", "pixtral", {"model_type": "mistral", "head_dim": 32}),
+    "Mistral 3 with Ministral 3": (
+        "mistral3",
+        "pixtral",
+        {"model_type": "ministral3", "head_dim": 32, "rope_parameters": MINISTRAL3_ROPE},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = write_tower(tmp_path_factory.mktemp("tower"), *ROWS[name])
+        return made[name]
+
+    return folder
+
+
+def write_tower(folder: Path, model_type: str, vision: str, text: dict[str, Any]) -> Path:
+    own = {"image_size": 16, "patch_size": 8} | ({"head_dim": 16} if vision == "pixtral" else {})
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=dict(SMALL) | text,
+        vision_config=VISION | own | {"model_type": vision},
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    model.save_pretrained(folder)
+    write_toy_tokenizer(folder)
+    return folder
+
+
+def their_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_text_towers_equal_transformers(name: str, folders: Callable[[str], Path]) -> None:
+    folder, tokens = folders(name), some_tokens()
+    theirs = their_logits(folder, tokens)
+    for chunks in cuts():
+        assert error(eager_logits(folder, tokens, chunks), theirs) < 1e-4, chunks
+    assert spread(recorded_logits(folder, tokens, cuts()[1]), theirs) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["Gemma-3", "Mistral 3"])
+def test_names_of_both_layouts_are_known(
+    name: str, folders: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers 5 keeps them in memory, and as checkpoints before it have them."""
+    folder, tokens = folders(name), some_tokens(12)
+    wanted = eager_logits(folder, tokens, [12])
+    stored = load_file(folder / "model.safetensors")
+    plain = {part.replace("language_model.model.", "model.language_model."): data for part, data in stored.items()}
+    plain = {part.replace("language_model.lm_head.", "lm_head."): data for part, data in plain.items()}
+    assert any(part.startswith("model.language_model.") for part in plain)
+    older = {part.replace("model.language_model.", "language_model.model."): data for part, data in plain.items()}
+    older = {part.replace("lm_head.", "language_model.lm_head."): data for part, data in older.items()}
+    older = {part.removeprefix("model."): data for part, data in older.items()}
+    for layout in (plain, older):
+        other = copied(folder, tmp_path / str(len(list(tmp_path.iterdir()))), layout)
+        with caplog.at_level(logging.INFO):
+            assert torch.equal(eager_logits(other, tokens, [12]), wanted)
+    assert "tensors of the vision tower are left out: images are not served" in caplog.text
+
+
+def test_a_quantised_tower_is_read(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Ministral 3 is published: its layers' names have the tower's prefix, and its config names the method once."""
+    stored, plain = write_format(folders("Mistral 3 with Ministral 3"), "FP8", tmp_path)
+    tokens = some_tokens(24)
+    assert load(stored).quantization is not None
+    assert error(eager_logits(stored, tokens, [24]), eager_logits(plain, tokens, [24])) < 1e-5
+
+
+def test_a_tower_without_its_files_is_a_text_model_of_random_numbers(folders: Callable[[str], Path]) -> None:
+    loaded = load(folders("Gemma-3"), load_format="dummy")
+    assert loaded.config.model_type == "gemma3_text"
+    assert loaded.num_parameters == load(folders("Gemma-3")).num_parameters
+
+
+def copied(folder: Path, to: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps(config_of(folder) | config))
+    write_toy_tokenizer(to)
+    return to
+
+
+def test_a_tower_without_text_weights_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    stored = load_file(folders("Gemma-3") / "model.safetensors")
+    vision = {name: data for name, data in stored.items() if "vision_tower" in name}
+    with pytest.raises(WeightsError, match=r"no tensor of the text tower \(language_model\.\*\) is there"):
+        load(copied(folders("Gemma-3"), tmp_path / "vision", vision))
+
+
+def test_a_text_config_of_other_sizes_is_refused_with_the_tensors(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders("Gemma-3")
+    text = config_of(folder)["text_config"] | {"intermediate_size": 80}
+    stored = load_file(folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"has shape \[96, 64\]; the model's config asks for \[80, 64\]"):
+        load(copied(folder, tmp_path / "other", stored, text_config=text))
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+GEMMA_4B = {  # text_config of google/gemma-3-4b-it: what it leaves out, transformers fills in
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 34,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+}
+PATH = Path("config.json")
+
+
+def gemma_4b(**text: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "torch_dtype": "bfloat16",
+        "text_config": GEMMA_4B | text,
+        "vision_config": {},
+    }
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_left_out_keys_have_the_values_of_transformers(model_type: str) -> None:
+    theirs = AutoConfig.for_model(model_type)
+    assert {key: getattr(theirs, key) for key in DEFAULTS[model_type]} == dict(DEFAULTS[model_type])
+
+
+def test_a_published_mistral_says_only_what_differs() -> None:
+    """As transformers writes nested configs: the keys of Mistral Small 3.1 that are not the class's own."""
+    text = {
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "model_type": "mistral",
+        "num_hidden_layers": 40,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e9,
+        "sliding_window": None,
+        "vocab_size": 131072,
+    }
+    names = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
+    config = family_from_hf({**names, "text_config": text}, PATH)[1]
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.max_position) == (32, 8, 128, 131072)
+    assert config.sliding_windows == (None,) * 40
+
+
+def test_what_a_published_config_leaves_out_is_what_transformers_fills_in() -> None:
+    theirs = AutoConfig.for_model(**GEMMA_4B)
+    config = family_from_hf(gemma_4b(), PATH)[1]
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert (config.max_position, config.norm_eps, config.tie_embeddings) == (131072, 1e-6, True)
+    assert [kind == "full_attention" for kind in theirs.layer_types] == [
+        window is None for window in config.sliding_windows
+    ]
+    assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
+    local = config.local_rope  # pyright: ignore[reportAttributeAccessIssue]
+    assert (local.kind, local.theta) == ("default", 10000.0)
+    assert config.embedding_scale == 50.5  # pyright: ignore[reportAttributeAccessIssue]  # the root of 2560 in bf16
+    assert set(config.eos_token_ids) == {1, 106}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        (gemma_4b() | {"text_config": None}, InvalidFileError, "text_config is missing"),
+        (gemma_4b() | {"text_config": 5}, InvalidFileError, "text_config is 5, not a dict"),
+        (gemma_4b(model_type="llama"), UnsupportedModelError, r"text_config\.model_type is 'llama'.*gemma3_text"),
+        (gemma_4b(hidden_size=None), InvalidFileError, r"text_config\.hidden_size is missing"),
+        (gemma_4b(head_dim="x"), InvalidFileError, r"text_config\.head_dim is 'x'"),
+        (gemma_4b(tie_word_embeddings="no"), InvalidFileError, "tie_word_embeddings is 'no'"),
+    ],
+)
+def test_wrong_configs_are_named(config: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        family_from_hf(config, PATH)
+
+
+@pytest.mark.parametrize(
+    ("said", "stored", "tied"),
+    [
+        ({}, None, True),
+        ({"tie_word_embeddings": False}, None, False),
+        ({"tie_word_embeddings": True}, ["model.x", "lm_head.weight"], False),
+        ({}, ["model.x"], True),
+        ({"tie_word_embeddings": False}, ["model.x"], False),
+    ],
+)
+def test_a_stored_head_is_used_whatever_the_config_says(
+    said: dict[str, Any], stored: list[str] | None, tied: bool
+) -> None:
+    config = gemma_4b() | said
+    fields = text_fields("Gemma3ForConditionalGeneration", config, PATH, stored)[1]
+    assert fields.get("tie_word_embeddings", bool) is tied

@@ -1,0 +1,161 @@
+"""Tiny random models of every family, made and saved by transformers, and the logits that both sides give."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from candle_vllm.core import EngineConfig
+from candle_vllm.core.engine.batch import build_batch
+from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import ScheduledSequence
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
+from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
+
+CPU = torch.device("cpu")
+LENGTH, BLOCK = 70, 16
+
+SMALL: Mapping[str, Any] = {
+    "vocab_size": TOY_VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 256,
+    "eos_token_id": 258,
+}
+
+
+def write_tiny(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any) -> Path:
+    """A checkpoint as transformers saves it, with every weight random: biases and norms too, so that none is idle.
+
+    Args:
+        folder: where it goes.
+        model_type: Hugging Face's.
+        seed: of the weights.
+        overrides: of `SMALL`, or more keys of the family's config; None takes a key of `SMALL` out, others are null.
+    """
+    transformers_logging.set_verbosity_error()
+    values = {key: value for key, value in (dict(SMALL) | overrides).items() if value is not None or key not in SMALL}
+    config = AutoConfig.for_model(model_type, **values)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    model.save_pretrained(folder)
+    write_toy_tokenizer(folder)
+    return folder
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Matrices whose products keep the size of what they multiply; norms near what they are, biases small."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
+                weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.1)
+
+
+def some_tokens(count: int = LENGTH) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def load(source: Path, **settings: Any) -> LoadedModel:
+    return load_model(EngineConfig(model=str(source), **settings), CPU, lambda *_: None)
+
+
+def eager_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
+    """Logits [T, V] of every position in torch, the prompt run in chunks of these sizes over a paged cache."""
+    loaded = load(source, enforce_eager=True, **settings)
+    runner = EagerRunner(loaded.decoder, -(-len(tokens) // BLOCK), BLOCK, CPU, torch.float32)
+    return step_logits(runner, tokens, chunks)
+
+
+def recorded_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
+    """The same from the compiled CPU kernels, whose cache is bfloat16."""
+    loaded = load(source, block_size=BLOCK, **settings)
+    assert loaded.placement.recorded, "the model runs op by op"
+    blocks = -(-len(tokens) // BLOCK)
+    limits = StepLimits(
+        tokens=max(64, max(chunks)), sequences=4, logit_rows=64, table_width=blocks, block_size=BLOCK, threads=2
+    )
+    runner = RecordedRunner(loaded.decoder, blocks, limits)
+    try:
+        return step_logits(runner, tokens, chunks)
+    finally:
+        runner.close()
+
+
+def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> torch.Tensor:
+    """Logits [T, V] of every position, a step for each chunk."""
+    request = GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams())
+    sequence = Sequence(request, 0, 0)
+    sequence.block_table = array("i", reversed(range(-(-len(tokens) // BLOCK))))
+    found, start = [], 0
+    for chunk in chunks:
+        sequence.num_computed_tokens = start
+        item = ScheduledSequence.next(sequence, chunk)
+        runner.launch(build_batch([item], BLOCK), [])
+        found += [runner.score(np.arange(first, min(first + 64, chunk))).clone() for first in range(0, chunk, 64)]
+        start += chunk
+    assert start == len(tokens)
+    return torch.cat(found)
+
+
+def cuts(count: int = LENGTH) -> list[list[int]]:
+    """A prompt whole; and in pieces of 7, with single tokens behind them, as decoding does."""
+    pieces = [7] * ((count - 6) // 7)
+    return [[count], [*pieces, *[1] * (count - sum(pieces))]]
+
+
+def their_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """transformers' logits [T, V] in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].float()
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest logit."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def spread(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the logits."""
+    return float((ours - theirs).pow(2).mean().sqrt() / theirs.pow(2).mean().sqrt())
+
+
+def settled(ours: torch.Tensor, theirs: torch.Tensor, undecided: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both without that share of the tokens, those that differ most."""
+    apart = (ours - theirs).pow(2).sum(-1)
+    kept = apart.argsort()[: len(apart) - int(undecided * len(apart))]
+    return ours[kept], theirs[kept]
+
+
+def typical_spread(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The median of what `spread` says of every token: where rounding chose another expert, a token is wholly other."""
+    return float(torch.stack([torch.tensor(spread(a, b)) for a, b in zip(ours, theirs, strict=True)]).median())
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The `config.json` that transformers wrote."""
+    return json.loads((folder / "config.json").read_text())
