@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -108,3 +109,9 @@ def test_no_download_hosts_and_no_paths_of_a_machine() -> None:
         text = data.decode("utf-8")  # and every text is UTF-8
         found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in FORBIDDEN.finditer(text)]
     assert not found
+
+
+def test_the_type_checker_is_given_every_package() -> None:
+    """A pattern that matches nothing is no error to it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["pyright"]["include"] == [f"packages/{package}/src" for package in PACKAGES]

@@ -12,11 +12,12 @@ from candle_vllm.server.engine_setup import demo_model
 
 ROOT = Path(__file__).parents[1]
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-# They name files that a reader has and this test has not, the model itself, or a rival of another variable.
+# They name files that a reader has and this test has not, the model itself, a rival of another variable, or what is
+# for plain weights while the demo model is a GGUF file.
 NOT_BOOTED = {
     "MODEL", "WEIGHT_PATH", "WEIGHT_FILE", "REVISION", "TOKENIZER", "CHAT_TEMPLATE", "MODELS_CONFIG", "HF_TOKEN",
     "HF_TOKEN_PATH", "API_KEY_FILE", "MEM", "KV_FRACTION", "PORT", "ATTENTION_BACKEND", "CUDA_GRAPHS", "THREADS",
-    "MCP_COMMAND", "MCP_ARGS",
+    "MCP_COMMAND", "MCP_ARGS", "ISQ",
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_the_models_boot_in_turn(tmp_path: Path) -> None:
             model.pop(source, None)
         model["local_path"] = str(demo)  # what stands there cannot be had everywhere
         model["params"].update(max_model_len=2048, mem=128)
-        for name in ("kv_fraction", "dtype"):
+        for name in ("kv_fraction", "dtype", "isq"):  # the last is for plain weights; the demo model is a GGUF file
             model["params"].pop(name, None)
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(content))
     server = ServerProcess(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 from server_fakes import PacedEngine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server import engine_setup
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
@@ -44,7 +47,7 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
     if command == "serve":
         assert all(flag in text for option in OPTIONS if "serve" in option.commands for flag in option.flags)
     assert all((command in option.commands) or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
-    assert "cuda:N" in text
+    assert ("cuda:N" in text) == (command != "quantize")  # which runs no model
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:
@@ -81,6 +84,11 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["bench", "--seed", "3"], "does not apply to `candle-vllm bench`"),
         (["bench", "--chat-template", "x"], "does not apply to `candle-vllm bench`"),
         (["bench", "--concurrency", "4097"], "between 1 and 4096"),
+        (["quantize", "--m", "x"], "--out FILE.gguf is missing"),
+        (["quantize", "--m", "x", "--out", "x.bin"], "x.bin does not end in .gguf"),
+        (["quantize", "--m", "x", "--out", "no/x.gguf"], "no is no folder"),
+        (["quantize", "--m", "x", "--out", "x.gguf", "--isq", "q4"], "--isq must be one of q4_0"),
+        (["quantize", "--device", "cpu"], "--device does not apply to `candle-vllm quantize`"),
         (["--m", ".", "--revision", "main"], "--revision chooses a version on Hugging Face, but the model is ."),
         (["--w", ".", "--revision", "main"], "--revision chooses a version on Hugging Face"),
         (["--w", "nowhere"], "weight path nowhere is not a folder"),
@@ -229,3 +237,22 @@ def test_version_from_a_process() -> None:
     done = _run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("candle-vllm 0.")
+
+
+def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy_model(tmp_path / "plain")
+    words = tmp_path / "words"
+    words.mkdir()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({text: index for index, text in enumerate([*letters, "th"])}, [("t", "h")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.save(str(words / "tokenizer.json"))
+    out = tmp_path / "q.gguf"
+    line = ["quantize", "--m", str(folder), "--tokenizer", str(words), "--isq", "q4_0", "--out", str(out)]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r".*q\.gguf: \d+\.\d MB, (Q4_0 x \d+|F32 x \d+|Q8_0 x \d+|, )+\n", said), said
+    assert main(["generate", "the", "--m", str(out), "--max-tokens", "3"]) == 0
+    assert main(line) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*line, "--force", "--threads", "1"]) == 0

@@ -101,7 +101,7 @@ def test_secrets_do_not_show(load) -> None:
     ("line", "message"),
     [
         ("--modle x", "unknown flag --modle (did you mean --model?)"),
-        ("--isq q4k", "unknown flag --isq"),
+        ("--isq q4", "--isq must be one of q4_0, q4_1"),
         ("--mod x", "unknown flag --mod"),
         ("--p 65536", "--p/--port must be between 0 and 65535, not 65536"),
         ("--port", "--p/--port: expected one argument"),
