@@ -24,7 +24,6 @@ import itertools
 
 import torch
 
-from candle_vllm.core.kernels.attention import reference
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 
@@ -112,5 +111,7 @@ def paged_attention(
 
         rows = rows.on_device() if isinstance(rows, AttentionRows) else rows
         return triton.paged_attention(q, key_cache, value_cache, rows, **options)
+    from candle_vllm.core.kernels.attention import torch_decode
+
     rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
-    return reference.paged_attention(q, key_cache, value_cache, rows, **options)
+    return torch_decode.paged_attention(q, key_cache, value_cache, rows, **options)

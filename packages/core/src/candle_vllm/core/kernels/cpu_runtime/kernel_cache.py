@@ -33,7 +33,7 @@ def kernel_cache() -> Path | None:
     """The folder of the compiled kernels of this version and CPU; None, and a warning, where there can be none.
 
     A compiled operation contains the code of the functions that it calls, and Numba does not see when those change, so
-    the folder's name is a hash of all kernel sources. It may be used by several processes at once, see
+    the folder's name is a hash of all sources that they may be in. It may be used by several processes at once, see
     `compile_operation`.
     """
     try:
@@ -77,7 +77,8 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
     for path in sorted(root.glob("*/*.py")):
-        digest.update(path.read_bytes())
+        if not path.name.startswith("triton"):  # the GPU's, which nothing compiled here calls
+            digest.update(path.read_bytes())
     cpu, flags = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     digest.update(f"{numba.__version__} {llvmlite.__version__} {cpu} {flags}".encode())
     return digest.hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Paged attention of many short steps in plain torch: sequences of one new token are computed together.
+
+The reference takes some thirty calls for each sequence and layer, which is what a step op by op spends its time on.
+Here sequences with one token share them: their keys and values are gathered side by side, filled up to the longest
+context, and what fills is masked. Prompts go through the reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from candle_vllm.core.kernels.attention import reference
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.attention import AttentionRows
+
+MOST = 1 << 22
+"""Numbers of keys that are gathered at a time, so that long contexts take little memory."""
+
+
+def paged_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: AttentionRows,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    starts = rows.query_start
+    single = [row for row, (start, end) in enumerate(itertools.pairwise(starts)) if end - start == 1]
+    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
+    if len(single) < 2:
+        return reference.paged_attention(q, key_cache, value_cache, rows, **options)
+    _, size, kv_heads, dim = key_cache.shape
+    out = torch.empty_like(q)
+    single.sort(key=lambda row: rows.context_lens[row])  # neighbours of like lengths fill up little
+    while single:
+        blocks = -(-rows.context_lens[single[-1]] // size)
+        together = single[-max(1, MOST // (blocks * size * kv_heads * dim)) :]
+        del single[-len(together) :]
+        tokens = torch.tensor([starts[row] for row in together], device=q.device)
+        contexts = torch.tensor([rows.context_lens[row] for row in together], device=q.device)
+        tables = rows.block_tables[torch.tensor(together, device=q.device), :blocks]
+        out[tokens] = _attend(q[tokens], key_cache, value_cache, tables, contexts, **options)
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        if end - start != 1:
+            alone = _row(rows, row)
+            out[start:end] = reference.paged_attention(q[start:end], key_cache, value_cache, alone, **options)
+    return out
+
+
+def _row(rows: AttentionRows, row: int) -> AttentionRows:
+    """One sequence as a step of its own."""
+    count = rows.query_start[row + 1] - rows.query_start[row]
+    return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1])
+
+
+def _attend(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    tables: torch.Tensor,
+    contexts: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [R, H, D], one for each sequence; tables [R, blocks], contexts [R]; returns [R, H, D]."""
+    count, heads, dim = q.shape
+    size, kv_heads = key_cache.shape[1:3]
+    context = tables.shape[1] * size
+    at = torch.arange(context, device=q.device)
+    hidden = at >= contexts[:, None]  # [R, C]
+    tables = tables.masked_fill(hidden[:, ::size], 0)  # the tail of a table may hold anything
+    if window is not None:
+        hidden |= at < contexts[:, None] - window
+    k = key_cache[tables].flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
+    v = value_cache[tables].flatten(1, 2).float().masked_fill_(hidden[:, :, None, None], 0)  # may be no number there
+    if cache_scales is not None:
+        k, v = k * cache_scales[0], v * cache_scales[1]
+    scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(scale)  # [R, K, G, C]
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        beside = sinks.float().view(1, kv_heads, -1, 1).expand(count, -1, -1, -1)
+        weights = torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    return torch.matmul(weights, v.transpose(1, 2)).view(count, heads, dim).to(q.dtype)
