@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from gguf import GGUFReader
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from candle_vllm.core.conversion.gguf_file import write_file
+from candle_vllm.core.conversion.gguf_pieces import unigram
 from candle_vllm.core.conversion.gguf_tokenizer import cut_name, tokenizer_metadata
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.gguf import open_gguf
@@ -59,7 +63,119 @@ def test_an_unknown_cut_is_refused() -> None:
         cut_name(backend, False)
 
 
-@pytest.mark.parametrize("model", [models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"), models.Unigram([("a", 0.0)])])
-def test_other_kinds_are_refused(model: models.Model) -> None:
-    with pytest.raises(UnsupportedModelError, match="byte-pair tokenizers, and this is a"):
-        tokenizer_metadata(ours.Tokenizer(Tokenizer(model)), 1, ())
+def test_other_kinds_are_refused() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="byte-pair, WordPiece and unigram tokenizers, and this is a WordLevel"
+    ):
+        tokenizer_metadata(ours.Tokenizer(Tokenizer(models.WordLevel({"a": 0}))), 1, ())
+
+
+@pytest.mark.parametrize("template", ["[gMASK]<sop>{{ messages }}", {"default": "", "tools": "[gMASK]<sop>"}])
+def test_tokens_before_every_text_that_a_template_writes(
+    template: str | dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """GLM-4's tokenizers put two there; llama.cpp's converter leaves them out."""
+    metadata = tokenizer_metadata(framed(template), 259, ())
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert "no way to put [gMASK]<sop> before every text" in caplog.text
+    after = ours.Tokenizer.from_gguf(metadata)
+    assert after.encode("[gMASK]<sop>a") == framed(template).encode("a")
+
+
+def test_tokens_before_every_text_that_nothing_else_writes() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"puts the tokens \[257, 258\] before and \[\] behind every text"):
+        tokenizer_metadata(framed("{{ messages }}"), 259, ())
+
+
+def framed(template: str | dict[str, str]) -> ours.Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({text: index for index, text in enumerate([*letters, "th"])}, [("t", "h")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["[gMASK]", "<sop>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 257), ("<sop>", 258)]
+    )
+    return ours.Tokenizer(backend, chat_template=template)
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TEXTS = ["The fox's naïve CAFÉ, 42 ?!", "", "a", "[MASK] x", "ab  abab"]
+
+
+def pieces(lowercase: bool, accents: bool | None, *, prefix: str = "##") -> ours.Tokenizer:
+    """WordPiece with its frame, and an added token that is no special one."""
+    words = [*SPECIAL, *"abcdefoxhtsnviéï,?!'42", "the", "Th", "AB", "C", "F", "##", "C"]
+    texts = list(dict.fromkeys([*words, *(f"{prefix}{letter}" for letter in "abcdefoxhtsnviéïÉAF42")]))
+    ids = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", continuing_subword_prefix=prefix))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=accents)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    frame = [(text, ids[text]) for text in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+    backend.add_special_tokens(SPECIAL)
+    backend.add_tokens(["<tool>"])
+    return ours.Tokenizer(backend)
+
+
+@pytest.mark.parametrize(("lowercase", "accents"), [(True, None), (True, False), (False, None), (False, True)])
+def test_word_pieces_come_back(lowercase: bool, accents: bool | None) -> None:
+    before = pieces(lowercase, accents)
+    metadata = tokenizer_metadata(before, before.vocab_size + 2, ())
+    after = ours.Tokenizer.from_gguf(metadata)
+    assert after.encode_batch([*TEXTS, "a<tool>b"]) == before.encode_batch([*TEXTS, "a<tool>b"])
+    found = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    assert found["model"] == "bert"
+    assert found["tokens"][5:7] == ["\u2581a", "\u2581b"]
+    assert found["tokens"][before.backend.token_to_id("##o")] == "o"
+    assert found["tokens"][-3:] == ["<tool>", *(f"\u2581[PAD{before.vocab_size + i}]" for i in range(2))]
+    ids = {"bos": 2, "eos": 3, "seperator": 3, "cls": 2, "padding": 0, "unknown": 1, "mask": 4}
+    assert {name: found[f"{name}_token_id"] for name in ids} == ids
+    assert found["normalizer.strip_accents"] is (lowercase if accents is None else accents)
+
+
+def test_pieces_that_gguf_would_cut_otherwise() -> None:
+    with pytest.raises(UnsupportedModelError, match="GGUF's bert tokenizer cuts texts otherwise"):
+        tokenizer_metadata(pieces(True, None, prefix="@@"), 60, ())
+
+
+def sentences(*, cut_first: bool) -> ours.Tokenizer:
+    """A unigram model as XLM-RoBERTa has it; where words are cut first, line breaks are lost before the model."""
+    listed = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("\u2581the", -3.0)]
+    letters = [(letter, -5.0 - index / 10) for index, letter in enumerate("abcdefghinorstuvwxyz")]
+    backend = Tokenizer(models.Unigram([*listed, *letters], 3, byte_fallback=False))
+    backend.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+    space = pre_tokenizers.Metaspace("\u2581", prepend_scheme="always", split=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if cut_first else space
+    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return ours.Tokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+
+
+def test_a_unigram_model_comes_back() -> None:
+    before = sentences(cut_first=False)
+    metadata = tokenizer_metadata(before, 30, ())
+    texts = ["the fox", "  the   the", "x7y", "</s> a"]
+    assert ours.Tokenizer.from_gguf(metadata).encode_batch(texts) == before.encode_batch(texts)
+    found = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    assert (found["model"], found["scores"][5], found["scores"][-1]) == ("t5", -3.0, -10000.0)
+    assert (found["padding_token_id"], found["unknown_token_id"], found["token_type"][3]) == (1, 3, 2)
+    with pytest.raises(UnsupportedModelError, match="GGUF's t5 tokenizer cuts texts otherwise"):
+        tokenizer_metadata(sentences(cut_first=True), 30, ())
+
+
+def test_sentencepieces_normalisation_is_kept(tmp_path: Path) -> None:
+    """Its bytes, as an array of them."""
+    charsmap = b"\x04\0\0\0" + b"\0\0\0\0" + b"x\0"
+    data = {"model": {"vocab": [["a", -1.0]]}, "added_tokens": [], "normalizer": {"type": "Precompiled"}}
+    data["normalizer"]["precompiled_charsmap"] = base64.b64encode(charsmap).decode()
+    found = unigram(data, ["a"])
+    assert found["precompiled_charsmap"] == charsmap
+    write_file(tmp_path / "m.gguf", [], {"general.architecture": "bert", "map": charsmap})
+    field = GGUFReader(tmp_path / "m.gguf").fields["map"]
+    assert bytes(field.contents()) == charsmap
+    assert [kind.name for kind in field.types] == ["ARRAY", "UINT8"]

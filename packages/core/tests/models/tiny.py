@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading import model as loading
 from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
@@ -86,6 +90,19 @@ def load(source: Path, **settings: Any) -> LoadedModel:
 def eager_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
     """Logits [T, V] of every position in torch, the prompt run in chunks of these sizes over a paged cache."""
     loaded = load(source, enforce_eager=True, **settings)
+    runner = EagerRunner(loaded.decoder, -(-len(tokens) // BLOCK), BLOCK, CPU, torch.float32)
+    return step_logits(runner, tokens, chunks)
+
+
+def device_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
+    """The same with the matrices as a GPU holds them, by the references of its kernels and in fp32."""
+    usual = loading.choose_placement
+
+    def placed(*arguments: Any) -> Placement:
+        return dataclasses.replace(usual(*arguments), keeps_quantised=True)
+
+    with mock.patch.object(loading, "choose_placement", placed):
+        loaded = load(source, enforce_eager=True, **settings)
     runner = EagerRunner(loaded.decoder, -(-len(tokens) // BLOCK), BLOCK, CPU, torch.float32)
     return step_logits(runner, tokens, chunks)
 

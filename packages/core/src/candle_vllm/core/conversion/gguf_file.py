@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
+from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.quantise import quantise
+from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
 
 Progress = Callable[[int, int], object]
@@ -27,7 +29,7 @@ class PlannedTensor:
 
     Attributes:
         name: in the file.
-        stored: plain numbers.
+        stored: plain numbers, or MXFP4.
         kind: what they become.
     """
 
@@ -51,7 +53,7 @@ def write_file(
         path: where to; what is there is replaced.
         plans: the tensors, in order.
         metadata: keys and values: texts, truth values, whole numbers (uint32), other numbers (float32), lists of one
-            of them. `general.architecture` must be among them.
+            of them, bytes. `general.architecture` must be among them.
         progress: see `Progress`.
 
     Raises:
@@ -83,7 +85,9 @@ def write_file(
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
-    if not isinstance(value, list):
+    if isinstance(value, bytes):
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT8)
+    elif not isinstance(value, list):
         writer.add_key_value(key, value, GGUFValueType[kinds[type(value)]])
     elif value:
         kind = "INT32" if key == f"{PREFIX}token_type" else kinds[type(value[0])]
@@ -99,7 +103,8 @@ def _bytes(plan: PlannedTensor) -> np.ndarray:
         if plain == torch.float16 and not values.isfinite().all():
             raise WeightsError(f"{stored.path}: tensor {stored.name} has numbers beyond float16: choose bf16 or f32")
         return values.contiguous().view(torch.uint8).numpy().reshape(rows, -1)
-    assert stored.dtype is not None
+    if stored.dtype is None:
+        return mxfp4_blocks(stored) if isinstance(stored, QuantisedTensor) else stored.raw()
     try:
         return quantise(stored.raw(), stored.dtype, stored.shape[-1], plan.kind)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A model's description as GGUF metadata: one row for each architecture that files are written for.
+"""A model's description as GGUF metadata.
 
 What has been written is read again by the family, and must give the model that was described: what GGUF has no key for
 is found by that, and refused by name.
@@ -7,118 +7,29 @@ is found by that, and refused by name.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from candle_vllm.core.conversion.gguf_architectures import Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf
+from candle_vllm.core.pooling.params import PoolingKind
 
-Keys = dict[str, Any]
+logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """How a family is described in GGUF metadata.
-
-    Attributes:
-        name: `general.architecture`.
-        more: keys beyond those that all have, without the architecture's prefix.
-        interleaved: q and k rows are stored in pairs of neighbours.
-        fused: of a tensor's alternative names, the ones that files of this kind have.
-    """
-
-    name: str
-    more: Callable[[Any], Keys] = lambda _: {}
-    interleaved: bool = False
-    fused: tuple[str, ...] = ()
-
-
-def _window(config: ModelConfig) -> Keys:
-    """One window for all layers; models with other patterns are refused when the keys are read again."""
-    windows = [window for window in config.sliding_windows if window is not None]
-    return {"attention.sliding_window": windows[0]} if windows else {}
-
-
-def _gemma2(config: Any) -> Keys:
-    caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
-    return _window(config) | {key: 0.0 if cap is None else float(cap) for key, cap in caps.items()}
-
-
-def _gemma3(config: Any) -> Keys:
-    pattern = [window is not None for window in config.sliding_windows]
-    keys = _window(config) | {"attention.sliding_window_pattern": pattern}
-    keys["rope.freq_base_swa"] = float(config.local_rope.theta)
-    if config.final_softcap is not None:
-        keys["final_logit_softcapping"] = float(config.final_softcap)
-    return keys
-
-
-def _experts(config: Any) -> Keys:
-    mixture = config.mixture
-    keys = _window(config) | {
-        "expert_count": mixture.experts,
-        "expert_used_count": mixture.top_k,
-        "expert_feed_forward_length": mixture.inner_size,
-        "expert_weights_norm": mixture.renormalise,
-    }
-    if mixture.shared_size:
-        keys["expert_shared_feed_forward_length"] = mixture.shared_size
-    return keys
-
-
-def _phi3(config: Any) -> Keys:
-    """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
-    keys: Keys = {"attention.sliding_window": 0} | _window(config)
-    keys["rope.scaling.original_context_length"] = config.rope.original_max_position
-    if config.rope.kind == "longrope":
-        keys["rope.scaling.attn_factor"] = attention_scale(config.rope)
-    return keys
-
-
-def _mixtral(config: Any) -> Keys:
-    return _window(config) | {"expert_count": config.mixture.experts, "expert_used_count": config.mixture.top_k}
-
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "llama": Architecture("llama", _window, interleaved=True),
-        "mistral": Architecture("llama", _window, interleaved=True),
-        "mixtral": Architecture("llama", _mixtral, interleaved=True),
-        "qwen2": Architecture("qwen2", _window),
-        "qwen3": Architecture("qwen3", _window),
-        "qwen2_moe": Architecture("qwen2moe", _experts),
-        "qwen3_moe": Architecture("qwen3moe", _experts),
-        "gemma": Architecture("gemma"),
-        "gemma2": Architecture("gemma2", _gemma2),
-        "gemma3_text": Architecture("gemma3", _gemma3),
-        "phi3": Architecture("phi3", _phi3, fused=("attn_qkv",)),
-    }
-)
-"""By Hugging Face's model_type."""
-
-
-def architecture(config: ModelConfig, path: Path) -> Architecture:
-    """The row of a model.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    row = ARCHITECTURES.get(config.model_type)
-    if row is None:
-        raise UnsupportedModelError(
-            f"{path}: GGUF files are not written for {config.model_type} yet, but for {', '.join(ARCHITECTURES)}; "
-            "such a model can be quantised while it is loaded, with --isq"
-        )
-    return row
+_POOLING: Mapping[PoolingKind, int] = MappingProxyType({"mean": 1, "cls": 2, "last": 3})
 
 
 def describe(config: ModelConfig, row: Architecture) -> Keys:
@@ -133,14 +44,14 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        **_rope(config.rope),
+        row.eps: float(config.norm_eps),
+        **_rope(config.rope, row.log_multiplier),
         **row.more(config),
     }
     return {"general.architecture": row.name} | {f"{row.name}.{key}": value for key, value in keys.items()}
 
 
-def _rope(rope: RopeConfig) -> Keys:
+def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
     """The scalings of Llama 3 and of longrope are tensors (`rope_tensors`)."""
     keys: Keys = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dim}
     if rope.kind in ("linear", "yarn"):
@@ -151,6 +62,8 @@ def _rope(rope: RopeConfig) -> Keys:
             "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
             "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
         }
+        if log_multiplier is not None and rope.mscale_all_dim:
+            return keys | {"rope.scaling.yarn_log_multiplier": log_multiplier * rope.mscale_all_dim}
         usual = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
         if not math.isclose(scale := attention_scale(rope), usual, rel_tol=1e-6):
             keys["rope.scaling.attn_factor"] = scale / usual  # it multiplies what yarn gives
@@ -168,15 +81,30 @@ def rope_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     return {}
 
 
+def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
+    """How the model's own vectors are made, without the architecture's prefix.
+
+    Args:
+        files: the model's folder.
+        size: of a hidden state.
+        default: the pooling where the folder names none.
+    """
+    config = None if files.config is None else Fields(read_json(files.config), files.config)
+    pooling = read_pooling(files, {}, size, default, config)
+    if not pooling.normalize:
+        logger.warning("GGUF has no way to say that this model's vectors keep their length: readers make it 1")
+    return {"pooling_type": _POOLING[pooling.pooling]}
+
+
 # ---- read again ------------------------------------------------------------------------------------------------------
 
 _DIVISORS = "rope_freqs.weight"
-_ELSEWHERE = ("model_type", "eos_token_ids", "interleaved_rotary")  # what has another word, or is no description
+_ELSEWHERE = ("model_type", "eos_token_ids")  # what has another word, or is no description
 _ROUGH = ("embedding_scale",)  # some models round it to their own type; GGUF's readers do not
 
 
-def check_description(config: ModelConfig, written: Checkpoint) -> ModelConfig:
-    """What a file's metadata and tensors say, which must be the model itself.
+def check_description(config: ModelConfig, written: Checkpoint) -> None:
+    """Reads a file's metadata and tensors again: they must say the model itself, as `Architecture.stored` has it.
 
     Raises:
         UnsupportedModelError: they say another one; the message names the settings.
@@ -192,7 +120,6 @@ def check_description(config: ModelConfig, written: Checkpoint) -> ModelConfig:
         raise UnsupportedModelError(
             f"GGUF's {written.metadata['general.architecture']} has no way to say this model's {', '.join(different)}"
         )
-    return found
 
 
 def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: torch.Tensor | None) -> bool:
@@ -200,9 +127,15 @@ def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: torch.Te
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         read = _frequencies(theirs, found)
         read = read / divisors if divisors is not None and name == "rope" else read
-        scales = attention_scale(ours), attention_scale(theirs)
-        return torch.allclose(_frequencies(ours, config), read, rtol=1e-5) and math.isclose(*scales, rel_tol=1e-5)
+        alike = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
+        return alike and torch.allclose(_frequencies(ours, config), read, rtol=1e-5)
     return _alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
+
+
+def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
+    """Of cos and sin, of scores (`models/deepseek_config.py`), and of queries beyond the original context."""
+    growth = (rope.query_scale, float(rope.original_max_position)) if rope.query_scale else (0.0, 0.0)
+    return attention_scale(rope), getattr(config, "score_scale", 1.0), *growth
 
 
 def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:

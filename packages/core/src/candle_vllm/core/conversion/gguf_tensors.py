@@ -2,13 +2,14 @@
 
 The table says how a stored tensor of either format becomes the one that the model wants. A tensor of the GGUF file is
 the one whose view gives the model's: where the view picks and orders rows, it is tried on row numbers, and the rows are
-put where it takes them from.
+put where it takes them from. Experts in MXFP4 stay in it: their codes are put in the order of GGUF's blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 from candle_vllm.core.loading.weights import Line, WeightName, expand
 
+_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
 _Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it
 
 
@@ -85,6 +88,19 @@ class _Assembled(Made):
             stored.release()
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _AssembledBlocks(_Assembled):
+    """The same of rows in MXFP4, which stay in it."""
+
+    def raw(self) -> np.ndarray:
+        """Blocks, uint8 [rows, bytes per row]."""
+        blocks = [(order.numpy(), mxfp4_blocks(stored)) for order, stored in self.pieces]
+        out = np.empty((sum(len(order) for order, _ in blocks), blocks[0][1].shape[1]), np.uint8)
+        for order, rows in blocks:
+            out[order] = rows
+        return out
+
+
 def constant(name: str, values: torch.Tensor, source: Path) -> StoredTensor:
     """A float32 tensor of given numbers."""
     return Constant(name, tuple(values.shape), "F32", torch.float32, 4 * values.numel(), source, values.float())
@@ -96,7 +112,7 @@ def gguf_tensors(
     config: Any,
     gguf_config: Any,
     has_place: Callable[[str], bool],
-    fused: Sequence[str] = (),
+    preferred: Sequence[str] = (),
 ) -> Iterator[tuple[str, str, StoredTensor]]:
     """Name, place in the model and plain tensor of all that a GGUF file has of a checkpoint, in the table's order.
 
@@ -106,28 +122,30 @@ def gguf_tensors(
         config: the model's, as its config.json says it.
         gguf_config: the same as GGUF's metadata will say it.
         has_place: says of a line's target whether the model has it.
-        fused: parts of names that are taken of a line's alternatives; else the first is.
+        preferred: parts of names that are taken of a line's alternatives; else the first is.
 
     Raises:
         UnsupportedModelError: GGUF has no name for a tensor.
     """
     found: defaultdict[str, list[_Piece]] = defaultdict(list)
-    both = zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True)
+    both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
+    wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
     for stored_line, line in both:
         name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(line.target) else None
         if name is None:
             continue
+        line = line if line.names else wholes.get(_PART.sub(":", line.target), line)
         if not line.names:
             raise UnsupportedModelError(f"{checkpoint.path}: GGUF has no name for tensor {name}")
-        line = _preferred(line, fused)
+        line = _preferred(line, preferred)
         found[line.first].append((line, stored_line.look(checkpoint.tensors[name], name, config)))
     for name, pieces in found.items():
         yield name, pieces[0][0].target, _joined(name, pieces, gguf_config)
 
 
-def _preferred(line: Line, fused: Sequence[str]) -> Line:
+def _preferred(line: Line, parts: Sequence[str]) -> Line:
     """The line with the name first that is to be written."""
-    wanted = [pair for pair in line.names if any(part in pair[0] for part in fused)]
+    wanted = [pair for pair in line.names if any(part in pair[0] for part in parts)]
     return dataclasses.replace(line, names=(*wanted, *(pair for pair in line.names if pair not in wanted)))
 
 
@@ -137,8 +155,7 @@ def _joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
     written, view = line.names[0]
     experts = config.num_experts if line.expert is not None and "{e}" not in written else 0
     if view is None and not experts:
-        assert len(pieces) == 1, name
-        return first
+        return first if len(pieces) == 1 else _stacked(name, [stored for _, stored in pieces])
     rows = sum(stored.shape[0] for _, stored in pieces)
     shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
     orders = [_rows_of(line, shape, stored, config) for line, stored in pieces]
@@ -146,10 +163,24 @@ def _joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
         raise UnsupportedModelError(f"{first.path}: {first.name} cannot be put into GGUF's tensor {name}")
     if len(pieces) == 1 and not experts and torch.equal(orders[0], torch.arange(rows)):
         return first
-    dtypes = {stored.dtype for _, stored in pieces}
+    return _assembled(name, shape, list(zip(orders, (stored for _, stored in pieces))))
+
+
+def _stacked(name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
+    """Tensors of one shape as the entries of one: the norms of a layer's heads."""
+    assert len({part.shape for part in parts}) == 1, name
+    each = math.prod(parts[0].shape[:-1])
+    orders = torch.arange(len(parts) * each).view(len(parts), each)
+    return _assembled(name, (len(parts), *parts[0].shape), list(zip(orders, parts)))
+
+
+def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[torch.Tensor, StoredTensor]]) -> StoredTensor:
+    first, dtypes = pieces[0][1], {stored.dtype for _, stored in pieces}
+    if dtypes == {None}:  # only MXFP4 comes here: see `write.py`
+        nbytes = sum(stored.nbytes for _, stored in pieces)
+        return _AssembledBlocks(name, shape, first.type_name, None, nbytes, first.path, tuple(pieces))
     dtype = first.dtype if len(dtypes) == 1 and first.dtype is not None else torch.float32
-    nbytes = math.prod(shape) * dtype.itemsize
-    return _Assembled(name, shape, str(dtype), dtype, nbytes, first.path, tuple(zip(orders, (s for _, s in pieces))))
+    return _Assembled(name, shape, str(dtype), dtype, math.prod(shape) * dtype.itemsize, first.path, tuple(pieces))
 
 
 def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> torch.Tensor:

@@ -1,27 +1,33 @@
 """A tokenizer as GGUF metadata: the way back from a `tokenizer.json` to `tokenizer.ggml.*`.
 
-Two kinds have a form there. Byte-pair merges over GPT-2's byte alphabet are "gpt2", with the name of the cut that comes
-before the merges; it is found by cutting a text that tells the cuts apart. SentencePiece's byte-pair model is "llama":
-the file holds no merges, but a score for each token, which is how early a merge makes it.
+Byte-pair models have two forms there, and those of encoders one each (`gguf_pieces.py`). Merges over GPT-2's byte
+alphabet are "gpt2", with the name of the cut that comes before the merges; it is found by cutting a text that tells the
+cuts apart. SentencePiece's byte-pair model is "llama": the file holds no merges, but a score for each token, which is
+how early a merge makes it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from candle_vllm.core.conversion.gguf_pieces import check_pieces, unigram, wordpiece
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import SPACE
 from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from candle_vllm.core.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _UNREACHED = -1e6  # score of a token that no merge makes
 _PARTS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+_PIECES = {"WordPiece": wordpiece, "Unigram": unigram}
 
 PROBE = (
     "It's we'LL THEY'RE I'm can't 'Twas\n\n  two  spaces\t\ttabs\r\n 1 12 123 1234 12345 3.14 $5,000.00 x2y 2x Ca"
@@ -47,8 +53,12 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     """
     data = json.loads(tokenizer.backend.to_str())
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
+    if model["type"] in _PIECES:
+        return _of_pieces(tokenizer, data, rows)
     if model["type"] != "BPE":
-        raise UnsupportedModelError(f"GGUF files are written with byte-pair tokenizers, and this is a {model['type']}")
+        raise UnsupportedModelError(
+            f"GGUF files are written with byte-pair, WordPiece and unigram tokenizers, and this is a {model['type']}"
+        )
     if not model["merges"]:
         raise UnsupportedModelError("GGUF has no form for a byte-pair tokenizer without merges")
     tokens = _texts(model["vocab"], added, rows)
@@ -71,6 +81,29 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
         metadata["tokenizer.chat_templates"] = [name for name in template if name != "default"]
         template = template.get("default")
     return metadata if template is None else metadata | {"tokenizer.chat_template": template}
+
+
+def _of_pieces(tokenizer: Tokenizer, data: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """An encoder's vocabulary. The tokens around a text are those that stand there, whatever they are called."""
+    added, vocabulary = {token["id"]: token for token in data["added_tokens"]}, data["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {text: index for index, (text, _) in enumerate(vocabulary)}
+    texts = _texts(vocabulary, added, rows)
+    before, behind = _around(tokenizer)
+    found = _PIECES[data["model"]["type"]](data, texts)
+    if behind:
+        found |= {"eos_token_id": behind[-1], "seperator_token_id": behind[-1]}
+    if before:
+        found["cls_token_id"] = before[0]
+    names = {"padding": ("pad_token", "[PAD]"), "mask": ("mask_token", "[MASK]")}
+    for key, (name, usual) in names.items():
+        text = tokenizer.special_tokens.get(name, usual)
+        if text in texts:
+            found[f"{key}_token_id"] = texts.index(text)
+    found |= _frame(tokenizer, found)
+    metadata = {PREFIX + key: value for key, value in found.items()}
+    check_pieces(tokenizer, metadata, [PROBE, PROBE.lower(), *PROBE.split(" ")])
+    return metadata
 
 
 def _texts(vocabulary: Mapping[str, int], added: Mapping[int, Any], rows: int) -> list[str]:
@@ -129,10 +162,14 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
 
 
 def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
-    """Which tokens stand around a text; GGUF knows one before it and the end token behind it."""
-    inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    first = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
-    before, behind = whole[:first], whole[first + len(inner) :]
+    """Which tokens stand around a text; GGUF knows one before it and the end token behind it.
+
+    More of them before it are left out where the chat template writes them, as llama.cpp's converter does for GLM-4.
+    """
+    before, behind = _around(tokenizer)
+    if len(before) > 1 and (start := "".join(map(tokenizer.token_text, before))) in _templates(tokenizer):
+        logger.warning("GGUF has no way to put %s before every text: chats have it by their template alone", start)
+        before = []
     if len(before) > 1 or behind not in ([], [named.get("eos_token_id")]):
         raise UnsupportedModelError(
             f"this tokenizer puts the tokens {before} before and {behind} behind every text; GGUF has one token for "
@@ -140,6 +177,18 @@ def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
         )
     begin = {"bos_token_id": before[0]} if before else {}
     return begin | {"add_bos_token": bool(before), "add_eos_token": bool(behind)}
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens before and behind a text."""
+    inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    first = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
+    return whole[:first], whole[first + len(inner) :]
+
+
+def _templates(tokenizer: Tokenizer) -> str:
+    template = tokenizer.chat_template or ""
+    return "\n".join(template.values()) if isinstance(template, Mapping) else template
 
 
 def phi3_name(metadata: Mapping[str, Any]) -> str:

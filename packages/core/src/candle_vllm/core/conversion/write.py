@@ -13,13 +13,15 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.conversion.gguf_architectures import architecture
+from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
-from candle_vllm.core.conversion.gguf_metadata import architecture, check_description, describe, rope_tensors
+from candle_vllm.core.conversion.gguf_metadata import check_description, describe, pooling_keys, rope_tensors
 from candle_vllm.core.conversion.gguf_tensors import constant, gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.fields import Fields, read_json
 from candle_vllm.core.loading.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.loading.source import ModelFiles
@@ -27,12 +29,15 @@ from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, places
+from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
 from candle_vllm.core.quantization.isq import check_plain, chosen_type, stays_plain
 from candle_vllm.core.quantization.quantise import ISQ_TYPES
 
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
+_SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
+_FULL = ("_norm.weight", "position_embd.weight", "token_types.weight")
 _SLACK = 64 << 20  # beside the tensors: metadata, and what a file system takes
 
 
@@ -70,7 +75,7 @@ def write_gguf(
         progress: called with bytes written and bytes in all.
 
     Raises:
-        ConfigError: the file cannot be written there, or the weights are not plain.
+        ConfigError: the file cannot be written there, or the weights are neither plain nor in MXFP4.
         ModelNotFoundError: the model names nothing that exists.
         ModelLoadError: its files cannot be used, or GGUF has no form for the model.
     """
@@ -84,11 +89,17 @@ def write_gguf(
             "model",
         )
     with open_model(files, torch.device("cpu")).checkpoint as checkpoint, naming(config_file(files)):
-        check_plain(config.isq or "f16", checkpoint)
+        _check_plain(config, checkpoint)
         plans, metadata = _plan(config, files, checkpoint)
         total = sum(plan.nbytes for plan in plans)
         _check_room(out, total)
         return _write(plans, metadata, out, progress)
+
+
+def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Plain numbers, or MXFP4, which is a type of GGUF's too and stays as it is: gpt-oss is published so."""
+    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
+    check_plain(config.isq or "f16", checkpoint.with_tensors(plain))
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -122,24 +133,47 @@ def _plan(
     if files.config is None:
         raise UnsupportedModelError(f"{files.folder}: there is no config.json beside the safetensors files")
     described = read_json(files.config)
-    if encoder_from_hf(described, files.config) is not None:
-        raise UnsupportedModelError(f"{files.config}: GGUF files are not written for encoders; use the folder as it is")
+    encoder = encoder_from_hf(described, files.config)
+    if encoder is not None:
+        return _encoder_plan(config, files, files.config, checkpoint, *encoder)
     family, model = family_from_hf(described, files.config, checkpoint.tensors)
     model = stretched(model, config.yarn_scaling_factor, checkpoint)
     row, ignored = architecture(model, files.config), family.ignored(model)
     table = family.weights
     check_weights(lambda where: family.build(model, where, checkpoint), table, checkpoint, model, ignored=ignored)
     has_place = places(family.build(model, Placement(torch.device("meta"), torch.float32), checkpoint))
-    other = dataclasses.replace(model, interleaved_rotary=row.interleaved)
-    found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.fused))
+    other = row.stored(model)
+    found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.names(model)))
+    if model.tie_embeddings and not other.tie_embeddings:
+        found += [("output.weight", "head:weight", stored) for _, target, stored in found if target == "embed:weight"]
     for name, divisors in rope_tensors(model).items():
         found.append((name, "rotary:factors", constant(name, divisors, files.config)))
-    plans = [PlannedTensor(name, stored, _kind(config, target, stored)) for name, target, stored in found]
+    plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
     metadata = describe(model, row) | _general(config, files, plans) | _words(config, files, model)
+    if not model.has_head or (files.folder / "modules.json").is_file():
+        keys = pooling_keys(files, model.hidden_size, "last")
+        metadata |= {f"{row.name}.{key}": value for key, value in keys.items()}
     if row.name == "phi3":
         metadata["general.name"] = phi3_name(metadata)
     written = {plan.name: plan.stored for plan in plans}
-    check_description(model, Checkpoint(files.config, "gguf", (), written, metadata))
+    check_description(other, Checkpoint(files.config, "gguf", (), written, metadata))
+    return plans, metadata
+
+
+def _encoder_plan(
+    config: EngineConfig,
+    files: ModelFiles,
+    source: Path,
+    checkpoint: Checkpoint,
+    family: EncoderFamily,
+    model: EncoderConfig,
+) -> tuple[list[PlannedTensor], dict[str, Any]]:
+    found = encoder_tensors(family, model, checkpoint, source)
+    plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
+    metadata = describe_encoder(model, files) | _general(config, files, plans)
+    metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
+    written = {plan.name: plan.stored for plan in plans}
+    check_encoder(model, Checkpoint(source, "gguf", (), written, metadata))
     return plans, metadata
 
 
@@ -153,21 +187,23 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     return metadata if config.chat_template is None else metadata | {"tokenizer.chat_template": config.chat_template}
 
 
-def _kind(config: EngineConfig, target: str, stored: StoredTensor) -> GGMLQuantizationType:
+def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) -> GGMLQuantizationType:
     """Norms, biases and routers in full precision: llama.cpp computes with no other."""
-    if stays_plain(target, stored):
+    if stored.dtype is None:
+        return GGMLQuantizationType.MXFP4
+    split = target.endswith(_SPLIT)
+    if name.endswith(_FULL) or (stays_plain(target, stored) and not split):
         return GGMLQuantizationType.F32
-    chosen = None if config.isq is None else chosen_type(ISQ_TYPES[config.isq], target, stored)
+    chosen = None if config.isq is None or split else chosen_type(ISQ_TYPES[config.isq], target, stored)
     if chosen is not None:
         return chosen
     wanted = "auto" if config.isq is not None else config.dtype
-    name = _PLAIN.get(wanted, _STORED.get(stored.dtype or torch.float32, "F32"))
-    return GGMLQuantizationType[name]
+    return GGMLQuantizationType[_PLAIN.get(wanted, _STORED.get(stored.dtype, "F32"))]
 
 
 def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]) -> dict[str, Any]:
     most = max(plans, key=lambda plan: plan.nbytes).kind.name if config.isq is None else ISQ_TYPES[config.isq].name
-    names = {f"ALL_{most}", f"MOSTLY_{most}", f"MOSTLY_{most}_S"}
+    names = {f"ALL_{most}", f"MOSTLY_{most}", f"MOSTLY_{most}_S", f"MOSTLY_{most}_MOE"}
     file_type = next((kind for kind in LlamaFileType if kind.name in names), LlamaFileType.GUESSED)
     return {
         "general.type": "model",

@@ -1,0 +1,245 @@
+"""The architectures that GGUF files are written for: one row for each, with what its metadata says beyond the usual."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.layers.rotary import attention_scale
+from candle_vllm.core.loading.config import ModelConfig
+
+Keys = dict[str, Any]
+
+_GATING = {"softmax": 1, "sigmoid": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How a family is described in GGUF metadata.
+
+    Attributes:
+        name: `general.architecture`.
+        more: keys beyond those that all have, without the architecture's prefix; they win.
+        otherwise: fields of the model's description that its file has otherwise: how what is stored is laid out, and
+            what is left out.
+        eps: key of the norms' epsilon.
+        interleaved: q and k rows are stored in pairs of neighbours.
+        names: parts of the names that files of this kind have, where a tensor has several; else the first is meant.
+        head: llama.cpp wants a head in the file, also where it is the embedding table once more.
+        log_multiplier: times what the share of yarn's scale that scores get is written; None where there is no key.
+    """
+
+    name: str
+    more: Callable[[Any], Keys] = lambda _: {}
+    otherwise: Callable[[Any], Keys] = lambda _: {}
+    eps: str = "attention.layer_norm_rms_epsilon"
+    interleaved: bool = False
+    names: Callable[[Any], Sequence[str]] = lambda _: ()
+    head: bool = False
+    log_multiplier: float | None = None
+
+    def stored(self, config: Any) -> Any:
+        """The description of the model as a file of this architecture has it."""
+        tied = config.tie_embeddings and not self.head
+        usual: Keys = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
+        return dataclasses.replace(config, **usual | self.otherwise(config))
+
+
+def _window(config: ModelConfig) -> Keys:
+    """One window for all layers; models with other patterns are refused when the keys are read again."""
+    windows = [window for window in config.sliding_windows if window is not None]
+    return {"attention.sliding_window": windows[0]} if windows else {}
+
+
+# ---- dense -----------------------------------------------------------------------------------------------------------
+
+
+def _gemma2(config: Any) -> Keys:
+    caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
+    return _window(config) | {key: 0.0 if cap is None else float(cap) for key, cap in caps.items()}
+
+
+def _gemma3(config: Any) -> Keys:
+    pattern = [window is not None for window in config.sliding_windows]
+    keys = _window(config) | {"attention.sliding_window_pattern": pattern}
+    keys["rope.freq_base_swa"] = float(config.local_rope.theta)
+    if config.final_softcap is not None:
+        keys["final_logit_softcapping"] = float(config.final_softcap)
+    return keys
+
+
+def _phi3(config: Any) -> Keys:
+    """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
+    keys: Keys = {"attention.sliding_window": 0} | _window(config)
+    keys["rope.scaling.original_context_length"] = config.rope.original_max_position
+    if config.rope.kind == "longrope":
+        keys["rope.scaling.attn_factor"] = attention_scale(config.rope)
+    return keys
+
+
+def _mistral3(config: Any) -> Keys:
+    """Queries that grow with their position."""
+    return _window(config) | (
+        {"attention.temperature_scale": config.rope.query_scale} if config.rope.query_scale else {}
+    )
+
+
+def _stablelm(config: Any) -> Keys:
+    return {"use_parallel_residual": config.parallel}
+
+
+def _whole_head_norms(config: Any) -> Keys:
+    """The norms of a layer's heads are one tensor."""
+    return {"head_norms": "none" if config.head_norms == "none" else "whole"}
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+def _mixtral(config: Any) -> Keys:
+    return _window(config) | _counts(config.mixture)
+
+
+def _counts(mixture: Mixture) -> Keys:
+    return {"expert_count": mixture.experts, "expert_used_count": mixture.top_k}
+
+
+def _qwen_moe(config: Any) -> Keys:
+    mixture = config.mixture
+    keys = _window(config) | _counts(mixture)
+    keys |= {"expert_feed_forward_length": mixture.inner_size, "expert_weights_norm": mixture.renormalise}
+    if mixture.shared_size:
+        keys["expert_shared_feed_forward_length"] = mixture.shared_size
+    return keys
+
+
+def _gpt_oss(config: Any) -> Keys:
+    """llama.cpp wants a window to be named."""
+    inner = {"expert_feed_forward_length": config.mixture.inner_size}
+    return {"attention.sliding_window": 0} | _window(config) | _counts(config.mixture) | inner
+
+
+def _routed(mixture: Mixture) -> Keys:
+    """How DeepSeek and those that choose experts as it does describe them."""
+    keys: Keys = _counts(mixture) | {
+        "expert_feed_forward_length": mixture.inner_size,
+        "expert_shared_count": mixture.shared_size // mixture.inner_size,
+        "expert_gating_func": _GATING[mixture.scoring],
+        "expert_weights_norm": mixture.renormalise,
+        "expert_weights_scale": float(mixture.scale),
+    }
+    if _grouped(mixture):
+        keys |= {"expert_group_count": mixture.groups, "expert_group_used_count": mixture.top_groups}
+    return keys
+
+
+def _grouped(mixture: Mixture) -> bool:
+    """Whether groups take part in the choice: llama.cpp takes no file whose groups are all chosen."""
+    return mixture.top_groups < mixture.groups
+
+
+def _ungrouped(config: Any) -> Keys:
+    mixture = config.mixture
+    return (
+        {}
+        if mixture is None or _grouped(mixture)
+        else {"mixture": dataclasses.replace(mixture, groups=1, top_groups=1)}
+    )
+
+
+def _glm4_moe(config: Any) -> Keys:
+    """The dense layers are the first, as `first_k_dense_replace` has it."""
+    return _routed(config.mixture) | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
+
+
+def _deepseek(config: Any) -> Keys:
+    """Sizes of cached keys and values, which all heads share, and of those that a head makes of them.
+
+    A rank of queries of 0 says that they are made of the hidden state: llama.cpp wants the key. So it wants a size of
+    experts, and how many are shared, where there are none.
+    """
+    keys: Keys = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_rank + config.rope_dim,
+        "attention.value_length": config.kv_rank,
+        "attention.key_length_mla": config.head_dim,
+        "attention.value_length_mla": config.value_dim,
+        "attention.q_lora_rank": config.q_rank,
+        "attention.kv_lora_rank": config.kv_rank,
+        "leading_dense_block_count": config.dense_layers,
+    }
+    if config.mixture is None:
+        return keys | {"expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 0}
+    return keys | _routed(config.mixture)
+
+
+def _query_names(config: Any) -> Sequence[str]:
+    return () if config.q_rank else (".attn_q.",)
+
+
+def _without_next_tokens(config: Any) -> Keys:
+    """Layers that predict further tokens are left out."""
+    return _ungrouped(config) | {"extra_layers": 0}
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+_LAYER_NORM = "attention.layer_norm_epsilon"
+_DEEPSEEK = Architecture(
+    name="deepseek2",
+    more=_deepseek,
+    otherwise=_without_next_tokens,
+    interleaved=True,
+    names=_query_names,
+    log_multiplier=0.1,
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "llama": Architecture(name="llama", more=_window, interleaved=True),
+        "mistral": Architecture(name="llama", more=_window, interleaved=True),
+        "ministral": Architecture(name="llama", more=_window, interleaved=True),
+        "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0),
+        "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True),
+        "qwen2": Architecture(name="qwen2", more=_window),
+        "qwen3": Architecture(name="qwen3", more=_window),
+        "qwen2_moe": Architecture(name="qwen2moe", more=_qwen_moe, head=True),
+        "qwen3_moe": Architecture(name="qwen3moe", more=_qwen_moe),
+        "gemma": Architecture(name="gemma"),
+        "gemma2": Architecture(name="gemma2", more=_gemma2),
+        "gemma3_text": Architecture(name="gemma3", more=_gemma3),
+        "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True),
+        "phi3": Architecture(name="phi3", more=_phi3, names=lambda _: ("attn_qkv",)),
+        "stablelm": Architecture(
+            name="stablelm", more=_stablelm, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True
+        ),
+        "smollm3": Architecture(name="smollm3", interleaved=True),
+        "glm": Architecture(name="chatglm", interleaved=True),
+        "glm4": Architecture(name="glm4", interleaved=True),
+        "glm4_moe": Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped),
+        "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True),
+        "deepseek_v2": _DEEPSEEK,
+        "deepseek_v3": _DEEPSEEK,
+    }
+)
+"""By Hugging Face's model_type."""
+
+
+def architecture(config: ModelConfig, path: Path) -> Architecture:
+    """The row of a model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    row = ARCHITECTURES.get(config.model_type)
+    if row is None:
+        raise UnsupportedModelError(
+            f"{path}: GGUF files are not written for {config.model_type} yet, but for {', '.join(ARCHITECTURES)}; "
+            "such a model can be quantised while it is loaded, with --isq"
+        )
+    return row

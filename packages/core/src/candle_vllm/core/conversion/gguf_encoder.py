@@ -1,0 +1,93 @@
+"""An encoder as a GGUF file: BERT and RoBERTa, which the file holds as a BERT, with the pooling of their vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from candle_vllm.core.conversion.gguf_metadata import pooling_keys
+from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.views import rows
+from candle_vllm.core.loading.weights import check_weights, places
+from candle_vllm.core.models.family import EncoderFamily
+from candle_vllm.core.models.registry import encoder_from_gguf
+
+_NAME = "bert"
+_POSITIONS = "position_embd.weight"
+
+
+def encoder_tensors(
+    family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
+) -> list[tuple[str, str, StoredTensor]]:
+    """Name, place in the model and tensor of all that the file has.
+
+    RoBERTa's table of positions begins with rows that no text has; a BERT's begins with the first position.
+
+    Raises:
+        UnsupportedModelError: the model is a cross-encoder, whose head GGUF files have otherwise.
+        WeightsError: tensors are missing, unexpected or misshapen.
+    """
+    if model.scores:
+        raise UnsupportedModelError(
+            f"{path}: GGUF files are not written for cross-encoders, but for encoders that give vectors; use the "
+            "folder as it is"
+        )
+    table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
+    check_weights(lambda where: family.build(model, where), table, checkpoint, model, ignored=ignored)
+    has_place = places(family.build(model, Placement(torch.device("meta"), torch.float32)))
+    found = gguf_tensors(table, checkpoint, model, _stored(model), has_place)
+    first, last = model.first_position, model.first_position + model.max_position
+    return [
+        (name, target, rows(stored, first, last) if name == _POSITIONS else stored) for name, target, stored in found
+    ]
+
+
+def _stored(model: EncoderConfig) -> EncoderConfig:
+    """The model as a BERT."""
+    return dataclasses.replace(model, model_type=_NAME, first_position=0)
+
+
+def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
+    """The model's keys, the architecture's prefix included."""
+    keys = {
+        "vocab_size": model.vocab_size,
+        "context_length": model.max_position,
+        "embedding_length": model.hidden_size,
+        "block_count": model.num_layers,
+        "feed_forward_length": model.intermediate_size,
+        "attention.head_count": model.num_heads,
+        "attention.layer_norm_epsilon": float(model.norm_eps),
+        "attention.causal": False,
+        **pooling_keys(files, model.hidden_size, "mean"),
+    }
+    described: dict[str, Any] = {f"{_NAME}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": _NAME, "tokenizer.ggml.token_type_count": model.token_types} | described
+
+
+def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
+    """Reads a file's metadata and tensors again, which must say the model itself.
+
+    Raises:
+        UnsupportedModelError: they say another one; the message names the settings.
+    """
+    again = encoder_from_gguf(written.metadata, written)
+    assert again is not None
+    ours, theirs = (_values(config) for config in (_stored(model), again[1]))
+    different = [name for name, value in ours.items() if theirs[name] != value]
+    if different:
+        raise UnsupportedModelError(f"GGUF's {_NAME} has no way to say this model's {', '.join(different)}")
+
+
+def _values(config: EncoderConfig) -> Mapping[str, Any]:
+    """Numbers as float32 holds them."""
+    values = dataclasses.asdict(config)
+    return {name: torch.tensor(v).item() if isinstance(v, float) else v for name, v in values.items()}

@@ -1,0 +1,208 @@
+"""What families say and store in their own way, beside the tests' own converter (`tests/models/gguf_export.py`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import DEEPSEEK_YARN, LLAMA3, ROWS
+from gguf import GGUFReader, quants
+from gguf_export import export_gguf
+from safetensors.torch import load_file, save_file
+from tiny import eager_logits, error, load, some_tokens, write_tiny
+
+from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
+from candle_vllm.core.conversion import write_gguf
+
+TOKENS = some_tokens(40)
+COMPARED = [name for name, row in ROWS.items() if row.gguf is not None and name not in ("Yi", "QwQ")]
+ELSEWHERE = ("tokenizer.", "general.", "GGUF.")  # the two files have other words, and names
+NEXT_TOKENS = ("block_count", "nextn_predict_layers")  # the other converter keeps a layer that is not run
+
+
+def made(name: str, folder: Path, **changes: Any) -> Path:
+    return write_tiny(folder, ROWS[name].model_type, **(dict(ROWS[name].config) | changes))
+
+
+def written(folder: Path, words: Path, **settings: Any) -> Path:
+    out = folder.with_suffix(".gguf")
+    write_gguf(EngineConfig(model=str(folder), tokenizer=words, **settings), out, overwrite=True)
+    return out
+
+
+def keys(path: Path) -> dict[str, Any]:
+    """The model's own, without the architecture's prefix."""
+    fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    return {name.partition(".")[2]: value for name, value in fields.items() if not name.startswith(ELSEWHERE)}
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_keys_and_tensors_are_those_of_another_converter(name: str, tmp_path: Path, words: Path) -> None:
+    folder, architecture = made(name, tmp_path / "m"), ROWS[name].gguf
+    assert architecture is not None
+    ours = written(folder, words)
+    theirs = export_gguf(folder, tmp_path / "theirs.gguf", architecture)
+    found, expected = keys(ours), keys(theirs)
+    assert GGUFReader(ours).fields["general.architecture"].contents() == architecture
+    have, want = tensors(ours), tensors(theirs)
+    sparse = any("ffn_gate_inp" in key for key in want)
+    for key, value in expected.items():
+        if (name, key) == ("Phi-3", "rope.scaling.original_context_length"):
+            continue  # it means nothing, as nothing is scaled
+        if key not in NEXT_TOKENS and (sparse or not key.startswith("expert_")):
+            alone = value == 1 and key.startswith("expert_group")  # one group is no group
+            assert found.get(key, 1 if alone else None) == pytest.approx(value), key
+    fused = {key for key in want if ".attn_qkv." in key}  # there in some layers, as in older files
+    assert want.keys() - have.keys() <= fused | {key for key in want if ".nextn." in key}
+    assert have.keys() - want.keys() <= {key.replace("qkv", part) for key in fused for part in "qkv"}
+    for key in have.keys() & want.keys():
+        assert [*filter(lambda n: n > 1, have[key].shape)] == [*filter(lambda n: n > 1, want[key].shape)], key
+        np.testing.assert_allclose(have[key].reshape(want[key].shape), want[key], rtol=2e-6, err_msg=key)
+    for key in fused - have.keys():
+        parts = [have[key.replace("qkv", part)] for part in "qkv"]
+        np.testing.assert_array_equal(np.concatenate(parts), want[key])
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_llama_cpp_asks_for(tmp_path: Path, words: Path) -> None:
+    """Found in its source: without them a file is refused."""
+    latent = keys(written(made("DeepSeek-V3 dense", tmp_path / "latent"), words))
+    sizes = {"attention.q_lora_rank": 0, "attention.kv_lora_rank": 32, "leading_dense_block_count": 2}
+    experts = {"expert_feed_forward_length": 96, "expert_shared_count": 0}  # of none
+    heads = {"attention.head_count_kv": 1, "attention.key_length_mla": 48, "attention.value_length_mla": 24}
+    assert (
+        latent.items() >= (sizes | experts | heads | {"attention.key_length": 48, "attention.value_length": 32}).items()
+    )
+    assert "expert_count" not in latent
+    groups = made("GLM-4-MoE groups", tmp_path / "groups", topk_group=4)  # all groups are chosen: there are none
+    assert not [key for key in keys(written(groups, words)) if "group" in key]
+    plain = keys(written(made("gpt-oss", tmp_path / "oss", layer_types=["full_attention"] * 3), words))
+    assert plain["attention.sliding_window"] == 0
+
+
+def test_a_share_of_yarns_scale_for_scores(tmp_path: Path, words: Path) -> None:
+    """DeepSeek's files have a tenth of the number, Mistral's the number."""
+    deep = keys(written(made("DeepSeek-V3 halves", tmp_path / "v3", rope_parameters=DEEPSEEK_YARN), words))
+    assert deep["rope.scaling.yarn_log_multiplier"] == pytest.approx(0.0707)
+    mistral = keys(written(made("Ministral 3", tmp_path / "m3"), words))
+    assert mistral["rope.scaling.yarn_log_multiplier"] == 1
+    assert mistral["attention.temperature_scale"] == pytest.approx(0.3)
+    assert "rope.scaling.attn_factor" not in deep | mistral
+    only = DEEPSEEK_YARN | {"mscale": 0.0}
+    with pytest.raises(UnsupportedModelError, match=r"no way to say this model's rope$"):
+        written(made("DeepSeek-V3", tmp_path / "only", rope_parameters=only), words)
+
+
+def test_growing_queries_are_not_lost(tmp_path: Path, words: Path) -> None:
+    """Mistral's files, which are Llama's, have no key for them."""
+    folder = made("Mistral", tmp_path / "m", rope_parameters=ROWS["Ministral 3"].config["rope_parameters"])
+    assert load(folder).decoder.config.rope.query_scale == pytest.approx(0.3)
+    with pytest.raises(UnsupportedModelError, match=r"no way to say this model's rope$"):
+        written(folder, words)
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["StableLM", "Phi-2", "gpt-oss", "Qwen2-MoE"])
+def test_a_head_that_is_the_embedding_table_is_written_twice(name: str, tmp_path: Path, words: Path) -> None:
+    folder = made(name, tmp_path / "tied", tie_word_embeddings=True)
+    out = written(folder, words)
+    np.testing.assert_array_equal(tensors(out)["output.weight"], tensors(out)["token_embd.weight"])
+    assert error(eager_logits(out, TOKENS, [40]), eager_logits(folder, TOKENS, [40])) < 1e-6
+
+
+def test_rotary_divisors_beside_rows_in_pairs(tmp_path: Path, words: Path) -> None:
+    folder = made("SmolLM3", tmp_path / "stretched", rope_parameters=LLAMA3)
+    out = written(folder, words, isq="q8_0")
+    assert "rope_freqs.weight" in tensors(out)
+    assert error(eager_logits(out, TOKENS, [40]), eager_logits(folder, TOKENS, [40], isq="q8_0")) < 1e-5
+
+
+def test_norms_of_heads_and_latent_matrices_stay_plain(tmp_path: Path, words: Path) -> None:
+    """Heads of 64 and latent vectors of 32 would fit blocks."""
+    stable = written(made("StableLM-2-12B", tmp_path / "stable", hidden_size=256), words, isq="q8_0")
+    deep = written(made("DeepSeek-V3", tmp_path / "deep"), words, isq="q8_0")
+    for path, plain in ((stable, ["attn_q_norm", "attn_k_norm"]), (deep, ["attn_k_b", "attn_v_b", "ffn_gate_inp"])):
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+        assert {kinds[f"blk.1.{part}.weight"] for part in plain} == {"F32"}
+        assert kinds["blk.0.ffn_up.weight"] == kinds["blk.1.attn_output.weight"] == "Q8_0"
+    halved = written(made("DeepSeek-V3", tmp_path / "bf16"), words, dtype="bf16")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(halved).tensors}
+    assert kinds["blk.0.attn_k_b.weight"] == kinds["blk.1.ffn_up_exps.weight"] == "BF16"
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, words: Path) -> None:
+    folder = made("DeepSeek-V3", tmp_path / "m")
+    before, stored = eager_logits(folder, TOKENS, [40]), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(stored | {"model.layers.2.eh_proj.weight": torch.ones(2, 4)}, folder / "model.safetensors")
+    out = written(folder, words)
+    assert keys(out)["block_count"] == 2
+    assert not [name for name in tensors(out) if name.startswith("blk.2.")]
+    assert error(eager_logits(out, TOKENS, [40]), before) < 1e-6
+
+
+# ---- MXFP4 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A gpt-oss as it is published: its experts in MXFP4, of every exponent that a number of theirs can have."""
+    folder = made("gpt-oss", tmp_path / "published")
+    generator, stored = torch.Generator().manual_seed(1), load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = stored.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_experts_in_mxfp4_stay_in_it(published: Path, words: Path) -> None:
+    out = written(published, words)
+    assert error(eager_logits(out, TOKENS, [40]), eager_logits(published, TOKENS, [40])) < 1e-6
+    found = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    stored, name = load_file(published / "model.safetensors"), "model.layers.1.mlp.experts.gate_up_proj"
+    blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2).long()  # the low half of a byte comes first
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])[codes]
+    numbers = (numbers * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).numpy()
+    for part, first in (("gate", 0), ("up", 1)):
+        tensor = found[f"blk.1.ffn_{part}_exps.weight"]
+        assert tensor.tensor_type.name == "MXFP4"
+        np.testing.assert_array_equal(quants.dequantize(tensor.data, tensor.tensor_type), numbers[:, first::2])
+    again = {
+        tensor.name: tensor.tensor_type.name for tensor in GGUFReader(written(published, words, isq="q8_0")).tensors
+    }
+    assert again["blk.0.ffn_down_exps.weight"] == "MXFP4"
+    assert again["blk.0.attn_q.weight"] == "Q8_0"
+
+
+def test_extreme_scales_of_mxfp4(published: Path, tmp_path: Path, words: Path) -> None:
+    """The smallest is beyond float32's normal numbers; the largest byte is none."""
+    stored, name = load_file(published / "model.safetensors"), "model.layers.0.mlp.experts.down_proj_scales"
+    stored[name][0, 0], stored[name][0, 1] = 0, 254
+    save_file(stored, published / "model.safetensors")
+    data = tensors(written(published, words))["blk.0.ffn_down_exps.weight"]
+    assert data[0, :2, 0].tolist() == [0, 254]
+    stored[name][0, 0] = 255
+    broken = shutil.copytree(published, tmp_path / "broken")
+    save_file(stored, broken / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"experts\.down_proj has a scale that is not a number"):
+        written(broken, words)
