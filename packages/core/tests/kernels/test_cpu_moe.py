@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, quants
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels import packed_linear, plain_linear
+from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -21,10 +21,16 @@ from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
 from candle_vllm.core.kernels.moe import Activation, Biases, RecordedExperts, Routing, moe, reference, route
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.packed_linear.reference import quantise
-from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix
+from candle_vllm.core.kernels.plain_linear import PlainKind
+from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.recorded import Matrix
 
 MOST = 70
 SINGLE = ("F32", "F16", "BF16")
+FLOATS = ("E4M3", "E4M3 by 32", "E2M1")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,8 +43,22 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
 
 
-def packed(kind: str, weights: torch.Tensor) -> PackedMatrix | PlainMatrix:
+def floats(kind: str, weights: torch.Tensor) -> ScaledCodes:
+    """Numbers without care for how well they stand for the weights."""
     rows, columns = weights.shape
+    span = 32 if kind == "E4M3 by 32" else columns
+    scales = np.linspace(0.5, 1.5, rows * -(-columns // span), dtype=np.float32).reshape(rows, -1)
+    if kind == "E2M1":
+        bits = np.random.default_rng(rows).integers(0, 256, (rows, columns // 2), np.uint8)
+        groups = (weights[:, ::16].abs() / 4).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return ScaledCodes("e2m1", bits, scales, span, groups)
+    return ScaledCodes("e4m3", weights.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), scales, span)
+
+
+def packed(kind: str, weights: torch.Tensor) -> Matrix:
+    rows, columns = weights.shape
+    if kind in FLOATS:
+        return scaled_linear.pack(floats(kind, weights))
     if kind in SINGLE:
         plain = weights.to(PlainKind[kind].dtype).contiguous()
         return plain_linear.pack(plain.view(torch.uint8).numpy().reshape(-1), plain.dtype, rows, columns)
@@ -46,14 +66,18 @@ def packed(kind: str, weights: torch.Tensor) -> PackedMatrix | PlainMatrix:
     return packed_linear.pack(quants.quantize(weights.numpy(), type_).reshape(-1), type_, rows, columns)
 
 
-def decoded(matrix: PackedMatrix | PlainMatrix) -> torch.Tensor:
+def decoded(matrix: Matrix) -> torch.Tensor:
+    if isinstance(matrix, ScaledMatrix):
+        return torch.from_numpy(scaled_linear.unpack(matrix))
     if isinstance(matrix, PackedMatrix):
         return torch.from_numpy(packed_linear.dequantise(matrix))
     return torch.from_numpy(plain_linear.unpack(matrix))
 
 
-def as_read(x: torch.Tensor, matrix: PackedMatrix | PlainMatrix) -> torch.Tensor:
+def as_read(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     """Activations as a matrix of the kind meets them."""
+    if isinstance(matrix, ScaledMatrix):
+        return x.bfloat16().float()
     if isinstance(matrix, PackedMatrix):
         q, scales, _ = quantise(x.numpy())
         return torch.from_numpy((q.reshape(*scales.shape, -1) * scales[..., None]).reshape(q.shape).astype(np.float32))
@@ -176,7 +200,14 @@ def test_plain_experts(team: ThreadTeam) -> None:
 
 @pytest.mark.parametrize(
     "kinds",
-    [("Q4_0", "Q4_0", "Q8_0"), ("Q5_1", "F16", "BF16"), ("BF16", "BF16", "F16"), ("Q8_0", "F32", "Q5_0", "Q4_1")],
+    [
+        ("Q4_0", "Q4_0", "Q8_0"),
+        ("Q5_1", "F16", "BF16"),
+        ("BF16", "BF16", "F16"),
+        ("Q8_0", "F32", "Q5_0", "Q4_1"),
+        ("E4M3 by 32", "E4M3 by 32", "E4M3"),
+        ("E2M1", "BF16", "E2M1", "E4M3", "Q8_0"),
+    ],
     ids=" ".join,
 )
 @pytest.mark.parametrize(("activation", "biased"), [("silu", False), ("gelu_tanh", False), ("swiglu_oai", True)])
@@ -247,7 +278,9 @@ def test_a_router_without_numbers_hurts_its_token_only(team: ThreadTeam) -> None
     assert torch.equal(got[others], whole[others])
 
 
-@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_1", "Q8_0"), ("BF16", "F32", "F16")], ids=" ".join)
+@pytest.mark.parametrize(
+    "kinds", [("Q4_0", "Q4_1", "Q8_0"), ("BF16", "F32", "F16"), ("E4M3", "E4M3 by 32", "E2M1")], ids=" ".join
+)
 def test_nothing_around_a_token_changes_a_bit_of_it(kinds: tuple[str, ...]) -> None:
     problem = Problem(8, 3, 96, 160, kinds)
     plan, found = Plan(problem, Routing(top_k=3)), []

@@ -65,3 +65,12 @@ def test_a_cache_of_8_bits() -> None:
     got = paged_attention(q, keys, values, rows, scale=0.3, cache_scales=scales)
     wanted = reference.paged_attention(q, keys, values, rows, scale=0.3, cache_scales=scales)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_only_fill_up_a_batch_give_zeros() -> None:
+    q, keys, values, rows = step(torch.float32)
+    contexts = (0, 21, 0, 40, 130, 9, 16, 63)
+    got = paged_attention(q, keys, values, AttentionRows(rows.query_start, contexts, rows.block_tables), scale=0.3)
+    assert (got[[0, 2]] == 0).all()
+    wanted = paged_attention(q, keys, values, rows, scale=0.3)
+    torch.testing.assert_close(got[[1, *range(3, len(q))]], wanted[[1, *range(3, len(q))]])

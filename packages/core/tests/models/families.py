@@ -237,7 +237,7 @@ FORMATS: Mapping[str, str] = {
     "AWQ": "awq",
     "compressed-tensors int4": "ct int4",
     "compressed-tensors int8": "ct int8",
-    "FP8": "fp8 blocks",
+    "FP8": "fp8 blocks of 32",
     "MXFP4": "mxfp4",
     "NVFP4": "nvfp4",
 }
@@ -253,12 +253,25 @@ TOWERS: Mapping[str, str] = {
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
 
-CUDA_FORMATS = ("GPTQ",)
-"""Formats that `tests/kernels/triton/test_families_triton.py` runs every family in, beside plain weights and GGUF."""
+CUDA_FORMATS: Mapping[str, tuple[str, ...]] = {
+    "AWQ": ("Llama",),
+    "compressed-tensors int4": ("Llama",),
+    "compressed-tensors int8": ("Llama",),
+    "FP8": ("Llama", "DeepSeek-V3"),
+    "MXFP4": ("Llama",),
+    "NVFP4": ("Llama", "Qwen3-MoE"),
+}
+"""Rows that `tests/kernels/triton/test_families_triton.py` runs in these formats: the layouts that formats share with
+GPTQ and GGUF are run there for every family."""
 
 
 CUDA_ISQ = ("Llama", "Mixtral", "DeepSeek-V2")
 """Rows that it quantises while loading: to GGUF's types, which its tests of GGUF run for every family."""
+
+
+def cuda_rows(format: str) -> list[str]:
+    """Rows that it runs in a format of quantised safetensors."""
+    return list(CUDA_FORMATS.get(format, first_rows()))
 
 
 def first_rows() -> list[str]:

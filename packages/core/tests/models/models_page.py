@@ -11,14 +11,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "quantization")]
 
-from families import CUDA_FORMATS, CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, first_rows
+from families import CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, cuda_rows, first_rows
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES
 
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
-COMPILED, TORCH, INTERPRETED, UNTESTED, NONE = "compiled", "torch", "interpreted", "untested", "–"
+COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
+    "compiled",
+    "torch",
+    "interpreted",
+    "reference",
+    "untested",
+    "–",
+)
 
 
 def rows_by_class() -> dict[str, list[str]]:
@@ -55,12 +62,13 @@ def _on_cpu(name: str, tests: list[str]) -> list[str]:
 
 
 def _on_gpu(name: str, tests: list[str]) -> list[str]:
-    first = set(tests) & set(first_rows())
+    """The same; what is not interpreted is held by the GPU's layers, and multiplied by its kernels' references."""
+    other = REFERENCE if set(tests) & set(first_rows()) else UNTESTED
     return [
         INTERPRETED if tests else UNTESTED,
         _gguf(name, tests, INTERPRETED),
-        INTERPRETED if set(tests) & set(CUDA_ISQ) else UNTESTED,
-        *[INTERPRETED if first and format in CUDA_FORMATS else UNTESTED for format in FORMATS],
+        INTERPRETED if set(tests) & set(CUDA_ISQ) else other,
+        *[INTERPRETED if set(tests) & set(cuda_rows(format)) else other for format in FORMATS],
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from families import FORMATS, ISQ_TYPES, ROWS, first_rows
 from family_formats import write_format
-from tiny import eager_logits, error, recorded_logits, some_tokens, typical_spread, write_tiny
+from tiny import device_logits, eager_logits, error, recorded_logits, some_tokens, typical_spread, write_tiny
 
 TOKENS = some_tokens(12)
 CUT = [7, 4, 1]
@@ -27,10 +27,12 @@ def folder_of(name: str, folders: dict[str, Path]) -> Path:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", first_rows())
 def test_logits_are_those_of_the_numbers(name: str, format: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """To the last digit op by op; the compiled kernels round activations to 8 bits or bfloat16."""
+    """To the last digit op by op, decoded or as a GPU holds them; the compiled kernels round activations to 8 bits or
+    bfloat16."""
     stored, plain = write_format(folder_of(name, folders), format, tmp_path)
     wanted = eager_logits(plain, TOKENS, CUT)
     assert error(eager_logits(stored, TOKENS, CUT), wanted) < 1e-5
+    assert error(device_logits(stored, TOKENS, CUT), wanted) < 1e-5
     if ROWS[name].recorded:
         assert typical_spread(recorded_logits(stored, TOKENS, CUT), wanted) < 0.05
 
@@ -43,3 +45,5 @@ def test_in_situ_quantisation(name: str, kind: str, folders: dict[str, Path]) ->
     loaded = recorded_logits if ROWS[name].recorded else eager_logits
     plain, ours = eager_logits(source, TOKENS, CUT), loaded(source, TOKENS, CUT, isq=kind)
     assert 1e-4 < typical_spread(ours, plain) < ISQ_TYPES[kind]
+    decoded = eager_logits(source, TOKENS, CUT, isq=kind)
+    assert error(device_logits(source, TOKENS, CUT, isq=kind), decoded) < 1e-5

@@ -337,6 +337,7 @@ WRITERS: Mapping[str, Writer] = {
     "fp8 e5m2": lambda w: fp8(w, dtype=torch.float8_e5m2),
     "fp8 channel": lambda w: fp8(w, channel=True),
     "fp8 blocks": lambda w: fp8(w, block=(24, 40)),
+    "fp8 blocks of 32": lambda w: fp8(w, block=(24, 32)),
     "ct fp8": lambda w: fp8(w, ct=True),
     "ct fp8 channel": lambda w: fp8(w, channel=True, ct=True),
     "ct fp8 blocks": lambda w: fp8(w, block=(24, 40), ct=True),

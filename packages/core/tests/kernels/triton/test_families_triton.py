@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CUDA_FORMATS, CUDA_ISQ, ROWS, first_rows
+from families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
 from family_formats import write_format
 from gguf_export import export_gguf
 from tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
@@ -76,8 +76,7 @@ def test_in_situ_quantisation(name: str, device: torch.device, tmp_path: Path, m
     assert typical_spread(ours, reference(source, "bf16", monkeypatch, isq="q8_0")) < 0.05
 
 
-@pytest.mark.parametrize("format", CUDA_FORMATS)
-@pytest.mark.parametrize("name", first_rows())
+@pytest.mark.parametrize(("name", "format"), [(name, format) for format in FORMATS for name in cuda_rows(format)])
 def test_formats(name: str, format: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, plain = write_format(written(name, tmp_path), format, tmp_path)
     assert typical_spread(logits(stored, device, "bf16", monkeypatch), reference(plain, "bf16", monkeypatch)) < 0.05

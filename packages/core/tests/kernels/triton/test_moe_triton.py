@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
+from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
 from candle_vllm.core.kernels.moe import (
     Activation,
     Biases,
@@ -26,6 +27,7 @@ from candle_vllm.core.kernels.moe import (
 )
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, Floats, ScaledCodes
 
 TOLERANCE = 5e-3
 
@@ -283,6 +285,58 @@ def test_quantised_experts_with_rows_that_fill_no_tile(tokens: int, device: torc
     plain = dequantise(down).unflatten(0, (3, -1)).to(torch.bfloat16)
     got, wanted = run(x, gate_up, plain, weights, experts)
     assert ratio(got, wanted) < TOLERANCE
+
+
+def float_experts(
+    x: torch.Tensor, count: int, rows: int, columns: int, span: int, numbers: Floats, seed: int
+) -> GroupMatrix:
+    """Random matrices whose weights are about 1 / sqrt(columns)."""
+    shape, source = (count * rows, columns), torch.Generator().manual_seed(seed)
+    scales = (torch.rand(shape[0], -(-columns // span), generator=source) + 0.5) / 30 * columns**-0.5
+    groups = None
+    if numbers == "e2m1":
+        codes = torch.randint(0, 256, (shape[0], columns // 2), generator=source, dtype=torch.uint8)
+        groups = torch.randint(0x40, 0x58, (shape[0], columns // 16), generator=source, dtype=torch.uint8).numpy()
+    else:
+        codes = (random(*shape, seed=seed) * 30).to(FLOAT_DTYPES[numbers]).view(torch.uint8)
+    return pack_floats(ScaledCodes(numbers, codes.numpy(), scales.numpy(), span, groups), x.device)
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group", "numbers"),
+    [
+        (160, 48, 128, "e4m3"),
+        (96, 33, 32, "e4m3"),
+        (123, 48, 4096, "e4m3"),
+        (64, 96, 64, "e5m2"),
+        (160, 48, 4096, "e2m1"),
+    ],
+)
+def test_experts_of_small_floats(
+    hidden: int, inner: int, group: int, numbers: Floats, tokens: int, device: torch.device
+) -> None:
+    """Blocks of columns, whole rows, rows that fill no tile."""
+    x, _, _, weights, experts = problem(tokens, 3, 2, hidden, inner, torch.bfloat16, device)
+    gate_up = float_experts(x, 3, 2 * inner, hidden, min(group, hidden), numbers, 1)
+    down = float_experts(x, 3, hidden, inner, min(group, inner) if inner % 32 == 0 else inner, numbers, 2)
+    biases = random(3, 2 * inner, seed=5).to(x), random(3, hidden, seed=6).to(x)
+    got, wanted = run(x, gate_up, down, weights, experts, "gelu_tanh", None if hidden == 96 else biases)
+    assert ratio(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [12, 40])
+def test_a_row_of_small_floats_does_not_depend_on_the_others(tokens: int, device: torch.device) -> None:
+    x, _, _, weights, experts = problem(tokens, 5, 2, 64, 16, torch.bfloat16, device)
+    gate_up = float_experts(x, 5, 32, 64, 32, "e4m3", 1)
+    down = float_experts(x, 5, 64, 16, 16, "e4m3", 2)
+    whole = run(x, gate_up, down, weights, experts)[0]
+    other, elsewhere = x.clone(), experts.clone()
+    other[1:], elsewhere[1:] = torch.nan, torch.tensor([4, 0], device=device)
+    assert torch.equal(run(other, gate_up, down, weights, elsewhere)[0][0], whole[0])
+    if tokens == 40:
+        arguments = (x[:1], gate_up, down, weights[:1], experts[:1])
+        assert torch.equal(triton.moe(*arguments, MoeSizes.of(*arguments), "silu", invariant=True), whole[:1])
 
 
 def test_no_tokens(device: torch.device) -> None:

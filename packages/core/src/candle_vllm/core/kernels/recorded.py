@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.moe.arguments import RecordedExperts, Routing
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+    from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
-    Matrix: TypeAlias = PackedMatrix | PlainMatrix
+    Matrix: TypeAlias = PackedMatrix | PlainMatrix | ScaledMatrix
 
 
 class Recorded(ABC):
@@ -77,7 +78,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
-        """See `kernels/packed_linear` and `kernels/plain_linear`; the matrices' results stand side by side."""
+        """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side."""
 
     @abstractmethod
     def experts(

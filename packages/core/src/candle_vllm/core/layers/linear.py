@@ -67,9 +67,12 @@ class Linear:
             if self.weight is not None:
                 found[prefix + "weight"] = TensorPart(self.weight[rows])
             elif self._placement.recorded:
-                found[prefix + "weight"] = MatrixPart(self.matrices, prefix, shape, self._placement, ordered=True)
+                found[prefix + "weight"] = MatrixPart(
+                    self.matrices, prefix, shape, self._placement, ordered=True, floats=True
+                )
             else:
-                found[prefix + "weight"] = DevicePart(self.weights, prefix, shape, self._placement, groups=True)
+                part = DevicePart(self.weights, prefix, shape, self._placement, groups=True, floats=True)
+                found[prefix + "weight"] = part
             if self.bias is not None:
                 found[prefix + "bias"] = TensorPart(self.bias[rows])
         return found

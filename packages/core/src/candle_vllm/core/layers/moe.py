@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.kernels import gguf_linear
+from candle_vllm.core.kernels import gguf_linear, group_linear
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
+from candle_vllm.core.kernels.group_linear.reference import dequantise as dequantise_groups
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.moe import (
     MOST_EXPERTS,
@@ -159,10 +160,13 @@ class ExpertMLPs:
     def _join(self, weights: Sequence[Weight]) -> Experts:
         """One matrix of all rows where all are quantised alike, else plain numbers."""
         packed = [weight for weight in weights if isinstance(weight, gguf_linear.GgufMatrix)]
-        kinds = {weight.kind.name for weight in packed}
-        if len(packed) == len(weights) and len(kinds) == 1:
+        floats = [weight for weight in weights if isinstance(weight, group_linear.GroupMatrix)]
+        kinds = {weight.kind.name for weight in packed} | {f"{w.numbers} in {w.group}s" for w in floats}
+        if len(kinds) == 1 and len(floats) == len(weights):
+            return group_linear.stack(floats)
+        if len(kinds) == 1 and len(packed) == len(weights):
             return gguf_linear.stack(packed)
-        if packed:
+        if kinds:
             logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
         plain = [self._decoded(weight) for weight in weights]
         return torch.stack(plain).view(self._mixture.experts, -1, plain[0].shape[1])
@@ -170,6 +174,8 @@ class ExpertMLPs:
     def _decoded(self, weight: Weight) -> torch.Tensor:
         if isinstance(weight, gguf_linear.GgufMatrix):
             return dequantise(weight).to(self._placement.dtype)
+        if isinstance(weight, group_linear.GroupMatrix):
+            return dequantise_groups(weight).to(self._placement.dtype)
         assert isinstance(weight, torch.Tensor)
         return weight
 
@@ -185,9 +191,9 @@ class ExpertMLPs:
 
     def _part(self, name: str, expert: int, shape: tuple[int, int]) -> Part:
         if self._placement.recorded:
-            return MatrixPart(self.matrices, f"{name}.{expert}", shape, self._placement)
+            return MatrixPart(self.matrices, f"{name}.{expert}", shape, self._placement, floats=True)
         if self._placement.keeps_quantised:
-            return DevicePart(self.weights, f"{name}.{expert}", shape, self._placement)
+            return DevicePart(self.weights, f"{name}.{expert}", shape, self._placement, floats=True)
         assert self._joined is not None
         gate_up, down = self._joined
         assert isinstance(gate_up, torch.Tensor)

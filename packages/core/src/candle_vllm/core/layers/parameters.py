@@ -113,6 +113,7 @@ class MatrixPart:
         shape: [N, K].
         placement: of a model whose steps are recorded.
         ordered: whether the layer brings its input to an order of the matrix's own.
+        floats: whether the layer multiplies small floats with scales; else they come decoded.
     """
 
     def __init__(
@@ -123,9 +124,10 @@ class MatrixPart:
         placement: Placement,
         *,
         ordered: bool = False,
+        floats: bool = False,
     ) -> None:
         self._placement = placement
-        self._ordered = ordered
+        self._ordered, self._floats = ordered, floats
         self._matrices = matrices
         self._name = name
         self.shape = shape
@@ -151,20 +153,29 @@ class MatrixPart:
         return packed_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, memory)
 
     def _pack_parts(self, stored: QuantisedTensor) -> Matrix:
-        """Blocks that hold the numbers exactly, else plain numbers: bfloat16, or what was asked for."""
-        from candle_vllm.core.kernels import packed_linear, plain_linear
+        """Small floats, or blocks that hold the numbers exactly, else plain numbers: bfloat16 or what was asked for."""
+        from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 
-        memory, blocks = self._placement.weight_memory, stored.blocks()
+        memory, why = self._placement.weight_memory, "no blocks hold it exactly"
+        scaled = stored.scaled()
+        if scaled is not None and self._floats:
+            try:
+                return scaled_linear.pack(scaled, memory)
+            except UnsupportedModelError as error:
+                why = str(error)
+        elif scaled is not None:
+            why = "such a layer has no kernel for small floats"
+        blocks = stored.blocks()
         if blocks is not None and (blocks.order is None or self._ordered):
             matrix = packed_linear.pack(blocks.raw, blocks.type, *self.shape, memory)
             return dataclasses.replace(matrix, order=blocks.order)
-        if stored.source.plain is None:
-            logger.warning(
-                "%s: tensor %s is multiplied as plain numbers: no blocks hold it exactly%s",
-                stored.path,
-                stored.name,
-                "" if blocks is None else " in the order of its inputs",
-            )
+        logger.warning(
+            "%s: tensor %s is multiplied as plain numbers: %s%s",
+            stored.path,
+            stored.name,
+            why,
+            "" if blocks is None else " in the order of its inputs",
+        )
         kind = self._placement.plain_kind
         dtype = torch.bfloat16 if kind is None else torch.float32  # float16 is checked for numbers beyond its range
         raw = stored.load(dtype).view(torch.uint8).numpy()
@@ -178,7 +189,8 @@ class DevicePart:
         matrices, name: where the matrix goes.
         shape: [N, K].
         placement: of a model that keeps quantised matrices.
-        groups: whether the layer multiplies codes in groups; else they come in blocks, or decoded.
+        groups: whether the layer multiplies whole numbers in groups; else they come in blocks, or decoded.
+        floats: whether the layer multiplies small floats with scales; else they come decoded.
     """
 
     def __init__(
@@ -189,11 +201,12 @@ class DevicePart:
         placement: Placement,
         *,
         groups: bool = False,
+        floats: bool = False,
     ) -> None:
         self._matrices = matrices
         self._name = name
         self._placement = placement
-        self._groups = groups
+        self._groups, self._floats = groups, floats
         self.shape = shape
 
     def fill(self, stored: StoredTensor) -> None:
@@ -213,6 +226,11 @@ class DevicePart:
         try:
             if not isinstance(stored, QuantisedTensor):
                 return gguf_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, device)
+            scaled = stored.scaled()
+            if scaled is not None:
+                if not self._floats:
+                    raise UnsupportedModelError("such a layer has no kernel for small floats on a GPU")
+                return group_linear.pack_floats(scaled, device)
             codes = stored.group_codes() if self._groups else None
             if codes is not None and (matrix := group_linear.from_codes(codes, device)) is not None:
                 return matrix

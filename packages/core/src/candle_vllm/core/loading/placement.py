@@ -19,9 +19,8 @@ from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.quantised import log_decoded
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
-from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.stored import FloatSource, QuantisedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +47,9 @@ def choose_placement(
                 "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
                 "dtype",
             )
-        log_decoded(checkpoint, in_torch.dtype)
         return dataclasses.replace(in_torch, keeps_quantised=quantised)
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
-        log_decoded(checkpoint, dtype or torch.bfloat16)
         return Placement(device, torch.float32, WeightMemory(), None if dtype is None else plain_kind(dtype))
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return in_torch
@@ -95,8 +92,6 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if placement.stacked:
         return tensor.numel * placement.dtype.itemsize
-    if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
-        return tensor.numel * torch.bfloat16.itemsize
     if tensor.dtype is None:
         return tensor.nbytes
     dtype = placement.dtype if placement.keeps_quantised else tensor.dtype
@@ -104,8 +99,8 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
 
 
 def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
-    if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
-        return (PlainKind.BF16 if wanted is None else wanted).name.lower()
+    if isinstance(tensor, QuantisedTensor) and isinstance(tensor.source, FloatSource):
+        return "bf16"
     if tensor.dtype is None:
         return "int8"
     return (plain_kind(tensor.dtype) if wanted is None else wanted).name.lower()

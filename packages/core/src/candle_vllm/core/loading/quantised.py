@@ -15,15 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.loading.fields import Fields, read_json
 from candle_vllm.core.loading.quantised_layers import METHODS, is_dense
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 from candle_vllm.core.loading.views import spare
 from candle_vllm.core.quantization.fp8 import NUMBERS
-from candle_vllm.core.quantization.stored import Parts, QuantisedTensor
+from candle_vllm.core.quantization.stored import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -85,28 +83,6 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)
-
-
-def log_decoded(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Says what is multiplied as plain numbers rather than as it is stored, why, and what that costs.
-
-    Args:
-        checkpoint: with quantised layers put together.
-        dtype: of the plain numbers.
-    """
-    reasons: dict[str, list[QuantisedTensor]] = {}
-    for tensor in checkpoint.tensors.values():
-        if isinstance(tensor, QuantisedTensor) and tensor.source.plain is not None:
-            reasons.setdefault(tensor.source.plain, []).append(tensor)
-    for reason, tensors in reasons.items():
-        logger.info(
-            "%s: %s: %d matrices take %.1f MB instead of %.1f",
-            checkpoint.path,
-            reason.format(dtype=str(dtype).removeprefix("torch.")),
-            len(tensors),
-            sum(tensor.numel for tensor in tensors) * dtype.itemsize / 1e6,
-            sum(tensor.nbytes for tensor in tensors) / 1e6,
-        )
 
 
 def _quantises_activations(fields: Fields) -> bool:

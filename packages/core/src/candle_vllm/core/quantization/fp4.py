@@ -21,7 +21,8 @@ import torch
 from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.stored import CodeSource, Parts, QuantisedTensor, Source, numbers
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from candle_vllm.core.quantization.stored import CodeSource, FloatSource, Parts, QuantisedTensor, numbers
 
 MX_GROUP, NV_GROUP = 32, 16
 MIDDLE = 16
@@ -56,7 +57,7 @@ class Mxfp4Source(CodeSource):
         return GroupCodes(_codes(packed), scales, None, 5, torch.float32)
 
 
-class Nvfp4Source(Source):
+class Nvfp4Source(FloatSource):
     """See the head of the file.
 
     Args:
@@ -66,13 +67,20 @@ class Nvfp4Source(Source):
         divided: the scales are divided by it.
     """
 
-    plain = "NVFP4 is multiplied as {dtype}"
-
     def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:
         self._packed, self._scales, self._whole, self._divided = packed, scales, whole, divided
 
+    def floats(self, first: int, last: int) -> ScaledCodes:
+        """See `FloatSource.floats`; a tensor's scale to be divided by becomes a factor, rounded once."""
+        whole = scale_numbers(self._whole).reshape(1, 1)
+        with np.errstate(all="ignore"):
+            factor = np.float32(1) / whole if self._divided else whole
+        columns = 2 * self._packed.shape[1]
+        scales = np.repeat(factor.astype(np.float32), last - first, axis=0)
+        return ScaledCodes("e2m1", self._packed.raw()[first:last], scales, columns, self._scales.raw()[first:last])
+
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`."""
+        """See `Source.decode`: the two scales meet first, as the format says."""
         dtype = self._scales.dtype
         assert dtype is not None
         stored = torch.from_numpy(self._scales.raw()[first:last].copy())

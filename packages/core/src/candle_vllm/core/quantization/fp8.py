@@ -8,17 +8,24 @@ Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
 import numpy as np
 import torch
 
 from candle_vllm.core.loading.tensors import StoredTensor
-from candle_vllm.core.quantization.stored import FLOATS, Parts, QuantisedTensor, Source, floats
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from candle_vllm.core.quantization.stored import FLOATS, FloatSource, Parts, QuantisedTensor, floats
 
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")
 
+_NAMES: Mapping[str, Literal["e4m3", "e5m2"]] = MappingProxyType({"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"})
 
-class Fp8Source(Source):
+
+class Fp8Source(FloatSource):
     """See the head of the file.
 
     Args:
@@ -27,23 +34,15 @@ class Fp8Source(Source):
         block: rows and columns of a block.
     """
 
-    plain = "FP8 is multiplied as {dtype}"
-
     def __init__(self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
         self._weight, self._scales, self._block = weight, scales, block
 
-    def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`."""
-        dtype = self._weight.dtype
-        assert dtype is not None
-        raw = torch.from_numpy(self._weight.raw()[first:last].copy())
-        values = raw.view(dtype).to(torch.float32).numpy()
+    def floats(self, first: int, last: int) -> ScaledCodes:
+        """See `FloatSource.floats`."""
         rows, columns = self._block
         grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
         scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]
-        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
-            values *= np.repeat(scales, columns, axis=1)[:, : values.shape[1]] if grid[1] > 1 else scales
-        return values
+        return ScaledCodes(_NAMES[self._weight.type_name], self._weight.raw()[first:last], scales, columns)
 
 
 def scale_numbers(part: StoredTensor) -> np.ndarray:

@@ -21,8 +21,9 @@ import torch
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 
-Found = TypeVar("Found", np.ndarray, GroupCodes)
+Found = TypeVar("Found", np.ndarray, GroupCodes, ScaledCodes)
 
 FLOATS = ("F16", "BF16", "F32")
 """Types that scales are stored in."""
@@ -37,12 +38,10 @@ class Source(ABC):
     Attributes:
         parts: the stored tensors.
         align: rows are read from a multiple of this on, and to one (or to the end).
-        plain: why no kernel multiplies the stored numbers as they are, for a log; None where one does.
     """
 
     parts: tuple[StoredTensor, ...]
     align: int = 1
-    plain: str | None = None
 
     @abstractmethod
     def decode(self, first: int, last: int) -> np.ndarray:
@@ -59,6 +58,18 @@ class CodeSource(Source):
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `Source.decode`."""
         return self.codes(first, last).dequantise()
+
+
+class FloatSource(Source):
+    """A source of small floats with scales."""
+
+    @abstractmethod
+    def floats(self, first: int, last: int) -> ScaledCodes:
+        """Rows first to last - 1."""
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """See `Source.decode`."""
+        return self.floats(first, last).dequantise()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +122,7 @@ class QuantisedTensor(StoredTensor):
     def blocks(self) -> Blocks | None:
         """The rows in blocks of a ggml type that kernels multiply; None where none holds them exactly."""
         source = self.source
-        if not isinstance(source, CodeSource) or source.plain is not None:
+        if not isinstance(source, CodeSource):
             return None
         found: dict[int, Blocks | None] = {}
 
@@ -129,6 +140,12 @@ class QuantisedTensor(StoredTensor):
         if not isinstance(self.source, CodeSource):
             return None
         return self._run(self.source.codes, 0, self._rows)
+
+    def scaled(self) -> ScaledCodes | None:
+        """The floats of all rows and their scales, where the format has some; the codes may be a view of the file."""
+        if not isinstance(self.source, FloatSource):
+            return None
+        return self._run(self.source.floats, 0, self._rows)
 
     def release(self) -> None:
         """See `StoredTensor.release`."""
@@ -149,7 +166,7 @@ class QuantisedTensor(StoredTensor):
         if self.index is None and (start, stop) == (first, last):
             return found
         inside = wanted - start
-        return found.take(inside) if isinstance(found, GroupCodes) else found[inside]
+        return found.take(inside) if isinstance(found, (GroupCodes, ScaledCodes)) else found[inside]
 
     def _in_chunks(self, job: Callable[[int, int], None]) -> None:
         step = max(1, CHUNK // max(1, self.shape[-1]))

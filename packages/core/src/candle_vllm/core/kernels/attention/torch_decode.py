@@ -34,13 +34,13 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the contract in the package."""
-    starts = rows.query_start
-    single = [row for row, (start, end) in enumerate(itertools.pairwise(starts)) if end - start == 1]
+    starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
+    single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
     options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     _, size, kv_heads, dim = key_cache.shape
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q)  # of rows that only fill up a batch, which have no context
     single.sort(key=lambda row: rows.context_lens[row])  # neighbours of like lengths fill up little
     while single:
         blocks = -(-rows.context_lens[single[-1]] // size)
@@ -50,10 +50,10 @@ def paged_attention(
         contexts = torch.tensor([rows.context_lens[row] for row in together], device=q.device)
         tables = rows.block_tables[torch.tensor(together, device=q.device), :blocks]
         out[tokens] = _attend(q[tokens], key_cache, value_cache, tables, contexts, **options)
-    for row, (start, end) in enumerate(itertools.pairwise(starts)):
-        if end - start != 1:
-            alone = _row(rows, row)
-            out[start:end] = reference.paged_attention(q[start:end], key_cache, value_cache, alone, **options)
+    for row, count in enumerate(counts):
+        if count > 1:
+            tokens, alone = slice(starts[row], starts[row + 1]), _row(rows, row)
+            out[tokens] = reference.paged_attention(q[tokens], key_cache, value_cache, alone, **options)
     return out
 
 

@@ -1,7 +1,7 @@
 """What depends on how a matrix is stored while a step is recorded: the form of its input, and its operations.
 
-Packed matrices read 8-bit groups, plain ones rows of bfloat16 or float32. Matrices of all kinds may stand side by side
-in one product; each form of their common input is made once.
+Packed matrices read 8-bit groups, plain ones rows of bfloat16 or float32, small floats with scales rows of bfloat16.
+Matrices of all kinds may stand side by side in one product; each form of their common input is made once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import cpu as plain
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+from candle_vllm.core.kernels.scaled_linear import cpu as scaled
+from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -55,6 +57,8 @@ def input_form(matrix: Matrix) -> Form:
     """The form that a matrix reads."""
     if isinstance(matrix, PackedMatrix):
         return InputForm.GROUPS if matrix.order is None else Ordered(matrix.order.tobytes())
+    if isinstance(matrix, ScaledMatrix):
+        return InputForm.BF16
     return InputForm.BF16 if matrix.kind is PlainKind.BF16 else InputForm.F32
 
 
@@ -145,23 +149,27 @@ def multiply(
     rows_from: StepNumber = StepNumber.TOKENS,
     barrier: bool = True,
 ) -> None:
-    """Records a matrix times an input of its form; see `linear_row` of both kinds for the arguments."""
+    """Records a matrix times an input of its form; see `linear_row` of each kind for the arguments."""
     place = {"out": out, "out_stride": out_stride, "column": column, "bias": bias}
     how = {"accumulate": accumulate, "rows_from": rows_from}
     recorder.add(*linear_call(recorder, matrix, inputs, **place, **how), barrier=barrier)
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, list[int]]:
-    """A linear operation and its arguments, for `Recorder.add`; `how` as for `linear_row` of both kinds."""
+    """A linear operation and its arguments, for `Recorder.add`; `how` as for `linear_row` of each kind."""
     recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
         arguments = packed.linear_row(matrix, **inputs.arguments, **how)
         return packed.linear_operation(matrix.kind, recorder.isa), arguments
+    if isinstance(matrix, ScaledMatrix):
+        arguments = scaled.linear_row(matrix, **inputs.arguments, **how)
+        return scaled.linear_operation(matrix.kind, recorder.isa), arguments
     return plain.linear_operation(matrix.kind, recorder.isa), plain.linear_row(matrix, **inputs.arguments, **how)
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
-    """Records the reading of a table's rows; see `embedding_row` of both kinds for the arguments."""
+    """Records the reading of a table's rows; see `embedding_row` of the two kinds of tables for the arguments."""
+    assert not isinstance(matrix, ScaledMatrix), "a table's small floats are decoded when it is loaded"
     recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
         assert matrix.order is None, "a table's rows are read in the order in which they lie"

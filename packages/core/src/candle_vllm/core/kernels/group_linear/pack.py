@@ -43,7 +43,7 @@ def pack(
     step = max(1, CHUNK // columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        plane[:, part] = _plane(codes[part].to(device), matrix).transpose(0, 1)
+        plane[:, part] = plane_of(codes[part].to(device), matrix).transpose(0, 1)
         found = scales[part].to(device).contiguous().view(torch.int16)
         if zeros is not None:
             found = (found.to(torch.int32) & 0xFFFF) | zeros[part].to(device).to(torch.int32) << 16
@@ -64,12 +64,15 @@ def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | N
         return None
     if group != found.columns and group % PART:
         return None
-    scales, zeros = _tensor(found.scales).to(found.scale_dtype), None if found.zeros is None else _tensor(found.zeros)
-    matrix = pack(_tensor(codes), scales, zeros, found.bits, device)
+    scales, zeros = (
+        owned(found.scales).to(found.scale_dtype),
+        None if found.zeros is None else owned(found.zeros),
+    )
+    matrix = pack(owned(codes), scales, zeros, found.bits, device)
     return matrix if order is None else dataclasses.replace(matrix, order=torch.from_numpy(order).to(device))
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def owned(array: np.ndarray) -> torch.Tensor:
     """A copy where the array is a view of a file, which torch may not write to, or out of order."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
@@ -98,7 +101,7 @@ def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
             raise ValueError(f"zeros from {int(zeros.min())} to {int(zeros.max())}; 0 to 65535 are read")
 
 
-def _plane(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
+def plane_of(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
     """Codes uint8 [R, K] as int32 [R, steps, 16]."""
     missing = matrix.steps * matrix.step - matrix.columns
     codes = torch.nn.functional.pad(codes, (0, missing)).view(len(codes), matrix.steps, matrix.parts, WORDS, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, GROUP
 
 
 def linear(
@@ -23,8 +24,21 @@ def dequantise(matrix: GroupMatrix) -> torch.Tensor:
         torch.stack([words >> bits * (part + parts * half) & (1 << bits) - 1 for half in range(2)], -1)
         for part in range(parts)
     ]
-    codes = torch.stack(fields, 2).flatten(1)[:, : matrix.columns].float()
+    codes = torch.stack(fields, 2).flatten(1)[:, : matrix.columns]
     group = torch.arange(matrix.columns, device=matrix.device) // matrix.group
+    if matrix.numbers != "int":
+        return _floats(codes, matrix) * matrix.scales.T[:, group]
     scale = matrix.scales.to(torch.int16).contiguous().view(matrix.scale_dtype).float().T[:, group]
     zero = (matrix.scales >> 16 & 0xFFFF).float().T[:, group] if matrix.zeros else matrix.zero
-    return (codes - zero) * scale
+    return (codes.float() - zero) * scale
+
+
+def _floats(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
+    """Codes [N, K] as the floats that they are, those of e2m1 times their inner scale."""
+    if matrix.inner is None:
+        return codes.to(torch.uint8).view(FLOAT_DTYPES[matrix.numbers]).float()
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
+    values = torch.cat([positive, -positive])[codes.long()]
+    inner = matrix.inner.transpose(0, 1).reshape(matrix.rows, -1).contiguous()
+    shared = inner.view(torch.uint8).view(torch.float8_e4m3fn).float()
+    return values * shared.repeat_interleave(GROUP, 1)[:, : matrix.columns]

@@ -18,11 +18,13 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.launch import checked
 from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
 from candle_vllm.core.kernels.group_linear.triton_codes import (
     build,
     constants_of,
+    inner_words,
     scale_and_zero,
+    scaled_tile,
     step_words,
     without_numbers,
 )
@@ -39,6 +41,7 @@ def rounded_kernel(
     x,  # [T, K]
     codes,  # [steps, N, 16]
     scales,  # [groups, N]
+    inner,  # [steps, N, 2]
     bias,  # [N]
     out,  # [T, N], rows contiguous
     T,
@@ -54,6 +57,7 @@ def rounded_kernel(
     ZEROS: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_BF16: tl.constexpr,
+    FLOATS: tl.constexpr,
     PADDED: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,14 +77,18 @@ def rounded_kernel(
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for step in tl.range(0, steps):
         w0, w1, w2, w3 = step_words(scales, step, group, row64, inside, height, PARTS, UNIT)
+        i0, i1 = inner_words(inner, step, row64, inside, height, FLOATS)
         place = (step * height + row64)[:, None] * 16 + element
         words = tl.load(codes + place, mask=inside[:, None], other=0)
         for p in tl.static_range(PARTS):
-            scale, zero = scale_and_zero(w0, w1, w2, w3, p // UNIT, ZEROS, ZERO, SCALE_BF16)
-            shift = (scale * (-2048.0 - zero))[:, None]
-            even = float_code(words, words, p, 0, PARTS, BITS, 0) * scale[:, None] + shift
-            odd = float_code(words, words, p, 1, PARTS, BITS, 0) * scale[:, None] + shift
-            weights = tl.reshape(tl.join(even, odd), (ROWS, 32)).to(x.dtype.element_ty)
+            scale, zero = scale_and_zero(w0, w1, w2, w3, p // UNIT, ZEROS, ZERO, SCALE_BF16, FLOATS)
+            if FLOATS:
+                weights = scaled_tile(words, i0, i1, scale, p, FLOATS, x.dtype.element_ty, ROWS)
+            else:
+                shift = (scale * (-2048.0 - zero))[:, None]
+                even = float_code(words, words, p, 0, PARTS, BITS, 0) * scale[:, None] + shift
+                odd = float_code(words, words, p, 1, PARTS, BITS, 0) * scale[:, None] + shift
+                weights = tl.reshape(tl.join(even, odd), (ROWS, 32)).to(x.dtype.element_ty)
             k = step * (PARTS * 32) + p * 32
             wanted = asked
             if PADDED:
@@ -108,6 +116,7 @@ def linear(
         x,
         matrix.codes,
         matrix.scales,
+        matrix.inner,
         bias,
         out,
         tokens,
@@ -140,8 +149,9 @@ def _build(
     capabilities: tuple[int, ...],
     dtype: str = "bf16",
     columns: int = 4096,
+    numbers: Numbers = "int",
 ) -> Build:
-    matrix = without_numbers(bits, group, zeros, columns)
+    matrix = without_numbers(bits, group, zeros, columns, numbers)
     constants, options = _form(matrix, tokens, zeros)
     return build(rounded_kernel, matrix, dtype, constants, "many", capabilities=capabilities, **options)
 
@@ -150,4 +160,7 @@ AOT = (
     *(_build(bits, group, zeros, 128, (90,)) for bits in (4, 8) for group in (32, 64, 128) for zeros in (False, True)),
     *(_build(4, 128, True, tokens, CAPABILITIES) for tokens in TILES),
     _build(8, 4128, False, 128, CAPABILITIES, "fp16", 4128),
+    _build(8, 128, False, 128, (90,), numbers="e4m3"),
+    _build(8, 4128, False, 128, (90,), "fp16", 4128, "e5m2"),
+    _build(4, 4096, False, 128, (90,), numbers="e2m1"),
 )

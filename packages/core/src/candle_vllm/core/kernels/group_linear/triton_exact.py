@@ -2,7 +2,8 @@
 
 Stands inside step 6 of a request's life, and does what `gguf_linear/triton_exact.py` does and explains: magic + code is
 multiplied on the tensor cores, a scale meets the sums of its group in fp32, and K is cut into stretches by the matrix's
-shape alone. Groups wider than 32 cost less: their sums stay on the tensor cores for a whole unit.
+shape alone. Groups wider than 32 cost less: their sums stay on the tensor cores for a whole unit. Codes that are floats
+are exact in x's dtype by themselves, and need no sums of x.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -18,10 +19,12 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.launch import checked
 from candle_vllm.core.kernels.gguf_linear.triton_codes import pair_tile
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
 from candle_vllm.core.kernels.group_linear.triton_codes import (
     build,
     constants_of,
+    float_tile,
+    inner_words,
     scale_and_zero,
     step_words,
     without_numbers,
@@ -57,6 +60,7 @@ def exact_kernel(
     x,  # [T, K]
     codes,  # [steps, N, 16]
     scales,  # [groups, N]
+    inner,  # [steps, N, 2]
     bias,  # [N]
     out,  # [T, N], rows contiguous, or partial sums fp32 [splits, T, N]
     T,
@@ -73,6 +77,7 @@ def exact_kernel(
     ZEROS: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_BF16: tl.constexpr,
+    FLOATS: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -104,33 +109,41 @@ def exact_kernel(
     last = steps if FOLD else tl.minimum(first + split_steps, steps)
     # Triton fetches ahead only what a dot product takes, so a step's scales are asked for during the one before.
     n0, n1, n2, n3 = step_words(scales, first, group, row64, inside, height, PARTS, UNIT)
+    next_0, next_1 = inner_words(inner, first, row64, inside, height, FLOATS)
     for step in tl.range(first, last):
         w0, w1, w2, w3 = n0, n1, n2, n3
+        i0, i1 = next_0, next_1
         after = tl.minimum(step + 1, last - 1)
         n0, n1, n2, n3 = step_words(scales, after, group, row64, inside, height, PARTS, UNIT)
+        next_0, next_1 = inner_words(inner, after, row64, inside, height, FLOATS)
         place = (step * height + row64)[:, None] * 16 + element
         words = tl.load(codes + place, mask=inside[:, None], other=0)
         for unit in tl.static_range(PARTS // UNIT):
-            scale, zero = scale_and_zero(w0, w1, w2, w3, unit, ZEROS, ZERO, SCALE_BF16)
+            scale, zero = scale_and_zero(w0, w1, w2, w3, unit, ZEROS, ZERO, SCALE_BF16, FLOATS)
             sums = zeros
             dots = zeros
             upper = zeros
-            for inner in tl.static_range(UNIT):
-                k = step * (PARTS * 32) + (unit * UNIT + inner) * 32
+            for part in tl.static_range(UNIT):
+                k = step * (PARTS * 32) + (unit * UNIT + part) * 32
                 wanted = asked
                 if PADDED:
                     wanted = asked & (k + column < K)[:, None]
                 tile = tl.load(x_at + k, mask=wanted, other=0.0)
-                sums = tl.dot(ones, tile, sums)
-                pairs = pair_tile(words, words, 0, unit * UNIT + inner, BITS, 0, dtype, ROWS, 32)
-                dots = tl.dot(pairs, tile, dots)
-                if BITS == 8:  # the upper four bits
-                    pairs = pair_tile(words, words, 4, unit * UNIT + inner, BITS, 0, dtype, ROWS, 32)
-                    upper = tl.dot(pairs, tile, upper)
-            if BITS == 8:
-                dots += upper * 16.0
-            shift = scale * (-OFFSET - zero)
-            stretch = tl.fma(sums, tl.broadcast_to(shift[:, None], (ROWS, TOKENS)), stretch)
+                if FLOATS:
+                    floats = float_tile(words, i0, i1, unit * UNIT + part, FLOATS, dtype, ROWS)
+                    dots = tl.dot(floats, tile, dots)
+                else:
+                    sums = tl.dot(ones, tile, sums)
+                    pairs = pair_tile(words, words, 0, unit * UNIT + part, BITS, 0, dtype, ROWS, 32)
+                    dots = tl.dot(pairs, tile, dots)
+                    if BITS == 8:  # the upper four bits
+                        pairs = pair_tile(words, words, 4, unit * UNIT + part, BITS, 0, dtype, ROWS, 32)
+                        upper = tl.dot(pairs, tile, upper)
+            if not FLOATS:
+                if BITS == 8:
+                    dots += upper * 16.0
+                shift = scale * (-OFFSET - zero)
+                stretch = tl.fma(sums, tl.broadcast_to(shift[:, None], (ROWS, TOKENS)), stretch)
             stretch = tl.fma(dots, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), stretch)
         if FOLD:  # noqa: SIM102 - known when this is compiled
             if (step + 1) % split_steps == 0:
@@ -170,6 +183,7 @@ def linear(
         x,
         matrix.codes,
         matrix.scales,
+        matrix.inner,
         bias,
         target,
         tokens,
@@ -209,8 +223,9 @@ def _build(
     dtype: str = "bf16",
     columns: int = 4096,
     form: str = "split",
+    numbers: Numbers = "int",
 ) -> Build:
-    tile, matrix = _tile(tokens), without_numbers(bits, group, zeros, columns)
+    tile, matrix = _tile(tokens), without_numbers(bits, group, zeros, columns, numbers)
     constants = _constants(tile, matrix, form == "split", form == "fold", form == "whole")
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "capabilities": capabilities}
     return build(exact_kernel, matrix, dtype, constants, form, **options)
@@ -222,4 +237,9 @@ AOT = (
     *(_build(bits, group, True, 128, form="fold") for bits in (4, 8) for group in (32, 128)),
     _build(8, 4128, False, 32, dtype="fp16", columns=4128, form="whole"),
     _build(4, 32, True, 16, CAPABILITIES, dtype="fp16", columns=4128, form="whole"),
+    _build(8, 128, False, 16, CAPABILITIES, numbers="e4m3"),
+    _build(8, 128, False, 128, numbers="e4m3", form="fold"),
+    _build(8, 4128, False, 64, numbers="e5m2", dtype="fp16", columns=4128, form="whole"),
+    _build(4, 4096, False, 16, CAPABILITIES, numbers="e2m1"),
+    _build(4, 4096, False, 128, numbers="e2m1", form="fold"),
 )

@@ -10,9 +10,9 @@ the sum of its two highest. NaN counts as lower than every number. The weights a
 by their sum where asked, times `scale`. The experts of a token differ and stand in the order in which they were chosen.
 Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
 
-`moe`: x [T, E], gate_up [X, 2F, E] (the gate's rows, then up's) and down [X, E, F], bfloat16 or float16, or a
-`GgufMatrix` each, whose rows are the experts' behind each other; or all of it float32; weights [T, k] fp32, experts
-[T, k] int32. y[t], in new memory, is the sum over j, with e = experts[t, j], of
+`moe`: x [T, E], gate_up [X, 2F, E] (the gate's rows, then up's) and down [X, E, F], bfloat16 or float16, or each a
+`GgufMatrix`, or a `GroupMatrix` of floats, whose rows are the experts' behind each other; or all of it float32; weights
+[T, k] fp32, experts [T, k] int32. y[t], in new memory, is the sum over j, with e = experts[t, j], of
 
     weights[t, j] * (down[e] (act(gate[e] x[t]) * (up[e] x[t])))
 
@@ -21,8 +21,9 @@ at most 7 and up within [-7, 7], in the place of act(gate) * up.
 The experts of a token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that
 fill up a batch need none. Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y.
 Results are added in the order of j. With up to `FEW` pairs of token and expert the kernels are others than with more,
-and with GGUF's numbers they round as `kernels/gguf_linear` does. On either side of that, y[t] depends on nothing but
-token t's own row, weights and experts; with `invariant=True` on both sides alike, to the bit.
+and with GGUF's numbers they round as `kernels/gguf_linear` does, with floats of 8 bits as `kernels/group_linear`. On
+either side of that, y[t] depends on nothing but token t's own row, weights and experts; with `invariant=True` on both
+sides alike, to the bit.
 
 float32 has no kernels: on a GPU every expert is multiplied with every token in torch, which is slow.
 

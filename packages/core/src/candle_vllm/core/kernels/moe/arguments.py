@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
@@ -21,7 +22,7 @@ MOST_EXPERTS = 512
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid"]
-Experts: TypeAlias = torch.Tensor | GgufMatrix
+Experts: TypeAlias = torch.Tensor | GgufMatrix | GroupMatrix
 """One matrix of every expert: [X, rows, columns], or a quantised matrix of X * rows rows."""
 
 
@@ -111,13 +112,13 @@ class MoeSizes:
         assert experts.dtype == torch.int32
         assert weights.dtype == torch.float32
         tokens, hidden = x.shape
-        if isinstance(down, GgufMatrix):
+        if not isinstance(down, torch.Tensor):
             assert down.rows % hidden == 0
             count, inner = down.rows // hidden, down.columns
         else:
             count, inner = down.shape[0], down.shape[2]
             assert down.shape == (count, hidden, inner)
-        if isinstance(gate_up, GgufMatrix):
+        if not isinstance(gate_up, torch.Tensor):
             assert gate_up.rows == count * 2 * inner
             assert gate_up.columns == hidden
         else:

@@ -6,6 +6,8 @@ import torch
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
+from candle_vllm.core.kernels.group_linear import reference as group_linear
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
 from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes, Scoring
 
 # Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum.
@@ -114,6 +116,8 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch
 
 def _matrix(experts: Experts, expert: int, count: int) -> torch.Tensor:
     """One expert's matrix in fp32."""
+    if isinstance(experts, GroupMatrix):
+        return group_linear.dequantise(experts).unflatten(0, (count, -1))[expert]
     if isinstance(experts, GgufMatrix):
         return dequantise(experts).unflatten(0, (count, -1))[expert]
     return experts[expert].float()

@@ -9,12 +9,15 @@ program comes first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
-from candle_vllm.core.kernels.moe import triton_gguf, triton_plain
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+from candle_vllm.core.kernels.moe import triton_floats, triton_gguf, triton_plain
 from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build
@@ -73,18 +76,23 @@ def moe(
     products = ((x, gate_up, first, inner, activation), (inner, down, second, results, None))
     if sizes.few and not invariant:
         for source, matrix, bias, out, gate in products:
-            module = triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
-            module.few(source, matrix, bias, experts, out, sizes, gate)
+            _module(matrix).few(source, matrix, bias, experts, out, sizes, gate)
     else:
         block = block_tokens(sizes)
         blocks = sort_pairs(experts, sizes, block)
         for source, matrix, bias, out, gate in products:
-            module = triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
-            module.many(source, matrix, bias, blocks, out, sizes, gate)
+            _module(matrix).many(source, matrix, bias, blocks, out, sizes, gate)
     grid = (sizes.tokens, triton.cdiv(sizes.hidden, _PART))
     constants = {"TOP": sizes.top_k, "BLOCK": _PART}
     sum_kernel[grid](results, weights, experts, y, sizes.experts, sizes.hidden, **constants, num_warps=4, **OPTIONS)
     return y
+
+
+def _module(matrix: Experts) -> Any:
+    """Where the kernels for such experts are."""
+    if isinstance(matrix, GroupMatrix):
+        return triton_floats
+    return triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
 
 
 def block_tokens(sizes: MoeSizes) -> int:

@@ -2,12 +2,12 @@
 
 The shape is that of `packed_linear/cpu.py`. A thread owns a run of tiles, takes as many of them as stay in the cache,
 and for these goes through the rows of activations in blocks of 8, 4 or 1. A block's rows are first copied into a
-**panel** on the stack, element by element side by side; a block that is not full repeats its last row, and the
-repetitions are not written. One row is read where it stands.
+**panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are not written. One row
+is read where it stands.
 
-8 rows meet two tiles at once: 16 sums in registers for 2 loads of weights and 8 of activations a step, so that the
-multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two streams of
-weights were read a fifth slower than one (measured on Zen 4).
+With AVX-512, 8 rows meet two tiles at once: 16 sums in registers for 2 loads of weights and 8 of activations a step, so
+that the multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two
+streams of weights were read a fifth slower than one (measured on Zen 4).
 
 Every sum is one chain over the steps of K, the same in every variant.
 """
@@ -20,82 +20,18 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind, PlainMatrix
 
 _CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
-
-_AHEAD = 3072
-"""Bytes of weights that 8 rows ask for ahead: 2 to 6 % faster on Zen 4. A single row is not, and does not."""
-
-_VECTOR_BYTES = 4 * LANES
-
-
-# ---- the panel of activations ----------------------------------------------------------------------------------------
-
-
-def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
-    """Vectors of 16 elements, one for each row, as vectors of all rows' element 0, all rows' element 1, and so on."""
-    if len(vectors) == 1:
-        return vectors
-    zipped: list[Any] = []
-    for even, odd in zip(_interleaved(e, vectors[0::2]), _interleaved(e, vectors[1::2])):
-        for start in (0, LANES // 2):
-            order = [ir.Constant(I32, start + lane // 2 + lane % 2 * LANES) for lane in range(LANES)]
-            zipped.append(e.b.shuffle_vector(even, odd, ir.Constant(vector(I32), order)))
-    return zipped
-
-
-@intrinsic(prefer_literal=True)
-def _fill(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> Any:
-    """Copies the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
-    height = block.literal_value
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        at_panel, at_addresses, count = args[1:]
-        sources = [e.load(at_addresses, I64, 8 * row) for row in range(height)]
-
-        def body(index: Any, state: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(_VECTOR_BYTES))
-            loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
-            target = b.add(at_panel, b.mul(offset, e.int64(height)))
-            for part, mixed in enumerate(_interleaved(e, loaded)):
-                e.store(target, mixed, part * _VECTOR_BYTES)
-            return state
-
-        e.loop(count, [], body)
-        return context.get_dummy_value()
-
-    return types.void(block, *[types.int64] * 3), code
-
-
-# ---- tiles times a panel ---------------------------------------------------------------------------------------------
-
-
-def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
-    """16 rows of a step."""
-    if kind is PlainKind.F16:
-        return e.half_to_float(e.load(address, vector(F16), offset))
-    return e.load(address, vector(I32 if kind is PlainKind.BF16 else F32), offset)
-
-
-def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
-    """One step more of 16 sums; x is an element of the activations in every lane."""
-    return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
-
-
-def _prefetch(e: Emitter, address: Any, offset: int) -> None:
-    """Asks for a cache line that will be read; it may lie behind the end of memory."""
-    at = e.b.inttoptr(e.b.add(address, e.int64(offset)), I8.as_pointer())
-    e.call("llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, number) for number in (0, 3, 1))])
 
 
 @intrinsic(prefer_literal=True)
@@ -104,55 +40,20 @@ def _multiply(
 ) -> Any:
     """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`."""
     number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
-    features, element = Isa(isa.literal_value), I32 if number is PlainKind.BF16 else F32
+    features = Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         at_weights, size, at_panel, at_out, count = args[4:]
         bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
 
-        def body(index: Any, totals: list[Any]) -> list[Any]:
-            offset = b.mul(index, e.int64(RUN * number.step_bytes))
-            places = [b.add(base, offset) for base in bases]
-            x = b.add(at_panel, b.mul(index, e.int64(RUN * height * 4)))
-            totals = list(totals)
-            for step in range(RUN):
-                if height == 8:
-                    for place in places:
-                        _prefetch(e, place, step * number.step_bytes + _AHEAD)
-                loaded = [_weights(e, number, place, step * number.step_bytes) for place in places]
-                for row in range(height):
-                    splat = e.splat(e.load(x, element, 4 * (step * height + row)))
-                    for tile, vectors in enumerate(loaded):
-                        at = tile * height + row
-                        totals[at] = _add_step(e, number, features, totals[at], vectors, splat)
-            return totals
+        def write(tile: int, row: int, total: Any) -> None:
+            e.store(at_out, total, (tile * height + row) * 4 * ROWS)
 
-        for at, total in enumerate(e.loop(count, [e.zeros(F32)] * (width * height), body)):
-            e.store(at_out, total, at * 4 * ROWS)
+        emit_sums(e, number, features, bases, height, at_panel, count, write)
         return context.get_dummy_value()
 
     return types.void(kind, block, tiles, isa, *[types.int64] * 5), code
-
-
-@njit
-def _write_tiles(
-    sums: int,
-    block: int,
-    rows: int,
-    tile: int,
-    count: int,
-    columns: int,
-    out: int,
-    row_bytes: int,
-    bias: int,
-    accumulate: int,
-) -> None:
-    """Writes the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... where they belong."""
-    for index in range(tile, tile + count):
-        lanes = min(columns - index * 16, 16)
-        at_bias = bias + index * 64 if bias else 0
-        write_tile(sums + (index - tile) * block * 64, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate)
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -188,9 +89,9 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
                     addresses[index] = x + source * x_bytes
                 target = out + row * row_bytes
                 if block == 8:
-                    _fill(8, panel, sums + 1024, x_bytes >> 6)
+                    fill_panel(8, panel, sums + 1024, x_bytes >> 6)
                 elif block == 4:
-                    _fill(4, panel, sums + 1024, x_bytes >> 6)
+                    fill_panel(4, panel, sums + 1024, x_bytes >> 6)
                 tile = begin
                 while tile < end:
                     at = weights + tile * tile_bytes
@@ -203,7 +104,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
                         _multiply(KIND, 4, 1, ISA, at, tile_bytes, panel, sums, runs)
                     else:
                         _multiply(KIND, 1, 1, ISA, at, tile_bytes, addresses[0], sums, runs)
-                    _write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+                    write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
                     tile += width
                 row += count
 
@@ -246,7 +147,7 @@ def linear_row(
         rows_from: which of the step's numbers is T.
     """
     assert out_stride >= column + matrix.rows
-    assert x_bytes % _VECTOR_BYTES == 0
+    assert x_bytes % VECTOR_BYTES == 0
     assert x_bytes >= 4 * matrix.steps
     return [
         int(rows_from),

@@ -1,0 +1,165 @@
+"""What linear layers with activations in rows share: the panel of activations, tiles times a panel, writing results.
+
+Stands inside step 6 of a request's life. A block's rows are copied into a **panel** on the stack, element by element
+side by side, so that a step of the weights meets neighbouring elements. A CPU without AVX-512 has 16 vectors of half
+the size: there, 4 rows meet one tile at a time, whose sums stay in registers (8 rows: half as fast, measured on Zen 3).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, I64, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.tiles import write_tile
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
+
+VECTOR_BYTES = 4 * LANES
+
+_AHEAD = 3072
+"""Bytes of weights that 8 rows ask for ahead: 2 to 6 % faster on Zen 4. A single row is not, and does not."""
+
+
+# ---- the panel of activations ----------------------------------------------------------------------------------------
+
+
+def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
+    """Vectors of 16 elements, one for each row, as vectors of all rows' element 0, all rows' element 1, and so on."""
+    if len(vectors) == 1:
+        return vectors
+    zipped: list[Any] = []
+    for even, odd in zip(_interleaved(e, vectors[0::2]), _interleaved(e, vectors[1::2])):
+        for start in (0, LANES // 2):
+            order = [ir.Constant(I32, start + lane // 2 + lane % 2 * LANES) for lane in range(LANES)]
+            zipped.append(e.b.shuffle_vector(even, odd, ir.Constant(vector(I32), order)))
+    return zipped
+
+
+@intrinsic(prefer_literal=True)
+def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> Any:
+    """Copies the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
+    height = block.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_panel, at_addresses, count = args[1:]
+        sources = [e.load(at_addresses, I64, 8 * row) for row in range(height)]
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(VECTOR_BYTES))
+            loaded = [e.load(b.add(source, offset), vector(I32)) for source in sources]
+            target = b.add(at_panel, b.mul(offset, e.int64(height)))
+            for part, mixed in enumerate(_interleaved(e, loaded)):
+                e.store(target, mixed, part * VECTOR_BYTES)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(block, *[types.int64] * 3), code
+
+
+# ---- tiles times a panel ---------------------------------------------------------------------------------------------
+
+
+def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
+    """16 rows of a step."""
+    if kind is PlainKind.F16:
+        return e.half_to_float(e.load(address, vector(F16), offset))
+    return e.load(address, vector(I32 if kind is PlainKind.BF16 else F32), offset)
+
+
+def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
+    """One step more of 16 sums; x is an element of the activations in every lane."""
+    return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
+
+
+def _prefetch(e: Emitter, address: Any, offset: int) -> None:
+    """Asks for a cache line that will be read; it may lie behind the end of memory."""
+    at = e.b.inttoptr(e.b.add(address, e.int64(offset)), I8.as_pointer())
+    e.call("llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, number) for number in (0, 3, 1))])
+
+
+def emit_sums(
+    e: Emitter,
+    kind: PlainKind,
+    isa: Isa,
+    tiles: Sequence[Any],
+    height: int,
+    panel: Any,
+    runs: Any,
+    write: Callable[[int, int, Any], None],
+) -> None:
+    """Tiles times a panel of `height` rows: each sum is one chain over the steps, the same in every variant.
+
+    Args:
+        e, kind, isa: of the code.
+        tiles: where the tiles' weights begin.
+        height: rows of the panel.
+        panel: where it begins.
+        runs: of `RUN` steps, at least 1.
+        write: write(tile, row, sums) is called for each, 16 sums of a row.
+    """
+    wide = bool(isa & (Isa.VNNI | Isa.BF16))  # both are of AVX-512, which has 32 long registers
+    together = (range(len(tiles)),) if wide else [(tile,) for tile in range(len(tiles))]
+    rows = height if wide else min(height, 4)
+    for picked in together:
+        for first in range(0, height, rows):
+            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (height, first, rows), panel, runs)
+            for at, total in enumerate(sums):
+                write(picked[at // rows], first + at % rows, total)
+
+
+def _block_sums(
+    e: Emitter, kind: PlainKind, isa: Isa, tiles: list[Any], block: tuple[int, int, int], panel: Any, runs: Any
+) -> list[Any]:
+    """`emit_sums` of some rows, (of how many, the first, how many): sums that stay in registers, [tile, row]."""
+    height, first, rows = block
+    b, element = e.b, F32 if kind is not PlainKind.BF16 else I32
+
+    def body(index: Any, totals: list[Any]) -> list[Any]:
+        offset = b.mul(index, e.int64(RUN * kind.step_bytes))
+        places = [b.add(tile, offset) for tile in tiles]
+        x = b.add(panel, b.mul(index, e.int64(RUN * height * 4)))
+        totals = list(totals)
+        for step in range(RUN):
+            if rows == 8:
+                for place in places:
+                    _prefetch(e, place, step * kind.step_bytes + _AHEAD)
+            loaded = [_weights(e, kind, place, step * kind.step_bytes) for place in places]
+            for row in range(rows):
+                splat = e.splat(e.load(x, element, 4 * (step * height + first + row)))
+                for tile, vectors in enumerate(loaded):
+                    at = tile * rows + row
+                    totals[at] = _add_step(e, kind, isa, totals[at], vectors, splat)
+        return totals
+
+    return e.loop(runs, [e.zeros(F32)] * (len(tiles) * rows), body)
+
+
+@njit
+def write_tiles(
+    sums: int,
+    block: int,
+    rows: int,
+    tile: int,
+    count: int,
+    columns: int,
+    out: int,
+    row_bytes: int,
+    bias: int,
+    accumulate: int,
+) -> None:
+    """Writes the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... where they belong."""
+    for index in range(tile, tile + count):
+        lanes = min(columns - index * 16, 16)
+        at_bias = bias + index * 64 if bias else 0
+        write_tile(
+            sums + (index - tile) * block * 4 * ROWS, rows, lanes, out + index * 64, row_bytes, at_bias, accumulate
+        )

@@ -1,0 +1,439 @@
+"""The linear layer of small floats as compiled CPU operations: step 6 of a request's life.
+
+The shape is that of `plain_linear/cpu.py`, and so are its panels. A few rows widen weights in registers. One row adds
+up a pair of spans side by side: a sum is one chain of instructions that wait for each other, and one alone is slower
+than the memory. More rows widen the tiles that stay in the second-level cache once, and go through them in blocks. All
+add a span's products in the same order.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
+from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
+
+_CACHED_BYTES = 384 << 10
+"""Widened weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+
+_MOST_BYTES = 1 << 20
+"""Widened weights of two tiles beyond which one is taken at a time: they are on the stack."""
+
+_FEW = 8
+"""Most rows for which weights are widened in registers."""
+
+
+# ---- widening --------------------------------------------------------------------------------------------------------
+
+
+def _moved(e: Emitter, word: Any, up: int, down: int, mask: int) -> Any:
+    """Small floats at the place of larger ones in 16 bits: moved up, then down with the sign; `mask` leaves it once."""
+    lanes = word.type.count
+    if up:
+        word = e.b.shl(word, e.constant(I16, up, lanes))
+    word = e.b.ashr(word, e.constant(I16, down, lanes))
+    return e.b.and_(word, e.constant(I16, mask - (1 << 16), lanes))
+
+
+def _halves(e: Emitter, bits: Any) -> Any:
+    """The bits of 16 halves as floats."""
+    return e.half_to_float(e.b.bitcast(bits, vector(F16)))
+
+
+def _split(e: Emitter, pair: Any) -> tuple[Any, Any]:
+    """Pairs of bfloat16, <16 x i32>, as the floats of the first and of the second."""
+    first, second = e.b.shl(pair, e.constant(I32, 16)), e.b.and_(pair, e.constant(I32, -65536))
+    return e.b.bitcast(first, vector(F32)), e.b.bitcast(second, vector(F32))
+
+
+def _joined(e: Emitter, first: Any, second: Any) -> Any:
+    """Two floats that are bfloat16 exactly, as pairs, <16 x i32>."""
+    low = e.b.lshr(e.b.bitcast(first, vector(I32)), e.constant(I32, 16))
+    return e.b.or_(low, e.b.bitcast(second, vector(I32)))
+
+
+def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, Any]]:
+    """A turn's weights as floats, divided by the kind's factor: for each step of two columns, both as 16 rows.
+
+    Code is emitted step by step, as they are asked for: a whole turn would not stay in registers.
+    """
+    if kind is ScaledKind.E2M1:
+        scale = e.b.zext(e.load(address, vector(I8)), vector(I16))
+        scale = _halves(e, _moved(e, scale, 8, 1, 0xBF80))
+        for at in range(4):
+            word = e.load(address, vector(I16), ROWS + 2 * ROWS * at)
+            for up in (12, 4):
+                first, second = (_halves(e, _moved(e, word, up - by, 3, 0x8E00)) for by in (0, 4))
+                yield e.b.fmul(first, scale), e.b.fmul(second, scale)
+        return
+    down, mask, bias = (4, 0x87F0, 120) if kind is ScaledKind.E4M3 else (3, 0x8FE0, 112)
+    power = e.constant(F32, 2.0**bias)
+    for at in range(2):
+        word = e.load(address, vector(I16, 2 * ROWS), 4 * ROWS * at)
+        for up in (8, 0):
+            first, second = _split(e, e.b.bitcast(_moved(e, word, up, down, mask), vector(I32)))
+            yield e.b.fmul(first, power), e.b.fmul(second, power)
+
+
+@intrinsic(prefer_literal=True)
+def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> Any:
+    """Turns, `step` bytes apart, as a run of steps of bfloat16, each [16 rows, 2 columns]."""
+    number = ScaledKind(kind.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_codes, apart, at_out, count = args[1:]
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            source = b.add(at_codes, b.mul(index, apart))
+            target = b.add(at_out, b.mul(index, e.int64(2 * ROWS * number.turn_columns)))
+            for step, floats in enumerate(_steps(e, number, source)):
+                e.store(target, _joined(e, *floats), step * PlainKind.BF16.step_bytes)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 4), code
+
+
+# ---- few rows --------------------------------------------------------------------------------------------------------
+
+
+def _x_bytes(isa: Isa) -> int:
+    """Bytes of an activation that a few rows meet: bfloat16 where the CPU multiplies it, else floats."""
+    return 2 if isa & Isa.BF16 else 4
+
+
+@intrinsic
+def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
+    """16 * `vectors` numbers of bfloat16 as floats."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_x, at_out, count = args
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            halves = e.load(b.add(at_x, b.mul(index, e.int64(2 * LANES))), vector(I16))
+            floats = b.shl(b.zext(halves, vector(I32)), e.constant(I32, 16))
+            e.store(b.add(at_out, b.mul(index, e.int64(4 * LANES))), floats)
+            return state
+
+        e.loop(count, [], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
+    """16 sums and a step more of a row at x, in a panel of `height` rows. The bits are those of `dot_bf16`."""
+    if isa & Isa.BF16:
+        return e.dot_bf16(total, e.splat(e.load(x, I32)), _joined(e, *floats), isa)
+    for at, weights in enumerate(floats):
+        total = e.fma(e.splat(e.load(x, F32, 4 * height * at)), weights, total)
+    return total
+
+
+@intrinsic(prefer_literal=True)
+def _multiply_rows(
+    _: Any, kind: Any, block: Any, isa: Any, weights: Any, turns: Any, span_turns: Any, panel: Any, out: Any
+) -> Any:
+    """A tile times a panel of `block` rows of numbers as `_x_bytes` says: float32 [block, 16] at `out`."""
+    number, height, features = ScaledKind(kind.literal_value), block.literal_value, Isa(isa.literal_value)
+    step_x = 2 * _x_bytes(features) * height
+    turn_x = step_x * number.turn_columns // 2
+    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # more rows are chains enough
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, count, each, at_x, at_out = args[3:]
+        span_bytes = b.add(b.mul(each, e.int64(number.turn_bytes)), e.int64(HEAD_BYTES))
+        span_x = b.mul(each, e.int64(turn_x))
+
+        def add(spans: range, of: int, at: Any, length: Any, totals: list[Any]) -> list[Any]:
+            """Adds those `spans` side by side that lie in a run of `of`, of `length` turns, which begins with `at`."""
+            head, x = b.add(at_weights, b.mul(at, span_bytes)), b.add(at_x, b.mul(at, span_x))
+            codes = b.add(head, e.int64(of * HEAD_BYTES))
+
+            def body(index: Any, sums: list[Any]) -> list[Any]:
+                first = b.add(codes, b.mul(index, e.int64(of * number.turn_bytes)))
+                inputs, sums = b.add(x, b.mul(index, e.int64(turn_x))), list(sums)
+                places = [b.add(inputs, b.mul(span_x, e.int64(span))) for span in spans]
+                turns = [_steps(e, number, b.add(first, e.int64(span * number.turn_bytes))) for span in spans]
+                for step, abreast in enumerate(zip(*turns)):
+                    for chain in range(len(spans) * height):
+                        at, row = divmod(chain, height)
+                        place = b.add(places[at], e.int64(step * step_x + 4 * row))
+                        sums[chain] = _add_step(e, features, sums[chain], place, height, abreast[at])
+                return sums
+
+            parts = e.loop(length, [e.zeros(F32)] * (len(spans) * height), body)
+            totals = list(totals)
+            for chain, part in enumerate(parts):
+                scale = e.load(head, vector(F32), spans[chain // height] * HEAD_BYTES)
+                totals[chain % height] = e.fma(part, scale, totals[chain % height])
+            return totals
+
+        def two(index: Any, totals: list[Any]) -> list[Any]:
+            at = b.mul(index, e.int64(2))
+            if paired_sums:
+                return add(range(2), 2, at, each, totals)
+            return add(range(1, 2), 2, at, each, add(range(1), 2, at, each, totals))
+
+        def one(index: Any, totals: list[Any]) -> list[Any]:
+            at = b.add(paired, index)
+            left = b.sub(count, b.mul(at, each))
+            return add(range(1), 1, at, b.select(b.icmp_signed("<", left, each), left, each), totals)
+
+        pairs = b.sdiv(count, b.mul(each, e.int64(2)))
+        paired = b.mul(pairs, e.int64(2))
+        spans = b.sdiv(b.add(count, b.sub(each, e.int64(1))), each)
+        totals = e.loop_or_skip(pairs, [e.zeros(F32)] * height, two)
+        for row, total in enumerate(e.loop_or_skip(b.sub(spans, paired), totals, one)):
+            e.store(at_out, total, row * 4 * ROWS)
+        return context.get_dummy_value()
+
+    return types.void(kind, block, isa, *[types.int64] * 5), code
+
+
+# ---- more rows -------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def _add_span(
+    _: Any,
+    block: Any,
+    tiles: Any,
+    isa: Any,
+    weights: Any,
+    tile_bytes: Any,
+    panel: Any,
+    runs: Any,
+    head: Any,
+    head_step: Any,
+    sums: Any,
+) -> Any:
+    """A span of neighbouring widened tiles times a panel of `block` rows, onto sums float32 [tiles, block, 16].
+
+    The tiles lie `tile_bytes` apart, their scales, the first at `head`, `head_step` bytes.
+    """
+    height, width, features = block.literal_value, tiles.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, size, at_panel, count, at_head, step, at_sums = args[3:]
+        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+        heads = [b.add(at_head, b.mul(step, e.int64(tile))) for tile in range(width)]
+
+        def write(tile: int, row: int, part: Any) -> None:
+            place = (tile * height + row) * 4 * ROWS
+            total = e.load(at_sums, vector(F32), place)
+            e.store(at_sums, e.fma(part, e.load(heads[tile], vector(F32)), total), place)
+
+        emit_sums(e, PlainKind.BF16, features, bases, height, at_panel, count, write)
+        return context.get_dummy_value()
+
+    return types.void(block, tiles, isa, *[types.int64] * 7), code
+
+
+@intrinsic(prefer_literal=True)
+def _clear(_: Any, vectors: Any, address: Any) -> Any:
+    """Zeros to so many times 16 floats."""
+    count = vectors.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        for at in range(count):
+            e.store(args[1], e.zeros(F32), at * 4 * ROWS)
+        return context.get_dummy_value()
+
+    return types.void(vectors, types.int64), code
+
+
+@njit
+def _head(span: int, paired: int, span_bytes: int) -> int:
+    """Where the scales of a span stand in its tile, of which `paired` spans are in pairs."""
+    return span * span_bytes if span >= paired else (span & -2) * span_bytes + (span & 1) * HEAD_BYTES
+
+
+@njit
+def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[int, int]:
+    """Where the turns of a span begin in its tile, and bytes from one to the next."""
+    if span >= paired:
+        return span * span_bytes + HEAD_BYTES, turn_bytes
+    return (span & -2) * span_bytes + 2 * HEAD_BYTES + (span & 1) * turn_bytes, 2 * turn_bytes
+
+
+# ---- the operation ---------------------------------------------------------------------------------------------------
+
+
+def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
+    """The linear operation. TILE_BLOCK: bytes of widened weights gone through at a time; MOST: of two tiles."""
+    TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
+    X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW
+
+    def scaled_linear(arguments: Any, thread: int, threads: int) -> None:
+        rows = int64_at(arguments[2])[arguments[3]]
+        weights, tile_bytes, columns, turns = arguments[4], arguments[5], arguments[6], arguments[7]
+        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
+        picked, x, x_bytes, span_turns = arguments[12], arguments[13], arguments[14], arguments[15]
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        if rows <= FEW:
+            height = 1 if rows == 1 else 4 if rows <= 4 or X_BYTES == 4 else 8
+            wide_row = x_bytes * X_BYTES >> 1
+            sums = stack_bytes(512 + 64 + (height + FEW) * wide_row)
+            addresses, spread, panels = int64_at(sums + 512), sums + 576, sums + 576 + height * wide_row
+            for begin in range(0, rows, height):
+                for index in range(height):
+                    source = min(begin + index, rows - 1)
+                    if picked != 0:
+                        source = int64_at(picked)[source]
+                    addresses[index] = x + source * x_bytes
+                    if X_BYTES == 4:
+                        _spread(addresses[index], spread + index * wide_row, x_bytes >> 5)
+                        addresses[index] = spread + index * wide_row
+                panel = panels + begin * wide_row
+                if height == 8:
+                    fill_panel(8, panel, sums + 512, wide_row >> 6)
+                elif height == 4:
+                    fill_panel(4, panel, sums + 512, wide_row >> 6)
+                else:
+                    panels = addresses[0]
+            for tile in range(first, last):
+                at_tile = weights + tile * tile_bytes
+                for begin in range(0, rows, height):
+                    panel, count = panels + begin * wide_row, min(height, rows - begin)
+                    if height == 8:
+                        _multiply_rows(KIND, 8, ISA, at_tile, turns, span_turns, panel, sums)
+                    elif height == 4:
+                        _multiply_rows(KIND, 4, ISA, at_tile, turns, span_turns, panel, sums)
+                    else:
+                        _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, panel, sums)
+                    target = out + begin * row_bytes
+                    write_tiles(sums, height, count, tile, 1, columns, target, row_bytes, bias, accumulate)
+            return
+        span_bytes, spans = HEAD_BYTES + span_turns * TURN_BYTES, (turns + span_turns - 1) // span_turns
+        paired = turns // (2 * span_turns) * 2
+        wide_span, wide_tile = 32 * COLUMNS * span_turns, 32 * COLUMNS * turns
+        step = 1 if 2 * wide_tile > MOST else max(TILE_BLOCK // wide_tile, 2) & -2
+        panel = stack_bytes(8 * x_bytes + 1024 + 64 + step * wide_tile)
+        sums = panel + 8 * x_bytes
+        addresses, scratch = int64_at(sums + 1024), sums + 1024 + 64
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            for tile in range(begin, end):
+                for span in range(spans):
+                    codes, apart = _place(span, paired, span_bytes, TURN_BYTES)
+                    target = scratch + (tile - begin) * wide_tile + span * wide_span
+                    length = min(span_turns, turns - span * span_turns)
+                    _widen(KIND, weights + tile * tile_bytes + codes, apart, target, length)
+            row = 0
+            while row < rows:
+                left = rows - row
+                block = 8 if left > 4 else 4 if left > 1 else 1
+                count = min(block, left)
+                for index in range(block):
+                    source = row + min(index, count - 1)
+                    if picked != 0:
+                        source = int64_at(picked)[source]
+                    addresses[index] = x + source * x_bytes
+                places = addresses[0]
+                if block == 8:
+                    fill_panel(8, panel, sums + 1024, x_bytes >> 6)
+                    places = panel
+                elif block == 4:
+                    fill_panel(4, panel, sums + 1024, x_bytes >> 6)
+                    places = panel
+                tile = begin
+                while tile < end:
+                    width = 2 if block == 8 and end - tile >= 2 else 1
+                    _clear(16, sums)
+                    for span in range(spans):
+                        wide = scratch + (tile - begin) * wide_tile + span * wide_span
+                        head = weights + tile * tile_bytes + _head(span, paired, span_bytes)
+                        at = places + span * span_turns * 2 * COLUMNS * block
+                        runs = min(span_turns, turns - span * span_turns) * (COLUMNS // (2 * RUN))
+                        if width == 2:
+                            _add_span(8, 2, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
+                        elif block == 8:
+                            _add_span(8, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
+                        elif block == 4:
+                            _add_span(4, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
+                        else:
+                            _add_span(1, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
+                    target = out + row * row_bytes
+                    write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+                    tile += width
+                row += count
+
+    return scaled_linear
+
+
+@cache
+def linear_operation(kind: ScaledKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _MOST_BYTES))
+
+
+def linear_row(
+    matrix: ScaledMatrix,
+    *,
+    x: int,
+    x_bytes: int,
+    out: int,
+    out_stride: int,
+    column: int = 0,
+    bias: int = 0,
+    accumulate: bool = False,
+    picked: int = 0,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> list[int]:
+    """The arguments of a linear operation; the caller keeps all of the memory alive.
+
+    Up to the activations they are those of `plain_linear`, and so is their meaning.
+
+    Args:
+        matrix: the weights [N, K].
+        x: address of the activations, bfloat16.
+        x_bytes: from one of their rows to the next; a multiple of 64, and zero behind K.
+        out: address of the result.
+        out_stride: floats from one row of the result to the next.
+        column: first column of the result that is written.
+        bias: address of float32 [N], or 0.
+        accumulate: add to what stands in the result.
+        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers is T.
+    """
+    assert out_stride >= column + matrix.rows
+    assert x_bytes % VECTOR_BYTES == 0
+    assert x_bytes >= 2 * matrix.turns * matrix.kind.turn_columns
+    return [
+        int(rows_from),
+        address_of(matrix.data),
+        matrix.tile_bytes,
+        matrix.rows,
+        matrix.turns,
+        out + 4 * column,
+        4 * out_stride,
+        bias,
+        int(accumulate),
+        picked,
+        x,
+        x_bytes,
+        matrix.span_turns,
+    ]

@@ -1,0 +1,161 @@
+"""Small floats with scales to the layout of the kernels: done once, at load, before step 1 of a request's life."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS
+from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, MOST_SPAN, ROWS, ScaledKind, ScaledMatrix
+from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
+
+CHUNK = 1 << 19
+"""Weights per round: what a round touches stays in the cache."""
+
+
+def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix:
+    """Lays out a matrix; every number is kept exactly.
+
+    Args:
+        codes: all rows, in their order.
+        memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+
+    Raises:
+        UnsupportedModelError: no kernel multiplies such a matrix; says what is in the way.
+        ValueError: the codes' arrays do not go together.
+    """
+    kind = ScaledKind[codes.numbers.upper()]
+    rows, columns = len(codes.codes), codes.columns
+    span_turns = _span_turns(codes, kind)
+    tiles = -(-rows // ROWS)
+    empty = ScaledMatrix(rows, columns, kind, span_turns, np.empty(0, np.uint8))
+    data = (memory or WeightMemory(0)).take(tiles * empty.tile_bytes).reshape(tiles, -1)
+    matrix = ScaledMatrix(rows, columns, kind, span_turns, data)
+
+    def job(first: int, last: int) -> None:
+        _store(codes.take(slice(first * ROWS, last * ROWS)), matrix, data[first:last])
+
+    step = max(1, CHUNK // (ROWS * columns))
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), tiles // step))) as pool:
+        jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
+        for running in jobs:
+            running.result()
+    return matrix
+
+
+def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
+    """Turns of the longest span whose columns share a scale."""
+    rows, columns = len(codes.codes), codes.columns
+    if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
+        raise UnsupportedModelError(
+            f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
+        )
+    spans = 1 if codes.span >= columns else -(-columns // codes.span)
+    grouped = kind is ScaledKind.E2M1
+    groups = (rows, columns // GROUP) if grouped else None
+    if (
+        codes.codes.dtype != np.uint8
+        or codes.scales.dtype != np.float32
+        or codes.scales.shape != (rows, spans)
+        or groups != (None if codes.groups is None else codes.groups.shape)
+        or (grouped and columns % GROUP)
+    ):
+        raise ValueError(
+            f"codes of a matrix of {rows} x {columns} came with scales of shape {codes.scales.shape} for spans of "
+            f"{codes.span}, and groups {None if codes.groups is None else codes.groups.shape}"
+        )
+    if kind is ScaledKind.E5M2 and (codes.codes & 0x7F == 0x7C).any():
+        raise UnsupportedModelError("infinite weights have no kernel")
+    finite = np.abs(codes.scales[np.isfinite(codes.scales)])
+    if finite.size and finite.max() > np.finfo(np.float32).max / kind.factor:
+        raise UnsupportedModelError(f"a scale of {finite.max():g} is too large for the kernel of {kind.name}")
+    if spans == 1:
+        return MOST_SPAN // kind.turn_columns
+    turns, rest = divmod(codes.span, kind.turn_columns)
+    if rest:
+        raise UnsupportedModelError(
+            f"scales for {codes.span} columns have no kernel: they must be a multiple of {kind.turn_columns}"
+        )
+    most = MOST_SPAN // kind.turn_columns
+    return next(count for count in range(min(most, turns), 0, -1) if turns % count == 0)
+
+
+def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
+    """Writes rows to their tiles, uint8 [tiles, bytes]."""
+    kind, turns, spans = matrix.kind, matrix.turns, matrix.spans
+    rows, each = len(tiles) * ROWS, matrix.span_turns * kind.turn_columns
+    scales = _filled(codes.scales[:, np.arange(spans) * each // codes.span], (rows, spans))
+    width = kind.turn_columns // (2 if kind is ScaledKind.E2M1 else 1)
+    data = _filled(codes.codes, (rows, turns * width))
+    groups = None if codes.groups is None else _filled(codes.groups, (rows, turns))
+    if kind is ScaledKind.E4M3:
+        data, scales = _raised(data, scales, each)
+    stored = np.empty((len(tiles), turns, kind.turn_bytes), np.uint8)
+    if groups is not None:
+        stored[..., :ROWS] = groups.reshape(len(tiles), ROWS, turns).transpose(0, 2, 1)
+        words = data.view(np.uint16)
+    else:
+        words = np.ascontiguousarray(data).view(np.uint32)
+        words = words & 0xFF0000FF | words >> 8 & 0xFF00 | words << 8 & 0xFF0000  # columns 0, 2, 1, 3
+    vectors = words.reshape(len(tiles), ROWS, turns, -1).transpose(0, 2, 3, 1)
+    stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # views: one axis is cut
+    with np.errstate(over="ignore"):  # infinite scales stay what they are
+        scales = scales * np.float32(kind.factor)
+    row, column = _not_numbers(data if groups is None else groups, kind)
+    scales[row, column // (each if groups is None else matrix.span_turns)] = np.nan
+    heads = np.ascontiguousarray(scales.reshape(len(tiles), ROWS, spans).transpose(0, 2, 1)).view(np.uint8)
+    paired, length = 2 * matrix.pairs, matrix.span_turns
+    pairs = tiles[:, : paired * matrix.span_bytes].reshape(len(tiles), matrix.pairs, 2 * matrix.span_bytes)
+    pairs[..., : 2 * HEAD_BYTES] = heads[:, :paired].reshape(len(tiles), matrix.pairs, 2 * HEAD_BYTES)
+    whole = stored[:, : paired * length].reshape(len(tiles), matrix.pairs, 2, length, kind.turn_bytes)
+    target = whole.transpose(0, 1, 3, 2, 4)
+    pairs[..., 2 * HEAD_BYTES :].reshape(target.shape)[:] = target
+    for span in range(paired, spans):
+        part = tiles[:, span * matrix.span_bytes :][:, : matrix.span_bytes]
+        part[:, :HEAD_BYTES] = heads[:, span]
+        part[:, HEAD_BYTES:] = stored[:, span * length : (span + 1) * length].reshape(len(tiles), -1)
+
+
+def _not_numbers(data: np.ndarray, kind: ScaledKind) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the NaN among weights, or among scales of groups."""
+    found = (data & 0x7F) > 0x7C if kind is ScaledKind.E5M2 else (data & 0x7F) == 0x7F
+    row, column = found.nonzero() if found.any() else (np.empty(0, np.intp),) * 2
+    return row, column
+
+
+def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers e4m3 [R, K] of each span times 2^i, as far as they go, and scales [R, spans] divided by it, exactly."""
+    table, rooms = _raised_codes()
+    (rows, columns), spans = codes.shape, scales.shape[1]
+    whole = _filled(codes, (rows, spans * each)).reshape(rows, spans, each)
+    sizes = whole & 0x7F
+    shifts = np.where(np.abs(scales) > 2.0**-100, rooms[sizes.max(axis=2)], 0)  # smaller ones would be rounded
+    if not shifts.any():
+        return codes, scales
+    raised = whole + (8 * shifts).astype(np.uint8)[..., None]  # to the exponent, above three bits
+    small = np.flatnonzero(sizes < 8)  # few: subnormal ones have no exponent yet, and zeros none at all
+    raised.reshape(-1)[small] = table[shifts.reshape(-1)[small // each], whole.reshape(-1)[small]]
+    return raised.reshape(rows, -1)[:, :columns], np.ldexp(scales, -shifts)
+
+
+@cache
+def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
+    """Codes of e4m3 times 2^i, uint8 [18, 256], and up to which i those of a positive code go, int32 [128]."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = torch.stack([(numbers * 2.0**i).to(torch.float8_e4m3fn).view(torch.uint8) for i in range(18)])
+    rooms = (448 / numbers[:128]).log2().floor().nan_to_num(0, posinf=0)
+    return codes.numpy(), rooms.to(torch.int32).numpy()
+
+
+def _filled(numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A matrix of at least that shape with zeros behind its rows and columns."""
+    if numbers.shape == shape:
+        return np.ascontiguousarray(numbers)
+    whole = np.zeros(shape, numbers.dtype)
+    whole[: numbers.shape[0], : numbers.shape[1]] = numbers
+    return whole

@@ -1,0 +1,57 @@
+"""The linear layer of small floats in plain numpy, literal enough to check by eye: step 6, and what tests compare."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+from candle_vllm.core.kernels.plain_linear.reference import linear, round_activations
+from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
+from candle_vllm.core.quantization.group_codes import nibbles
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def scaled_linear(matrix: ScaledMatrix, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The matrix [N, K] times rounded activations [T, K], plus bias [N]: float32 [T, N], summed in float64."""
+    return linear(unpack(matrix), round_activations(x, PlainKind.BF16), bias)
+
+
+def unpack(matrix: ScaledMatrix) -> np.ndarray:
+    """The weights as float32 [N, K]: each float times its scale, rounded once; whole spans of NaN where one is NaN."""
+    found, paired = [], 2 * matrix.pairs
+    for start in range(0, paired, 2):
+        pair = matrix.data[:, start * matrix.span_bytes : (start + 2) * matrix.span_bytes]
+        turns = pair[:, 2 * HEAD_BYTES :].reshape(len(pair), -1, 2, matrix.kind.turn_bytes)
+        found += [_span(pair[:, at * HEAD_BYTES :], turns[:, :, at], matrix.kind) for at in range(2)]
+    for start in range(paired, matrix.spans):
+        span = matrix.data[:, start * matrix.span_bytes : (start + 1) * matrix.span_bytes]
+        turns = span[:, HEAD_BYTES:].reshape(len(span), -1, matrix.kind.turn_bytes)
+        found.append(_span(span, turns, matrix.kind))
+    return np.concatenate(found, axis=2).reshape(len(matrix.data) * ROWS, -1)[: matrix.rows, : matrix.columns]
+
+
+def _span(head: np.ndarray, turns: np.ndarray, kind: ScaledKind) -> np.ndarray:
+    """Weights of a span, [tiles, 16, columns]: of bytes [tiles, ...] that begin with its scales, and of its turns."""
+    tiles = len(turns)
+    scales = head[:, :HEAD_BYTES].copy().view(np.float32) / np.float32(kind.factor)
+    codes = turns[..., -8 * ROWS :]
+    if kind is ScaledKind.E2M1:
+        codes = codes.reshape(tiles, -1, 4, ROWS, 2)
+    else:
+        codes = codes.reshape(tiles, -1, 2, ROWS, 4)[..., [0, 2, 1, 3]]
+    numbers = _widened(np.ascontiguousarray(codes.transpose(0, 3, 1, 2, 4)).reshape(tiles, ROWS, -1), kind)
+    if kind is ScaledKind.E2M1:
+        groups = _widened(np.ascontiguousarray(turns[..., :ROWS].transpose(0, 2, 1)), ScaledKind.E4M3)
+        numbers = numbers * np.repeat(groups, kind.turn_columns, axis=2)
+    with np.errstate(all="ignore"):  # scales may be infinite or NaN
+        return numbers * scales[..., None]
+
+
+def _widened(codes: np.ndarray, kind: ScaledKind) -> np.ndarray:
+    """Bits of floats, uint8, as float32."""
+    if kind is ScaledKind.E2M1:
+        return np.array([*_E2M1, *(-x for x in _E2M1)], np.float32)[nibbles(codes)]
+    dtype = torch.float8_e4m3fn if kind is ScaledKind.E4M3 else torch.float8_e5m2
+    return torch.from_numpy(codes).view(dtype).to(torch.float32).numpy()

@@ -1,0 +1,76 @@
+"""Small floats with scales: what FP8 and NVFP4 checkpoints hold of some rows of a matrix, as it is stored.
+
+Stands before step 1 of a request's life. A weight is its float, times the float of its group where there are groups,
+times the scale of its span in fp32. Spans are runs of neighbouring columns; the last of a row may be cut off.
+Source: Micikevicius et al., 2022, arXiv:2209.05433 (e4m3, e5m2); OCP Microscaling Formats 1.0, 2023 (e2m1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from candle_vllm.core.quantization.group_codes import nibbles
+
+Floats: TypeAlias = Literal["e4m3", "e5m2", "e2m1"]
+"""What codes are: floats of 8 bits, or of 4 with a scale e4m3 for each group."""
+
+GROUP = 16
+"""Weights of e2m1 that share a scale of 8 bits."""
+
+FLOAT_DTYPES = MappingProxyType({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2})
+"""Torch's types of floats of 8 bits."""
+
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class ScaledCodes:
+    """Some rows of a matrix.
+
+    Attributes:
+        numbers: what the codes are.
+        codes: the floats' bits, uint8 [R, K]; of e2m1 uint8 [R, K / 2], the first of two in the lower half of a byte.
+        scales: float32 [R, spans].
+        span: columns of a span; K where there is one scale in a row.
+        groups: of e2m1 the bits of the groups' scales, which are e4m3, uint8 [R, K / 16]; else None.
+    """
+
+    numbers: Floats
+    codes: np.ndarray
+    scales: np.ndarray
+    span: int
+    groups: np.ndarray | None = None
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.codes.shape[1] * (2 if self.numbers == "e2m1" else 1)
+
+    def take(self, rows: np.ndarray | slice) -> ScaledCodes:
+        """Some of the rows."""
+        groups = None if self.groups is None else self.groups[rows]
+        return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], groups=groups)
+
+    def dequantise(self) -> np.ndarray:
+        """The weights, float32 [R, K], each product of float and scale rounded once."""
+        if self.numbers == "e2m1":
+            assert self.groups is not None
+            values = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)[nibbles(self.codes)]
+            values *= np.repeat(_widened(self.groups, "e4m3"), GROUP, axis=1)  # exact: 6 significant bits at most
+        else:
+            values = _widened(self.codes, self.numbers)
+        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
+            spread = self.scales.shape[1] > 1
+            values *= np.repeat(self.scales, self.span, axis=1)[:, : self.columns] if spread else self.scales
+        return values
+
+
+def _widened(codes: np.ndarray, numbers: Literal["e4m3", "e5m2"]) -> np.ndarray:
+    """Bits of floats as float32, in memory of their own."""
+    return torch.from_numpy(codes.copy()).view(FLOAT_DTYPES[numbers]).to(torch.float32).numpy()

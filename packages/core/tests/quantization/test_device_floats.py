@@ -1,0 +1,126 @@
+"""FP8 and NVFP4 on a GPU's path: matrices stay small floats, whatever a model makes of their rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from format_writers import WRITERS, Written
+from safetensors.torch import save_file
+
+from candle_vllm.core.kernels.group_linear import GroupMatrix
+from candle_vllm.core.kernels.group_linear.reference import dequantise
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
+from candle_vllm.core.layers.parameters import DevicePart, Placement
+from candle_vllm.core.loading.quantised import read_quantised
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.views import ordered
+
+DEVICE = Placement(torch.device("cpu"), torch.float32, keeps_quantised=True)
+KEPT = [name for name in WRITERS if ("fp8" in name and not name.endswith("blocks")) or "nvfp4" in name]
+
+
+def stored_layer(name: str, folder: Path, rows: int = 48, columns: int = 96) -> tuple[StoredTensor, Written]:
+    """A layer in a format, and what was written."""
+    written = WRITERS[name](torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
+    save_file({f"l{end}": part.contiguous() for end, part in written.parts.items()}, folder / "model.safetensors")
+    checkpoint = open_safetensors(folder)
+    config = {"quantization_config": written.config}
+    return read_quantised(checkpoint, config, folder / "config.json").tensors["l.weight"], written
+
+
+def filled(stored: StoredTensor, *, floats: bool = True) -> Any:
+    matrices: dict[str, Any] = {}
+    rows, columns = stored.shape
+    DevicePart(matrices, "m", (rows, columns), DEVICE, floats=floats).fill(stored)
+    return matrices["m"]
+
+
+def assert_means(matrix: GroupMatrix, weight: torch.Tensor, name: str) -> None:
+    """NVFP4's two scales meet a number in another order: roundings of fp32."""
+    assert isinstance(matrix, GroupMatrix)
+    assert torch.allclose(dequantise(matrix), weight, rtol=2**-22 if "nvfp4" in name else 0, atol=0)
+
+
+def test_there_are_kinds_of_every_sort() -> None:
+    assert len(KEPT) >= 8
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_matrices_are_kept_with_their_rows_in_any_order(name: str, tmp_path: Path) -> None:
+    stored, written = stored_layer(name, tmp_path)
+    matrix = filled(stored)
+    assert matrix.numbers == ("e2m1" if "nvfp4" in name else "e5m2" if "e5m2" in name else "e4m3")
+    assert_means(matrix, written.weight, name)
+    order = np.array([3, 40, 24, 23, 0])
+    assert_means(filled(ordered(stored, order)), written.weight[torch.from_numpy(order)], name)
+
+
+@pytest.mark.parametrize(
+    ("name", "floats", "why"),
+    [
+        ("fp8 blocks", True, "a scale for 40 columns has no kernel on a GPU"),
+        ("fp8", False, "such a layer has no kernel for small floats on a GPU"),
+        ("nvfp4", False, "such a layer has no kernel for small floats on a GPU"),
+    ],
+)
+def test_what_is_decoded_is_said(
+    name: str, floats: bool, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, written = stored_layer(name, tmp_path)
+    assert torch.equal(filled(stored, floats=floats), written.weight)
+    assert "tensor l.weight is decoded, which takes more memory" in caplog.text
+    assert why in caplog.text
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
+    """And are multiplied in one launch."""
+    stored, written = stored_layer(name, tmp_path)
+    layer = Linear(96, {"q": 48, "k": 24}, DEVICE)
+    parts = layer.parts()
+    parts["q.weight"].fill(stored)
+    parts["k.weight"].fill(ordered(stored, np.arange(24, 48)))
+    layer.finish()
+    assert layer._product is not None
+    (piece,) = layer._product._pieces
+    weight = torch.cat([written.weight, written.weight[24:]])
+    assert isinstance(piece, GroupMatrix)
+    assert_means(piece, weight, name)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fp8 channel", "fp8 blocks of 32", "nvfp4"])
+def test_experts_are_kept(name: str, tmp_path: Path) -> None:
+    stored, written = stored_layer(name, tmp_path, 96, 96)
+    experts = ExpertMLPs(96, Mixture(experts=2, top_k=1, inner_size=96), DEVICE)
+    for part in experts.parts().values():
+        part.fill(stored)
+    experts.finish()
+    assert experts._joined is not None
+    for matrix, count in zip(experts._joined, (4, 2), strict=True):
+        assert isinstance(matrix, GroupMatrix)
+        assert_means(matrix, written.weight.repeat(count, 1), name)
+
+
+def test_experts_of_several_kinds_are_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = {}
+    for name in ("fp8 channel", "fp8 blocks of 32"):
+        (tmp_path / name).mkdir()
+        found[name] = stored_layer(name, tmp_path / name, 96, 96)
+    experts = ExpertMLPs(96, Mixture(experts=2, top_k=1, inner_size=96), DEVICE)
+    for place, part in experts.parts().items():
+        part.fill(found["fp8 channel" if place.startswith("down.0") else "fp8 blocks of 32"][0])
+    experts.finish()
+    assert experts._joined is not None
+    gate_up, down = experts._joined
+    assert isinstance(gate_up, GroupMatrix)
+    assert isinstance(down, torch.Tensor)
+    assert torch.equal(down, torch.stack([found[name][1].weight for name in found]))
+    assert "experts of several types (e4m3 in 32s, e4m3 in 96s) are decoded" in caplog.text
