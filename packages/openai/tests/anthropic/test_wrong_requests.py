@@ -37,7 +37,7 @@ RIGHT: dict[str, Any] = {
     "system": [{"type": "text", "text": "s"}],
     "tools": [TOOL],
 }
-GONE = object()
+GONE = Ellipsis  # the key is taken out
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
 DEEP: Any = "x"
 for _ in range(60):
