@@ -179,7 +179,7 @@ def test_what_has_no_kernel():
     wide = ScaledCodes("e4m3", np.zeros((1, (1 << 16) + 1), np.uint8), np.ones((1, 1), np.float32), 1 << 17)
     with pytest.raises(UnsupportedModelError, match=r"65,536"):
         pack(wide)
-    with pytest.raises(UnsupportedModelError, match=r"scales for 100 columns have no kernel: .* multiple of 8"):
+    with pytest.raises(UnsupportedModelError, match=r"a scale for 100 columns has no kernel: .* multiple of 8"):
         pack(codes(ScaledKind.E4M3, 5, 300, 100))
     infinite = dataclasses.replace(codes(ScaledKind.E5M2, 1, 8), codes=np.full((1, 8), 0xFC, np.uint8))
     with pytest.raises(UnsupportedModelError, match="infinite weights have no kernel"):

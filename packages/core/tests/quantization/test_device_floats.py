@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from format_writers import WRITERS, Written
 from safetensors.torch import save_file
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise
 from candle_vllm.core.layers.linear import Linear
@@ -25,19 +27,23 @@ DEVICE = Placement(torch.device("cpu"), torch.float32, keeps_quantised=True)
 KEPT = [name for name in WRITERS if ("fp8" in name and not name.endswith("blocks")) or "nvfp4" in name]
 
 
-def stored_layer(name: str, folder: Path, rows: int = 48, columns: int = 96) -> tuple[StoredTensor, Written]:
+def stored_layer(
+    name: str, folder: Path, rows: int = 48, columns: int = 96, factor: float = 1.0
+) -> tuple[StoredTensor, Written]:
     """A layer in a format, and what was written."""
-    written = WRITERS[name](torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
+    written = WRITERS[name](factor * torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)))
     save_file({f"l{end}": part.contiguous() for end, part in written.parts.items()}, folder / "model.safetensors")
     checkpoint = open_safetensors(folder)
     config = {"quantization_config": written.config}
     return read_quantised(checkpoint, config, folder / "config.json").tensors["l.weight"], written
 
 
-def filled(stored: StoredTensor, *, floats: bool = True) -> Any:
+def filled(stored: StoredTensor, *, floats: bool = True, why: str | None = None, device: Placement = DEVICE) -> Any:
+    """A matrix on the device, and that it is there as it is stored, or why not."""
     matrices: dict[str, Any] = {}
     rows, columns = stored.shape
-    DevicePart(matrices, "m", (rows, columns), DEVICE, floats=floats).fill(stored)
+    said = DevicePart(matrices, "m", (rows, columns), device, floats=floats).fill(stored)
+    assert said is None if why is None else said is not None and why in said
     return matrices["m"]
 
 
@@ -69,13 +75,26 @@ def test_matrices_are_kept_with_their_rows_in_any_order(name: str, tmp_path: Pat
         ("nvfp4", False, "such a layer has no kernel for small floats on a GPU"),
     ],
 )
-def test_what_is_decoded_is_said(
-    name: str, floats: bool, why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_decoded_is_said(name: str, floats: bool, why: str, tmp_path: Path) -> None:
     stored, written = stored_layer(name, tmp_path)
-    assert torch.equal(filled(stored, floats=floats), written.weight)
-    assert "tensor l.weight is decoded, which takes more memory" in caplog.text
-    assert why in caplog.text
+    assert torch.equal(filled(stored, floats=floats, why=why), written.weight)
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4", "fp8 blocks"])
+def test_weights_beyond_float16_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Many rows meet weights in the type of the activations."""
+    half = dataclasses.replace(DEVICE, dtype=torch.float16)
+    why = "a scale for 40 columns" if "blocks" in name else None
+    for factor in (1.0, 1e6):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        stored, _ = stored_layer(name, folder, columns=80, factor=factor)
+        assert filled(stored, why=why) is not None
+        if factor == 1.0:
+            assert filled(stored, why=why, device=half) is not None
+            continue
+        with pytest.raises(UnsupportedModelError, match=r"tensor l\.weight: weights are beyond the range of f16"):
+            filled(stored, device=half)
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from candle_vllm.core.engine.courier import Courier
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.thread_stacks import deep_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class EngineThread:
         self._closing = False
         self._dead: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="candle-vllm-engine", daemon=True)
-        self._thread.start()
+        with deep_stacks():
+            self._thread.start()
 
     @property
     def is_alive(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,19 +21,16 @@ from candle_vllm.core.loading.views import Viewed
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear import PlainMatrix
 
-logger = logging.getLogger(__name__)
-
 
 class HeadMatrices:
     """A matrix [O, I] for every head, in plain numbers; part "weight" [H, O, I].
 
-    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others. With `announces` that is
-    logged, for this layer and all others.
+    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others.
     """
 
-    def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement, *, announces: bool = False) -> None:
+    def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement) -> None:
         self._shape = (heads, outputs, inputs)
-        self._placement, self._announces = placement, announces
+        self._placement = placement
         self.matrices: list[PlainMatrix] = []
         device, dtype = placement.device, placement.dtype
         self._weight = None if placement.recorded else torch.empty(self._shape, device=device, dtype=dtype)
@@ -48,44 +43,35 @@ class HeadMatrices:
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
         if self._weight is not None:
-            return {"weight": _DecodedPart(self._weight, announces=self._announces)}
-        return {"weight": _HeadsPart(self.matrices, self._shape, self._placement, announces=self._announces)}
+            return {"weight": (TensorPart if self._placement.stacked else _DecodedPart)(self._weight)}
+        return {"weight": _HeadsPart(self.matrices, self._shape, self._placement)}
 
 
 class _DecodedPart(TensorPart):
     """A plain tensor."""
 
-    def __init__(self, tensor: torch.Tensor, *, announces: bool) -> None:
-        super().__init__(tensor)
-        self._announces = announces
-
-    def fill(self, stored: StoredTensor) -> None:
+    def fill(self, stored: StoredTensor) -> str | None:
         """Decodes the tensor and copies it."""
-        if self._announces:
-            _log_decoded(stored)
         super().fill(stored)
+        return _why_decoded(stored)
 
 
 class _HeadsPart:
     """The matrices of recorded steps, laid out anew."""
 
-    def __init__(
-        self, matrices: list[PlainMatrix], shape: tuple[int, int, int], placement: Placement, *, announces: bool
-    ) -> None:
+    def __init__(self, matrices: list[PlainMatrix], shape: tuple[int, int, int], placement: Placement) -> None:
         self._matrices, self._placement = matrices, placement
-        self._shape, self._announces = shape, announces
+        self._shape = shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape that the stored tensor must have."""
         return self._shape
 
-    def fill(self, stored: StoredTensor) -> None:
+    def fill(self, stored: StoredTensor) -> str | None:
         """Packs every head's matrix."""
         from candle_vllm.core.kernels import plain_linear
 
-        if self._announces:
-            _log_decoded(stored)
         kind, memory = self._placement.plain_kind, self._placement.weight_memory
         if stored.dtype is None or _source(stored).dtype is None:
             dtype = torch.bfloat16 if kind is None else torch.float32  # a narrower kind checks its range
@@ -98,6 +84,7 @@ class _HeadsPart:
                 self._matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{stored.path}: tensor {stored.name}: {error}") from error
+        return _why_decoded(stored)
 
 
 def _source(stored: StoredTensor) -> StoredTensor:
@@ -107,15 +94,8 @@ def _source(stored: StoredTensor) -> StoredTensor:
     return stored
 
 
-def _log_decoded(stored: StoredTensor) -> None:
-    if _source(stored).dtype is None:
-        logger.info(
-            "%s: tensor %s, and those of other layers, are kept in plain numbers, as matrices of single heads are: "
-            "%.1f MiB each in 16 bits",
-            stored.path,
-            stored.name,
-            math.prod(stored.shape) * 2 / (1 << 20),
-        )
+def _why_decoded(stored: StoredTensor) -> str | None:
+    return "matrices of single heads are plain numbers" if _source(stored).dtype is None else None
 
 
 class LatentAttention:
@@ -135,9 +115,8 @@ class LatentAttention:
     ) -> None:
         self.layer, self.sizes, self.rotary, self.scale = layer, sizes, rotary, scale
         self.norm = RMSNorm(sizes.latent, norm_eps, placement)
-        first = layer == 0
-        self.keys = HeadMatrices(sizes.heads, sizes.latent, sizes.nope, placement, announces=first)
-        self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement, announces=first)
+        self.keys = HeadMatrices(sizes.heads, sizes.latent, sizes.nope, placement)
+        self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement)
 
     def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
         """q [T, H * (nope + R)] of heads [nope | rope], kv [T, L + R] of latent rows and the key part that rotates."""

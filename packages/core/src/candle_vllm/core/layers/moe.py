@@ -167,6 +167,7 @@ class ExpertMLPs:
         if len(kinds) == 1 and len(packed) == len(weights):
             return gguf_linear.stack(packed)
         if kinds:
+            kinds |= {"plain" for weight in weights if isinstance(weight, torch.Tensor)}
             logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
         plain = [self._decoded(weight) for weight in weights]
         return torch.stack(plain).view(self._mixture.experts, -1, plain[0].shape[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
 
     Weight: TypeAlias = torch.Tensor | GgufMatrix | GroupMatrix
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Part(Protocol):
         """Shape that the stored tensor must have."""
         ...
 
-    def fill(self, stored: StoredTensor) -> None:
-        """Takes the tensor."""
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Takes the tensor; returns why a quantised one takes more memory here than it is stored in, for a log."""
         ...
 
 
@@ -99,7 +96,7 @@ class TensorPart:
         """Shape that the stored tensor must have."""
         return tuple(self._tensor.shape)
 
-    def fill(self, stored: StoredTensor) -> None:
+    def fill(self, stored: StoredTensor) -> str | None:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
         values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
         self._tensor.copy_(values.to(self._tensor.device))
@@ -132,14 +129,15 @@ class MatrixPart:
         self._name = name
         self.shape = shape
 
-    def fill(self, stored: StoredTensor) -> None:
+    def fill(self, stored: StoredTensor) -> str | None:
         """Packs the tensor."""
         try:
-            self._matrices[self._name] = self._pack(stored)
+            self._matrices[self._name], why = self._pack(stored)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{stored.path}: tensor {stored.name}: {error}") from error
+        return why
 
-    def _pack(self, stored: StoredTensor) -> Matrix:
+    def _pack(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
         from candle_vllm.core.kernels import packed_linear, plain_linear
 
         memory = self._placement.weight_memory
@@ -147,39 +145,36 @@ class MatrixPart:
             return self._pack_parts(stored)
         if stored.dtype is not None:
             kind = self._placement.plain_kind
-            return plain_linear.pack(stored.raw(), stored.dtype, *self.shape, kind=kind, memory=memory)
+            return plain_linear.pack(stored.raw(), stored.dtype, *self.shape, kind=kind, memory=memory), None
         from gguf import GGMLQuantizationType
 
-        return packed_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, memory)
+        return packed_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, memory), None
 
-    def _pack_parts(self, stored: QuantisedTensor) -> Matrix:
+    def _pack_parts(self, stored: QuantisedTensor) -> tuple[Matrix, str | None]:
         """Small floats, or blocks that hold the numbers exactly, else plain numbers: bfloat16 or what was asked for."""
         from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 
-        memory, why = self._placement.weight_memory, "no blocks hold it exactly"
-        scaled = stored.scaled()
-        if scaled is not None and self._floats:
+        memory, why = self._placement.weight_memory, "no blocks of GGUF hold them exactly"
+        if stored.span is not None and not self._floats:
+            why = "such a layer has no kernel for small floats"
+        elif stored.span is not None:
             try:
-                return scaled_linear.pack(scaled, memory)
+                scaled_linear.check_span(stored.span, self.shape[1])  # before scales are repeated for every row
+                scaled = stored.scaled()
+                assert scaled is not None
+                return scaled_linear.pack(scaled, memory), None
             except UnsupportedModelError as error:
                 why = str(error)
-        elif scaled is not None:
-            why = "such a layer has no kernel for small floats"
         blocks = stored.blocks()
         if blocks is not None and (blocks.order is None or self._ordered):
             matrix = packed_linear.pack(blocks.raw, blocks.type, *self.shape, memory)
-            return dataclasses.replace(matrix, order=blocks.order)
-        logger.warning(
-            "%s: tensor %s is multiplied as plain numbers: %s%s",
-            stored.path,
-            stored.name,
-            why,
-            "" if blocks is None else " in the order of its inputs",
-        )
+            return dataclasses.replace(matrix, order=blocks.order), None
+        if blocks is not None:
+            why += " in the order of their inputs"
         kind = self._placement.plain_kind
         dtype = torch.bfloat16 if kind is None else torch.float32  # float16 is checked for numbers beyond its range
         raw = stored.load(dtype).view(torch.uint8).numpy()
-        return plain_linear.pack(raw, dtype, *self.shape, kind=kind, memory=memory)
+        return plain_linear.pack(raw, dtype, *self.shape, kind=kind, memory=memory), why
 
 
 class DevicePart:
@@ -209,35 +204,49 @@ class DevicePart:
         self._groups, self._floats = groups, floats
         self.shape = shape
 
-    def fill(self, stored: StoredTensor) -> None:
-        """Brings the tensor to the device; a quantised one that no kernel multiplies is decoded, which is logged."""
-        packed = self._packed(stored) if stored.dtype is None else None
-        if packed is None:
-            self._matrices[self._name] = stored.load(self._placement.dtype).to(self._placement.device)
-        else:
-            self._matrices[self._name] = packed
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Brings the tensor to the device; a quantised one that no kernel multiplies is decoded."""
+        why = None
+        try:
+            if stored.dtype is None:
+                self._matrices[self._name] = self._packed(stored)
+                return None
+        except UnsupportedModelError as error:
+            why = str(error)
+        self._matrices[self._name] = self._in_range(stored, stored.load(self._placement.dtype))
+        return why
 
-    def _packed(self, stored: StoredTensor) -> GgufMatrix | GroupMatrix | None:
+    def _packed(self, stored: StoredTensor) -> GgufMatrix | GroupMatrix:
+        """In the layout of its kernel; raises `UnsupportedModelError` where it has none."""
         from gguf import GGMLQuantizationType
 
         from candle_vllm.core.kernels import gguf_linear, group_linear
 
         device = self._placement.device
-        try:
-            if not isinstance(stored, QuantisedTensor):
-                return gguf_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, device)
+        if not isinstance(stored, QuantisedTensor):
+            return gguf_linear.pack(stored.raw(), GGMLQuantizationType[stored.type_name], *self.shape, device)
+        if stored.span is not None:
+            if not self._floats:
+                raise UnsupportedModelError("such a layer has no kernel for small floats on a GPU")
+            group_linear.check_span(stored.span, self.shape[1])  # before scales are repeated for every row
             scaled = stored.scaled()
-            if scaled is not None:
-                if not self._floats:
-                    raise UnsupportedModelError("such a layer has no kernel for small floats on a GPU")
-                return group_linear.pack_floats(scaled, device)
-            codes = stored.group_codes() if self._groups else None
-            if codes is not None and (matrix := group_linear.from_codes(codes, device)) is not None:
-                return matrix
-            blocks = stored.blocks()
-            if blocks is None or blocks.order is not None:
-                return None
-            return gguf_linear.pack(blocks.raw, blocks.type, *self.shape, device)
-        except UnsupportedModelError as error:
-            logger.warning("%s: tensor %s is decoded, which takes more memory: %s", stored.path, stored.name, error)
-            return None
+            assert scaled is not None
+            if self._placement.dtype == torch.float16 and scaled.largest > torch.finfo(torch.float16).max:
+                raise UnsupportedModelError("weights may be beyond the range of f16")  # which many rows meet them in
+            return group_linear.pack_floats(scaled, device)
+        codes = stored.group_codes() if self._groups else None
+        if codes is not None and (matrix := group_linear.from_codes(codes, device)) is not None:
+            return matrix
+        blocks = stored.blocks()
+        if blocks is None or blocks.order is not None:
+            raise UnsupportedModelError("no kernel multiplies such groups on a GPU")
+        return gguf_linear.pack(blocks.raw, blocks.type, *self.shape, device)
+
+    def _in_range(self, stored: StoredTensor, values: torch.Tensor) -> torch.Tensor:
+        """Values on the device; those of a quantised tensor may have left the range of float16."""
+        if stored.dtype is None and values.dtype == torch.float16 and values.isinf().any():
+            raise UnsupportedModelError(
+                f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: leave "
+                "--dtype out, or set bf16"
+            )
+        return values.to(self._placement.device)

@@ -97,10 +97,11 @@ class _Factors(TensorPart):
         self._frequencies = frequencies
         self._max_position = max_position
 
-    def fill(self, stored: StoredTensor) -> None:
+    def fill(self, stored: StoredTensor) -> str | None:
         """Copies the tensor."""
-        super().fill(stored)
+        why = super().fill(stored)
         _check_angles(self._frequencies / self._factors, self._max_position, f"the tensor {stored.name}")
+        return why
 
 
 def _check_angles(frequencies: torch.Tensor, max_position: int, source: str) -> None:

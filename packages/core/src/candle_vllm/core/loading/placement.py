@@ -13,10 +13,12 @@ from gguf import GGMLQuantizationType
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.group_linear.layout import PART
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
+from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
@@ -92,10 +94,18 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if placement.stacked:
         return tensor.numel * placement.dtype.itemsize
-    if tensor.dtype is None:
-        return tensor.nbytes
-    dtype = placement.dtype if placement.keeps_quantised else tensor.dtype
+    if tensor.dtype is None and not _is_decoded(placement, tensor):
+        return tensor.nbytes * 22 // 17 if tensor.type_name == "MXFP4" else tensor.nbytes  # as blocks of Q5_0
+    dtype = placement.dtype if placement.keeps_quantised else tensor.dtype or torch.bfloat16
     return tensor.numel * (dtype if placement.plain_kind is None else placement.plain_kind.dtype).itemsize
+
+
+def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
+    """Whether no kernel has the tensor's scales; tables, and experts of mixed types, may be decoded besides."""
+    if not isinstance(tensor, QuantisedTensor) or tensor.span is None:
+        return False
+    unit = PART if placement.keeps_quantised else LEAST_SPAN
+    return tensor.span < tensor.shape[-1] and tensor.span % unit != 0
 
 
 def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:

@@ -7,6 +7,7 @@ the layer and `{e}` for the expert. Before memory is taken, all that is missing,
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.layers.parameters import Finishes, Loadable, Part, Placement
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 from candle_vllm.core.loading.views import Spare, View, entry
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 64  # names of one kind listed in an error message
 
@@ -157,15 +160,26 @@ def load_weights(
     """
     jobs = _match(model, table, checkpoint, config, ignored)
 
-    def run(job: _Job) -> int:
+    def run(job: _Job) -> str | None:
         stored, place = job
-        place.fill(stored)
+        why = place.fill(stored)
         stored.release()
-        return stored.nbytes
+        return why
 
+    decoded: dict[str, list[StoredTensor]] = {}
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
-        for count in pool.map(run, jobs):
-            progress(count)
+        for (stored, _), why in zip(jobs, pool.map(run, jobs)):
+            progress(stored.nbytes)
+            if why is not None:
+                decoded.setdefault(why, []).append(stored)
+    for why, tensors in decoded.items():
+        logger.warning(
+            "%s: %d quantised tensors (%s ...) are decoded, which takes more memory: %s",
+            checkpoint.path,
+            len(tensors),
+            tensors[0].name,
+            why,
+        )
     for path in dict.fromkeys(line.target.split(":")[0] for line in expand(table, config)):
         layer = layer_at(model, path)
         if isinstance(layer, Finishes):

@@ -69,6 +69,7 @@ class Nvfp4Source(FloatSource):
 
     def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:
         self._packed, self._scales, self._whole, self._divided = packed, scales, whole, divided
+        self.span = 2 * packed.shape[1]
 
     def floats(self, first: int, last: int) -> ScaledCodes:
         """See `FloatSource.floats`; a tensor's scale to be divided by becomes a factor, rounded once."""

@@ -36,6 +36,7 @@ class Fp8Source(FloatSource):
 
     def __init__(self, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
         self._weight, self._scales, self._block = weight, scales, block
+        self.span = min(block[1], weight.shape[1])
 
     def floats(self, first: int, last: int) -> ScaledCodes:
         """See `FloatSource.floats`."""
@@ -61,7 +62,9 @@ def fp8_tensor(parts: Parts, block: tuple[int, int] | None) -> QuantisedTensor:
         InvalidFileError: the scale is missing or does not fit.
     """
     weight = parts.get(".weight", *NUMBERS)
-    scale = parts.find(".weight_scale_inv", *SCALES) or parts.get(".weight_scale", *SCALES)
+    usual = ".weight_scale" if block is None else ".weight_scale_inv"
+    others = ".weight_scale_inv" if block is None else ".weight_scale"
+    scale = parts.find(others, *SCALES) or parts.get(usual, *SCALES)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise parts.shape_error(weight, "[outputs, inputs]", "FP8 tensors of other shapes are not read")
     rows, columns = weight.shape
@@ -75,5 +78,5 @@ def fp8_tensor(parts: Parts, block: tuple[int, int] | None) -> QuantisedTensor:
     elif scale.shape in ((rows, 1), (rows,)):
         return parts.tensor("FP8", (rows, columns), Fp8Source(weight, scale, (1, columns)))
     else:
-        allowed = f"one number or [{rows}, 1]"
+        allowed = f"one number or [{rows}, 1], where the config has no weight_block_size"
     raise parts.shape_error(scale, allowed, f"tensor {weight.name} has shape {[rows, columns]}")

@@ -26,6 +26,7 @@ GROUP = 16
 FLOAT_DTYPES = MappingProxyType({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2})
 """Torch's types of floats of 8 bits."""
 
+_LARGEST = MappingProxyType({"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6 * 448.0})
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -51,6 +52,12 @@ class ScaledCodes:
     def columns(self) -> int:
         """K."""
         return self.codes.shape[1] * (2 if self.numbers == "e2m1" else 1)
+
+    @property
+    def largest(self) -> float:
+        """No weight is larger, but for infinite ones and those of infinite scales."""
+        finite = np.abs(self.scales[np.isfinite(self.scales)])
+        return _LARGEST[self.numbers] * float(finite.max(initial=0.0))
 
     def take(self, rows: np.ndarray | slice) -> ScaledCodes:
         """Some of the rows."""

@@ -61,7 +61,13 @@ class CodeSource(Source):
 
 
 class FloatSource(Source):
-    """A source of small floats with scales."""
+    """A source of small floats with scales.
+
+    Attributes:
+        span: columns that share a scale; K where a row has one.
+    """
+
+    span: int
 
     @abstractmethod
     def floats(self, first: int, last: int) -> ScaledCodes:
@@ -146,6 +152,11 @@ class QuantisedTensor(StoredTensor):
         if not isinstance(self.source, FloatSource):
             return None
         return self._run(self.source.floats, 0, self._rows)
+
+    @property
+    def span(self) -> int | None:
+        """Columns that share a scale of small floats; None where the format has others."""
+        return self.source.span if isinstance(self.source, FloatSource) else None
 
     def release(self) -> None:
         """See `StoredTensor.release`."""

@@ -34,6 +34,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     sem_wait,
     store_release,
 )
+from candle_vllm.core.thread_stacks import deep_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +164,9 @@ class ThreadTeam:
         if self.threads > cpus:
             logger.warning("%d threads wait for each other on CPUs: %d; fewer threads are faster", self.threads, cpus)
         try:
-            for helper in self._helpers:
-                helper.start()
+            with deep_stacks():
+                for helper in self._helpers:
+                    helper.start()
         except RuntimeError as error:
             self.close()
             raise ConfigError(

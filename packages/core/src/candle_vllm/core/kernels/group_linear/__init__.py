@@ -3,7 +3,8 @@
 What files of GPTQ, AWQ and compressed-tensors hold once they are unpacked: a weight is scale * (code - zero), and the
 weights of a row share a scale, and where there are any a zero, by groups of 32 or a multiple along K, or all of them.
 FP8's codes are floats, e4m3 or e5m2, and a weight is scale * float; NVFP4's are e2m1, and a weight is scale * (scale of
-16 * float). Scales are fp32, those of 16 e4m3. Infinite and NaN weights make the products that IEEE 754 says.
+16 * float). Scales are fp32, those of 16 e4m3. Infinite and NaN weights make the products that IEEE 754 says, but
+infinite scales NaN where K fills no whole step.
 
 Groups of inputs that are no neighbours (activation order) are brought together at load, and x likewise before each
 product (`GroupMatrix.order`).
@@ -29,9 +30,9 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.group_linear import reference
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, stack
 from candle_vllm.core.kernels.group_linear.pack import from_codes, pack
-from candle_vllm.core.kernels.group_linear.pack_floats import pack_floats
+from candle_vllm.core.kernels.group_linear.pack_floats import check_span, pack_floats
 
-__all__ = ["SMALL", "GroupMatrix", "from_codes", "linear", "pack", "pack_floats", "stack"]
+__all__ = ["SMALL", "GroupMatrix", "check_span", "from_codes", "linear", "pack", "pack_floats", "stack"]
 
 SMALL = 16
 """Most rows for which codes are kept exact where invariance is not asked for."""

@@ -51,6 +51,14 @@ def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
     return GroupMatrix(rows, columns, bits, group, torch.float32, codes, scales, numbers=found.numbers, inner=inner)
 
 
+def check_span(span: int, columns: int) -> None:
+    """Raises `UnsupportedModelError` where a scale is for so many columns that no kernel multiplies them."""
+    if span < columns and span % PART:
+        raise UnsupportedModelError(
+            f"a scale for {span} columns has no kernel on a GPU: it must be for a multiple of {PART}, or for all"
+        )
+
+
 def _inner(shared: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
     """Scales of 16 weights, uint8 [R, K / 16], as int32 [R, steps, 2]."""
     whole = matrix.steps * matrix.step // GROUP
@@ -68,10 +76,7 @@ def _group(found: ScaledCodes) -> int:
     shapes = {"scales": found.scales.shape} | ({} if found.groups is None else {"groups": found.groups.shape})
     if shapes != wanted or not found.codes.size or found.span < 1 or (grouped and columns % GROUP):
         raise ValueError(f"parts of shapes {shapes} do not fit {rows} x {columns} floats with spans of {found.span}")
-    if found.span < columns and found.span % PART:
-        raise UnsupportedModelError(
-            f"a scale for {found.span} columns has no kernel on a GPU: it must be for a multiple of {PART}, or for all"
-        )
+    check_span(found.span, columns)
     scales = abs(found.scales)
     if ((scales > MOST_SCALE) & (scales < float("inf"))).any():
         raise UnsupportedModelError("a scale beyond 2^119 has no kernel on a GPU")

@@ -21,7 +21,7 @@ at most 7 and up within [-7, 7], in the place of act(gate) * up.
 The experts of a token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that
 fill up a batch need none. Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y.
 Results are added in the order of j. With up to `FEW` pairs of token and expert the kernels are others than with more,
-and with GGUF's numbers they round as `kernels/gguf_linear` does, with floats of 8 bits as `kernels/group_linear`. On
+and with GGUF's numbers they round as `kernels/gguf_linear` does, with small floats as `kernels/group_linear`. On
 either side of that, y[t] depends on nothing but token t's own row, weights and experts; with `invariant=True` on both
 sides alike, to the bit.
 

@@ -9,7 +9,7 @@ share one float32 scale for each row (`layout.py`). Result, float32:
 Weights are exact: an e2m1 times its group's e4m3 has 6 significant bits at most, so each weight is a bfloat16. A span's
 products are added as `kernels/plain_linear` adds those of bfloat16 weights, in order of k from zero, and the spans in
 their order by fma. A row's result has the same bits whatever T, the other rows and the threads are. A weight that is
-infinite (e5m2) makes the sums that IEEE 754 says; one that is NaN makes its row of the weights give NaN. Nothing else
+NaN makes its row of the weights give NaN; infinite ones (e5m2) are refused. Nothing else
 of `out` is written. `out` may not overlap the inputs.
 
 `pack` makes a `ScaledMatrix` of what a checkpoint holds; `unpack` gives its numbers back. `reference.py` is the
@@ -20,7 +20,7 @@ Source: Micikevicius et al., 2022, arXiv:2209.05433; OCP Microscaling Formats 1.
 from __future__ import annotations
 
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind, ScaledMatrix
-from candle_vllm.core.kernels.scaled_linear.pack import pack
+from candle_vllm.core.kernels.scaled_linear.pack import LEAST_SPAN, check_span, pack
 from candle_vllm.core.kernels.scaled_linear.reference import unpack
 
-__all__ = ["ScaledKind", "ScaledMatrix", "pack", "unpack"]
+__all__ = ["LEAST_SPAN", "ScaledKind", "ScaledMatrix", "check_span", "pack", "unpack"]

@@ -14,6 +14,9 @@ from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, MOST_SPAN, ROWS, ScaledKind, ScaledMatrix
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 
+LEAST_SPAN = 8
+"""Spans of FP8 are multiples of so many columns; NVFP4 has one of all."""
+
 CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""
 
@@ -48,6 +51,12 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
     return matrix
 
 
+def check_span(span: int, columns: int) -> None:
+    """Raises `UnsupportedModelError` where a scale is for so many columns that no kernel multiplies them."""
+    if span < columns and span % LEAST_SPAN:
+        raise UnsupportedModelError(f"a scale for {span} columns has no kernel: it must be for a multiple of 8, or all")
+
+
 def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
     """Turns of the longest span whose columns share a scale."""
     rows, columns = len(codes.codes), codes.columns
@@ -74,14 +83,11 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
     finite = np.abs(codes.scales[np.isfinite(codes.scales)])
     if finite.size and finite.max() > np.finfo(np.float32).max / kind.factor:
         raise UnsupportedModelError(f"a scale of {finite.max():g} is too large for the kernel of {kind.name}")
-    if spans == 1:
-        return MOST_SPAN // kind.turn_columns
-    turns, rest = divmod(codes.span, kind.turn_columns)
-    if rest:
-        raise UnsupportedModelError(
-            f"scales for {codes.span} columns have no kernel: they must be a multiple of {kind.turn_columns}"
-        )
     most = MOST_SPAN // kind.turn_columns
+    if spans == 1:
+        return most
+    check_span(codes.span, columns)
+    turns = codes.span // kind.turn_columns
     return next(count for count in range(min(most, turns), 0, -1) if turns % count == 0)
 
 
