@@ -26,7 +26,8 @@ NEXT_TOKENS = ("block_count", "nextn_predict_layers")  # the other converter kee
 
 
 def made(name: str, folder: Path, **changes: Any) -> Path:
-    return write_tiny(folder, ROWS[name].model_type, **(dict(ROWS[name].config) | changes))
+    width = {"hidden_size": 128} if name == "GLM-4 chat" else {}  # as wide as its heads
+    return write_tiny(folder, ROWS[name].model_type, **(dict(ROWS[name].config) | width | changes))
 
 
 def written(folder: Path, words: Path, **settings: Any) -> Path:
@@ -112,6 +113,38 @@ def test_growing_queries_are_not_lost(tmp_path: Path, words: Path) -> None:
         written(folder, words)
 
 
+# ---- what llama.cpp has no place for ---------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases": ("SmolLM3", {"attention_bias": True, "mlp_bias": True}, r"attn_output\.bias, .* no ffn_down\.bias"),
+    "Llama 3's scaling": ("SmolLM3", {"rope_parameters": LLAMA3}, r"rope_freqs\.weight"),
+    "narrow": ("GLM-4 chat", {"hidden_size": 64}, "heads that together are not as wide as the hidden state"),
+    "dense layers": ("Qwen3-MoE", {"decoder_sparse_step": 2}, "layers without experts"),
+    "sparse steps": ("Qwen2-MoE sparse steps", {}, "layers without experts, no norm_topk_prob true"),
+    "scores": ("Qwen3-MoE", {"norm_topk_prob": False}, "norm_topk_prob false"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_has_no_place_for_is_named(case: str, tmp_path: Path, words: Path) -> None:
+    name, changes, lacks = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=rf"config\.json: llama\.cpp's \w+ has no {lacks}; .*--isq"):
+        written(made(name, tmp_path / "m", **changes), words)
+
+
+def test_numbers_that_llama_cpp_divides_by(tmp_path: Path, words: Path) -> None:
+    folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
+    with pytest.raises(UnsupportedModelError, match=r"gemma2 divides by attn_logit_softcapping, and"):
+        written(folder, words)
+
+
+def test_numbers_beyond_their_type(tmp_path: Path, words: Path) -> None:
+    folder = made("DeepSeek-V2", tmp_path / "m", routed_scaling_factor=1e300)
+    with pytest.raises(UnsupportedModelError, match=r"deepseek2\.expert_weights_scale has no place for .* 1e\+300$"):
+        written(folder, words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +157,7 @@ def test_a_head_that_is_the_embedding_table_is_written_twice(name: str, tmp_path
 
 
 def test_rotary_divisors_beside_rows_in_pairs(tmp_path: Path, words: Path) -> None:
-    folder = made("SmolLM3", tmp_path / "stretched", rope_parameters=LLAMA3)
+    folder = made("Mixtral", tmp_path / "stretched", rope_parameters=LLAMA3)
     out = written(folder, words, isq="q8_0")
     assert "rope_freqs.weight" in tensors(out)
     assert error(eager_logits(out, TOKENS, [40]), eager_logits(folder, TOKENS, [40], isq="q8_0")) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFReader
@@ -17,7 +18,7 @@ from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.text import tokenizer as ours
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 
-NAMES = ["llama-spm", "llama-bpe", "qwen2", "gpt-2", "starcoder", "deepseek-coder", "falcon"]
+NAMES = ["llama-spm", "llama-bpe", "qwen2", "gpt-2", "starcoder", "deepseek-coder", "deepseek-llm", "falcon"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,6 +55,16 @@ def test_gpt2s_own_cut_is_found() -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert cut_name(backend, False) == "gpt-2"
+
+
+def test_digits_that_are_cut_by_another_step() -> None:
+    """DeepSeek LLM's tokenizer.json ends so."""
+    backend = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in PRE_TOKENIZERS["deepseek-llm"].patterns[:-1]]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, digits, spelling])
+    assert cut_name(backend, False) == "deepseek-llm"
 
 
 def test_an_unknown_cut_is_refused() -> None:
@@ -99,6 +110,108 @@ def framed(template: str | dict[str, str]) -> ours.Tokenizer:
     return ours.Tokenizer(backend, chat_template=template)
 
 
+# ---- read again ------------------------------------------------------------------------------------------------------
+
+FROM_THE_CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def bytes_of(normaliser: Any = None, cut: Any = FROM_THE_CUT, ignore_merges: bool = False) -> ours.Tokenizer:
+    """Merges over GPT-2's alphabet, and a token that none of them makes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {text: index for index, text in enumerate([*letters, "th", "zqz", "Ġx"])}
+    backend = Tokenizer(models.BPE(ids, [("t", "h"), ("Ġ", "x")], ignore_merges=ignore_merges))
+    if normaliser is not None:
+        backend.normalizer = normaliser
+    backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
+    return ours.Tokenizer(backend)
+
+
+@pytest.mark.parametrize("before", [
+    bytes_of(normalizers.Lowercase()), bytes_of(normalizers.NFKC()), bytes_of(ignore_merges=True),
+    bytes_of(cut=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+], ids=["lowercase", "nfkc", "whole words", "space"])  # fmt: skip
+def test_byte_pairs_that_gguf_would_cut_otherwise(before: ours.Tokenizer) -> None:
+    with pytest.raises(UnsupportedModelError, match="GGUF's gpt2 tokenizer cuts texts otherwise"):
+        tokenizer_metadata(before, before.vocab_size, ())
+
+
+def test_a_normaliser_that_composes_is_left_out() -> None:
+    """Qwen's; texts are composed as a rule."""
+    assert tokenizer_metadata(bytes_of(normalizers.NFC()), 259, ())["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_two_tokens_with_one_text() -> None:
+    """A row without a token gets a name, which a token may have."""
+    before = bytes_of()
+    before.backend.add_tokens(["[PAD260]"])
+    with pytest.raises(UnsupportedModelError, match=r"no form for this tokenizer: .*'\[PAD260\]' twice"):
+        tokenizer_metadata(before, 261, ())
+
+
+def sentencepiece(cut: Any = None) -> ours.Tokenizer:
+    """A model of Llama's kind."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581the12", "th", "the", "12"]
+    merges = [("t", "h"), ("th", "e"), ("1", "2")]
+    ids = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    if cut is not None:
+        backend.pre_tokenizer = cut
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return ours.Tokenizer(backend)
+
+
+def test_a_cut_before_sentencepieces_merges() -> None:
+    before = sentencepiece()
+    after = ours.Tokenizer.from_gguf(tokenizer_metadata(before, before.vocab_size, ()))
+    for text in ("the 12 théy", " 1212 "):
+        assert after.encode(text, False) == before.encode(text, False)
+    with pytest.raises(UnsupportedModelError, match="GGUF's llama tokenizer cuts texts otherwise"):
+        tokenizer_metadata(sentencepiece(pre_tokenizers.Digits(individual_digits=True)), before.vocab_size, ())
+
+
+@pytest.mark.parametrize(("merges", "name"), [(True, "gpt-4o"), (False, "granite-embed-multi-97m")])
+def test_the_name_that_more_readers_know(merges: bool, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where no token is taken whole that merges would not make."""
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["gpt-4o"].patterns[0]), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    texts = [*letters, "zq", *([] if merges else ["zqz"])]
+    ids = {text: index for index, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(ids, [("z", "q")], ignore_merges=True))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([split, spelling]), decoders.ByteLevel()
+    before = ours.Tokenizer(backend)
+    metadata = tokenizer_metadata(before, before.vocab_size, ())
+    assert metadata["tokenizer.ggml.pre"] == name
+    assert ours.Tokenizer.from_gguf(metadata).encode("zqz zq") == before.encode("zqz zq")
+    assert ("older readers do not know" in caplog.text) is not merges
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_token_behind_every_text_is_the_end_token() -> None:
+    """Qwen3-Embedding's is another one than its chats end with."""
+    backend = bytes_of().backend
+    backend.add_special_tokens(["<|text|>", "<|turn|>"])
+    frame = [("<|text|>", 259)]
+    backend.post_processor = processors.TemplateProcessing(single="$A <|text|>", special_tokens=frame)
+    before = ours.Tokenizer(backend, eos_token_ids=[260], special_tokens={"eos_token": "<|turn|>"})
+    found = tokenizer_metadata(before, 261, [259])
+    ends = [found.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    assert ends == [259, 260, None]
+    assert ours.Tokenizer.from_gguf(found).encode("a") == before.encode("a")
+
+
+def test_more_end_tokens_than_gguf_has_names_for(caplog: pytest.LogCaptureFixture) -> None:
+    before = bytes_of()
+    before.backend.add_special_tokens([f"<|{index}|>" for index in range(5)])
+    tokenizer_metadata(before, 264, [259, 260, 261])
+    assert not caplog.text
+    tokenizer_metadata(before, 264, [259, 260, 261, 262, 263])
+    assert caplog.text.rstrip().endswith("without <|3|>, <|4|>")
+
+
 # ---- encoders --------------------------------------------------------------------------------------------------------
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -139,6 +252,13 @@ def test_word_pieces_come_back(lowercase: bool, accents: bool | None) -> None:
 def test_pieces_that_gguf_would_cut_otherwise() -> None:
     with pytest.raises(UnsupportedModelError, match="GGUF's bert tokenizer cuts texts otherwise"):
         tokenizer_metadata(pieces(True, None, prefix="@@"), 60, ())
+
+
+def test_a_token_for_unknown_words_that_is_none() -> None:
+    before = pieces(True, None)
+    before.backend.model = models.WordPiece({"a": 0, "[CLS]": 2, "[SEP]": 3}, unk_token="[none]")
+    with pytest.raises(UnsupportedModelError, match=r"unk_token is '\[none\]', which its vocabulary lacks"):
+        tokenizer_metadata(before, 60, ())
 
 
 def sentences(*, cut_first: bool) -> ours.Tokenizer:

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.config import ModelConfig
 
-Keys = dict[str, Any]
-
 _GATING = {"softmax": 1, "sigmoid": 2}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How a family is described in GGUF metadata.
-
-    Attributes:
-        name: `general.architecture`.
-        more: keys beyond those that all have, without the architecture's prefix; they win.
-        otherwise: fields of the model's description that its file has otherwise: how what is stored is laid out, and
-            what is left out.
-        eps: key of the norms' epsilon.
-        interleaved: q and k rows are stored in pairs of neighbours.
-        names: parts of the names that files of this kind have, where a tensor has several; else the first is meant.
-        head: llama.cpp wants a head in the file, also where it is the embedding table once more.
-        log_multiplier: times what the share of yarn's scale that scores get is written; None where there is no key.
-    """
-
-    name: str
-    more: Callable[[Any], Keys] = lambda _: {}
-    otherwise: Callable[[Any], Keys] = lambda _: {}
-    eps: str = "attention.layer_norm_rms_epsilon"
-    interleaved: bool = False
-    names: Callable[[Any], Sequence[str]] = lambda _: ()
-    head: bool = False
-    log_multiplier: float | None = None
-
-    def stored(self, config: Any) -> Any:
-        """The description of the model as a file of this architecture has it."""
-        tied = config.tie_embeddings and not self.head
-        usual: Keys = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
-        return dataclasses.replace(config, **usual | self.otherwise(config))
 
 
 def _window(config: ModelConfig) -> Keys:
@@ -61,7 +28,10 @@ def _window(config: ModelConfig) -> Keys:
 
 def _gemma2(config: Any) -> Keys:
     caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
-    return _window(config) | {key: 0.0 if cap is None else float(cap) for key, cap in caps.items()}
+    missing = [key for key, cap in caps.items() if not cap]
+    if missing:
+        raise UnsupportedModelError(f"llama.cpp's gemma2 divides by {' and '.join(missing)}, and this model has none")
+    return _window(config) | {key: float(cap) for key, cap in caps.items()}
 
 
 def _gemma3(config: Any) -> Keys:
@@ -201,28 +171,28 @@ _DEEPSEEK = Architecture(
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": Architecture(name="llama", more=_window, interleaved=True),
-        "mistral": Architecture(name="llama", more=_window, interleaved=True),
-        "ministral": Architecture(name="llama", more=_window, interleaved=True),
-        "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0),
-        "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True),
-        "qwen2": Architecture(name="qwen2", more=_window),
+        "llama": Architecture(name="llama", more=_window, interleaved=True, unread=()),
+        "mistral": Architecture(name="llama", more=_window, interleaved=True, unread=()),
+        "ministral": Architecture(name="llama", more=_window, interleaved=True, unread=()),
+        "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
+        "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True, unread=()),
+        "qwen2": Architecture(name="qwen2", more=_window, square=True),
         "qwen3": Architecture(name="qwen3", more=_window),
-        "qwen2_moe": Architecture(name="qwen2moe", more=_qwen_moe, head=True),
-        "qwen3_moe": Architecture(name="qwen3moe", more=_qwen_moe),
+        "qwen2_moe": Architecture(name="qwen2moe", more=_qwen_moe, head=True, square=True, every=True, norm=False),
+        "qwen3_moe": Architecture(name="qwen3moe", more=_qwen_moe, every=True, norm=True),
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=_gemma2),
         "gemma3_text": Architecture(name="gemma3", more=_gemma3),
-        "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True),
-        "phi3": Architecture(name="phi3", more=_phi3, names=lambda _: ("attn_qkv",)),
+        "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True, square=True, unread=(DIVISORS,)),
+        "phi3": Architecture(name="phi3", more=_phi3, names=lambda _: ("attn_qkv",), square=True),
         "stablelm": Architecture(
-            name="stablelm", more=_stablelm, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True
+            name="stablelm", more=_stablelm, otherwise=_whole_head_norms, eps=_LAYER_NORM, head=True, square=True
         ),
         "smollm3": Architecture(name="smollm3", interleaved=True),
-        "glm": Architecture(name="chatglm", interleaved=True),
+        "glm": Architecture(name="chatglm", interleaved=True, square=True),
         "glm4": Architecture(name="glm4", interleaved=True),
         "glm4_moe": Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped),
-        "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True),
+        "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
     }

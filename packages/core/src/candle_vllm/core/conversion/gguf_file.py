@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
-from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.quantise import quantise
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
+
+_FLOAT32 = float(np.finfo(np.float32).max)
 
 Progress = Callable[[int, int], object]
 """Called with bytes written and bytes in all."""
@@ -57,6 +60,7 @@ def write_file(
         progress: see `Progress`.
 
     Raises:
+        UnsupportedModelError: a number of the metadata is beyond its type.
         WeightsError: a tensor's numbers cannot be stored in its type.
         OSError: the file cannot be written.
     """
@@ -85,6 +89,10 @@ def write_file(
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    for number in value if isinstance(value, list) else [value]:
+        large = isinstance(number, float) and _FLOAT32 < abs(number) < math.inf
+        if large or (type(number) is int and not 0 <= number < 1 << 32):
+            raise UnsupportedModelError(f"GGUF's {key} has no place for the number {number}")
     if isinstance(value, bytes):
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT8)
     elif not isinstance(value, list):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from candle_vllm.core.conversion.gguf_architectures import Architecture, Keys
+from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.config import ModelConfig
@@ -74,7 +74,7 @@ def rope_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     """By what each frequency is divided, [R/2], where GGUF has tensors for it: Llama 3's scaling, longrope's two."""
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
-        return {_DIVISORS: plain / _frequencies(config.rope, config)}
+        return {DIVISORS: plain / _frequencies(config.rope, config)}
     if config.rope.kind == "longrope":
         kinds = {"short": config.rope.short_factor, "long": config.rope.long_factor}
         return {f"rope_factors_{kind}.weight": torch.tensor(factors) for kind, factors in kinds.items()}
@@ -98,7 +98,6 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
 
 # ---- read again ------------------------------------------------------------------------------------------------------
 
-_DIVISORS = "rope_freqs.weight"
 _ELSEWHERE = ("model_type", "eos_token_ids")  # what has another word, or is no description
 _ROUGH = ("embedding_scale",)  # some models round it to their own type; GGUF's readers do not
 
@@ -110,7 +109,7 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
         UnsupportedModelError: they say another one; the message names the settings.
     """
     _, found = family_from_gguf(written.metadata, written)
-    divisors = rope_tensors(config).get(_DIVISORS)
+    divisors = rope_tensors(config).get(DIVISORS)
     different = [
         field.name
         for field in dataclasses.fields(config)

@@ -1,20 +1,28 @@
 """Vocabularies of encoders as GGUF metadata: WordPiece is "bert", SentencePiece's unigram model "t5".
 
 GGUF names no normaliser and no cut of theirs, so the result is read again, and must cut a text as the original does.
+The same is asked of byte-pair tokenizers.
 """
 
 from __future__ import annotations
 
 import base64
+import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import SPACE
 from candle_vllm.core.text.gguf_vocab import CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 _INSIDE = "##"  # before a piece that begins no word
+_PRE = f"{PREFIX}pre"
+_OLDER = {"granite-embed-multi-97m": "gpt-4o"}  # a name that more readers know, where it gives the same tokens
 _NEVER = -10000.0  # score of a row without a token
 
 
@@ -30,12 +38,17 @@ def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     normaliser = data.get("normalizer") or {}
     lowercase = bool(normaliser.get("lowercase", True))
     accents = normaliser.get("strip_accents")
+    unknown = model["vocab"].get(model["unk_token"])
+    if unknown is None:
+        raise UnsupportedModelError(
+            f"this WordPiece tokenizer's unk_token is {model['unk_token']!r:.80}, which its vocabulary lacks"
+        )
     return {
         "model": "bert",
         "pre": "default",
         "tokens": [text if kind in named else _phantom(text) for text, kind in zip(texts, kinds)],
         "token_type": kinds,
-        "unknown_token_id": model["vocab"][model["unk_token"]],
+        "unknown_token_id": unknown,
         "normalizer.lowercase": lowercase,
         "normalizer.strip_accents": lowercase if accents is None else bool(accents),
     }
@@ -83,18 +96,62 @@ def _charsmap(normaliser: Mapping[str, Any] | None) -> bytes:
     return base64.b64decode(maps[0]) if maps and maps[0] else b""
 
 
-def check_pieces(tokenizer: Tokenizer, metadata: Mapping[str, Any], texts: Sequence[str]) -> None:
+def check_pieces(
+    tokenizer: Tokenizer, metadata: Mapping[str, Any], texts: Sequence[str], *, framed: bool = True
+) -> None:
     """Cuts texts with the original and with what its metadata gives.
+
+    Args:
+        tokenizer: the original.
+        metadata: with the keys of its vocabulary.
+        texts: what is cut.
+        framed: the tokens around a text are compared too.
 
     Raises:
         UnsupportedModelError: they differ.
     """
     try:
-        read = Tokenizer.from_gguf(metadata)
+        same = Tokenizer.from_gguf(metadata).encode_batch(texts, framed) == tokenizer.encode_batch(texts, framed)
     except ModelLoadError as error:
         raise UnsupportedModelError(f"GGUF has no form for this tokenizer: {error}") from error
-    if read.encode_batch(texts) != tokenizer.encode_batch(texts):
+    if not same:
         raise UnsupportedModelError(
             f"GGUF's {metadata[PREFIX + 'model']} tokenizer cuts texts otherwise than this one does: use the folder as "
             "it is"
         )
+
+
+def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool) -> dict[str, Any]:
+    """A byte-pair tokenizer's metadata, read again, under the name of its cut that most readers know.
+
+    A normaliser that composes characters (Qwen's) has no place in GGUF and is left out. Where the name says otherwise
+    whether a word that is a token is taken whole, every token's text is tried, not the probe alone.
+
+    Args:
+        tokenizer: the original.
+        metadata: with the keys of its vocabulary.
+        probe: a text of many kinds of words.
+        ignore_merges: whether the original takes such a word whole.
+
+    Raises:
+        UnsupportedModelError: texts get other tokens.
+    """
+    probe = unicodedata.normalize("NFC", probe)
+    texts, pre = [probe, probe.lower(), *probe.split(" ")], metadata[_PRE]
+    if (older := _OLDER.get(pre)) is not None:
+        try:
+            check_pieces(tokenizer, metadata | {_PRE: older}, [*texts, *_words(tokenizer)], framed=False)
+        except UnsupportedModelError:
+            logger.warning("the file names the cut %s, which older readers do not know", pre)
+        else:
+            return metadata | {_PRE: older}
+    elif metadata[f"{PREFIX}model"] == "gpt2" and PRE_TOKENIZERS[pre].ignore_merges != ignore_merges:
+        texts += _words(tokenizer)
+    check_pieces(tokenizer, metadata, texts, framed=False)
+    return metadata
+
+
+def _words(tokenizer: Tokenizer) -> list[str]:
+    """Every token's text."""
+    texts = tokenizer.backend.decode_batch([[index] for index in tokenizer.backend.get_vocab().values()])
+    return [unicodedata.normalize("NFC", text) for text in texts]

@@ -3,7 +3,7 @@
 Byte-pair models have two forms there, and those of encoders one each (`gguf_pieces.py`). Merges over GPT-2's byte
 alphabet are "gpt2", with the name of the cut that comes before the merges; it is found by cutting a text that tells the
 cuts apart. SentencePiece's byte-pair model is "llama": the file holds no merges, but a score for each token, which is
-how early a merge makes it.
+how early a merge makes it. What was found is read again, and must cut texts as the original does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from candle_vllm.core.conversion.gguf_pieces import check_pieces, unigram, wordpiece
+from candle_vllm.core.conversion.gguf_pieces import check_pieces, checked_words, unigram, wordpiece
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import SPACE
 from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
@@ -75,6 +75,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     found |= {"tokens": tokens, "token_type": types}
     found |= _special(tokenizer, tokens, ends)
     metadata = {PREFIX + key: value for key, value in found.items()}
+    metadata = checked_words(tokenizer, metadata, PROBE, bool(model.get("ignore_merges")))
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         metadata |= {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}
@@ -156,8 +157,14 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
     ends = [index for index in dict.fromkeys((*ends, *tokenizer.eos_token_ids)) if index < len(tokens)]
     if ends:
         found.setdefault("eos_token_id", ends[0])
+    _, behind = _around(tokenizer)
+    if len(behind) == 1 and behind[0] in ends:  # as llama.cpp's converter has it; Qwen3-Embedding
+        found["eos_token_id"] = behind[0]
     others = [index for index in ends if index != found.get("eos_token_id")]
     found |= dict(zip(("eot_token_id", "eom_token_id"), others))
+    if others[2:]:
+        rest = ", ".join(tokens[index] for index in others[2:])
+        logger.warning("GGUF has places for three tokens that end a text, and this model has more: without %s", rest)
     return found | _frame(tokenizer, found)
 
 

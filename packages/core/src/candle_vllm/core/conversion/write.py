@@ -23,6 +23,7 @@ from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedMode
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.loading.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
@@ -38,6 +39,7 @@ _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "position_embd.weight", "token_types.weight")
+_TEMPLATE = "tokenizer.chat_template"
 _SLACK = 64 << 20  # beside the tensors: metadata, and what a file system takes
 
 
@@ -105,6 +107,8 @@ def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
 def _check_target(out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
+    if split_names(out.name) != (out.name,):
+        raise ConfigError(f"{out} is named like a part of several files, and one is written: name it otherwise", "out")
     if not out.parent.is_dir():
         raise ConfigError(f"{out.parent} is no folder: make it first", "out")
     if out.is_dir():
@@ -157,6 +161,7 @@ def _plan(
         metadata["general.name"] = phi3_name(metadata)
     written = {plan.name: plan.stored for plan in plans}
     check_description(other, Checkpoint(files.config, "gguf", (), written, metadata))
+    row.check(model, written, files.config)
     return plans, metadata
 
 
@@ -184,7 +189,10 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
     ends = end_tokens(model, ending, tokenizer, files.config or files.folder)
     metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
-    return metadata if config.chat_template is None else metadata | {"tokenizer.chat_template": config.chat_template}
+    if config.chat_template is None:
+        return metadata
+    kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # no named ones either
+    return kept | {_TEMPLATE: config.chat_template}
 
 
 def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) -> GGMLQuantizationType:

@@ -99,7 +99,7 @@ _DEEPSEEK_LLM = (
     r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
     r"\s+$",
     _HANGUL_HAN,
-    r"\p{N}+",
+    r"\p{N}",  # llama.cpp's is \p{N}+, which gives the same tokens: DeepSeek's vocabulary has no longer numbers
 )
 _AFMOE_SCRIPTS = (
     r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{309F}\x{30A0}-\x{30FF}\x{FF65}-\x{FF9F}"
