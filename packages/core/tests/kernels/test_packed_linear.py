@@ -25,6 +25,8 @@ from candle_vllm.core.quantization import ggml
 
 pytest.importorskip("numba")
 
+from linear_field import error, multiply_in_field, run_row, same_bits
+
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -86,12 +88,6 @@ def lone_thread():
     team.close()
 
 
-def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
-    row = [operation, 0, address_of(numbers), *arguments]
-    row[1] = 8 * len(row) << 8
-    team.run(np.array(row, np.int64), 1)
-
-
 def multiply(
     team: ThreadTeam,
     matrix: PackedMatrix,
@@ -101,41 +97,11 @@ def multiply(
     bias: np.ndarray | None = None,
     onto: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N]."""
+    """See `multiply_in_field`."""
     xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
-    rows, columns = len(xq), matrix.rows
-    field = np.full((rows + 2, columns + 24), np.nan, np.float32)
-    view = field[:rows, 5 : 5 + columns]
-    if onto is not None:
-        view[:] = onto
-    numbers = np.full(StepNumber.COUNT, -1, np.int64)
-    numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = cpu.linear_row(
-        matrix,
-        xq=address_of(xq),
-        xs=address_of(xs),
-        xsum=address_of(xsum),
-        out=address_of(field),
-        out_stride=field.shape[1],
-        column=5,
-        bias=0 if bias is None else address_of(bias),
-        accumulate=onto is not None,
-        rows_from=StepNumber.LOGIT_ROWS,
-    )
-    run_row(team, cpu.linear_operation(matrix.kind, host_isa() & Isa.VNNI if isa is None else isa), numbers, arguments)
-    result = view.copy()
-    view[:] = np.nan
-    assert np.isnan(field).all()
-    return result
-
-
-def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    return x.shape == y.shape and np.array_equal(x.view(np.uint32), y.view(np.uint32))
-
-
-def error(result: np.ndarray, wanted: np.ndarray) -> float:
-    """RMS(error) / RMS(reference)."""
-    return float(np.sqrt(np.mean((result - wanted) ** 2, dtype=np.float64) / np.mean(wanted**2, dtype=np.float64)))
+    wanted = host_isa() & Isa.VNNI if isa is None else isa
+    places = {"xq": address_of(xq), "xs": address_of(xs), "xsum": address_of(xsum)}
+    return multiply_in_field(team, cpu, matrix, len(xq), wanted, bias, onto, **places)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------

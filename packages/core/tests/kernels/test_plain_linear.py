@@ -16,6 +16,8 @@ from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, 
 
 pytest.importorskip("numba")
 
+from linear_field import error, multiply_in_field, run_row, same_bits
+
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
@@ -62,12 +64,6 @@ def lone_thread():
     team.close()
 
 
-def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
-    row = [operation, 0, address_of(numbers), *arguments]
-    row[1] = 8 * len(row) << 8
-    team.run(np.array(row, np.int64), 1)
-
-
 def multiply(
     team: ThreadTeam,
     matrix: PlainMatrix,
@@ -77,8 +73,8 @@ def multiply(
     bias: np.ndarray | None = None,
     onto: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N]."""
-    rows, columns, width = len(x), matrix.rows, row_elements(matrix.columns)
+    """See `multiply_in_field`."""
+    rows, width = len(x), row_elements(matrix.columns)
     inputs = aligned(max(rows, 1) * width, np.float32).reshape(-1, width)
     inputs[:rows, : matrix.columns] = x
     x_bytes = 4 * width
@@ -87,37 +83,8 @@ def multiply(
         inputs = aligned(halves.size, np.int16).reshape(halves.shape)
         inputs[:] = halves
         x_bytes = 2 * width
-    field = np.full((rows + 2, columns + 24), np.nan, np.float32)
-    view = field[:rows, 5 : 5 + columns]
-    if onto is not None:
-        view[:] = onto
-    numbers = np.full(StepNumber.COUNT, -1, np.int64)
-    numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = cpu.linear_row(
-        matrix,
-        x=address_of(inputs),
-        x_bytes=x_bytes,
-        out=address_of(field),
-        out_stride=field.shape[1],
-        column=5,
-        bias=0 if bias is None else address_of(bias),
-        accumulate=onto is not None,
-        rows_from=StepNumber.LOGIT_ROWS,
-    )
-    run_row(team, cpu.linear_operation(matrix.kind, ISAS[-1] if isa is None else isa), numbers, arguments)
-    result = view.copy()
-    view[:] = np.nan
-    assert np.isnan(field).all()
-    return result
-
-
-def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    return x.shape == y.shape and np.array_equal(x.view(np.uint32), y.view(np.uint32))
-
-
-def error(result: np.ndarray, wanted: np.ndarray) -> float:
-    """RMS(error) / RMS(reference)."""
-    return float(np.sqrt(np.mean((result - wanted) ** 2, dtype=np.float64) / np.mean(wanted**2, dtype=np.float64)))
+    wanted = ISAS[-1] if isa is None else isa
+    return multiply_in_field(team, cpu, matrix, rows, wanted, bias, onto, x=address_of(inputs), x_bytes=x_bytes)
 
 
 # ---- the layout ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""A compiled linear operation run by itself, for the tests of every kind of matrix."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+
+
+def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
+    """A plan of one operation."""
+    row = [operation, 0, address_of(numbers), *arguments]
+    row[1] = 8 * len(row) << 8
+    team.run(np.array(row, np.int64), 1)
+
+
+def multiply_in_field(
+    team: ThreadTeam,
+    cpu: ModuleType,
+    matrix: Any,
+    rows: int,
+    isa: Isa,
+    bias: np.ndarray | None,
+    onto: np.ndarray | None,
+    **inputs: int,
+) -> np.ndarray:
+    """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N].
+
+    Args:
+        team: of threads.
+        cpu: the kernel's module with `linear_row` and `linear_operation`.
+        matrix: of its kind.
+        rows: T.
+        isa: what the CPU can do.
+        bias: [N], or None.
+        onto: what stands there and is added to, [T, N], or None.
+        inputs: what `linear_row` calls the activations.
+    """
+    field = np.full((rows + 2, matrix.rows + 24), np.nan, np.float32)
+    view = field[:rows, 5 : 5 + matrix.rows]
+    if onto is not None:
+        view[:] = onto
+    numbers = np.full(StepNumber.COUNT, -1, np.int64)
+    numbers[StepNumber.LOGIT_ROWS] = rows
+    arguments = cpu.linear_row(
+        matrix,
+        **inputs,
+        out=address_of(field),
+        out_stride=field.shape[1],
+        column=5,
+        bias=0 if bias is None else address_of(bias),
+        accumulate=onto is not None,
+        rows_from=StepNumber.LOGIT_ROWS,
+    )
+    run_row(team, cpu.linear_operation(matrix.kind, isa), numbers, arguments)
+    result = view.copy()
+    view[:] = np.nan
+    assert np.isnan(field).all()
+    return result
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """NaN of the same bits are equal."""
+    return x.shape == y.shape and np.array_equal(x.view(np.uint32), y.view(np.uint32))
+
+
+def error(result: np.ndarray, wanted: np.ndarray) -> float:
+    """RMS(error) / RMS(reference)."""
+    return float(np.sqrt(np.mean((result - wanted) ** 2, dtype=np.float64) / np.mean(wanted**2, dtype=np.float64)))
