@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _ROWS = 256  # sequences of a launch
 _CHUNK = 256  # keys of a split, at least
@@ -196,7 +196,7 @@ def splits(padded_dim: int, bytes_per_number: int, kv_heads: int) -> Splits:
     Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB under
     way (five stages are two tiles, for reading the block table takes some).
     """
-    most = min(max(triton.next_power_of_2(256 // kv_heads), 16), 64)
+    most = min(max(next_power_of_2(256 // kv_heads), 16), 64)
     if bytes_per_number == 4:
         return Splits(16, most, 8, 3, 2)  # with 4 warps some compilers put a few bytes on the stack
     keys = min(max(16, 16384 // (padded_dim * bytes_per_number)), 128)
@@ -220,7 +220,7 @@ def decode(
     """Token r of q belongs to sequence r. Writes out. Checks are the caller's."""
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
-    shape = splits(triton.next_power_of_2(dim), key_cache.element_size(), kv_heads)
+    shape = splits(next_power_of_2(dim), key_cache.element_size(), kv_heads)
     rows = min(q.shape[0], _ROWS)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
@@ -269,9 +269,9 @@ def _constants(
     return {
         "K": kv_heads,
         "G": group,
-        "GP": max(16, triton.next_power_of_2(group)),
+        "GP": max(16, next_power_of_2(group)),
         "D": dim,
-        "DP": triton.next_power_of_2(dim),
+        "DP": next_power_of_2(dim),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,
@@ -301,7 +301,7 @@ def _builds(
     sinks: bool = False,
 ) -> tuple[Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
-    shape = splits(triton.next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
+    shape = splits(next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "block_tables": "*i32"}

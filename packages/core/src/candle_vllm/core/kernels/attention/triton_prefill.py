@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _ROWS = 256  # sequences that a program looks at together when it searches its own
 
@@ -169,7 +169,7 @@ def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -
     memory. Five stages are two or three tiles under way, for reading the block table takes some.
     """
     if bytes_per_number == 4:
-        return Tiles(max(16, triton.next_power_of_2(group)), 16, 8, 2)
+        return Tiles(max(16, next_power_of_2(group)), 16, 8, 2)
     if padded_dim <= 64:
         return Tiles(128, 64, 8, 5)
     large = capability // 10 in (9, 10)
@@ -198,7 +198,7 @@ def prefill(
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = key_cache.shape[1:]
     group = q.shape[1] // kv_heads
-    shape = tiles(triton.next_power_of_2(dim), q.element_size(), group, _capability(q.device))
+    shape = tiles(next_power_of_2(dim), q.element_size(), group, _capability(q.device))
     assert group <= shape.rows
     count = tokens // (shape.rows // group) + rows
     flags = (softcap is not None, scales is not None, sinks is not None)
@@ -240,7 +240,7 @@ def _constants(
         "K": kv_heads,
         "G": group,
         "D": dim,
-        "DP": triton.next_power_of_2(dim),
+        "DP": next_power_of_2(dim),
         "S": block_size,
         "WINDOW": window,
         "CAP": cap,
@@ -271,7 +271,7 @@ def _builds(
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     builds = []
     for capability in (90, 100) if fp8 else (80, 90, 100):
-        shape = tiles(triton.next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, capability)
+        shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, capability)
         build = Build(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PART = 1024  # numbers of a program; not measured yet
 
@@ -39,13 +39,13 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     y = torch.empty(len(token_ids), size, dtype=table.dtype, device=table.device)
     if y.numel():
         constants = _constants(size)
-        grid = (len(token_ids), triton.cdiv(size, constants["BLOCK"]))
+        grid = (len(token_ids), cdiv(size, constants["BLOCK"]))
         embedding_kernel[grid](token_ids, table, y, table.stride(0), **constants, num_warps=4, **OPTIONS)
     return y
 
 
 def _constants(size: int) -> dict[str, int]:
-    return {"E": size, "BLOCK": min(triton.next_power_of_2(size), _PART)}
+    return {"E": size, "BLOCK": min(next_power_of_2(size), _PART)}
 
 
 def _build(dtype: str, size: int) -> Build:

@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, high_w
 from candle_vllm.core.kernels.gguf_linear.triton_exact import linear_exact
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
 
 __all__ = ["embedding", "linear", "linear_exact"]
 
@@ -163,7 +163,7 @@ def linear(
     if not tokens:
         return out
     constants = _large_constants(matrix.planes, matrix.columns, bias is not None, tokens)
-    tiles = triton.cdiv(matrix.rows, constants["ROWS"]) * triton.cdiv(tokens, constants["TOKENS"])
+    tiles = cdiv(matrix.rows, constants["ROWS"]) * cdiv(tokens, constants["TOKENS"])
     large_kernel[(tiles,)](
         x,
         *planes_of(matrix),

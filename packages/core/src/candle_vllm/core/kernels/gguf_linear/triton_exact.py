@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
 
 
 class Tile(NamedTuple):
@@ -174,10 +174,10 @@ def linear_exact(
     if not tokens:
         return out
     tile = _tile(tokens, matrix.planes)
-    tiles = triton.cdiv(matrix.rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
+    tiles = cdiv(matrix.rows, tile.rows) * cdiv(tokens, tile.tokens)
     steps = matrix.planes.steps(matrix.columns)
-    split_steps = split_blocks(steps, triton.cdiv(matrix.rows, CUT_ROWS), PROGRAMS, LEAST_STEPS)
-    splits = triton.cdiv(steps, split_steps)
+    split_steps = split_blocks(steps, cdiv(matrix.rows, CUT_ROWS), PROGRAMS, LEAST_STEPS)
+    splits = cdiv(steps, split_steps)
     fold = splits > 1 and tiles >= ENOUGH and tokens > FEW
     side_by_side = splits > 1 and not fold
     target = out

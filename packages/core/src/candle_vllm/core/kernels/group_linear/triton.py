@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.group_linear.triton_codes import (
     without_numbers,
 )
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
 
 # By tokens of a tile: rows of the matrix, warps, stages; the last for all above. Not measured yet.
 TILES = MappingProxyType({32: (128, 4, 3), 64: (128, 8, 3), 128: (128, 8, 3)})
@@ -111,7 +111,7 @@ def linear(
     if not tokens:
         return out
     constants, options = _form(matrix, tokens, bias is not None)
-    tiles = triton.cdiv(matrix.rows, constants["ROWS"]) * triton.cdiv(tokens, constants["TOKENS"])
+    tiles = cdiv(matrix.rows, constants["ROWS"]) * cdiv(tokens, constants["TOKENS"])
     rounded_kernel[(tiles,)](
         x,
         matrix.codes,

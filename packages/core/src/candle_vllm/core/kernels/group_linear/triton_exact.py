@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.group_linear.triton_codes import (
 from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
 
 
 class Tile(NamedTuple):
@@ -171,9 +171,9 @@ def linear(
     if not tokens:
         return out
     tile = _tile(tokens)
-    tiles = triton.cdiv(matrix.rows, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    split_steps = split_blocks(matrix.steps, triton.cdiv(matrix.rows, CUT_ROWS), PROGRAMS, LEAST_STEPS)
-    splits = triton.cdiv(matrix.steps, split_steps)
+    tiles = cdiv(matrix.rows, tile.rows) * cdiv(tokens, tile.tokens)
+    split_steps = split_blocks(matrix.steps, cdiv(matrix.rows, CUT_ROWS), PROGRAMS, LEAST_STEPS)
+    splits = cdiv(matrix.steps, split_steps)
     fold = splits > 1 and tiles >= ENOUGH and tokens > FEW
     side_by_side = splits > 1 and not fold
     target = out

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _MOST = 1024  # numbers that a program has in registers at a time
 
@@ -83,7 +83,7 @@ def kv_write(
     if not tokens:
         return
     constants = _constants(width, fp8)
-    kv_write_kernel[(tokens, triton.cdiv(width, constants["CHUNK"]))](
+    kv_write_kernel[(tokens, cdiv(width, constants["CHUNK"]))](
         key,
         value,
         key_cache,
@@ -100,7 +100,7 @@ def kv_write(
 
 
 def _constants(width: int, fp8: bool) -> dict[str, int | float | bool]:
-    chunk = min(triton.next_power_of_2(width), _MOST)
+    chunk = min(next_power_of_2(width), _MOST)
     return {"W": width, "CHUNK": chunk, "FP8": fp8, "LARGEST": torch.finfo(torch.float8_e4m3fn).max}
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, split_keys
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _ROWS = 256  # sequences of a launch
 _CHUNK = 256  # keys of a split, at least
@@ -119,7 +119,7 @@ def splits(heads: int, bytes_per_number: int) -> Splits:
 
     Not measured yet: the most heads whose sums of 512 numbers stay in registers, for each reads the cache again.
     """
-    some = max(16, triton.next_power_of_2(heads))
+    some = max(16, next_power_of_2(heads))
     if bytes_per_number == 4:
         return Splits(min(some, 16), 16, 64, 8, 2, 1)
     if some <= 16:
@@ -145,7 +145,7 @@ def decode(
     states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
     merging = _merge_constants(constants)
-    parts = triton.cdiv(heads, shape.heads)
+    parts = cdiv(heads, shape.heads)
     for start in range(0, q_latent.shape[0], _ROWS):
         rows = min(_ROWS, q_latent.shape[0] - start)
         programs = min(rows * parts * shape.splits, shape.programs * _multiprocessors(out.device))
@@ -183,9 +183,9 @@ def _constants(shape: Splits, heads: int, rope: int, latent: int, block_size: in
         "H": heads,
         "HEADS": shape.heads,
         "ROPE": rope,
-        "RP": max(16, triton.next_power_of_2(rope)),
+        "RP": max(16, next_power_of_2(rope)),
         "L": latent,
-        "LP": triton.next_power_of_2(latent),
+        "LP": next_power_of_2(latent),
         "S": block_size,
         "BLOCK_N": shape.keys,
         "SPLITS": shape.splits,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _TOKENS, _OUTPUTS = 16, 64  # of a program; not measured yet
 
@@ -62,7 +62,7 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     assert x.device == weight.device
     y = torch.empty(tokens, heads, outputs, dtype=x.dtype, device=x.device)
     if tokens:
-        grid = (triton.cdiv(tokens, _TOKENS) * heads, triton.cdiv(outputs, _OUTPUTS))
+        grid = (cdiv(tokens, _TOKENS) * heads, cdiv(outputs, _OUTPUTS))
         sizes = _constants(heads, x.shape[2], outputs, x.element_size())
         head_linear_kernel[grid](x, weight, y, tokens, *x.stride()[:2], **sizes, num_warps=4, **OPTIONS)
     return y

@@ -17,7 +17,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.attention.triton_prefill import find_tile
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _ROWS = 256  # sequences that a program looks at together when it searches its own
 
@@ -133,7 +133,7 @@ def prefill(
     shape = tiles(cache.element_size())
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
     count = tokens // (shape.rows // constants["HEADS"]) + rows
-    latent_prefill_kernel[(count * triton.cdiv(heads, constants["HEADS"]),)](
+    latent_prefill_kernel[(count * cdiv(heads, constants["HEADS"]),)](
         q_rope,
         q_latent,
         cache,
@@ -158,9 +158,9 @@ def _constants(shape: Tiles, heads: int, rope: int, latent: int, block_size: int
         "H": heads,
         "HEADS": min(heads, shape.rows),
         "ROPE": rope,
-        "RP": max(16, triton.next_power_of_2(rope)),
+        "RP": max(16, next_power_of_2(rope)),
         "L": latent,
-        "LP": triton.next_power_of_2(latent),
+        "LP": next_power_of_2(latent),
         "S": block_size,
         "BLOCK_M": shape.rows,
         "BLOCK_N": shape.keys,

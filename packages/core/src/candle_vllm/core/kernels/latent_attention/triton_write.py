@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
 
 def _constants(rope: int, latent: int) -> dict[str, int]:
-    return {"R": rope, "L": latent, "RP": triton.next_power_of_2(rope), "LP": triton.next_power_of_2(latent)}
+    return {"R": rope, "L": latent, "RP": next_power_of_2(rope), "LP": next_power_of_2(latent)}
 
 
 AOT = (

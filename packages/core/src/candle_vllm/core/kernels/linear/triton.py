@@ -28,7 +28,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
 
 
 class Tile(NamedTuple):
@@ -151,12 +151,12 @@ def linear(
         return out
     columns = x.shape[1]
     tile = _tile(tokens, x.dtype, _capability(x.device), _aligned(x, weight))
-    tiles = triton.cdiv(width, tile.rows) * triton.cdiv(tokens, tile.tokens)
-    blocks = triton.cdiv(columns, BLOCK)
-    each = split_blocks(blocks, triton.cdiv(width, CUT_ROWS), PROGRAMS, LEAST_BLOCKS)
+    tiles = cdiv(width, tile.rows) * cdiv(tokens, tile.tokens)
+    blocks = cdiv(columns, BLOCK)
+    each = split_blocks(blocks, cdiv(width, CUT_ROWS), PROGRAMS, LEAST_BLOCKS)
     if tiles >= ENOUGH and not invariant:
         each = blocks
-    splits = triton.cdiv(blocks, each)
+    splits = cdiv(blocks, each)
     fold = splits > 1 and tiles >= ENOUGH
     side_by_side = splits > 1 and not fold
     target = out

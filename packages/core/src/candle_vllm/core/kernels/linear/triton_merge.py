@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _COLUMNS = 256  # outputs of a program; not measured yet
 
@@ -42,7 +42,7 @@ def merge_kernel(
 def merge(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """out [T, N] = the sum of partial [S, T, N] over S, plus bias, rounded once. T is at most 65,535."""
     splits, tokens, width = partial.shape
-    merge_kernel[(triton.cdiv(width, _COLUMNS), tokens)](
+    merge_kernel[(cdiv(width, _COLUMNS), tokens)](
         partial,
         bias,
         out,

@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
 from candle_vllm.core.kernels.moe import triton_floats, triton_gguf, triton_plain
 from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = 1024  # numbers of a program of the sum; not measured yet
 
@@ -82,7 +82,7 @@ def moe(
         blocks = sort_pairs(experts, sizes, block)
         for source, matrix, bias, out, gate in products:
             _module(matrix).many(source, matrix, bias, blocks, out, sizes, gate)
-    grid = (sizes.tokens, triton.cdiv(sizes.hidden, _PART))
+    grid = (sizes.tokens, cdiv(sizes.hidden, _PART))
     constants = {"TOP": sizes.top_k, "BLOCK": _PART}
     sum_kernel[grid](results, weights, experts, y, sizes.experts, sizes.hidden, **constants, num_warps=4, **OPTIONS)
     return y

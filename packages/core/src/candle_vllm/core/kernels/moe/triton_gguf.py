@@ -39,7 +39,7 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
     tile_rows,
 )
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
 # By tokens of a tile: rows of the matrix, warps, stages. Not measured yet. For few pairs no four warps with 64 rows,
 # which would be given Hopper's own instruction.
@@ -227,7 +227,7 @@ def few(
     tokens = next(size for size in FEW_TILES if sizes.tokens <= size)
     constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, tokens, FEW_TILES)
     rows = out.shape[1]
-    few_kernel[(triton.cdiv(rows, tile_height(constants)), sizes.pairs)](
+    few_kernel[(cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
         *_planes_of(x, matrix, bias),
         experts,
@@ -238,7 +238,7 @@ def few(
         matrix.columns,
         x.stride(0),
         matrix.planes.steps(matrix.columns),
-        SLOTS=triton.next_power_of_2(sizes.top_k),
+        SLOTS=next_power_of_2(sizes.top_k),
         **constants,
         **_options(tokens, FEW_TILES),
         **OPTIONS,
@@ -257,7 +257,7 @@ def many(
     """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
     constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, blocks.most, MANY_TILES)
     rows = out.shape[1]
-    many_kernel[(blocks.count * triton.cdiv(rows, tile_height(constants)),)](
+    many_kernel[(blocks.count * cdiv(rows, tile_height(constants)),)](
         x,
         *_planes_of(x, matrix, bias),
         blocks.order,

@@ -33,7 +33,7 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
     tile_of,
     tile_rows,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 # By tokens of a tile: rows of the matrix, numbers along K, warps, stages. Not measured yet.
 FEW_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
@@ -157,7 +157,7 @@ def few(
     tokens = few_tokens(sizes.tokens)
     constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, FEW_TILES)
     rows = out.shape[1]
-    few_kernel[(triton.cdiv(rows, tile_height(constants)), sizes.pairs)](
+    few_kernel[(cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
         weight,
         bias,
@@ -168,7 +168,7 @@ def few(
         rows,
         weight.shape[2],
         x.stride(0),
-        SLOTS=triton.next_power_of_2(sizes.top_k),
+        SLOTS=next_power_of_2(sizes.top_k),
         **constants,
         **_options(tokens, FEW_TILES),
         **OPTIONS,
@@ -189,7 +189,7 @@ def many(
     tokens = blocks.most
     constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, MANY_TILES)
     rows = out.shape[1]
-    many_kernel[(blocks.count * triton.cdiv(rows, tile_height(constants)),)](
+    many_kernel[(blocks.count * cdiv(rows, tile_height(constants)),)](
         x,
         weight,
         bias,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.moe.arguments import Scoring
 from candle_vllm.core.kernels.moe.reference import LEAST_SUM
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 
 @triton.jit
@@ -138,9 +138,9 @@ def _constants(
         "BIAS": bias,
         "RENORMALISE": renormalise,
         "LEAST": LEAST_SUM,
-        "G": triton.next_power_of_2(groups[0]),
-        "M": triton.next_power_of_2(experts // groups[0]),
-        "SLOTS": triton.next_power_of_2(top_k),
+        "G": next_power_of_2(groups[0]),
+        "M": next_power_of_2(experts // groups[0]),
+        "SLOTS": next_power_of_2(top_k),
     }
 
 

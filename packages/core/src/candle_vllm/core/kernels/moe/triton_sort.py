@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.moe.arguments import MoeSizes
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 # Not measured yet.
 _CHUNK = 256
@@ -134,7 +134,7 @@ def sort_pairs(experts: torch.Tensor, sizes: MoeSizes, block: int) -> Blocks:
     """Sorts experts [T, k], contiguous, into blocks of up to `block` pairs."""
     assert experts.is_contiguous()
     pairs, count, device = sizes.pairs, sizes.experts, experts.device
-    chunks = triton.cdiv(pairs, _CHUNK)
+    chunks = cdiv(pairs, _CHUNK)
     most = min(pairs, (pairs + count * (block - 1)) // block)
     order = torch.empty((pairs,), dtype=torch.int32, device=device)
     table = torch.empty((3, most), dtype=torch.int32, device=device)
@@ -149,7 +149,7 @@ def sort_pairs(experts: torch.Tensor, sizes: MoeSizes, block: int) -> Blocks:
 
 
 def _constants(experts: int, block: int, chunks: int) -> dict[str, Any]:
-    bins = max(32, triton.next_power_of_2(experts))
+    bins = max(32, next_power_of_2(experts))
     return {
         "CHUNK": _CHUNK,
         "BINS": bins,

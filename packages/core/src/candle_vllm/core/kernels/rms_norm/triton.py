@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _MOST = 16384  # the longest row that is kept in registers
 _PART = 4096  # how much of a longer row is worked on at a time
@@ -120,7 +120,7 @@ def _launch(
     if not x.numel():
         return
     constants, num_warps = _form(heads, size, residual is not None)
-    rms_norm_kernel[(triton.cdiv(tokens * heads, constants["ROWS"]),)](
+    rms_norm_kernel[(cdiv(tokens * heads, constants["ROWS"]),)](
         x,
         residual,
         weight,
@@ -147,7 +147,7 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
 
 def _form(heads: int, size: int, add: bool) -> tuple[dict[str, Any], int]:
     """Constants and warps. Not measured yet: eight numbers for each thread, sixteen for the longest rows."""
-    block = triton.next_power_of_2(size) if size <= _MOST else _PART
+    block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add}
     return constants, min(max(rows * block // 256, 4), 32 if size <= _MOST else 16)

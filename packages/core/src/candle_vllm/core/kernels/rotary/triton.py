@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PAIRS = 512  # of a program; not measured yet
 
@@ -114,7 +114,7 @@ def _launch(
     if not tokens:
         return
     constants = _constants(heads, kv_heads, dim, cos.shape[1])
-    parts = triton.cdiv(heads, constants["HEADS"]) + triton.cdiv(kv_heads, constants["HEADS"])
+    parts = cdiv(heads, constants["HEADS"]) + cdiv(kv_heads, constants["HEADS"])
     rotary_kernel[(tokens, parts)](
         q,
         k,
@@ -134,9 +134,9 @@ def _launch(
 
 
 def _constants(heads: int, kv_heads: int, dim: int, half: int) -> dict[str, Any]:
-    halves, rests = triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1))
+    halves, rests = next_power_of_2(half), next_power_of_2(max(dim - 2 * half, 1))
     sizes = {"H": heads, "K": kv_heads, "D": dim, "HALF": half, "HALVES": halves, "RESTS": rests}
-    return sizes | {"HEADS": min(max(1, _PAIRS // halves), triton.next_power_of_2(heads))}
+    return sizes | {"HEADS": min(max(1, _PAIRS // halves), next_power_of_2(heads))}
 
 
 def _build(dtype: str, heads: int, kv_heads: int, dim: int, half: int) -> Build:

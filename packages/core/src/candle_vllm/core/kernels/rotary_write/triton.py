@@ -15,7 +15,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.kv_write.triton import for_cache
 from candle_vllm.core.kernels.rotary_write import HeadNorms
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PAIRS = 256  # of a program; not measured yet
 
@@ -152,7 +152,7 @@ def rotary_write(
         return out
     kv_heads = k.shape[1]
     constants = _constants(heads, kv_heads, dim, tables[0].shape[1], norms is not None, cache_scales is not None)
-    parts = triton.cdiv(heads, constants["HEADS"]) + triton.cdiv(kv_heads, constants["HEADS"])
+    parts = cdiv(heads, constants["HEADS"]) + cdiv(kv_heads, constants["HEADS"])
     rotary_write_kernel[(tokens, parts)](
         q,
         k,
@@ -210,7 +210,7 @@ def _check(
 
 
 def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: bool) -> dict[str, Any]:
-    halves, rests = triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1))
+    halves, rests = next_power_of_2(half), next_power_of_2(max(dim - 2 * half, 1))
     return {
         "H": heads,
         "K": kv_heads,
@@ -218,8 +218,8 @@ def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: 
         "HALF": half,
         "HALVES": halves,
         "RESTS": rests,
-        "DP": triton.next_power_of_2(dim),
-        "HEADS": min(max(1, _PAIRS // halves), triton.next_power_of_2(heads)),
+        "DP": next_power_of_2(dim),
+        "HEADS": min(max(1, _PAIRS // halves), next_power_of_2(heads)),
         "NORM": norm,
         "FP8": fp8,
         "LARGEST": torch.finfo(torch.float8_e4m3fn).max,

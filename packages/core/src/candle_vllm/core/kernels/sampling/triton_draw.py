@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
     survey_kernel,
     value_of,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _EDGES = tl.constexpr(4)
 _PLAN = tl.constexpr(8)  # int32 numbers of a row's plan: the key of min_p's bound, then the edges' keys
@@ -389,7 +389,7 @@ def _build(kernel: Any, chunks: int, **constants: Any) -> Build:
     label = "-".join([str(chunks), *(name for name, value in constants.items() if value is True)])
     arguments = {name: _TYPES[name] for name in names if name in _TYPES}
     if "CB" in kernel.arg_names:
-        constants["CB"] = triton.next_power_of_2(chunks)
+        constants["CB"] = next_power_of_2(chunks)
     aligned = tuple(name for name in ("row_stride", "V") if name in names)
     return Build(kernel, arguments, constants, num_warps=_WARPS, aligned=aligned, label=label)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.sampling import DeviceEdits
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = tl.constexpr(1024)  # entries or logits that a program has at a time; not measured yet
 _ROWS = tl.constexpr(256)  # of a program that counts tokens
@@ -107,11 +107,11 @@ def edit(logits: torch.Tensor, edits: DeviceEdits) -> None:
         return
     if edits.bias_ids is not None and edits.bias_ids.shape[1]:
         entries = edits.bias_ids.shape[1]
-        grid = (number, triton.cdiv(entries, _PART.value))
+        grid = (number, cdiv(entries, _PART.value))
         bias_kernel[grid](logits, edits.bias_ids, edits.bias, logits.stride(0), entries, num_warps=4, **OPTIONS)
     if edits.masks is None and edits.counts is None:
         return
-    mask_and_penalise_kernel[(number, triton.cdiv(vocabulary, _PART.value))](
+    mask_and_penalise_kernel[(number, cdiv(vocabulary, _PART.value))](
         logits,
         edits.mask_rows,
         edits.masks,
@@ -137,7 +137,7 @@ def note(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor
     assert all(x.is_contiguous() for x in (counts, count_rows, token_ids))
     number = len(token_ids)
     if number:
-        grid = (triton.cdiv(number, _ROWS.value),)
+        grid = (cdiv(number, _ROWS.value),)
         note_kernel[grid](counts, count_rows, token_ids, number, counts.shape[1], num_warps=4, **OPTIONS)
 
 
@@ -147,7 +147,7 @@ def _check(logits: torch.Tensor, edits: DeviceEdits) -> None:
         "bias_ids": (torch.int32, (number, None)),
         "bias": (torch.float32, (number, None)),
         "mask_rows": (torch.int32, (number,)),
-        "masks": (torch.int32, (None, triton.cdiv(vocabulary, 32))),
+        "masks": (torch.int32, (None, cdiv(vocabulary, 32))),
         "count_rows": (torch.int32, (number,)),
         "counts": (torch.int32, (None, vocabulary)),
         "penalties": (torch.float64, (number, 3)),

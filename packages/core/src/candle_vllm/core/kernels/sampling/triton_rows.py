@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.triton_build import cdiv, next_power_of_2
+
 CHUNK = tl.constexpr(4096)  # logits of a program
 GROUPS = tl.constexpr(64)  # of each chunk: every 64th logit
 BLOCK = tl.constexpr(1024)  # logits that a program which searches a row has at a time
@@ -143,7 +145,7 @@ class Rows(NamedTuple):
     @property
     def block(self) -> int:
         """CB."""
-        return triton.next_power_of_2(self.chunks)
+        return next_power_of_2(self.chunks)
 
 
 def rows_of(logits: torch.Tensor) -> Rows:
@@ -152,7 +154,7 @@ def rows_of(logits: torch.Tensor) -> Rows:
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"
     assert 0 < vocabulary <= MOST_LOGITS
-    chunks = triton.cdiv(vocabulary, CHUNK.value)
+    chunks = cdiv(vocabulary, CHUNK.value)
     return Rows(
         logits,
         torch.empty(count, chunks * GROUPS.value, dtype=torch.float32, device=logits.device),

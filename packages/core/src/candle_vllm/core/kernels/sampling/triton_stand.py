@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
     survey_kernel,
     value_of,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _HIGHEST = tl.constexpr(2**63 - 1)
@@ -245,7 +245,7 @@ _TYPES = {
 
 def _build(kernel: Any, chunks: int) -> Build:
     arguments = {name: _TYPES[name] for name in kernel.arg_names if name in _TYPES}
-    constants = {"CB": triton.next_power_of_2(chunks)} if "CB" in kernel.arg_names else {}
+    constants = {"CB": next_power_of_2(chunks)} if "CB" in kernel.arg_names else {}
     aligned = tuple(name for name in ("row_stride", "V") if name in arguments)
     return Build(kernel, arguments, constants, num_warps=_WARPS, aligned=aligned, label=str(chunks))
 

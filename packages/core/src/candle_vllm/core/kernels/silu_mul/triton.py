@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PART = 1024  # numbers of a program; not measured yet
 
@@ -51,13 +51,13 @@ def _launch(x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     y = torch.empty(tokens, width // 2, dtype=x.dtype, device=x.device)
     if y.numel():
         constants = _constants(width // 2, gelu)
-        grid = (tokens, triton.cdiv(width // 2, constants["BLOCK"]))
+        grid = (tokens, cdiv(width // 2, constants["BLOCK"]))
         gate_mul_kernel[grid](x, y, x.stride(0), **constants, num_warps=4, **OPTIONS)
     return y
 
 
 def _constants(size: int, gelu: bool) -> dict[str, int]:
-    return {"F": size, "BLOCK": min(triton.next_power_of_2(size), _PART), "GELU": gelu}
+    return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "GELU": gelu}
 
 
 def _build(dtype: str, size: int, gelu: bool) -> Build:
