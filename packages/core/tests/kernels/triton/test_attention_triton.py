@@ -213,6 +213,102 @@ def test_more_sequences_than_a_program_looks_at(device: torch.device, monkeypatc
     check(step, decodes=0)
 
 
+def captured(step: Step, decoding: int, most: int, rows: int, tokens: int) -> tuple[Step, DeviceRows]:
+    """A step as a captured launch sees it: fillers behind its sequences and tokens, and `decoding` on the device.
+
+    Fillers' tables and queries hold what nothing may use.
+    """
+    device, real = step.q.device, len(step.rows.context_lens)
+    starts = torch.tensor(step.rows.query_start + step.rows.query_start[-1:] * (rows - real), dtype=torch.int32)
+    contexts = torch.tensor(step.rows.context_lens + (0,) * (rows - real), dtype=torch.int32)
+    tables = torch.full((rows, step.rows.block_tables.shape[1]), 10**6, device=device)
+    tables[:real] = step.rows.block_tables
+    q = torch.full((tokens, *step.q.shape[1:]), math.nan, dtype=step.q.dtype, device=device)
+    q[: len(step.q)] = step.q
+    number = torch.tensor([99, decoding], dtype=torch.int32, device=device)[1:]  # anywhere in a table
+    return replace(step, q=q), DeviceRows(starts.to(device), contexts.to(device), tables, most, decoding=number)
+
+
+MIXES = {
+    "no decodes": ((40, 45, 17), (40, 4, 1), 0, 3),
+    "all decode": ((1, 300, 17), (1, 1, 1), 3, 3),
+    "some of each": ((1, 300, 40, 45, 69, 17), (1, 1, 40, 4, 33, 1), 2, 2),
+    "fewer than the launch is made for": ((1, 300, 40, 45, 69, 17), (1, 1, 40, 4, 33, 1), 2, 6),
+    "one prompt of one token": ((1,), (1,), 0, 1),
+    "prompts of one token behind decodes": ((300, 20, 5, 1), (1, 1, 1, 1), 2, 4),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("fillers", [(0, 0), (3, 21)])
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}])
+def test_how_many_decode_is_a_number_on_the_device(
+    device: torch.device, mix: str, fillers: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of launches that are told on the host, with fillers behind sequences and tokens."""
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    contexts, queries, decoding, most = MIXES[mix]
+    step = make_step(device, contexts, queries, heads=2, kv_heads=1, dim=16)
+    wanted = run(step, replace(step.rows.on_device(), decodes=decoding), **options)
+    for rows in (256, 2):  # of a launch
+        monkeypatch.setattr(triton_decode, "_ROWS", rows)
+        monkeypatch.setattr(triton_prefill, "_ROWS", rows)
+        given = captured(step, decoding, most + min(fillers), len(contexts) + fillers[0], len(step.q) + fillers[1])
+        assert torch.equal(run(*given, **options)[: len(step.q)], wanted)
+
+
+def test_the_decode_kernels_write_nothing_for_others(device: torch.device) -> None:
+    """One split, several, and none, each of which is written by another kernel."""
+    step = make_step(device, (20, 20, 600, 1), (1, 1, 1, 1), heads=2, kv_heads=1, dim=16)
+    contexts = torch.tensor([20, 20, 600, 0], dtype=torch.int32, device=device)
+    options = {"scale": 0.25, "window": None, "softcap": None, "scales": None, "sinks": None}
+
+    def decoded(decoding: torch.Tensor | None) -> torch.Tensor:
+        out = torch.full_like(step.q, math.nan, memory_format=torch.contiguous_format)
+        caches = (step.key_cache, step.value_cache)
+        triton_decode.decode(step.q, *caches, out, contexts, step.rows.block_tables, **options, decoding=decoding)
+        return out
+
+    wanted = decoded(None)
+    assert not wanted.isnan().any()
+    for count in range(5):
+        got = decoded(torch.tensor([count], dtype=torch.int32, device=device))
+        assert torch.equal(got[:count], wanted[:count])
+        assert got[count:].isnan().all()
+
+
+def test_one_captured_launch_serves_every_mix(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    shape = {"heads": 4, "kv_heads": 2, "dim": 64, "dtype": torch.bfloat16}
+    mixes = [captured(make_step(device, c, q, **shape), n, 6, 8, 128) for c, q, n, _ in MIXES.values()]
+    blocks, width = max(len(s.key_cache) for s, _ in mixes), max(r.block_tables.shape[1] for _, r in mixes)
+    q = torch.empty_like(mixes[0][0].q)
+    caches = [torch.empty(blocks, 16, 2, 64, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    held = replace(mixes[0][1], block_tables=torch.zeros(8, width, dtype=torch.int64, device=device))
+
+    def fill(step: Step, rows: DeviceRows) -> None:
+        q.copy_(step.q)
+        for cache, source in zip(caches, (step.key_cache, step.value_cache)):
+            cache[: len(source)] = source
+        held.block_tables[:, : rows.block_tables.shape[1]] = rows.block_tables
+        for name in ("query_start", "context_lens", "decoding"):
+            getattr(held, name).copy_(getattr(rows, name).clone())
+
+    fill(*mixes[0])
+    held_step = Step(q, caches[0], caches[1], AttentionRows((), (), held.block_tables))
+    run(held_step, held)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(held_step, held)
+    for (contexts, queries, decoding, _), given in zip(MIXES.values(), mixes):
+        fill(*given)
+        graph.replay()
+        step = make_step(device, contexts, queries, **shape)
+        wanted = run(step, replace(step.rows.on_device(), decodes=decoding))
+        assert torch.equal(got[: len(wanted)], wanted)
+
+
 def test_host_and_device_rows_are_the_same(device: torch.device) -> None:
     rows = AttentionRows((0, 1, 2, 7, 8), (9, 1, 5, 3), torch.zeros(4, 1, dtype=torch.int64, device=device))
     moved = rows.on_device()

@@ -12,7 +12,7 @@ import torch
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds
-from candle_vllm.core.kernels.latent_attention import head_linear, reference
+from candle_vllm.core.kernels.latent_attention import head_linear, reference, triton_decode, triton_prefill
 from candle_vllm.core.kernels.latent_attention.backend import choose_latent
 from candle_vllm.core.kernels.latent_attention.triton import latent_attention
 from candle_vllm.core.kernels.latent_attention.triton_heads import head_linear as heads_on_gpu
@@ -129,6 +129,42 @@ def test_a_filler_of_a_captured_step_gets_zeros(device: torch.device) -> None:
     got = step.run(replace(rows, context_lens=torch.tensor([20, 0], dtype=torch.int32, device=device)))
     assert torch.equal(got[1], torch.zeros_like(got[1]))
     assert torch.equal(got[0], step.run()[0])
+
+
+@pytest.mark.parametrize(
+    ("contexts", "queries", "decoding"),
+    [
+        ((20, 25, 17), (20, 4, 1), 0),
+        ((1, 300, 17), (1, 1, 1), 3),
+        ((1, 300, 20, 25, 17), (1, 1, 20, 4, 1), 2),
+        ((1,), (1,), 0),
+    ],
+)
+def test_how_many_decode_is_a_number_on_the_device(
+    device: torch.device,
+    contexts: tuple[int, ...],
+    queries: tuple[int, ...],
+    decoding: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bits of launches that are told on the host, with fillers behind sequences and tokens."""
+    step = Step(device, contexts, queries)
+    whole, count = step.rows.on_device(), len(step.q_rope)
+    wanted = step.run(replace(whole, decodes=decoding))
+    step.q_rope, step.q_latent = (
+        torch.cat([x, torch.full((9, *x.shape[1:]), math.nan, device=device)]) for x in (step.q_rope, step.q_latent)
+    )
+    rows = DeviceRows(
+        torch.cat([whole.query_start, whole.query_start[-1:].expand(3)]),
+        torch.cat([whole.context_lens, whole.context_lens.new_zeros(3)]),
+        torch.cat([whole.block_tables, whole.block_tables.new_full((3, whole.block_tables.shape[1]), 10**6)]),
+        min(len(contexts) + 1, count),
+        decoding=torch.tensor([decoding], dtype=torch.int32, device=device),
+    )
+    for most in (256, 2):  # rows of a launch
+        for module in (triton_decode, triton_prefill):
+            monkeypatch.setattr(module, "_ROWS", most)
+        assert torch.equal(step.run(rows)[:count], wanted)
 
 
 @pytest.mark.parametrize("numbers", [torch.int32, torch.int64])

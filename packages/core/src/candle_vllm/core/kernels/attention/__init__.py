@@ -12,7 +12,9 @@ float32 each, by which its numbers are multiplied.
 
 On a GPU D is 256 at most and S a power of two from 16 on. Where the step's numbers are on the device (`DeviceRows`)
 nothing waits for it, and launches depend on the shapes of tensors and on `decodes` only, so that they can be captured:
-the rows of y from query_start[R] on hold anything, sequences among the first `decodes` without context get zeros.
+the rows of y from query_start[R] on hold anything, sequences among the first `decodes` without context get zeros. With
+`decoding` it is a number on the device that says how many sequences decode, so that one captured launch serves every
+mix of decodes and prompts: sequences behind the last one (query_start stands still, no context) get nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
 """
@@ -72,6 +74,9 @@ class DeviceRows:
             where only the shapes bound them.
         most_context: the same of contexts.
         host: the same numbers on the host; None where they are not known there, and for a step that is captured.
+        decoding: [1] int32, at most `decodes`: how many leading sequences are computed by the kernel for one new token
+            each, where only the device knows it; `decodes` then is the most of them that a launch is made for. None
+            where `decodes` says it. For backends that are `mixed` alone, see `backends`.
     """
 
     query_start: torch.Tensor
@@ -81,6 +86,7 @@ class DeviceRows:
     most_tokens: int | None = None
     most_context: int | None = None
     host: AttentionRows | None = None
+    decoding: torch.Tensor | None = None
 
     def on_host(self) -> AttentionRows:
         """The same numbers as tuples. Waits for the device where `host` is None."""

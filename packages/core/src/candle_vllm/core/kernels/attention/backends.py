@@ -79,6 +79,7 @@ class Backend:
         attend: the function that every layer calls.
         capturable: whether a step in which every sequence counts among `DeviceRows.decodes` waits for nothing and can
             be captured in a CUDA graph.
+        mixed: whether any step can be captured, prompts included, whose `DeviceRows.decoding` is given.
         finite_cache: whether every number of the cache must be finite, also those that nothing was written to: a NaN
             behind the end of a sequence would reach its result.
         note: what the user should know about this choice; may be empty.
@@ -87,6 +88,7 @@ class Backend:
     name: str
     attend: Attend
     capturable: bool
+    mixed: bool = False
     finite_cache: bool = False
     note: str = ""
 
@@ -157,7 +159,7 @@ def _triton(needs: AttentionNeeds) -> Backend | str:
         return refusal
     from candle_vllm.core.kernels.attention import triton
 
-    return Backend("triton", triton.paged_attention, capturable=True)
+    return Backend("triton", triton.paged_attention, capturable=True, mixed=True)
 
 
 def _torch_flash(needs: AttentionNeeds) -> Backend | str:

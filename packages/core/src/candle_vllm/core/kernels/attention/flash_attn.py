@@ -125,6 +125,7 @@ class PagedFlash:
     ) -> torch.Tensor:
         assert cache_scales is None
         assert sinks is None
+        assert rows.decoding is None
         assert key_cache.dtype == value_cache.dtype == q.dtype
         options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
         decodes, others = split(rows, len(q), key_cache.shape[1])

@@ -147,6 +147,7 @@ class CopiedFlash:
         assert softcap is None
         assert cache_scales is None
         assert sinks is None
+        assert rows.decoding is None
         n = rows.decodes
         if len(q) == n:
             return self._decode(q, key_cache, value_cache, rows, scale, window)

@@ -1,7 +1,8 @@
 """Paged attention on a GPU (step 6 of a request's life): checks, and which kernel computes which tokens.
 
 The first `decodes` sequences of a step, with one token each, go to `triton_decode`, the others to `triton_prefill`.
-Which kernel a token meets is thus the caller's choice and not the batch's. Nothing here waits for the GPU.
+Which kernel a token meets is thus the caller's choice and not the batch's. Nothing here waits for the GPU. With
+`DeviceRows.decoding` both kernels are launched for all that the shapes allow, and find their sequences on the device.
 """
 
 from __future__ import annotations
@@ -53,22 +54,25 @@ def paged_attention(
             softcap=softcap,
             scales=cache_scales,
             sinks=sinks,
+            decoding=rows.decoding,
         )
-    if tokens > n:
+    first = n if rows.decoding is None else 0
+    if tokens > first:
         prefill(
             q,
             key_cache,
             value_cache,
             out,
-            rows.query_start[n:],
-            rows.context_lens[n:],
-            rows.block_tables[n:],
-            tokens - n,
+            rows.query_start[first:],
+            rows.context_lens[first:],
+            rows.block_tables[first:],
+            tokens - first,
             scale=scale,
             window=window,
             softcap=softcap,
             scales=cache_scales,
             sinks=sinks,
+            decoding=rows.decoding,
         )
     return out
 
@@ -99,3 +103,12 @@ def _check(
     assert all(x.device == q.device for x in tensors)
     for numbers in (rows.query_start, rows.context_lens, rows.block_tables):
         assert numbers.dtype in (torch.int32, torch.int64)
+    check_decoding(rows)
+
+
+def check_decoding(rows: DeviceRows) -> None:
+    """The number of decoding sequences, where it is on the device."""
+    if rows.decoding is not None:
+        assert rows.decoding.shape == (1,)
+        assert rows.decoding.dtype == torch.int32
+        assert rows.decoding.device == rows.context_lens.device

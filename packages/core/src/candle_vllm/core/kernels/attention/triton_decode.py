@@ -38,7 +38,10 @@ def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.
 
 
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
-@triton.jit(do_not_specialize=["rows", "table_stride"], do_not_specialize_on_alignment=["context_lens", "block_tables"])
+@triton.jit(
+    do_not_specialize=["first", "rows", "table_stride"],
+    do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
+)
 def decode_kernel(
     q,  # [R, H, D]
     key_cache,  # [B, S, K, D]
@@ -48,11 +51,13 @@ def decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
+    decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read where SINKS
     scale,
     cap,
+    first,
     rows,
     q_stride,  # numbers from a token to the next
     table_stride,
@@ -71,6 +76,8 @@ def decode_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    if decoding is not None:
+        rows = tl.minimum(rows, tl.load(decoding) - first)
     index = tl.arange(0, ROWS)
     contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
     _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
@@ -134,13 +141,15 @@ def decode_kernel(
             tl.store(state + 1, sums, mask=lines < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["decoding"])
 def merge_kernel(
     partial_values,  # [R, SPLITS, H, D] fp32
     partial_states,  # [R, SPLITS, H, 2] fp32
     out,  # [R, H, D]
     context_lens,  # [R]
+    decoding,  # as in `decode_kernel`
     sinks,  # [H] fp32, read where SINKS
+    first,
     H: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -151,11 +160,16 @@ def merge_kernel(
     SINKS: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """One program per sequence and head. A sequence without context, a filler of a captured batch, gets zeros."""
+    """One program per sequence and head. A sequence without context, a filler of a captured batch, gets zeros.
+
+    Those that do not decode get nothing: where they would write stand tokens of prompts.
+    """
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
     context = tl.load(context_lens + row).to(tl.int32)
     _, _, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
+    if decoding is not None:
+        count = tl.where(first + row < tl.load(decoding), count, 1)
     if count != 1:
         splits = tl.arange(0, SPLITS)
         states = partial_states + ((row * SPLITS + splits) * H + head) * 2
@@ -216,8 +230,9 @@ def decode(
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
+    decoding: torch.Tensor | None,
 ) -> None:
-    """Token r of q belongs to sequence r. Writes out. Checks are the caller's."""
+    """Token r of q belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's."""
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
     shape = splits(next_power_of_2(dim), key_cache.element_size(), kv_heads)
@@ -239,11 +254,13 @@ def decode(
             states,
             context_lens[start:],
             block_tables[start:],
+            decoding,
             scales[0] if scales else None,
             scales[1] if scales else None,
             sinks,
             scale,
             softcap or 0.0,
+            start,
             rows,
             q.stride(0),
             block_tables.stride(0),
@@ -254,7 +271,16 @@ def decode(
             **OPTIONS,
         )
         merge_kernel[(rows * heads,)](
-            values, states, out[start:], context_lens[start:], sinks, **merging, num_warps=2, **OPTIONS
+            values,
+            states,
+            out[start:],
+            context_lens[start:],
+            decoding,
+            sinks,
+            start,
+            **merging,
+            num_warps=2,
+            **OPTIONS,
         )
 
 
@@ -299,18 +325,20 @@ def _builds(
     cap: bool = False,
     fp8: bool = False,
     sinks: bool = False,
+    mixed: bool = False,
 ) -> tuple[Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
     shape = splits(next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
+    partials |= {"first": "i32"} | ({"decoding": "*i32"} if mixed else {})
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "block_tables": "*i32"}
     arguments |= {**partials, "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
-    label += "-sinks" * sinks
-    none = {} if sinks else {"sinks": None}
+    label += "-sinks" * sinks + "-mixed" * mixed
+    none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
     targets = (90, 100) if fp8 else (80, 90, 100)
     return (
         Build(
@@ -320,7 +348,7 @@ def _builds(
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
-            unaligned=("context_lens", "block_tables"),
+            unaligned=("context_lens", "block_tables", "decoding"),
             label=label,
             capabilities=targets,
         ),
@@ -329,6 +357,7 @@ def _builds(
             partials | sink,
             _merge_constants(constants) | none,
             num_warps=2,
+            unaligned=("decoding",),
             label=label,
             capabilities=targets,
         ),
@@ -337,6 +366,7 @@ def _builds(
 
 AOT = (
     *_builds("bf16", 128, 8, 4, 16),
+    *_builds("bf16", 128, 8, 4, 16, mixed=True),
     *_builds("bf16", 128, 8, 4, 64)[:1],
     *_builds("fp16", 64, 2, 7, 16)[:1],
     *_builds("bf16", 80, 32, 1, 32)[:1],

@@ -44,7 +44,7 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
 @triton.jit(
     do_not_specialize=["rows", "table_stride"],
-    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables"],
+    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables", "decoding"],
 )
 def prefill_kernel(
     q,  # [T, H, D]
@@ -54,6 +54,7 @@ def prefill_kernel(
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
+    decoding,  # [1] int32, or None: so many leading rows are not this kernel's
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read where SINKS
@@ -79,9 +80,17 @@ def prefill_kernel(
     head = tl.program_id(0) % K
     # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
     tile = tl.num_programs(0) // K - 1 - tl.program_id(0) // K
+    if decoding is not None:
+        decodes = tl.load(decoding)
+        query_start += decodes
+        context_lens += decodes
+        block_tables += decodes.to(tl.int64) * table_stride
+        rows -= decodes
     row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
+    if decoding is not None:
+        count = tl.where(rows > 0, count, 0)  # without rows, it is the last decode's
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -193,8 +202,12 @@ def prefill(
     softcap: float | None,
     scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
+    decoding: torch.Tensor | None,
 ) -> None:
-    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's."""
+    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's.
+
+    With `decoding` from query_start[decoding[0]] on: the other rows are not touched.
+    """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = key_cache.shape[1:]
     group = q.shape[1] // kv_heads
@@ -210,6 +223,7 @@ def prefill(
         query_start,
         context_lens,
         block_tables,
+        decoding,
         scales[0] if scales else None,
         scales[1] if scales else None,
         sinks,
@@ -262,11 +276,13 @@ def _builds(
     cap: bool = False,
     fp8: bool = False,
     sinks: bool = False,
+    mixed: bool = False,
 ) -> list[Build]:
     cache = "fp8e4nv" if fp8 else dtype
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": f"*{dtype}"}
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
+    arguments |= {"decoding": "*i32"} if mixed else {}
     pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     builds = []
@@ -276,12 +292,13 @@ def _builds(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
             _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks)
-            | {name: None for name in ("key_scale", "value_scale", "sinks") if name not in pointers},
+            | {name: None for name in ("key_scale", "value_scale", "sinks") if name not in pointers}
+            | ({} if mixed else {"decoding": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
-            unaligned=("query_start", "context_lens", "block_tables"),
-            label=label + "-sinks" * sinks,
+            unaligned=("query_start", "context_lens", "block_tables", "decoding"),
+            label=label + "-sinks" * sinks + "-mixed" * mixed,
             capabilities=(capability,),
         )
         builds.append(build)
@@ -290,6 +307,7 @@ def _builds(
 
 AOT = (
     *_builds("bf16", 128, 4, 16),
+    *_builds("bf16", 128, 4, 16, mixed=True),
     *_builds("bf16", 128, 4, 64),
     *_builds("fp16", 64, 7, 16),
     *_builds("bf16", 80, 1, 32),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.triton import check_decoding
 from candle_vllm.core.kernels.latent_attention.triton_decode import decode
 from candle_vllm.core.kernels.latent_attention.triton_prefill import prefill
 
@@ -23,10 +24,13 @@ def latent_attention(
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     if n:
         tables = rows.block_tables[:n]
-        decode(q_rope[:n], q_latent[:n], cache, out[:n], rows.context_lens[:n], tables, scale=scale)
-    if tokens > n:
-        numbers = (rows.query_start[n:], rows.context_lens[n:], rows.block_tables[n:])
-        prefill(q_rope, q_latent, cache, out, *numbers, tokens=tokens - n, scale=scale)
+        numbers = (rows.context_lens[:n], tables)
+        decode(q_rope[:n], q_latent[:n], cache, out[:n], *numbers, scale=scale, decoding=rows.decoding)
+    first = n if rows.decoding is None else 0
+    if tokens > first:
+        numbers = (rows.query_start[first:], rows.context_lens[first:], rows.block_tables[first:])
+        options = {"scale": scale, "decoding": rows.decoding}
+        prefill(q_rope, q_latent, cache, out, *numbers, tokens=tokens - first, **options)
     return out
 
 
@@ -46,3 +50,4 @@ def _check(q_rope: torch.Tensor, q_latent: torch.Tensor, cache: torch.Tensor, ro
     numbers = (rows.query_start, rows.context_lens, rows.block_tables)
     assert all(x.dtype in (torch.int32, torch.int64) for x in numbers)
     assert all(x.device == cache.device for x in (q_rope, q_latent, *numbers))
+    check_decoding(rows)

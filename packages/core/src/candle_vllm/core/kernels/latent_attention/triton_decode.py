@@ -25,7 +25,10 @@ _MERGED = 8  # splits that the merging kernel reads together
 
 
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
-@triton.jit(do_not_specialize=["rows", "table_stride"], do_not_specialize_on_alignment=["context_lens", "block_tables"])
+@triton.jit(
+    do_not_specialize=["first", "rows", "table_stride"],
+    do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
+)
 def latent_decode_kernel(
     q_rope,  # [R, H, ROPE]
     q_latent,  # [R, H, L]
@@ -35,7 +38,9 @@ def latent_decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
+    decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
     scale,
+    first,
     rows,
     rope_token,  # strides of the queries
     rope_head,
@@ -55,6 +60,8 @@ def latent_decode_kernel(
     ROWS: tl.constexpr,
 ):
     parts: tl.constexpr = (H + HEADS - 1) // HEADS
+    if decoding is not None:
+        rows = tl.minimum(rows, tl.load(decoding) - first)
     index = tl.arange(0, ROWS)
     contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
     _, _, counts = split_keys(contexts, 0, BLOCK_N, SPLITS, CHUNK)
@@ -136,8 +143,9 @@ def decode(
     block_tables: torch.Tensor,
     *,
     scale: float,
+    decoding: torch.Tensor | None,
 ) -> None:
-    """Token r belongs to sequence r. Writes out. Checks are the caller's."""
+    """Token r belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's."""
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())
     count = min(q_latent.shape[0], _ROWS)
@@ -158,7 +166,9 @@ def decode(
             states,
             context_lens[start:],
             block_tables[start:],
+            decoding,
             scale,
+            start,
             rows,
             *q_rope.stride()[:2],
             *q_latent.stride()[:2],
@@ -169,7 +179,16 @@ def decode(
             **OPTIONS,
         )
         merge_kernel[(rows * heads,)](
-            values, states, out[start:], context_lens[start:], None, **merging, num_warps=2, **OPTIONS
+            values,
+            states,
+            out[start:],
+            context_lens[start:],
+            decoding,
+            None,
+            start,
+            **merging,
+            num_warps=2,
+            **OPTIONS,
         )
 
 
@@ -199,27 +218,31 @@ def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
     return {**shared, "D": constants["L"], "DP": constants["LP"], "WINDOW": 0, "SINKS": False, "MERGED": _MERGED}
 
 
-def _build(dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64) -> Build:
+def _build(
+    dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64, *, mixed: bool = False
+) -> Build:
     shape = splits(heads, 4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
     arguments |= {"partial_values": "*fp32", "partial_states": "*fp32", "scale": "fp32"}
-    arguments |= {"context_lens": "*i32", "block_tables": "*i32"}
+    arguments |= {"context_lens": "*i32", "block_tables": "*i32", "first": "i32"}
+    arguments |= {"decoding": "*i32"} if mixed else {}
     strides = ("rope_token", "rope_head", "latent_token", "latent_head")
     arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
     return Build(
         latent_decode_kernel,
         arguments,
-        _constants(shape, heads, rope, latent, block_size),
+        _constants(shape, heads, rope, latent, block_size) | ({} if mixed else {"decoding": None}),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         aligned=strides,
-        unaligned=("context_lens", "block_tables"),
-        label=f"{dtype}-h{heads}-s{block_size}",
+        unaligned=("context_lens", "block_tables", "decoding"),
+        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
     )
 
 
 AOT = (
     _build("bf16", 128),
+    _build("bf16", 128, mixed=True),
     _build("bf16", 16),
     _build("fp32", 128),
 )

@@ -25,7 +25,7 @@ _ROWS = 256  # sequences that a program looks at together when it searches its o
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
 @triton.jit(
     do_not_specialize=["rows", "table_stride"],
-    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables"],
+    do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables", "decoding"],
 )
 def latent_prefill_kernel(
     q_rope,  # [T, H, ROPE]
@@ -35,6 +35,7 @@ def latent_prefill_kernel(
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
+    decoding,  # [1] int32, or None: so many leading rows are not this kernel's
     scale,
     rows,
     rope_token,  # strides of the queries
@@ -58,9 +59,17 @@ def latent_prefill_kernel(
     part = tl.program_id(0) % parts
     # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
     tile = tl.num_programs(0) // parts - 1 - tl.program_id(0) // parts
+    if decoding is not None:
+        decodes = tl.load(decoding)
+        query_start += decodes
+        context_lens += decodes
+        block_tables += decodes.to(tl.int64) * table_stride
+        rows -= decodes
     row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
+    if decoding is not None:
+        count = tl.where(rows > 0, count, 0)  # without rows, it is the last decode's
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -126,8 +135,12 @@ def prefill(
     *,
     tokens: int,
     scale: float,
+    decoding: torch.Tensor | None,
 ) -> None:
-    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's."""
+    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's.
+
+    With `decoding` from query_start[decoding[0]] on: the other rows are not touched.
+    """
     rows = context_lens.shape[0]
     heads, latent = q_latent.shape[1:]
     shape = tiles(cache.element_size())
@@ -141,6 +154,7 @@ def prefill(
         query_start,
         context_lens,
         block_tables,
+        decoding,
         scale,
         rows,
         *q_rope.stride()[:2],
@@ -168,26 +182,30 @@ def _constants(shape: Tiles, heads: int, rope: int, latent: int, block_size: int
     }
 
 
-def _build(dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64) -> Build:
+def _build(
+    dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64, *, mixed: bool = False
+) -> Build:
     shape = tiles(4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32"}
+    arguments |= {"decoding": "*i32"} if mixed else {}
     strides = ("rope_token", "rope_head", "latent_token", "latent_head")
     arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
     return Build(
         latent_prefill_kernel,
         arguments,
-        _constants(shape, heads, rope, latent, block_size),
+        _constants(shape, heads, rope, latent, block_size) | ({} if mixed else {"decoding": None}),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         aligned=strides,
-        unaligned=("query_start", "context_lens", "block_tables"),
-        label=f"{dtype}-h{heads}-s{block_size}",
+        unaligned=("query_start", "context_lens", "block_tables", "decoding"),
+        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
     )
 
 
 AOT = (
     _build("bf16", 128),
+    _build("bf16", 128, mixed=True),
     _build("bf16", 16),
     _build("fp32", 128),
 )
