@@ -1,18 +1,44 @@
-"""How much of a step the GPU works: the time of replayed CUDA graphs by events, and of all kernels by the profiler.
+"""Who waits for whom: the GPU's time in a step, and the host's.
 
-Both are seconds per step of the GPU at work, to be compared with what a step takes on the clock without either. The
-events lie around every `CUDAGraph.replay`, so copies outside the graphs count as idle. The profiler's kernels and
-copies are joined where at most `GAP` lies between them, as between the kernels of a graph: what is left is the time in
-which the GPU waits for the host. Profiling slows the host, not the kernels.
+`ReplayClock` and `profiled_seconds` say how much of a step the GPU works: the time of replayed CUDA graphs by events,
+and of all kernels by the profiler. Both are seconds per step of the GPU at work, to be compared with what a step takes
+on the clock without either. The events lie around every `CUDAGraph.replay`, so copies outside the graphs count as idle.
+The profiler's kernels and copies are joined where at most `GAP` lies between them, as between the kernels of a graph:
+what is left is the time in which the GPU waits for the host. Profiling slows the host, not the kernels.
+
+Run as a program, it measures what the host does in a decoding step, with a device that does nothing in no time: no GPU
+is needed, and calls of CUDA (a copy, two replays, an event) are not counted.
+
+    python benchmarks/gpu/idle.py [--batches 1 64 256] [--prompt 512] [--steps 400] [--sampled] [--stops]
+
+One JSON line per batch: the median and the least `ms_step` over `--steps` steps; `--sampled` draws by temperature with
+a seed instead of taking the likeliest token, `--stops` gives every request a stop string.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import statistics
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
+from measure import report
+
+from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.loading.model import load_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 GAP = 5.0
 """Microseconds between two kernels that still count as work."""
@@ -74,3 +100,96 @@ def joined(spans: list[tuple[float, float]]) -> float:
             total += end - (last if start - last <= GAP else start)
             last = end
     return total
+
+
+# ---- the host alone --------------------------------------------------------------------------------------------------
+
+
+class IdleDevice:
+    """A `DeviceStream` that does none of its work: every token that comes back is 0."""
+
+    device = torch.device("cpu")
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Forgets it."""
+
+    def join(self) -> None:
+        """There is nothing to wait for."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As it is: it will not run."""
+        return work
+
+    def mark(self) -> IdleDevice:
+        """Of work that is over."""
+        return self
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def staged(self, size: int) -> torch.Tensor:
+        """Memory, all zeros."""
+        return torch.zeros(size, dtype=torch.uint8)
+
+
+BLOCK = 16
+"""Tokens of a cache block: as small as may be, so that tables grow often."""
+
+
+def idle_engine(folder: Path, sequences: int, longest: int) -> Engine:
+    """An engine over a toy model that never runs."""
+    model = write_toy_model(folder / "toy", toy_config(max_position_embeddings=longest))
+    device = IdleDevice()
+    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), device.device, lambda *_: None)
+    runner = DeviceRunner(loaded.decoder, DeviceLimits(8192, sequences, longest // BLOCK, BLOCK), device, torch.float32)
+    blocks = BlockManager(sequences * longest // BLOCK, BLOCK)
+    return Engine(runner, Scheduler(blocks, sequences, 8192), loaded.tokenizer, (), longest, seed=0)
+
+
+def host_seconds(engine: Engine, batch: int, prompt: int, steps: int, params: SamplingParams) -> list[float]:
+    """Seconds of each step in which `batch` sequences decode."""
+    for index in range(batch):
+        tokens = [65 + (index + at) % 26 for at in range(prompt)]
+        engine.add(engine.prepare(GenerationRequest(request_id=str(index), prompt_token_ids=tokens, params=params)))
+    seen: set[str] = set()
+    while len(seen) < batch:
+        seen |= {piece.request_id for piece in engine.step()}
+    for _ in range(8):
+        engine.step()
+    found = []
+    gc.collect()
+    for _ in range(steps):
+        start = time.perf_counter()
+        pieces = engine.step()
+        found.append(time.perf_counter() - start)
+        assert len(pieces) == batch
+    for index in range(batch):
+        engine.abort(str(index))
+    while engine.has_work:
+        engine.step()
+    return found
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 64, 256])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--sampled", action="store_true")
+    parser.add_argument("--stops", action="store_true")
+    options = parser.parse_args()
+    longest = -(-(options.prompt + options.steps + 64) // BLOCK) * BLOCK
+    drawing = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if options.sampled else {"temperature": 0.0}
+    stop = ["</never>"] if options.stops else None
+    params = SamplingParams(**drawing, stop=stop, max_tokens=longest - options.prompt, ignore_eos=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in options.batches:
+            engine = idle_engine(Path(folder), max(options.batches), longest)
+            found = host_seconds(engine, batch, options.prompt, options.steps, params)
+            figures = {"ms_step": 1e3 * statistics.median(found), "ms_step_least": 1e3 * min(found)}
+            report("host", "cpu", batch=batch, sampled=options.sampled, stops=options.stops, **figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.staging import Staging
 from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -45,6 +46,13 @@ EVERYTHING = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exact() -> Iterator[None]:
+    """Tokens are compared between steps of different sizes."""
+    with exact_sums():
+        yield
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", toy_config(max_position_embeddings=CONTEXT))
@@ -65,11 +73,18 @@ def make(
 
 
 def device_runner(
-    loaded: LoadedModel, *, blocks: int = 200, sequences: int = 16, budget: int = 64, graphs: bool = True
+    loaded: LoadedModel,
+    *,
+    blocks: int = 200,
+    sequences: int = 16,
+    budget: int = 64,
+    graphs: bool = True,
+    prompts: int = 0,
 ) -> tuple[DeviceRunner, LazyStream]:
     stream = LazyStream()
     limits = DeviceLimits(budget, sequences, -(-CONTEXT // SIZE), SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, graphs=graphs, finite_cache=True)
+    settings = {"graphs": graphs, "finite_cache": True, "captured_prompts": prompts}
+    runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, **settings)
     for work in runner.largest_steps():
         work()
     runner.allocate(blocks)
@@ -124,19 +139,25 @@ def expected(loaded: LoadedModel) -> dict[str, Any]:
     return stepwise(loaded, EVERYTHING)
 
 
-@pytest.mark.parametrize(("graphs", "every"), [(True, 0), (True, 3), (False, 2)])
+@pytest.mark.parametrize(
+    ("graphs", "prompts", "every"), [(True, 0, 0), (True, 0, 3), (False, 0, 2), (True, 64, 0), (True, 40, 1)]
+)
 def test_answers_are_those_of_the_engine_without_overlap(
-    loaded: LoadedModel, expected: dict[str, Any], graphs: bool, every: int
+    loaded: LoadedModel, expected: dict[str, Any], graphs: bool, prompts: int, every: int
 ) -> None:
-    runner, stream = device_runner(loaded, graphs=graphs)
+    """Also where steps with prompts of up to so many tokens are captured."""
+    runner, stream = device_runner(loaded, graphs=graphs, prompts=prompts)
     found = drive(make(loaded, runner), asked(), every=every)
     assert found == expected
     assert {len(found[name]) for name in found} == {2, 4}
     assert (stream.replayed > 0) == graphs
 
 
-def test_steps_overlap(loaded: LoadedModel) -> None:
-    """A step is launched before the one before is waited for, unless a request must know its last token."""
+def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is launched before the one before is waited for; where a draw must know its last token, all but the draw.
+
+    So a request with bad words or a grammar makes neither the device nor its neighbours wait.
+    """
     runner, stream = device_runner(loaded)
     engine = make(loaded, runner)
     engine.add(engine.prepare(asked([SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)])[0]))
@@ -147,8 +168,21 @@ def test_steps_overlap(loaded: LoadedModel) -> None:
     engine.add(engine.prepare(asked([words])[1]))
     assert len(engine.step()) == 1
     assert len(engine.step()) == 2, "nothing is drawn twice and nothing is left out"
+    landing, ahead = engine._land, []
+
+    def watched() -> Any:
+        under_way, given = engine._flight is not None, stream.pending
+        pieces = landing()
+        if under_way:
+            ahead.append((given, stream.pending))
+        return pieces
+
+    monkeypatch.setattr(engine, "_land", watched)
     while engine.has_work:
         engine.step()
+    behind = [left for _, left in ahead]
+    assert all(behind[:3]), "the model's part of the next step was given before this one was waited for"
+    assert behind[-1] == 0
 
 
 LONG = [
@@ -240,7 +274,7 @@ def test_a_broken_device_ends_the_engine(loaded: LoadedModel, monkeypatch: pytes
     def broken(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(runner, "launch", broken)
+    monkeypatch.setattr(runner, "forward", broken)
     with pytest.raises(torch.AcceleratorError):
         engine.step()
 
@@ -258,13 +292,15 @@ def test_sizes_of_captured_steps() -> None:
 
 def test_staged_numbers_are_not_overwritten_before_they_are_copied() -> None:
     stream = LazyStream()
-    staging = Staging(stream, {"a": ((3,), np.int32), "b": ((4, 2), np.float64)})
+    staging = Staging(stream, {"a": ((3,), np.int32), "b": ((4, 2), np.float64)}, room=7)
     seen = []
     for step in range(2):
-        host = staging.host()
+        host, room = staging.host()
         host["a"][:] = step
         host["b"][:] = step + 0.5
-        staging.send("b", 2)
-        stream.run(lambda: seen.append((staging.device["a"].tolist(), staging.device["b"][:2].tolist())))
+        room[:] = step + 7
+        staging.send(2)
+        there = (*staging.device.values(), staging.device_room)
+        stream.run(lambda there=there: seen.append(tuple(array.tolist() for array in there)))
     stream.mark().wait()
-    assert seen == [([step] * 3, [[step + 0.5] * 2] * 2) for step in range(2)]
+    assert seen == [([step] * 3, [[step + 0.5] * 2] * 4, [step + 7] * 2 + [0] * 5) for step in range(2)]

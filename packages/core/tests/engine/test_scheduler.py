@@ -30,8 +30,8 @@ def run_step(engine: Scheduler, next_token: int = 7) -> list[tuple[str, int, int
     """One step of a pretend model; returns (request id, start, count) and ends sequences at their length."""
     items = engine.schedule()
     for item in items:
-        engine.launched(item)
-        engine.settle(item)
+        engine.launched([item])
+        engine.settle([item])
     for item in items:
         if item.samples:
             item.sequence.append(next_token)
@@ -96,11 +96,11 @@ def test_nobody_overtakes_a_preempted_sequence_whose_token_is_on_its_way() -> No
         engine.add(make([order] * 15, order, max_tokens=9))
     first = engine.schedule()
     for item in first:
-        engine.launched(item)
+        engine.launched([item])
     for item in engine.schedule():
-        engine.launched(item)
+        engine.launched([item])
     for item in first:
-        engine.settle(item)
+        engine.settle([item])
         item.sequence.append(7)
     engine.add(make([7] * 3, 2))
     # Both need a fifth block and one is free: the second gives its four back, while its token is on its way.
@@ -179,8 +179,8 @@ def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
             others = [b for other in engine.running if other is not sequence for b in other.block_table]
             assert not set(written) & set(others), "a block is written while another sequence holds it"
         for item in items:
-            engine.launched(item)
-            engine.settle(item)
+            engine.launched([item])
+            engine.settle([item])
             if item.samples:
                 item.sequence.append(rng.randrange(2))
                 params = item.sequence.request.params
@@ -225,9 +225,9 @@ def test_any_load_ends_where_steps_overlap(seed: int, seqs: int, size: int, repr
             written = sequence.block_table[start // size : (start + count - 1) // size + 1]
             others = [b for other in engine.running if other is not sequence for b in other.block_table]
             assert not set(written) & set(others), "a block is written while another sequence holds it"
-            engine.launched(item)
+            engine.launched([item])
         for item in flight:
-            engine.settle(item)
+            engine.settle([item])
             if item.samples and item.sequence in alive:
                 item.sequence.append(rng.randrange(2))
                 if len(item.sequence.tokens) == item.sequence.max_length or rng.random() < 0.1:

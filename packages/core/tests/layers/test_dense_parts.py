@@ -275,7 +275,7 @@ def outcomes(runner: ModelRunner, chunks: list[int]) -> tuple[torch.Tensor, torc
     logits, hidden, start = [], [], 0
     for chunk in chunks:
         sequence.num_computed_tokens = start
-        runner.launch(build_batch([ScheduledSequence.next(sequence, chunk)], BLOCK), [])
+        runner.forward(build_batch([ScheduledSequence.next(sequence, chunk)], BLOCK), [])
         for first in range(0, chunk, 64):
             rows = np.arange(first, min(first + 64, chunk))
             logits.append(runner.score(rows).clone())

@@ -131,7 +131,7 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> to
     for chunk in chunks:
         sequence.num_computed_tokens = start
         item = ScheduledSequence.next(sequence, chunk)
-        runner.launch(build_batch([item], BLOCK), [])
+        runner.forward(build_batch([item], BLOCK), [])
         found += [runner.score(np.arange(first, min(first + 64, chunk))).clone() for first in range(0, chunk, 64)]
         start += chunk
     assert start == len(tokens)

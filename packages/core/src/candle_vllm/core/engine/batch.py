@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,68 +19,158 @@ class Batch:
     """The numbers of one step, all int64.
 
     Attributes:
-        token_ids, positions, slots: [T]; a slot is block * block size + offset.
+        tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
         query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
         context_lens: [R] tokens of each sequence, the new ones included.
-        block_tables: [R, most blocks]; a row's tail beyond its context is not read.
-        sources: [T] where a token is not known yet: which of the tokens that the step before drew it is; else -1.
+        block_tables: [R, most blocks]; a row's tail beyond its context is not read. Valid until the next step is built.
+        tables_version: the same object as of the step before where the tables are the same.
         num_decodes: how many sequences at the front have one token that was generated.
         sample_rows: indices into T of the tokens whose successor is sampled, one per item of `samples`.
         samples: the scheduled sequences that get a new token.
     """
 
-    token_ids: Ints
-    positions: Ints
-    slots: Ints
+    tokens: Ints
     query_start: Ints
     context_lens: Ints
     block_tables: Ints
-    sources: Ints
+    tables_version: object
     num_decodes: int
     sample_rows: Ints
-    samples: tuple[ScheduledSequence, ...]
+    samples: Seq[ScheduledSequence]
+
+    @property
+    def token_ids(self) -> Ints:
+        """[T]; 0 where it is not known yet."""
+        return self.tokens[0]
+
+    @property
+    def positions(self) -> Ints:
+        """[T] in their sequences."""
+        return self.tokens[1]
+
+    @property
+    def slots(self) -> Ints:
+        """[T] block * block size + offset."""
+        return self.tokens[2]
+
+    @property
+    def sources(self) -> Ints:
+        """[T] where a token is not known yet: which of the tokens that the step before drew it is; else -1."""
+        return self.tokens[3]
 
 
-def build_batch(
-    scheduled: Seq[ScheduledSequence], block_size: int, drawn: Mapping[Sequence, int] = MappingProxyType({})
-) -> Batch:
-    """Lays the scheduled tokens of all sequences behind each other.
+class BatchBuilder:
+    """Lays out one step after the other.
+
+    Block tables stay from step to step, for most sequences of a step were in the one before: only those that are new,
+    or have begun a block since, are written.
 
     Args:
-        scheduled: what runs, decoding sequences first.
         block_size: tokens of a block.
-        drawn: for sequences whose last token is not known yet, its place among those that the step before drew.
     """
-    tokens: list[int] = []
-    sources: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    tables = np.zeros((len(scheduled), max(len(item.sequence.block_table) for item in scheduled)), np.int64)
-    for row, item in enumerate(scheduled):
-        sequence, start, end = item.sequence, item.start, item.start + item.count
-        table = sequence.block_table
-        tables[row, : len(table)] = np.frombuffer(table, np.int32)
-        known = sequence.tokens[start:end]
-        tokens += known
-        sources += [-1] * len(known)
-        if len(known) < item.count:  # the one behind them is on its way
-            tokens.append(0)
-            sources.append(drawn[sequence])
-        assert len(tokens) == starts[-1] + item.count
-        positions += range(start, end)
-        slots += [table[at // block_size] * block_size + at % block_size for at in range(start, end)]
-        starts.append(len(tokens))
-    sampled = [row for row, item in enumerate(scheduled) if item.samples]
-    return Batch(
-        token_ids=np.array(tokens, np.int64),
-        positions=np.array(positions, np.int64),
-        slots=np.array(slots, np.int64),
-        query_start=np.array(starts, np.int64),
-        context_lens=np.array([item.start + item.count for item in scheduled], np.int64),
-        block_tables=tables,
-        sources=np.array(sources, np.int64),
-        num_decodes=sum(item.decodes for item in scheduled),
-        sample_rows=np.array([starts[row + 1] - 1 for row in sampled], np.int64),
-        samples=tuple(scheduled[row] for row in sampled),
-    )
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._rows: list[tuple[Sequence, int]] = []  # whose each row of the tables is, and since which admission
+        self._tables = np.zeros((0, 1), np.int64)
+        self._known: list[int] = []  # blocks that stand in each row
+        self._version = object()
+        self._numbers = np.arange(1)
+
+    def build(self, scheduled: Seq[ScheduledSequence], before: Seq[ScheduledSequence] = ()) -> Batch:
+        """Lays the scheduled tokens of all sequences behind each other.
+
+        Args:
+            scheduled: what runs, decoding sequences first.
+            before: the sequences whose next token is not known yet, in the order in which the step before drew them.
+        """
+        count = len(scheduled)
+        if scheduled[-1].decodes:  # so do all others
+            total, decodes = count, count
+            rows, query_start = self._up_to(count), self._up_to(count + 1)
+            positions = np.array([item.start for item in scheduled])
+            contexts = positions + 1
+            whole, places = True, rows
+        else:
+            decodes = sum(item.decodes for item in scheduled)
+            starts = np.array([item.start for item in scheduled])
+            counts = np.array([item.count for item in scheduled])
+            contexts = starts + counts
+            query_start = np.concatenate(([0], np.cumsum(counts)))
+            total, places = int(query_start[-1]), query_start[1:] - 1  # of each sequence's last token
+            rows = np.repeat(self._up_to(count), counts)
+            positions = self._up_to(total) + (starts - query_start[:-1])[rows]
+            whole = all(item.samples for item in scheduled)
+        tables = self._follow(scheduled)
+        tokens = np.empty((4, total), np.int64)
+        tokens[1] = positions
+        blocks = positions // self._block_size
+        tokens[2] = (tables[rows, blocks] - blocks) * self._block_size + positions
+        tokens[3] = -1
+        if before:
+            drawn = {item.sequence: place for place, item in enumerate(before)}
+            tokens[3, places] = [drawn.get(item.sequence, -1) for item in scheduled]
+        self._name_tokens(scheduled, tokens)
+        return Batch(
+            tokens=tokens,
+            query_start=query_start,
+            context_lens=contexts,
+            block_tables=tables,
+            tables_version=self._version,
+            num_decodes=decodes,
+            sample_rows=places if whole else places[[item.samples for item in scheduled]],
+            samples=scheduled if whole else [item for item in scheduled if item.samples],
+        )
+
+    @staticmethod
+    def _name_tokens(scheduled: Seq[ScheduledSequence], tokens: Ints) -> None:
+        """Writes the ids that are known, and 0 for those that are on their way."""
+        if len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
+            tokens[0] = 0
+            return
+        ids: list[int] = []
+        for item in scheduled:
+            known = item.sequence.tokens[item.start : item.start + item.count]
+            ids += known
+            if len(known) < item.count:
+                ids.append(0)
+        tokens[0] = ids
+
+    def _follow(self, scheduled: Seq[ScheduledSequence]) -> Ints:
+        """The block tables of a step [R, most blocks], kept for the next one."""
+        rows = [(item.sequence, item.admission) for item in scheduled]
+        if rows != self._rows:
+            self._take_over(rows)
+        size, known = self._block_size, self._known
+        needed = [(item.start + item.count - 1) // size + 1 for item in scheduled]
+        most = max(needed)
+        if needed != known:
+            self._version = object()
+            if most > self._tables.shape[1]:
+                wider = np.zeros((len(rows), max(most, 2 * self._tables.shape[1])), np.int64)
+                wider[:, : self._tables.shape[1]] = self._tables
+                self._tables = wider
+            for row, (first, last) in enumerate(zip(known, needed)):
+                if first < last:
+                    self._tables[row, first:last] = scheduled[row].sequence.block_table[first:last]
+            self._known = needed
+        return self._tables[:, :most]
+
+    def _take_over(self, rows: list[tuple[Sequence, int]]) -> None:
+        """Makes the tables those of other rows; of new ones nothing is known."""
+        places = {row: place for place, row in enumerate(self._rows)}
+        found = [places.get(row, -1) for row in rows]
+        self._known = [self._known[place] if place >= 0 else 0 for place in found]
+        self._tables = self._tables[found] if self._rows else np.zeros((len(rows), 1), np.int64)
+        self._rows, self._version = rows, object()
+
+    def _up_to(self, count: int) -> Ints:
+        """0, 1, ... [count]; not to be written to."""
+        if count > len(self._numbers):
+            self._numbers = np.arange(2 * count)
+        return self._numbers[:count]
+
+
+def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
+    """A step by itself; see `BatchBuilder.build`."""
+    return BatchBuilder(block_size).build(scheduled)

@@ -6,8 +6,7 @@ Their memory never moves, so that a captured step finds the next one's numbers w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.device_stream import DeviceStream, copy
-from candle_vllm.core.engine.staging import Staging
+from candle_vllm.core.engine.staging import Staging, aligned
 from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.sampling import Control, asks
 from candle_vllm.core.sampling.sampler import controls as controls_of
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -43,6 +43,23 @@ class DeviceLimits:
         return self.table_width * self.block_size
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """What a step is captured for. What a batch leaves of it decodes nothing, writes nothing and is not read.
+
+    Attributes:
+        tokens: T.
+        rows: sequences; of a step that only decodes, T of them.
+        draws: tokens that are drawn.
+        mixed: the step may have prompts.
+    """
+
+    tokens: int
+    rows: int
+    draws: int
+    mixed: bool
+
+
 class DeviceInputs:
     """A step's numbers, on the host for the next one and on the device for this one.
 
@@ -54,60 +71,93 @@ class DeviceInputs:
     def __init__(self, stream: DeviceStream, limits: DeviceLimits) -> None:
         self._stream = stream
         self._limits = limits
-        tokens, sequences = limits.tokens, limits.sequences
+        sequences = limits.sequences
         self._staging = Staging(
             stream,
             {
                 "controls": ((sequences, 5), np.float64),
-                "query_start": ((sequences + 1,), np.int32),
                 "context_lens": ((sequences,), np.int32),
+                "query_start": ((sequences + 1,), np.int32),
                 "sample_rows": ((sequences,), np.int32),
-                "token_ids": ((tokens,), np.int32),
-                "positions": ((tokens,), np.int32),
-                "slots": ((tokens,), np.int32),
-                "sources": ((tokens,), np.int32),
-                "tables": ((sequences * limits.table_width,), np.int32),  # rows as wide as a step needs them
+                "decoding": ((1,), np.int32),
             },
+            # Of each token four numbers, then the block tables, as wide as the step needs them.
+            room=4 * aligned(limits.tokens) + sequences * limits.table_width,
         )
-        self._there = self._staging.device
+        self._there, self._room = self._staging.device, self._staging.device_room
         self._tables = torch.zeros(sequences, limits.table_width, dtype=torch.int32, device=stream.device)
+        self._tables_version: object = None
+        self._one_each = torch.arange(sequences + 1, dtype=torch.int32, device=stream.device)
+        self._states: Sequence[SamplingState] = ()
+        self._controls = np.zeros((0, 5))
+        self._random: list[int] = []  # rows that draw at random
+        self._asks = (False, False)
 
     @property
     def controls(self) -> torch.Tensor:
         """[most sequences, 5] float64, how each row's token is drawn; see `kernels/sampling`."""
         return self._there["controls"]
 
-    def send(self, batch: Batch, states: Sequence[SamplingState], padded: int) -> NDArray[np.float64]:
-        """Sends a step over; rows up to `padded` that no sequence has decode nothing.
+    def send(self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None) -> tuple[bool, bool]:
+        """Sends a step over, filled up to the size that it was captured for, if it was.
 
         Returns:
-            [len(states), 5] the controls that were sent, valid until the next step.
+            `kernels.sampling.asks` of its draws.
         """
-        rows, tokens = len(batch.context_lens), len(batch.token_ids)
-        host = self._staging.host()
-        for name in ("token_ids", "positions", "slots", "sources"):
-            host[name][:tokens] = getattr(batch, name)
-        host["query_start"][: rows + 1] = batch.query_start
+        rows, tokens = len(batch.context_lens), batch.tokens.shape[1]
+        size = size or StepSize(tokens, rows, len(states), True)
+        host, room = self._staging.host()
+        stride = aligned(size.tokens)
+        numbers = room[: 4 * stride].reshape(4, stride)
+        numbers[:, :tokens] = batch.tokens
+        numbers[:, tokens : size.tokens] = _FILLER
         host["context_lens"][:rows] = batch.context_lens
-        host["tables"][: batch.block_tables.size] = batch.block_tables.reshape(-1)
-        host["sample_rows"][: len(batch.sample_rows)] = batch.sample_rows
-        if padded > rows:
-            _fill_up(host, rows, padded)
+        host["context_lens"][rows : size.rows] = 0
+        if size.mixed:
+            host["query_start"][: rows + 1] = batch.query_start
+            host["query_start"][rows + 1 : size.rows + 1] = tokens
+            host["sample_rows"][: len(batch.sample_rows)] = batch.sample_rows
+            host["sample_rows"][len(batch.sample_rows) : size.rows] = 0
+            host["decoding"][0] = batch.num_decodes
         if states:
-            host["controls"][: len(states)] = controls_of(states)
-        self._staging.send("tables", batch.block_tables.size)
-        sent = self._there["tables"][: batch.block_tables.size].view(batch.block_tables.shape)
-        target = self._tables[:rows, : sent.shape[1]]
-        self._stream.run(lambda: copy(target, sent))
-        return host["controls"][: len(states)]
+            self._write_controls(host["controls"], states)
+            host["controls"][len(states) : size.draws] = _LIKELIEST
+        self._send_tables(room[4 * stride :], 4 * stride, batch)
+        return self._asks
 
-    def send_blank(self, rows: int) -> None:
-        """Sends over a decoding step whose rows decode nothing. Waits for the steps before."""
+    def _write_controls(self, controls: NDArray[np.float64], states: Sequence[SamplingState]) -> None:
+        """How each row is drawn. But for the random numbers that stays as long as the sequences do."""
+        if states != self._states:
+            self._states = states
+            self._controls = controls_of(states)
+            self._random = [row for row, state in enumerate(states) if not state.params.greedy]
+            self._asks = asks(self._controls)
+        elif self._random:
+            self._controls[self._random, Control.UNIFORM] = [states[row].uniform() for row in self._random]
+        controls[: len(states)] = self._controls
+
+    def _send_tables(self, room: NDArray[np.int32], begin: int, batch: Batch) -> None:
+        """Sends the step, and the block tables behind its tokens where they are not those of the step before."""
+        if batch.tables_version is self._tables_version:
+            self._staging.send(begin)
+            return
+        count, shape = batch.block_tables.size, batch.block_tables.shape
+        room[:count].reshape(shape)[...] = batch.block_tables
+        self._staging.send(begin + count)
+        sent, target = self._room[begin : begin + count].view(shape), self._tables[: shape[0], : shape[1]]
+        self._stream.run(lambda: copy(target, sent))
+        self._tables_version = batch.tables_version
+
+    def send_blank(self, size: StepSize) -> None:
+        """Sends over a step of nothing but fillers. Waits for the steps before."""
         self._stream.mark().wait()
-        host = self._staging.host()
-        host["query_start"][0] = 0
-        _fill_up(host, 0, rows)
-        self._staging.send("tables", 0)
+        host, room = self._staging.host()
+        stride = aligned(size.tokens)
+        room[: 4 * stride].reshape(4, stride)[...] = _FILLER
+        for name in ("context_lens", "query_start", "sample_rows", "decoding"):
+            host[name][:] = 0
+        host["controls"][: size.draws] = _LIKELIEST
+        self._staging.send(4 * stride)
 
     def send_zeros(self, starts: Ints, last_context: int) -> Batch:
         """Sends over prompts of nothing but zeros, which write nothing. Waits for the steps before.
@@ -119,21 +169,18 @@ class DeviceInputs:
         rows, tokens = len(starts) - 1, int(starts[-1])
         contexts = np.diff(starts)
         contexts[-1] = last_context
-        zeros = np.zeros(tokens, np.int64)
         batch = Batch(
-            token_ids=zeros,
-            positions=zeros,
-            slots=zeros - 1,
+            tokens=np.repeat(_FILLER, tokens, 1),
             query_start=starts,
             context_lens=contexts,
             block_tables=np.zeros((rows, self._limits.table_width), np.int64),
-            sources=zeros - 1,
+            tables_version=object(),
             num_decodes=0,
             sample_rows=np.arange(min(self._limits.sequences, tokens)),
             samples=(),
         )
         self._stream.mark().wait()
-        self.send(batch, (), rows)
+        self.send(batch, (), None)
         return batch
 
     def rows_of(self, batch: Batch) -> DeviceRows:
@@ -150,34 +197,36 @@ class DeviceInputs:
             host=AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables),
         )
 
-    def decoding_rows(self, rows: int) -> DeviceRows:
-        """The same of any step with one generated token for each of `rows` sequences."""
+    def rows_for(self, size: StepSize) -> DeviceRows:
+        """The same of any step that a captured one runs."""
+        starts = self._there["query_start"] if size.mixed else self._one_each
         return DeviceRows(
-            self._there["query_start"][: rows + 1],
-            self._there["context_lens"][:rows],
-            self._tables[:rows],
-            rows,
-            most_tokens=1,
+            starts[: size.rows + 1],
+            self._there["context_lens"][: size.rows],
+            self._tables[: size.rows],
+            size.rows,
+            most_tokens=size.tokens if size.mixed else 1,
             most_context=self._limits.longest,
+            decoding=self._there["decoding"] if size.mixed else None,
         )
 
+    def _of_tokens(self, place: int, tokens: int) -> torch.Tensor:
+        begin = place * aligned(tokens)
+        return self._room[begin : begin + tokens]
+
     def positions_and_slots(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T] int32 each; see `StepInput`."""
-        return self._there["positions"][:tokens], self._there["slots"][:tokens]
+        """[T] int32 each; see `StepInput`. T is that of the whole step, fillers included."""
+        return self._of_tokens(1, tokens), self._of_tokens(2, tokens)
 
     def token_ids(self, tokens: int, drawn: torch.Tensor) -> torch.Tensor:
         """[T] int32, those that the host does not know taken from what the step before drew; work on the device."""
-        sources = self._there["sources"][:tokens]
-        return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._there["token_ids"][:tokens])
+        sources = self._of_tokens(3, tokens)
+        return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._of_tokens(0, tokens))
 
     def sample_rows(self, count: int) -> torch.Tensor:
         """[count] int32: the tokens whose successor is drawn."""
         return self._there["sample_rows"][:count]
 
 
-def _fill_up(host: Mapping[str, NDArray[Any]], first: int, last: int) -> None:
-    """Rows of a decoding step without a sequence: no context, nothing written, the likeliest token."""
-    for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("sources", -1), ("context_lens", 0)):
-        host[name][first:last] = value
-    host["query_start"][first + 1 : last + 1] = range(first + 1, last + 1)
-    host["controls"][first:last] = (0.0, 0.0, 0.0, 1.0, 0.5)
+_FILLER = np.array([[0], [0], [-1], [-1]])  # token id, position, slot, source of a token that is none
+_LIKELIEST = (0.0, 0.0, 0.0, 1.0, 0.5)  # the draw of a row without a sequence

@@ -2,14 +2,16 @@
 
 The host writes a step's numbers into staged memory; one copy brings them over. Tokens that the step before drew are
 taken from where they were left on the device, so the host need not know them. A step that only decodes is the replay
-of a captured graph, one for each size of batch; what remains of a graph's rows decodes nothing. Prompts are launched
-operation by operation. Tokens go back to the host behind a mark.
+of a captured graph, one for each size of batch; what remains of a graph's rows decodes nothing. A step with prompts is
+launched operation by operation, or, up to a number of tokens, the replay of a graph too. Tokens go back to the host
+behind a mark.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +20,11 @@ import numpy as np
 import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits
-from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work
+from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
+from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS
 from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
@@ -42,6 +45,14 @@ def bucket_sizes(sequences: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
+def mixed_sizes(tokens: int) -> list[int]:
+    """Tokens of captured steps with prompts, up to `tokens`: multiples of 16 to 128, then four for each doubling."""
+    sizes = [*range(16, 128, 16)]
+    while len(sizes) < 4 or sizes[-1] < tokens:
+        sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
+    return [*(size for size in sizes if size < tokens), tokens] if tokens else []
+
+
 class DeviceRunner:
     """Runs a decoder on a GPU; see `ModelRunner`. `allocate` must be called before the first step.
 
@@ -53,6 +64,7 @@ class DeviceRunner:
         attend: what computes attention, see `kernels/attention`; None is the package's own.
         graphs: capture decoding steps.
         finite_cache: every number of the cache must be finite from the start.
+        captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
     """
 
     overlaps = True
@@ -67,6 +79,7 @@ class DeviceRunner:
         attend: Callable[..., torch.Tensor] | None = None,
         graphs: bool = True,
         finite_cache: bool = False,
+        captured_prompts: int = 0,
     ) -> None:
         self.decoder = decoder
         self._empty = torch.zeros if finite_cache else torch.empty
@@ -80,22 +93,29 @@ class DeviceRunner:
         vocabulary, sequences = decoder.config.vocab_size, limits.sequences
         self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
         self._sampler = DeviceSampler(stream, self._logits, self._inputs.controls, graphs=graphs)
-        self._buckets = bucket_sizes(sequences) if graphs else []
-        self._graphs: dict[int, Work] = {}
+        self._buckets = [StepSize(rows, rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
+        most = min(captured_prompts, limits.tokens) if graphs else 0
+        self._mixed = [StepSize(size, min(size, sequences), 0, True) for size in mixed_sizes(most)]
+        self._graphs: dict[StepSize, Work] = {}
         self._hidden = torch.empty(0)
+        self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
+        self._size: StepSize | None = None
+        self._asks = (False, False)
         self._allocate(1)
 
-    def launch(self, batch: Batch, states: Sequence[SamplingState]) -> DrawnRows | Passed:
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
-        bucket = self._bucket(batch)
-        controls = self._inputs.send(batch, states, bucket or 0)
-        if bucket is not None:
-            self._stream.run(self._captured(bucket))
-        else:
-            self._stream.run(self._eager(batch))
+        self._size = size = self._captured_size(batch)
+        self._asks = self._inputs.send(batch, states, size)
+        self._stream.run(self._eager(batch) if size is None else self._captured(size))
+        if size is not None and size.mixed:
+            self._stream.run(self._take_kept)
+
+    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed:
+        """See `ModelRunner`."""
         if not states:
             return Passed(self._stream.mark())
-        return self._sampler.launch(states, controls, bucket)
+        return self._sampler.launch(states, self._asks, self._size and self._size.draws)
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step."""
@@ -121,31 +141,33 @@ class DeviceRunner:
         self.key_caches = self.value_caches = ()
 
     def allocate(self, num_blocks: int) -> None:
-        """Makes the cache, and captures decoding steps."""
+        """Makes the cache, and captures steps."""
         self._allocate(num_blocks)
         began = time.perf_counter()
-        for size in reversed(self._buckets):  # the memory of the largest serves the others
+        sizes = [*self._buckets, *self._mixed]
+        for size in reversed(sizes):  # the memory of the largest serves the others
             self._inputs.send_blank(size)
             self._captured(size)
-        for size in self._buckets[:1] or [1]:
-            self._inputs.send_blank(size)
-            self._sampler.warm_up(size)
+        self._inputs.send_blank(_ONE)
+        self._sampler.warm_up(1)
         self._stream.mark().wait()
-        if self._buckets:
-            logger.info("captured %d sizes of steps in %.1f s", len(self._buckets), time.perf_counter() - began)
+        if sizes:
+            logger.info("captured %d sizes of steps in %.1f s", len(sizes), time.perf_counter() - began)
 
     @property
     def num_graphs(self) -> int:
-        """How many graphs there may be: of each size a step, and the three kinds of draws."""
-        return 4 * len(self._buckets)
+        """How many graphs there may be: of each size a step, and of those that decode the three kinds of draws."""
+        return 4 * len(self._buckets) + len(self._mixed)
 
     @property
     def edit_bytes(self) -> int:
         """What masks, penalties and log-probabilities may take: copies of the logits, and a table as large."""
         return 3 * self._logits.nbytes
 
-    def largest_steps(self) -> tuple[Work, Work, Work]:
+    def largest_steps(self) -> tuple[Work, ...]:
         """A small step, and a prompt and a decoding step of the largest size, over a cache of one block.
+
+        Where steps with prompts are captured, the largest of those follows.
 
         They show what memory steps take, and compile on the way what later ones use; the small one comes first, for it
         is not measured. The results mean nothing: blocks and positions are all 0.
@@ -158,8 +180,8 @@ class DeviceRunner:
         starts = np.unique([*begins, tokens])
 
         def smallest() -> None:
-            self._inputs.send_blank(1)
-            self._stream.run(lambda: self._decode(1))
+            self._inputs.send_blank(_ONE)
+            self._stream.run(lambda: self._padded(_ONE))
             for count in _SMALL_PROMPTS:
                 if count <= min(tokens, limits.longest):
                     self._stream.run(self._eager(self._inputs.send_zeros(np.array([0, count]), count)))
@@ -169,11 +191,14 @@ class DeviceRunner:
             self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
 
         def decoding() -> None:
-            self._inputs.send_blank(limits.sequences)
-            self._stream.run(lambda: self._decode(limits.sequences))
+            blank(StepSize(limits.sequences, limits.sequences, limits.sequences, False))
             self._sampler.warm_up(limits.sequences)
 
-        return smallest, prompt, decoding
+        def blank(size: StepSize) -> None:
+            self._inputs.send_blank(size)
+            self._stream.run(lambda: self._padded(size))
+
+        return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
 
     def _allocate(self, num_blocks: int) -> None:
         config = self.decoder.config
@@ -188,23 +213,26 @@ class DeviceRunner:
         self.key_caches, self.value_caches = caches(config.cache.key_dim), caches(config.cache.value_dim)
         self._stream.join()
 
-    def _bucket(self, batch: Batch) -> int | None:
-        """The size of the captured step that runs a batch; None where none does."""
-        rows = len(batch.context_lens)
-        if batch.num_decodes < rows or len(batch.samples) < rows:
-            return None
-        return next((size for size in self._buckets if size >= rows), None)
+    def _captured_size(self, batch: Batch) -> StepSize | None:
+        """What the captured step that runs a batch is made for; None where none runs it."""
+        rows, tokens, draws = len(batch.context_lens), batch.tokens.shape[1], len(batch.samples)
+        if batch.num_decodes == rows:
+            return next((size for size in self._buckets if size.rows >= rows), None)
+        size = next((size for size in self._mixed if size.tokens >= tokens), None)
+        drawn = next((bucket.draws for bucket in self._buckets if bucket.draws >= draws), None)
+        return None if size is None or drawn is None else dataclasses.replace(size, draws=drawn)
 
-    def _captured(self, rows: int) -> Work:
-        """The graph of a decoding step. The first of a size runs as it is, and is captured for those after it."""
-        if rows in self._graphs:
-            return self._graphs[rows]
+    def _captured(self, size: StepSize) -> Work:
+        """The graph of a step. The first of a size runs as it is, and is captured for those after it."""
+        key = dataclasses.replace(size, draws=0)
+        if key in self._graphs:
+            return self._graphs[key]
 
         def step() -> None:
-            self._decode(rows)
+            self._padded(size)
 
         self._stream.run(step)
-        self._graphs[rows] = self._stream.capture(step)
+        self._graphs[key] = self._stream.capture(step)
         return _nothing
 
     def _eager(self, batch: Batch) -> Work:
@@ -219,10 +247,19 @@ class DeviceRunner:
 
         return work
 
-    def _decode(self, rows: int) -> None:
-        """A step of one generated token for each of `rows` sequences; work on the device."""
-        self._hidden = self._forward(rows, self._inputs.decoding_rows(rows))
-        self.decoder.logits(self._hidden, self._logits[:rows])
+    def _padded(self, size: StepSize) -> None:
+        """Any step that is at most so large; work on the device."""
+        hidden = self._forward(size.tokens, self._inputs.rows_for(size))
+        if size.mixed:
+            if not len(self._kept):
+                self._kept = hidden.new_zeros(self._mixed[-1].tokens, hidden.shape[1])
+            copy(self._kept[: size.tokens], hidden)
+            hidden = hidden[self._inputs.sample_rows(size.rows)]
+        self.decoder.logits(hidden, self._logits[: size.rows])
+
+    def _take_kept(self) -> None:
+        """What is asked for of the last step is what a captured one left."""
+        self._hidden = self._kept
 
     def _forward(self, tokens: int, places: DeviceRows) -> torch.Tensor:
         positions, slots = self._inputs.positions_and_slots(tokens)
@@ -245,6 +282,9 @@ class Passed:
         """Nothing; waits for the step."""
         self.mark.wait()
         return []
+
+
+_ONE = StepSize(1, 1, 1, False)
 
 
 def _nothing() -> None:

@@ -8,7 +8,8 @@ it is waited for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -104,7 +105,7 @@ class CudaStream:
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), _no_collection():
             # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
             # which a capture registers, must not be made in inference mode.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -128,6 +129,18 @@ class CudaStream:
     def staged(self, size: int) -> torch.Tensor:
         """See `DeviceStream`."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is collected meanwhile: pinned memory that is freed records an event, which a capture would take up."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _CudaMark:

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from candle_vllm.core.engine.batch import Batch, build_batch
+from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import finished_piece
@@ -40,10 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A step that was launched and is not settled."""
+    """A step that was launched and is not settled; `lives` are those that it draws for."""
 
     scheduled: Seq[ScheduledSequence]
     batch: Batch
+    lives: Seq[LiveSequence]
     launched: Launched
 
 
@@ -89,6 +90,7 @@ class Engine:
             grammars=self.grammars,
             seed=seed,
         )
+        self._batches = BatchBuilder(scheduler.blocks.block_size)
         self._flight: _Flight | None = None
         self._live: dict[Sequence, LiveSequence] = {}
         self._requests: dict[str, list[LiveSequence]] = {}
@@ -143,10 +145,10 @@ class Engine:
         """Runs one step; one piece for every sequence that got a token or ended.
 
         Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
+        A sequence whose next draw depends on its last token (a grammar) does not change that: the step before is
+        settled when the model's part of this one has been launched, and the draw follows.
         """
         pieces: list[TokenOutput] = []
-        if self._flight is not None and any(self._reads_tokens(item) for item in self._flight.batch.samples):
-            pieces += self._land()
         flight = self._launch(pieces)
         pieces += self._land()
         self._flight = flight
@@ -171,25 +173,20 @@ class Engine:
             steps=self._counts["steps"],
         )
 
-    def _reads_tokens(self, item: ScheduledSequence) -> bool:
-        """Whether the token that a launched step draws must be known before the next one is drawn."""
-        live = self._live.get(item.sequence)
-        return live is not None and live.state.reads_tokens
-
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
         """Schedules and starts a step. Pieces of what failed are added."""
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
-        now = time.monotonic()
-        for item in scheduled:
-            self._live[item.sequence].scheduled(now)
         before = self._flight.batch.samples if self._flight is not None else ()
-        drawn = {item.sequence: place for place, item in enumerate(before)}
         try:
-            batch = build_batch(scheduled, self.scheduler.blocks.block_size, drawn)
-            states = [self._live[item.sequence].state for item in batch.samples]
-            launched = self.runner.launch(batch, states)
+            batch = self._batches.build(scheduled, before)
+            lives = [self._live[item.sequence] for item in batch.samples]
+            states = [live.state for live in lives]
+            self.runner.forward(batch, states)
+            if any(state.reads_tokens for state in states):
+                pieces += self._land()
+            launched = self.runner.draw(states)
         except torch.AcceleratorError:  # nothing that is on the device can be trusted
             raise
         except Exception as error:
@@ -197,12 +194,11 @@ class Engine:
             pieces += self._land()  # what was drawn before is not lost
             pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
-        for item in scheduled:
-            self.scheduler.launched(item)
+        self.scheduler.launched(scheduled)
         for state in states:
             state.num_ahead += 1
-        pieces += self._read_rows(scheduled, batch)
-        return _Flight(scheduled, batch, launched)
+        pieces += self._read_prompts(scheduled, batch)
+        return _Flight(scheduled, batch, lives, launched)
 
     def _land(self) -> list[TokenOutput]:
         """Waits for the step that was launched last, if any, and settles it."""
@@ -216,37 +212,43 @@ class Engine:
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(flight.scheduled))
             return [self._fail(item.sequence, error) for item in flight.scheduled if item.sequence in self._live]
-        return self._settle(flight.scheduled, flight.batch, sampled)
+        return self._settle(flight, sampled)
 
-    def _settle(self, scheduled: Seq[ScheduledSequence], batch: Batch, sampled: Seq[SampledToken]) -> list[TokenOutput]:
+    def _settle(self, flight: _Flight, sampled: Seq[SampledToken]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
         self._counts["steps"] += 1
-        for item in scheduled:
-            self.scheduler.settle(item)
+        self.scheduler.settle(flight.scheduled)
+        prompts = flight.scheduled[flight.batch.num_decodes :]
+        self._count_prompts(prompts)
         pieces = []
-        for item, token in zip(batch.samples, sampled, strict=True):
-            if item.sequence in self._live:  # it may have ended since it was launched
-                pieces.append(self._advance(item.sequence, token))
-        for item in scheduled:
+        for live, token in zip(flight.lives, sampled, strict=True):
+            if live.sequence in self._live:  # it may have ended since it was launched
+                pieces.append(self._advance(live, token))
+        self._counts["generation"] += sum(len(piece.token_ids) for piece in pieces)
+        for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
                 pieces += self._end_pooled(item)
         return pieces
 
-    def _advance(self, sequence: Sequence, token: SampledToken) -> TokenOutput:
+    def _count_prompts(self, prompts: Seq[ScheduledSequence]) -> None:
+        """Books the prompts that a step has ended, each once however often its sequence was preempted."""
+        for item in prompts:
+            sequence = item.sequence
+            ends = item.samples and len(sequence.tokens) == sequence.num_prompt_tokens
+            if ends and sequence.index == 0 and sequence in self._live:
+                self._counts["prompt"] += sequence.num_prompt_tokens
+                self._counts["cached"] += sequence.num_cached_tokens or 0
+
+    def _advance(self, live: LiveSequence, token: SampledToken) -> TokenOutput:
         """Gives one sequence its token; a failure ends this sequence alone."""
-        live = self._live[sequence]
-        if live.num_output_tokens == 0 and sequence.index == 0:
-            self._counts["prompt"] += sequence.num_prompt_tokens
-            self._counts["cached"] += sequence.num_cached_tokens or 0
         try:
             piece = live.accept(token)
         except RequestError as error:  # of the request's own form: no failure of ours
-            return self._fail(sequence, error)
+            return self._fail(live.sequence, error)
         except Exception as error:
             logger.exception("a token could not be added to its sequence")
-            return self._fail(sequence, error)
-        self._counts["generation"] += len(piece.token_ids)
-        return self._finish(live, piece) if piece.finished else piece
+            return self._fail(live.sequence, error)
+        return piece if piece.finish_reason is None else self._finish(live, piece)
 
     def _finish(self, live: LiveSequence, piece: TokenOutput) -> TokenOutput:
         """Takes an ended sequence out of the engine."""
@@ -268,12 +270,17 @@ class Engine:
         message = f"the engine failed on this request: {type(error).__name__}: {error}"
         return self._finish(live, live.end(FinishReason.ERROR, message, "engine"))
 
-    def _read_rows(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
-        """What some sequences want of this step's rows beside a token; pieces of what failed."""
-        failed = []
-        for item, offset in zip(scheduled, batch.query_start.tolist()):
+    def _read_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
+        """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
+        failed, prompts = [], scheduled[batch.num_decodes :]
+        now = time.monotonic()
+        for item, offset in zip(prompts, batch.query_start[batch.num_decodes :].tolist()):
+            live = self._live.get(item.sequence)
+            if live is None:  # it ended when the step before was settled
+                continue
+            live.scheduled(now)
             try:
-                read_rows(self._live[item.sequence], item, offset, self.runner, self.sampler)
+                read_rows(live, item, offset, self.runner, self.sampler)
             except torch.AcceleratorError:
                 raise
             except Exception as error:

@@ -54,6 +54,9 @@ class LiveSequence:
         ends = not params.ignore_eos or state.grammar is not None
         self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
+        # Where a token is none of these, only the length can end the sequence.
+        self._ends = self.eos_token_ids | self.stop_token_ids
+        self._any_text = state.grammar is None and not params.stop_strings
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
@@ -86,14 +89,33 @@ class LiveSequence:
         """Appends a sampled token; the piece has a finish reason when it was the last."""
         if sampled.error is not None:
             return self._failed(sampled)
-        token, params = sampled.token_id, self.request.params
-        first = self.num_output_tokens == 0
-        self.sequence.append(token)
+        token, sequence = sampled.token_id, self.sequence
+        sequence.append(token)
         self.state.append(token)
+        goes_on = self._any_text and token not in self._ends and len(sequence.tokens) < self.max_length
+        if goes_on and sampled.logprobs is None and self.first_token_time is not None:
+            return self._plain_piece(token)
+        first = self.num_output_tokens == 1
         self.first_token_time = self.first_token_time or time.monotonic()
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
-        reason, stop_reason, text = self._ending(token, params.include_stop_str_in_output)
+        reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
         return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
+
+    def _plain_piece(self, token: int) -> TokenOutput:
+        """As `_piece`, of a token that neither ends a sequence nor begins it: nearly all of them."""
+        sequence, text = self.sequence, self.detokenizer.add(token)
+        special_tokens = self.detokenizer.special_tokens
+        piece = TokenOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            text=text,
+            token_ids=(token,),
+            special_tokens=tuple(special_tokens) if special_tokens else (),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+        special_tokens.clear()
+        return piece
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
         """The last piece where no token could be drawn; the message begins with the field to blame."""

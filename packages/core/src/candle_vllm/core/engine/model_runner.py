@@ -32,12 +32,22 @@ class ModelRunner(Protocol):
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before are taken."""
 
-    def launch(self, batch: Batch, states: Sequence[SamplingState]) -> Launched:
-        """Starts a step: its keys and values will be in the cache when it is over.
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """Starts the model's part of a step: its keys and values will be in the cache when it is over.
 
         Args:
             batch: the step.
-            states: how the next tokens of `batch.samples` are drawn; as they are before the draw.
+            states: how the next tokens of `batch.samples` are drawn. Only temperature and the like, and the random
+                numbers of these positions, are read here.
+        """
+        ...
+
+    def draw(self, states: Sequence[SamplingState]) -> Launched:
+        """Starts the draw of the step that `forward` started last; must follow it.
+
+        Args:
+            states: the same, now with all that they say of their next tokens: the tokens before those are known on the
+                host where `reads_tokens` asks for it.
         """
         ...
 
@@ -63,7 +73,7 @@ MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A step that was over when `launch` returned."""
+    """A step that was over when it was drawn."""
 
     sampled: list[SampledToken]
 
@@ -73,18 +83,22 @@ class Drawn:
 
 
 class StepwiseRunner(ABC):
-    """A `ModelRunner` that has finished a step when `launch` returns; the sampler gets its logits."""
+    """A `ModelRunner` that has finished what it starts when it returns; the sampler gets its logits."""
 
     overlaps = False
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._sampler = Sampler()
+        self._drawn_from = torch.empty(0)
 
-    def launch(self, batch: Batch, states: Sequence[SamplingState]) -> Drawn:
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:  # noqa: ARG002  # drawn at once
         """See `ModelRunner`."""
-        logits = self.run(batch)
-        return Drawn(self._sampler.sample(logits, states) if states else [])
+        self._drawn_from = self.run(batch)
+
+    def draw(self, states: Sequence[SamplingState]) -> Drawn:
+        """See `ModelRunner`."""
+        return Drawn(self._sampler.sample(self._drawn_from, states) if states else [])
 
     @abstractmethod
     def run(self, batch: Batch) -> torch.Tensor:

@@ -21,23 +21,24 @@ kernels than a prompt is.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import msgspec
 
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Sequence
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """Run `count` tokens of `sequence` from position `start` on.
 
     Attributes:
         samples: the step computes the sequence's last token, so that the next one can be sampled; never where hidden
             states are pooled.
         admission: the sequence's `num_admissions` when it was scheduled.
+        decodes: one token that was generated, as against tokens of a prompt.
     """
 
     sequence: Sequence
@@ -45,23 +46,15 @@ class ScheduledSequence:
     count: int
     samples: bool
     admission: int
+    decodes: bool
 
     @classmethod
     def next(cls, sequence: Sequence, count: int) -> ScheduledSequence:
         """The next `count` tokens of a sequence."""
         start = sequence.num_computed_tokens
         samples = start + count == sequence.num_tokens and not sequence.is_pooled
-        return cls(sequence, start, count, samples, sequence.num_admissions)
-
-    @property
-    def decodes(self) -> bool:
-        """One token that was generated, as against tokens of a prompt."""
-        return self.count == 1 and self.start >= self.sequence.num_prompt_tokens
-
-    @property
-    def is_current(self) -> bool:
-        """The sequence has held its blocks ever since."""
-        return self.sequence.num_admissions == self.admission and bool(self.sequence.block_table)
+        decodes = count == 1 and start >= sequence.num_prompt_tokens
+        return cls(sequence, start, count, samples, sequence.num_admissions, decodes)
 
 
 class Scheduler:
@@ -99,11 +92,11 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """What the next step runs; empty when there is nothing to do."""
-        scheduled = self._schedule_decodes()
+        """What the next step runs, decoding sequences first; empty when there is nothing to do."""
+        scheduled, prompts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled)
-        for sequence in self.running:
-            if budget and sequence.num_uncomputed_tokens > 1:
+        for sequence in prompts:
+            if budget:
                 count = min(sequence.num_uncomputed_tokens, budget)
                 scheduled.append(ScheduledSequence.next(sequence, count))
                 budget -= count
@@ -113,48 +106,65 @@ class Scheduler:
             budget -= count
             if not budget:
                 break
-        return sorted(scheduled, key=lambda item: not item.decodes)
+        decodes = [item for item in scheduled if item.decodes]
+        return decodes if len(decodes) == len(scheduled) else decodes + [i for i in scheduled if not i.decodes]
 
-    def launched(self, item: ScheduledSequence) -> None:
+    def launched(self, items: Iterable[ScheduledSequence]) -> None:
         """Books a step that was launched: what is scheduled next comes behind it."""
-        item.sequence.num_computed_tokens = item.start + item.count
-        item.sequence.num_ahead += item.samples
+        for item in items:
+            item.sequence.num_computed_tokens = item.start + item.count
+            item.sequence.num_ahead += item.samples
 
-    def settle(self, item: ScheduledSequence) -> None:
+    def settle(self, items: Iterable[ScheduledSequence]) -> None:
         """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
-        sequence, size = item.sequence, self.blocks.block_size
-        if not item.is_current:
-            return
-        first, last = item.start // size, (item.start + item.count) // size
-        if last > first:
-            hashes = sequence.hashes(size)
-            for position in range(first, last):
-                if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
-                    self.blocks.publish(sequence.block_table[position], hashes[position])
-                self._computed(hashes[position])
-        sequence.num_settled_tokens = item.start + item.count
+        size = self.blocks.block_size
+        for item in items:
+            sequence, end = item.sequence, item.start + item.count
+            if item.admission != sequence.num_admissions or not sequence.block_table:
+                continue  # it has not held its blocks ever since
+            if end // size > item.start // size:
+                self._publish(sequence, item.start // size, end // size)
+            sequence.num_settled_tokens = end
 
-    def _schedule_decodes(self) -> list[ScheduledSequence]:
-        """One token for every running sequence that has only one to run, preempting from the end where blocks lack."""
-        scheduled = []
+    def _publish(self, sequence: Sequence, first: int, last: int) -> None:
+        """Blocks `first` to `last` of a sequence are full."""
+        size = self.blocks.block_size
+        hashes = sequence.hashes(size)
+        for position in range(first, last):
+            if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
+                self.blocks.publish(sequence.block_table[position], hashes[position])
+            self._computed(hashes[position])
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+        """One token for every running sequence that has only one to run, preempting from the end where blocks lack.
+
+        Returns:
+            Those, and the running sequences that have more to run.
+        """
+        scheduled, prompts = [], []
+        running, size = self.running, self.blocks.block_size
         position = 0
-        while position < len(self.running):
-            sequence = self.running[position]
-            if sequence.num_uncomputed_tokens == 1 and sequence.num_tokens < sequence.max_length:
-                if not self._grow(sequence):
-                    self._preempt(self.running[-1])
+        while position < len(running):
+            sequence = running[position]
+            start, length = sequence.num_computed_tokens, len(sequence.tokens) + sequence.num_ahead
+            if start + 1 == length and length < sequence.max_length:
+                if start >= size * len(sequence.block_table) and not self._grow(sequence):
+                    self._preempt(running[-1])
                     continue
-                scheduled.append(ScheduledSequence.next(sequence, 1))
+                samples, decodes = not sequence.is_pooled, start >= sequence.num_prompt_tokens
+                item = ScheduledSequence(sequence, start, 1, samples, sequence.num_admissions, decodes)
+                scheduled.append(item)
+            elif start + 1 < length:
+                prompts.append(sequence)
             position += 1
-        return scheduled
+        return scheduled, prompts
 
     def _grow(self, sequence: Sequence) -> bool:
-        missing = self.blocks.blocks_for(sequence.num_computed_tokens + 1) - len(sequence.block_table)
-        if missing > 0:
-            taken = self.blocks.allocate(missing)
-            if taken is None:
-                return False
-            sequence.block_table.extend(taken)
+        """One block more, where one is free."""
+        taken = self.blocks.allocate(1)
+        if taken is None:
+            return False
+        sequence.block_table.extend(taken)
         return True
 
     def _admit(self, budget: int) -> Iterator[Sequence]:

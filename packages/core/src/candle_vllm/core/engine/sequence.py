@@ -63,7 +63,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Takes the token that was drawn next."""
         self.tokens.append(token_id)
-        self.num_ahead = max(0, self.num_ahead - 1)
+        if self.num_ahead:
+            self.num_ahead -= 1
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of the known tokens, kept as the sequence grows."""

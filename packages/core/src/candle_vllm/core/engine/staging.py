@@ -15,52 +15,66 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.device_stream import DeviceStream, copy
 
-_ALIGNMENT = 256  # bytes; the largest that a kernel could want of an array's begin
+ALIGNMENT = 64
+"""Numbers of 32 bits between which an array may begin: 256 bytes, the most that a kernel could want."""
 
 _TORCH = {np.dtype(np.int32): torch.int32, np.dtype(np.float64): torch.float64}
 
 
 class Staging:
-    """Named arrays on the host and on the device.
+    """Named arrays on the host and on the device, and behind them room for what each step lays out anew.
 
     Args:
         stream: where copies go.
         arrays: shape and dtype (int32 or float64) of each array, in order.
+        room: numbers of 32 bits behind them.
         pieces: how many steps the host may be ahead of the copies.
 
     Attributes:
         device: the arrays on the device; their memory never moves.
+        device_room: [room] int32 on the device.
     """
 
     def __init__(
-        self, stream: DeviceStream, arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]], pieces: int = 2
+        self,
+        stream: DeviceStream,
+        arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+        room: int,
+        pieces: int = 2,
     ) -> None:
         self._stream = stream
-        self._places: dict[str, tuple[int, int]] = {}
+        places: dict[str, tuple[int, int]] = {}
         end = 0
         for name, (shape, kind) in arrays.items():
             size = math.prod(shape) * np.dtype(kind).itemsize
-            self._places[name] = (end, end + size)
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self._host = [stream.staged(end) for _ in range(pieces)]
-        self._device = torch.zeros(end, dtype=torch.uint8, device=stream.device)
+            places[name] = (end, end + size)
+            end += aligned(-(-size // 4)) * 4
+        self._begin = end // 4  # of the room
+        self._host = [stream.staged(end + 4 * room).view(torch.int32) for _ in range(pieces)]
+        self._device = torch.zeros(end // 4 + room, dtype=torch.int32, device=stream.device)
         self.device: dict[str, torch.Tensor] = {}
+        self.device_room = self._device[self._begin :]
         self._views: list[dict[str, NDArray[Any]]] = [{} for _ in range(pieces)]
+        self._rooms: list[NDArray[np.int32]] = [host.numpy()[self._begin :] for host in self._host]
         for name, (shape, kind) in arrays.items():
-            first, last = self._places[name]
-            self.device[name] = self._device[first:last].view(_TORCH[np.dtype(kind)]).view(shape)
+            first, last = places[name]
+            self.device[name] = self._device.view(torch.uint8)[first:last].view(_TORCH[np.dtype(kind)]).view(shape)
             for host, views in zip(self._host, self._views):
-                views[name] = host[first:last].numpy().view(kind).reshape(shape)
+                views[name] = host.numpy().view(np.uint8)[first:last].view(kind).reshape(shape)
         self._turn = 0
 
-    def host(self) -> Mapping[str, NDArray[Any]]:
-        """The arrays to write the next step into; `send` must follow."""
+    def host(self) -> tuple[Mapping[str, NDArray[Any]], NDArray[np.int32]]:
+        """The arrays and the room to write the next step into; `send` must follow."""
         self._turn = (self._turn + 1) % len(self._host)
-        return self._views[self._turn]
+        return self._views[self._turn], self._rooms[self._turn]
 
-    def send(self, last: str, rows: int) -> None:
-        """Copies the arrays up to `last`, of which the first `rows` rows."""
-        begin, end = self._places[last]
-        end = begin + (end - begin) // len(self.device[last]) * rows
+    def send(self, used: int) -> None:
+        """Copies the arrays, and the first `used` numbers of the room."""
+        end = self._begin + used
         source, target = self._host[self._turn][:end], self._device[:end]
         self._stream.run(lambda: copy(target, source))
+
+
+def aligned(count: int) -> int:
+    """The least multiple of `ALIGNMENT` that is at least `count`."""
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -9,7 +9,9 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,21 +53,20 @@ class DeviceSampler:
         self._result = torch.zeros(rows * 12, dtype=torch.uint8, device=stream.device)
         self.ids, self._largest = _split(self._result)
         self._landings = [stream.staged(rows * 12) for _ in range(_PIECES)]
+        self._landed_there = [tuple(part.numpy() for part in _split(landing)) for landing in self._landings]
         self._turn = 0
         self._occurrences = OccurrenceTable(stream, vocabulary)
 
-    def launch(
-        self, states: Sequence[SamplingState], controls: NDArray[np.float64], padded: int | None = None
-    ) -> DrawnRows:
+    def launch(self, states: Sequence[SamplingState], asks: tuple[bool, bool], padded: int | None = None) -> DrawnRows:
         """Draws for rows 0 to len(states); their logits and controls are there when what was given to the stream runs.
 
         Args:
             states: one per row.
-            controls: [R, 5] what was written, on the host.
+            asks: `kernels.asks` of their controls.
             padded: rows of a captured draw, at least R, where the step was captured.
         """
-        random, search = kernels.asks(controls)
-        count, edited = len(states), any(has_edits(state) for state in states)
+        random, search = asks
+        count, edited = len(states), any(state.may_edit and has_edits(state) for state in states)
         rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         asking = Sent(self._stream, np.array(rows, np.int64)) if rows else None
         raw = self._keep(asking) if edited and asking else None
@@ -157,7 +158,7 @@ class DeviceSampler:
         self._turn = (self._turn + 1) % _PIECES
         landing, result = self._landings[self._turn], self._result
         self._stream.run(lambda: copy(landing, result))
-        return DrawnRows(self._stream.mark(), landing, rows, logprobs)
+        return DrawnRows(self._stream.mark(), self._landed_there[self._turn], rows, logprobs)
 
 
 class StandingRows:
@@ -199,7 +200,7 @@ class StandingRows:
 class DrawnRows:
     """Tokens on their way to the host; see `engine/model_runner.Launched`."""
 
-    def __init__(self, mark: Mark, landing: torch.Tensor, rows: int, logprobs: StandingRows | None) -> None:
+    def __init__(self, mark: Mark, landing: Sequence[NDArray[Any]], rows: int, logprobs: StandingRows | None) -> None:
         self._mark = mark
         self._landing = landing
         self._rows = rows
@@ -208,8 +209,11 @@ class DrawnRows:
     def tokens(self) -> list[SampledToken]:
         """One entry per row; waits for the step."""
         self._mark.wait()
-        ids, largest = (part[: self._rows].tolist() for part in _split(self._landing))
-        tokens = [sampled_token(token, peak) for token, peak in zip(ids, largest)]
+        ids, largest = (part[: self._rows].tolist() for part in self._landing)
+        if math.isfinite(sum(largest)):
+            tokens = [SampledToken(token) for token in ids]
+        else:
+            tokens = [sampled_token(token, peak) for token, peak in zip(ids, largest)]
         if self._logprobs is not None:
             for place, row in enumerate(self._logprobs.rows):
                 if tokens[row].error is None:

@@ -10,6 +10,7 @@ Shapes: R rows, V vocabulary, T positions of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -115,9 +116,9 @@ def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
 
 def sampled_token(token_id: int, largest: float) -> SampledToken:
     """The token that was drawn from a row with this largest logit, or why there is none."""
-    if largest == -np.inf:
+    if largest == -math.inf:
         return SampledToken(-1, error=_NOTHING, by_request=True)
-    if not np.isfinite(largest):
+    if not math.isfinite(largest):
         return SampledToken(-1, error=_BROKEN)
     return SampledToken(token_id)
 

@@ -36,6 +36,8 @@ class SamplingState:
         counts: occurrences for the penalties, or None where there is no penalty.
         grammar: which tokens the form of the text leaves, or None where any text will do.
         output_token_ids: tokens generated so far; grows by `append` only.
+        reads_tokens: the tokens before the next one must be known on the host before it is drawn.
+        may_edit: its logits may be changed before a draw: there are masks, bias or penalties, now or at some position.
         num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
     """
 
@@ -84,6 +86,9 @@ class SamplingState:
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
+        self.reads_tokens = self.bad_words.has_sequences or grammar is not None
+        edits = self.counts is not None or len(self.bias_ids) > 0
+        self.may_edit = self._always_masks or edits or params.min_tokens > 0
 
     def sibling(self, index: int) -> SamplingState:
         """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
@@ -110,11 +115,6 @@ class SamplingState:
         """How many tokens were drawn before the next one."""
         return len(self.output_token_ids) + self.num_ahead
 
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the tokens before the next one must be known on the host before it is drawn."""
-        return self.bad_words.has_sequences or self.grammar is not None
-
     def append(self, token_id: int) -> None:
         """Takes note of the token that was chosen.
 
@@ -124,7 +124,8 @@ class SamplingState:
         """
         assert 0 <= token_id < self.vocab_size
         self.output_token_ids.append(token_id)
-        self.num_ahead = max(0, self.num_ahead - 1)
+        if self.num_ahead:
+            self.num_ahead -= 1
         if self.counts is not None:
             self.counts.add(token_id)
         if self.grammar is not None:

@@ -47,6 +47,8 @@ class Detokenizer:
         self._length = 0  # characters decoded
         self.special_tokens: list[tuple[int, int]] = []
         self._decoder = _utf8_decoder("replace")
+        self._begun = False  # the decoder holds the beginning of a character
+        self._stops = any(stop_strings)
         self._scanner = StopScanner(stop_strings, include_stop=include_stop)
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
 
@@ -67,10 +69,12 @@ class Detokenizer:
         if self._strip_space:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        text = self._decoder.decode(data)
+        text = self._decode(data)
         self._length += len(text)
         if special:
             self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
+        if not self._stops:
+            return text
         return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
 
     def finish(self) -> str:
@@ -78,6 +82,16 @@ class Detokenizer:
         tail = self._decoder.decode(b"", True)
         shown = self._scanner.feed(tail, armed=self._num_tokens > self._min_tokens)
         return shown + self._scanner.flush()
+
+    def _decode(self, data: bytes) -> str:
+        if not self._begun:
+            try:
+                return data.decode()  # whole characters, as nearly always
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(data)
+        self._begun = bool(self._decoder.getstate()[0])
+        return text
 
     def _any_visible(self, token_ids: Sequence[int]) -> bool:
         # From the end: the last token of a prompt is nearly always visible.
