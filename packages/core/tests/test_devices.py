@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
+import sysconfig
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +29,26 @@ class Gpus:
     memory_fault: str | None = None
     cuda: str | None = "13.0"
     triton: bool = True
+    programs: tuple[str, ...] = ("gcc",)
+    folder: Path = Path()
+
+    def keep(self, name: str, text: str = "") -> None:
+        """Puts a file there: what Triton's package, its cache, or Python's headers hold."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
-    fake = Gpus()
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpus:
+    fake = Gpus(folder=tmp_path)
+    fake.keep("triton/backends/nvidia/driver.py", "mod = compile_module_from_src(src=src, name='cuda_utils')")
+    fake.keep("include/Python.h")
+    package = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "triton")])
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if name in fake.programs else None)
+    monkeypatch.setattr(devices.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path / "include")})
 
     def start() -> None:
         if fake.fault is not None:
@@ -46,7 +65,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Pretended GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object() if fake.triton else None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: package if fake.triton else None)
     return fake
 
 
@@ -87,6 +106,53 @@ def test_a_gpu_that_cannot(
         with caplog.at_level(logging.WARNING):
             assert choose_device("auto") == torch.device("cpu")
         assert (message in caplog.text) == (gpus.count > 0), "a GPU that is there and not used is worth a line"
+
+
+def test_a_compiler_that_triton_lacks(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus.programs = ()
+    with pytest.raises(ConfigError, match=r"a C compiler and none was found: .*apt install gcc python3-dev.* set CC"):
+        choose_device("cuda")
+    for programs, compiler in ((("clang",), None), (("/opt/cc",), "/opt/cc")):
+        gpus.programs = programs
+        if compiler is not None:
+            monkeypatch.setenv("CC", compiler)
+        assert choose_device("cuda").type == "cuda"
+    gpus.programs = ("gcc", "clang")
+    with pytest.raises(ConfigError, match="CC names one that is not there"):  # Triton looks for no other then
+        choose_device("cuda")
+
+
+def test_a_header_that_triton_lacks(gpus: Gpus) -> None:
+    header = gpus.folder / "include" / "Python.h"
+    header.unlink()
+    with pytest.raises(ConfigError, match=rf"{header} is missing: .*apt install python3-dev"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (f"cache/ABC/cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}", ""),
+        ("triton/backends/nvidia/driver.py", "import triton._C.cuda_utils"),
+    ],
+    ids=["built before", "built into triton"],
+)
+def test_a_triton_that_needs_no_compiler(gpus: Gpus, name: str, text: str) -> None:
+    gpus.programs = ()
+    (gpus.folder / "include" / "Python.h").unlink()
+    gpus.keep(name, text)
+    assert choose_device("cuda").type == "cuda"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_here_builds_what_the_check_looks_for() -> None:
+    """A Triton that calls it otherwise, or needs it no longer, makes the check wrong."""
+    package = importlib.util.find_spec("triton")
+    assert package is not None
+    assert package.submodule_search_locations
+    text = Path(package.submodule_search_locations[0], "backends", "nvidia", "driver.py").read_text()
+    assert "compile_module_from" in text
+    assert 'name="cuda_utils"' in text
 
 
 def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -60,7 +64,7 @@ def gpu_obstacle(index: int) -> str | None:
         return f"{name} has compute capability {_dotted(capability)} and {_dotted(LEAST_CAPABILITY)} is needed"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: install it"
-    return _taken(index)
+    return _no_compiler() or _taken(index)
 
 
 @contextmanager
@@ -99,6 +103,33 @@ def _driver_fault(message: str) -> str:
     if "NVIDIA driver" in message or not message:
         return "no GPU was found, or no NVIDIA driver is installed"
     return f"CUDA does not start: {message.splitlines()[0]:.200}"
+
+
+def _no_compiler() -> str | None:
+    """What is missing of a C compiler and Python's header, which Triton needs on the machine that it runs on.
+
+    With the compiler it builds its access to the driver (3.6 also a launcher for each signature of a kernel), and keeps
+    what it built. Nothing is needed where this has happened before, or of a Triton that builds nothing.
+    """
+    spec, vendor = importlib.util.find_spec("triton"), "amd" if torch.version.hip else "nvidia"
+    for folder in (spec and spec.submodule_search_locations) or ():
+        driver = Path(folder, "backends", vendor, "driver.py")
+        if driver.is_file() and "compile_module_from" not in driver.read_text(encoding="utf-8", errors="replace"):
+            return None
+    home = os.environ.get("TRITON_HOME") or Path.home()  # Triton's own settings, as Triton reads them
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    if any(kept.glob(f"*/*_utils{sysconfig.get_config_var('EXT_SUFFIX')}")):
+        return None
+    given = os.environ.get("CC")
+    if shutil.which(given or "gcc") is None and (given or shutil.which("clang") is None):
+        found = "CC names one that is not there" if given else "none was found"
+        return f"triton needs a C compiler and {found}: install one (apt install gcc python3-dev), or set CC to it"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, where no headers are
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    if not header.is_file():
+        return f"triton compiles C against Python and {header} is missing: install it (apt install python3-dev)"
+    return None
 
 
 def _taken(index: int) -> str | None:
