@@ -13,6 +13,7 @@ import torch
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.engine import device_build
 from candle_vllm.core.engine.device_build import build_on_gpu
+from candle_vllm.core.engine.device_stream import Work
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.memory import MIB
@@ -65,6 +66,33 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
     assert len(runner.key_caches[0]) == plan.num_blocks
     assert "0.01 of 72 MiB free beside 50 MiB of weights and 328 MiB for steps" in caplog.text
     assert "attention by torch cannot be" in caplog.text, "the reference is not captured"
+
+
+def test_forms_are_compiled_before_steps_are_measured(
+    loaded: LoadedModel, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    forward = loaded.decoder.forward
+
+    def step(*given: Any) -> torch.Tensor:
+        order.append("step")
+        return forward(*given)
+
+    def together(work: Work, device: torch.device) -> int:
+        assert device == torch.device("cpu")
+        order.append("together")
+        work()
+        order.append("compiled")
+        return 1
+
+    monkeypatch.setattr(loaded.decoder, "forward", step)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: order.append("measure"))
+    monkeypatch.setattr(device_build, "compile_together", together)
+    build(loaded, kv_cache_memory=MIB)[0].close()
+    first = order[: order.index("measure")]
+    assert (first[0], first[-1]) == ("together", "compiled")
+    again = order[order.index("measure") :]
+    assert first.count("step") == again[: first.count("step") + 3].count("step") > 0, "all of them, to their end"
 
 
 def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:

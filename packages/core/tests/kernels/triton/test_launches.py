@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
 from typing import Any
 
 import pytest
+import torch
+
+from candle_vllm.core.kernels.triton_build import compile_together
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -20,4 +25,20 @@ def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, backgroun
         form["kernel"] for form in forms
     }
     assert [form for form in forms if form["fault"]] == []
-    assert [form["kernel"] for form in forms if form["phase"] == "serve"] == [], "a request would wait for a compiler"
+    assert {form["phase"] for form in forms} == {"together"}, "a start, or a request, would wait for a compiler"
+    assert max(form["others"] for form in forms) > 0 or os.cpu_count() == 1, "forms are compiled one after another"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_triton_built_in_another_way_compiles_at_each_launch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from triton.runtime import jit
+
+    monkeypatch.delattr(jit.JITFunction, "_do_compile")
+    usual, called = jit.JITFunction.run, []
+    with caplog.at_level(logging.DEBUG):
+        assert compile_together(lambda: called.append("work"), torch.device("cpu")) == 0
+    assert called == []
+    assert jit.JITFunction.run is usual
+    assert "_do_compile" in caplog.text

@@ -1,12 +1,13 @@
 """An engine's runner on a GPU, and the plan of its memory.
 
-The largest steps are run once over a cache of one block. What they took at their peak is put aside; of what is free
-then, the cache gets its share.
+The largest steps are run over a cache of one block: once without their kernels, which are compiled side by side
+meanwhile, then as they are. What they took at their peak is put aside; of what is free then, the cache gets its share.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -18,6 +19,7 @@ from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose
 from candle_vllm.core.kernels.latent_attention.backend import choose_latent
+from candle_vllm.core.kernels.triton_build import compile_together
 from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 
@@ -58,7 +60,9 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
         )
-        _, *peaks = [_peak(work, stream) for work in runner.largest_steps()]
+        steps = runner.largest_steps()
+        compile_together(lambda: _pass(steps, stream), device)
+        _, *peaks = [_peak(work, stream) for work in steps]
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK
@@ -93,6 +97,13 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         fp8_cache=config.kv_cache_dtype == "fp8",
         deterministic=config.deterministic,
     )
+
+
+def _pass(steps: Sequence[Work], stream: DeviceStream) -> None:
+    """All steps, to their end."""
+    for work in steps:
+        work()
+    stream.mark().wait()
 
 
 def _peak(work: Work, stream: DeviceStream) -> int:

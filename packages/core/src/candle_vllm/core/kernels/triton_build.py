@@ -4,21 +4,33 @@ A Triton kernel's module names in `AOT` the forms that it launches, one `Build` 
 `compile_build` compiles a form for one compute capability and says what it takes, so that a kernel that no longer
 compiles, spills, or asks for more shared memory than an SM has is found on a machine without a GPU. Triton is imported
 only when something is compiled.
+
+`compile_together` is for the GPU that is there: it compiles the forms that a start needs side by side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
+import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
 
 CAPABILITIES = (80, 90, 100)
 
@@ -164,3 +176,122 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = [(int(registers), int(stack)) for registers, stack in _USAGE.findall(text)]
     assert found, text
     return max(registers for registers, _ in found), max(stack for _, stack in found)
+
+
+# ---- the forms of a start, side by side ------------------------------------------------------------------------------
+
+_COMPILERS = 16  # threads; what Triton does in Python it does in one of them at a time, so more would bring little
+_TURN = threading.Lock()  # one start at a time has Triton's launches changed
+
+
+def compile_together(work: Callable[[], None], device: torch.device) -> int:
+    """Compiles the forms of all kernels that `work` launches, in parallel, and loads them; launches none of them.
+
+    What else `work` does is done, on memory in which the kernels wrote nothing: numbers mean nothing, and places that
+    a kernel would have written must not be looked up by anything but kernels. A form that does not compile or load is
+    left to the launch that needs it, which says so. Where Triton is not there, interprets its kernels, or is built in
+    another way than 3.6 to 3.9 are, `work` is not called, and each form is compiled by its first launch.
+
+    Args:
+        work: what will be launched afterwards, with the same arguments, for a form depends on them; in this thread.
+        device: where it computes.
+
+    Returns:
+        how many forms were made ready; those of earlier starts in this process do not count.
+    """
+    began = time.perf_counter()
+    try:
+        from triton import knobs
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
+        from triton.runtime.jit import JITCallable, JITFunction
+
+        if knobs.runtime.interpret or active_mode.get() is not None:
+            return 0
+        _ = JITFunction.run, JITFunction._do_compile, JITCallable.parse
+    except (ImportError, AttributeError) as error:
+        logger.debug("kernels are compiled one after another: %s", error)
+        return 0
+    with _TURN, _Compilers(device) as compilers:
+        mode = AsyncCompileMode(compilers, ignore_errors=True)
+        compiling = _only_compiling(JITFunction, lambda: active_mode.get() is mode)
+        try:
+            with _parsing_in_turn(JITCallable), compiling, mode:
+                work()
+        except Exception:  # whatever it is, the launches that follow say it themselves
+            logger.debug("not all kernels could be compiled side by side", exc_info=True)
+        finally:
+            active_mode.set(None)  # Triton 3.6 leaves it where a wait was interrupted
+    if compilers.forms:
+        took = time.perf_counter() - began
+        logger.info("made %d forms of kernels ready in %.1f s, %d at a time", compilers.forms, took, compilers.threads)
+    return compilers.forms
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile forms for a device, and load them there."""
+
+    def __init__(self, device: torch.device) -> None:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads, self.forms = min(_COMPILERS, usable), 0
+        on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        super().__init__(self.threads, "candle-vllm-compiler", **on_gpu)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.forms += 1
+
+        def ready() -> Any:
+            kernel = fn(*args, **kwargs)
+            kernel._init_handles()  # Triton 3.6 calls a C compiler for each signature here
+            return kernel
+
+        return super().submit(ready)
+
+
+@contextlib.contextmanager
+def _parsing_in_turn(function: Any) -> Iterator[None]:
+    """One thread at a time parses a function of Triton's class JITCallable.
+
+    Early releases of CPython 3.11 and 3.12 count the depth of syntax trees in one number for all threads (gh-106905),
+    and say "AST constructor recursion depth mismatch" now and then.
+    """
+    parse, turn = function.parse, threading.Lock()
+
+    def alone(self: Any) -> Any:
+        with turn:
+            return parse(self)
+
+    function.parse = alone
+    try:
+        yield
+    finally:
+        function.parse = parse
+
+
+@contextlib.contextmanager
+def _only_compiling(function: Any, here: Callable[[], bool]) -> Iterator[None]:
+    """Launches of a class of kernels (Triton's JITFunction) compile and no more where `here()`.
+
+    What is under way counts as compiled. Launches of other threads are as ever.
+    """
+    run, do_compile = function.run, function._do_compile
+    waiting: list[tuple[dict[str, Any], str, Any]] = []
+
+    def compile_only(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        return run(kernel, *args, warmup=warmup or here(), **options)
+
+    def compile_once(kernel: Any, key: str, signature: Any, device: Any, *rest: Any, **more: Any) -> Any:
+        found = do_compile(kernel, key, signature, device, *rest, **more)
+        if here():  # Triton 3.6 would prepare it anew at each launch until it is compiled
+            forms = kernel.device_caches[device][0]
+            forms[key] = found
+            waiting.append((forms, key, found))
+        return found
+
+    function.run, function._do_compile = compile_only, compile_once
+    try:
+        yield
+    finally:
+        function.run, function._do_compile = run, do_compile
+        for forms, key, found in waiting:
+            if forms.get(key) is found:  # it did not compile
+                del forms[key]
