@@ -30,6 +30,7 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -38,6 +39,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 def make(folder: Path, **settings: Any) -> InferenceEngine:
     """Op by op in torch, which serves blocks of every size."""
     return InferenceEngine(str(folder), threads=1, **({"enforce_eager": True} | settings))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact() -> Iterator[None]:
+    """Tokens are compared between steps of different sizes."""
+    with exact_sums():
+        yield
 
 
 @pytest.fixture(scope="module")

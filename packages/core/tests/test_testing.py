@@ -1,15 +1,18 @@
-"""ScriptedEngine keeps the engine's contract however its script is cut."""
+"""What stands in for the real thing: ScriptedEngine keeps the engine's contract however its script is cut."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from candle_vllm.core import InferenceEngine
 from candle_vllm.core.engine.request import FinishReason, OutputCollector, TokenOutput
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -20,6 +23,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ByteTokenizer, ScriptedEngine
+from candle_vllm.core.testing.exact_sums import exact_sums
 
 
 async def pieces_of(engine: ScriptedEngine, **params: object) -> list[TokenOutput]:
@@ -166,3 +170,20 @@ def test_chat_template_is_chatml() -> None:
     open_end = engine.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
     assert open_end == "<|im_start|>user\nhi"
     assert engine.template_calls[0].messages == messages
+
+
+def test_exact_sums_give_the_same_bits_alone_and_in_company(toy_model: Path) -> None:
+    prompts = [[(7 * i + n) % 256 for i in range(3 + 7 * n)] for n in range(4)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
+
+    def numbers(**settings: Any) -> list[list[tuple[int, float]]]:
+        with InferenceEngine(str(toy_model), enforce_eager=True, **settings) as engine:
+            outputs = engine.generate(prompts, params, use_tqdm=False)
+        return [[(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()] for output in outputs]
+
+    with exact_sums():
+        alone = numbers(max_num_seqs=1)
+        assert numbers(max_num_seqs=4) == alone
+        assert numbers(max_num_seqs=3, max_num_batched_tokens=5) == alone
+    rounded = [[(token, pytest.approx(value, abs=1e-4)) for token, value in row] for row in alone]
+    assert numbers(max_num_seqs=1) == rounded, "what torch computes by itself, but for the last bits"

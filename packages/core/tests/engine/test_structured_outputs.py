@@ -35,6 +35,7 @@ from candle_vllm.core.sampling.grammar_state import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -63,6 +64,13 @@ SCHEMAS: list[dict[str, Any]] = [
     },
     {"anyOf": [{"const": {"k": [1, 2]}}, {"type": "array", "prefixItems": [{"type": "boolean"}], "items": False}]},
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact() -> Iterator[None]:
+    """Tokens are compared between steps of different sizes."""
+    with exact_sums():
+        yield
 
 
 @pytest.fixture(scope="module")

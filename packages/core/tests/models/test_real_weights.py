@@ -1,7 +1,8 @@
 """Real models against transformers: the unquantised stories15M, and the demo model read from one GGUF file by both.
 
 Greedy decoding is checked by teaching: the engine writes 200 tokens, then transformers runs prompt and output in one
-pass, and at every position its likeliest token must be the one that the engine chose.
+pass, and at every position no token may be likelier than the one that the engine chose. Both sum in an order of their
+own, which depends on the processor: logits that are equal but for that may come in either order.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ QUESTIONS = [
     "The Second World War", "Once upon a time", "How do I", "Shakespeare wrote", "Gravity pulls",
 ]  # fmt: skip
 Forward = Callable[[list[int]], torch.Tensor]
+ROUNDING = 1e-4
+"""By how much of the largest number results may differ."""
 
 
 def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str], count: int = 200) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     for output in engine.generate(prompts, greedy, use_tqdm=False):
         start, tokens = len(output.prompt_token_ids), [*output.prompt_token_ids, *output.token_ids]
-        likeliest = oracle(tokens).argmax(-1)[start - 1 : -1]
-        assert likeliest.tolist() == list(output.token_ids), output.prompt
+        logits = oracle(tokens)[start - 1 : -1]
+        chosen = logits.gather(1, torch.tensor([output.token_ids]).T)[:, 0]
+        worse = logits.amax(1) - chosen > ROUNDING * logits.abs().amax()
+        assert not worse.any(), (output.prompt, worse.nonzero()[:, 0].tolist())
 
 
 def check_logits(engine: InferenceEngine, oracle: Forward, tokens: list[int]) -> None:
@@ -64,7 +69,7 @@ def check_logits(engine: InferenceEngine, oracle: Forward, tokens: list[int]) ->
         assert entry is not None
         for candidate in (entry.chosen, *entry.top):
             wanted = float(theirs[position, candidate.token_id])
-            assert abs(candidate.logprob - wanted) < 1e-4 * largest
+            assert abs(candidate.logprob - wanted) < ROUNDING * largest
 
 
 def forward(model: torch.nn.Module) -> Forward:

@@ -32,6 +32,7 @@ from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.pooling.params import PoolingKind, PoolingParams
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
@@ -94,7 +95,7 @@ def test_vectors_and_answers_do_not_disturb_each_other(
     toy_model: Path, expected: dict[PoolingKind, np.ndarray]
 ) -> None:
     prompts = [TEXTS[3], TEXTS[5], TEXTS[6]]
-    with InferenceEngine(str(toy_model), enforce_eager=True) as engine:
+    with exact_sums(), InferenceEngine(str(toy_model), enforce_eager=True) as engine:
         alone = [output.token_ids for output in engine.generate(prompts, GREEDY, use_tqdm=False)]
 
     async def mixed(engine: InferenceEngine) -> tuple[list[Any], list[Any]]:
@@ -102,7 +103,8 @@ def test_vectors_and_answers_do_not_disturb_each_other(
         found = asyncio.gather(*(engine.aembed(TEXTS, PoolingParams(pooling=kind)) for kind in KINDS))
         return await answers, await found
 
-    with InferenceEngine(str(toy_model), enforce_eager=True, max_num_batched_tokens=16, max_num_seqs=4) as engine:
+    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 16, "max_num_seqs": 4}
+    with exact_sums(), InferenceEngine(str(toy_model), **settings) as engine:
         answers, found = asyncio.run(mixed(engine))
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
     assert [answer.token_ids for answer in answers] == alone
@@ -173,15 +175,25 @@ def drive(loaded: LoadedModel, runner: ModelRunner, blocks: int) -> tuple[dict[s
     return found, scheduler.num_preemptions
 
 
-@pytest.mark.parametrize("blocks", [400, 16])
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.fixture(scope="module")
+def plain(loaded: LoadedModel) -> dict[str, Any]:
+    """Step by step, with room for all."""
+    with exact_sums():
+        return drive(loaded, EagerRunner(loaded.decoder, 400, 16, CPU, torch.float32), 400)[0]
+
+
+@pytest.mark.parametrize(("lazy", "blocks"), [(False, 16), (True, 400), (True, 16)])
 def test_the_same_on_a_late_device_and_after_preemption(
-    loaded: LoadedModel, expected: dict[PoolingKind, np.ndarray], lazy: bool, blocks: int
+    loaded: LoadedModel,
+    expected: dict[PoolingKind, np.ndarray],
+    plain: dict[str, Any],
+    lazy: bool,
+    blocks: int,
 ) -> None:
-    runner = lazy_runner(loaded, blocks) if lazy else EagerRunner(loaded.decoder, blocks, 16, CPU, torch.float32)
-    found, preemptions = drive(loaded, runner, blocks)
+    with exact_sums():
+        runner = lazy_runner(loaded, blocks) if lazy else EagerRunner(loaded.decoder, blocks, 16, CPU, torch.float32)
+        found, preemptions = drive(loaded, runner, blocks)
     assert (preemptions > 0) == (blocks == 16)
-    plain, _ = drive(loaded, EagerRunner(loaded.decoder, 400, 16, CPU, torch.float32), 400)
     for number in range(len(TEXTS)):
         assert found[f"answer{number}"] == plain[f"answer{number}"]
         for kind in KINDS:

@@ -33,6 +33,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.engine.encoder_engine import EncoderRunner
 from candle_vllm.core.pooling.params import PoolingKind, PoolingParams
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -140,7 +141,7 @@ def test_a_saved_pooler_and_a_prefix_do_not_matter(folder: Path, engine: Inferen
     weights["bert.embeddings.position_ids"] = torch.arange(130)[None]
     weights["cls.predictions.bias"] = torch.zeros(4)
     save_file(weights, other / "model.safetensors")
-    with InferenceEngine(str(other)) as made:
+    with exact_sums(), InferenceEngine(str(other)) as made:  # which words share a step differs from run to run
         assert np.array_equal(vectors(made, WORDS), vectors(engine, WORDS))
 
 

@@ -1,0 +1,86 @@
+"""Steps in torch whose numbers do not depend on what else is in a step, for tests that compare tokens.
+
+Torch promises no bits across shapes: the order of a sum depends on how many rows are computed together and on the
+processor, and so do a token's last bits. Where two tokens are nearly as good, the draw then differs between an engine
+that runs a request alone and one that runs it in company, and both are right. Here sums are taken in float64 and
+rounded once: of some hundred million that are added in two orders, about one differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from candle_vllm.core.engine.encoder_engine import EncoderRunner
+from candle_vllm.core.engine.model_runner import EagerRunner
+from candle_vllm.core.testing.lazy_stream import LazyStream
+
+# What sums, and functions whose last bits differ between a vector's lanes and the numbers behind the last whole vector.
+_WIDE = {
+    f"aten::{name}"
+    for name in (
+        "addmm", "bmm", "gelu", "layer_norm", "linear", "matmul", "mean", "mm", "native_layer_norm", "rsqrt",
+        "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "_softmax", "sum", "tanh", "tanh_",
+    )
+}  # fmt: skip
+_STEPS = ((EagerRunner, "run"), (EagerRunner, "score"), (EncoderRunner, "run"), (LazyStream, "run_until"))
+
+
+class _Wide(TorchDispatchMode):
+    """Computes `_WIDE` of float32 tensors in float64; a thread's own, as every such mode."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _is_wide(func) or not _all_float32([*args, *kwargs.values()]):
+            return func(*args, **kwargs)
+        out = kwargs.pop("out", args[0] if func._schema.name.endswith("_") else None)
+        result = func.overloadpacket(*map(_doubled, args), **{key: _doubled(kwargs[key]) for key in kwargs})
+        return out.copy_(result) if out is not None else _rounded(result)
+
+
+@functools.cache
+def _is_wide(func: Any) -> bool:
+    return func._schema.name in _WIDE
+
+
+def _all_float32(values: list[Any]) -> bool:
+    """Whether nothing is of another type of float, and no type is asked for."""
+    if any(isinstance(value, torch.dtype) for value in values):
+        return False
+    return {x.dtype for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()} == {torch.float32}
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _rounded(result: Any) -> Any:
+    return result.float() if isinstance(result, torch.Tensor) else tuple(part.float() for part in result)
+
+
+@contextlib.contextmanager
+def exact_sums() -> Iterator[None]:
+    """Within it, every step that is run op by op in this process, on whatever thread, takes its sums in float64.
+
+    That is steps of `EagerRunner`, of `EncoderRunner`, and of a `DeviceRunner` on a `LazyStream`. Compiled kernels
+    promise their bits, and stay as they are.
+    """
+
+    def widened(step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _Wide():
+                return step(*args, **kwargs)
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for owner, name in _STEPS:
+            patches.enter_context(mock.patch.object(owner, name, widened(getattr(owner, name))))
+        yield
