@@ -154,6 +154,24 @@ def test_fp8_cache(device: torch.device) -> None:
     check(replace(step, key_cache=caches[0], value_cache=caches[1]), cache_scales=scales, softcap=5.0)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("decodes", [1, 0])
+def test_every_number_of_an_fp8_cache_is_read_exactly(device: torch.device, dtype: torch.dtype, decodes: int) -> None:
+    """All 256 codes as the values, and as the keys, of a sequence of one token, whose softmax is 1."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    cache = torch.zeros(1, 16, 16, 16).to(torch.float8_e4m3fn)
+    cache[0, 0] = codes.view(16, 16)
+    q = torch.zeros(1, 16, 16, dtype=dtype, device=device)
+    rows = AttentionRows((0, 1), (1,), torch.zeros(1, 1, dtype=torch.int64, device=device)).on_device()
+    keys, scales = torch.zeros_like(cache).to(device), (torch.ones(1, device=device), torch.ones(1, device=device))
+    got = paged_attention(
+        q, keys, cache.to(device), replace(rows, decodes=decodes), scale=1.0, cache_scales=scales
+    ).cpu()
+    assert torch.equal(got.float().nan_to_num(1000), codes.float().view(1, 16, 16).nan_to_num(1000))
+
+
 @pytest.mark.parametrize("window", [None, 70])
 def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window: int | None) -> None:
     """The same sequences alone and in company, elsewhere in the cache: the same bits."""

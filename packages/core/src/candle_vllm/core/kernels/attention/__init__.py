@@ -10,11 +10,12 @@ sums are fp32. y [T, H, D] has q's dtype, in new memory.
 A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
 float32 each, by which its numbers are multiplied.
 
-On a GPU D is 256 at most and S a power of two from 16 on. Where the step's numbers are on the device (`DeviceRows`)
-nothing waits for it, and launches depend on the shapes of tensors and on `decodes` only, so that they can be captured:
-the rows of y from query_start[R] on hold anything, sequences among the first `decodes` without context get zeros. With
-`decoding` it is a number on the device that says how many sequences decode, so that one captured launch serves every
-mix of decodes and prompts: sequences behind the last one (query_start stands still, no context) get nothing.
+On a GPU D is 256 at most, and even where the cache is float8, and S a power of two from 16 on. Where the step's
+numbers are on the device (`DeviceRows`) nothing waits for it, and launches depend on the shapes of tensors and on
+`decodes` only, so that they can be captured: the rows of y from query_start[R] on hold anything, sequences among the
+first `decodes` without context get zeros. With `decoding` it is a number on the device that says how many sequences
+decode, so that one captured launch serves every mix of decodes and prompts: sequences behind the last one (query_start
+stands still, no context) get nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
 """

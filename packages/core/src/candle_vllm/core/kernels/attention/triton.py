@@ -94,6 +94,7 @@ def _check(
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     assert key_cache.dtype == value_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
+    assert scales is None or dim % 2 == 0, "float8 values are read in pairs"
     count = rows.context_lens.shape[0]
     assert rows.query_start.shape == (count + 1,)
     assert rows.block_tables.shape[0] == count

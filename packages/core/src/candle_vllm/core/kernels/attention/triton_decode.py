@@ -18,8 +18,24 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.attention.triton_tiles import (
+    add_values,
+    as_queries,
+    attend_tile,
+    load_tile,
+    tile_slots,
+    unpack_pairs,
+    weigh_tile,
+)
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    next_power_of_2,
+    stages,
+)
 
 _ROWS = 256  # sequences of a launch
 _CHUNK = 256  # keys of a split, at least
@@ -117,14 +133,32 @@ def decode_kernel(
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
-        values = tl.zeros([GP, DP], tl.float32)
-        for at in range(begin, end, BLOCK_N):
-            slots = tile_slots(table, at, end, S, BLOCK_N, True)
-            k = load_tile(keys_at, slots, at, end, K * D, D, DP, True).to(queries.dtype)
-            v = load_tile(values_at, slots, at, end, K * D, D, DP, True).to(queries.dtype)
-            tops, sums, values = attend_tile(
-                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
-            )
+        if FP8:
+            # Values are turned on their way to the product, which the hardware does with numbers of 16 bits alone. So
+            # two neighbours are read as one, and become two products, of the even and of the odd places.
+            pairs_at = value_cache.to(tl.pointer_type(tl.int16), bitcast=True) + head * (D // 2)
+            even = tl.zeros([GP, DP // 2], tl.float32)
+            odd = tl.zeros([GP, DP // 2], tl.float32)
+            for at in range(begin, end, BLOCK_N):
+                slots = tile_slots(table, at, end, S, BLOCK_N, True)
+                k = as_queries(load_tile(keys_at, slots, at, end, K * D, D, DP, True), queries.dtype)
+                pairs = load_tile(pairs_at, slots, at, end, K * D // 2, D // 2, DP // 2, True)
+                low, high = unpack_pairs(pairs, queries.dtype)
+                tops, sums, weights, keep = weigh_tile(
+                    queries, tops, sums, k, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                )
+                even = add_values(weights, low, even, keep)
+                odd = add_values(weights, high, odd, keep)
+            values = tl.reshape(tl.join(even, odd), [GP, DP])
+        else:
+            values = tl.zeros([GP, DP], tl.float32)
+            for at in range(begin, end, BLOCK_N):
+                slots = tile_slots(table, at, end, S, BLOCK_N, True)
+                k = load_tile(keys_at, slots, at, end, K * D, D, DP, True)
+                v = load_tile(values_at, slots, at, end, K * D, D, DP, True)
+                tops, sums, values = attend_tile(
+                    queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                )
         values = values * out_factor
         if count == 1:
             if SINKS:
@@ -204,14 +238,16 @@ class Splits:
     programs: int  # per multiprocessor
 
 
-def splits(padded_dim: int, bytes_per_number: int, kv_heads: int) -> Splits:
-    """By the model's shape alone, never by the batch.
+def splits(padded_dim: int, bytes_per_number: int, kv_heads: int, capability: int) -> Splits:
+    """By the model's shape and the GPU alone, never by the batch.
 
     Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB under
     way (five stages are two tiles, for reading the block table takes some).
     """
     most = min(max(next_power_of_2(256 // kv_heads), 16), 64)
-    if bytes_per_number == 4:
+    if capability < TENSOR_CORES and padded_dim <= 64:
+        return Splits(16, most, 4, 3, 2)
+    if bytes_per_number == 4 or capability < TENSOR_CORES:
         return Splits(16, most, 8, 3, 2)  # with 4 warps some compilers put a few bytes on the stack
     keys = min(max(16, 16384 // (padded_dim * bytes_per_number)), 128)
     return Splits(keys, most, 4, 5, 2)
@@ -235,7 +271,7 @@ def decode(
     """Token r of q belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's."""
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
-    shape = splits(next_power_of_2(dim), key_cache.element_size(), kv_heads)
+    shape = splits(next_power_of_2(dim), key_cache.element_size(), kv_heads, capability(q.device))
     rows = min(q.shape[0], _ROWS)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
@@ -267,7 +303,7 @@ def decode(
             **constants,
             FP8=scales is not None,
             num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            num_stages=stages(shape.num_stages),
             **OPTIONS,
         )
         merge_kernel[(rows * heads,)](
@@ -326,9 +362,10 @@ def _builds(
     fp8: bool = False,
     sinks: bool = False,
     mixed: bool = False,
+    turing: bool = False,
 ) -> tuple[Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
-    shape = splits(next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads)
+    shape = splits(next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads, 75 if turing else 90)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
     partials |= {"first": "i32"} | ({"decoding": "*i32"} if mixed else {})
@@ -339,7 +376,7 @@ def _builds(
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     label += "-sinks" * sinks + "-mixed" * mixed
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
-    targets = (90, 100) if fp8 else (80, 90, 100)
+    targets = (75,) if turing else (90, 100, 120) if fp8 else WITH_TENSOR_CORES
     return (
         Build(
             decode_kernel,
@@ -374,4 +411,10 @@ AOT = (
     *_builds("fp32", 128, 8, 4, 16)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
+    *_builds("fp16", 128, 8, 4, 16, turing=True),
+    *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True),
+    *_builds("fp16", 64, 8, 8, 16, window=128, sinks=True, turing=True)[:1],
+    *_builds("fp16", 80, 32, 1, 32, turing=True)[:1],
+    *_builds("fp16", 256, 4, 4, 16, window=1024, cap=True, turing=True)[:1],
+    *_builds("fp32", 128, 8, 4, 16, turing=True)[:1],
 )

@@ -16,8 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention.triton_tiles import attend_tile, load_tile, tile_slots
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.attention.triton_tiles import as_queries, attend_tile, load_tile, tile_slots
+from candle_vllm.core.kernels.triton_build import (
+    CAPABILITIES,
+    OPTIONS,
+    TENSOR_CORES,
+    Build,
+    capability,
+    next_power_of_2,
+    stages,
+)
 
 _ROWS = 256  # sequences that a program looks at together when it searches its own
 
@@ -133,22 +141,22 @@ def prefill_kernel(
         if WINDOW:
             for at in range(begin, unmasked, BLOCK_N):
                 slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-                k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
-                v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+                k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
+                v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
                 tops, sums, values = attend_tile(
                     queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
                 )
         for at in range(unmasked, whole, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-            k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
-            v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, False).to(queries.dtype)
+            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
+            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
             tops, sums, values = attend_tile(
                 queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, False
             )
         for at in range(whole, last + 1, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
-            k = load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True).to(queries.dtype)
-            v = load_tile(values_at, slots, at, last + 1, K * D, D, DP, True).to(queries.dtype)
+            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True), queries.dtype)
+            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, True), queries.dtype)
             tops, sums, values = attend_tile(
                 queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
             )
@@ -177,8 +185,9 @@ def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -
     Not measured yet: the largest that do not spill and, but for the data-centre GPUs, need less than 99 KiB of shared
     memory. Five stages are two or three tiles under way, for reading the block table takes some.
     """
-    if bytes_per_number == 4:
-        return Tiles(max(16, next_power_of_2(group)), 16, 8, 2)
+    if bytes_per_number == 4 or capability < TENSOR_CORES:
+        warps = 4 if padded_dim > 128 and bytes_per_number != 4 else 8
+        return Tiles(max(16, next_power_of_2(group)), 16, warps, 2)
     if padded_dim <= 64:
         return Tiles(128, 64, 8, 5)
     large = capability // 10 in (9, 10)
@@ -211,7 +220,7 @@ def prefill(
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = key_cache.shape[1:]
     group = q.shape[1] // kv_heads
-    shape = tiles(next_power_of_2(dim), q.element_size(), group, _capability(q.device))
+    shape = tiles(next_power_of_2(dim), q.element_size(), group, capability(q.device))
     assert group <= shape.rows
     count = tokens // (shape.rows // group) + rows
     flags = (softcap is not None, scales is not None, sinks is not None)
@@ -234,17 +243,9 @@ def prefill(
         block_tables.stride(0),
         **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags),
         num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        num_stages=stages(shape.num_stages),
         **OPTIONS,
     )
-
-
-def _capability(device: torch.device) -> int:
-    """90 for 9.0; so too under the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _constants(
@@ -286,8 +287,8 @@ def _builds(
     pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
     builds = []
-    for capability in (90, 100) if fp8 else (80, 90, 100):
-        shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, capability)
+    for target in (90, 100, 120) if fp8 else CAPABILITIES:
+        shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, target)
         build = Build(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
@@ -299,7 +300,7 @@ def _builds(
             aligned=("q_stride",),
             unaligned=("query_start", "context_lens", "block_tables", "decoding"),
             label=label + "-sinks" * sinks + "-mixed" * mixed,
-            capabilities=(capability,),
+            capabilities=(target,),
         )
         builds.append(build)
     return builds

@@ -48,13 +48,31 @@ def load_tile(cache, slots, first, end, WIDTH: tl.constexpr, D: tl.constexpr, DP
 
 
 @triton.jit
-def attend_tile(
+def as_queries(tile, dtype: tl.constexpr):
+    """A tile of the cache in the queries' dtype, exactly: every number of e4m3 is one of fp16 and of bf16.
+
+    From e4m3 straight to bf16 some compilers take a slow instruction for each number (F2F), and none by way of fp16 and
+    fp32.
+    """
+    if tile.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        tile = tile.to(tl.float16).to(tl.float32)
+    return tile.to(dtype)
+
+
+@triton.jit
+def unpack_pairs(words, dtype: tl.constexpr):
+    """Words [N, P] int16 of two e4m3 numbers each: those at even places and those at odd ones, [N, P] in `dtype`."""
+    low = (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    high = ((words >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return as_queries(low, dtype), as_queries(high, dtype)
+
+
+@triton.jit
+def weigh_tile(
     q,  # [M, DP]
     tops,  # [M] fp32, the largest score of each row so far
     sums,  # [M] fp32, the sum of exp2(factor * (score - top))
-    values,  # [M, DP] fp32, the sum of those times the values
     k,  # [N, DP]
-    v,  # [N, DP]
     positions,  # [M] int32, of the queries
     first,  # position of the first key
     factor,  # > 0: scores times this are exponents of 2
@@ -64,7 +82,10 @@ def attend_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile's keys and values into the state of M rows."""
+    """One tile's keys into the state of M rows.
+
+    Returns tops, sums, the weights [M, N] of the tile's values, and by what the values before it are multiplied, [M].
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CAP:
         scores = cap_out * (1.0 - 2.0 / (tl.exp2(scores * (cap_in * 2.8853900817779268)) + 1.0))
@@ -79,6 +100,34 @@ def attend_tile(
     # In this form a product and a difference become one fma in tiles with and without a mask, hence the same bits.
     weights = tl.exp2(scores * factor - base[:, None])
     keep = tl.exp2(tops * factor - base)
-    sums = sums * keep + tl.sum(weights, 1)
-    values = tl.dot(weights.to(v.dtype), v, values * keep[:, None], input_precision="ieee")
-    return new_tops, sums, values
+    return new_tops, sums * keep + tl.sum(weights, 1), weights, keep
+
+
+@triton.jit
+def add_values(weights, v, values, keep):
+    """Values [M, DP] fp32 with those of a tile, v [N, DP]; weights and keep are of `weigh_tile`."""
+    return tl.dot(weights.to(v.dtype), v, values * keep[:, None], input_precision="ieee")
+
+
+@triton.jit
+def attend_tile(
+    q,
+    tops,
+    sums,
+    values,  # [M, DP] fp32, the sum of the weights so far times the values
+    k,
+    v,  # [N, DP]
+    positions,
+    first,
+    factor,
+    cap_in,
+    cap_out,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile's keys and values into the state of M rows; see `weigh_tile`."""
+    tops, sums, weights, keep = weigh_tile(
+        q, tops, sums, k, positions, first, factor, cap_in, cap_out, CAP, WINDOW, MASKED
+    )
+    return tops, sums, add_values(weights, v, values, keep)
