@@ -28,6 +28,7 @@ WRONG: dict[str, list[Any]] = {
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
     "cuda_graphs": ["no", 1, None],
+    "max_cudagraph_capture_size": [-1, 1 << 15, "8", None, True],
     "deterministic": ["no", 1, None],
     "yarn_scaling_factor": [1, 0.5, 1025.0, "4", True, math.nan, math.inf],
     "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],

@@ -181,10 +181,12 @@ def test_preempted_sequences_go_on_where_they_were(loaded: LoadedModel) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_steps_on_a_late_device(loaded: LoadedModel, expected: dict[str, Any], graphs: bool) -> None:
+@pytest.mark.parametrize(("graphs", "prompts"), [(True, 0), (True, 64), (False, 0)])
+def test_steps_on_a_late_device(loaded: LoadedModel, expected: dict[str, Any], graphs: bool, prompts: int) -> None:
     limits = DeviceLimits(64, 16, -(-CONTEXT // SIZE), SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, LazyStream(), torch.float32, graphs=graphs, finite_cache=True)
+    runner = DeviceRunner(
+        loaded.decoder, limits, LazyStream(), torch.float32, graphs=graphs, captured_prompts=prompts, finite_cache=True
+    )
     for work in runner.largest_steps():
         work()
     runner.allocate(400)

@@ -72,6 +72,8 @@ class EngineConfig:
         kv_cache_dtype: "auto" keeps keys and values in the type of activations (bf16 on the CPU); "fp8" keeps them as
             float8_e4m3fn with a scale of 1, on GPUs from compute capability 8.9 on.
         cuda_graphs: on a GPU, capture the steps that only decode, of up to 512 sequences, as CUDA graphs.
+        max_cudagraph_capture_size: capture steps with prompts, too, where they have at most so many tokens, so that a
+            short prompt costs its neighbours one launch and not hundreds; 0 captures none of them. By "triton" alone.
         deterministic: on a GPU, a seeded answer is the same whatever else is in the batch, however its prompt was cut,
             and whatever the prefix cache held. On the CPU it always is.
         yarn_scaling_factor: stretch the context of a model without rotary scaling by YaRN, to this many times its own;
@@ -104,6 +106,7 @@ class EngineConfig:
     attention_backend: AttentionBackend = "auto"
     kv_cache_dtype: KvCacheDType = "auto"
     cuda_graphs: bool = True
+    max_cudagraph_capture_size: int = 0
     deterministic: bool = False
     yarn_scaling_factor: float | None = None
     max_model_len: int | None = None
@@ -137,6 +140,7 @@ class EngineConfig:
         self._within("max_model_len", 1, 1 << 24)
         self._within("max_num_seqs", 1, 4096)
         self._within("max_num_batched_tokens", 1, 1 << 20)
+        self._within("max_cudagraph_capture_size", 0, 16384)
         self._within("block_size", 1, 1024)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size {self.block_size} is not a power of two: try 32", "block_size")

@@ -47,21 +47,25 @@ def load(path: Path, device: torch.device, dtype: str, monkeypatch: pytest.Monke
     return loading.load_model(config, device, lambda *_: None)
 
 
-def answers(loaded: LoadedModel, device: torch.device, *, graphs: bool = True) -> list[GenerationOutput]:
+def answers(loaded: LoadedModel, device: torch.device, *, prompts: int = 0) -> list[GenerationOutput]:
+    """The second request comes when the first decodes; steps with prompts are captured up to so many tokens."""
     stream = LazyStream() if device.type == "cpu" else CudaStream(device)
     limits = DeviceLimits(32, 2, CONTEXT // SIZE, SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.dtype, graphs=graphs)
+    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.dtype, captured_prompts=prompts)
     for work in runner.largest_steps():
         work()
     runner.allocate(12)
     scheduler = Scheduler(BlockManager(12, SIZE), 2, 32)
     engine = Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT)
     collectors = []
-    for index, (prompt, params) in enumerate(zip(PROMPTS, PARAMS)):
-        request = GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
-        collectors.append(OutputCollector(request))
-        engine.add(engine.prepare(request))
-    while engine.has_work:
+    waiting = [
+        GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
+        for index, (prompt, params) in enumerate(zip(PROMPTS, PARAMS))
+    ]
+    while waiting or engine.has_work:
+        if waiting:
+            collectors.append(OutputCollector(waiting[0]))
+            engine.add(engine.prepare(waiting.pop(0)))
         for piece in engine.step():
             assert piece.error is None, piece.error
             collectors[int(piece.request_id)].add(piece)
@@ -86,9 +90,10 @@ CONFIG = toy_config("qwen3", max_position_embeddings=CONTEXT, head_dim=32, tie_w
 SMALL = toy_config("llama", max_position_embeddings=CONTEXT, head_dim=32)
 
 
-def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prompts", [0, 32])
+def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int) -> None:
     loaded = load(write_toy_model(tmp_path / "toy", CONFIG), device, "f32", monkeypatch)
-    got = answers(loaded, device)
+    got = answers(loaded, device, prompts=prompts)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     reference = load(write_toy_model(tmp_path / "toy", CONFIG), torch.device("cpu"), "f32", monkeypatch)
     check(got, answers(reference, torch.device("cpu")), 1e-4)

@@ -78,6 +78,7 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
         "attention_backend": settings.attention_backend,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "cuda_graphs": settings.cuda_graphs,
+        "max_cudagraph_capture_size": settings.max_cudagraph_capture_size,
         "deterministic": settings.deterministic,
         "max_model_len": settings.max_model_len,
         "yarn_scaling_factor": settings.yarn_scaling_factor,

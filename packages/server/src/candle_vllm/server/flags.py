@@ -148,6 +148,8 @@ OPTIONS: tuple[Option, ...] = (
            constants={"--fp8-kvcache": "fp8"}, in_yaml=True),
     _switch("cuda_graphs", DEVICE, "capture decoding steps as CUDA graphs (on unless disabled)",
             off=("--disable-cuda-graph", "--no-cuda-graphs"), in_yaml=True),
+    Option("max_cudagraph_capture_size", DEVICE, ("--max-cudagraph-capture-size",), Integer(0, 16384),
+           "on a GPU, capture steps with prompts of up to so many tokens, too; 0 for none", "N", in_yaml=True),
     _switch("deterministic", DEVICE, "on a GPU, make seeded answers independent of what else is in the batch",
             in_yaml=True),
     Option("mem", DEVICE, ("--mem",), Integer(1, 1 << 30), "memory of the KV cache, in MB of 2^20 bytes", "MB",

@@ -47,6 +47,7 @@ class Settings:
     attention_backend: str | None = None
     kv_cache_dtype: str | None = None
     cuda_graphs: bool | None = None
+    max_cudagraph_capture_size: int | None = None
     deterministic: bool = False
     mem: int | None = None
     kv_cache_memory_bytes: int | None = None

@@ -19,7 +19,7 @@ from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose
 from candle_vllm.core.kernels.latent_attention.backend import choose_latent
-from candle_vllm.core.kernels.triton_build import compile_together
+from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 
@@ -45,6 +45,12 @@ def build_on_gpu(
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
     if config.cuda_graphs and not backend.capturable:
         logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
+    if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
+        raise ConfigError(
+            "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "
+            "stands against it (--disable-cuda-graph, --enforce-eager, --attention-backend)",
+            "max_cudagraph_capture_size",
+        )
     dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.dtype
     limits = DeviceLimits(budget, sequences, -(-model.max_position // config.block_size), config.block_size)
     stream = CudaStream(device)
@@ -59,6 +65,7 @@ def build_on_gpu(
             attend=backend.attend,
             graphs=graphs,
             finite_cache=backend.finite_cache,
+            captured_prompts=config.max_cudagraph_capture_size,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
@@ -87,7 +94,7 @@ def build_on_gpu(
 def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
     model, placement = loaded.config, loaded.placement
     return AttentionNeeds(
-        capability=torch.cuda.get_device_capability(placement.device),
+        capability=(capability(placement.device) // 10, capability(placement.device) % 10),
         dtype=placement.dtype,
         head_dim=model.cache.key_dim,
         block_size=config.block_size,

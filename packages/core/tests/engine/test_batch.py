@@ -1,0 +1,103 @@
+"""Steps as arrays: what is kept from one step to the next never shows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from candle_vllm.core import SamplingParams
+from candle_vllm.core.engine.batch import Batch, BatchBuilder
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
+from candle_vllm.core.engine.sequence import Sequence
+
+SIZE = 4
+
+
+def written_out(scheduled: list[ScheduledSequence], before: list[ScheduledSequence]) -> dict[str, list[int]]:
+    """The numbers of a step, one token after the other."""
+    found: dict[str, list[int]] = {name: [] for name in ("token_ids", "positions", "slots", "sources", "sample_rows")}
+    drawn = {item.sequence: place for place, item in enumerate(before)}
+    for item in scheduled:
+        for at in range(item.start, item.start + item.count):
+            known = at < len(item.sequence.tokens)
+            found["token_ids"].append(item.sequence.tokens[at] if known else 0)
+            found["sources"].append(-1 if known else drawn[item.sequence])
+            found["positions"].append(at)
+            found["slots"].append(item.sequence.block_table[at // SIZE] * SIZE + at % SIZE)
+        if item.samples:
+            found["sample_rows"].append(len(found["positions"]) - 1)
+    return found
+
+
+def check(batch: Batch, scheduled: list[ScheduledSequence], before: list[ScheduledSequence]) -> None:
+    for name, wanted in written_out(scheduled, before).items():
+        assert getattr(batch, name).tolist() == wanted, name
+    assert np.diff(batch.query_start).tolist() == [item.count for item in scheduled]
+    assert batch.query_start[0] == 0
+    assert batch.context_lens.tolist() == [item.start + item.count for item in scheduled]
+    for item, row in zip(scheduled, batch.block_tables.tolist(), strict=True):
+        used = (item.start + item.count - 1) // SIZE + 1
+        assert row[:used] == item.sequence.block_table.tolist()[:used]
+    assert list(batch.samples) == [item for item in scheduled if item.samples]
+    assert batch.num_decodes == sum(item.decodes for item in scheduled)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_any_run_of_steps(overlapping: bool) -> None:
+    """Sequences come and go, are preempted and come back, with blocks for few of them."""
+    rng = random.Random(3)
+    preemptions = unchanged = 0
+    for _ in range(40):
+        scheduler = Scheduler(BlockManager(rng.randrange(9, 24), SIZE), 8, rng.choice((8, 20)))
+        builder, before, flight, version = BatchBuilder(SIZE), [], None, None
+        ends: dict[Sequence, int] = {}
+        for step in range(120):
+            if rng.random() < 0.3 and len(ends) < 9:
+                prompt = [rng.randrange(9) for _ in range(rng.randrange(1, 24))]
+                request = GenerationRequest(request_id=str(step), prompt_token_ids=prompt, params=SamplingParams())
+                sequence = Sequence(request, 0, step)
+                ends[sequence] = len(prompt) + rng.randrange(1, 12)
+                scheduler.add(sequence)
+            scheduled = scheduler.schedule()
+            if scheduled:
+                batch = builder.build(scheduled, before)
+                check(batch, scheduled, before)
+                unchanged += batch.tables_version is version
+                version = batch.tables_version
+                scheduler.launched(scheduled)
+            landing = flight if overlapping else scheduled
+            flight = scheduled
+            if landing:
+                scheduler.settle(landing)
+            for item in landing or ():
+                if item.samples and item.sequence in ends:
+                    item.sequence.append(rng.randrange(9))
+                    if len(item.sequence.tokens) >= ends[item.sequence]:
+                        del ends[item.sequence]
+                        scheduler.remove(item.sequence)
+            before = [item for item in scheduled if item.samples] if overlapping else []
+        preemptions += scheduler.num_preemptions
+    assert preemptions > 20
+    assert unchanged > 100
+
+
+def test_tables_that_stay_say_so() -> None:
+    """The version changes where a block is begun, and where other sequences run."""
+    scheduler, builder, versions = Scheduler(BlockManager(20, SIZE), 8, 32), BatchBuilder(SIZE), []
+    for step in range(6):
+        if step in (0, 4):
+            request = GenerationRequest(request_id=str(step), prompt_token_ids=[1, 2], params=SamplingParams())
+            scheduler.add(Sequence(request, 0, step))
+        scheduled = scheduler.schedule()
+        versions.append(builder.build(scheduled).tables_version)
+        scheduler.launched(scheduled)
+        scheduler.settle(scheduled)
+        for item in scheduled:
+            item.sequence.append(7)
+    same = [one is other for one, other in itertools.pairwise(versions)]
+    assert same == [True, True, False, False, True]  # of 2, 3, 4, 5 and 6 tokens; then with another
