@@ -67,9 +67,29 @@ def test_kernels(lines_of: LinesOf) -> None:
 
 def test_engine(lines_of: LinesOf) -> None:
     lines = lines_of("engine.py", "--eager", "--gguf")
-    assert [line["what"] for line in lines] == ["load", "decode", "decode", "prefill", "serve"]
+    assert [line["what"] for line in lines] == ["ceilings", "load", "decode", "decode", "prefill", "serve", "mixed"]
     assert [line["batch"] for line in lines if line["what"] == "decode"] == [1, 3]
-    assert all(line["tok_s"] > 0 for line in lines[1:])
+    assert all(line["tok_s"] > 0 for line in lines[2:])
+    assert lines[-1]["decoding_share"] == pytest.approx(lines[-1]["tok_s"] / lines[-1]["decoding_tok_s"], rel=1e-3)
+
+
+def test_settings_of_the_engine(lines_of: LinesOf) -> None:
+    lines = lines_of("engine.py", "--eager", "--set", "linear.OWN_ROWS=0", "EngineConfig.max_num_seqs=3")
+    assert lines[2]["config"]["set"] == ["linear.OWN_ROWS=0", "EngineConfig.max_num_seqs=3"]
+    (_, absent) = lines_of("engine.py", "--eager", "--set", "linear.NOTHING=1")
+    assert "OWN_ROWS" in absent["absent"]
+
+
+def test_step_profile(lines_of: LinesOf) -> None:
+    lines = lines_of("step_profile.py", "--eager", "--prompts", "40", "--most", "3")[2:]
+    steps = [line for line in lines if line["what"] == "step"]
+    assert [(line.get("batch"), line.get("tokens")) for line in steps] == [(1, None), (3, None), (None, 40)]
+    for step in steps:
+        assert 0 < step["busy_ms"] + step["gaps_ms"] <= step["ms_step"]
+        key = "batch" if "batch" in step else "tokens"
+        kinds = [line for line in lines if line["what"] == "kind" and line.get(key) == step[key]]
+        assert sum(line["launches"] for line in kinds) == pytest.approx(step["kernels"], rel=1e-3)
+        assert sum(line["what"] == "kernel" and line.get(key) == step[key] for line in lines) == 3
 
 
 def test_start(lines_of: LinesOf) -> None:
@@ -131,7 +151,9 @@ def test_a_part_that_hangs_is_ended_and_its_results_are_kept(
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def test_small_gaps_between_kernels_count_as_work() -> None:
+def test_small_gaps_between_kernels_count_as_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setitem(sys.modules, "measure", load("measure"))
     joined = load("idle").joined
     assert joined([(0.0, 10.0), (12.0, 20.0)]) == 20.0
     assert joined([(30.0, 40.0), (0.0, 10.0)]) == 20.0

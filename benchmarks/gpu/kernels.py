@@ -1,6 +1,6 @@
 """Every Triton kernel: correctness, time, and its share of what the GPU was measured to reach; one JSON line each.
 
-    python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group ...] [--match TEXT]
+    python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group ...] [--match TEXT ...]
         [--seconds 120] [--case-seconds 0.1] [--set gguf_linear.triton.LARGE_WARPS=4 ...] [--quick] [--device cpu]
 
 First the ceilings: the bytes per second of a large copy (read and written) and the rate of a large bf16 product. Then,
@@ -12,7 +12,7 @@ a step; their `copy_share` says little. `peers` is the time of others at the sam
 the first call, compiling included.
 
 `row_alone_same_bits` says of linear layers whether a row in the middle has the same bits when it is computed alone.
-`--set` changes a whole number of a kernel's module, to try other tiles.
+`--set` tries other tiles; see `settings.py`.
 
 A case that fails is a line with `failed`. What the time did not suffice for is named in a last line, `skipped`. With
 `--device cpu` the references are measured against themselves, to check this script.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ import attention_cases
 import cases
 import matrix_cases
 import sampling_cases
+import settings
 import torch
 from cases import Case, Plan, Planned
 from measure import Call, Deadline, ceilings, poisoned, ratio, report, timed
@@ -52,10 +52,12 @@ def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of kernels")
-    parser.add_argument("--match", default="", help="only cases whose kernel and shape contain this")
+    parser.add_argument(
+        "--match", nargs="+", default=[""], help="only cases whose kernel and shape contain one of these"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="no case begins later than this")
     parser.add_argument("--case-seconds", type=float, default=0.05, help="spent on timing each case, and each peer")
-    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=NUMBER", help="constants below kernels/")
+    parser.add_argument("--set", nargs="*", default=[], metavar="PATH=NUMBER", help="other tiles: see settings.py")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--commit", help="what is measured, where git cannot say")
@@ -63,14 +65,14 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     deadline = Deadline(options.seconds)
-    for name, _, number in (setting.partition("=") for setting in options.set):
-        _set_constant(name, int(number))
-    say = functools.partial(report, "kernels", options.device, options.commit)
+    settings.apply_or_exit(options.set)
+    config = {"config": {"set": options.set}} if options.set else {}
+    say = functools.partial(report, "kernels", options.device, options.commit, **config)
     reached = ceilings(options.device, options.quick)
     say(copy_gbps=reached["copy"] / 1e9, matmul_tflops=reached["matmul"] / 1e12)
     plan = Plan(options.device, options.quick)
     skipped: list[str] = []
-    for planned in _planned(plan, options.only, options.match):
+    for planned in planned_cases(plan, options.only, options.match):
         name = {"kernel": planned.kernel, "shape": planned.shape}
         if deadline.over:
             skipped.append(f"{planned.kernel} {planned.shape}")
@@ -87,20 +89,14 @@ def main() -> None:
         say(skipped=skipped)
 
 
-def _set_constant(name: str, number: int) -> None:
-    module, _, constant = name.rpartition(".")
-    found = importlib.import_module(f"candle_vllm.core.kernels.{module}")
-    if not isinstance(getattr(found, constant, None), int):
-        raise SystemExit(f"{module} has no whole number {constant}")
-    setattr(found, constant, number)
-
-
-def _planned(plan: Plan, groups: Sequence[str], match: str) -> Iterator[Planned]:
+def planned_cases(plan: Plan, groups: Sequence[str], match: Sequence[str]) -> Iterator[Planned]:
+    """Those of the groups whose kernel and shape contain one of the texts, or end with one that ends with "$"."""
     for group in groups:
         if group in _MODULES and not matrix_cases.kernel_exists(_MODULES[group]):
             continue
         for planned in GROUPS[group](plan):
-            if match in f"{planned.kernel} {planned.shape}":
+            name = f"{planned.kernel} {planned.shape}"
+            if any(name.endswith(text[:-1]) if text.endswith("$") else text in name for text in match):
                 yield planned
 
 

@@ -27,6 +27,9 @@ MATRICES = {  # rows x columns
     "8B down": (4096, 14336),
     "0.6B gate, up": (6144, 1024),
 }
+PLAIN_MATRICES = {"8B qkv": (6144, 4096), "8B head": (128256, 4096)}
+"""Besides those; what the products of a plain 8B are, is these five."""
+
 EXPERTS = {"30B-A3B": (128, 8, 2048, 768)}
 """Experts X, those of a token k, hidden E, inner F."""
 
@@ -53,7 +56,7 @@ def linear_cases(plan: Plan) -> Iterator[Planned]:
         own = importlib.import_module("candle_vllm.core.kernels.linear.triton")
         kinds["linear, own"] = own.linear
     kinds["linear, invariant"] = functools.partial(plain_linear.linear, invariant=True)
-    for name, (rows, columns) in matrices(plan).items():
+    for name, (rows, columns) in (matrices(plan) | ({} if plan.quick else PLAIN_MATRICES)).items():
         for tokens in plan.sizes(1, 8, 16, 64, 512, 4096):
             for kind, function in kinds.items():
                 build = functools.partial(_linear, plan, function, rows, columns, tokens)

@@ -6,7 +6,7 @@ Needs torch, triton, transformers and what the packages import, with packages/*/
 is a process with a limit of its own, so that one that fails does not take the others with it; the most important come
 first, and what the time did not suffice for is named. FOLDER gets `results.jsonl`, a line per result with machine,
 commit, versions and date, and `log.txt`, what the parts said besides; the lines of a part that is under way are in
-`part.jsonl`. A table of each part is printed.
+`part-NAME.jsonl`. A table of each part is printed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 LEAST = 15.0
@@ -95,8 +97,16 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, where git cannot say")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * options.minutes
     parts = [part for part in (QUICK if options.quick else PARTS) if part.group in (options.only or [part.group])]
+    faults = run_all(parts, time.monotonic() + 60 * options.minutes, options)[1]
+    with (options.out / "results.jsonl").open("a") as results:
+        results.write(json.dumps({"benchmark": "gpu/run", "faults": faults}) + "\n")
+    print("\n".join(["", *faults]) if faults else "\nnothing failed, nothing was skipped")
+
+
+def run_all(parts: Sequence[Part], until: float, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    """All results of parts that are begun before `until`, of the monotonic clock, and what went wrong."""
+    found: list[dict[str, Any]] = []
     faults: list[str] = []
     for part in parts:
         left = until - time.monotonic()
@@ -105,10 +115,9 @@ def main() -> None:
             continue
         lines, fault = run(part, min(part.seconds, left), options)
         show(part.name, lines)
+        found += lines
         faults += [f"{part.name}: {text}" for text in ([fault] if fault else []) + unfinished(lines)]
-    with (options.out / "results.jsonl").open("a") as results:
-        results.write(json.dumps({"benchmark": "gpu/run", "faults": faults}) + "\n")
-    print("\n".join(["", *faults]) if faults else "\nnothing failed, nothing was skipped")
+    return found, faults
 
 
 def run(part: Part, limit: float, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
@@ -118,30 +127,41 @@ def run(part: Part, limit: float, options: argparse.Namespace) -> tuple[list[dic
     command = [sys.executable, str(HERE / script), *arguments, "--seconds", f"{soft:.0f}", "--device", options.device]
     if options.commit:
         command += ["--commit", options.commit]
-    if options.device == "cpu" and script in ("engine.py", "start.py"):
+    if options.device == "cpu" and script in ("engine.py", "start.py", "step_profile.py"):
         command.append("--eager")
-    fault, lines = "", []
-    with (options.out / "log.txt").open("a") as log, (options.out / "results.jsonl").open("a") as results:
+    partial = options.out / f"part-{re.sub('[^A-Za-z0-9]+', '-', part.name)}.jsonl"
+    with (options.out / "log.txt").open("a") as log, partial.open("w+") as output:
         log.write(f"\n==== {part.name}: {' '.join(part.command)}\n")
         log.flush()
-        with (options.out / "part.jsonl").open("w+") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=log, text=True, start_new_session=True)
-            try:
-                process.wait(limit)
-                fault = f"exit status {process.returncode}, see log.txt" if process.returncode else ""
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-                process.wait()
-                fault = f"ended after {limit:.0f} s"
-            output.seek(0)
-            for text in output:
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    log.write(text)
-                else:
-                    results.write(json.dumps({"part": part.name, **lines[-1]}) + "\n")
+        process = subprocess.Popen(command, stdout=output, stderr=log, text=True, start_new_session=True)
+        try:
+            process.wait(limit)
+            fault = f"exit status {process.returncode}, see log.txt" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
+            fault = f"ended after {limit:.0f} s"
+        output.seek(0)
+        lines = _kept(part, output, options.out, log)
+    partial.unlink()
     return lines, fault
+
+
+_WRITING = threading.Lock()
+
+
+def _kept(part: Part, output: Iterable[str], folder: Path, log: IO[str]) -> list[dict[str, Any]]:
+    """The lines that are results, which are written to the folder's; all others go to the log."""
+    lines: list[dict[str, Any]] = []
+    with _WRITING, (folder / "results.jsonl").open("a") as results:
+        for text in output:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                log.write(text)
+            else:
+                results.write(json.dumps({"part": part.name, **lines[-1]}) + "\n")
+    return lines
 
 
 def unfinished(lines: Sequence[dict[str, Any]]) -> list[str]:
