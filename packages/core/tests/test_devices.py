@@ -14,6 +14,7 @@ import torch
 
 from candle_vllm.core import ConfigError, InferenceEngine, devices
 from candle_vllm.core.devices import choose_device, fitting
+from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, CAPABILITIES, TENSOR_CORES, capability, stages
 
 GB = 1 << 30
 
@@ -86,7 +87,11 @@ def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
         ("cuda", {"fault": "The NVIDIA driver on your system is too old (found version 11040)."}, "driver is too old"),
         ("cuda", {"fault": "Found no NVIDIA driver on your system."}, "no NVIDIA driver"),
         ("cuda", {"fault": "CUDA unknown error\nmore"}, "CUDA does not start: CUDA unknown error"),
-        ("cuda", {"capability": (7, 5)}, "Pretended GPU has compute capability 7.5 and 8.0 is needed"),
+        (
+            "cuda",
+            {"capability": (7, 0)},
+            "Pretended GPU has compute capability 7.0 and 7.5 is needed: torch for CUDA 13",
+        ),
         ("cuda", {"free": GB}, "its memory is taken: 1024 of 81920 MB are free"),
         ("cuda", {"memory_fault": "CUDA error: out of memory\nmore"}, "CUDA error: out of memory"),
         ("cuda", {"triton": False}, "triton is not installed"),
@@ -153,6 +158,37 @@ def test_the_triton_here_builds_what_the_check_looks_for() -> None:
     text = Path(package.submodule_search_locations[0], "backends", "nvidia", "driver.py").read_text()
     assert "compile_module_from" in text
     assert 'name="cuda_utils"' in text
+
+
+def test_turing_can_be_used(gpus: Gpus) -> None:
+    gpus.capability = (7, 5)
+    assert choose_device("auto") == torch.device("cuda", 0)
+
+
+def test_an_amd_gpu_can_be_used(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's ROCm build calls it cuda; what it says of capabilities is the number of an architecture."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    gpus.keep("triton/backends/amd/driver.py", "mod = compile_module_from_src(src=src, name='hip_utils')")
+    for architecture in ((9, 4), (6, 0), (11, 0)):
+        gpus.capability = architecture
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)
+        assert capability(torch.device("cuda", 0)) == AMD
+    gpus.count = 0
+    with pytest.raises(ConfigError, match="no AMD driver is installed"):
+        choose_device("cuda")
+
+
+def test_what_stands_for_amd_is_no_nvidia_gpu() -> None:
+    assert capability(torch.device("cpu")) == 90
+    assert AMD not in CAPABILITIES
+    assert TENSOR_CORES <= AMD < 89, "tensor cores, and no e4m3"
+
+
+def test_fewer_tiles_are_under_way_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (stages(5), stages(1)) == (5, 1)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert (stages(5), stages(1)) == (AMD_STAGES, 1)
 
 
 def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50 * MIB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 50 * MIB + fake.peak)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (fake.free, 2 * fake.free))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: fake.capability)
+    monkeypatch.setattr(device_build, "capability", lambda device: 10 * fake.capability[0] + fake.capability[1])
     monkeypatch.setattr(device_build, "CudaStream", lambda device: LazyStream())
     return fake
 

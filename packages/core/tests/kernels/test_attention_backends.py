@@ -74,7 +74,10 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
 @pytest.mark.parametrize(
     ("name", "needs", "reason", "works"),
     [
-        ("triton", change(capability=(7, 5)), "compute capability 8.0", "'torch'"),
+        ("triton", change(capability=(7, 0)), "compute capability 7.5", "'torch'"),
+        ("triton", change(capability=(7, 5)), "bf16 needs compute capability 8.0", "'torch'"),
+        ("torch_flash", change(capability=(7, 5), dtype=torch.float16), "8.0", "'triton'"),
+        ("triton", change(capability=(7, 5), dtype=torch.float16, fp8_cache=True), "8.9", "'torch'"),
         ("auto", change(head_dim=512), "at most 256 numbers, not 512", "'torch'"),
         ("triton", change(block_size=8), "block_size is 8", "--block-size 16"),
         ("triton", change(capability=(8, 6), fp8_cache=True), "8.9", "'torch'"),

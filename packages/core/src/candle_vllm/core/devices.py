@@ -17,7 +17,7 @@ from candle_vllm.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -46,8 +46,8 @@ def choose_device(wanted: str) -> torch.device:
 
 def gpu_obstacle(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in one sentence; None if it can."""
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA: install one that was"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built without CUDA, and without ROCm: install one that was built with either"
     try:
         count = torch.cuda.device_count()
         if count:
@@ -59,9 +59,12 @@ def gpu_obstacle(index: int) -> str | None:
     if index >= count:
         return "there is one GPU, cuda:0" if count == 1 else f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
     capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
         name = torch.cuda.get_device_name(index)
-        return f"{name} has compute capability {_dotted(capability)} and {_dotted(LEAST_CAPABILITY)} is needed"
+        return (
+            f"{name} has compute capability {_dotted(capability)} and {_dotted(LEAST_CAPABILITY)} is needed: torch for "
+            "CUDA 13 has no code for older GPUs"
+        )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: install it"
     return _no_compiler() or _taken(index)
@@ -101,8 +104,8 @@ def _driver_fault(message: str) -> str:
     if "too old" in message:
         return f"the NVIDIA driver is too old for torch {torch.__version__}: update it, or install an older torch"
     if "NVIDIA driver" in message or not message:
-        return "no GPU was found, or no NVIDIA driver is installed"
-    return f"CUDA does not start: {message.splitlines()[0]:.200}"
+        return f"no GPU was found, or no {'NVIDIA' if torch.version.hip is None else 'AMD'} driver is installed"
+    return f"{'CUDA' if torch.version.hip is None else 'ROCm'} does not start: {message.splitlines()[0]:.200}"
 
 
 def _no_compiler() -> str | None:
@@ -146,7 +149,7 @@ def _taken(index: int) -> str | None:
 def _has_gpu() -> bool:
     """Whether a GPU is there, whatever stands against it."""
     try:
-        return torch.version.cuda is not None and torch.cuda.device_count() > 0
+        return bool(torch.version.cuda or torch.version.hip) and torch.cuda.device_count() > 0
     except (RuntimeError, AssertionError):
         return True
 

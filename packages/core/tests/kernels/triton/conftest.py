@@ -59,7 +59,7 @@ class Background:
     """Compilers and test processes under way, by what the tests that wait for them are given."""
 
     def __init__(self, items: list[pytest.Item]) -> None:
-        self.forms: dict[tuple[str, int, int], Future[Usage | str]] = {}
+        self.forms: dict[tuple[str, int, int | str], Future[Usage | str]] = {}
         self.files: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
         self._open: set[subprocess.Popen[str]] = set()
         cores, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
@@ -69,7 +69,7 @@ class Background:
             if item.path.parent == HERE and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
                 given = item.callspec.params
                 if "form" in given:
-                    key = (*given["form"], given["capability"])
+                    key = (*given["form"], given["target"])
                     self.forms[key] = self._compilers.submit(compile_form, *key)
                 elif "file" in given:
                     self.files[given["file"]] = self._runs.submit(self._run, given["file"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -32,16 +33,48 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (75, 80, 90, 100, 120)
+TENSOR_CORES = 80
+"""The least compute capability whose tensor cores Triton uses (its pull request 5066). Below it, products are made of
+fused multiply-adds, with their operands in registers: tiles are smaller, and bfloat16 is not offered at all."""
+
+WITH_TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= TENSOR_CORES)
+
+AMD = 81  # which no NVIDIA GPU has: what tables of tiles are asked with on AMD's GPUs, and answer as for 80
+AMD_STAGES = 2  # on their way at once: more do not fit into what a block may have there
+AMD_SHARED = 64 * 1024
+AMD_TARGETS = MappingProxyType({"gfx942": 64, "gfx1100": 32})  # and the threads of a wavefront
 
 # For every launch and every build. A product and a sum become one fma, as nvcc does it; Triton's own default is about
 # to change, and warns.
 OPTIONS = MappingProxyType({"enable_fp_fusion": True})
 
 # What one thread block may have, in bytes. Source: CUDA C++ Programming Guide, table of technical specifications.
-SHARED_LIMITS = MappingProxyType({80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024})
+SHARED_LIMITS = MappingProxyType(
+    {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+)
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_AMD_USAGE = re.compile(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)")
+
+
+def capability(device: torch.device) -> int:
+    """A GPU's compute capability, 90 for 9.0; so too under the interpreter. AMD's GPUs, whose numbers mean something
+    else, all have `AMD`."""
+    if device.type != "cuda":
+        return 90
+    return AMD if torch.version.hip else _nvidia_capability(device)
+
+
+@functools.cache  # asked at every launch
+def _nvidia_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def stages(wanted: int) -> int:
+    """How many tiles are under way at a launch, where a table says `wanted`."""
+    return wanted if torch.version.hip is None else min(wanted, AMD_STAGES)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -126,8 +159,12 @@ def modules() -> dict[str, ModuleType]:
     return found
 
 
-def compile_build(build: Build, capability: int) -> Usage:
-    """Compiles a form for a compute capability (90 is sm_90); needs no GPU, and takes a second or more.
+def compile_build(build: Build, target: int | str) -> Usage:
+    """Compiles a form; needs no GPU, and takes a second or more.
+
+    Args:
+        build: the form. Where there is no bfloat16, float16 is in its place, as it is when a model is loaded.
+        target: a compute capability (90 is sm_90), or one of `AMD_TARGETS`, for which forms of 80 are compiled.
 
     Raises:
         whatever Triton raises where the kernel does not compile; ValueError where the arguments are not the kernel's.
@@ -141,25 +178,33 @@ def compile_build(build: Build, capability: int) -> Usage:
     if set(names) != given:
         raise ValueError(f"{build}: missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}")
     signature = {name: build.arguments.get(name, "constexpr") for name in names}
+    if isinstance(target, int) and target < TENSOR_CORES:
+        signature = {name: kind.replace("bf16", "fp16") for name, kind in signature.items()}
     pointers = [name for name, kind in signature.items() if kind.startswith("*") and name not in build.unaligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *build.aligned)}
     source = ASTSource(build.kernel, signature, dict(build.constants), attributes)
     options = {**OPTIONS, "num_warps": build.num_warps, "num_stages": build.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if isinstance(target, str):
+        options["num_stages"] = min(build.num_stages, AMD_STAGES)
+        compiled = triton.compile(source, target=GPUTarget("hip", target, AMD_TARGETS[target]), options=options)
+        found = dict(_AMD_USAGE.findall(compiled.asm["amdgcn"]))
+        stack = int(found["private_segment_fixed_size"])
+        return Usage(int(found["vgpr_count"]), compiled.metadata.shared, AMD_SHARED, stack)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
-    return Usage(registers, compiled.metadata.shared, SHARED_LIMITS[capability], stack)
+    return Usage(registers, compiled.metadata.shared, SHARED_LIMITS[target], stack)
 
 
-def compile_form(module: str, place: int, capability: int) -> Usage | str:
+def compile_form(module: str, place: int, target: int | str) -> Usage | str:
     """As `compile_build`, for processes of their own: by names, and with the trace of what goes wrong as a text.
 
     Args:
         module: a name of `modules`.
         place: in its `AOT` table.
-        capability: see `compile_build`.
+        target: see `compile_build`.
     """
     try:
-        return compile_build(modules()[module].AOT[place], capability)
+        return compile_build(modules()[module].AOT[place], target)
     except Exception:
         return traceback.format_exc()  # Triton's own errors do not travel between processes
 

@@ -85,6 +85,19 @@ class Finishes(Protocol):
         ...
 
 
+def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
+    """Refuses weights that float16 cannot hold: where it became their type, they would be infinite.
+
+    Raises:
+        UnsupportedModelError: the message names the tensor and the flag.
+    """
+    if values.dtype == torch.float16 and stored.dtype != torch.float16 and values.isinf().any():
+        raise UnsupportedModelError(
+            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "
+            "--dtype bf16, or f32, or --device cpu where the GPU has neither for this model"
+        )
+
+
 class TensorPart:
     """A plain tensor that stored numbers are copied into."""
 
@@ -100,6 +113,7 @@ class TensorPart:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
         values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
         self._tensor.copy_(values.to(self._tensor.device))
+        check_range(stored, self._tensor)
 
 
 class MatrixPart:
@@ -213,7 +227,9 @@ class DevicePart:
                 return None
         except UnsupportedModelError as error:
             why = str(error)
-        self._matrices[self._name] = self._in_range(stored, stored.load(self._placement.dtype))
+        values = stored.load(self._placement.dtype)
+        check_range(stored, values)
+        self._matrices[self._name] = values.to(self._placement.device)
         return why
 
     def _packed(self, stored: StoredTensor) -> GgufMatrix | GroupMatrix:
@@ -221,6 +237,7 @@ class DevicePart:
         from gguf import GGMLQuantizationType
 
         from candle_vllm.core.kernels import gguf_linear, group_linear
+        from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
         device = self._placement.device
         if not isinstance(stored, QuantisedTensor):
@@ -228,25 +245,18 @@ class DevicePart:
         if stored.span is not None:
             if not self._floats:
                 raise UnsupportedModelError("such a layer has no kernel for small floats on a GPU")
+            if capability(device) < TENSOR_CORES:
+                raise UnsupportedModelError("small floats have no kernel below compute capability 8.0")
             group_linear.check_span(stored.span, self.shape[1])  # before scales are repeated for every row
             scaled = stored.scaled()
             assert scaled is not None
             if self._placement.dtype == torch.float16 and scaled.largest > torch.finfo(torch.float16).max:
                 raise UnsupportedModelError("weights may be beyond the range of f16")  # which many rows meet them in
             return group_linear.pack_floats(scaled, device)
-        codes = stored.group_codes() if self._groups else None
+        codes = stored.group_codes() if self._groups and capability(device) >= TENSOR_CORES else None
         if codes is not None and (matrix := group_linear.from_codes(codes, device)) is not None:
             return matrix
         blocks = stored.blocks()
         if blocks is None or blocks.order is not None:
             raise UnsupportedModelError("no kernel multiplies such groups on a GPU")
         return gguf_linear.pack(blocks.raw, blocks.type, *self.shape, device)
-
-    def _in_range(self, stored: StoredTensor, values: torch.Tensor) -> torch.Tensor:
-        """Values on the device; those of a quantised tensor may have left the range of float16."""
-        if stored.dtype is None and values.dtype == torch.float16 and values.isinf().any():
-            raise UnsupportedModelError(
-                f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: leave "
-                "--dtype out, or set bf16"
-            )
-        return values.to(self._placement.device)

@@ -28,7 +28,7 @@ from candle_vllm.core.loading.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.loading.placement import DTYPES
+from candle_vllm.core.loading.placement import DTYPES, device_dtype
 from candle_vllm.core.loading.pooling import longest_text, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights, load_weights
@@ -107,7 +107,7 @@ def _load_encoder(
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
     fields = None if files.config is None else Fields(read_json(files.config), files.config)
     pooling = None if model.scores else read_pooling(files, opened.metadata, model.hidden_size, "mean", fields)
-    placement = Placement(device, DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16))
+    placement = Placement(device, device_dtype(config, device))
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)

@@ -19,6 +19,7 @@ from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKE
 from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
+from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
@@ -27,7 +28,9 @@ from candle_vllm.core.quantization.stored import FloatSource, QuantisedTensor
 logger = logging.getLogger(__name__)
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_AUTO = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+_BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+"""Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 
 def choose_placement(
@@ -38,12 +41,20 @@ def choose_placement(
     Raises:
         ConfigError: the dtype is not one that the GPU's kernels multiply these weights in.
     """
-    dtype = DTYPES.get(config.dtype)
-    in_torch = Placement(device, dtype or _AUTO[device.type], invariant=config.deterministic and device.type == "cuda")
+    quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
+    dtype = device_dtype(config, device)
+    if device.type == "cuda" and dtype == torch.float16 and model.model_type in _BEYOND_F16:
+        dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.enforce_eager)
+    if config.deterministic and device.type == "cuda" and torch.version.hip is not None:
+        raise ConfigError(
+            "deterministic cannot be had on an AMD GPU, whose tensor instructions sum in orders that nobody has looked "
+            "into: leave --deterministic out",
+            "deterministic",
+        )
+    in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
         return in_torch
     if device.type == "cuda":
-        quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
         if quantised and in_torch.dtype == torch.float32:
             raise ConfigError(
                 "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
@@ -52,9 +63,47 @@ def choose_placement(
         return dataclasses.replace(in_torch, keeps_quantised=quantised)
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
-        return Placement(device, torch.float32, WeightMemory(), None if dtype is None else plain_kind(dtype))
+        wanted = DTYPES.get(config.dtype)
+        return Placement(device, torch.float32, WeightMemory(), None if wanted is None else plain_kind(wanted))
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return in_torch
+
+
+def device_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The type of a model's numbers where no steps are recorded; "auto" is bfloat16 on a GPU that multiplies it.
+
+    Raises:
+        ConfigError: bfloat16 on a GPU that does not.
+    """
+    wanted = DTYPES.get(config.dtype)
+    if device.type == "cpu" or wanted in (torch.float32, torch.float16):
+        return wanted or torch.float32
+    found = capability(device)
+    if found >= TENSOR_CORES:
+        return torch.bfloat16
+    if wanted is not None:
+        raise ConfigError(
+            f"dtype {config.dtype} needs compute capability 8.0 and {device} has {found // 10}.{found % 10}: leave "
+            "--dtype out, or set f16 or f32",
+            "dtype",
+        )
+    return torch.float16
+
+
+def _beyond_f16(config: EngineConfig, device: torch.device, model: str, *, kept: bool) -> torch.dtype:
+    """What a model computes in for which float16 is too small, and which it would get."""
+    known = f"activations of {model} are known to leave the range of float16"
+    if config.dtype == "f16":
+        logger.warning("%s, and answers end in an error where they do: leave --dtype out, or set bf16 or f32", known)
+        return torch.float16
+    if kept:
+        raise ConfigError(
+            f"{known}, {device} does not multiply bfloat16, and f32 cannot be had with quantised weights: set --device "
+            "cpu, or --dtype f16 to try it all the same",
+            "dtype",
+        )
+    logger.warning("%s, and %s does not multiply bfloat16: the model computes in f32", known, device)
+    return torch.float32
 
 
 def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:

@@ -48,7 +48,7 @@ class AttentionNeeds:
     """What a model on a device asks of attention.
 
     Attributes:
-        capability: the GPU's compute capability, (9, 0); None on the CPU.
+        capability: the GPU's compute capability, (9, 0), or (8, 1) for AMD's; None on the CPU.
         dtype: of queries, and of the cache but for float8.
         head_dim: numbers of a head, the largest where layers differ.
         block_size: tokens of a block.
@@ -119,6 +119,8 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
         return "FlashAttention has no attention sinks"
     if needs.fp8_cache:
         return "FlashAttention does not read a float8 cache beside queries of another type"
+    if torch.version.hip is not None:
+        return "FlashAttention is used on NVIDIA GPUs alone"
     if needs.capability is None or needs.capability < (8, 0):
         return "FlashAttention needs compute capability 8.0"
     if needs.head_dim > 256 or needs.head_dim % 8:
@@ -140,8 +142,10 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
     """What the kernels of this package do not serve, as a sentence."""
     if not installed("triton"):
         return "the package triton is not installed"
-    if needs.capability is None or needs.capability < (8, 0):
-        return "the Triton kernels need compute capability 8.0"
+    if needs.capability is None or needs.capability < (7, 5):
+        return "the Triton kernels need compute capability 7.5"
+    if needs.dtype == torch.bfloat16 and needs.capability < (8, 0):
+        return "bf16 needs compute capability 8.0"
     if needs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels compute f16, bf16 and f32, not {needs.dtype}"
     if needs.head_dim > 256:
@@ -149,7 +153,7 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
     if needs.block_size < 16:
         return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
     if needs.fp8_cache and needs.capability < (8, 9):
-        return "a float8 cache needs compute capability 8.9"
+        return "a float8 cache needs an NVIDIA GPU of compute capability 8.9"
     return None
 
 

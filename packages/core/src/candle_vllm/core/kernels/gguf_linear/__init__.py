@@ -24,12 +24,17 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.gguf_linear import reference
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
 from candle_vllm.core.kernels.gguf_linear.pack import gguf_kind, pack
+from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
 __all__ = ["SMALL", "GgufMatrix", "embedding", "gguf_kind", "linear", "pack", "stack"]
 
 SMALL = 64
 """Most rows for which codes are kept exact where invariance is not asked for; not yet measured. The kernel for more
 rows does not cut K, so with so few it leaves most of a GPU idle."""
+
+SMALL_WITHOUT_TENSOR_CORES = 16
+"""The same where Triton uses no tensor cores: by arithmetic, decoding a matrix for torch's product is as fast from
+there on. Not measured yet."""
 
 
 def linear(
@@ -50,7 +55,8 @@ def linear(
     if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 
-        multiply = triton.linear_exact if invariant or len(x) <= SMALL else triton.linear
+        most = SMALL if capability(x.device) >= TENSOR_CORES else SMALL_WITHOUT_TENSOR_CORES
+        multiply = triton.linear_exact if invariant or len(x) <= most else triton.linear
         return multiply(x, matrix, bias, out)
     if invariant:
         return reference.linear_row_by_row(x, matrix, bias, out)

@@ -3,6 +3,7 @@
 Few rows (decoding), and any number where a row's bits must be its own: `triton_exact.py`.
 
 Many rows (prefill): a tile of weights is scaled, rounded to x's dtype in registers, and multiplied with a tile of x.
+Where Triton does not use the GPU's tensor cores but torch does, pieces of the matrix are decoded, and torch multiplies.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -20,9 +21,18 @@ from candle_vllm.core.kernels.gguf_linear.launch import build, checked, constant
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix, Planes
 from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, high_words, scale_of, scale_words
 from candle_vllm.core.kernels.gguf_linear.triton_exact import linear_exact
+from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    stages,
+)
 
 __all__ = ["embedding", "linear", "linear_exact"]
 
@@ -31,6 +41,7 @@ LARGE_ROWS = 128
 LARGE_TOKENS = 128
 LARGE_WARPS = 8
 LARGE_STAGES = 3
+PIECE = 1 << 24  # weights that are decoded at a time, where torch multiplies
 TOGETHER = 8  # row tiles that are taken with each other, so that their x stays in the cache
 
 
@@ -162,6 +173,8 @@ def linear(
         out = torch.empty((tokens, matrix.rows), dtype=x.dtype, device=x.device)
     if not tokens:
         return out
+    if capability(x.device) < TENSOR_CORES:
+        return _linear_in_pieces(x, matrix, bias, out)
     constants = _large_constants(matrix.planes, matrix.columns, bias is not None, tokens)
     tiles = cdiv(matrix.rows, constants["ROWS"]) * cdiv(tokens, constants["TOKENS"])
     large_kernel[(tiles,)](
@@ -177,9 +190,21 @@ def linear(
         matrix.planes.steps(matrix.columns),
         **constants,
         num_warps=LARGE_WARPS,
-        num_stages=LARGE_STAGES,
+        num_stages=stages(LARGE_STAGES),
         **OPTIONS,
     )
+    return out
+
+
+def _linear_in_pieces(
+    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """The same numbers by way of the GPU's memory."""
+    height = max(1, PIECE // matrix.columns)
+    for first in range(0, matrix.rows, height):
+        last = min(first + height, matrix.rows)
+        weights = embedding(torch.arange(first, last, device=x.device), matrix, x.dtype)
+        plain_linear(x, weights, None if bias is None else bias[first:last], out=out[:, first:last])
     return out
 
 
@@ -218,8 +243,8 @@ def _large_build(kind: PackedKind, dtype: str, columns: int, tokens: int, capabi
 
 AOT = (
     *(_large_build(kind, "bf16", 4096, 512, (90,)) for kind in PackedKind if kind.name.endswith("K")),
-    *(_large_build(kind, "bf16", 4096, 512, (80, 100)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
-    _large_build(PackedKind.Q8_0, "fp16", 4096, 32, CAPABILITIES),
-    _large_build(PackedKind.Q5_1, "bf16", 4128, 64, CAPABILITIES),
+    *(_large_build(kind, "bf16", 4096, 512, (80, 100, 120)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
+    _large_build(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
+    _large_build(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),
     build(embedding_kernel, PackedKind.Q6_K, "bf16", constants_of(PLANES[PackedKind.Q6_K], 4096), num_warps=1),
 )

@@ -9,7 +9,8 @@ their order: by one program that makes them all (FOLD), where there are tokens e
 
 So a result's bits are the same for every number of tokens. This relies on `mma.sync` m16n8k16 giving an element the
 same bits wherever it stands in a tile; every tile here gets that instruction, on Hopper too, because none gives four
-warps 64 rows. Products with a scale are explicit fused operations, so that no form of the kernel rounds differently.
+warps 64 rows. Without tensor cores a sum runs over K in its order, in any tile. Products with a scale are explicit
+fused operations, so that no form of the kernel rounds differently.
 
 With many rows this is slower than rounding weights first: each group of 32 weights costs two fused operations for each
 result, by count about as long as the tensor cores take. It serves them all the same where invariance is asked for: a
@@ -36,7 +37,15 @@ from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    stages,
+)
 
 
 class Tile(NamedTuple):
@@ -56,6 +65,9 @@ TILES = MappingProxyType(
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),
         32: (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 64, 2, 4), Tile(64, 32, 4, 4), Tile(128, 32, 8, 2)),
     }
+)
+PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest that do not spill
+    {16: (Tile(8, 32, 4, 1),), 32: (Tile(8, 32, 4, 1), Tile(16, 32, 8, 1))}
 )
 FEW = 64  # tokens for which stretches are always made side by side
 PROGRAMS = 2048  # 16 warps for each SM of the largest GPUs: K is cut until there are so many
@@ -173,7 +185,7 @@ def linear_exact(
         out = torch.empty((tokens, matrix.rows), dtype=x.dtype, device=x.device)
     if not tokens:
         return out
-    tile = _tile(tokens, matrix.planes)
+    tile = _tile(tokens, matrix.planes, capability(x.device))
     tiles = cdiv(matrix.rows, tile.rows) * cdiv(tokens, tile.tokens)
     steps = matrix.planes.steps(matrix.columns)
     split_steps = split_blocks(steps, cdiv(matrix.rows, CUT_ROWS), PROGRAMS, LEAST_STEPS)
@@ -197,7 +209,7 @@ def linear_exact(
         split_steps,
         **_constants(tile, matrix.planes, matrix.columns, side_by_side, fold, bias is not None),
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages(tile.stages),
         **OPTIONS,
     )
     if side_by_side:
@@ -205,8 +217,8 @@ def linear_exact(
     return out
 
 
-def _tile(tokens: int, planes: Planes) -> Tile:
-    tiles = TILES[planes.layout.width]
+def _tile(tokens: int, planes: Planes, capability: int) -> Tile:
+    tiles = (TILES if capability >= TENSOR_CORES else PLAIN_TILES)[planes.layout.width]
     return next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
 
 
@@ -225,7 +237,7 @@ def _build(
     columns: int = 4096,
     form: str = "split",
 ) -> Build:
-    tile = _tile(tokens, PLANES[kind])
+    tile = _tile(tokens, PLANES[kind], capabilities[0])
     constants = _constants(tile, PLANES[kind], columns, form == "split", form == "fold", form == "whole")
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "capabilities": capabilities}
     return build(exact_kernel, kind, dtype, constants, form, **options)
@@ -235,10 +247,13 @@ _USUAL = (PackedKind.Q4_K, PackedKind.Q6_K)
 
 AOT = (
     *(_build(kind, 16) for kind in PackedKind),
-    *(_build(kind, tokens, CAPABILITIES) for kind in _USUAL for tokens in (1, 64)),
+    *(_build(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
     *(_build(kind, 32) for kind in _USUAL),
     *(_build(kind, 128, form="fold") for kind in PackedKind),
-    *(_build(kind, 128, (80, 100), form="fold") for kind in _USUAL),
-    _build(PackedKind.Q3_K, 8, CAPABILITIES, dtype="fp16", form="whole"),
-    _build(PackedKind.Q5_1, 16, CAPABILITIES, columns=4128, form="whole"),
+    *(_build(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
+    _build(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
+    _build(PackedKind.Q5_1, 16, WITH_TENSOR_CORES, columns=4128, form="whole"),
+    *(_build(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PackedKind),
+    *(_build(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
+    _build(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
 )

@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.group_linear.triton_codes import (
     without_numbers,
 )
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, stages
 
 # By tokens of a tile: rows of the matrix, warps, stages; the last for all above. Not measured yet.
 TILES = MappingProxyType({32: (128, 4, 3), 64: (128, 8, 3), 128: (128, 8, 3)})
@@ -136,9 +136,9 @@ def linear(
 def _form(matrix: GroupMatrix, tokens: int, bias: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants and options of a launch."""
     wide = next((size for size in TILES if tokens <= size), 128)
-    rows, warps, stages = TILES[wide]
+    rows, warps, deep = TILES[wide]
     constants = {"BIAS": bias, "ROWS": rows, "TOKENS": wide, "TOGETHER": TOGETHER}
-    return constants_of(matrix) | constants, {"num_warps": warps, "num_stages": stages}
+    return constants_of(matrix) | constants, {"num_warps": warps, "num_stages": stages(deep)}
 
 
 def _build(
@@ -158,8 +158,8 @@ def _build(
 
 AOT = (
     *(_build(bits, group, zeros, 128, (90,)) for bits in (4, 8) for group in (32, 64, 128) for zeros in (False, True)),
-    *(_build(4, 128, True, tokens, CAPABILITIES) for tokens in TILES),
-    _build(8, 4128, False, 128, CAPABILITIES, "fp16", 4128),
+    *(_build(4, 128, True, tokens, WITH_TENSOR_CORES) for tokens in TILES),
+    _build(8, 4128, False, 128, WITH_TENSOR_CORES, "fp16", 4128),
     _build(8, 128, False, 128, (90,), numbers="e4m3"),
     _build(8, 4128, False, 128, (90,), "fp16", 4128, "e5m2"),
     _build(4, 4096, False, 128, (90,), numbers="e2m1"),

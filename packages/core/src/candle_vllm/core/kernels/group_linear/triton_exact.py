@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.group_linear.triton_codes import (
 from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, stages
 
 
 class Tile(NamedTuple):
@@ -196,7 +196,7 @@ def linear(
         split_steps,
         **_constants(tile, matrix, side_by_side, fold, bias is not None),
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages(tile.stages),
         **OPTIONS,
     )
     if side_by_side:
@@ -233,13 +233,13 @@ def _build(
 
 AOT = (
     *(_build(bits, group, zeros, 16) for bits in (4, 8) for group in (32, 64, 128) for zeros in (False, True)),
-    *(_build(4, 128, zeros, tokens, CAPABILITIES) for zeros in (False, True) for tokens in (1, 64)),
+    *(_build(4, 128, zeros, tokens, WITH_TENSOR_CORES) for zeros in (False, True) for tokens in (1, 64)),
     *(_build(bits, group, True, 128, form="fold") for bits in (4, 8) for group in (32, 128)),
     _build(8, 4128, False, 32, dtype="fp16", columns=4128, form="whole"),
-    _build(4, 32, True, 16, CAPABILITIES, dtype="fp16", columns=4128, form="whole"),
-    _build(8, 128, False, 16, CAPABILITIES, numbers="e4m3"),
+    _build(4, 32, True, 16, WITH_TENSOR_CORES, dtype="fp16", columns=4128, form="whole"),
+    _build(8, 128, False, 16, WITH_TENSOR_CORES, numbers="e4m3"),
     _build(8, 128, False, 128, numbers="e4m3", form="fold"),
     _build(8, 4128, False, 64, numbers="e5m2", dtype="fp16", columns=4128, form="whole"),
-    _build(4, 4096, False, 16, CAPABILITIES, numbers="e2m1"),
+    _build(4, 4096, False, 16, WITH_TENSOR_CORES, numbers="e2m1"),
     _build(4, 4096, False, 128, numbers="e2m1", form="fold"),
 )

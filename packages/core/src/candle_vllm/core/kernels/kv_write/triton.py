@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
 _MOST = 1024  # numbers that a program has in registers at a time
 
@@ -117,7 +117,7 @@ def _build(dtype: str, cache: str, width: int) -> Build:
         aligned=("key_stride", "value_stride"),
         label=f"{dtype}-{cache}-{width}",
         # Triton converts to e4m3 from compute capability 8.9 on.
-        capabilities=(90, 100) if fp8 else (80, 90, 100),
+        capabilities=(90, 100, 120) if fp8 else CAPABILITIES,
     )
 
 

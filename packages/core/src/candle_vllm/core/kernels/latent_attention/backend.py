@@ -30,6 +30,8 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
             "--kv-cache-dtype fp8 cannot be had with latent attention, whose cache is small already: leave it out",
             "kv_cache_dtype",
         )
+    if needs.capability is not None and needs.capability < (8, 0):
+        raise ConfigError("latent attention needs compute capability 8.0 on a GPU: run this model on the CPU", SETTING)
     if needs.head_dim > MOST_DIM:
         raise ConfigError(
             f"the Triton kernels need latent rows of at most {MOST_DIM} numbers, not {needs.head_dim}: run this model "

@@ -17,7 +17,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, split_keys
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
 _ROWS = 256  # sequences of a launch
 _CHUNK = 256  # keys of a split, at least
@@ -175,7 +175,7 @@ def decode(
             block_tables.stride(0),
             **constants,
             num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            num_stages=stages(shape.num_stages),
             **OPTIONS,
         )
         merge_kernel[(rows * heads,)](
@@ -237,6 +237,7 @@ def _build(
         aligned=strides,
         unaligned=("context_lens", "block_tables", "decoding"),
         label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
+        capabilities=WITH_TENSOR_CORES,
     )
 
 

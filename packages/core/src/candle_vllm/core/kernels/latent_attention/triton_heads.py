@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv
 
 _TOKENS, _OUTPUTS = 16, 64  # of a program; not measured yet
 
@@ -80,5 +80,6 @@ AOT = (
         _constants(128, 128, 512, 2),
         aligned=("x_token", "x_head"),
         label="bf16",
+        capabilities=WITH_TENSOR_CORES,
     ),
 )

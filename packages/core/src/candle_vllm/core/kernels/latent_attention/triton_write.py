@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, next_power_of_2
 
 
 @triton.jit
@@ -64,5 +64,6 @@ AOT = (
         _constants(64, 512),
         aligned=("rope_stride", "latent_stride"),
         label="bf16",
+        capabilities=WITH_TENSOR_CORES,
     ),
 )

@@ -11,7 +11,7 @@ wherever it stands in the tile and however wide the tile is. That is relied upon
 depth (16 products), which each GPU always gets here: m64nXk16 of `wgmma` on Hopper, `tcgen05` on the Blackwell of
 servers, m16n8k16 of `mma.sync` on the others; tests look for them in the compiled code, and compare bits on a GPU. It
 is why no tile is smaller than these take: on Hopper 64 rows for each four warps. float32 is multiplied without tensor
-cores, in the order of K.
+cores, in the order of K; so is float16 where Triton uses none.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -28,7 +28,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, TENSOR_CORES, Build, capability, cdiv, stages
 
 
 class Tile(NamedTuple):
@@ -47,7 +47,7 @@ FEW_TILES = (Tile(64, 16, 64, 4, 6), Tile(64, 32, 64, 4, 5), Tile(64, 64, 64, 4,
 SERVER_TILES = (*FEW_TILES, Tile(128, 128, 64, 8, 4))  # Hopper, and the Blackwell of servers
 OTHER_TILES = (*FEW_TILES, Tile(128, 128, 32, 8, 4))
 ODD_TILES = FEW_TILES  # rows that are not aligned to 16 bytes take registers on their way
-FLOAT_TILES = (Tile(32, 16, 32, 4, 3), Tile(64, 64, 32, 8, 3))
+FLOAT_TILES = (Tile(32, 16, 32, 4, 3), Tile(64, 64, 32, 8, 3))  # without tensor cores
 BLOCK = 64  # what stretches are made of: a multiple of every tile's block
 CUT_ROWS = 64  # of a tile, where programs are counted to cut K
 PROGRAMS = 264  # wanted with few tokens: two for each SM of the largest GPUs
@@ -150,7 +150,7 @@ def linear(
     if not out.numel():
         return out
     columns = x.shape[1]
-    tile = _tile(tokens, x.dtype, _capability(x.device), _aligned(x, weight))
+    tile = _tile(tokens, x.dtype, capability(x.device), _aligned(x, weight))
     tiles = cdiv(width, tile.rows) * cdiv(tokens, tile.tokens)
     blocks = cdiv(columns, BLOCK)
     each = split_blocks(blocks, cdiv(width, CUT_ROWS), PROGRAMS, LEAST_BLOCKS)
@@ -176,7 +176,7 @@ def linear(
         each * BLOCK,
         **_constants(tile, columns, side_by_side, fold, bias is not None),
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages(tile.stages),
         **OPTIONS,
     )
     if side_by_side:
@@ -205,19 +205,13 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
         assert out.device == x.device
 
 
-def _capability(device: torch.device) -> int:
-    """As 90 for 9.0, which also stands for the interpreter."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return 10 * major + minor
-
-
 def _aligned(*tensors: torch.Tensor) -> bool:
     """Whether every row begins at a multiple of 16 bytes, so that it can be copied without registers."""
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
 
 
 def _tile(tokens: int, dtype: torch.dtype, capability: int, aligned: bool) -> Tile:
-    if dtype == torch.float32:
+    if dtype == torch.float32 or capability < TENSOR_CORES:
         tiles = FLOAT_TILES
     elif not aligned:
         tiles = ODD_TILES

@@ -40,7 +40,14 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
     tile_of,
     tile_rows,
 )
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    WITH_TENSOR_CORES,
+    Build,
+    cdiv,
+    next_power_of_2,
+    stages,
+)
 
 # By tokens of a tile: rows of the matrix, warps, stages. Not measured yet. For few pairs no four warps with 64 rows,
 # which would be given Hopper's own instruction.
@@ -263,8 +270,8 @@ def _constants(
 
 
 def _options(tokens: int, tiles: Mapping[int, tuple[int, int, int]]) -> dict[str, int]:
-    _, warps, stages = tiles[tokens]
-    return {"num_warps": warps, "num_stages": stages}
+    _, warps, deep = tiles[tokens]
+    return {"num_warps": warps, "num_stages": stages(deep)}
 
 
 def _build(
@@ -296,10 +303,10 @@ def _build(
 
 
 AOT = (
-    _build(few_kernel, "silu", 8, CAPABILITIES),
+    _build(few_kernel, "silu", 8, WITH_TENSOR_CORES),
     _build(few_kernel, "gelu_tanh", 32, numbers="e5m2", group=2048),
     _build(few_kernel, "silu", 64),
-    _build(many_kernel, "silu", 128, CAPABILITIES),
+    _build(many_kernel, "silu", 128, WITH_TENSOR_CORES),
     _build(many_kernel, None, 16),
     *(_build(few_kernel, "silu", tokens, numbers="e2m1", group=2048) for tokens in (16, 64)),
     _build(many_kernel, "silu", 128, numbers="e2m1", group=2048),

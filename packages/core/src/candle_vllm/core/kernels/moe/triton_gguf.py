@@ -39,7 +39,16 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
     tile_rows,
 )
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    next_power_of_2,
+    stages,
+)
 
 # By tokens of a tile: rows of the matrix, warps, stages. Not measured yet. For few pairs no four warps with 64 rows,
 # which would be given Hopper's own instruction.
@@ -48,6 +57,13 @@ FEW_TILES: Mapping[int, tuple[int, int, int]] = MappingProxyType(
 )
 MANY_TILES: Mapping[int, tuple[int, int, int]] = MappingProxyType(
     {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 8, 3), 128: (128, 8, 3)}
+)
+# Without tensor cores: the largest that do not spill.
+FEW_PLAIN: Mapping[int, tuple[int, int, int]] = MappingProxyType(
+    {8: (32, 4, 1), 16: (32, 8, 1), 32: (32, 8, 1), 64: (32, 8, 1)}
+)
+MANY_PLAIN: Mapping[int, tuple[int, int, int]] = MappingProxyType(
+    {16: (64, 4, 1), 32: (64, 8, 1), 64: (64, 8, 1), 128: (32, 8, 1)}
 )
 TOGETHER = 8  # tiles of rows that are taken with each other, so that their tokens stay in the cache
 
@@ -225,7 +241,8 @@ def few(
 ) -> None:
     """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
     tokens = next(size for size in FEW_TILES if sizes.tokens <= size)
-    constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, tokens, FEW_TILES)
+    tile = _tile(tokens, capability(x.device), few=True)
+    constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, tokens, tile)
     rows = out.shape[1]
     few_kernel[(cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
@@ -240,7 +257,7 @@ def few(
         matrix.planes.steps(matrix.columns),
         SLOTS=next_power_of_2(sizes.top_k),
         **constants,
-        **_options(tokens, FEW_TILES),
+        **_options(tile),
         **OPTIONS,
     )
 
@@ -255,7 +272,8 @@ def many(
     gate: str | None,
 ) -> None:
     """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
-    constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, blocks.most, MANY_TILES)
+    tile = _tile(blocks.most, capability(x.device), few=False)
+    constants = _constants(matrix.planes, matrix.columns, sizes.top_k, gate, blocks.most, tile)
     rows = out.shape[1]
     many_kernel[(blocks.count * cdiv(rows, tile_height(constants)),)](
         x,
@@ -271,7 +289,7 @@ def many(
         matrix.planes.steps(matrix.columns),
         TOGETHER=TOGETHER,
         **constants,
-        **_options(blocks.most, MANY_TILES),
+        **_options(tile),
         **OPTIONS,
     )
 
@@ -282,10 +300,15 @@ def _planes_of(x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None) -
     return matrix.low, matrix.high, matrix.scales, matrix.supers, bias
 
 
+def _tile(tokens: int, capability: int, *, few: bool) -> tuple[int, int, int]:
+    tables = (FEW_TILES, MANY_TILES) if capability >= TENSOR_CORES else (FEW_PLAIN, MANY_PLAIN)
+    return tables[0 if few else 1][tokens]
+
+
 def _constants(
-    planes: Planes, columns: int, top_k: int, gate: str | None, tokens: int, tiles: Mapping[int, tuple[int, int, int]]
+    planes: Planes, columns: int, top_k: int, gate: str | None, tokens: int, tile: tuple[int, int, int]
 ) -> dict[str, Any]:
-    layout, rows = planes.layout, tiles[tokens][0]
+    layout, rows = planes.layout, tile[0]
     return {
         "LOW": planes.low,
         "HIGH": planes.high,
@@ -303,9 +326,9 @@ def _constants(
     }
 
 
-def _options(tokens: int, tiles: Mapping[int, tuple[int, int, int]]) -> dict[str, int]:
-    _, warps, stages = tiles[tokens]
-    return {"num_warps": warps, "num_stages": stages}
+def _options(tile: tuple[int, int, int]) -> dict[str, int]:
+    _, warps, deep = tile
+    return {"num_warps": warps, "num_stages": stages(deep)}
 
 
 def _build(
@@ -313,10 +336,10 @@ def _build(
     kind: PackedKind,
     gate: str | None,
     tokens: int,
-    capabilities: tuple[int, ...] = CAPABILITIES,
+    capabilities: tuple[int, ...] = WITH_TENSOR_CORES,
     bias: bool = False,
 ) -> Build:
-    planes, tiles = PLANES[kind], FEW_TILES if kernel is few_kernel else MANY_TILES
+    planes, tile = PLANES[kind], _tile(tokens, capabilities[0], few=kernel is few_kernel)
     elements = {1: "*i16", 2: "*i16", 4: "*i32", 8: "*i32"}
     types = {"low": elements[planes.low]} | dict.fromkeys(("scales", "experts", "order", "table"), "*i32")
     types |= dict.fromkeys(("T", "X", "N", "K", "x_stride", "steps", "blocks"), "i32")
@@ -332,15 +355,15 @@ def _build(
     return Build(
         kernel,
         {name: types[name] for name in kernel.arg_names if name in types},
-        {**_constants(planes, 2048, 8, gate, tokens, tiles), **extra, **missing},
-        **_options(tokens, tiles),
+        {**_constants(planes, 2048, 8, gate, tokens, tile), **extra, **missing},
+        **_options(tile),
         aligned=("N", "K", "x_stride"),
         label=f"{kind.name}x{tokens}{'-' + gate if gate else ''}{'-bias' if bias else ''}",
         capabilities=capabilities,
     )
 
 
-_HOPPER = (90,)
+_HOPPER, _TURING = (90,), (75,)
 
 AOT = (
     *(_build(few_kernel, kind, "silu", 16, _HOPPER) for kind in PackedKind),
@@ -355,4 +378,9 @@ AOT = (
     _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, bias=True),
     _build(few_kernel, PackedKind.Q5_0, None, 8, bias=True),
     _build(many_kernel, PackedKind.Q5_0, "swiglu_oai", 128, bias=True),
+    *(_build(few_kernel, kind, "silu", 8, _TURING) for kind in PackedKind),
+    *(_build(few_kernel, PackedKind.Q4_K, "gelu_tanh", tokens, _TURING) for tokens in (16, 32, 64)),
+    *(_build(many_kernel, kind, "silu", 128, _TURING) for kind in PackedKind),
+    *(_build(many_kernel, PackedKind.Q4_K, None, tokens, _TURING) for tokens in (16, 32, 64)),
+    _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, _TURING, bias=True),
 )

@@ -33,7 +33,16 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
     tile_of,
     tile_rows,
 )
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    next_power_of_2,
+    stages,
+)
 
 # By tokens of a tile: rows of the matrix, numbers along K, warps, stages. Not measured yet.
 FEW_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
@@ -41,6 +50,13 @@ FEW_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
 )
 MANY_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
     {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)}
+)
+# Without tensor cores: the largest that do not spill.
+FEW_PLAIN: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
+    {8: (32, 32, 2, 1), 16: (32, 32, 4, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1)}
+)
+MANY_PLAIN: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
+    {16: (64, 32, 4, 1), 32: (64, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1)}
 )
 TOGETHER = 8  # tiles of rows that are taken with each other, so that their tokens stay in the cache
 
@@ -155,7 +171,8 @@ def few(
     """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
     _check(x, weight, bias)
     tokens = few_tokens(sizes.tokens)
-    constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, FEW_TILES)
+    tile = _tile(tokens, capability(x.device), few=True)
+    constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, tile)
     rows = out.shape[1]
     few_kernel[(cdiv(rows, tile_height(constants)), sizes.pairs)](
         x,
@@ -170,7 +187,7 @@ def few(
         x.stride(0),
         SLOTS=next_power_of_2(sizes.top_k),
         **constants,
-        **_options(tokens, FEW_TILES),
+        **_options(tile),
         **OPTIONS,
     )
 
@@ -187,7 +204,8 @@ def many(
     """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
     _check(x, weight, bias)
     tokens = blocks.most
-    constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, MANY_TILES)
+    tile = _tile(tokens, capability(x.device), few=False)
+    constants = _constants(weight.shape[2], sizes.top_k, gate, tokens, tile)
     rows = out.shape[1]
     many_kernel[(blocks.count * cdiv(rows, tile_height(constants)),)](
         x,
@@ -202,7 +220,7 @@ def many(
         x.stride(0),
         TOGETHER=TOGETHER,
         **constants,
-        **_options(tokens, MANY_TILES),
+        **_options(tile),
         **OPTIONS,
     )
 
@@ -219,10 +237,15 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     assert weight.device == x.device
 
 
+def _tile(tokens: int, capability: int, *, few: bool) -> tuple[int, int, int, int]:
+    tables = (FEW_TILES, MANY_TILES) if capability >= TENSOR_CORES else (FEW_PLAIN, MANY_PLAIN)
+    return tables[0 if few else 1][tokens]
+
+
 def _constants(
-    columns: int, top_k: int, gate: str | None, tokens: int, tiles: Mapping[int, tuple[int, int, int, int]]
+    columns: int, top_k: int, gate: str | None, tokens: int, tile: tuple[int, int, int, int]
 ) -> dict[str, Any]:
-    rows, step, *_ = tiles[tokens]
+    rows, step, *_ = tile
     return {
         "TOP": top_k,
         "GATED": gate is not None,
@@ -234,13 +257,22 @@ def _constants(
     }
 
 
-def _options(tokens: int, tiles: Mapping[int, tuple[int, int, int, int]]) -> dict[str, int]:
-    *_, warps, stages = tiles[tokens]
-    return {"num_warps": warps, "num_stages": stages}
+def _options(tile: tuple[int, int, int, int]) -> dict[str, int]:
+    *_, warps, deep = tile
+    return {"num_warps": warps, "num_stages": stages(deep)}
 
 
-def _build(kernel: Any, dtype: str, columns: int, gate: str | None, tokens: int, bias: str | None = None) -> Build:
-    tiles = FEW_TILES if kernel is few_kernel else MANY_TILES
+def _build(
+    kernel: Any,
+    dtype: str,
+    columns: int,
+    gate: str | None,
+    tokens: int,
+    bias: str | None = None,
+    *,
+    capabilities: tuple[int, ...] = WITH_TENSOR_CORES,
+) -> Build:
+    tile = _tile(tokens, capabilities[0], few=kernel is few_kernel)
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
     types = dict.fromkeys(("x", "weight", "out"), f"*{dtype}") | dict.fromkeys(("experts", "order", "table"), "*i32")
     if bias is not None:
@@ -249,10 +281,11 @@ def _build(kernel: Any, dtype: str, columns: int, gate: str | None, tokens: int,
     return Build(
         kernel,
         {name: types[name] for name in kernel.arg_names if name in types},
-        {**_constants(columns, 8, gate, tokens, tiles), **extra, **({} if bias else {"bias": None})},
-        **_options(tokens, tiles),
+        {**_constants(columns, 8, gate, tokens, tile), **extra, **({} if bias else {"bias": None})},
+        **_options(tile),
         aligned=("N", "K", "x_stride"),
         label=f"{dtype}-{columns}x{tokens}{'-' + gate if gate else ''}{'-bias' if bias else ''}",
+        capabilities=capabilities,
     )
 
 
@@ -264,4 +297,8 @@ AOT = (
     _build(few_kernel, "bf16", 2880, "swiglu_oai", 16, "fp32"),
     _build(many_kernel, "bf16", 2880, "swiglu_oai", 128, "fp32"),
     _build(few_kernel, "bf16", 2880, None, 8, "fp32"),
+    *(_build(few_kernel, "fp16", 2048, "silu", tokens, capabilities=(75,)) for tokens in FEW_PLAIN),
+    *(_build(many_kernel, "fp16", 2048, "silu", tokens, capabilities=(75,)) for tokens in MANY_PLAIN),
+    _build(few_kernel, "fp16", 2880, "swiglu_oai", 16, "fp32", capabilities=(75,)),
+    _build(many_kernel, "fp16", 2880, None, 128, "fp32", capabilities=(75,)),
 )

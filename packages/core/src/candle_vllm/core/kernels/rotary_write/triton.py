@@ -15,7 +15,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.kv_write.triton import for_cache
 from candle_vllm.core.kernels.rotary_write import HeadNorms
-from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
 _PAIRS = 256  # of a program; not measured yet
 
@@ -245,7 +245,7 @@ def _build(
         constants,
         aligned=strides,
         label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}" + "-norm" * norm + "-fp8" * fp8,
-        capabilities=(90, 100) if fp8 else (80, 90, 100),
+        capabilities=(90, 100, 120) if fp8 else CAPABILITIES,
     )
 
 
