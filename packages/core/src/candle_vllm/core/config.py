@@ -70,7 +70,7 @@ class EngineConfig:
         attention_backend: what computes attention on a GPU: "triton" (what "auto" is), "torch_flash" (the
             FlashAttention that torch carries), "flash_attn" (the package of that name) or "torch" (the reference).
         kv_cache_dtype: "auto" keeps keys and values in the type of activations (bf16 on the CPU); "fp8" keeps them as
-            float8_e4m3fn with a scale of 1, on GPUs from compute capability 8.9 on.
+            float8_e4m3fn with the scales of the checkpoint, or of 1, on GPUs from compute capability 8.9 on.
         cuda_graphs: on a GPU, capture the steps that only decode, of up to 512 sequences, as CUDA graphs.
         max_cudagraph_capture_size: capture steps with prompts, too, where they have at most so many tokens, so that a
             short prompt costs its neighbours one launch and not hundreds; 0 captures none of them. By "triton" alone.

@@ -144,7 +144,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("attention_backend", DEVICE, ("--attention-backend",), _ATTENTION,
            "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch", "NAME", in_yaml=True),
     Option("kv_cache_dtype", DEVICE, ("--kv-cache-dtype", "--kvcache-dtype"), _KV_DTYPES,
-           "type of keys and values: auto (that of activations), or fp8 on a GPU; --fp8-kvcache is fp8", "TYPE",
+           "type of keys and values: auto (that of activations), or fp8 on a GPU, scaled as the checkpoint says, else "
+           "by 1; --fp8-kvcache is fp8", "TYPE",
            constants={"--fp8-kvcache": "fp8"}, in_yaml=True),
     _switch("cuda_graphs", DEVICE, "capture decoding steps as CUDA graphs (on unless disabled)",
             off=("--disable-cuda-graph", "--no-cuda-graphs"), in_yaml=True),

@@ -26,7 +26,8 @@ class StepInput:
         slots: [T] int64, where each token's key and value go in the cache; on a GPU int32, -1 for nowhere.
         rows: which tokens belong together.
         key_caches, value_caches: per layer, [B, S, K, D]; while a step is recorded, whatever the recorder made.
-        cache_scales: of keys and of values, where the caches are float8; see `kernels/kv_write`.
+        cache_scales: of keys and of values, where the caches are float8 and a layer has none of its own; see
+            `kernels/kv_write`.
         attend: what computes attention; see `kernels/attention`.
     """
 
@@ -52,6 +53,9 @@ class PagedAttention:
         softcap: of scores.
         sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
             `kernels/attention`.
+
+    Attributes:
+        cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for those of the step.
     """
 
     def __init__(
@@ -74,11 +78,12 @@ class PagedAttention:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
         self.sinks = sinks
+        self.cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
         caches = (step.key_caches[self.layer], step.value_caches[self.layer])
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
-        norms, scales = None, step.cache_scales
+        norms, scales = None, step.cache_scales and (self.cache_scales or step.cache_scales)
         if self.norms is not None:
             q_norm, k_norm = self.norms
             if isinstance(q_norm, RMSNorm) and not isinstance(q, Recorded):

@@ -17,6 +17,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import fitting
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.cache_scales import give_cache_scales
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.fields import Fields, read_json
 from candle_vllm.core.loading.opening import (
@@ -140,6 +141,8 @@ def load_model(
             with fitting(device, f"the weights of {files.name}", memory_of(placement, stored)):
                 decoder = family.build(model_config, placement, checkpoint)
                 _fill(decoder, family, model_config, stored, progress)
+                if config.kv_cache_dtype == "fp8":
+                    give_cache_scales(decoder, opened.cache_scales, model_config, placement)
         loaded = LoadedModel(
             name=files.name,
             decoder=decoder,

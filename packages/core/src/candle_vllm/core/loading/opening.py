@@ -13,13 +13,14 @@ import torch
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ModelLoadError
+from candle_vllm.core.loading.cache_scales import split_cache_scales
 from candle_vllm.core.loading.dummy import open_dummy
 from candle_vllm.core.loading.fields import read_json
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
-from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
 from candle_vllm.core.loading.towers import text_tensors
 from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
@@ -28,11 +29,12 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model's files, its stored tensors, and the metadata of a GGUF file."""
+    """A model's files, its stored tensors, the metadata of a GGUF file, and the scales of a float8 cache by name."""
 
     files: ModelFiles
     checkpoint: Checkpoint
     metadata: Mapping[str, Any]
+    cache_scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
 
 
 def model_files(config: EngineConfig) -> ModelFiles:
@@ -78,7 +80,8 @@ def open_model(files: ModelFiles, device: torch.device) -> Opened:
             return Opened(files, stored, {})
         try:
             config = read_json(files.config)
-            return Opened(files, read_quantised(prefixed(text_tensors(config, stored)), config, files.config), {})
+            named, scales = split_cache_scales(prefixed(text_tensors(config, stored)))
+            return Opened(files, read_quantised(named, config, files.config), {}, scales)
         except BaseException:
             stored.close()
             raise

@@ -1,0 +1,83 @@
+"""Scales of a float8 cache that a checkpoint was calibrated with: found among its tensors, and given to the layers.
+
+A layer's keys are stored over its scale of keys, its values over that of values (`kernels/kv_write`). The names are
+those that vLLM takes: `k_scale` and `v_scale` of a layer's attention, or of `attn` or the projections in it (ModelOpt),
+`output_scale` of the projections of keys and of values (older compressed-tensors), and `kv_scale` for both at once
+(older still). Where one of the two is stored, it counts for both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.layers.attention import PagedAttention
+from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.weights import Counted, layer_at
+
+if TYPE_CHECKING:
+    from candle_vllm.core.layers.parameters import Placement
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.self_attn\."
+    r"(?:(?:(?:attn|qkv_proj|k_proj)\.)?(?P<k>k)_scale|(?:(?:attn|qkv_proj|v_proj)\.)?(?P<v>v)_scale"
+    r"|(?P<of>[kv])_proj\.output_scale|(?:attn\.)?kv_scale)"
+)
+
+
+def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, StoredTensor]]:
+    """A checkpoint without the scales of a cache, and these, by name."""
+    scales = {name: tensor for name, tensor in checkpoint.tensors.items() if _NAME.fullmatch(name)}
+    if not scales:
+        return checkpoint, {}
+    rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in scales}
+    return checkpoint.with_tensors(rest), scales
+
+
+def give_cache_scales(
+    decoder: object, scales: Mapping[str, StoredTensor], config: Counted, placement: Placement
+) -> None:
+    """Gives each layer of `decoder` the scales that are stored for it; the others keep those of the step.
+
+    Raises:
+        InvalidFileError: one is not a single finite number above 0.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for layer, kind, value in _values(scales):
+        found.setdefault(layer, {}).setdefault(kind, value)
+    given = 0
+    for layer, values in found.items():
+        # Layers behind the last one predict further tokens, and are not loaded.
+        attend = layer_at(decoder, f"layers.{layer}.attention.attend") if layer < config.num_layers else None
+        if isinstance(attend, PagedAttention):
+            pair = (values.get("k", values.get("v")), values.get("v", values.get("k")))
+            k, v = (torch.tensor([value], dtype=torch.float32, device=placement.device) for value in pair)
+            attend.cache_scales = (k, v)
+            given += 1
+    if given:
+        logger.info("%d layers scale their cache as the checkpoint says", given)
+
+
+def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, float]]:
+    """Layer, "k" or "v", and the scale; what an older name says comes last."""
+    for name, tensor in sorted(scales.items(), key=lambda item: item[0].endswith((".output_scale", ".kv_scale"))):
+        value = tensor.load(torch.float32).flatten().tolist() if math.prod(tensor.shape) == 1 else []
+        if not value or not math.isfinite(value[0]) or value[0] <= 0:
+            said = f"it is {value[0]}" if value else f"it has shape {list(tensor.shape)}"
+            raise InvalidFileError(
+                f"{tensor.path}: tensor {name}: the scale of a layer's cache is one finite number above 0, and {said}: "
+                "leave out --kv-cache-dtype fp8"
+            )
+        match = _NAME.fullmatch(name)
+        assert match is not None
+        kind = match["k"] or match["v"] or match["of"]
+        for one in (kind,) if kind else ("k", "v"):
+            yield int(match["layer"]), one, value[0]
