@@ -150,6 +150,8 @@ class DeviceRunner:
             self._captured(size)
         self._inputs.send_blank(_ONE)
         self._sampler.warm_up(1)
+        for size in (*self._buckets[-1:], *self._buckets[:1]):
+            self._sampler.capture(size.draws)
         self._stream.mark().wait()
         if sizes:
             logger.info("captured %d sizes of steps in %.1f s", len(sizes), time.perf_counter() - began)
@@ -170,7 +172,8 @@ class DeviceRunner:
         Where steps with prompts are captured, the largest of those follows.
 
         They show what memory steps take, and compile on the way what later ones use; the small one comes first, for it
-        is not measured. The results mean nothing: blocks and positions are all 0.
+        is not measured. The results mean nothing: blocks and positions are all 0. Nothing is captured, for they may be
+        run without their kernels first.
         """
         limits = self._limits
         # The last token stands for the chunk that ends the longest prompt: what is made of its context counts too.

@@ -9,6 +9,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from candle_vllm.core.sampling.sampler import SampledToken, sampled_token
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # steps whose results may be on their way
+_KINDS = ((False, False), (True, False), (True, True))  # of draws: at random, with top_k or top_p
 
 
 class DeviceSampler:
@@ -83,12 +85,16 @@ class DeviceSampler:
         return self._landed(len(states), logprobs)
 
     def warm_up(self, rows: int) -> None:
-        """Compiles what draws of `rows`, edits and log-probabilities need, and captures draws where that is wanted."""
-        for random, search in ((False, False), (True, False), (True, True)):
-            self._stream.run(lambda random=random, search=search: self._draw(rows, random, search))
-            if self._graphs is not None:
-                self._captured(rows, random, search)
+        """Runs what draws of `rows`, edits and log-probabilities need, so that it is compiled."""
+        for kind in _KINDS:
+            self._stream.run(functools.partial(self._draw, rows, *kind))
         self._stream.run(self._edit_nothing)
+
+    def capture(self, rows: int) -> None:
+        """Captures draws of `rows`, where that is wanted."""
+        if self._graphs is not None:
+            for kind in _KINDS:
+                self._captured(rows, *kind)
 
     def close(self) -> None:
         """Lets go of graphs."""
