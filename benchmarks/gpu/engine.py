@@ -173,7 +173,8 @@ def finished_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def _engine_config(source: Path, shape: Shape, options: argparse.Namespace) -> EngineConfig:
     decoded = [options.depth + most_tokens(batch, options.depth, options.steps) for batch in options.batches]
-    longest = max([*options.prompts, *decoded, options.depth + options.output, 8 * options.output])
+    mixed = [options.output + most_tokens(batch, options.output, options.output) for batch in options.mixed]
+    longest = max([*options.prompts, *decoded, *mixed, options.depth + options.output])
     return EngineConfig(
         model=str(source),
         load_format="auto" if options.gguf else "dummy",

@@ -298,6 +298,7 @@ def main() -> None:
         stopped = str(error)
         hour.say(f"STOPPED: {stopped}")
     ended(hour, stopped, time.monotonic() - start)
+    luggage.shorten(options.out / "log.txt")
     pieces = luggage.pack_cache(cache, options.out)
     print(f"{len(pieces)} pieces of the compiler's cache, {time.monotonic() - start:.0f} s; all in {options.out}")
     if stopped or hour.faults:

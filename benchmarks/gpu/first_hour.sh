@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# A run of the first hour on a GPU (A, B, C or D; see README.md), or "wheels": collects what has to travel there.
+# A run of the first hour on a GPU (A, B, C or D; see README.md); "wheels" collects what has to travel there, and "keep"
+# puts what came back where the next run looks for it, with one compiler's cache among all, the last.
 #
 #   bash benchmarks/gpu/first_hour.sh wheels [FOLDER]
 #   bash benchmarks/gpu/first_hour.sh A [--out FOLDER] [--commit HASH] [--quick --device cpu]
+#   bash benchmarks/gpu/first_hour.sh keep A FOLDER
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -12,6 +14,16 @@ root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
   python=$root/.venv/bin/python
+fi
+
+if [ "${1:-}" = keep ]; then
+  run=${2:?which run} from=${3:?the folder that came back}
+  mkdir -p "$root/.first_hour/$run"
+  if compgen -G "$from/triton-cache.tar.gz.*" >/dev/null; then
+    rm -f "$root"/.first_hour/*/triton-cache.tar.gz.*
+  fi
+  cp "$from"/* "$root/.first_hour/$run/"
+  exit
 fi
 
 if [ "${1:-}" != wheels ]; then

@@ -6,6 +6,7 @@ and of Triton's cache only that is kept which a hit needs: `*.cubin`, `*.json`, 
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import json
 import os
@@ -24,8 +25,11 @@ KEPT = (".cubin", ".json", ".so")
 PIECE = 15 << 20
 """Bytes of a file of the packed cache: some places take no larger ones than 16 MiB."""
 
-MOST = 3
+MOST = 2
 """Pieces; the newest entries come first, so that what does not fit is the oldest."""
+
+LOG = 8 << 20
+"""Bytes of a log that are kept, the last ones."""
 
 _ARCHIVE = "triton-cache.tar.gz"
 
@@ -92,6 +96,12 @@ def lines_of(folders: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def shorten(log: Path) -> None:
+    """Leaves the end of a log that has grown beyond what travels."""
+    if log.exists() and log.stat().st_size > LOG:
+        log.write_bytes(log.read_bytes()[-LOG:])
+
+
 # ---- the compiler's cache --------------------------------------------------------------------------------------------
 
 
@@ -119,6 +129,9 @@ class _Pieces:
             rest, self._room, self.total = rest[len(part) :], self._room - len(part), self.total + len(part)
         return len(data)
 
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
     def close(self) -> None:
         """Closes the last file."""
         if self._file is not None:
@@ -138,7 +151,10 @@ def pack_cache(cache: Path, folder: Path, piece: int = PIECE, most: int = MOST) 
         return []
     pieces = _Pieces(folder, piece)
     room = piece * most - (piece >> 4)  # for what the compressor still holds when it is asked
-    with tarfile.open(fileobj=pieces, mode="w|gz") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with (
+        gzip.GzipFile(fileobj=pieces, mode="wb", compresslevel=4, mtime=0) as packed,  # pyright: ignore[reportArgumentType, reportCallIssue]
+        tarfile.open(fileobj=packed, mode="w|") as archive,
+    ):
         for entry in entries:
             files = [path for path in sorted(entry.iterdir()) if path.suffix in KEPT]
             if pieces.total + sum(path.stat().st_size for path in files) > room:
