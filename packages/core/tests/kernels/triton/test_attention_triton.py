@@ -97,6 +97,14 @@ def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_h
     check(step, decodes=0)
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (80, torch.float32), (256, torch.float16)])
+@pytest.mark.usefixtures("turing")
+def test_without_tensor_cores(device: torch.device, dim: int, dtype: torch.dtype) -> None:
+    step = make_step(device, (1, 290, 40, 45, 17), (1, 1, 40, 4, 1), heads=6, kv_heads=2, dim=dim, dtype=dtype)
+    check(step)
+    check(step, window=33)
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 256])
 @pytest.mark.parametrize("dim", [96, 256])
 def test_block_sizes(device: torch.device, size: int, dim: int) -> None:
@@ -284,7 +292,8 @@ def test_the_decode_kernels_write_nothing_for_others(device: torch.device) -> No
     def decoded(decoding: torch.Tensor | None) -> torch.Tensor:
         out = torch.full_like(step.q, math.nan, memory_format=torch.contiguous_format)
         caches = (step.key_cache, step.value_cache)
-        triton_decode.decode(step.q, *caches, out, contexts, step.rows.block_tables, **options, decoding=decoding)
+        tables = step.rows.block_tables
+        triton_decode.decode(step.q, *caches, out, contexts, tables, **options, decoding=decoding, lists={})
         return out
 
     wanted = decoded(None)
@@ -325,6 +334,41 @@ def test_one_captured_launch_serves_every_mix(device: torch.device) -> None:
         step = make_step(device, contexts, queries, **shape)
         wanted = run(step, replace(step.rows.on_device(), decodes=decoding))
         assert torch.equal(got[: len(wanted)], wanted)
+
+
+LONG = (7, 300, 1, 600, 3, 20, 257, 8, 30)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}, {"window": 400}])
+@pytest.mark.parametrize("decoding", [None, 0, 3, 8])
+def test_items_may_be_listed_once_a_step(
+    device: torch.device, options: dict, decoding: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, of more sequences than a program looks at, and one list for the layers of a kind."""
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    step = make_step(device, LONG, (1,) * 8 + (20,), heads=2, kv_heads=1, dim=16)
+    rows = step.rows.on_device()
+    given = (step, rows) if decoding is None else captured(step, decoding, 8, 11, 40)
+    wanted = run(*given, **options)
+    monkeypatch.setattr(triton_decode, "ITEM_LIST", 1)
+    monkeypatch.setattr(triton_decode, "_ROWS", 4)
+    monkeypatch.setattr(triton_decode, "_LISTED", 4)
+    for _ in range(2):
+        assert torch.equal(run(*given, **options)[: len(step.q)], wanted[: len(step.q)])
+        assert len(given[1].lists) == 1
+    run(*given, **{**options, "window": 5})
+    assert len(given[1].lists) == 2
+    assert replace(given[1], most_tokens=1).lists == {}
+
+
+def test_the_list_of_items_is_that_of_the_splits(device: torch.device) -> None:
+    """By sequence and split, without those that do not decode, and without those that have no context."""
+    contexts = torch.tensor([300, 0, 40, 513, 256, 700], dtype=torch.int32, device=device)
+    constants = {"WINDOW": 0, "BLOCK_N": 64, "SPLITS": 16, "CHUNK": 256}
+    for count, wanted in ((None, [0, 1, 32, 48, 49, 50, 64, 80, 81, 82]), (4, [0, 1, 32, 48, 49, 50]), (0, [])):
+        decoding = None if count is None else torch.tensor([count], dtype=torch.int32, device=device)
+        items = triton_decode.list_items({}, contexts, decoding, constants).tolist()
+        assert items[: 1 + items[0]] == [len(wanted), *wanted]
 
 
 def test_host_and_device_rows_are_the_same(device: torch.device) -> None:

@@ -78,6 +78,8 @@ class DeviceRows:
         decoding: [1] int32, at most `decodes`: how many leading sequences are computed by the kernel for one new token
             each, where only the device knows it; `decodes` then is the most of them that a launch is made for. None
             where `decodes` says it. For backends that are `mixed` alone, see `backends`.
+        lists: what kernels make of these numbers once a step, for the calls of all layers. An object is thus of one
+            step, or of one captured step, and its tensors are rewritten between replays alone.
     """
 
     query_start: torch.Tensor
@@ -88,6 +90,9 @@ class DeviceRows:
     most_context: int | None = None
     host: AttentionRows | None = None
     decoding: torch.Tensor | None = None
+    lists: dict[tuple[int, ...], torch.Tensor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def on_host(self) -> AttentionRows:
         """The same numbers as tuples. Waits for the device where `host` is None."""

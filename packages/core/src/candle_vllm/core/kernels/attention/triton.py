@@ -55,6 +55,7 @@ def paged_attention(
             scales=cache_scales,
             sinks=sinks,
             decoding=rows.decoding,
+            lists=rows.lists,
         )
     first = n if rows.decoding is None else 0
     if tokens > first:

@@ -1,9 +1,10 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that it fills the machine.
 
 The keys of a sequence are cut into splits, by the length of its context alone. A fixed number of programs shares the
 work items (one split of one key-value head of one sequence), which each program counts from the context lengths on the
-device: the grid depends on the number of sequences only, and a captured launch serves any lengths. An item's partial
+device: the grid depends on the number of sequences only, and a captured launch serves any lengths. With `ITEM_LIST`
+they are counted once a step, by a kernel whose list the calls of all layers read. An item's partial
 result is the state of the online softmax in fp32; a second kernel merges those of a sequence in a fixed order. A
 sequence with one split needs no merging. So a result depends on its own sequence alone, to the bit.
 Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
@@ -37,8 +38,11 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-_ROWS = 256  # sequences of a launch
+ITEM_LIST = 0  # 1: work items are listed once a step, not counted by each program; waits for a GPU's judgement
+
+_ROWS = 256  # sequences of a launch, where programs count the items
 _CHUNK = 256  # keys of a split, at least
+_LISTED = 32  # sequences whose items are listed together
 _MERGED = 8  # splits that the merging kernel reads together
 
 
@@ -54,6 +58,34 @@ def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.
 
 
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["context_lens", "decoding"])
+def list_items_kernel(
+    items,  # [1 + rows * SPLITS] int32
+    context_lens,  # [rows]
+    decoding,  # [1] int32, or None: rows from it on have no items
+    rows,
+    WINDOW: tl.constexpr,  # 0 for none
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """How many work items a step has, and behind that row * SPLITS + split of each, in order. One program."""
+    if decoding is not None:
+        rows = tl.minimum(rows, tl.load(decoding))
+    splits = tl.arange(0, SPLITS)
+    total = 0
+    for base in range(0, rows, ROWS):
+        index = base + tl.arange(0, ROWS)
+        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+        _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
+        places = total + tl.cumsum(counts, 0) - counts
+        numbers = index[:, None] * SPLITS + splits[None, :]
+        tl.store(items + 1 + places[:, None] + splits[None, :], numbers, mask=splits[None, :] < counts[:, None])
+        total += tl.sum(counts)
+    tl.store(items, total)
+
+
 @triton.jit(
     do_not_specialize=["first", "rows", "table_stride"],
     do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
@@ -68,6 +100,7 @@ def decode_kernel(
     context_lens,  # [R]
     block_tables,  # [R, ...]
     decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
+    items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
     key_scale,  # [1] fp32, read where FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read where SINKS
@@ -92,13 +125,16 @@ def decode_kernel(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    if decoding is not None:
-        rows = tl.minimum(rows, tl.load(decoding) - first)
-    index = tl.arange(0, ROWS)
-    contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
-    _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
-    ends = tl.cumsum(counts, 0)
-    total = tl.sum(counts) * K
+    if items is not None:
+        total = tl.load(items) * K
+    else:
+        if decoding is not None:
+            rows = tl.minimum(rows, tl.load(decoding) - first)
+        index = tl.arange(0, ROWS)
+        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+        _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
+        ends = tl.cumsum(counts, 0)
+        total = tl.sum(counts) * K
 
     lines = tl.arange(0, GP)
     dims = tl.arange(0, DP)
@@ -117,9 +153,14 @@ def decode_kernel(
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         head = item % K
         work = item // K
-        done = ends <= work
-        row = tl.sum(done.to(tl.int32))
-        split = work - tl.max(tl.where(done, ends, 0))
+        if items is not None:
+            number = tl.load(items + 1 + work)
+            row = number // SPLITS
+            split = number % SPLITS
+        else:
+            done = ends <= work
+            row = tl.sum(done.to(tl.int32))
+            split = work - tl.max(tl.where(done, ends, 0))
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
         begin = begin + split * keys
@@ -267,19 +308,27 @@ def decode(
     scales: tuple[torch.Tensor, torch.Tensor] | None,
     sinks: torch.Tensor | None,
     decoding: torch.Tensor | None,
+    lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Token r of q belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's."""
+    """Token r of q belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's.
+
+    `lists` is the step's, see `DeviceRows`.
+    """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
-    shape = splits(next_power_of_2(dim), key_cache.element_size(), kv_heads, capability(q.device))
-    rows = min(q.shape[0], _ROWS)
+    # An fp8 cache has wider tiles, but not beside queries of fp32, in which the tiles are then computed.
+    size = 4 if q.dtype == torch.float32 else key_cache.element_size()
+    shape = splits(next_power_of_2(dim), size, kv_heads, capability(q.device))
+    most = q.shape[0] if ITEM_LIST else _ROWS
+    rows = min(q.shape[0], most)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
     flags = (softcap is not None, sinks is not None)
     constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, *flags)
     merging = _merge_constants(constants)
-    for start in range(0, q.shape[0], _ROWS):
-        rows = min(_ROWS, q.shape[0] - start)
+    items = list_items(lists, context_lens, decoding, merging) if ITEM_LIST else None
+    for start in range(0, q.shape[0], most):
+        rows = min(most, q.shape[0] - start)
         programs = min(rows * kv_heads * shape.splits, shape.programs * _multiprocessors(q.device))
         decode_kernel[(programs,)](
             q[start:],
@@ -291,6 +340,7 @@ def decode(
             context_lens[start:],
             block_tables[start:],
             decoding,
+            items,
             scales[0] if scales else None,
             scales[1] if scales else None,
             sinks,
@@ -318,6 +368,22 @@ def decode(
             num_warps=2,
             **OPTIONS,
         )
+
+
+def list_items(
+    lists: dict[tuple[int, ...], torch.Tensor],
+    context_lens: torch.Tensor,
+    decoding: torch.Tensor | None,
+    constants: dict[str, Any],
+) -> torch.Tensor:
+    """The work items of a step, which the first call makes; `constants` are those of the merging kernel."""
+    cut = {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
+    rows = len(context_lens)
+    key = (rows, *cut.values())
+    if key not in lists:
+        lists[key] = torch.empty(1 + rows * cut["SPLITS"], dtype=torch.int32, device=context_lens.device)
+        list_items_kernel[(1,)](lists[key], context_lens, decoding, rows, **cut, ROWS=_LISTED, num_warps=4, **OPTIONS)
+    return lists[key]
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -362,10 +428,11 @@ def _builds(
     fp8: bool = False,
     sinks: bool = False,
     mixed: bool = False,
+    listed: bool = False,
     turing: bool = False,
-) -> tuple[Build, Build]:
+) -> tuple[Build, Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
-    shape = splits(next_power_of_2(dim), 1 if fp8 else 4 if dtype == "fp32" else 2, kv_heads, 75 if turing else 90)
+    shape = splits(next_power_of_2(dim), 4 if dtype == "fp32" else 1 if fp8 else 2, kv_heads, 75 if turing else 90)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
     partials |= {"first": "i32"} | ({"decoding": "*i32"} if mixed else {})
@@ -374,14 +441,15 @@ def _builds(
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
-    label += "-sinks" * sinks + "-mixed" * mixed
+    label += "-sinks" * sinks + "-mixed" * mixed + "-listed" * listed
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
     targets = (75,) if turing else (90, 100, 120) if fp8 else WITH_TENSOR_CORES
     return (
         Build(
             decode_kernel,
-            arguments | sink | (dict.fromkeys(scales, "*fp32") if fp8 else {}),
-            {**constants, "FP8": fp8, **none, **({} if fp8 else dict.fromkeys(scales))},
+            arguments | sink | (dict.fromkeys(scales, "*fp32") if fp8 else {}) | ({"items": "*i32"} if listed else {}),
+            {**constants, "FP8": fp8, **none, **({} if fp8 else dict.fromkeys(scales))}
+            | ({} if listed else {"items": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
             aligned=("q_stride",),
@@ -398,21 +466,37 @@ def _builds(
             label=label,
             capabilities=targets,
         ),
+        Build(
+            list_items_kernel,
+            {"items": "*i32", "context_lens": "*i32", "rows": "i32"} | ({"decoding": "*i32"} if mixed else {}),
+            {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
+            | {"ROWS": _LISTED}
+            | ({} if mixed else {"decoding": None}),
+            unaligned=("context_lens", "decoding"),
+            label=label,
+            capabilities=targets,
+        ),
     )
 
 
 AOT = (
-    *_builds("bf16", 128, 8, 4, 16),
-    *_builds("bf16", 128, 8, 4, 16, mixed=True),
+    *_builds("bf16", 128, 8, 4, 16)[:2],
+    *_builds("bf16", 128, 8, 4, 16, mixed=True)[:2],
+    *_builds("bf16", 128, 8, 4, 16, listed=True)[::2],
+    *_builds("bf16", 128, 8, 4, 16, mixed=True, listed=True)[::2],
+    *_builds("bf16", 128, 8, 4, 16, fp8=True, listed=True)[:1],
     *_builds("bf16", 128, 8, 4, 64)[:1],
     *_builds("fp16", 64, 2, 7, 16)[:1],
     *_builds("bf16", 80, 32, 1, 32)[:1],
-    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True)[:2],
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, listed=True)[::2],
     *_builds("fp32", 128, 8, 4, 16)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
-    *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
-    *_builds("fp16", 128, 8, 4, 16, turing=True),
-    *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True),
+    *_builds("fp32", 128, 8, 4, 16, fp8=True)[:1],
+    *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True)[:2],
+    *_builds("fp16", 128, 8, 4, 16, turing=True)[:2],
+    *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True)[:2],
+    *_builds("fp16", 128, 8, 4, 16, mixed=True, listed=True, turing=True)[::2],
     *_builds("fp16", 64, 8, 8, 16, window=128, sinks=True, turing=True)[:1],
     *_builds("fp16", 80, 32, 1, 32, turing=True)[:1],
     *_builds("fp16", 256, 4, 4, 16, window=1024, cap=True, turing=True)[:1],

@@ -22,14 +22,14 @@ def latent_attention(
     assert scale > 0
     tokens, n = len(q_latent), rows.decodes
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    options = {"scale": scale, "decoding": rows.decoding}
     if n:
         tables = rows.block_tables[:n]
         numbers = (rows.context_lens[:n], tables)
-        decode(q_rope[:n], q_latent[:n], cache, out[:n], *numbers, scale=scale, decoding=rows.decoding)
+        decode(q_rope[:n], q_latent[:n], cache, out[:n], *numbers, **options, lists=rows.lists)
     first = n if rows.decoding is None else 0
     if tokens > first:
         numbers = (rows.query_start[first:], rows.context_lens[first:], rows.block_tables[first:])
-        options = {"scale": scale, "decoding": rows.decoding}
         prefill(q_rope, q_latent, cache, out, *numbers, tokens=tokens - first, **options)
     return out
 

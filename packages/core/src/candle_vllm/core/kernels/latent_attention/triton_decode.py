@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Latent attention of one new token of each sequence on a GPU, split over the context.
 
 The work is cut as in `attention/triton_decode.py`, whose merging kernel this one shares: a work item is one split of
@@ -14,12 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention.triton_decode import merge_kernel, split_keys
+from candle_vllm.core.kernels.attention import triton_decode
+from candle_vllm.core.kernels.attention.triton_decode import list_items, merge_kernel, split_keys
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # sequences of a launch
+_ROWS = 256  # sequences of a launch, where programs count the items
 _CHUNK = 256  # keys of a split, at least
 _MERGED = 8  # splits that the merging kernel reads together
 
@@ -39,6 +40,7 @@ def latent_decode_kernel(
     context_lens,  # [R]
     block_tables,  # [R, ...]
     decoding,  # [1] int32, or None: rows first + r below it have work, and all where it is None
+    items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
     scale,
     first,
     rows,
@@ -60,21 +62,29 @@ def latent_decode_kernel(
     ROWS: tl.constexpr,
 ):
     parts: tl.constexpr = (H + HEADS - 1) // HEADS
-    if decoding is not None:
-        rows = tl.minimum(rows, tl.load(decoding) - first)
-    index = tl.arange(0, ROWS)
-    contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
-    _, _, counts = split_keys(contexts, 0, BLOCK_N, SPLITS, CHUNK)
-    ends = tl.cumsum(counts, 0)
-    total = tl.sum(counts) * parts
+    if items is not None:
+        total = tl.load(items) * parts
+    else:
+        if decoding is not None:
+            rows = tl.minimum(rows, tl.load(decoding) - first)
+        index = tl.arange(0, ROWS)
+        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+        _, _, counts = split_keys(contexts, 0, BLOCK_N, SPLITS, CHUNK)
+        ends = tl.cumsum(counts, 0)
+        total = tl.sum(counts) * parts
     factor = scale * 1.4426950408889634
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         heads = (item % parts) * HEADS + tl.arange(0, HEADS)
         valid = heads < H
         work = item // parts
-        done = ends <= work
-        row = tl.sum(done.to(tl.int32))
-        split = work - tl.max(tl.where(done, ends, 0))
+        if items is not None:
+            number = tl.load(items + 1 + work)
+            row = number // SPLITS
+            split = number % SPLITS
+        else:
+            done = ends <= work
+            row = tl.sum(done.to(tl.int32))
+            split = work - tl.max(tl.where(done, ends, 0))
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, 0, BLOCK_N, SPLITS, CHUNK)
         begin += split * keys
@@ -144,18 +154,25 @@ def decode(
     *,
     scale: float,
     decoding: torch.Tensor | None,
+    lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Token r belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's."""
+    """Token r belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's.
+
+    `lists` is the step's, see `DeviceRows`.
+    """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())
-    count = min(q_latent.shape[0], _ROWS)
+    listed = triton_decode.ITEM_LIST  # one switch for both kinds of attention
+    most = q_latent.shape[0] if listed else _ROWS
+    count = min(q_latent.shape[0], most)
     values = torch.empty(count, shape.splits, heads, latent, dtype=torch.float32, device=out.device)
     states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
     merging = _merge_constants(constants)
     parts = cdiv(heads, shape.heads)
-    for start in range(0, q_latent.shape[0], _ROWS):
-        rows = min(_ROWS, q_latent.shape[0] - start)
+    items = list_items(lists, context_lens, decoding, merging) if listed else None
+    for start in range(0, q_latent.shape[0], most):
+        rows = min(most, q_latent.shape[0] - start)
         programs = min(rows * parts * shape.splits, shape.programs * _multiprocessors(out.device))
         latent_decode_kernel[(programs,)](
             q_rope[start:],
@@ -167,6 +184,7 @@ def decode(
             context_lens[start:],
             block_tables[start:],
             decoding,
+            items,
             scale,
             start,
             rows,
@@ -219,24 +237,32 @@ def _merge_constants(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(
-    dtype: str, heads: int, rope: int = 64, latent: int = 512, block_size: int = 64, *, mixed: bool = False
+    dtype: str,
+    heads: int,
+    rope: int = 64,
+    latent: int = 512,
+    block_size: int = 64,
+    *,
+    mixed: bool = False,
+    listed: bool = False,
 ) -> Build:
     shape = splits(heads, 4 if dtype == "fp32" else 2)
     arguments = dict.fromkeys(("q_rope", "q_latent", "cache", "out"), f"*{dtype}")
     arguments |= {"partial_values": "*fp32", "partial_states": "*fp32", "scale": "fp32"}
     arguments |= {"context_lens": "*i32", "block_tables": "*i32", "first": "i32"}
-    arguments |= {"decoding": "*i32"} if mixed else {}
+    arguments |= dict.fromkeys(("decoding",) * mixed + ("items",) * listed, "*i32")
     strides = ("rope_token", "rope_head", "latent_token", "latent_head")
     arguments |= dict.fromkeys(("rows", *strides, "table_stride"), "i32")
     return Build(
         latent_decode_kernel,
         arguments,
-        _constants(shape, heads, rope, latent, block_size) | ({} if mixed else {"decoding": None}),
+        _constants(shape, heads, rope, latent, block_size)
+        | dict.fromkeys(("decoding",) * (not mixed) + ("items",) * (not listed)),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         aligned=strides,
         unaligned=("context_lens", "block_tables", "decoding"),
-        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed,
+        label=f"{dtype}-h{heads}-s{block_size}" + "-mixed" * mixed + "-listed" * listed,
         capabilities=WITH_TENSOR_CORES,
     )
 
@@ -244,6 +270,7 @@ def _build(
 AOT = (
     _build("bf16", 128),
     _build("bf16", 128, mixed=True),
+    _build("bf16", 128, mixed=True, listed=True),
     _build("bf16", 16),
     _build("fp32", 128),
 )
