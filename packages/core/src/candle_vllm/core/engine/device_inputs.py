@@ -149,14 +149,14 @@ class DeviceInputs:
         self._tables_version = batch.tables_version
 
     def send_blank(self, size: StepSize) -> None:
-        """Sends over a step of nothing but fillers. Waits for the steps before."""
+        """Sends over a step of nothing but fillers, and the draws of as many rows as may be. Waits for steps before."""
         self._stream.mark().wait()
         host, room = self._staging.host()
         stride = aligned(size.tokens)
         room[: 4 * stride].reshape(4, stride)[...] = _FILLER
         for name in ("context_lens", "query_start", "sample_rows", "decoding"):
             host[name][:] = 0
-        host["controls"][: size.draws] = _LIKELIEST
+        host["controls"][:] = _LIKELIEST
         self._staging.send(4 * stride)
 
     def send_zeros(self, starts: Ints, last_context: int) -> Batch:

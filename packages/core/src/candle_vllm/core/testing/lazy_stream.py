@@ -53,8 +53,8 @@ class LazyStream:
         return _LazyMark(self, self._given)
 
     def staged(self, size: int) -> torch.Tensor:
-        """See `DeviceStream`."""
-        return torch.empty(size, dtype=torch.uint8)
+        """See `DeviceStream`. What is not written holds numbers that are too large for anything."""
+        return torch.full((size,), 0x7F, dtype=torch.uint8)
 
     @property
     def pending(self) -> int:
