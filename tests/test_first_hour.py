@@ -89,7 +89,18 @@ def test_c_sweeps(folder: Path) -> None:
 @pytest.mark.timeout(620)
 def test_d_measures_all(folder: Path) -> None:
     shown, lines = dry(folder, "D")
-    assert {"gpu/kernels", "gpu/engine", "gpu/start"} <= {line["benchmark"] for line in lines}
+    measured = [line for line in lines[:-1] if line["benchmark"] != "gpu/tests"]
+    assert all({"machine", "commit", "versions", "date"} <= line.keys() for line in measured)
+    assert {"gpu/kernels", "gpu/engine", "gpu/start"} == {line["benchmark"] for line in measured}
+    cases = [line for line in measured if "kernel" in line]
+    assert all(line["ok"] and line["us"] > 0 for line in cases)
+    kernels = {"decode attention", "prefill attention", "gguf_linear", "linear", "add_rms_norm", "kv_write", "edit"}
+    assert kernels <= {line["kernel"] for line in cases}
+    (start,) = [line for line in measured if line["benchmark"] == "gpu/start"]
+    stages = ("python", "import_torch", "import_engine", "device", "load", "weights", "build", "first_token")
+    spent = [start[f"{stage}_s"] for stage in stages]
+    assert all(seconds >= 0 for seconds in spent)
+    assert sum(spent) <= start["total_s"] * 1.001
     tested = (folder / "A" / "results.jsonl").exists()
     assert ("the kernels are those that A tested" in shown) == tested
 
@@ -323,9 +334,10 @@ def test_every_kind_of_setting(load: Load) -> None:
         "sampling.triton_rows.BLOCK": 512,
         "rotary_write.triton.rotary_write_kernel.num_warps": 8,
     }
-    run = rotary.rotary_write_kernel.run
+    kernel: Any = rotary.rotary_write_kernel
+    run = kernel.run
     launched: list[dict[str, Any]] = []
-    rotary.rotary_write_kernel.run = lambda *_, **kwargs: launched.append(kwargs)
+    kernel.run = lambda *_, **kwargs: launched.append(kwargs)
     try:
         with settings.tried(changes):
             assert linear.OWN_ROWS == 16
@@ -334,10 +346,10 @@ def test_every_kind_of_setting(load: Load) -> None:
             assert triton_exact.TILES[32][0].warps == 2
             assert triton_plain.FEW_TILES[8][2] == 4
             assert triton_rows.BLOCK.value == triton_draw.BLOCK.value == 512
-            rotary.rotary_write_kernel[(1,)](1, num_warps=4)
+            kernel[(1,)](1, num_warps=4)
             assert launched[0]["num_warps"] == 8
     finally:
-        rotary.rotary_write_kernel.run = run
+        kernel.run = run
     assert linear.OWN_ROWS == 0
     assert triton_decode.splits(**asked) == before
     assert triton_exact.TILES[32][0].warps == 1

@@ -1,4 +1,7 @@
-"""The GPU benchmarks run from end to end on the CPU, at toy sizes, and what they compute from times is right."""
+"""The GPU benchmarks run from end to end on the CPU, at toy sizes, and what they compute from times is right.
+
+`test_first_hour.py` runs the kernels and the start, within the runs that they are parts of.
+"""
 
 from __future__ import annotations
 
@@ -55,16 +58,6 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 # ---- the scripts -----------------------------------------------------------------------------------------------------
 
 
-def test_kernels(lines_of: LinesOf) -> None:
-    lines = lines_of("kernels.py", "--case-seconds", "0")
-    assert {"copy_gbps", "matmul_tflops"} <= lines[0].keys()
-    cases = lines[1:]
-    assert all(line["ok"] for line in cases)
-    assert all(line["us"] > 0 for line in cases)
-    kernels = {"decode attention", "prefill attention", "gguf_linear", "linear", "add_rms_norm", "kv_write", "edit"}
-    assert kernels <= {line["kernel"] for line in cases}
-
-
 def test_engine(lines_of: LinesOf) -> None:
     lines = lines_of("engine.py", "--eager", "--gguf")
     assert [line["what"] for line in lines] == ["ceilings", "load", "decode", "decode", "prefill", "serve", "mixed"]
@@ -90,14 +83,6 @@ def test_step_profile(lines_of: LinesOf) -> None:
         kinds = [line for line in lines if line["what"] == "kind" and line.get(key) == step[key]]
         assert sum(line["launches"] for line in kinds) == pytest.approx(step["kernels"], rel=1e-3)
         assert sum(line["what"] == "kernel" and line.get(key) == step[key] for line in lines) == 3
-
-
-def test_start(lines_of: LinesOf) -> None:
-    (line,) = lines_of("start.py", "--eager", "--starts", "1")
-    stages = ("python", "import_torch", "import_engine", "device", "load", "weights", "build", "first_token")
-    spent = [line[f"{stage}_s"] for stage in stages]
-    assert all(seconds >= 0 for seconds in spent)
-    assert sum(spent) <= line["total_s"] * 1.001
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
