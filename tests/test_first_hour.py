@@ -473,7 +473,7 @@ def test_the_compilers_cache_travels_in_pieces(load: Load, tmp_path: Path) -> No
         (cache / entry).mkdir(parents=True)
         (cache / entry / "k.cubin").write_bytes(os.urandom(40000))
         (cache / entry / "k.ttir").write_text("of no use for a hit")
-        children = {"k.cubin": str(cache / entry / "k.cubin")}
+        children = {name: str(cache / entry / name) for name in ("k.cubin", "k.ttir")}
         (cache / entry / "__grp__k.json").write_text(json.dumps({"child_paths": children}))
         os.utime(cache / entry, (number, number))
     pieces = luggage.pack_cache(cache, folder, piece=30000, most=9)

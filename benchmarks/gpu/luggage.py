@@ -195,9 +195,13 @@ def _unpacked(pieces: Sequence[Path], cache: Path) -> Iterator[Path]:
 
 
 def _moved(name: str, data: bytes, entry: Path) -> bytes:
-    """The list of an entry's files, with the paths that they have here; other files as they are."""
+    """The list of an entry's files: those that were packed, with their paths here; other files as they are.
+
+    Newer Tritons compile again where a file of the list is missing.
+    """
     if not name.startswith("__grp__"):
         return data
     group = json.loads(data)
-    group["child_paths"] = {child: str(entry / child) for child in group["child_paths"]}
+    kept = [child for child in group["child_paths"] if Path(child).suffix in KEPT]
+    group["child_paths"] = {child: str(entry / child) for child in kept}
     return json.dumps(group).encode()
