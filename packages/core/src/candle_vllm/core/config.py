@@ -63,8 +63,8 @@ class EngineConfig:
             weights with random numbers, to measure a model that is not there.
         device: "auto", "cpu", "cuda" or "cuda:N"; "auto" is the first GPU that can be used, else the CPU.
         dtype: what plain matrices are converted to. On the CPU "auto" keeps the type of each (F64 becomes f32) and
-            quantised ones stay as they are. On a GPU it is the type of activations too, "auto" being bf16. With
-            `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
+            quantised ones stay as they are. On a GPU it is the type of activations too, "auto" being bf16, or f16
+            on Turing. With `enforce_eager`, of all weights and activations, and "auto" is f32 on the CPU.
         enforce_eager: decode the weights and run the layers one by one: on the CPU in torch, which is slow and what the
             kernels are compared with; on a GPU with the same kernels, without CUDA graphs.
         attention_backend: what computes attention on a GPU: "triton" (what "auto" is), "torch_flash" (the

@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 
+from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.kernels.triton_build import Usage, compile_form
 
 for folder in ("quantization", "models"):  # for the table of families
@@ -159,6 +160,16 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def turing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is as on a GPU of compute capability 7.5, where the interpreter runs or the GPU is a newer one."""
+    triton_build.modules()
+    usual = triton_build.capability
+    for name, module in list(sys.modules.items()):
+        if name.startswith("candle_vllm.core.") and getattr(module, "capability", None) is usual:
+            monkeypatch.setattr(module, "capability", lambda device: 75)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

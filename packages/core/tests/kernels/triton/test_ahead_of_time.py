@@ -29,12 +29,19 @@ USUAL = 90
 """Every form is compiled for this capability. For the others one of each kernel that has products, which every GPU
 makes in a way of its own, and of the other kernels one for the oldest GPU; the rest is marked."""
 
-FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8}
-"""Bytes that spill where there is no better form for a GPU so old."""
+FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8, ("exact_kernel[e2m1-128parts-16-split]", 120): 8}
+"""Bytes of a thread that spill where no other form is worth its lines."""
 
 SPILLING = {
-    "gfx942": {"latent_decode_kernel", "latent_prefill_kernel"},
-    "gfx1100": {"latent_decode_kernel", "latent_prefill_kernel"},
+    "gfx942": {"latent_attention.triton_decode", "latent_attention.triton_prefill"},
+    "gfx1100": {
+        "attention.triton_decode:decode_kernel",
+        "attention.triton_prefill",
+        "latent_attention.triton_decode",
+        "latent_attention.triton_prefill",
+        "moe.triton_floats:many_kernel",
+        "moe.triton_plain:few_kernel",
+    },
 }
 """What keeps some registers in memory on AMD's GPUs, which is slow and right; `docs/kernels.md` has the same list."""
 
@@ -93,7 +100,9 @@ def test_compiles_for_amd(form: Form, target: str, background: Any) -> None:
     usage = background.forms[*form, target].result()
     assert isinstance(usage, Usage), usage
     assert usage.shared <= usage.shared_limit, usage
-    assert (usage.stack > 0) == (modules()[form[0]].AOT[form[1]].kernel.__name__ in SPILLING[target]), usage
+    kernel = modules()[form[0]].AOT[form[1]].kernel.__name__
+    listed = not SPILLING[target].isdisjoint({form[0], f"{form[0]}:{kernel}"})
+    assert (usage.stack > 0) == listed, usage
 
 
 def test_every_kernel_with_products_has_a_form_for_every_gpu() -> None:

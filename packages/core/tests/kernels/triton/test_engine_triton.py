@@ -112,6 +112,17 @@ def test_quantised_weights(
     check(got, answers(reference, torch.device("cpu")), 0.03)
 
 
+@pytest.mark.usefixtures("turing")
+def test_turing(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised weights, and plain ones beside them, in float16 against fp32."""
+    one_layer = {**SMALL, "num_hidden_layers": 1}
+    path = write_toy_gguf(tmp_path / "toy.gguf", one_layer, quantization="Q4_0", others={"attn_v": "F16"})
+    got = answers(load(path, device, "f16", monkeypatch, keeps_quantised=True), device)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    reference = load(path, torch.device("cpu"), "f32", monkeypatch, keeps_quantised=False)
+    check(got, answers(reference, torch.device("cpu")), 0.03)
+
+
 def test_codes_in_groups(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPTQ with zeros of its own, some layers in activation order, and a plain head."""
 

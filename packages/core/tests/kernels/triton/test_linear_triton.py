@@ -66,6 +66,13 @@ def test_any_shape(dtype: torch.dtype, tokens: int, rows: int, columns: int, dev
     assert ratio(triton.linear(x, weight, bias), exact(x, weight, bias)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(3, 63, 64), (37, 70, 123)])
+@pytest.mark.usefixtures("stretches", "turing")
+def test_without_tensor_cores(tokens: int, rows: int, columns: int, device: torch.device) -> None:
+    x, weight = numbers(tokens, columns, torch.float16, device), numbers(rows, columns, torch.float16, device, 1)
+    assert ratio(triton.linear(x, weight), exact(x, weight)) < TOLERANCE[torch.float16]
+
+
 def test_more_tiles_of_rows_than_are_taken_together(device: torch.device) -> None:
     x, weight = numbers(131, 40, torch.float16, device), numbers(1283, 40, torch.float16, device, 1)
     for invariant in (False, True):

@@ -276,6 +276,20 @@ def test_quantised_experts(kind: PackedKind, tokens: int, device: torch.device) 
     assert ratio(got, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("kind", [None, PackedKind.Q4_K, PackedKind.Q5_0], ids=str)
+@pytest.mark.usefixtures("turing")
+def test_without_tensor_cores(kind: PackedKind | None, tokens: int, device: torch.device) -> None:
+    """In float16: tiles of their own, for few pairs and for many."""
+    if kind is None:
+        x, gate_up, down, weights, experts = problem(tokens, 2, 2, 72, 40, torch.float16, device)
+    else:
+        x, gate_up, down, weights, experts = quantised(tokens, (kind, PackedKind.Q8_0), 2, 256, 32, device)
+    got, wanted = run(x.half(), gate_up, down, weights, experts)
+    assert got.dtype == torch.float16
+    assert ratio(got, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("tokens", [3, 20, 40])
 def test_quantised_experts_with_rows_that_fill_no_tile(tokens: int, device: torch.device) -> None:
     """And with one matrix that is not quantised."""

@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.gguf_linear import (
     triton,
     triton_exact,
 )
+from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 
@@ -166,6 +167,23 @@ def test_many_rows(kind: PackedKind, device: torch.device) -> None:
     matrix = packed(kind, 77, columns, device)
     x = activations(37, columns, torch.bfloat16, device)
     assert ratio(triton.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [PackedKind.Q4_K, PackedKind.Q2_K, PackedKind.Q5_1], ids=lambda kind: kind.name)
+@pytest.mark.usefixtures("turing")
+def test_without_tensor_cores(kind: PackedKind, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16: codes that meet x exactly for few rows; for more, pieces of the matrix are decoded for torch."""
+    columns = 512 if kind.name.endswith("K") else 160
+    asked = []
+    monkeypatch.setattr(triton, "PIECE", 9 * columns)
+    monkeypatch.setattr(triton, "plain_linear", lambda *given, out: asked.append(out) or plain_linear(*given, out=out))
+    matrix, bias = packed(kind, 33, columns, device), activations(1, 33, torch.float16, device)[0].contiguous() * 50
+    for rows in (3, 12, 17):
+        x = activations(rows, columns, torch.float16, device)
+        assert ratio(linear(x, matrix, bias), reference.linear(x, matrix, bias)) < TOLERANCE
+        assert len(asked) == (0 if rows < 17 else 4)
+    assert ratio(linear(x, matrix, invariant=True), reference.linear(x, matrix)) < TOLERANCE
+    assert len(asked) == 4
 
 
 def test_many_tiles_of_rows(device: torch.device) -> None:

@@ -136,7 +136,7 @@ OPTIONS: tuple[Option, ...] = (
            "auto, cpu, cuda, cuda:N, or N alone for a GPU; --cpu is --device cpu", "DEVICE",
            constants={"--cpu": "cpu"}, in_yaml=True),
     Option("dtype", DEVICE, ("--dtype",), _DTYPES,
-           "type of plain matrices: auto (each one's own; on a GPU bf16), f32, bf16 or f16",
+           "type of plain matrices: auto (each one's own; on a GPU bf16, or f16 where it has none), f32, bf16 or f16",
            "TYPE", in_yaml=True),
     _switch("enforce_eager", DEVICE,
             "decode the weights and run the layers one by one, on a GPU without CUDA graphs: slow, for comparison",

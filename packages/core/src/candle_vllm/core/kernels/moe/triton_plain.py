@@ -36,7 +36,6 @@ from candle_vllm.core.kernels.moe.triton_tiles import (
 from candle_vllm.core.kernels.triton_build import (
     OPTIONS,
     TENSOR_CORES,
-    WITH_TENSOR_CORES,
     Build,
     capability,
     cdiv,
@@ -51,6 +50,8 @@ FEW_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
 MANY_TILES: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
     {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)}
 )
+_SERVERS = (80, 90, 100)  # on others the largest tile leaves no room for a second block, and spills
+_OTHER_MANY = (128, 64, 8, 3)
 # Without tensor cores: the largest that do not spill.
 FEW_PLAIN: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
     {8: (32, 32, 2, 1), 16: (32, 32, 4, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1)}
@@ -238,6 +239,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _tile(tokens: int, capability: int, *, few: bool) -> tuple[int, int, int, int]:
+    if not few and tokens == 128 and capability >= TENSOR_CORES and capability not in _SERVERS:
+        return _OTHER_MANY
     tables = (FEW_TILES, MANY_TILES) if capability >= TENSOR_CORES else (FEW_PLAIN, MANY_PLAIN)
     return tables[0 if few else 1][tokens]
 
@@ -270,7 +273,7 @@ def _build(
     tokens: int,
     bias: str | None = None,
     *,
-    capabilities: tuple[int, ...] = WITH_TENSOR_CORES,
+    capabilities: tuple[int, ...] = _SERVERS,
 ) -> Build:
     tile = _tile(tokens, capabilities[0], few=kernel is few_kernel)
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
@@ -299,6 +302,10 @@ AOT = (
     _build(few_kernel, "bf16", 2880, None, 8, "fp32"),
     *(_build(few_kernel, "fp16", 2048, "silu", tokens, capabilities=(75,)) for tokens in FEW_PLAIN),
     *(_build(many_kernel, "fp16", 2048, "silu", tokens, capabilities=(75,)) for tokens in MANY_PLAIN),
+    *(_build(few_kernel, "bf16", 2048, "silu", tokens, capabilities=(120,)) for tokens in FEW_TILES),
+    *(_build(many_kernel, "bf16", 2048, "silu", tokens, capabilities=(120,)) for tokens in MANY_TILES),
+    _build(many_kernel, "fp16", 1440, "gelu_tanh", 128, capabilities=(120,)),
+    _build(many_kernel, "bf16", 2880, "swiglu_oai", 128, "fp32", capabilities=(120,)),
     _build(few_kernel, "fp16", 2880, "swiglu_oai", 16, "fp32", capabilities=(75,)),
     _build(many_kernel, "fp16", 2880, None, 128, "fp32", capabilities=(75,)),
 )
