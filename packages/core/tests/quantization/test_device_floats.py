@@ -13,6 +13,7 @@ from format_writers import WRITERS, Written
 from safetensors.torch import save_file
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise
 from candle_vllm.core.layers.linear import Linear
@@ -78,6 +79,15 @@ def test_matrices_are_kept_with_their_rows_in_any_order(name: str, tmp_path: Pat
 def test_what_is_decoded_is_said(name: str, floats: bool, why: str, tmp_path: Path) -> None:
     stored, written = stored_layer(name, tmp_path)
     assert torch.equal(filled(stored, floats=floats, why=why), written.weight)
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+def test_without_tensor_cores_they_are_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_build, "capability", lambda device: 75)
+    stored, written = stored_layer(name, tmp_path)
+    half = dataclasses.replace(DEVICE, dtype=torch.float16)
+    matrix = filled(stored, why="no kernel below compute capability 8.0", device=half)
+    assert torch.equal(matrix, written.weight.half())
 
 
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "fp8 blocks"])
