@@ -49,25 +49,29 @@ def check(batch: Batch, scheduled: list[ScheduledSequence], before: list[Schedul
 
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_any_run_of_steps(overlapping: bool) -> None:
-    """Sequences come and go, are preempted and come back, with blocks for few of them."""
+    """Sequences come and go, are preempted and come back a token at a time, with blocks for few of them."""
     rng = random.Random(3)
-    preemptions = unchanged = 0
+    preemptions = unchanged = recomputed = 0
     for _ in range(40):
-        scheduler = Scheduler(BlockManager(rng.randrange(9, 24), SIZE), 8, rng.choice((8, 20)))
+        places, longest = rng.choice((3, 8)), rng.choice((6, 24))
+        scheduler = Scheduler(BlockManager(rng.randrange(9, 24), SIZE), places, rng.choice((places, 20)))
         builder, before, flight, version = BatchBuilder(SIZE), [], None, None
         ends: dict[Sequence, int] = {}
         for step in range(120):
             if rng.random() < 0.3 and len(ends) < 9:
-                prompt = [rng.randrange(9) for _ in range(rng.randrange(1, 24))]
-                request = GenerationRequest(request_id=str(step), prompt_token_ids=prompt, params=SamplingParams())
+                prompt = [rng.randrange(9) for _ in range(rng.randrange(1, longest))]
+                settings = {"params": SamplingParams(), "priority": rng.randrange(3)}
+                request = GenerationRequest(request_id=str(step), prompt_token_ids=prompt, **settings)
                 sequence = Sequence(request, 0, step)
-                ends[sequence] = len(prompt) + rng.randrange(1, 12)
+                ends[sequence] = len(prompt) + rng.randrange(1, 36 - longest)
                 scheduler.add(sequence)
             scheduled = scheduler.schedule()
             if scheduled:
                 batch = builder.build(scheduled, before)
                 check(batch, scheduled, before)
                 unchanged += batch.tables_version is version
+                last = scheduled[-1]
+                recomputed += last.count == 1 and not last.samples and last.start >= last.sequence.num_prompt_tokens
                 version = batch.tables_version
                 scheduler.launched(scheduled)
             landing = flight if overlapping else scheduled
@@ -84,6 +88,7 @@ def test_any_run_of_steps(overlapping: bool) -> None:
         preemptions += scheduler.num_preemptions
     assert preemptions > 20
     assert unchanged > 100
+    assert recomputed > 0, "one token of what is recomputed, beside nothing but decoding sequences"
 
 
 def test_tables_that_stay_say_so() -> None:

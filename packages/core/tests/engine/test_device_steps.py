@@ -266,6 +266,19 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     assert drive(engine, [second])["1"][0][2] is FinishReason.LENGTH
 
 
+def test_a_draw_that_fails_leaves_nothing_under_way(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step has been sent: the memory that it is copied from is written again two steps later."""
+    runner, stream = device_runner(loaded)
+    engine = make(loaded, runner)
+    for request in asked([SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)])[:2]:
+        engine.add(engine.prepare(request))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._sampler, "launch", lambda *_: 1 / 0)
+        pieces = engine.step()
+    assert [piece.finish_reason for piece in pieces] == [FinishReason.ERROR] * 2
+    assert stream.pending == 0
+
+
 def test_a_broken_device_ends_the_engine(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = device_runner(loaded)
     engine = make(loaded, runner)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -105,17 +105,29 @@ class DeviceRunner:
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
-        self._size = size = self._captured_size(batch)
-        self._asks = self._inputs.send(batch, states, size)
-        self._stream.run(self._eager(batch) if size is None else self._captured(size))
-        if size is not None and size.mixed:
-            self._stream.run(self._take_kept)
+        with self._over_if_it_fails():
+            self._size = size = self._captured_size(batch)
+            self._asks = self._inputs.send(batch, states, size)
+            self._stream.run(self._eager(batch) if size is None else self._captured(size))
+            if size is not None and size.mixed:
+                self._stream.run(self._take_kept)
 
     def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed:
         """See `ModelRunner`."""
         if not states:
             return Passed(self._stream.mark())
-        return self._sampler.launch(states, self._asks, self._size and self._size.draws)
+        with self._over_if_it_fails():
+            return self._sampler.launch(states, self._asks, self._size and self._size.draws)
+
+    @contextlib.contextmanager
+    def _over_if_it_fails(self) -> Iterator[None]:
+        """Nobody waits for a step that failed on the way; so its copies must be over before others are prepared."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # a broken device is what the first error says
+                self._stream.mark().wait()
+            raise
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step."""

@@ -38,7 +38,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         samples: the step computes the sequence's last token, so that the next one can be sampled; never where hidden
             states are pooled.
         admission: the sequence's `num_admissions` when it was scheduled.
-        decodes: one token that was generated, as against tokens of a prompt.
+        decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
     """
 
     sequence: Sequence
@@ -53,7 +53,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         """The next `count` tokens of a sequence."""
         start = sequence.num_computed_tokens
         samples = start + count == sequence.num_tokens and not sequence.is_pooled
-        decodes = count == 1 and start >= sequence.num_prompt_tokens
+        decodes = samples and count == 1 and start >= sequence.num_prompt_tokens
         return cls(sequence, start, count, samples, sequence.num_admissions, decodes)
 
 
