@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -104,10 +103,10 @@ def _wrong_again(hour: Hour) -> dict[str, list[float]]:
 
 
 def check_machine(hour: Hour) -> None:
-    """Versions, imports, the compiler.
+    """Versions, imports, the GPU and the compiler.
 
     Raises:
-        StopError: where the engine cannot be imported.
+        StopError: where the engine cannot be imported, or the GPU cannot be used, with the reason.
     """
     names = ("torch", "triton", "numpy", "gguf", "msgspec", "safetensors", "tokenizers", "candle_vllm.core")
     code = f"import importlib\nfor name in {names!r}:\n    found = importlib.import_module(name)\n"
@@ -117,10 +116,11 @@ def check_machine(hour: Hour) -> None:
     if status:
         hour.find("import error: bring the wheel (benchmarks/gpu/wheels.txt)")
         raise StopError(output.strip().splitlines()[-1] if output.strip() else "nothing can be imported")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if hour.options.device == "cuda" and not (compiler and header.exists()):
-        hour.find(f"Triton's launchers need a C compiler ({compiler}) and {header}: set CC, or bring the header")
+    if hour.options.device == "cuda":
+        code = "from candle_vllm.core.devices import gpu_obstacle\nraise SystemExit(gpu_obstacle(0))"
+        output, status = run_logged(hour, [sys.executable, "-c", code], 60)
+        if status:
+            raise StopError(output.strip().splitlines()[-1] if output.strip() else "the GPU does not answer")
 
 
 # ---- B: how fast, and where does the time go? ------------------------------------------------------------------------

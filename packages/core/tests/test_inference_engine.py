@@ -509,6 +509,7 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
         ({"device": "cuda"}, "--device cpu"),
         ({"attention_backend": "flash_attn"}, "--attention-backend flash_attn needs a GPU"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 needs a GPU"),
+        ({"max_cudagraph_capture_size": 64}, "--max-cudagraph-capture-size needs a GPU"),
         ({"kv_fraction": 1.5}, "between 0 and 1"),
         ({"dtype": "f64"}, "auto, f32, bf16, f16"),
         ({"max_num_seqs": 0}, "between 1 and 4096"),

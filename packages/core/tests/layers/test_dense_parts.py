@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, quants
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.engine.batch import build_batch
+from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
@@ -275,7 +275,7 @@ def outcomes(runner: ModelRunner, chunks: list[int]) -> tuple[torch.Tensor, torc
     logits, hidden, start = [], [], 0
     for chunk in chunks:
         sequence.num_computed_tokens = start
-        runner.forward(build_batch([ScheduledSequence.next(sequence, chunk)], BLOCK), [])
+        runner.forward(BatchBuilder(BLOCK).build([ScheduledSequence.next(sequence, chunk)]), [])
         for first in range(0, chunk, 64):
             rows = np.arange(first, min(first + 64, chunk))
             logits.append(runner.score(rows).clone())

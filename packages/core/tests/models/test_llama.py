@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
-from candle_vllm.core.engine.batch import build_batch
+from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
@@ -38,7 +38,7 @@ def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> 
     for start in range(0, len(tokens), chunk):
         sequence.num_computed_tokens = start
         item = ScheduledSequence.next(sequence, min(chunk, len(tokens) - start))
-        runner.run(build_batch([item], BLOCK))
+        runner.run(BatchBuilder(BLOCK).build([item]))
         rows += [runner.score(np.arange(first, min(first + 64, item.count))) for first in range(0, item.count, 64)]
     return torch.cat(rows)
 

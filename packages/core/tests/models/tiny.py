@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core import EngineConfig
-from candle_vllm.core.engine.batch import build_batch
+from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
@@ -131,7 +131,7 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> to
     for chunk in chunks:
         sequence.num_computed_tokens = start
         item = ScheduledSequence.next(sequence, chunk)
-        runner.forward(build_batch([item], BLOCK), [])
+        runner.forward(BatchBuilder(BLOCK).build([item]), [])
         found += [runner.score(np.arange(first, min(first + 64, chunk))).clone() for first in range(0, chunk, 64)]
         start += chunk
     assert start == len(tokens)

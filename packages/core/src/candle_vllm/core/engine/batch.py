@@ -169,8 +169,3 @@ class BatchBuilder:
         if count > len(self._numbers):
             self._numbers = np.arange(2 * count)
         return self._numbers[:count]
-
-
-def build_batch(scheduled: Seq[ScheduledSequence], block_size: int) -> Batch:
-    """A step by itself; see `BatchBuilder.build`."""
-    return BatchBuilder(block_size).build(scheduled)

@@ -40,6 +40,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "yarn_scaling_factor": None,
         "attention_backend": "auto",
         "kv_cache_dtype": "auto",
+        "max_cudagraph_capture_size": 0,
         "kv_cache_memory": None,
         "kv_fraction": None,
         "deterministic": False,
@@ -107,6 +108,8 @@ def _build_on_cpu(
     placement = loaded.placement
     if config.kv_cache_dtype != "auto":
         raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype} needs a GPU: leave it out", "kv_cache_dtype")
+    if config.max_cudagraph_capture_size:
+        raise ConfigError("--max-cudagraph-capture-size needs a GPU: leave it out", "max_cudagraph_capture_size")
     if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
         raise ConfigError(
             f"--attention-backend {config.attention_backend} needs a GPU: on the CPU leave it out, or take torch "

@@ -50,13 +50,11 @@ class StepSize:
     Attributes:
         tokens: T.
         rows: sequences; of a step that only decodes, T of them.
-        draws: tokens that are drawn.
         mixed: the step may have prompts.
     """
 
     tokens: int
     rows: int
-    draws: int
     mixed: bool
 
 
@@ -105,7 +103,7 @@ class DeviceInputs:
             `kernels.sampling.asks` of its draws.
         """
         rows, tokens = len(batch.context_lens), batch.tokens.shape[1]
-        size = size or StepSize(tokens, rows, len(states), True)
+        size = size or StepSize(tokens, rows, True)
         host, room = self._staging.host()
         stride = aligned(size.tokens)
         numbers = room[: 4 * stride].reshape(4, stride)
@@ -121,7 +119,6 @@ class DeviceInputs:
             host["decoding"][0] = batch.num_decodes
         if states:
             self._write_controls(host["controls"], states)
-            host["controls"][len(states) : size.draws] = _LIKELIEST
         self._send_tables(room[4 * stride :], 4 * stride, batch)
         return self._asks
 
@@ -135,6 +132,7 @@ class DeviceInputs:
         elif self._random:
             self._controls[self._random, Control.UNIFORM] = [states[row].uniform() for row in self._random]
         controls[: len(states)] = self._controls
+        controls[len(states) :] = _LIKELIEST  # a captured draw has more rows
 
     def _send_tables(self, room: NDArray[np.int32], begin: int, batch: Batch) -> None:
         """Sends the step, and the block tables behind its tokens where they are not those of the step before."""

@@ -48,7 +48,7 @@ def bucket_sizes(sequences: int) -> list[int]:
 def mixed_sizes(tokens: int) -> list[int]:
     """Tokens of captured steps with prompts, up to `tokens`: multiples of 16 to 128, then four for each doubling."""
     sizes = [*range(16, 128, 16)]
-    while len(sizes) < 4 or sizes[-1] < tokens:
+    while sizes[-1] < tokens:
         sizes.append(sizes[-1] + max(16, next_power_of_2(sizes[-1] + 1) // 8))
     return [*(size for size in sizes if size < tokens), tokens] if tokens else []
 
@@ -93,9 +93,9 @@ class DeviceRunner:
         vocabulary, sequences = decoder.config.vocab_size, limits.sequences
         self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
         self._sampler = DeviceSampler(stream, self._logits, self._inputs.controls, graphs=graphs)
-        self._buckets = [StepSize(rows, rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
+        self._buckets = [StepSize(rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
         most = min(captured_prompts, limits.tokens) if graphs else 0
-        self._mixed = [StepSize(size, min(size, sequences), 0, True) for size in mixed_sizes(most)]
+        self._mixed = [StepSize(size, min(size, sequences), True) for size in mixed_sizes(most)]
         self._graphs: dict[StepSize, Work] = {}
         self._hidden = torch.empty(0)
         self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
@@ -116,8 +116,9 @@ class DeviceRunner:
         """See `ModelRunner`."""
         if not states:
             return Passed(self._stream.mark())
+        padded = None if self._size is None else next((s.rows for s in self._buckets if s.rows >= len(states)), None)
         with self._over_if_it_fails():
-            return self._sampler.launch(states, self._asks, self._size and self._size.draws)
+            return self._sampler.launch(states, self._asks, padded)
 
     @contextlib.contextmanager
     def _over_if_it_fails(self) -> Iterator[None]:
@@ -163,7 +164,7 @@ class DeviceRunner:
         self._inputs.send_blank(_ONE)
         self._sampler.warm_up(1)
         for size in (*self._buckets[-1:], *self._buckets[:1]):
-            self._sampler.capture(size.draws)
+            self._sampler.capture(size.rows)
         self._stream.mark().wait()
         if sizes:
             logger.info("captured %d sizes of steps in %.1f s", len(sizes), time.perf_counter() - began)
@@ -206,7 +207,7 @@ class DeviceRunner:
             self._stream.run(self._score(np.arange(min(MAX_SCORED_ROWS, tokens)), []))
 
         def decoding() -> None:
-            blank(StepSize(limits.sequences, limits.sequences, limits.sequences, False))
+            blank(StepSize(limits.sequences, limits.sequences, False))
             self._sampler.warm_up(limits.sequences)
 
         def blank(size: StepSize) -> None:
@@ -230,24 +231,19 @@ class DeviceRunner:
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
         """What the captured step that runs a batch is made for; None where none runs it."""
-        rows, tokens, draws = len(batch.context_lens), batch.tokens.shape[1], len(batch.samples)
-        if batch.num_decodes == rows:
-            return next((size for size in self._buckets if size.rows >= rows), None)
-        size = next((size for size in self._mixed if size.tokens >= tokens), None)
-        drawn = next((bucket.draws for bucket in self._buckets if bucket.draws >= draws), None)
-        return None if size is None or drawn is None else dataclasses.replace(size, draws=drawn)
+        sizes = self._buckets if batch.num_decodes == len(batch.context_lens) else self._mixed
+        return next((size for size in sizes if size.tokens >= batch.tokens.shape[1]), None)
 
     def _captured(self, size: StepSize) -> Work:
         """The graph of a step. The first of a size runs as it is, and is captured for those after it."""
-        key = dataclasses.replace(size, draws=0)
-        if key in self._graphs:
-            return self._graphs[key]
+        if size in self._graphs:
+            return self._graphs[size]
 
         def step() -> None:
             self._padded(size)
 
         self._stream.run(step)
-        self._graphs[key] = self._stream.capture(step)
+        self._graphs[size] = self._stream.capture(step)
         return _nothing
 
     def _eager(self, batch: Batch) -> Work:
@@ -299,7 +295,7 @@ class Passed:
         return []
 
 
-_ONE = StepSize(1, 1, 1, False)
+_ONE = StepSize(1, 1, False)
 
 
 def _nothing() -> None:

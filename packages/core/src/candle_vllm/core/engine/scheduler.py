@@ -151,9 +151,7 @@ class Scheduler:
                 if start >= size * len(sequence.block_table) and not self._grow(sequence):
                     self._preempt(running[-1])
                     continue
-                samples, decodes = not sequence.is_pooled, start >= sequence.num_prompt_tokens
-                item = ScheduledSequence(sequence, start, 1, samples, sequence.num_admissions, decodes)
-                scheduled.append(item)
+                scheduled.append(ScheduledSequence.next(sequence, 1))
             elif start + 1 < length:
                 prompts.append(sequence)
             position += 1

@@ -23,7 +23,7 @@ _FIRST_ROWS = 8
 
 def has_edits(state: SamplingState) -> bool:
     """Whether the logits of a sequence are changed before its next token is drawn."""
-    return state.may_edit and (state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None)
+    return state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None
 
 
 class HostEdits:
