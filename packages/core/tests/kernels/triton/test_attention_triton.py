@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, reference, triton_decode, triton_prefill
+from candle_vllm.core.kernels.attention import (
+    AttentionRows,
+    DeviceRows,
+    reference,
+    triton_decode,
+    triton_items,
+    triton_prefill,
+)
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, choose
 from candle_vllm.core.kernels.attention.torch_flash import CopiedFlash
 from candle_vllm.core.kernels.attention.triton import paged_attention
@@ -350,9 +357,9 @@ def test_items_may_be_listed_once_a_step(
     rows = step.rows.on_device()
     given = (step, rows) if decoding is None else captured(step, decoding, 8, 11, 40)
     wanted = run(*given, **options)
-    monkeypatch.setattr(triton_decode, "ITEM_LIST", 1)
+    monkeypatch.setattr(triton_items, "ITEM_LIST", 1)
     monkeypatch.setattr(triton_decode, "_ROWS", 4)
-    monkeypatch.setattr(triton_decode, "_LISTED", 4)
+    monkeypatch.setattr(triton_items, "LISTED", 4)
     for _ in range(2):
         assert torch.equal(run(*given, **options)[: len(step.q)], wanted[: len(step.q)])
         assert len(given[1].lists) == 1
@@ -367,7 +374,7 @@ def test_the_list_of_items_is_that_of_the_splits(device: torch.device) -> None:
     constants = {"WINDOW": 0, "BLOCK_N": 64, "SPLITS": 16, "CHUNK": 256}
     for count, wanted in ((None, [0, 1, 32, 48, 49, 50, 64, 80, 81, 82]), (4, [0, 1, 32, 48, 49, 50]), (0, [])):
         decoding = None if count is None else torch.tensor([count], dtype=torch.int32, device=device)
-        items = triton_decode.list_items({}, contexts, decoding, constants).tolist()
+        items = triton_items.list_items({}, contexts, decoding, constants).tolist()
         assert items[: 1 + items[0]] == [len(wanted), *wanted]
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
-from candle_vllm.core.kernels.attention import triton_decode as attention_decode
+from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, triton_items
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds
 from candle_vllm.core.kernels.latent_attention import head_linear, reference, triton_decode, triton_prefill
 from candle_vllm.core.kernels.latent_attention.backend import choose_latent
@@ -166,7 +165,7 @@ def test_how_many_decode_is_a_number_on_the_device(
         for module in (triton_decode, triton_prefill):
             monkeypatch.setattr(module, "_ROWS", most)
         assert torch.equal(step.run(rows)[:count], wanted)
-    monkeypatch.setattr(attention_decode, "ITEM_LIST", 1)
+    monkeypatch.setattr(triton_items, "ITEM_LIST", 1)
     for _ in range(2):
         assert torch.equal(step.run(rows)[:count], wanted)
         assert len(rows.lists) == 1

@@ -2,11 +2,10 @@
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that it fills the machine.
 
 The keys of a sequence are cut into splits, by the length of its context alone. A fixed number of programs shares the
-work items (one split of one key-value head of one sequence), which each program counts from the context lengths on the
-device: the grid depends on the number of sequences only, and a captured launch serves any lengths. With `ITEM_LIST`
-they are counted once a step, by a kernel whose list the calls of all layers read. An item's partial
-result is the state of the online softmax in fp32; a second kernel merges those of a sequence in a fixed order. A
-sequence with one split needs no merging. So a result depends on its own sequence alone, to the bit.
+work items (one split of one key-value head of one sequence), which are found on the device (`triton_items`): the grid
+depends on the number of sequences only, and a captured launch serves any lengths. An item's partial result is the state
+of the online softmax in fp32; a second kernel merges those of a sequence in a fixed order. A sequence with one split
+needs no merging. So a result depends on its own sequence alone, to the bit.
 Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -19,6 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.attention import triton_items
+from candle_vllm.core.kernels.attention.triton_items import (
+    count_items,
+    counted_item,
+    list_items,
+    listed_item,
+    split_keys,
+)
 from candle_vllm.core.kernels.attention.triton_tiles import (
     add_values,
     as_queries,
@@ -38,54 +45,12 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-ITEM_LIST = 0  # 1: work items are listed once a step, not counted by each program; waits for a GPU's judgement
-
 _ROWS = 256  # sequences of a launch, where programs count the items
 _CHUNK = 256  # keys of a split, at least
-_LISTED = 32  # sequences whose items are listed together
 _MERGED = 8  # splits that the merging kernel reads together
 
 
-@triton.jit
-def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
-    """How a context is cut: the first key's position, keys of a split, and the number of splits, 0 without context."""
-    begin = context * 0
-    if WINDOW:
-        begin = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
-    keys = tl.maximum(tl.cdiv(context - begin, SPLITS), CHUNK)
-    keys = tl.cdiv(keys, BLOCK_N) * BLOCK_N
-    return begin, keys, tl.cdiv(context - begin, keys)
-
-
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["context_lens", "decoding"])
-def list_items_kernel(
-    items,  # [1 + rows * SPLITS] int32
-    context_lens,  # [rows]
-    decoding,  # [1] int32, or None: rows from it on have no items
-    rows,
-    WINDOW: tl.constexpr,  # 0 for none
-    BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """How many work items a step has, and behind that row * SPLITS + split of each, in order. One program."""
-    if decoding is not None:
-        rows = tl.minimum(rows, tl.load(decoding))
-    splits = tl.arange(0, SPLITS)
-    total = 0
-    for base in range(0, rows, ROWS):
-        index = base + tl.arange(0, ROWS)
-        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
-        _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
-        places = total + tl.cumsum(counts, 0) - counts
-        numbers = index[:, None] * SPLITS + splits[None, :]
-        tl.store(items + 1 + places[:, None] + splits[None, :], numbers, mask=splits[None, :] < counts[:, None])
-        total += tl.sum(counts)
-    tl.store(items, total)
-
-
 @triton.jit(
     do_not_specialize=["first", "rows", "table_stride"],
     do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
@@ -128,13 +93,8 @@ def decode_kernel(
     if items is not None:
         total = tl.load(items) * K
     else:
-        if decoding is not None:
-            rows = tl.minimum(rows, tl.load(decoding) - first)
-        index = tl.arange(0, ROWS)
-        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
-        _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
-        ends = tl.cumsum(counts, 0)
-        total = tl.sum(counts) * K
+        ends, total = count_items(context_lens, decoding, first, rows, WINDOW, BLOCK_N, SPLITS, CHUNK, ROWS)
+        total = total * K
 
     lines = tl.arange(0, GP)
     dims = tl.arange(0, DP)
@@ -154,13 +114,9 @@ def decode_kernel(
         head = item % K
         work = item // K
         if items is not None:
-            number = tl.load(items + 1 + work)
-            row = number // SPLITS
-            split = number % SPLITS
+            row, split = listed_item(items, work, SPLITS)
         else:
-            done = ends <= work
-            row = tl.sum(done.to(tl.int32))
-            split = work - tl.max(tl.where(done, ends, 0))
+            row, split = counted_item(ends, work)
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, WINDOW, BLOCK_N, SPLITS, CHUNK)
         begin = begin + split * keys
@@ -319,14 +275,14 @@ def decode(
     # An fp8 cache has wider tiles, but not beside queries of fp32, in which the tiles are then computed.
     size = 4 if q.dtype == torch.float32 else key_cache.element_size()
     shape = splits(next_power_of_2(dim), size, kv_heads, capability(q.device))
-    most = q.shape[0] if ITEM_LIST else _ROWS
+    most = q.shape[0] if triton_items.ITEM_LIST else _ROWS
     rows = min(q.shape[0], most)
     values = torch.empty(rows, shape.splits, heads, dim, dtype=torch.float32, device=q.device)
     states = torch.empty(rows, shape.splits, heads, 2, dtype=torch.float32, device=q.device)
     flags = (softcap is not None, sinks is not None)
     constants = _constants(shape, kv_heads, heads // kv_heads, dim, block_size, window or 0, *flags)
     merging = _merge_constants(constants)
-    items = list_items(lists, context_lens, decoding, merging) if ITEM_LIST else None
+    items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, q.shape[0], most):
         rows = min(most, q.shape[0] - start)
         programs = min(rows * kv_heads * shape.splits, shape.programs * _multiprocessors(q.device))
@@ -368,22 +324,6 @@ def decode(
             num_warps=2,
             **OPTIONS,
         )
-
-
-def list_items(
-    lists: dict[tuple[int, ...], torch.Tensor],
-    context_lens: torch.Tensor,
-    decoding: torch.Tensor | None,
-    constants: dict[str, Any],
-) -> torch.Tensor:
-    """The work items of a step, which the first call makes; `constants` are those of the merging kernel."""
-    cut = {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
-    rows = len(context_lens)
-    key = (rows, *cut.values())
-    if key not in lists:
-        lists[key] = torch.empty(1 + rows * cut["SPLITS"], dtype=torch.int32, device=context_lens.device)
-        list_items_kernel[(1,)](lists[key], context_lens, decoding, rows, **cut, ROWS=_LISTED, num_warps=4, **OPTIONS)
-    return lists[key]
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -430,7 +370,7 @@ def _builds(
     mixed: bool = False,
     listed: bool = False,
     turing: bool = False,
-) -> tuple[Build, Build, Build]:
+) -> tuple[Build, Build]:
     cache = "fp8e4nv" if fp8 else dtype
     shape = splits(next_power_of_2(dim), 4 if dtype == "fp32" else 1 if fp8 else 2, kv_heads, 75 if turing else 90)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
@@ -466,37 +406,27 @@ def _builds(
             label=label,
             capabilities=targets,
         ),
-        Build(
-            list_items_kernel,
-            {"items": "*i32", "context_lens": "*i32", "rows": "i32"} | ({"decoding": "*i32"} if mixed else {}),
-            {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
-            | {"ROWS": _LISTED}
-            | ({} if mixed else {"decoding": None}),
-            unaligned=("context_lens", "decoding"),
-            label=label,
-            capabilities=targets,
-        ),
     )
 
 
 AOT = (
-    *_builds("bf16", 128, 8, 4, 16)[:2],
-    *_builds("bf16", 128, 8, 4, 16, mixed=True)[:2],
-    *_builds("bf16", 128, 8, 4, 16, listed=True)[::2],
-    *_builds("bf16", 128, 8, 4, 16, mixed=True, listed=True)[::2],
+    *_builds("bf16", 128, 8, 4, 16),
+    *_builds("bf16", 128, 8, 4, 16, mixed=True),
+    *_builds("bf16", 128, 8, 4, 16, listed=True)[:1],
+    *_builds("bf16", 128, 8, 4, 16, mixed=True, listed=True)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True, listed=True)[:1],
     *_builds("bf16", 128, 8, 4, 64)[:1],
     *_builds("fp16", 64, 2, 7, 16)[:1],
     *_builds("bf16", 80, 32, 1, 32)[:1],
-    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True)[:2],
-    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, listed=True)[::2],
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True),
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, listed=True)[:1],
     *_builds("fp32", 128, 8, 4, 16)[:1],
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("fp32", 128, 8, 4, 16, fp8=True)[:1],
-    *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True)[:2],
-    *_builds("fp16", 128, 8, 4, 16, turing=True)[:2],
-    *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True)[:2],
-    *_builds("fp16", 128, 8, 4, 16, mixed=True, listed=True, turing=True)[::2],
+    *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
+    *_builds("fp16", 128, 8, 4, 16, turing=True),
+    *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True),
+    *_builds("fp16", 128, 8, 4, 16, mixed=True, listed=True, turing=True)[:1],
     *_builds("fp16", 64, 8, 8, 16, window=128, sinks=True, turing=True)[:1],
     *_builds("fp16", 80, 32, 1, 32, turing=True)[:1],
     *_builds("fp16", 256, 4, 4, 16, window=1024, cap=True, turing=True)[:1],

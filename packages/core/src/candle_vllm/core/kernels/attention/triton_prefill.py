@@ -31,6 +31,18 @@ _ROWS = 256  # sequences that a program looks at together when it searches its o
 
 
 @triton.jit
+def behind_decodes(query_start, context_lens, block_tables, table_stride, rows, decoding):
+    """The tables of a step without its first decoding[0] rows, and how many rows are left; as they are where None."""
+    if decoding is not None:
+        decodes = tl.load(decoding)
+        query_start += decodes
+        context_lens += decodes
+        block_tables += decodes.to(tl.int64) * table_stride
+        rows -= decodes
+    return query_start, context_lens, block_tables, rows
+
+
+@triton.jit
 def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
     """The sequence to which a tile of queries belongs, and which of its tiles it is.
 
@@ -88,12 +100,9 @@ def prefill_kernel(
     head = tl.program_id(0) % K
     # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
     tile = tl.num_programs(0) // K - 1 - tl.program_id(0) // K
-    if decoding is not None:
-        decodes = tl.load(decoding)
-        query_start += decodes
-        context_lens += decodes
-        block_tables += decodes.to(tl.int64) * table_stride
-        rows -= decodes
+    query_start, context_lens, block_tables, rows = behind_decodes(
+        query_start, context_lens, block_tables, table_stride, rows, decoding
+    )
     row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start

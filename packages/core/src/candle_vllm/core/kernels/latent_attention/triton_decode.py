@@ -14,8 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention import triton_decode
-from candle_vllm.core.kernels.attention.triton_decode import list_items, merge_kernel, split_keys
+from candle_vllm.core.kernels.attention import triton_items
+from candle_vllm.core.kernels.attention.triton_decode import merge_kernel
+from candle_vllm.core.kernels.attention.triton_items import (
+    count_items,
+    counted_item,
+    list_items,
+    listed_item,
+    split_keys,
+)
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
@@ -65,26 +72,17 @@ def latent_decode_kernel(
     if items is not None:
         total = tl.load(items) * parts
     else:
-        if decoding is not None:
-            rows = tl.minimum(rows, tl.load(decoding) - first)
-        index = tl.arange(0, ROWS)
-        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
-        _, _, counts = split_keys(contexts, 0, BLOCK_N, SPLITS, CHUNK)
-        ends = tl.cumsum(counts, 0)
-        total = tl.sum(counts) * parts
+        ends, total = count_items(context_lens, decoding, first, rows, 0, BLOCK_N, SPLITS, CHUNK, ROWS)
+        total = total * parts
     factor = scale * 1.4426950408889634
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         heads = (item % parts) * HEADS + tl.arange(0, HEADS)
         valid = heads < H
         work = item // parts
         if items is not None:
-            number = tl.load(items + 1 + work)
-            row = number // SPLITS
-            split = number % SPLITS
+            row, split = listed_item(items, work, SPLITS)
         else:
-            done = ends <= work
-            row = tl.sum(done.to(tl.int32))
-            split = work - tl.max(tl.where(done, ends, 0))
+            row, split = counted_item(ends, work)
         context = tl.load(context_lens + row).to(tl.int32)
         begin, keys, count = split_keys(context, 0, BLOCK_N, SPLITS, CHUNK)
         begin += split * keys
@@ -162,15 +160,14 @@ def decode(
     """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())
-    listed = triton_decode.ITEM_LIST  # one switch for both kinds of attention
-    most = q_latent.shape[0] if listed else _ROWS
+    most = q_latent.shape[0] if triton_items.ITEM_LIST else _ROWS
     count = min(q_latent.shape[0], most)
     values = torch.empty(count, shape.splits, heads, latent, dtype=torch.float32, device=out.device)
     states = torch.empty(count, shape.splits, heads, 2, dtype=torch.float32, device=out.device)
     constants = _constants(shape, heads, q_rope.shape[2], latent, cache.shape[1])
     merging = _merge_constants(constants)
     parts = cdiv(heads, shape.heads)
-    items = list_items(lists, context_lens, decoding, merging) if listed else None
+    items = list_items(lists, context_lens, decoding, merging) if triton_items.ITEM_LIST else None
     for start in range(0, q_latent.shape[0], most):
         rows = min(most, q_latent.shape[0] - start)
         programs = min(rows * parts * shape.splits, shape.programs * _multiprocessors(out.device))

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention.triton_prefill import find_tile
+from candle_vllm.core.kernels.attention.triton_prefill import behind_decodes, find_tile
 from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
@@ -59,12 +59,9 @@ def latent_prefill_kernel(
     part = tl.program_id(0) % parts
     # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
     tile = tl.num_programs(0) // parts - 1 - tl.program_id(0) // parts
-    if decoding is not None:
-        decodes = tl.load(decoding)
-        query_start += decodes
-        context_lens += decodes
-        block_tables += decodes.to(tl.int64) * table_stride
-        rows -= decodes
+    query_start, context_lens, block_tables, rows = behind_decodes(
+        query_start, context_lens, block_tables, table_stride, rows, decoding
+    )
     row, tile = find_tile(query_start, rows, tile, BLOCK_Q, ROWS)
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start

@@ -1,0 +1,130 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Which split of whose context an item of work is, for the kernels of one new token a sequence.
+
+A context is cut into splits by its length alone. Every program of a launch may count the splits of all its sequences,
+or a kernel lists them once a step, for the calls of all layers: `ITEM_LIST`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build
+
+ITEM_LIST = 0  # 1: work items are listed once a step, not counted by each program; waits for a GPU's judgement
+
+LISTED = 32  # sequences whose items are listed together
+
+
+@triton.jit
+def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
+    """How a context is cut: the first key's position, keys of a split, and the number of splits, 0 without context."""
+    begin = context * 0
+    if WINDOW:
+        begin = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+    keys = tl.maximum(tl.cdiv(context - begin, SPLITS), CHUNK)
+    keys = tl.cdiv(keys, BLOCK_N) * BLOCK_N
+    return begin, keys, tl.cdiv(context - begin, keys)
+
+
+# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["context_lens", "decoding"])
+def list_items_kernel(
+    items,  # [1 + rows * SPLITS] int32
+    context_lens,  # [rows]
+    decoding,  # [1] int32, or None: rows from it on have no items
+    rows,
+    WINDOW: tl.constexpr,  # 0 for none
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """How many work items a step has, and behind that row * SPLITS + split of each, in order. One program."""
+    if decoding is not None:
+        rows = tl.minimum(rows, tl.load(decoding))
+    splits = tl.arange(0, SPLITS)
+    total = 0
+    for base in range(0, rows, ROWS):
+        index = base + tl.arange(0, ROWS)
+        contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+        _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
+        places = total + tl.cumsum(counts, 0) - counts
+        numbers = index[:, None] * SPLITS + splits[None, :]
+        tl.store(items + 1 + places[:, None] + splits[None, :], numbers, mask=splits[None, :] < counts[:, None])
+        total += tl.sum(counts)
+    tl.store(items, total)
+
+
+@triton.jit
+def count_items(
+    context_lens,  # [rows]
+    decoding,  # [1] int32, or None: rows first + r from it on have no items
+    first,
+    rows,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Where the items of each sequence end [ROWS], and how many there are; of ROWS sequences at most."""
+    if decoding is not None:
+        rows = tl.minimum(rows, tl.load(decoding) - first)
+    index = tl.arange(0, ROWS)
+    contexts = tl.load(context_lens + index, mask=index < rows, other=0).to(tl.int32)
+    _, _, counts = split_keys(contexts, WINDOW, BLOCK_N, SPLITS, CHUNK)
+    return tl.cumsum(counts, 0), tl.sum(counts)
+
+
+@triton.jit
+def counted_item(ends, work):
+    """Row and split of an item, by what `count_items` found."""
+    done = ends <= work
+    return tl.sum(done.to(tl.int32)), work - tl.max(tl.where(done, ends, 0))
+
+
+@triton.jit
+def listed_item(items, work, SPLITS: tl.constexpr):
+    """Row and split of an item, from the list of `list_items_kernel`."""
+    number = tl.load(items + 1 + work)
+    return number // SPLITS, number % SPLITS
+
+
+def list_items(
+    lists: dict[tuple[int, ...], torch.Tensor],
+    context_lens: torch.Tensor,
+    decoding: torch.Tensor | None,
+    constants: dict[str, Any],
+) -> torch.Tensor:
+    """The work items of a step, which the first call makes; `constants` are those of the merging kernel."""
+    cut = {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
+    rows = len(context_lens)
+    key = (rows, *cut.values())
+    if key not in lists:
+        lists[key] = torch.empty(1 + rows * cut["SPLITS"], dtype=torch.int32, device=context_lens.device)
+        list_items_kernel[(1,)](lists[key], context_lens, decoding, rows, **cut, ROWS=LISTED, num_warps=4, **OPTIONS)
+    return lists[key]
+
+
+def _build(window: int, keys: int, splits: int, *, mixed: bool) -> Build:
+    return Build(
+        list_items_kernel,
+        {"items": "*i32", "context_lens": "*i32", "rows": "i32"} | ({"decoding": "*i32"} if mixed else {}),
+        {"WINDOW": window, "BLOCK_N": keys, "SPLITS": splits, "CHUNK": 256, "ROWS": LISTED}
+        | ({} if mixed else {"decoding": None}),
+        unaligned=("context_lens", "decoding"),
+        label=f"{keys}x{splits}" + "-window" * bool(window) + "-mixed" * mixed,
+    )
+
+
+AOT = (
+    _build(0, 64, 32, mixed=False),
+    _build(0, 64, 32, mixed=True),
+    _build(1024, 32, 64, mixed=False),
+    _build(0, 16, 32, mixed=True),
+)
