@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from candle_vllm.core.engine.request import FinishReason, TokenOutput
-from candle_vllm.openai.answers import AnswerPlan
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader
+from candle_vllm.openai.chat_answers import ChatWriter, join_chat
+from candle_vllm.openai.events import Head
 from candle_vllm.openai.formats.binding import BoundLayout
 from candle_vllm.openai.formats.events import CallArguments, TextPiece
 from candle_vllm.openai.formats.gemma import Gemma
@@ -35,9 +37,8 @@ from candle_vllm.openai.formats.layout import Layout, ToolFormat
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChatCompletionRequest
-from candle_vllm.openai.streaming import ChatChunker, Head, to_json_bytes
-from candle_vllm.openai.whole_chat import join_chat
 
 SAMPLES = Path(__file__).parents[2] / "packages/openai/tests/formats/samples.py"
 MOST_US = 20.0
@@ -176,20 +177,16 @@ def measure_parser(form: ToolFormat, kind: str, sizes: Sequence[int], rounds: in
     return {**figures, "growth": round(costs[-1] / costs[0], 2), "longest_ms": round(1e3 * longest, 1)}
 
 
-def chunker(plan: AnswerPlan) -> ChatChunker:
-    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
-    return ChatChunker(
-        Head("chatcmpl-0", 1, "m", "fp"), ChatCompletionRequest.model_validate(body), [1], plan, whole=True
-    )
-
-
 def chunks_of(plan: AnswerPlan, pieces: Sequence[str]) -> Iterator[ChatCompletionChunk]:
     """The chunks of an answer whose tokens have these texts."""
-    made = chunker(plan)
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
+    writer = ChatWriter(ChatCompletionRequest.model_validate(body), [1], calls=bool(plan.tools), whole=True)
+    reader = AnswerReader(Head("chatcmpl-0", 1, "m", "fp"), plan)
     for number, piece in enumerate(pieces, 1):
         reason = FinishReason.STOP if number == len(pieces) else None
-        yield from made.add(0, TokenOutput(request_id="r", text=piece, token_ids=(number,), finish_reason=reason))
-    yield from made.end()
+        output = TokenOutput(request_id="r", text=piece, token_ids=(number,), finish_reason=reason)
+        yield from writer.write(reader.add(0, output))
+    yield from writer.write(reader.end())
 
 
 def plan_of(form: ToolFormat, tools: dict[str, dict[str, Any]]) -> AnswerPlan:

@@ -23,10 +23,9 @@ from candle_vllm.openai import (
     to_error,
     to_json_bytes,
 )
-from candle_vllm.openai.answers import AnswerPlan
-from candle_vllm.openai.completion_streaming import CompletionChunker, EchoedPrompt, join_completion
-from candle_vllm.openai.protocol.chat import ChatCompletionRequest
-from candle_vllm.openai.streaming import ChatChunker, Head, TokenCounts
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader, TokenCounts
+from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
+from candle_vllm.openai.events import Head
 
 OWN = ("id", "created", "object")  # differ between a stream and a whole answer, or between two requests
 
@@ -135,22 +134,24 @@ async def test_answers_do_not_depend_on_the_cuts(script: list[bytes], options: d
     assert answers[0] == answers[1]
 
 
-def chunker() -> ChatChunker:
-    request = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}]})
-    return ChatChunker(Head("id", 1, "m", "fp"), request, [1], AnswerPlan())
+HEAD = Head("id", 1, "m", "fp")
+
+
+def reader() -> AnswerReader:
+    return AnswerReader(HEAD, AnswerPlan())
 
 
 def test_errors_and_aborts_of_the_engine_are_raised() -> None:
     with pytest.raises(GenerationFailedError, match="boom"):
-        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error="boom"))
+        reader().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error="boom"))
     with pytest.raises(RequestAbortedError):
-        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ABORT))
+        reader().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ABORT))
 
 
 def test_a_dead_end_of_the_request_is_the_requests_fault() -> None:
     text = "no token may be chosen: together, allowed_token_ids and bad_words forbid every token"
     with pytest.raises(RequestError, match="no token may be chosen") as caught:
-        chunker().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text))
+        reader().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text))
     answer = to_error(caught.value)
     assert (answer.status, answer.body.error.code, answer.body.error.message) == (400, "invalid_request", text)
 
@@ -159,18 +160,18 @@ def test_a_dead_end_of_the_request_is_the_requests_fault() -> None:
 def test_the_engine_says_whose_fault_an_error_is(kind: str, expected: type[Exception]) -> None:
     failed: Any = SimpleNamespace(finish_reason=FinishReason.ERROR, error="no token may be chosen", error_kind=kind)
     with pytest.raises(expected):
-        chunker().add(0, failed)
+        reader().add(0, failed)
 
 
 def test_cached_tokens_are_those_of_the_first_sequence() -> None:
     counts = TokenCounts()
     for index, cached in ((1, 64), (0, 16), (1, 64), (0, 48)):
         counts.add(0, TokenOutput(request_id="r", index=index, num_prompt_tokens=70, num_cached_tokens=cached), 1)
-    assert counts.usage(final=True).prompt_tokens_details.cached_tokens == 16
+    assert counts.usage(final=True).cached_tokens == 16
 
 
 def test_a_stream_that_ends_early_is_a_failure() -> None:
-    started = chunker()
+    started = reader()
     started.add(0, TokenOutput(request_id="r", text="a", token_ids=(1,)))
     with pytest.raises(GenerationFailedError, match="1 sequences unfinished"):
         started.end()
@@ -182,28 +183,30 @@ def test_times_are_of_the_slowest_prompt() -> None:
         times = RequestMetrics(0.0, scheduled, first, end)
         counts.add(prompt, TokenOutput(request_id="r", num_prompt_tokens=3, metrics=times), 2)
     usage = counts.usage(final=True)
-    assert (usage.prompt_time_costs, usage.completion_time_costs) == (500, 2000)
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (6, 4, 10)
+    assert (usage.prompt_ms, usage.completion_ms) == (500, 2000)
+    assert (usage.prompt_tokens, usage.completion_tokens) == (6, 4)
 
 
 def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None:
     request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2})
-    made = CompletionChunker(Head("id", 1, "m", "fp"), request, [EchoedPrompt("pq", "p", (112, 113))], whole=True)
+    made = CompletionWriter(request, [EchoedPrompt("pq", "p", (112, 113))], whole=True)
+    pieces = AnswerReader(HEAD, AnswerPlan(), sequences=2, awaits_prompt=True)
     entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
     end = {"request_id": "r", "token_ids": (113,), "logprobs": (entry,), "finish_reason": FinishReason.LENGTH}
-    early = made.add(0, TokenOutput(index=1, text="one", **end))
+    early = pieces.add(0, TokenOutput(index=1, text="one", **end))
     assert early == []
-    chunks = made.add(0, TokenOutput(index=0, text="zero", prompt_logprobs=(None, entry), **end))
-    answer = join_completion([*chunks, *made.end()])
+    events = pieces.add(0, TokenOutput(index=0, text="zero", prompt_logprobs=(None, entry), **end))
+    answer = join_completion(made.write([*events, *pieces.end()]))
     assert [choice.text for choice in answer.choices] == ["pqzero", "pqone"]
     assert all(choice.logprobs and choice.logprobs.text_offset == (0, 1, 2) for choice in answer.choices)
 
 
 def test_the_logprobs_of_an_echoed_prompt_are_made_once() -> None:
     request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2, "stream": True})
-    made = CompletionChunker(Head("id", 1, "m", "fp"), request, [EchoedPrompt("pq", "p", (112, 113))])
+    made = CompletionWriter(request, [EchoedPrompt("pq", "p", (112, 113))])
+    pieces = AnswerReader(HEAD, AnswerPlan(), sequences=2, awaits_prompt=True)
     entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
-    first = made.add(0, TokenOutput(request_id="r", index=0, prompt_logprobs=(None, entry)))
-    other = made.add(0, TokenOutput(request_id="r", index=1))
+    first = made.write(pieces.add(0, TokenOutput(request_id="r", index=0, prompt_logprobs=(None, entry))))
+    other = made.write(pieces.add(0, TokenOutput(request_id="r", index=1)))
     assert first[0].choices[0].logprobs is not None
     assert first[0].choices[0].logprobs is other[0].choices[0].logprobs

@@ -28,7 +28,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.openai.streaming import TokenCounts
+from candle_vllm.openai.answers import TokenCounts
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.observed_engine import ObservedEngine
 from candle_vllm.server.observing.usage import UsageCounts
@@ -417,9 +417,7 @@ async def test_whatever_the_order_the_counters_are_the_usage(pieces: list[TokenO
     for piece in await _read(ObservedEngine(Ordered(), metrics).stream([1], SamplingParams(n=n))):
         counts.add(0, piece, len(piece.token_ids))
     usage, reading = counts.usage(final=True), metrics.models()[0].read()
-    assert reading.tokens == UsageCounts(
-        0, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens, usage.completion_tokens
-    )
+    assert reading.tokens == UsageCounts(0, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
     assert reading.finished.total() == n
     assert sum(reading.histograms["vllm:inter_token_latency_seconds"].counts) == len(pieces) - n
     assert sum(reading.histograms["vllm:e2e_request_latency_seconds"].counts) == 1

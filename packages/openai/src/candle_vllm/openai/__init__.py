@@ -12,7 +12,7 @@ from candle_vllm.openai.errors import (
     UnsupportedParameterError,
     to_error,
 )
-from candle_vllm.openai.piece_streams import ChunkStream
+from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
@@ -23,7 +23,7 @@ from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
 from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, to_sampling_params
-from candle_vllm.openai.streaming import to_json_bytes
+from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.sync_adapter import SyncOpenAIAdapter
 
 __all__ = [

@@ -19,7 +19,10 @@ from msgspec import UNSET
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.openai.completion_streaming import CompletionChunker, join_completion
+from candle_vllm.openai.answers import AnswerPlan, AnswerReader
+from candle_vllm.openai.chat_answers import ChatWriter, join_chat
+from candle_vllm.openai.completion_answers import CompletionWriter, join_completion
+from candle_vllm.openai.conversation import message_text
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
     parse_embedding_request,
@@ -27,7 +30,7 @@ from candle_vllm.openai.embedding import (
     parse_score_request,
 )
 from candle_vllm.openai.engine import EngineLike, TokenStream
-from candle_vllm.openai.piece_streams import ChunkStream, PieceStream
+from candle_vllm.openai.events import Head
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import Preparation, PreparedChat, blamed_as_spelled
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -40,9 +43,8 @@ from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request
 from candle_vllm.openai.served_names import ServedNames
-from candle_vllm.openai.streaming import ChatChunker, Head
+from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
-from candle_vllm.openai.whole_chat import join_chat
 from candle_vllm.openai.worker_threads import WorkerThreads
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
@@ -119,9 +121,13 @@ class OpenAIAdapter:
         """Submits the request and gives its chunks as they come; close the stream to abort it."""
         return await self._start_chat(request, whole=False)
 
+    async def chat_events(self, request: ChatCompletionRequest | Fields) -> AnswerStream:
+        """Submits the request and gives what happens while it is answered; close the stream to abort it."""
+        return (await self._submit_chat(_checked_chat(request)))[0]
+
     async def count_chat_tokens(self, request: ChatCompletionRequest | Fields) -> int:
         """Tokens of the prompt that an answer would begin with. The request is checked and nothing is generated."""
-        parsed = request if isinstance(request, ChatCompletionRequest) else parse_chat_request(request)
+        parsed = _checked_chat(request)
         self._names.served(parsed.model)
         return len((await self._prepared_chat(parsed)).prompt)
 
@@ -164,13 +170,26 @@ class OpenAIAdapter:
     async def _start_chat(
         self, given: ChatCompletionRequest | Fields, *, whole: bool
     ) -> ChunkStream[ChatCompletionChunk]:
-        request = given if isinstance(given, ChatCompletionRequest) else parse_chat_request(given)
+        request = _checked_chat(given)
+        events, prepared = await self._submit_chat(request)
+        writer = ChatWriter(request, prepared.prompt, calls=bool(prepared.answers.tools), whole=whole)
+        return ChunkStream(events, writer)
+
+    async def _submit_chat(self, request: ChatCompletionRequest) -> tuple[AnswerStream, PreparedChat]:
         head = self._head("chatcmpl-", request)
         prepared = await self._prepared_chat(request)
         with blamed_as_spelled(request):
             source = self._submit(prepared.prompt, prepared.params, head.id, request, "messages")
-        chunker = ChatChunker(head, request, prepared.prompt, prepared.answers, whole=whole)
-        return ChunkStream(PieceStream([source]), chunker)
+        reader = AnswerReader(
+            head,
+            prepared.answers,
+            sequences=request.sequences,
+            form=request.structured_field if request.structured() is not None else "tools",
+            tell_ids=bool(request.return_token_ids),
+            tell_counts=request.continuous_usage,
+            echo=message_text(request.messages[-1]) if request.echo else "",
+        )
+        return AnswerStream([source], reader), prepared
 
     async def _prepared_chat(self, request: ChatCompletionRequest) -> PreparedChat:
         prepared = await self._work.prepare(self._preparation.chat, request)
@@ -193,7 +212,18 @@ class OpenAIAdapter:
             for source in sources:
                 await source.aclose()
             raise
-        return ChunkStream(PieceStream(sources), CompletionChunker(head, request, prompts, whole=whole))
+        reader = AnswerReader(
+            head,
+            AnswerPlan(),
+            sequences=request.sequences,
+            prompts=len(prompts),
+            form=request.structured_field,
+            tell_ids=bool(request.return_token_ids),
+            tell_counts=request.continuous_usage,
+            awaits_prompt=bool(request.echo) and request.logprobs is not None,
+            scored_only=request.max_tokens == 0,
+        )
+        return ChunkStream(AnswerStream(sources, reader), CompletionWriter(request, prompts, whole=whole))
 
     def _submit(
         self, prompt: Sequence[int], params: SamplingParams, request_id: str, request: GenerationFields, field: str
@@ -209,6 +239,10 @@ class OpenAIAdapter:
             model=self._names.served(request.model),
             system_fingerprint=self._fingerprint,
         )
+
+
+def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionRequest:
+    return given if isinstance(given, ChatCompletionRequest) else parse_chat_request(given)
 
 
 def _fingerprint(info: ModelInfo) -> str:

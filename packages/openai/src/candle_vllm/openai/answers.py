@@ -1,18 +1,21 @@
-"""How one request's answers are to be read, and the reading of one choice: pieces of text -> deltas (step 10)."""
+"""How one request's answers are to be read, and the reading: pieces of text -> events (step 10)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.request import FinishReason, PositionLogprobs, TokenOutput
+from candle_vllm.core.errors import RequestAbortedError, RequestError
+from candle_vllm.openai.errors import GenerationFailedError
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.binding import BoundLayout, SpecialText
-from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.protocol.chat import ChatDelta, FunctionCallDelta, ToolCallDelta
 
-TOOL_CALLS = "tool_calls"  # the finish reason of an answer that calls tools
+_FORM, _IDS = "structured_outputs", "allowed_token_ids"  # how core's messages about these begin
+_DEAD_END = "no token may be chosen"  # how the sampler's message begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +51,23 @@ class AnswerPlan:
         """Whether an answer can have thoughts."""
         return self.bound is not None and self.bound.layout.reasoning is not None
 
-    def reader(self) -> AnswerReader:
-        """For one choice."""
-        return AnswerReader(self)
 
-
-class AnswerReader:
+class ChoiceReader:
     """Reads the pieces of one choice.
+
+    Args:
+        plan: what it may hold.
+        choice: its number.
+        tell_ids: its events say the ids of their tokens.
 
     Attributes:
         reasoning_tokens: tokens that were thoughts, or the marks around them.
-        hides: the last piece was thoughts, and those are not shown.
     """
 
-    def __init__(self, plan: AnswerPlan) -> None:
+    def __init__(self, plan: AnswerPlan, choice: int = 0, *, tell_ids: bool = False) -> None:
         self.reasoning_tokens = 0
-        self.hides = False
+        self._choice = choice
+        self._tell_ids = tell_ids
         self._last_call_is_whole = False
         self._plan = plan
         self._parser: OutputParser | None = None
@@ -83,51 +87,217 @@ class AnswerReader:
             if plan.special_tokens:
                 self._special = SpecialText(plan.bound, keep=plan.show_special_tokens)
 
-    def read(self, piece: TokenOutput) -> list[ChatDelta]:
-        """What is new."""
+    def read(self, piece: TokenOutput) -> list[Event]:
+        """What is new; the first event has what there is to say of the tokens, which may be all there is."""
+        ids = piece.token_ids if self._tell_ids else None
         parser = self._parser
         if parser is None:
-            return [ChatDelta(content=piece.text)] if piece.text else []
-        before = parser.in_reasoning
-        text = piece.text if self._special is None else self._special.add(piece.text, piece.special_tokens)
-        events = parser.feed(text)
-        if piece.finish_reason is not None:
-            if self._special is not None:
-                events += parser.feed(self._special.finish())
-            events += parser.finish(piece.finish_reason is FinishReason.STOP and piece.stop_reason is None)
-        thought = before or parser.in_reasoning
-        self.reasoning_tokens += len(piece.token_ids) if thought else 0
-        self.hides = thought and not self._plan.show_reasoning
-        for event in events:
-            if isinstance(event, CallEnd):
-                self._last_call_is_whole = event.whole
-        return [delta for event in events if (delta := self._delta(event)) is not None]
+            events: list[Event] = [Text(self._choice, piece.text, ids, piece.logprobs)] if piece.text else []
+        else:
+            before = parser.in_reasoning
+            parsed = self._parsed(parser, piece)
+            thought = before or parser.in_reasoning
+            self.reasoning_tokens += len(piece.token_ids) if thought else 0
+            if thought and not self._plan.show_reasoning:
+                return self._events(parsed, None if ids is None else (), None)
+            events = self._events(parsed, ids, piece.logprobs)
+        if not events and piece.token_ids and (piece.logprobs is not None or ids is not None):
+            return [Text(self._choice, "", ids, piece.logprobs)]
+        return events
 
-    def finish_reason(self, piece: TokenOutput) -> str:
-        """Why the choice ended, in OpenAI's words.
+    def ended(self, piece: TokenOutput) -> Ended:
+        """Why the choice ended with this piece.
 
         A text that was cut is `length` even where it has calls, and `stop` where a stop string cut its last call.
         """
-        assert piece.finish_reason is not None
+        stopped = piece.finish_reason is FinishReason.STOP
         called = self._parser is not None and self._parser.num_calls > 0
-        if (
-            called
-            and (piece.stop_reason is None or self._last_call_is_whole)
-            and piece.finish_reason is FinishReason.STOP
-        ):
-            return TOOL_CALLS
-        return piece.finish_reason.value
+        if called and stopped and (piece.stop_reason is None or self._last_call_is_whole):
+            return Ended(self._choice, "tool_calls", piece.stop_reason)
+        return Ended(self._choice, "stop" if stopped else "length", piece.stop_reason)
 
-    def _delta(self, event: Event) -> ChatDelta | None:
-        if isinstance(event, TextPiece):
-            if event.kind == "content":
-                return ChatDelta(content=event.text)
-            return ChatDelta(reasoning_content=event.text) if self._plan.show_reasoning else None
-        if isinstance(event, CallStart):
-            function = FunctionCallDelta(name=event.name, arguments="")
-            call = ToolCallDelta(index=event.index, id=event.id, type="function", function=function)
-            return ChatDelta(tool_calls=(call,))
-        if isinstance(event, CallArguments):
-            function = FunctionCallDelta(arguments=event.text)
-            return ChatDelta(tool_calls=(ToolCallDelta(index=event.index, function=function),))
-        return None
+    def _parsed(self, parser: OutputParser, piece: TokenOutput) -> list[found.Event]:
+        text = piece.text if self._special is None else self._special.add(piece.text, piece.special_tokens)
+        parsed = parser.feed(text)
+        if piece.finish_reason is not None:
+            if self._special is not None:
+                parsed += parser.feed(self._special.finish())
+            parsed += parser.finish(piece.finish_reason is FinishReason.STOP and piece.stop_reason is None)
+        return parsed
+
+    def _events(
+        self,
+        parsed: Sequence[found.Event],
+        ids: tuple[int, ...] | None,
+        logprobs: Sequence[PositionLogprobs] | None,
+    ) -> list[Event]:
+        events: list[Event] = []
+        choice = self._choice
+        for one in parsed:
+            if isinstance(one, found.TextPiece):
+                if one.kind == "content":
+                    events.append(Text(choice, one.text, ids, logprobs))
+                elif self._plan.show_reasoning:
+                    events.append(Thought(choice, one.text, ids, logprobs))
+                else:
+                    continue
+            elif isinstance(one, found.CallArguments):
+                events.append(CallText(choice, one.index, one.text, ids, logprobs))
+            elif isinstance(one, found.CallStart):
+                events.append(CallBegun(choice, one.index, one.id, one.name, ids, logprobs))
+            else:
+                self._last_call_is_whole = one.whole
+                continue
+            ids = logprobs = None
+        return events
+
+
+class TokenCounts:
+    """Adds up the usage of a request whose prompts are numbered from 0."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self._completion = 0
+        self._prompt_ms: int | None = None
+        self._completion_ms: int | None = None
+
+    def add(self, prompt: int, piece: TokenOutput, new_tokens: int) -> None:
+        """Takes the counts of one piece."""
+        self._prompts[prompt] = piece.num_prompt_tokens
+        if piece.index == 0:  # the other sequences share its prompt, and find that in the cache when it is run
+            self._cached.setdefault(prompt, piece.num_cached_tokens)
+        self._completion += new_tokens
+        if (times := piece.metrics) is not None:
+            self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
+            self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
+
+    def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
+        """The counts so far; the times only when `final`."""
+        return Usage(
+            prompt_tokens=sum(self._prompts.values()),
+            completion_tokens=self._completion,
+            cached_tokens=sum(self._cached.values()),
+            reasoning_tokens=reasoning,
+            prompt_ms=self._prompt_ms if final else None,
+            completion_ms=self._completion_ms if final else None,
+            final=final,
+        )
+
+
+def _longer(known: int | None, start: float | None, end: float | None) -> int | None:
+    if start is None or end is None:
+        return known
+    return max(round((end - start) * 1000), known or 0)
+
+
+class AnswerReader:
+    """Pieces of all choices of one request -> events.
+
+    Choice `i * sequences + j` is sequence `j` of prompt `i`.
+
+    Args:
+        head: of the answer.
+        plan: how choices are read.
+        sequences: of each prompt.
+        prompts: how many there are.
+        form: the request's name for what core calls `structured_outputs`.
+        tell_ids: events say the ids of their tokens.
+        tell_counts: `Usage` goes before every piece.
+        echo: what every choice begins with.
+        awaits_prompt: choices wait for their prompt's log-probabilities, which its sequence 0 brings.
+        scored_only: the engine must make a token, which is not part of the answer.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        plan: AnswerPlan,
+        *,
+        sequences: int = 1,
+        prompts: int = 1,
+        form: str | None = None,
+        tell_ids: bool = False,
+        tell_counts: bool = False,
+        echo: str = "",
+        awaits_prompt: bool = False,
+        scored_only: bool = False,
+    ) -> None:
+        self._head = head
+        self._form = form
+        self._sequences = sequences
+        self._tell_counts = tell_counts
+        self._echo = echo
+        self._awaits_prompt = awaits_prompt
+        self._scored_only = scored_only
+        self._may_reason = plan.may_reason
+        self._readers = [ChoiceReader(plan, choice, tell_ids=tell_ids) for choice in range(prompts * sequences)]
+        self._counts = TokenCounts()
+        self._begun: set[int] = set()
+        self._unfinished = len(self._readers)
+        self._known_prompts: set[int] = set()
+        self._held: dict[int, list[TokenOutput]] = {}
+
+    def add(self, prompt: int, piece: TokenOutput) -> list[Event]:
+        """The events that one piece of prompt number `prompt` makes.
+
+        Raises:
+            RequestError: the request left the engine no token to choose.
+            GenerationFailedError, RequestAbortedError: the engine gave the sequence up.
+        """
+        _check_piece(piece, self._form)
+        if not self._awaits_prompt:
+            return self._read(prompt, piece)
+        if piece.prompt_logprobs is not None:
+            self._known_prompts.add(prompt)
+        elif prompt not in self._known_prompts:
+            self._held.setdefault(prompt, []).append(piece)
+            return []
+        pieces = [piece, *self._held.pop(prompt, ())]
+        return [event for one in pieces for event in self._read(prompt, one)]
+
+    def end(self) -> list[Event]:
+        """The final usage; raises `GenerationFailedError` where the pieces ended before their sequences did."""
+        if self._unfinished:
+            raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
+        return [self._usage(final=True)]
+
+    def _read(self, prompt: int, piece: TokenOutput) -> list[Event]:
+        choice = prompt * self._sequences + piece.index
+        reader = self._readers[choice]
+        news = [] if self._scored_only else reader.read(piece)
+        self._counts.add(prompt, piece, 0 if self._scored_only else len(piece.token_ids))
+        events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
+        if choice not in self._begun:
+            self._begun.add(choice)
+            events.append(Begun(choice, self._head, prompt, piece.prompt_logprobs))
+            if self._echo:
+                events.append(Text(choice, self._echo))
+        events += news
+        if piece.finish_reason is not None:
+            self._unfinished -= 1
+            events.append(Ended(choice, "length") if self._scored_only else reader.ended(piece))
+        return events
+
+    def _usage(self, *, final: bool) -> Usage:
+        reasoning = sum(one.reasoning_tokens for one in self._readers) if self._may_reason else None
+        return self._counts.usage(final=final, reasoning=reasoning)
+
+
+def _check_piece(piece: TokenOutput, form: str | None) -> None:
+    """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame."""
+    if piece.finish_reason is FinishReason.ERROR:
+        if _is_the_requests_fault(piece):
+            message = piece.error or "the request cannot be continued"
+            if form is not None and message.startswith(_FORM):
+                raise RequestError(message.replace(_FORM, form, 1), form)
+            raise RequestError(message, _IDS if message.startswith(_IDS) else None)
+        raise GenerationFailedError(piece.error or "the engine gave no reason")
+    if piece.finish_reason is FinishReason.ABORT:
+        raise RequestAbortedError("The request was aborted before it finished.")
+
+
+def _is_the_requests_fault(piece: TokenOutput) -> bool:
+    """True for a dead end: what the request allows and forbids leaves no token to choose."""
+    kind: str | None = getattr(piece, "error_kind", None)
+    return kind == "request" if kind is not None else (piece.error or "").startswith(_DEAD_END)

@@ -1,4 +1,4 @@
-"""Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life).
+"""Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life), and answers -> bytes.
 
 Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, nesting beyond `MAX_DEPTH`, and more
 values, arrays, objects and names than the caps below, which would cost far more time and memory than their bytes.
@@ -10,6 +10,8 @@ import json
 import re
 from itertools import islice
 from typing import Any, NoReturn
+
+import msgspec
 
 from candle_vllm.openai.errors import InvalidBodyError
 
@@ -34,6 +36,11 @@ _LIMITS = (
     ("[{", _next(r"\[\{"), MAX_CONTAINERS, "arrays and objects"),
     (":", _next(":"), MAX_NAMES, "names"),
 )
+
+
+def to_json_bytes(value: msgspec.Struct) -> bytes:
+    """An answer, chunk or error as JSON in UTF-8."""
+    return msgspec.json.encode(value)
 
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:

@@ -17,7 +17,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
-from candle_vllm.openai.completion_streaming import EchoedPrompt
+from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority

@@ -6,12 +6,11 @@ Requests are translated to OpenAI's and answers back; what lies between is OpenA
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
-from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
 from candle_vllm.openai.anthropic.habits import TemplateHabits, template_habits
@@ -23,10 +22,9 @@ from candle_vllm.openai.anthropic.request import (
     parse_messages_request,
 )
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
-from candle_vllm.openai.anthropic.translation import Translation, blame, blamed_on, translate
+from candle_vllm.openai.anthropic.translation import Translation, blamed_on, translate
 from candle_vllm.openai.anthropic.turns import needs_habits
-from candle_vllm.openai.piece_streams import ChunkStream
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.openai.streams import AnswerStream, ChunkStream
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 
@@ -59,15 +57,15 @@ class MessagesAdapter:
         made = await self._translate(parsed)
         with blamed_on(made.messages, made.tools):
             try:
-                chunks, bound = await self._adapter.chat_stream(made.chat), False
+                answer, bound = await self._adapter.chat_events(made.chat), False
             except PromptTooLongError as error:
                 if error.param != "max_tokens":
                     raise
                 # As Anthropic's models do: the answer goes on up to the context's end, and says that it ended there.
                 chat = made.chat.model_copy(update={"max_tokens": None})
-                chunks, bound = await self._unbound(chat), True
+                answer, bound = await self._unbound(chat), True
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
-        return MessageStream(chunks, EventWriter(show_thinking=shown, context_bound=bound), made)
+        return MessageStream(answer, EventWriter(show_thinking=shown, context_bound=bound), made)
 
     async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
         """The tokens of the prompt that `create` would make, found in the cache or not; nothing is generated."""
@@ -76,9 +74,9 @@ class MessagesAdapter:
         with blamed_on(made.messages, made.tools):
             return TokenCount(await self._adapter.count_chat_tokens(made.chat))
 
-    async def _unbound(self, chat: Any) -> ChunkStream[ChatCompletionChunk]:
+    async def _unbound(self, chat: Any) -> AnswerStream:
         try:
-            return await self._adapter.chat_stream(chat)
+            return await self._adapter.chat_events(chat)
         except PromptTooLongError as error:
             error.param = "messages"
             raise
@@ -92,31 +90,16 @@ class MessagesAdapter:
         )
 
 
-class MessageStream:
+class MessageStream(ChunkStream[MessageEvent]):
     """The events of one answer. Close it (`aclose`) when the reader goes away: that aborts the request.
 
     It closes itself when it ends or fails.
     """
 
-    def __init__(self, chunks: ChunkStream[ChatCompletionChunk], writer: EventWriter, made: Translation) -> None:
-        self._chunks = chunks
-        self._writer = writer
+    def __init__(self, answer: AnswerStream, writer: EventWriter, made: Translation) -> None:
+        super().__init__(answer, writer)
         self._made = made
-        self._ready: deque[MessageEvent] = deque()
-
-    def __aiter__(self) -> MessageStream:
-        return self
 
     async def __anext__(self) -> MessageEvent:
-        while not self._ready:
-            try:
-                self._ready.extend(self._writer.add(await anext(self._chunks)))
-            except RequestError as error:
-                blame(error, self._made.messages, self._made.tools)
-                raise
-        return self._ready.popleft()
-
-    async def aclose(self) -> None:
-        """Ends the stream and aborts the request if it is still running."""
-        self._ready.clear()
-        await self._chunks.aclose()
+        with blamed_on(self._made.messages, self._made.tools):
+            return await super().__anext__()

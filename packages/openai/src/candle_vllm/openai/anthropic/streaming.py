@@ -1,4 +1,4 @@
-"""OpenAI's chunks -> Anthropic's events, and those -> the whole message (step 10).
+"""Events of an answer -> Anthropic's events, and those -> the whole message (step 10).
 
 There is one path: a whole message is the sum of the events that a stream would have sent, so the two cannot differ.
 """
@@ -35,8 +35,8 @@ from candle_vllm.openai.anthropic.answers import (
     Usage,
 )
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChunkChoice, ToolCallDelta
-from candle_vllm.openai.protocol.usage import Usage as ChatUsage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought
+from candle_vllm.openai.events import Usage as Counts
 
 _Kind = Literal["text", "thinking"]
 
@@ -55,39 +55,45 @@ class EventWriter:
     def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:
         self._show_thinking = show_thinking
         self._context_bound = context_bound
-        self._started = False
+        self._counts: Counts | None = None
         self._index = -1
         self._open: _Kind | ToolInput | None = None
         self._space: tuple[_Kind, str] | None = None  # white space that may be the beginning of a block
         self._stop: StopDelta | None = None
 
-    def add(self, chunk: ChatCompletionChunk) -> list[MessageEvent]:
-        """The events that one chunk makes; every chunk must have its counts."""
-        assert isinstance(chunk.usage, ChatUsage)
-        events: list[MessageEvent] = []
-        if not self._started:
-            self._started = True
-            message = Message(
-                id="msg_" + chunk.id.removeprefix("chatcmpl-"),
-                model=chunk.model,
-                content=(),
-                usage=_usage(chunk.usage),
-            )
-            events += [MessageStart(message=message), Ping()]
-        if not chunk.choices:  # the last one
-            assert self._stop is not None
-            return [*events, MessageDelta(delta=self._stop, usage=_usage(chunk.usage)), MessageStop()]
-        choice = chunk.choices[0]
-        if choice.delta.reasoning_content:
-            events += self._say("thinking", choice.delta.reasoning_content)
-        if choice.delta.content:
-            events += self._say("text", choice.delta.content)
-        for call in choice.delta.tool_calls or ():
-            events += self._call(call)
-        if choice.finish_reason is not None:
-            events += self._close(cut=choice.finish_reason != "tool_calls")
-            self._stop = self._stopped(choice)
-        return events
+    def write(self, events: Sequence[Event]) -> list[MessageEvent]:
+        """The events that those of an answer with one choice make."""
+        return [made for event in events for made in self._written(event)]
+
+    def _written(self, event: Event) -> list[MessageEvent]:
+        match event:
+            case Text():
+                return self._say("text", event.text) if event.text else []
+            case Thought():
+                return self._say("thinking", event.text)
+            case CallText():
+                assert isinstance(self._open, ToolInput)
+                return self._json(self._open.feed(event.text))
+            case CallBegun():
+                block = ToolUseBlock(id=event.id, name=event.name, input={})
+                return [*self._close(), *self._begin(ToolInput(), block)]
+            case Begun():
+                return self._start(event)
+            case Ended():
+                self._stop = self._stopped(event)
+                return self._close(cut=event.reason != "tool_calls")
+            case Counts():
+                self._counts = event
+                if not event.final:
+                    return []
+                assert self._stop is not None
+                return [MessageDelta(delta=self._stop, usage=_usage(event)), MessageStop()]
+
+    def _start(self, begun: Begun) -> list[MessageEvent]:
+        assert self._counts is not None
+        name = "msg_" + begun.head.id.removeprefix("chatcmpl-")
+        message = Message(id=name, model=begun.head.model, content=(), usage=_usage(self._counts))
+        return [MessageStart(message=message), Ping()]
 
     def _say(self, kind: _Kind, text: str) -> list[MessageEvent]:
         if self._open == kind:
@@ -109,18 +115,6 @@ class EventWriter:
             return []
         return [ContentBlockDelta(index=self._index, delta=ThinkingDelta(thinking=text))]
 
-    def _call(self, call: ToolCallDelta) -> list[MessageEvent]:
-        events: list[MessageEvent] = []
-        function = call.function
-        if call.id is not None:
-            name = (function and function.name) or ""
-            block = ToolUseBlock(id=call.id, name=name, input={})
-            events += [*self._close(), *self._begin(ToolInput(), block)]
-        if function is not None and function.arguments:
-            assert isinstance(self._open, ToolInput)
-            events += self._json(self._open.feed(function.arguments))
-        return events
-
     def _json(self, text: str) -> list[MessageEvent]:
         return [ContentBlockDelta(index=self._index, delta=InputJsonDelta(partial_json=text))] if text else []
 
@@ -141,24 +135,24 @@ class EventWriter:
             events += self._json(kind.finish(cut=cut))
         return [*events, ContentBlockStop(index=self._index)]
 
-    def _stopped(self, choice: ChunkChoice) -> StopDelta:
-        if choice.finish_reason == "tool_calls":
+    def _stopped(self, ended: Ended) -> StopDelta:
+        if ended.reason == "tool_calls":
             return StopDelta(stop_reason="tool_use")
-        if choice.finish_reason == "length":
+        if ended.reason == "length":
             bound = self._context_bound
             return StopDelta(stop_reason="model_context_window_exceeded" if bound else "max_tokens")
-        if isinstance(choice.stop_reason, str):
-            return StopDelta(stop_reason="stop_sequence", stop_sequence=choice.stop_reason)
+        if isinstance(ended.stop, str):
+            return StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
         return StopDelta(stop_reason="end_turn")
 
 
-def _usage(counts: ChatUsage) -> Usage:
-    cached, details = counts.prompt_tokens_details.cached_tokens, counts.completion_tokens_details
+def _usage(counts: Counts) -> Usage:
+    reasoning = counts.reasoning_tokens
     return Usage(
-        input_tokens=counts.prompt_tokens - cached,
-        cache_read_input_tokens=cached,
+        input_tokens=counts.prompt_tokens - counts.cached_tokens,
+        cache_read_input_tokens=counts.cached_tokens,
         output_tokens=counts.completion_tokens,
-        output_tokens_details=UNSET if details is UNSET else OutputTokensDetails(details.reasoning_tokens),
+        output_tokens_details=UNSET if reasoning is None else OutputTokensDetails(reasoning),
     )
 
 

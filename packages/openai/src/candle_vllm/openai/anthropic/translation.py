@@ -69,8 +69,6 @@ def translate(
     fields: dict[str, Any] = {
         "model": request.model,
         "messages": [turn.message for turn in turns],
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **_tool_fields(request),
         **_thinking_fields(request),
     }

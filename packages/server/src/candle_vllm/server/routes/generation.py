@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai import parse_chat_request, parse_completion_request, to_json_bytes
-from candle_vllm.openai.completion_streaming import join_completion
-from candle_vllm.openai.whole_chat import join_chat
+from candle_vllm.openai.chat_answers import join_chat
+from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.failures import error_event
 from candle_vllm.server.keeping import KeptForm

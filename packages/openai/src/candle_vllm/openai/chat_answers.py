@@ -1,0 +1,211 @@
+"""Events -> chunks of a chat answer, and those -> the whole answer (step 10).
+
+There is one path: a whole answer is the sum of the chunks that a stream would have sent, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
+from candle_vllm.openai.logprobs import chat_logprobs, prompt_logprobs
+from candle_vllm.openai.protocol import usage as wire
+from candle_vllm.openai.protocol.chat import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    FunctionCallDelta,
+    FunctionCallOut,
+    PromptLogprobs,
+    ToolCallDelta,
+    ToolCallOut,
+)
+
+
+class ChatWriter:
+    """The chunks of one chat answer.
+
+    Each choice begins with its role and ends with a chunk that has its finish reason and no text.
+
+    Args:
+        request: what is shown beside the text.
+        prompt_token_ids: shown where the request wants token ids.
+        calls: choices may have tool calls.
+        whole: the counts come at the end, whatever the request says.
+    """
+
+    def __init__(
+        self,
+        request: ChatCompletionRequest,
+        prompt_token_ids: Sequence[int],
+        *,
+        calls: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self._request = request
+        # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
+        self._first_content = None if calls else ""
+        self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
+        self._no_ids = () if request.return_token_ids else UNSET
+        self._usage_last = whole or request.include_usage
+        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
+        self._head: Head | None = None
+
+    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+        """The chunks that events make."""
+        return [chunk for event in events if (chunk := self._written(event)) is not None]
+
+    def _written(self, event: Event) -> ChatCompletionChunk | None:
+        if isinstance(event, Text):
+            return self._news(event, ChatDelta(content=event.text))
+        if isinstance(event, Thought):
+            return self._news(event, ChatDelta(reasoning_content=event.text))
+        if isinstance(event, CallText):
+            call = ToolCallDelta(index=event.call, function=FunctionCallDelta(arguments=event.text))
+            return self._news(event, ChatDelta(tool_calls=(call,)))
+        if isinstance(event, CallBegun):
+            function = FunctionCallDelta(name=event.name, arguments="")
+            call = ToolCallDelta(index=event.call, id=event.id, type="function", function=function)
+            return self._news(event, ChatDelta(tool_calls=(call,)))
+        if isinstance(event, Begun):
+            return self._first(event)
+        if isinstance(event, Ended):
+            return self._chunk(
+                ChunkChoice(
+                    index=event.choice,
+                    delta=ChatDelta(),
+                    finish_reason=event.reason,
+                    stop_reason=event.stop,
+                    token_ids=self._no_ids,
+                )
+            )
+        return self._counts(event)
+
+    def _news(self, event: Text | Thought | CallBegun | CallText, delta: ChatDelta) -> ChatCompletionChunk:
+        logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs)
+        ids = UNSET if event.ids is None else event.ids
+        return self._chunk(ChunkChoice(index=event.choice, delta=delta, logprobs=logprobs, token_ids=ids))
+
+    def _first(self, event: Begun) -> ChatCompletionChunk:
+        token_ids = UNSET if self._head is not None else self._prompt_token_ids
+        self._head = event.head
+        shown: PromptLogprobs | UnsetType = UNSET
+        if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
+            shown = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
+        role = ChunkChoice(index=event.choice, delta=ChatDelta(role="assistant", content=self._first_content))
+        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids)
+
+    def _counts(self, usage: Usage) -> ChatCompletionChunk | None:
+        if usage.final:
+            assert self._head is not None
+            if not self._usage_last:
+                return None
+            return ChatCompletionChunk(**self._head._asdict(), choices=(), usage=wire_usage(usage))
+        if self._request.continuous_usage:
+            self._usage = wire_usage(usage)
+        return None
+
+    def _chunk(self, choice: ChunkChoice, **extras: Any) -> ChatCompletionChunk:
+        head = self._head
+        assert head is not None
+        return ChatCompletionChunk(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=(choice,),
+            usage=self._usage,
+            **extras,
+        )
+
+
+def wire_usage(usage: Usage) -> wire.Usage:
+    """Counts in OpenAI's words."""
+    reasoning = usage.reasoning_tokens
+    return wire.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=wire.PromptTokensDetails(usage.cached_tokens),
+        completion_tokens_details=UNSET if reasoning is None else wire.CompletionTokensDetails(reasoning),
+        prompt_time_costs=UNSET if usage.prompt_ms is None else usage.prompt_ms,
+        completion_time_costs=UNSET if usage.completion_ms is None else usage.completion_ms,
+    )
+
+
+def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
+    """The whole answer that `chunks`, the last of which has the usage, amount to."""
+    head, usage = chunks[0], chunks[-1].usage
+    assert isinstance(usage, wire.Usage)
+    choices: dict[int, list[ChunkChoice]] = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            choices.setdefault(choice.index, []).append(choice)
+    return ChatCompletion(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        system_fingerprint=head.system_fingerprint,
+        choices=tuple(_join_choice(index, choices[index]) for index in sorted(choices)),
+        usage=usage,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
+        prompt_token_ids=head.prompt_token_ids,
+    )
+
+
+def _join_choice(index: int, parts: Sequence[ChunkChoice]) -> ChatChoice:
+    last = parts[-1]
+    assert last.finish_reason is not None
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return ChatChoice(
+        index=index,
+        message=_join_message(parts),
+        finish_reason=last.finish_reason,
+        logprobs=ChatLogprobs(tuple(entry for part in logprobs for entry in part.content)) if logprobs else None,
+        stop_reason=None if last.stop_reason is UNSET else last.stop_reason,
+        token_ids=join_token_ids([part.token_ids for part in parts]),
+    )
+
+
+def _join_message(parts: Sequence[ChunkChoice]) -> ChatMessage:
+    """The message; content is null where there are only thoughts or calls."""
+    content = "".join(part.delta.content or "" for part in parts)
+    thoughts = [part.delta.reasoning_content for part in parts if part.delta.reasoning_content is not None]
+    calls = _join_calls(parts)
+    return ChatMessage(
+        content=None if not content and (thoughts or calls) else content,
+        reasoning_content="".join(thoughts) if thoughts else UNSET,
+        tool_calls=calls or UNSET,
+    )
+
+
+def _join_calls(parts: Sequence[ChunkChoice]) -> tuple[ToolCallOut, ...]:
+    ids: list[str] = []
+    names: list[str] = []
+    arguments: list[list[str]] = []
+    for call in (call for part in parts for call in part.delta.tool_calls or ()):
+        function = call.function
+        if call.id is not None:
+            ids.append(call.id)
+            names.append((function and function.name) or "")
+            arguments.append([])
+        if function is not None and function.arguments:
+            arguments[call.index].append(function.arguments)
+    return tuple(
+        ToolCallOut(id=one, function=FunctionCallOut(name, "".join(text)))
+        for one, name, text in zip(ids, names, arguments, strict=True)
+    )
+
+
+def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:
+    """The ids of the parts that have them; absent when none has."""
+    known = [ids for ids in parts if ids is not UNSET]
+    return tuple(token for ids in known for token in ids) if known else UNSET

@@ -1,0 +1,172 @@
+"""The same as `chat_answers` for `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from msgspec import UNSET, UnsetType
+
+from candle_vllm.core.engine.request import PositionLogprobs
+from candle_vllm.openai.chat_answers import join_token_ids, wire_usage
+from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
+from candle_vllm.openai.logprobs import (
+    CompletionLogprobsWriter,
+    echoed_logprobs,
+    join_completion_logprobs,
+    prompt_logprobs,
+)
+from candle_vllm.openai.protocol import usage as wire
+from candle_vllm.openai.protocol.chat import PromptLogprobs
+from candle_vllm.openai.protocol.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+
+
+class EchoedPrompt(NamedTuple):
+    """One prompt of a request, as far as its answer may repeat it.
+
+    Attributes:
+        text: the prompt; empty unless it is echoed.
+        first: text of its first token; empty unless it is echoed with log-probabilities.
+        token_ids: its tokens.
+    """
+
+    text: str
+    first: str
+    token_ids: tuple[int, ...]
+
+
+class CompletionWriter:
+    """The chunks of one completion answer; each choice ends with a chunk that has its finish reason and no text.
+
+    Args:
+        request: what is shown beside the text.
+        prompts: of the request.
+        whole: the counts come at the end, whatever the request says.
+    """
+
+    def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
+        self._request = request
+        self._prompts = prompts
+        self._no_ids = () if request.return_token_ids else UNSET
+        self._usage_last = whole or request.include_usage
+        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
+        self._head: Head | None = None
+        self._writers: dict[int, CompletionLogprobsWriter | None] = {}
+        self._echoes: dict[int, CompletionLogprobs] = {}  # made once per prompt, for all of its choices
+
+    def write(self, events: Sequence[Event]) -> list[Completion]:
+        """The chunks that events make."""
+        return [chunk for event in events if (chunk := self._written(event)) is not None]
+
+    def _written(self, event: Event) -> Completion | None:
+        if isinstance(event, Text):
+            writer = self._writers[event.choice]
+            logprobs = None if writer is None or event.logprobs is None else writer.add(event.logprobs)
+            ids = UNSET if event.ids is None else event.ids
+            return self._chunk(CompletionChoice(index=event.choice, text=event.text, logprobs=logprobs, token_ids=ids))
+        if isinstance(event, Begun):
+            return self._first(event)
+        if isinstance(event, Ended):
+            return self._chunk(
+                CompletionChoice(
+                    index=event.choice,
+                    text="",
+                    finish_reason=event.reason,
+                    stop_reason=event.stop,
+                    token_ids=self._no_ids,
+                )
+            )
+        assert isinstance(event, Usage), "a text has no thoughts and no calls"
+        return self._counts(event)
+
+    def _first(self, event: Begun) -> Completion | None:
+        """The chunk before a choice's own text; only where the request asks for something of the prompt."""
+        request, source = self._request, self._prompts[event.prompt]
+        self._head = event.head
+        writer = None if request.logprobs is None else CompletionLogprobsWriter(request.logprobs)
+        self._writers[event.choice] = writer
+        logprobs: CompletionLogprobs | None = None
+        if writer is not None and request.echo:
+            logprobs = self._echo(event, request.logprobs or 0)
+            writer.skip(len(source.text))
+        shown: PromptLogprobs | UnsetType = UNSET
+        if request.prompt_logprobs is not None and event.prompt_logprobs is not None:
+            shown = prompt_logprobs(event.prompt_logprobs, request.prompt_logprobs)
+        if not (request.echo or request.return_token_ids or shown is not UNSET):
+            return None
+        choice = CompletionChoice(
+            index=event.choice,
+            text=source.text,
+            logprobs=logprobs,
+            prompt_token_ids=source.token_ids if request.return_token_ids else UNSET,
+            prompt_logprobs=shown,
+        )
+        return self._chunk(choice)
+
+    def _echo(self, event: Begun, top: int) -> CompletionLogprobs:
+        """The prompt's log-probabilities, which its first choice to begin brings."""
+        if event.prompt not in self._echoes:
+            source, given = self._prompts[event.prompt], event.prompt_logprobs
+            assert given is not None
+            entries: list[PositionLogprobs] = [entry for entry in given if entry is not None]
+            self._echoes[event.prompt] = echoed_logprobs(source.first, entries, source.text, top)
+        return self._echoes[event.prompt]
+
+    def _counts(self, usage: Usage) -> Completion | None:
+        if usage.final:
+            assert self._head is not None
+            if not self._usage_last:
+                return None
+            return Completion(**self._head._asdict(), choices=(), usage=wire_usage(usage))
+        if self._request.continuous_usage:
+            self._usage = wire_usage(usage)
+        return None
+
+    def _chunk(self, choice: CompletionChoice) -> Completion:
+        head = self._head
+        assert head is not None
+        return Completion(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=(choice,),
+            usage=self._usage,
+        )
+
+
+def join_completion(chunks: Sequence[Completion]) -> Completion:
+    """The whole answer that `chunks`, the last of which has the usage, amount to."""
+    head, usage = chunks[0], chunks[-1].usage
+    assert isinstance(usage, wire.Usage)
+    choices: dict[int, list[CompletionChoice]] = {}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            choices.setdefault(choice.index, []).append(choice)
+    return Completion(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        system_fingerprint=head.system_fingerprint,
+        choices=tuple(_join_choice(index, choices[index]) for index in sorted(choices)),
+        usage=usage,
+    )
+
+
+def _join_choice(index: int, parts: Sequence[CompletionChoice]) -> CompletionChoice:
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return CompletionChoice(
+        index=index,
+        text="".join(part.text for part in parts),
+        logprobs=join_completion_logprobs(logprobs) if logprobs else None,
+        finish_reason=parts[-1].finish_reason,
+        stop_reason=parts[-1].stop_reason,
+        token_ids=join_token_ids([part.token_ids for part in parts]),
+        prompt_token_ids=next((p.prompt_token_ids for p in parts if p.prompt_token_ids is not UNSET), UNSET),
+        prompt_logprobs=next((p.prompt_logprobs for p in parts if p.prompt_logprobs is not UNSET), UNSET),
+    )

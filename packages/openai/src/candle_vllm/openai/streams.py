@@ -1,0 +1,129 @@
+"""Streams of events and chunks that abort their requests when they are closed, begun or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+from candle_vllm.core.engine.request import TokenOutput
+from candle_vllm.openai.answers import AnswerReader
+from candle_vllm.openai.engine import TokenStream
+from candle_vllm.openai.events import Event
+
+ChunkT = TypeVar("ChunkT")
+_ChunkT_co = TypeVar("_ChunkT_co", covariant=True)
+_Piece = tuple[int, TokenOutput] | BaseException | None  # None: one stream has ended
+
+
+class Writer(Protocol[_ChunkT_co]):
+    """Writes events in the words of an API."""
+
+    def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
+
+
+class AnswerStream:
+    """The events of one answer, as pieces of one or more engine streams come. Close it (`aclose`) when the reader goes
+    away: that aborts the request.
+
+    It closes itself when it ends or fails.
+    """
+
+    def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader) -> None:
+        self._sources = sources
+        self._reader = reader
+        self._ready: deque[Event] = deque()
+        self._closed = False
+        self._pieces: asyncio.Queue[_Piece] = asyncio.Queue()
+        self._open = len(sources)
+        # One stream, the usual case, is read directly and costs no task.
+        pumped = enumerate(sources) if len(sources) > 1 else ()
+        self._tasks = [asyncio.create_task(self._pump(number, source)) for number, source in pumped]
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._ready:
+            events = await self.read()
+            if events is None:
+                raise StopAsyncIteration
+            self._ready.extend(events)
+        return self._ready.popleft()
+
+    async def read(self) -> Sequence[Event] | None:
+        """The events of the next piece, which may be none; None behind the last ones."""
+        if self._closed:
+            return None
+        try:
+            number, piece = await self._next()
+            return self._reader.add(number, piece)
+        except StopAsyncIteration:
+            await self.aclose()
+            return self._reader.end()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Ends the stream and aborts what has not finished."""
+        self._ready.clear()
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for source in self._sources:
+            await source.aclose()
+
+    async def _next(self) -> tuple[int, TokenOutput]:
+        """A piece, and the number of its stream."""
+        if not self._tasks:
+            return 0, await anext(self._sources[0])
+        while self._open:
+            piece = await self._pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            if piece is not None:
+                return piece
+            self._open -= 1
+        raise StopAsyncIteration
+
+    async def _pump(self, number: int, source: TokenStream) -> None:
+        try:
+            async for piece in source:
+                self._pieces.put_nowait((number, piece))
+        except Exception as error:  # handed to the reader, who raises it
+            self._pieces.put_nowait(error)
+        else:
+            self._pieces.put_nowait(None)
+
+
+class ChunkStream(Generic[ChunkT]):
+    """An answer in the words of an API. Close it (`aclose`) when the reader goes away: that aborts the request.
+
+    It closes itself when it ends or fails.
+    """
+
+    def __init__(self, events: AnswerStream, writer: Writer[ChunkT]) -> None:
+        self._events = events
+        self._writer = writer
+        self._ready: deque[ChunkT] = deque()
+
+    def __aiter__(self) -> ChunkStream[ChunkT]:
+        return self
+
+    async def __anext__(self) -> ChunkT:
+        while not self._ready:
+            events = await self._events.read()
+            if events is None:
+                raise StopAsyncIteration
+            self._ready.extend(self._writer.write(events))
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """Ends the stream and aborts the request if it is still running."""
+        self._ready.clear()
+        await self._events.aclose()
