@@ -1,0 +1,577 @@
+"""Answers recorded from one revision and compared with those of another, byte for byte.
+
+    python benchmarks/serve/recorded.py record BEFORE.jsonl [--checkout FOLDER]
+    python benchmarks/serve/recorded.py compare BEFORE.jsonl AFTER.jsonl
+
+`record` starts two servers of the checkout, each with its own environment's Python: one with the demo model, and one
+whose answers are a script (calls of tools, thoughts). It sends every request below, whole and streamed, all rows of
+wrong requests that the tests know, reads the pages that answer GET, runs the command's `--help` and `config`, and
+writes a line of JSON for each: request, status, headers that mean something, and the body. Ids, times and addresses
+are replaced by their kind, each id by the number of its first place in the answer, so that references stay.
+
+`compare` prints what differs; its exit status is the number of differences, at most 100. The servers' seed makes
+texts repeat, on one machine: two machines may round otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+HERE = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0
+LONGEST = 60.0  # seconds for one answer
+HEADERS = ("content-type", "allow", "retry-after", "www-authenticate", "location", "cache-control", "deprecation")
+IDS = re.compile(
+    r"\b(chatcmpl|cmpl|call|msg|resp|rs|fc|ctc|conv|mcp\w*|req|toolu|embd|item|score|rerank|tokens?)([-_])[0-9A-Za-z]{8,}"
+)
+HEX = re.compile(r"\b[0-9a-f]{32}\b|\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+TIMES = re.compile(
+    r'"(created|(?:created|completed|started|finished|updated|expires|loaded|last_used)(?:_at)?|(?:uptime|load|idle)\w*|\w+_time_costs)"'
+    r": ?[0-9.]+"
+)
+DATED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[0-9.:+Z]*")
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost):\d+")
+
+WORDS = "Tell me of the sea."
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": [{"type": "text", "text": "And of Italy?"}]},
+]
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+]
+USED = [
+    {"role": "user", "content": "The weather in Rome?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Rome", "days": 1}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "age": {"type": "integer", "maximum": 120, "minimum": 0},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+SAMPLED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 1.0, "seed": 7, "top_p": 0.9, "top_k": 40, "min_p": 0.02},
+    {"temperature": 0.7, "seed": -3, "n": 3},
+    {"stop": [".", "sea"]},
+    {"stop": ["e"], "include_stop_str_in_output": True},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"repetition_penalty": 1.3},
+    {"logit_bias": {"100": 5, "260": -100}},
+    {"allowed_token_ids": [28, 29, 30, 31, 260]},
+    {"bad_words": ["sea", "the"]},
+    {"min_tokens": 12},
+    {"ignore_eos": True},
+    {"stop_token_ids": [30, 28]},
+    {"return_token_ids": True},
+    {"prompt_logprobs": 2},
+    {"user": "u", "metadata": {"a": "b"}, "service_tier": "auto"},
+    {"structured_outputs": {"choice": ["yes", "no", "perhaps"]}},
+    {"structured_outputs": {"regex": "[a-f]{3,5}-[0-9]{2}"}},
+    {"structured_outputs": {"json": PERSON}},
+    {"structured_outputs": {"grammar": 'start: "a" ("b" | "c")+ "d"'}},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}},
+]
+CHATS: list[dict[str, Any]] = [
+    {"messages": TALK},
+    {"messages": TALK, "logprobs": True, "top_logprobs": 3},
+    {"messages": TALK, "logprobs": True, "n": 2, "temperature": 0.9, "seed": 1},
+    {
+        "messages": [*TALK, {"role": "assistant", "content": "The capital"}],
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+    },
+    {"messages": [*TALK, {"role": "assistant", "content": "Rome"}], "echo": True},
+    {"messages": [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi", "name": "Ann"}]},
+    {"messages": TALK, "tools": TOOLS},
+    {"messages": TALK, "tools": TOOLS, "tool_choice": "none"},
+    {"messages": TALK, "tools": TOOLS, "tool_choice": "required"},
+    {"messages": TALK, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False},
+    {"messages": TALK, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+    {
+        "messages": TALK,
+        "tools": TOOLS,
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [TOOLS[1]]}},
+    },
+    {"messages": USED, "tools": TOOLS},
+    {"messages": TALK, "reasoning_effort": "low"},
+    {"messages": TALK, "chat_template_kwargs": {"enable_thinking": False}},
+    {"messages": TALK, "max_completion_tokens": 1},
+    {"messages": TALK, "verbosity": "low", "store": False, "prompt_cache_key": "k"},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time"},
+    {"prompt": ["Once upon a time", "The sea"]},
+    {"prompt": [504, 2141, 253]},
+    {"prompt": [[504, 2141, 253], [260, 288]]},
+    {"prompt": "Once", "echo": True},
+    {"prompt": "Once", "echo": True, "logprobs": 2},
+    {"prompt": "Once upon", "echo": True, "max_tokens": 1, "logprobs": 0},
+    {"prompt": "Once", "logprobs": 3, "n": 2, "temperature": 0.6, "seed": 5},
+    {"prompt": ["a", "b"], "n": 2, "temperature": 0.6, "seed": 5},
+    {"prompt": "Once", "suffix": "end"},
+]
+MESSAGES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": WORDS}]},
+    {"system": "You are brief.", "messages": [{"role": "user", "content": [{"type": "text", "text": WORDS}]}]},
+    {
+        "system": [{"type": "text", "text": "Brief."}],
+        "messages": [{"role": "user", "content": WORDS}],
+        "stop_sequences": ["."],
+    },
+    {
+        "messages": [{"role": "user", "content": WORDS}],
+        "temperature": 1.0,
+        "top_k": 20,
+        "top_p": 0.5,
+        "metadata": {"user_id": "u"},
+    },
+    {"messages": [{"role": "user", "content": WORDS}, {"role": "assistant", "content": "The sea"}]},
+    {
+        "messages": [{"role": "user", "content": WORDS}],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "max_tokens": 2048,
+        "stop_sequences": ["e"],
+    },
+    *[
+        {
+            "messages": [{"role": "user", "content": WORDS}],
+            "tools": [
+                {"name": "weather", "description": "of a city", "input_schema": WEATHER},
+                {"name": "now", "input_schema": {"type": "object"}},
+            ],
+            "tool_choice": choice,
+        }
+        for choice in (
+            {"type": "auto"},
+            {"type": "any"},
+            {"type": "any", "disable_parallel_tool_use": True},
+            {"type": "tool", "name": "weather"},
+            {"type": "none"},
+        )
+    ],
+    {
+        "messages": [
+            {"role": "user", "content": "Rome?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "So."},
+                    {"type": "tool_use", "id": "t1", "name": "now", "input": {}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "noon"}]}
+                ],
+            },
+        ],
+        "tools": [{"name": "now", "input_schema": {"type": "object"}}],
+    },
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}],
+            }
+        ]
+    },
+    {"messages": [{"role": "assistant", "content": "first"}]},
+    {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t9", "content": "x"}]}]},
+    {"messages": []},
+    {"messages": [{"role": "robot", "content": "x"}]},
+    {"messages": [{"role": "user", "content": WORDS}], "tools": [{"name": "a b", "input_schema": {"type": "object"}}]},
+    {
+        "messages": [{"role": "user", "content": WORDS}],
+        "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+    },
+    {
+        "messages": [{"role": "user", "content": WORDS}],
+        "tool_choice": {"type": "tool", "name": "z"},
+        "tools": [{"name": "y", "input_schema": {"type": "object"}}],
+    },
+    {"messages": [{"role": "user", "content": WORDS}], "temperature": 3},
+    {"messages": [{"role": "user", "content": WORDS}], "top_p": 0},
+    {"messages": [{"role": "user", "content": WORDS}], "stop_sequences": [""]},
+    {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 0},
+    {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 100_000},
+    {"messages": [{"role": "user", "content": WORDS}], "mcp_servers": []},
+    {"messages": [{"role": "user", "content": WORDS}], "wrong": 1},
+]
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]
+RESPONSES: list[dict[str, Any]] = [
+    {"input": WORDS},
+    {"input": WORDS, "instructions": "Be brief.", "metadata": {"a": "b"}, "store": False},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": WORDS}]}], "temperature": 1.0, "top_p": 0.3},
+    {"input": WORDS, "top_logprobs": 2, "include": ["message.output_text.logprobs"]},
+    {"input": WORDS, "text": {"format": {"type": "json_object"}}},
+    {"input": WORDS, "text": {"format": {"type": "json_schema", "name": "p", "schema": PERSON, "strict": True}}},
+    {"input": WORDS, "tools": FLAT},
+    {"input": WORDS, "tools": FLAT, "tool_choice": "required"},
+    {"input": WORDS, "tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False},
+    {"input": WORDS, "tools": FLAT, "tool_choice": {"type": "function", "name": "weather"}},
+    {"input": WORDS, "tools": FLAT, "tool_choice": "none"},
+    {"input": WORDS, "tools": [{"type": "custom", "name": "c"}], "tool_choice": {"type": "custom", "name": "c"}},
+    {
+        "input": [
+            {"role": "user", "content": "Rome?"},
+            {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Rome", "days": 1}'},
+            {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+        ],
+        "tools": FLAT,
+    },
+    {"input": WORDS, "reasoning": {"effort": "low"}},
+    {"input": WORDS, "truncation": "auto"},
+    {"input": WORDS, "max_output_tokens": 1},
+    {"input": WORDS, "background": True, "stream": False},
+    {"input": WORDS, "previous_response_id": "resp_unknown"},
+]
+PAGES = [
+    "/health",
+    "/ready",
+    "/version",
+    "/v1/models",
+    "/v1/models/status",
+    "/v1/models/default",
+    "/v1/models/none",
+    "/openapi.json",
+    "/docs",
+    "/metrics",
+    "/v1/usage",
+    "/v1/mailbox",
+    "/v1/mailbox/none",
+    "/v1/mcp/servers",
+    "/v1/mcp/tools",
+    "/nothing",
+    "/v1/responses/resp_none",
+    "/v1/conversations/conv_none",
+]
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("/tokenize", {"prompt": "Hello world"}),
+    ("/tokenize", {"messages": TALK, "return_token_strs": True}),
+    ("/detokenize", {"tokens": [504, 2141]}),
+    ("/v1/embeddings", {"input": "a"}),
+    ("/v1/score", {"text_1": "a", "text_2": "b"}),
+    ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": WORDS}]}),
+    ("/v1/responses/input_tokens", {"input": WORDS}),
+    ("/v1/models/select", {"model": "default"}),
+    ("/v1/models/load", {"model": "none"}),
+    ("/v1/mcp/call", {"server": "none", "tool": "none", "arguments": {}}),
+    ("/v1/conversations", {"items": [{"role": "user", "content": "a"}]}),
+]
+# What the scripted model says, by a word that is in the prompt.
+SCRIPT = {
+    "alpha": "Hello there, friend.",
+    "bravo": "<think>\nLet me see.\n</think>\n\nIt is noon.",
+    "charlie": '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>',
+    "delta": 'Two calls. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    "echo": "<think>I need\nthe weather</think><tool_call>\n"
+    '{"name": "weather", "arguments": {"city": "A\\"b\\\\ é 日本"',
+    "foxtrot": '<tool_call>\n{"name": "nothing", "arguments": {"x": [1, {"y": null}]}}\n</tool_call> and then text',
+    "golf": "text <tool_call>not json</tool_call> text <think> late </think>",
+    "hotel": ["日", "本", "語 ", "🙂", " <tool", "_call>", '{"name": "now", "arg', 'uments": {}}', "</tool_call>"],
+}
+
+
+def right() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Requests to the demo model: the server, the path, the body."""
+    chat, text = "/v1/chat/completions", "/v1/completions"
+    for extra in SAMPLED:
+        yield "model", chat, {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 16, **extra}
+        yield "model", text, {"prompt": "The sea is", "max_tokens": 16, **extra}
+    for extra in CHATS:
+        yield "model", chat, {"max_completion_tokens": 24, **extra}
+    for extra in COMPLETIONS:
+        yield "model", text, {"max_tokens": 12, **extra}
+    for extra in MESSAGES:
+        yield "model", "/v1/messages", {"model": "default", "max_tokens": 24, **extra}
+    for extra in RESPONSES:
+        yield "model", "/v1/responses", {"max_output_tokens": 24, **extra}
+    for word in SCRIPT:
+        said = f"{word}, please"
+        yield "script", chat, {"messages": [{"role": "user", "content": said}], "tools": TOOLS}
+        yield "script", chat, {"messages": [{"role": "user", "content": said}], "n": 2, "include_reasoning": False}
+        yield "script", text, {"prompt": said}
+        anthropic = [{"name": "weather", "input_schema": WEATHER}, {"name": "now", "input_schema": {"type": "object"}}]
+        yield (
+            "script",
+            "/v1/messages",
+            {
+                "model": "default",
+                "max_tokens": 99,
+                "messages": [{"role": "user", "content": said}],
+                "tools": anthropic,
+            },
+        )
+        yield "script", "/v1/responses", {"input": said, "tools": FLAT}
+
+
+def wrong(checkout: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every row of wrong requests that the tests of a checkout know, for the scripted model, whose limits they mean."""
+    program = (
+        "import json, sys; sys.path[:0] = sys.argv[1:]\n"
+        "from wrong_requests import generating, others, responses\n"
+        "from wrong_requests.rows import changed\n"
+        "for module in (generating, others, responses):\n"
+        "    for route in module.ROUTES:\n"
+        "        for row in route.rows:\n"
+        "            print(json.dumps([route.path, changed(route.right, row)]))\n"
+    )
+    tests = checkout / "packages/server/tests"
+    out = subprocess.run(
+        [python(checkout), "-c", program, str(tests), str(checkout / "tests")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in out.stdout.splitlines():
+        path, body = json.loads(line)
+        yield "script", path, body
+
+
+def python(checkout: Path) -> Path:
+    """A checkout's own Python."""
+    return checkout / ".venv/bin/python"
+
+
+@contextmanager
+def server(checkout: Path, folder: Path, *command: str) -> Iterator[str]:
+    """A server of the checkout in a folder of its own; gives its address."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CANDLE_VLLM_", "HF_"))}
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    kept |= {"HOME": str(folder), "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [python(checkout), *command, "--p", "0", "--mailbox", f"sqlite:///{folder}/mailbox.db"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=folder,
+            env=kept,
+        )
+    try:
+        assert process.stdout is not None
+        timer = threading.Timer(PATIENCE, process.kill)
+        timer.start()
+        lines = iter(process.stdout.readline, "")
+        address = next((line.split()[1] for line in lines if line.startswith("address")), "")
+        timer.cancel()
+        if not address:
+            raise RuntimeError((folder / "log").read_text())
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def cleaned(text: str) -> str:
+    """Without ids, times and addresses."""
+    seen: dict[str, str] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        kind = f"{found[1]}{found[2]}" if found.re is IDS else "hex-"
+        return seen.setdefault(found[0], f"{kind}#{len(seen)}")
+
+    text = HEX.sub(numbered, IDS.sub(numbered, text))
+    text = TIMES.sub(r'"\1": 0', text)
+    return LOCAL.sub(r"\1:0", DATED.sub("<time>", text))
+
+
+def shown(path: str, body: str) -> str:
+    """What of a body is compared: of metrics, names, helps and labels without their values."""
+    if path == "/metrics":
+        return "\n".join(re.sub(r" [0-9.e+-]+$|NaN$", "", line) for line in body.splitlines() if "_bucket" not in line)
+    if path == "/v1/usage" or path == "/v1/models/status":
+        return re.sub(r"\b[0-9][0-9.e+-]*\b", "0", cleaned(body))
+    return cleaned(body)
+
+
+def recorded(client: httpx.Client, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    """One request and its answer."""
+    content = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"} if content else {}
+    try:
+        answer = client.request(method, path, content=content, headers=headers)
+    except httpx.HTTPError as error:
+        return {"status": 0, "headers": {}, "body": type(error).__name__}
+    kept = {name: answer.headers[name] for name in HEADERS if name in answer.headers}
+    return {"status": answer.status_code, "headers": kept, "body": shown(path, answer.text)}
+
+
+def streamed(path: str, body: Any) -> dict[str, Any] | None:
+    """The same request as a stream; None where there is none."""
+    if not isinstance(body, dict) or "stream" in body or not path.endswith(("completions", "messages", "responses")):
+        return None
+    more = copy.deepcopy(body) | {"stream": True}
+    if path.endswith("completions"):
+        more["stream_options"] = {"include_usage": True}
+    return more
+
+
+def record(checkout: Path, out: Path) -> int:
+    """Records everything; gives how many answers."""
+    lines: list[str] = []
+
+    def keep(who: str, method: str, path: str, body: Any, answer: Mapping[str, Any]) -> None:
+        lines.append(json.dumps({"request": [who, method, path, body], **answer}, ensure_ascii=False))
+
+    with tempfile.TemporaryDirectory() as home:
+        folders = [Path(home, name) for name in ("model", "script")]
+        for folder in folders:
+            folder.mkdir()
+        options = {
+            "answers": SCRIPT,
+            "engine": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"},
+            "isolated": False,
+        }
+        (folders[1] / "script.json").write_text(json.dumps(options))
+        served = ("-m", "candle_vllm.server.cli", "--mem", "128", "--seed", "1")
+        parsers = ("--served-model-name", "default", "--tool-parser", "hermes", "--reasoning-parser", "think")
+        for words in (
+            ["--help"],
+            ["--version"],
+            ["config"],
+            ["bench", "--help"],
+            ["agent", "--help"],
+            ["chat", "--help"],
+        ):
+            done = subprocess.run(
+                [checkout / ".venv/bin/candle-vllm", *words], capture_output=True, text=True, cwd=home,
+                env={**os.environ, "HOME": home, "COLUMNS": "100"}, check=False,
+            )  # fmt: skip
+            text = (done.stdout + done.stderr).replace(home, "<home>").replace(str(checkout), "<checkout>")
+            keep("command", " ".join(words), "", None, {"status": done.returncode, "headers": {}, "body": text})
+        with (
+            server(checkout, folders[0], *served, "--served-model-name", "default") as model,
+            server(checkout, folders[1], str(checkout / "tests/scripted_program.py"), *parsers) as script,
+            httpx.Client(base_url=model, timeout=LONGEST, trust_env=False) as to_model,
+            httpx.Client(base_url=script, timeout=LONGEST, trust_env=False) as to_script,
+        ):
+            clients = {"model": to_model, "script": to_script}
+            for page in PAGES:
+                for method in ("GET", "DELETE"):
+                    keep("model", method, page, None, recorded(to_model, method, page))
+            for path, body in OTHERS:
+                keep("model", "POST", path, body, recorded(to_model, "POST", path, body))
+            for who, path, body in (*right(), *wrong(checkout)):
+                keep(who, "POST", path, body, recorded(clients[who], "POST", path, body))
+                if (more := streamed(path, body)) is not None:
+                    keep(who, "POST", path, more, recorded(clients[who], "POST", path, more))
+            for page in PAGES:
+                keep("model", "GET after all", page, None, recorded(to_model, "GET", page))
+    out.write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+def compare(before: Path, after: Path) -> int:
+    """Prints what differs; gives how much."""
+    sides = [
+        {json.dumps(line["request"]): ordered(line) for line in map(json.loads, path.read_text().splitlines())}
+        for path in (before, after)
+    ]
+    wrong_ones = 0
+    for key in sides[0] | sides[1]:
+        first, second = (side.get(key) for side in sides)
+        if first == second:
+            continue
+        wrong_ones += 1
+        print("---", key[:300])
+        for part in ("status", "headers", "body"):
+            one, two = (json.dumps(side and side[part], ensure_ascii=False) for side in (first, second))
+            if one != two:
+                print("\n".join(changes(one, two)))
+    print(f"{len(sides[0])} answers before, {len(sides[1])} after, {wrong_ones} differ")
+    return min(wrong_ones, 100)
+
+
+def ordered(line: dict[str, Any]) -> dict[str, Any]:
+    """An answer whose streamed choices come one after the other: which one is first in a step is not promised."""
+    if line["body"].startswith("data: ") and '"choices"' in line["body"]:
+        events = line["body"].split("\n\n")
+        choice = [re.search(r'"choices": ?\[\{"index": ?(\d+)', event) for event in events]
+        places = sorted(range(len(events)), key=lambda place: int(found[1]) if (found := choice[place]) else 1 << 30)
+        line["body"] = "\n\n".join(events[place] for place in places)
+    return line
+
+
+def changes(one: str, two: str, around: int = 60) -> Sequence[str]:
+    """The first places where two texts differ."""
+    found = [
+        tag
+        for tag in difflib.SequenceMatcher(None, one[:20_000], two[:20_000], autojunk=True).get_opcodes()
+        if tag[0] != "equal"
+    ]
+    return [
+        f"  - {one[max(0, a - around) : b + around]}\n  + {two[max(0, c - around) : d + around]}"
+        for _, a, b, c, d in found[:3]
+    ]
+
+
+def main() -> int:
+    """Runs what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("out", type=Path)
+    recording.add_argument("--checkout", type=Path, default=HERE)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    given = parser.parse_args()
+    if given.command == "compare":
+        return compare(given.before, given.after)
+    print(record(given.checkout.resolve(), given.out), "answers recorded")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
