@@ -24,8 +24,8 @@ from candle_vllm.responses import (
     McpServerConfig,
     ResponsesSession,
 )
+from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import ToolStarted
-from candle_vllm.responses.conversation.in_process_model import InProcessModel
 from candle_vllm.responses.conversation.transcript import LOST
 
 

@@ -28,7 +28,7 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
-from candle_vllm.responses.conversation.in_process_model import InProcessModel
+from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry

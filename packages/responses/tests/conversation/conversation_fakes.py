@@ -10,8 +10,8 @@ from typing import Any
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
-from candle_vllm.responses.conversation.in_process_model import InProcessModel
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
 from candle_vllm.responses.tools.registry import ToolRegistry

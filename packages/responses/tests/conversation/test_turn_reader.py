@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
-from msgspec import UNSET
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.openai.protocol.chat import (
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    ChunkChoice,
-    FunctionCallDelta,
-    ToolCallDelta,
-)
-from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.conversation import turn_reader
 from candle_vllm.responses.conversation.events import (
     CallArgumentsDelta,
@@ -27,24 +18,24 @@ from candle_vllm.responses.conversation.events import (
     TextDelta,
     TurnFinished,
 )
+from candle_vllm.responses.conversation.http_chunks import ChunkReader
 from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.conversation.turn_reader import TurnReader
 
 
-def chunk(finish: str | None = None, index: int = 0, logprobs: Any = None, **delta: Any) -> ChatCompletionChunk:
-    choice = ChunkChoice(index=index, delta=ChatDelta(**delta), finish_reason=finish, logprobs=logprobs)
-    return ChatCompletionChunk(id="c", created=0, model="m", system_fingerprint="", choices=(choice,))
+def chunk(finish: str | None = None, index: int = 0, logprobs: Any = None, **delta: Any) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+    return msgspec.json.decode(msgspec.json.encode({"choices": [choice]}))
 
 
-def call(index: int, id: str | None = None, name: str | None = None, arguments: str | None = None) -> ToolCallDelta:
-    return ToolCallDelta(index=index, id=id, function=FunctionCallDelta(name=name, arguments=arguments))
+def call(index: int, id: str | None = None, name: str | None = None, arguments: str | None = None) -> dict[str, Any]:
+    return {"index": index, "id": id, "function": {"name": name, "arguments": arguments}}
 
 
-def read(*chunks: ChatCompletionChunk, used: Any = ()) -> tuple[list[Event], TurnFinished]:
-    reader = TurnReader(1, used)
-    events = [event for one in chunks for event in reader.read(one)] + reader.end()
-    assert isinstance(events[-1], TurnFinished)
-    return events[:-1], events[-1]
+def read(*chunks: dict[str, Any], used: Any = ()) -> tuple[list[Event], TurnFinished]:
+    chunk_reader, reader = ChunkReader(), TurnReader(1, used)
+    said = [event for one in chunks for event in chunk_reader.read(one)] + chunk_reader.end()
+    return [event for one in said for event in reader.read(one)], reader.finish()
 
 
 def calls_of(turn: TurnFinished) -> list[tuple[str, str, str]]:
@@ -79,7 +70,8 @@ def test_thoughts_alone_have_no_content() -> None:
 
 def test_logprobs_stay_with_their_text() -> None:
     entry = ChatTokenLogprob("a", -0.5, (97,), ())
-    events, _ = read(chunk(content="a", logprobs=ChatLogprobs((entry,))), chunk(logprobs=ChatLogprobs((entry,))))
+    given = {"content": [msgspec.to_builtins(entry)]}
+    events, _ = read(chunk(content="a", logprobs=given), chunk(logprobs=given))
     assert events == [TextDelta(text="a", logprobs=(entry,)), TextDelta(text="", logprobs=(entry,))]
 
 
@@ -153,18 +145,12 @@ def test_other_choices_are_not_ours() -> None:
 
 
 def test_usage_with_and_without_details() -> None:
-    def counted(details: Any) -> ChatCompletionChunk:
-        usage = Usage(
-            prompt_tokens=5,
-            completion_tokens=3,
-            total_tokens=8,
-            prompt_tokens_details=PromptTokensDetails(2),
-            completion_tokens_details=details,
-        )
-        return ChatCompletionChunk(id="c", created=0, model="m", system_fingerprint="", choices=(), usage=usage)
+    def counted(details: Any) -> dict[str, Any]:
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
+        return {"choices": [], "usage": {**usage, "completion_tokens_details": details}}
 
-    assert read(counted(UNSET))[1].usage == ConversationUsage(prompt_tokens=5, completion_tokens=3, cached_tokens=2)
-    assert read(counted(CompletionTokensDetails(1)))[1].usage.reasoning_tokens == 1
+    assert read(counted(None))[1].usage == ConversationUsage(prompt_tokens=5, completion_tokens=3, cached_tokens=2)
+    assert read(counted({"reasoning_tokens": 1}))[1].usage.reasoning_tokens == 1
     assert read(chunk("stop"))[1].usage == ConversationUsage()
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.responder import Responder, ResponderOptions
+    from candle_vllm.responses.conversation.chat_model import InProcessModel
     from candle_vllm.responses.conversation.events import ConversationFinished, Event
     from candle_vllm.responses.conversation.http_model import HttpModel
-    from candle_vllm.responses.conversation.in_process_model import InProcessModel
     from candle_vllm.responses.conversation.loop import ConversationLoop
     from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
     from candle_vllm.responses.mcp.config import McpConfig, load_mcp_config
@@ -56,7 +56,7 @@ _HOMES = {
     "api.responder": ("Responder", "ResponderOptions"),
     "conversation.events": ("ConversationFinished", "Event"),
     "conversation.http_model": ("HttpModel",),
-    "conversation.in_process_model": ("InProcessModel",),
+    "conversation.chat_model": ("InProcessModel",),
     "conversation.loop": ("ConversationLoop",),
     "conversation.options": ("ConversationOptions", "ConversationResult"),
     "mcp.config": ("McpConfig", "load_mcp_config"),

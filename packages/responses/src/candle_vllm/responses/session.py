@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any, Self
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
+from candle_vllm.responses.conversation.chat_model import ModelSource, http_model, local_model
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
 from candle_vllm.responses.conversation.loop import ConversationLoop
-from candle_vllm.responses.conversation.model_source import ModelSource, http_model, local_model
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
 from candle_vllm.responses.conversation.transcript import Message, Transcript, check_is_list
 from candle_vllm.responses.mcp.server_list import server_configs

@@ -34,7 +34,7 @@ class Responders:
     def of(self, model: ServedModel) -> Responder:
         """Who answers with this model."""
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
-        from candle_vllm.responses.conversation.in_process_model import InProcessModel
+        from candle_vllm.responses.conversation.chat_model import InProcessModel
 
         adapter, settings = model.adapter, model.entry.settings
 

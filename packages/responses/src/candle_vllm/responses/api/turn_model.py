@@ -12,9 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.openai.events import Event, Usage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
-from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.responses.api.chat_fields import LIMIT
 from candle_vllm.responses.conversation.chat_model import ChatModel
 
@@ -45,18 +44,18 @@ class TurnModel:
         self.entered = lambda: None
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[ChatCompletionChunk]]:
-        """The chunks of one turn; raises `TokensSpentError` where there is no token left for it."""
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+        """The events of one turn; raises `TokensSpentError` where there is no token left for it."""
         if self._left is not None:
             if self._left < 1:
                 raise TokensSpentError("max_output_tokens were spent on earlier turns")
             request = {**request, LIMIT: self._left}
         async with AsyncExitStack() as stack:
-            chunks = await self._enter(stack, request)
+            events = await self._enter(stack, request)
             self.entered()
-            yield self._counted(chunks)
+            yield self._counted(events)
 
-    async def _enter(self, stack: AsyncExitStack, request: Mapping[str, Any]) -> AsyncIterator[ChatCompletionChunk]:
+    async def _enter(self, stack: AsyncExitStack, request: Mapping[str, Any]) -> AsyncIterator[Event]:
         units = _units(request["messages"]) if self._truncate else []
         dropped = _least(units, len(request["messages"]) - MAX_MESSAGES)
         step = -(-len(units) // _STEPS)
@@ -69,11 +68,11 @@ class TurnModel:
                     raise
                 dropped = min(dropped + step, len(units))
 
-    async def _counted(self, chunks: AsyncIterator[ChatCompletionChunk]) -> AsyncIterator[ChatCompletionChunk]:
-        async for chunk in chunks:
-            if self._left is not None and isinstance(chunk.usage, Usage) and not chunk.choices:
-                self._left -= chunk.usage.completion_tokens
-            yield chunk
+    async def _counted(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        async for event in events:
+            if self._left is not None and isinstance(event, Usage) and event.final:
+                self._left -= event.completion_tokens
+            yield event
 
 
 def fewer(messages: Sequence[Message]) -> list[Message]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.openai import EngineLike, OpenAIAdapter
+from candle_vllm.openai.events import Event
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.conversation.http_model import HttpModel
 
 
 class ChatModel(Protocol):
-    """Answers chat requests in chunks."""
+    """Answers chat requests in events."""
 
-    def stream(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[ChatCompletionChunk]]:
-        """The chunks of the answer to one request in OpenAI's form; the last one has the usage.
+    def stream(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens while one request in OpenAI's form is answered; see `candle_vllm.openai.events`.
 
         Leaving the context before the end aborts the request.
 
@@ -21,3 +26,50 @@ class ChatModel(Protocol):
             CandleVllmError: the request is wrong, or the model failed.
         """
         ...
+
+
+class InProcessModel:
+    """Asks an adapter: steps 2 to 10 of a request's life, without HTTP."""
+
+    def __init__(self, adapter: OpenAIAdapter) -> None:
+        self._adapter = adapter
+
+    @asynccontextmanager
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+        """See `ChatModel`."""
+        events = await self._adapter.chat_events({**request, "stream": True})
+        try:
+            yield events
+        finally:
+            await events.aclose()
+
+
+ModelSource = EngineLike | OpenAIAdapter | ChatModel | str
+"""An engine, an adapter, any `ChatModel`, or the base URL of a server with OpenAI's chat API."""
+
+
+def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpModel:
+    """The model behind a base URL; see `HttpModel`."""
+    from candle_vllm.responses.conversation.http_model import HttpModel
+
+    return HttpModel(base_url, api_key=api_key, model=model)
+
+
+def local_model(source: Any) -> ChatModel:
+    """The model for an engine, an adapter, or a model as it is.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    is_class = isinstance(source, type)
+    if isinstance(source, OpenAIAdapter):
+        return InProcessModel(source)
+    if hasattr(source, "apply_chat_template") and not is_class:
+        return InProcessModel(OpenAIAdapter(cast(EngineLike, source)))
+    if hasattr(source, "stream") and not is_class:
+        return cast(ChatModel, source)
+    given = f"the class {source.__name__} itself" if is_class else f"a {type(source).__name__}"
+    raise ConfigError(
+        f"the model must be an engine, an OpenAIAdapter, a ChatModel or a base URL, not {given}",
+        "model",
+    )

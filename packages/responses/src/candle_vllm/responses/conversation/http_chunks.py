@@ -1,31 +1,42 @@
-"""JSON of a chat stream -> `ChatCompletionChunk`, as tolerant as OpenAI-compatible servers are different.
+"""JSON of a chat stream -> events, as tolerant as OpenAI-compatible servers are different.
 
-Read are: `reasoning` for `reasoning_content`, content as a list of parts, calls without index, usage without details.
+Read are: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls once or in every
+piece, whole calls in one piece, several calls under one index, calls without index, id or name, usage without details.
 What is missing gets the value that says nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
 
-from candle_vllm.openai.protocol.chat import (
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChunkChoice,
-    FunctionCallDelta,
-    ToolCallDelta,
-)
-from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
+from candle_vllm.openai.protocol.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
+from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
+from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
+
+_REASONS: Mapping[str, Reason] = {
+    "": "stop",
+    "stop": "stop",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+}
 
 
-class ChunkParser:
-    """Reads the chunks of one stream.
+class _Call:
+    def __init__(self, given_id: str) -> None:
+        self.given_id = given_id
+        self.begun = False
+        self.held: list[str] = []  # arguments that came before the name
+
+
+class ChunkReader:
+    """Reads the chunks of one stream; of several choices, the first.
 
     Attributes:
         finished: a chunk said why the answer ended.
@@ -33,59 +44,105 @@ class ChunkParser:
 
     def __init__(self) -> None:
         self.finished = False
+        self._reason = ""
+        self._begun = False
         self._next_index = 0
+        self._calls: list[_Call] = []
+        self._at: dict[int, int] = {}  # index in the chunks -> our own
+        self._held = 0
 
-    def parse(self, data: Mapping[str, Any]) -> ChatCompletionChunk:
-        """One chunk."""
-        choices = tuple(self._choice(choice) for choice in _list(data, "choices") if isinstance(choice, dict))
+    def read(self, data: Mapping[str, Any]) -> list[Event]:
+        """What one chunk says; raises `CandleVllmError` for an answer beyond all bounds."""
+        events: list[Event] = []
+        if not self._begun:
+            self._begun = True
+            head = Head(
+                id=_text(data, "id") or "",
+                created=_count(data, "created"),
+                model=_text(data, "model") or "",
+                system_fingerprint=_text(data, "system_fingerprint") or "",
+            )
+            events.append(Begun(0, head))
+        choices = _list(data, "choices")
+        for choice in choices:
+            if isinstance(choice, dict):
+                events += self._choice(choice)
         usage = data.get("usage")
-        return ChatCompletionChunk(
-            id=_text(data, "id") or "",
-            created=_count(data, "created"),
-            model=_text(data, "model") or "",
-            system_fingerprint=_text(data, "system_fingerprint") or "",
-            choices=choices,
-            usage=_usage(usage) if isinstance(usage, dict) else None,
-        )
+        if isinstance(usage, dict):
+            events.append(_usage(usage, final=not choices))
+        return events
 
-    def _choice(self, choice: dict[str, Any]) -> ChunkChoice:
+    def end(self) -> list[Event]:
+        """What is left to say at the end: the calls that never got a name, and why the answer ended.
+
+        An answer that ended neither by itself nor with calls counts as cut.
+        """
+        events: list[Event] = []
+        for number, call in enumerate(self._calls):
+            if not call.begun:
+                events += self._name(number, "")
+        return [*events, Ended(0, _REASONS.get(self._reason, "length"))]
+
+    def _choice(self, choice: dict[str, Any]) -> list[Event]:
+        reason = _text(choice, "finish_reason") or ""  # some servers write "" where there is none
+        self.finished = self.finished or reason != ""
+        if _count(choice, "index") > 0:
+            return []
+        self._reason = reason or self._reason
         delta = choice.get("delta")
-        reason = _text(choice, "finish_reason") or None  # some servers write "" where there is none
-        self.finished = self.finished or reason is not None
-        return ChunkChoice(
-            index=_count(choice, "index"),
-            delta=self._delta(delta) if isinstance(delta, dict) else ChatDelta(),
-            logprobs=_logprobs(choice.get("logprobs")),
-            finish_reason=reason,
-        )
+        delta = delta if isinstance(delta, dict) else {}
+        events: list[Event] = []
+        if thoughts := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
+            events.append(Thought(0, thoughts))
+        content, logprobs = _content(delta.get("content")), _logprobs(choice.get("logprobs"))
+        if content or logprobs:
+            events.append(Text(0, content, None, logprobs))
+        for call in _list(delta, "tool_calls"):
+            if isinstance(call, dict):
+                events += self._call(call)
+        return events
 
-    def _delta(self, delta: dict[str, Any]) -> ChatDelta:
-        calls = [call for call in _list(delta, "tool_calls") if isinstance(call, dict)]
-        return ChatDelta(
-            role=_text(delta, "role"),
-            content=_content(delta.get("content")),
-            reasoning_content=_text(delta, "reasoning_content") or _text(delta, "reasoning"),
-            tool_calls=tuple(map(self._call, calls)) or None,
-        )
-
-    def _call(self, call: dict[str, Any]) -> ToolCallDelta:
+    def _call(self, call: dict[str, Any]) -> list[Event]:
         function = call.get("function")
         function = function if isinstance(function, dict) else {}
-        name, arguments = _text(function, "name"), function.get("arguments")
+        name, arguments = _text(function, "name") or "", function.get("arguments")
         if isinstance(arguments, str):
             arguments = _whole(arguments)
         elif arguments is not None:
             arguments = json.dumps(arguments)  # some servers send the object itself
-        index = call.get("index")
+        number = self._number(call, name)
+        known = self._calls[number]
+        events = self._name(number, name) if name and not known.begun else []
+        if arguments and known.begun:
+            events.append(CallText(0, number, arguments))
+        elif arguments:
+            self._held += len(arguments)
+            if self._held > MAX_CHARS:
+                raise CandleVllmError(f"The model's answer has more than {MAX_CHARS} characters.")
+            known.held.append(arguments)
+        return events
+
+    def _name(self, number: int, name: str) -> list[Event]:
+        """The beginning of a call, with the arguments that came before its name."""
+        call = self._calls[number]
+        call.begun = True
+        events: list[Event] = [CallBegun(0, number, call.given_id, name)]
+        return [*events, CallText(0, number, "".join(call.held))] if call.held else events
+
+    def _number(self, call: dict[str, Any], name: str) -> int:
+        """Which call a piece belongs to; another id and a name under the same index begin another."""
+        index, given = call.get("index"), _text(call, "id") or ""
         if not isinstance(index, int):  # a name begins a call, anything else continues the last one
             index = self._next_index if name else max(self._next_index - 1, 0)
         self._next_index = max(self._next_index, index + 1)
-        return ToolCallDelta(
-            index=index,
-            id=_text(call, "id"),
-            type="function",
-            function=FunctionCallDelta(name=name, arguments=arguments),
-        )
+        known = self._at.get(index)
+        if known is not None and not (name and given and given != self._calls[known].given_id):
+            return known
+        if len(self._calls) >= MAX_TOOL_CALLS:
+            raise CandleVllmError(f"The model asked for more than {MAX_TOOL_CALLS} calls in one turn.")
+        self._at[index] = len(self._calls)
+        self._calls.append(_Call(given))
+        return self._at[index]
 
 
 def _text(data: Mapping[str, Any], name: str) -> str | None:
@@ -108,18 +165,25 @@ def _list(data: Mapping[str, Any], name: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _content(value: Any) -> str | None:
+def _content(value: Any) -> str:
     if isinstance(value, list):
         return "".join(_text(part, "text") or "" for part in value if isinstance(part, dict))
-    return _whole(value) if isinstance(value, str) else None
+    return _whole(value) if isinstance(value, str) else ""
 
 
-def _logprobs(value: Any) -> ChatLogprobs | None:
-    """OpenAI's entries; None where the server's have another form."""
+def _logprobs(value: Any) -> Sequence[PositionLogprobs] | None:
+    """The engine's form of OpenAI's entries, without ids and ranks; None where the server's have another form."""
     try:
-        return msgspec.convert(_with_bytes(value), ChatLogprobs) if isinstance(value, dict) else None
-    except msgspec.ValidationError:
+        given = msgspec.convert(_with_bytes(value), ChatLogprobs) if isinstance(value, dict) else None
+        if given is None:
+            return None
+        return [PositionLogprobs(_token(one), tuple(map(_token, one.top_logprobs))) for one in given.content]
+    except ValueError:  # msgspec's, too
         return None
+
+
+def _token(entry: ChatTokenLogprob | TopLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=-1, logprob=entry.logprob, rank=0, text=entry.token, bytes=bytes(entry.bytes))
 
 
 def _with_bytes(value: Any) -> Any:
@@ -129,17 +193,12 @@ def _with_bytes(value: Any) -> Any:
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value
 
 
-def _usage(usage: dict[str, Any]) -> Usage:
-    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+def _usage(usage: dict[str, Any], *, final: bool) -> Usage:
     cached, reasoning = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(
-            _count(cached, "cached_tokens") if isinstance(cached, dict) else 0,
-        ),
-        completion_tokens_details=CompletionTokensDetails(_count(reasoning, "reasoning_tokens"))
-        if isinstance(reasoning, dict)
-        else UNSET,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        cached_tokens=_count(cached, "cached_tokens") if isinstance(cached, dict) else 0,
+        reasoning_tokens=_count(reasoning, "reasoning_tokens") if isinstance(reasoning, dict) else None,
+        final=final,
     )

@@ -12,8 +12,8 @@ from typing import Any
 import httpx2
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk
-from candle_vllm.responses.conversation.http_chunks import ChunkParser
+from candle_vllm.openai.events import Event
+from candle_vllm.responses.conversation.http_chunks import ChunkReader
 from candle_vllm.responses.conversation.http_errors import ModelServerError, error_of, shown
 
 MAX_EVENT = 4 << 20  # bytes of one event of a stream
@@ -69,13 +69,13 @@ class HttpModel:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[ChatCompletionChunk]]:
-        """The chunks of the answer; leaving the context closes the connection, by which servers stop their work.
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+        """The events of the answer; leaving the context closes the connection, by which servers stop their work.
 
         Raises:
             RequestError: the server refuses the request; `ModelServerRequestError` has the status.
             EngineOverloadedError: it takes none now.
-            ModelServerError: anything else, before the first chunk or among them.
+            ModelServerError: anything else, before the first event or among them.
         """
         self._check_open()
         if self._model is None and "model" not in request:
@@ -90,8 +90,8 @@ class HttpModel:
                 if response.status_code != 200:
                     answer = await self._body(response)
                     raise error_of(response.status_code, answer, self._server, self._key)
-                async with aclosing(self._chunks(response)) as chunks:
-                    yield chunks
+                async with aclosing(self._events(response)) as events:
+                    yield events
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
 
@@ -99,24 +99,28 @@ class HttpModel:
         if self._client.is_closed:
             raise ModelServerError(f"the connection to {self._server} was closed by this program: make another one")
 
-    async def _chunks(self, response: httpx2.Response) -> AsyncGenerator[ChatCompletionChunk]:
-        parser = ChunkParser()
+    async def _events(self, response: httpx2.Response) -> AsyncGenerator[Event]:
+        reader, done = ChunkReader(), False
         try:
-            events = aiter(httpx2.EventSource(response, max_event_size=MAX_EVENT))
-            async for event in events:
-                if event.data.strip() == "[DONE]":
-                    await _read_on(events)
-                    return
-                if event.data:
-                    yield self._chunk(parser, event.data)
+            sent = aiter(httpx2.EventSource(response, max_event_size=MAX_EVENT))
+            async for one in sent:
+                if one.data.strip() == "[DONE]":
+                    await _read_on(sent)
+                    done = True
+                    break
+                if one.data:
+                    for event in self._read(reader, one.data):
+                        yield event
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
-        if not parser.finished:
+        if not (done or reader.finished):
             raise ModelServerError(f"{self._server} ended its answer in the middle", response.status_code)
+        for event in reader.end():
+            yield event
 
-    def _chunk(self, parser: ChunkParser, data: str) -> ChatCompletionChunk:
+    def _read(self, reader: ChunkReader, data: str) -> list[Event]:
         try:
-            return parser.parse(self._object(data))
+            return reader.read(self._object(data))
         except RecursionError:
             raise ModelServerError(f"{self._server} sent an event that is nested too deeply") from None
 

@@ -176,18 +176,16 @@ class _Conversation:
     async def _take_turn(self) -> TurnFinished:
         reader = TurnReader(self._turns + 1, self._transcript.call_ids)
         await self._channel.send(TurnStarted(number=self._turns + 1))
-        async with self._model.stream(self._request()) as chunks:
-            async for chunk in chunks:
-                for event in reader.read(chunk):
+        async with self._model.stream(self._request()) as answer:
+            async for one in answer:
+                for event in reader.read(one):
                     await self._channel.send(event)
-        *late, turn = reader.end()
-        assert isinstance(turn, TurnFinished)
+        turn = reader.finish()
         self._turns += 1
         self._usage += turn.usage
         self._words = turn.message["content"] or ""
         self._transcript.add_turn(turn.message)
-        for event in (*late, turn):
-            await self._channel.send(event)
+        await self._channel.send(turn)
         return turn
 
     def _request(self) -> dict[str, Any]:

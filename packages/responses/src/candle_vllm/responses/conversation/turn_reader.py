@@ -1,21 +1,19 @@
-"""TurnReader: the chunks of one answer -> events while they come, and the whole message at the end.
+"""TurnReader: what happens in one answer -> the conversation's events, and the whole message at the end.
 
-It takes what OpenAI-compatible servers send: names and ids once or in every piece, whole calls in one piece, several
-calls under one index, ids that were used in an earlier turn (which get new ones), no ids at all.
+Ids that were used in an earlier turn, and those that cannot be ids, are replaced.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from msgspec import UNSET
-
+from candle_vllm.core.engine.request import PositionLogprobs
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChunkChoice, ToolCallDelta
+from candle_vllm.openai import events as answer
+from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOL_CALLS
-from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.responses.conversation.events import (
     CallArgumentsDelta,
     CallStarted,
@@ -31,10 +29,9 @@ _UNNAMED = "unnamed"
 
 
 class _Call:
-    def __init__(self, given_id: str, call_id: str) -> None:
-        self.given_id = given_id
+    def __init__(self, call_id: str, name: str) -> None:
         self.id = call_id
-        self.name = ""
+        self.name = name
         self.arguments: list[str] = []
 
 
@@ -51,87 +48,57 @@ class TurnReader:
         self._used = set(used_ids)
         self._text: list[str] = []
         self._thoughts: list[str] = []
-        self._calls: list[_Call] = []
-        self._at: dict[int, int] = {}  # index in the chunks -> our own
+        self._calls: dict[int, _Call] = {}
         self._size = 0
-        self._finish = ""
+        self._cut = False
         self._usage = ConversationUsage()
 
-    def read(self, chunk: ChatCompletionChunk) -> list[Event]:
+    def read(self, event: answer.Event) -> list[Event]:
         """What is new; raises `CandleVllmError` for an answer beyond all bounds."""
-        if isinstance(chunk.usage, Usage):
-            self._usage = _usage(chunk.usage)
-        events: list[Event] = []
-        for choice in chunk.choices:
-            if choice.index == 0:
-                events += self._read_choice(choice)
-        return events
+        if isinstance(event, answer.Usage):
+            self._usage = _usage(event)
+        elif event.choice == 0:
+            return self._read(event)
+        return []
 
-    def end(self) -> list[Event]:
-        """What is left to say: the whole turn, and before it the calls that never got a name."""
-        late = [event for index, call in enumerate(self._calls) if not call.name for event in self._name(index, "")]
-        return [*late, self._finished()]
+    def finish(self) -> TurnFinished:
+        """The whole turn."""
+        reason = "tool_calls" if self._calls else "stop"
+        return TurnFinished(
+            number=self._number,
+            message=self._message(),
+            finish_reason="length" if self._cut else reason,
+            usage=self._usage,
+        )
 
-    def _finished(self) -> TurnFinished:
-        """The turn; an answer that ended neither by itself nor with calls counts as cut."""
-        reason = self._finish or "stop"
-        if reason in ("stop", "tool_calls", "function_call"):
-            reason = "tool_calls" if self._calls else "stop"
-        else:
-            reason = "length"
-        return TurnFinished(number=self._number, message=self._message(), finish_reason=reason, usage=self._usage)
+    def _read(self, event: answer.Event) -> list[Event]:
+        match event:
+            case answer.Text():
+                self._grow(event.text, self._text)
+                entries = _entries(event.logprobs)
+                return [TextDelta(text=event.text, logprobs=entries)] if event.text or entries else []
+            case answer.Thought():
+                self._grow(event.text, self._thoughts)
+                return [ReasoningDelta(text=event.text), *_alone(event.logprobs)]
+            case answer.CallText():
+                call = self._calls[event.call]
+                self._grow(event.text, call.arguments)
+                delta = CallArgumentsDelta(index=event.call, call_id=call.id, delta=event.text)
+                return [*_alone(event.logprobs), delta]
+            case answer.CallBegun():
+                return [*_alone(event.logprobs), self._begin(event)]
+            case answer.Ended():
+                self._cut = event.reason == "length"
+        return []
 
-    def _read_choice(self, choice: ChunkChoice) -> list[Event]:
-        events: list[Event] = []
-        delta = choice.delta
-        if delta.reasoning_content:
-            self._grow(delta.reasoning_content, self._thoughts)
-            events.append(ReasoningDelta(text=delta.reasoning_content))
-        logprobs = choice.logprobs.content if choice.logprobs is not None else ()
-        if delta.content or logprobs:
-            self._grow(delta.content or "", self._text)
-            events.append(TextDelta(text=delta.content or "", logprobs=logprobs))
-        for call in delta.tool_calls or ():
-            events += self._read_call(call)
-        self._finish = choice.finish_reason or self._finish
-        return events
-
-    def _read_call(self, delta: ToolCallDelta) -> list[Event]:
-        index = self._slot(delta)
-        call = self._calls[index]
-        function = delta.function
-        if function is None:
-            return []
-        events = self._name(index, function.name) if function.name and not call.name else []
-        if function.arguments:
-            self._grow(function.arguments, call.arguments)
-            if call.name:
-                events.append(CallArgumentsDelta(index=index, call_id=call.id, delta=function.arguments))
-        return events
-
-    def _name(self, index: int, name: str) -> list[Event]:
-        """The beginning of a call, with the arguments that came before its name."""
-        call = self._calls[index]
-        call.name = name[:MAX_NAME] or _UNNAMED
-        events: list[Event] = [CallStarted(index=index, call_id=call.id, name=call.name)]
-        if call.arguments:
-            events.append(CallArgumentsDelta(index=index, call_id=call.id, delta="".join(call.arguments)))
-        return events
-
-    def _slot(self, delta: ToolCallDelta) -> int:
-        """Our index of the call that a piece belongs to; another id and a name under the same index begin another."""
-        known = self._at.get(delta.index)
-        given = delta.id or ""
-        named = delta.function is not None and delta.function.name
-        if known is not None and not (named and given and given != self._calls[known].given_id):
-            return known
+    def _begin(self, event: answer.CallBegun) -> CallStarted:
         if len(self._calls) >= MAX_TOOL_CALLS:
             raise CandleVllmError(f"The model asked for more than {MAX_TOOL_CALLS} calls in one turn.")
-        call_id = given if given and len(given) <= MAX_NAME and given not in self._used else f"call_{uuid.uuid4().hex}"
-        self._used.add(call_id)
-        self._at[delta.index] = len(self._calls)
-        self._calls.append(_Call(given, call_id))
-        return self._at[delta.index]
+        usable = 0 < len(event.id) <= MAX_NAME and event.id not in self._used
+        call = _Call(event.id if usable else f"call_{uuid.uuid4().hex}", event.name[:MAX_NAME] or _UNNAMED)
+        self._used.add(call.id)
+        self._calls[event.call] = call
+        return CallStarted(index=event.call, call_id=call.id, name=call.name)
 
     def _grow(self, text: str, parts: list[str]) -> None:
         self._size += len(text)
@@ -151,18 +118,26 @@ class TurnReader:
                     "type": "function",
                     "function": {"name": call.name, "arguments": "".join(call.arguments)},
                 }
-                for call in self._calls
+                for _, call in sorted(self._calls.items())
             ]
         if not text and (thoughts or self._calls):
             message["content"] = None
         return message
 
 
-def _usage(usage: Usage) -> ConversationUsage:
-    details = usage.completion_tokens_details
+def _entries(logprobs: Sequence[PositionLogprobs] | None) -> tuple[Any, ...]:
+    return () if logprobs is None else chat_logprobs(logprobs).content
+
+
+def _alone(logprobs: Sequence[PositionLogprobs] | None) -> list[Event]:
+    """Entries of tokens that are no text of the answer."""
+    return [TextDelta(text="", logprobs=_entries(logprobs))] if logprobs else []
+
+
+def _usage(usage: answer.Usage) -> ConversationUsage:
     return ConversationUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        cached_tokens=usage.prompt_tokens_details.cached_tokens,
-        reasoning_tokens=0 if details is UNSET else details.reasoning_tokens,
+        cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens or 0,
     )

@@ -17,8 +17,8 @@ import msgspec
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses import ConversationOptions, ResponsesSession
+from candle_vllm.responses.conversation.chat_model import ModelSource
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
-from candle_vllm.responses.conversation.model_source import ModelSource
 from candle_vllm.server.commands.agent_approval import TerminalApproval
 from candle_vllm.server.commands.agent_display import AgentDisplay, note
 from candle_vllm.server.commands.terminal import conversation, read_stdin

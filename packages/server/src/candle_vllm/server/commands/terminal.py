@@ -9,7 +9,8 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.openai import OpenAIAdapter, parse_chat_request
+from candle_vllm.openai import OpenAIAdapter
+from candle_vllm.openai.events import Text, Thought
 from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
 
@@ -49,16 +50,13 @@ async def answer_pieces(
         wire["max_completion_tokens"] = max_tokens
     if stop:
         wire["stop"] = list(stop)
-    chunks = await adapter.chat_stream(parse_chat_request(wire))
+    answer = await adapter.chat_events(wire)
     try:
-        async for chunk in chunks:
-            for choice in chunk.choices:
-                if choice.delta.reasoning_content:
-                    yield Said(choice.delta.reasoning_content, thought=True)
-                if choice.delta.content:
-                    yield Said(choice.delta.content)
+        async for event in answer:
+            if isinstance(event, Thought | Text):
+                yield Said(event.text, thought=isinstance(event, Thought))
     finally:
-        await chunks.aclose()
+        await answer.aclose()
 
 
 class Display:

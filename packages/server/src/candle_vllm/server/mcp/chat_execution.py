@@ -20,8 +20,8 @@ from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
+from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import CallStarted, Event, ReasoningDelta, TextDelta, TurnFinished
-from candle_vllm.responses.conversation.in_process_model import InProcessModel
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import OWN_FIELDS, ConversationOptions
 from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
@@ -145,14 +145,7 @@ async def executed(execution: Execution) -> ChatCompletion:
         mcp_calls=state.calls,
         mcp_limit=state.limit,
     )
-    return ChatCompletion(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        system_fingerprint=head.system_fingerprint,
-        choices=(choice,),
-        usage=state.usage,
-    )
+    return ChatCompletion(**head._asdict(), choices=(choice,), usage=state.usage)
 
 
 class ExecutedStream:
@@ -233,11 +226,4 @@ class ExecutedStream:
     def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any) -> ChatCompletionChunk:
         head = self._execution.turns.head
         assert head is not None
-        return ChatCompletionChunk(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
-            choices=choices,
-            usage=usage,
-        )
+        return ChatCompletionChunk(**head._asdict(), choices=choices, usage=usage)

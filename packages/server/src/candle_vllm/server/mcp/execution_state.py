@@ -7,8 +7,10 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from candle_vllm.openai.chat_answers import wire_usage
+from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import ServerToolCall
-from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails, Usage
+from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.responses.conversation.events import (
     ConversationFinished,
     Event,
@@ -91,13 +93,13 @@ class ExecutionState:
     def usage(self) -> Usage:
         """Tokens of all turns."""
         total = self._usage
-        return Usage(
+        counts = Counts(
             prompt_tokens=total.prompt_tokens,
             completion_tokens=total.completion_tokens,
-            total_tokens=total.prompt_tokens + total.completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(total.cached_tokens),
-            completion_tokens_details=CompletionTokensDetails(total.reasoning_tokens) if self._reasons else UNSET,
+            cached_tokens=total.cached_tokens,
+            reasoning_tokens=total.reasoning_tokens if self._reasons else None,
         )
+        return wire_usage(counts)
 
     def _ask(self, calls: Sequence[dict[str, Any]]) -> None:
         for call in calls:

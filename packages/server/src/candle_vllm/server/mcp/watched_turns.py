@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from candle_vllm.openai import ChatCompletionChunk
+from candle_vllm.openai.events import Begun, Event, Head
 from candle_vllm.responses.conversation.chat_model import ChatModel
 from candle_vllm.server.observing.request_context import begin_generation
 
@@ -22,7 +22,7 @@ class WatchedTurns:
         scope: of the HTTP request.
 
     Attributes:
-        head: the first chunk of the first turn, once it is there: its id, time and names are those of the answer.
+        head: of the first turn, once it has begun: its id, time and names are those of the answer.
         entered: the engine has taken the first turn.
     """
 
@@ -30,22 +30,22 @@ class WatchedTurns:
         self._model = model
         self._scope = scope
         self._turns = 0
-        self.head: ChatCompletionChunk | None = None
+        self.head: Head | None = None
         self.entered = asyncio.Event()
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[ChatCompletionChunk]]:
-        """The chunks of one turn. Turns after the first have ids and times of their own."""
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+        """The events of one turn. Turns after the first have ids and times of their own."""
         self._turns += 1
         if self._turns > 1:
             request = {name: value for name, value in request.items() if name != "request_id"}
             begin_generation(self._scope)
-        async with self._model.stream(request) as chunks:
+        async with self._model.stream(request) as events:
             self.entered.set()
-            yield self._read(chunks)
+            yield self._read(events)
 
-    async def _read(self, chunks: AsyncIterator[ChatCompletionChunk]) -> AsyncIterator[ChatCompletionChunk]:
-        async for chunk in chunks:
-            if self.head is None:
-                self.head = chunk
-            yield chunk
+    async def _read(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        async for event in events:
+            if self.head is None and isinstance(event, Begun):
+                self.head = event.head
+            yield event
