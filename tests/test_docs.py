@@ -11,7 +11,7 @@ import pytest
 from live_server import serving
 
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.server.parser import parse, split_command
+from candle_vllm.server.settings.command_line import parse, split_command
 
 ROOT = Path(__file__).parents[1]
 WITH_CODE = sorted([ROOT / "README.md", ROOT / "LIBRARY_API.md", *ROOT.glob("packages/*/README.md")])

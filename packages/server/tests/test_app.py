@@ -19,10 +19,10 @@ from server_fakes import PacedEngine
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.server import Settings, create_app, http_protocol
 from candle_vllm.server import body as body_module
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.serve import bind, make_server
+from candle_vllm.server.settings.kinds import UsageError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}

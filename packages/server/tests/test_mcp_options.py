@@ -10,9 +10,9 @@ import pytest
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.server import Settings
 from candle_vllm.server.cli import main
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mcp.options import mcp_options, split_arguments
-from candle_vllm.server.parser import parse
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.kinds import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,12 @@ from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server import Settings
 from candle_vllm.server.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.errors import HttpError
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.model_slot import ModelState
 from candle_vllm.server.model_switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.settings.kinds import UsageError
 from candle_vllm.server.turns import take_turn
 
 NAMES = ("a", "b", "c")

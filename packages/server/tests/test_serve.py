@@ -18,10 +18,10 @@ from server_fakes import FakeLoader, PacedEngine
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.configuration import Configuration
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.kinds import UsageError
 
 TESTS = str(Path(__file__).parent)
 SCRIPT = """

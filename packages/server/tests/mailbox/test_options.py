@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookAuth, WebhookOptions, webhook_options
+from candle_vllm.server.settings.kinds import UsageError
 
 VARIABLES = {"TOKEN": "t0ken", "EMPTY": ""}
 

@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import create_engine, update
 
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox import queries, schema
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.queries import Entry
 from candle_vllm.server.mailbox.record import Status
 from candle_vllm.server.mailbox.refusals import MailboxError
 from candle_vllm.server.mailbox.store import Store
+from candle_vllm.server.settings.kinds import UsageError
 
 HOUR = 3600 * 1000
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from wrong_requests.rows import Route, Row, changed
 
-from candle_vllm.server.engine_setup import demo_model, load_engine
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.parts import demo_model, load_engine
 
 CONTEXT = 512
 FAR = 1 << 30  # a token id beyond every vocabulary

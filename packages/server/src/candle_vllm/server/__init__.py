@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from candle_vllm.server.app import create_app
-    from candle_vllm.server.configuration import load_settings
     from candle_vllm.server.settings import Settings
+    from candle_vllm.server.settings.configuration import load_settings
 
 __all__ = ["Settings", "create_app", "load_settings"]
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return create_app
     if name == "load_settings":
-        from candle_vllm.server.configuration import load_settings
+        from candle_vllm.server.settings.configuration import load_settings
 
         return load_settings
     if name == "Settings":

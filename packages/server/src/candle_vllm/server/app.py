@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.server import health
 from candle_vllm.server.auth import ApiKeyMiddleware, read_keys
 from candle_vllm.server.catalogue import ModelEntry
@@ -24,7 +25,6 @@ from candle_vllm.server.errors import ClientGone, HttpError
 from candle_vllm.server.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.head_requests import HeadMiddleware
 from candle_vllm.server.keeping import Keeper
-from candle_vllm.server.kept_setup import kept_responses
 from candle_vllm.server.mcp.response_servers import response_servers
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_manager import ModelManager
@@ -51,9 +51,9 @@ from candle_vllm.server.routes import mcp as mcp_routes
 from candle_vllm.server.routes.webui import public_paths, web_ui_router
 from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.parts import store_options
 
 if TYPE_CHECKING:
-    from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.server.mailbox.service import Mailbox
     from candle_vllm.server.mcp.service import McpService
 
@@ -96,7 +96,8 @@ def create_app(
     app.state.mailbox = mailbox
     if mailbox is not None:
         _count_pushes(mailbox, app.state.metrics)
-    app.state.kept = kept_responses(settings)
+    options = store_options(settings)
+    app.state.kept = None if options is None else KeptResponses(options)
     app.state.mcp = mcp
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from candle_vllm.server.errors import HttpError
 from candle_vllm.server.failures import refusal
-from candle_vllm.server.kinds import Secret, UsageError
 from candle_vllm.server.paths import route_path
+from candle_vllm.server.settings.kinds import Secret, UsageError
 
 PUBLIC_PATHS = frozenset({"/health"})
 MANAGEMENT_PATHS = frozenset(

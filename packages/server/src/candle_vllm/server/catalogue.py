@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.kinds import UsageError
 
 ANY_MODEL = "default"  # the name that always means the default
 _LISTED = 20  # names in a message

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.server.parser import parse, split_command
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.command_line import parse, split_command
 
 if TYPE_CHECKING:
-    from candle_vllm.server.configuration import Configuration
+    from candle_vllm.server.settings.configuration import Configuration
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, rest = split_command(sys.argv[1:] if argv is None else argv)
         given, own = parse(command, rest)
-        from candle_vllm.server.configuration import load_configuration
+        from candle_vllm.server.settings.configuration import load_configuration
 
         configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home())
         settings = configuration.settings

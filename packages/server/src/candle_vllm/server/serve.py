@@ -26,10 +26,8 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
 from candle_vllm.server.catalogue import Catalogue
-from candle_vllm.server.configuration import Configuration
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http_protocol import http_protocol
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.model_loader import ModelLoader
 from candle_vllm.server.model_manager import ModelManager
@@ -39,6 +37,8 @@ from candle_vllm.server.observing.setup import Observation
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Address, Settings
+from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.kinds import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox

@@ -22,9 +22,9 @@ from candle_vllm.responses.conversation.events import ConversationFinished, Even
 from candle_vllm.server.commands.agent_approval import TerminalApproval
 from candle_vllm.server.commands.agent_display import AgentDisplay, note
 from candle_vllm.server.commands.terminal import conversation, read_stdin
-from candle_vllm.server.engine_setup import load_engine
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.parts import load_engine
 
 EXIT_UNFINISHED = 1
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.server.configuration import Configuration
-from candle_vllm.server.flags import GROUPS, OPTIONS, Option
-from candle_vllm.server.kinds import Secret
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.settings import Settings, origins
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.kinds import Secret
+from candle_vllm.server.settings.sources import origins
+from candle_vllm.server.settings.table import GROUPS, OPTIONS, Option
 
 DEFAULT = "default"
 HIDDEN = "***"

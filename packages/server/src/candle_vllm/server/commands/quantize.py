@@ -13,9 +13,9 @@ import torch
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.loading.description import progress_bar
 from candle_vllm.core.memory import physical_cores
-from candle_vllm.server.engine_setup import engine_config
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.parts import engine_config
 
 
 def quantize(

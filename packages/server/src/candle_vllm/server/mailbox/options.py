@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from candle_vllm.server.kinds import Boolean, Choice, Integer, Kind, Number, Secret, Text, UsageError, nearest
 from candle_vllm.server.mailbox.targets import check_pattern, parse_target
+from candle_vllm.server.settings.kinds import Boolean, Choice, Integer, Kind, Number, Secret, Text, UsageError, nearest
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?", re.ASCII)

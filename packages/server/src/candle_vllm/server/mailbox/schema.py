@@ -18,8 +18,8 @@ from sqlalchemy import (
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.database import Layout, connect_to
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox.record import MAX_ID, MAX_MODEL
+from candle_vllm.server.settings.kinds import UsageError
 
 VERSION = 1
 _LOCK = 0x6D61696C  # servers that start together make the tables one after the other

@@ -16,13 +16,13 @@ from sqlalchemy import Connection
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.database import MAX_WAITING, Database
 from candle_vllm.responses.store.errors import StoreUnavailableError
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox import queries
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.queries import Entry, Push
 from candle_vllm.server.mailbox.record import Record
 from candle_vllm.server.mailbox.refusals import busy
 from candle_vllm.server.mailbox.schema import LAYOUT, connect
+from candle_vllm.server.settings.kinds import UsageError
 
 P = ParamSpec("P")
 T = TypeVar("T")

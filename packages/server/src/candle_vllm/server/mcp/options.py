@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from candle_vllm.responses.mcp.config import McpServerConfig
 from candle_vllm.responses.mcp.local_config import load_local_config
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.kinds import UsageError
 
 DEFAULT = "default"  # the label of the server of --mcp-command, as in candle-vllm
 

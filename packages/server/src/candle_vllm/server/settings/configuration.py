@@ -7,18 +7,20 @@ stands above models.yaml holds for every model in it, but for the choice of the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from candle_vllm.server.catalogue import Catalogue, ModelEntry, source_name
-from candle_vllm.server.engine_setup import demo_model
-from candle_vllm.server.kinds import UsageError
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.mailbox_setup import mailbox_options
-from candle_vllm.server.settings import Settings, merge, settle_port, token
-from candle_vllm.server.sources import ModelsFile, Source, environment_source, find_models_file, read_dotenv
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.address import split_host
+from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
+from candle_vllm.server.settings.parts import demo_model, mailbox_options
+from candle_vllm.server.settings.sources import Source, environment_source, merge, read_dotenv
 
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}
@@ -70,8 +72,8 @@ def load_configuration(command_line: Source, environ: Mapping[str, str], *, fold
 
     def settings_of(sources: Sequence[Source]) -> Settings:
         values = merge(sources)
-        settle_port(values, sources)
-        values["hf_token"] = token(values, variables, folder)
+        _settle_port(values, sources)
+        values["hf_token"] = _token(values, variables, folder)
         return Settings(**values)
 
     if models_file is None or name is None:
@@ -119,3 +121,40 @@ def _started(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> str |
 
 def _without(source: Source, names: frozenset[str]) -> Source:
     return dataclasses.replace(source, values={key: value for key, value in source.values.items() if key not in names})
+
+
+def _settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
+    """Of a port inside `host` and a `port`, the one from the stronger source counts."""
+    if "host" not in merged or "port" not in merged or merged["host"].startswith("unix:"):
+        return
+    name, inner = split_host(merged["host"])
+    if inner is None or inner == merged["port"]:
+        return
+    rank = {key: next(i for i, source in enumerate(sources) if key in source.values) for key in ("host", "port")}
+    if rank["host"] == rank["port"]:
+        raise UsageError(f"host {merged['host']!r} and port {merged['port']} name two ports: give one")
+    if rank["port"] < rank["host"]:
+        merged["host"] = f"[{name}]" if ":" in name else name
+
+
+def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
+    """The Hugging Face token: itself, by the name of a variable, from a file, or from HF_TOKEN."""
+    if merged.get("hf_token_path") is not None:
+        path = folder / merged["hf_token_path"]
+        try:
+            token = path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            raise UsageError(f"cannot read the Hugging Face token from {path}") from None
+        if not token:
+            raise UsageError(f"the Hugging Face token file {path} is empty")
+        return token
+    given = merged.get("hf_token")
+    if given is None:
+        return variables.get("HF_TOKEN") or None
+    if given.startswith("hf_"):
+        return given
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", given):
+        raise UsageError("--hf-token must be a token that begins with hf_, or the name of an environment variable")
+    if not variables.get(given):
+        raise UsageError(f"--hf-token names the environment variable {given}, which is not set")
+    return variables[given]

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core import EngineConfig, SamplingParams
-from candle_vllm.server.configuration import load_settings
-from candle_vllm.server.flags import OPTIONS, SAMPLING
-from candle_vllm.server.kinds import Integer, Number
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.sources import Source, read_dotenv, read_models_file
+from candle_vllm.server.settings.configuration import load_settings
+from candle_vllm.server.settings.kinds import Integer, Number
+from candle_vllm.server.settings.models_file import read_models_file
+from candle_vllm.server.settings.sources import Source, read_dotenv
+from candle_vllm.server.settings.table import OPTIONS, SAMPLING
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 ROW = re.compile(r"\| (`--.*?) \| `(CANDLE_VLLM_\w+)` \| (\S+) \| (.*?) \| (.*) \|")
 
 

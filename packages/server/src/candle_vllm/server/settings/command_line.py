@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from candle_vllm.server.flags import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option, settings_of
-from candle_vllm.server.kinds import FreeText, UsageError, nearest
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.sources import Source, convert
+from candle_vllm.server.settings.kinds import FreeText, UsageError, nearest
+from candle_vllm.server.settings.sources import Source, convert
+from candle_vllm.server.settings.table import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option, settings_of
 
 _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.

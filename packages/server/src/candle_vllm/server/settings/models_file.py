@@ -1,99 +1,37 @@
-"""Where settings come from besides the command line: the environment, `.env` and models.yaml.
+"""models.yaml: named models with their settings, and what candle-vllm's own `parking_lot` section says there.
 
-Read before step 1 of a request's life. Every source becomes a `Source`: typed values by setting name. A name that
-is not in the table is an error with the nearest one that is.
+Read before step 1 of a request's life. A key that is not known is refused with the nearest one that is; what
+`parking_lot` has without a counterpart here is refused by name rather than ignored.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.server import parking_lot
-from candle_vllm.server.flags import ENV_PREFIX, OPTIONS, Option
-from candle_vllm.server.kinds import FilePath, Kind, Text, UsageError, nearest
+from candle_vllm.server.settings.kinds import FilePath, Text, UsageError, known_keys, mapping, nearest
+from candle_vllm.server.settings.sources import Source, convert, read_small
+from candle_vllm.server.settings.table import OPTIONS, Option
 
 if TYPE_CHECKING:
     import yaml
 
-_MAX_FILE = 1 << 20  # bytes of .env and models.yaml
 _MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes")
 _TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot")
 _GLOBAL = ("idle_unload_secs",)
-_KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Values that one source gives.
-
-    Attributes:
-        title: what the source is, for messages.
-        values: typed values by setting name.
-        given_as: how each setting was spelled there, for messages.
-    """
-
-    title: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    given_as: Mapping[str, str] = field(default_factory=dict)
-
-
-def convert(kind: Kind, value: Any, spelled: str) -> Any:
-    """`value` as its kind wants it, from text or from a typed YAML value; UsageError names how it was spelled."""
-    try:
-        if isinstance(value, str):
-            return kind.from_text(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return kind.from_text(str(value))
-        return kind.check(value)
-    except ValueError as error:
-        raise UsageError(f"{spelled} {error}") from None
-
-
-def environment_source(variables: Mapping[str, str], title: str) -> Source:
-    """The `CANDLE_VLLM_*` variables; other variables are none of our business."""
-    options = {option.env: option for option in OPTIONS}
-    values: dict[str, Any] = {}
-    given_as: dict[str, str] = {}
-    for name, text in variables.items():
-        if not name.startswith(ENV_PREFIX) or name.startswith(ENV_PREFIX + "TEST_"):
-            continue
-        if _KUBERNETES.fullmatch(name) and ("://" in text or name not in options):
-            raise UsageError(
-                f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm:"
-                " set enableServiceLinks: false in the pod, or name the service otherwise"
-            )
-        if name not in options:
-            raise UsageError(f"unknown variable {name} in {title}{nearest(name, options)}")
-        option = options[name]
-        spelled = f"{name} in {title}"
-        parts = [part.strip() for part in text.split(",")] if option.repeat else [text]
-        converted = [convert(option.kind, part, spelled) for part in parts]
-        values[option.name] = tuple(converted) if option.repeat else converted[0]
-        given_as[option.name] = name
-    return Source(title, values, given_as)
-
-
-def read_dotenv(path: Path) -> dict[str, str]:
-    """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded."""
-    if not path.is_file():
-        return {}
-    import io
-
-    from dotenv.parser import parse_stream
-
-    assignments: dict[str, str] = {}
-    for binding in parse_stream(io.StringIO(_read_small(path))):
-        if binding.error:
-            raise UsageError(f"{path}, line {binding.original.line}: not a line of the form NAME=value")
-        if binding.key is not None:
-            if binding.value is None:
-                raise UsageError(f"{path}, line {binding.original.line}: {binding.key} has no value")
-            assignments[binding.key] = binding.value
-    return assignments
+_LOT_KEYS = ("pool", "limits", "queue", "mailbox")
+_LOT_LIMITS = {"max_queue_depth": "max_queued_requests", "timeout_secs": "request_timeout"}
+_LOT_MAILBOX = ("backend", "retention_secs", "postgres_url", "sqlite_path", "webhook")
+_LOT_NOT_HERE = {
+    "worker_threads": "--threads sets the engine's threads",
+    "max_blocking_threads": "there is no such pool here",
+    "thread_stack_size": "there is no such pool here",
+    "max_units": "--mem sets the size of the KV cache",
+    "queue": "the queue is kept in memory",
+    "surreal_path": "the mailbox is kept in SQLite or PostgreSQL",
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +72,7 @@ def read_models_file(path: Path) -> ModelsFile:
     import yaml
 
     try:
-        loader = _unique_loader()(_read_small(path))
+        loader = _unique_loader()(read_small(path))
         try:
             content = loader.get_single_data()
         finally:
@@ -143,14 +81,14 @@ def read_models_file(path: Path) -> ModelsFile:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    content = _mapping(content, str(path))
-    _known_keys(content, _TOP_KEYS, str(path))
+    content = mapping(content, str(path))
+    known_keys(content, _TOP_KEYS, str(path))
     entries = content.get("models")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: models must be a list with at least one model")
     models: dict[str, Source] = {}
     for number, entry in enumerate(entries, 1):
-        name, source = _model_entry(_mapping(entry, f"{path}: model {number}"), path, number)
+        name, source = _model_entry(mapping(entry, f"{path}: model {number}"), path, number)
         if name in models:
             raise UsageError(f"{path}: two models are called {name!r}")
         models[name] = source
@@ -164,7 +102,10 @@ def _globals(content: Mapping[str, Any], path: Path) -> Source:
     """What is not of one model: keys of the top, and candle-vllm's limits."""
     given = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
-        given = {**parking_lot.limits_of(content["parking_lot"], f"{path}: parking_lot"), **given}
+        given = {
+            **_lot_limits(mapping(content["parking_lot"], f"{path}: parking_lot"), f"{path}: parking_lot"),
+            **given,
+        }
     values = {
         option.name: convert(option.kind, given[option.name], f"{path}: {option.name}")
         for option in OPTIONS
@@ -174,12 +115,12 @@ def _globals(content: Mapping[str, Any], path: Path) -> Source:
 
 
 def _mailbox(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
-    lot = parking_lot.mailbox_of(content["parking_lot"], f"{path}: parking_lot") if "parking_lot" in content else None
+    lot = _lot_mailbox(content["parking_lot"], f"{path}: parking_lot") if "parking_lot" in content else None
     if "mailbox" not in content:
         return lot
     if lot is not None:
         raise UsageError(f"{path}: mailbox and parking_lot.mailbox both set up the mailbox: give one")
-    return _mapping(content["mailbox"], f"{path}: mailbox")
+    return mapping(content["mailbox"], f"{path}: mailbox")
 
 
 def _unique_loader() -> type[yaml.SafeLoader]:
@@ -206,7 +147,7 @@ def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str
     if name == "default":
         raise UsageError(f"{path}: model {number} cannot be called 'default', which always means default_model")
     title = f"model {name!r} of {path}"
-    _known_keys(entry, _MODEL_KEYS, title)
+    known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):
         raise UsageError(f"{title}: give exactly one of hf_id and local_path")
     if "hf_id" in entry:
@@ -218,7 +159,7 @@ def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
         values["weight_file"] = convert(Text(), entry["weight_file"], f"{title}: weight_file")
-    for key, value in _mapping(entry.get("params", {}), f"{title}: params").items():
+    for key, value in mapping(entry.get("params", {}), f"{title}: params").items():
         option = _yaml_option(key, title)
         values[option.name] = _yaml_value(option, value, f"{title}: {key}", path.parent)
         given_as[option.name] = key
@@ -243,26 +184,42 @@ def _yaml_value(option: Option, value: Any, spelled: str, folder: Path) -> Any:
     return folder / converted if isinstance(converted, Path) else converted
 
 
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping of keys to values")
-    return value
+def _lot_limits(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings that `limits` and `pool` of `parking_lot` give, by our names; `limits` wins."""
+    values: dict[str, Any] = {}
+    for part in ("pool", "limits"):
+        given = mapping(section.get(part, {}), f"{where}.{part}")
+        _known_in_lot(given, _LOT_LIMITS, f"{where}.{part}")
+        values |= {_LOT_LIMITS[key]: value for key, value in given.items()}
+    return values
 
 
-def _known_keys(mapping: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-    for key in mapping:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
+def _lot_mailbox(section: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """The `mailbox` of `parking_lot` as `mailbox` of models.yaml has it: `url`, `retention_secs`, `webhook`."""
+    _known_in_lot(section, _LOT_KEYS, where)
+    given = section.get("mailbox")
+    if given is None:
+        return None
+    where = f"{where}.mailbox"
+    _known_in_lot(mapping(given, where), _LOT_MAILBOX, where)
+    values = {key: given[key] for key in ("retention_secs", "webhook") if key in given}
+    backend = given.get("backend", "memory")
+    if backend == "sqlite":
+        path = given.get("sqlite_path")
+        if not isinstance(path, str):
+            raise UsageError(f"{where}: backend sqlite needs its sqlite_path")
+        return {**values, "url": f"sqlite:///{path}"}
+    if backend == "postgres":
+        if not isinstance(given.get("postgres_url"), str):
+            raise UsageError(f"{where}: backend postgres needs its postgres_url")
+        return {**values, "url": given["postgres_url"]}
+    if backend == "memory":
+        return {**values, "url": "sqlite"}
+    raise UsageError(f"{where}: backend must be memory, sqlite or postgres, not {backend!r:.60}")
 
 
-def _read_small(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE + 1)
-        if len(content) > _MAX_FILE:
-            raise UsageError(f"{path} is larger than {_MAX_FILE >> 20} MB")
-        return content.decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text") from None
+def _known_in_lot(section: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    for key in section:
+        if key in _LOT_NOT_HERE:
+            raise UsageError(f"{where}: {key} is not supported: {_LOT_NOT_HERE[key]}; leave it out")
+        known_keys((key,), known, where)

