@@ -18,6 +18,7 @@ from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import reasoning_names, tool_names
 from candle_vllm.openai.planning import AnswerPlanner
+from candle_vllm.openai.requests import read_chat
 
 X = '{"city": "x"}'
 CALL = '{"name": "f2", "arguments": {"city": "x"}}'
@@ -109,7 +110,7 @@ class TestFunctionary:
 def plan(tool_parser: str, reasoning_parser: str = "none", **fields: Any) -> OutputParser:
     planner = AnswerPlanner(ChatConventions(), "none", tool_parser=tool_parser, reasoning_parser=reasoning_parser)
     request = parse_chat_request({"messages": [{"role": "user", "content": "Hi"}], **fields})
-    answers = planner.plan(request, request.tool_use(), "").answers
+    answers = planner.plan(read_chat(request), "").answers
     assert answers.bound is not None
     return OutputParser(answers.bound.layout, tools=answers.tools)
 

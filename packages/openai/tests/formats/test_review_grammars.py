@@ -25,7 +25,8 @@ from candle_vllm.openai.formats.layout import Layout, ToolFormat
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS, reasoning_names, tool_names
 from candle_vllm.openai.planning import AnswerPlanner
-from candle_vllm.openai.protocol.tool_use import ToolUse
+from candle_vllm.openai.requests import read_chat
+from candle_vllm.openai.task import ToolUse
 
 ROWS, THOUGHTS = tool_names(), reasoning_names()
 FORM = {
@@ -71,7 +72,7 @@ class Model:
         asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": FORM}}
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "response_format": asked, **fields}
         request = parse_chat_request(body)
-        planned = planner.plan(request, request.tool_use(), prompt)
+        planned = planner.plan(read_chat(request), prompt)
         assert planned.structured is not None
         self.begin = compiled(self.vocabulary, planned.structured)
         self.answers = planned.answers

@@ -31,7 +31,7 @@ from candle_vllm.openai.protocol.chat import (
 )
 from candle_vllm.openai.protocol.completions import CompletionChoice, CompletionLogprobs
 from candle_vllm.openai.protocol.usage import CompletionTokensDetails, PromptTokensDetails
-from candle_vllm.openai.requests import parse_chat_request
+from candle_vllm.openai.requests import parse_chat_request, read_chat
 
 HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "fp"}
 USAGE = Usage(
@@ -159,7 +159,7 @@ def test_an_answer_with_calls_can_be_sent_back_however_the_client_holds_it(conte
         ChatCompletionMessage.model_validate(streamed.model_dump()).model_dump(),
     ):
         request = parse_chat_request({"messages": [{"role": "user", "content": "hi"}, held, *results]})
-        shown = template_messages(request.messages)[1]
+        shown = template_messages(read_chat(request).messages)[1]
         assert shown["reasoning_content"] == "hm"
         assert [call["function"] for call in shown["tool_calls"]] == [
             {"name": "weather", "arguments": {"city": "Ulm"}},

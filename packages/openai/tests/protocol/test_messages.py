@@ -10,6 +10,8 @@ from openai.types.chat import ChatCompletionMessage
 from candle_vllm.core.errors import RequestError
 from candle_vllm.openai import UnsupportedParameterError, parse_chat_request
 from candle_vllm.openai.conversation import template_messages
+from candle_vllm.openai.requests import read_chat
+from candle_vllm.openai.task import ImagePart, Message, TextPart
 
 USER = {"role": "user", "content": "hi"}
 
@@ -27,7 +29,7 @@ def result(call_id: str) -> dict[str, Any]:
 
 
 def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:
-    return template_messages(parse_chat_request({"messages": list(messages)}).messages)
+    return template_messages(read_chat(parse_chat_request({"messages": list(messages)})).messages)
 
 
 def test_template_form() -> None:
@@ -176,3 +178,10 @@ def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts cannot be read") as caught:
         parse_chat_request({"messages": [{"role": "user", "content": parts}]})
     assert caught.value.param == "messages.0.content.1.type"
+
+
+def test_a_task_with_an_image_is_refused_by_name() -> None:
+    image = Message(role="user", parts=(TextPart("What is this?"), ImagePart("data:image/png;base64,AA==")))
+    with pytest.raises(UnsupportedParameterError, match="the server takes text only") as caught:
+        template_messages([image])
+    assert caught.value.param == "messages"

@@ -13,8 +13,8 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.openai import ChatCompletionRequest, InvalidBodyError, UnsupportedParameterError, parse_chat_request
 from candle_vllm.openai.protocol.fields import MAX_SCHEMA_DEPTH, MAX_TOOLS, MAX_TOOLS_SIZE
-from candle_vllm.openai.protocol.tool_use import ToolUse
 from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool
+from candle_vllm.openai.task import ToolUse
 
 HI = [{"role": "user", "content": "hi"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -9,9 +9,10 @@ import hashlib
 import importlib.metadata
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -22,7 +23,6 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
 from candle_vllm.openai.completion_answers import CompletionWriter, join_completion
-from candle_vllm.openai.conversation import message_text
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
     parse_embedding_request,
@@ -32,22 +32,28 @@ from candle_vllm.openai.embedding import (
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
 from candle_vllm.openai.planning import AnswerPlanner
-from candle_vllm.openai.preparation import Preparation, PreparedChat, blamed_as_spelled
+from candle_vllm.openai.preparation import Preparation, PreparedChat
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
-from candle_vllm.openai.protocol.generation import GenerationFields
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
 from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from candle_vllm.openai.requests import parse_chat_request, parse_completion_request
+from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat
 from candle_vllm.openai.served_names import ServedNames
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
+from candle_vllm.openai.task import Task
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 from candle_vllm.openai.worker_threads import WorkerThreads
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
+
+
+class _Ready(NamedTuple):
+    task: Task
+    model: str  # the name to answer with
+    prepared: PreparedChat
 
 
 class OpenAIAdapter:
@@ -123,13 +129,22 @@ class OpenAIAdapter:
 
     async def chat_events(self, request: ChatCompletionRequest | Fields) -> AnswerStream:
         """Submits the request and gives what happens while it is answered; close the stream to abort it."""
-        return (await self._submit_chat(_checked_chat(request)))[0]
+        return await self.answer(partial(read_chat, _checked_chat(request)))
+
+    async def answer(self, read: Callable[[], Task]) -> AnswerStream:
+        """Submits a task and gives what happens while it is answered; close the stream to abort it.
+
+        `read` gives the task; it is called in another thread, because conversations may be long.
+        """
+        return self._submitted(await self._ready(read))
 
     async def count_chat_tokens(self, request: ChatCompletionRequest | Fields) -> int:
         """Tokens of the prompt that an answer would begin with. The request is checked and nothing is generated."""
-        parsed = _checked_chat(request)
-        self._names.served(parsed.model)
-        return len((await self._prepared_chat(parsed)).prompt)
+        return await self.count_tokens(partial(read_chat, _checked_chat(request)))
+
+    async def count_tokens(self, read: Callable[[], Task]) -> int:
+        """Tokens of the prompt that `answer` would begin with; nothing is generated."""
+        return len((await self._ready(read)).prepared.prompt)
 
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
         """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
@@ -171,35 +186,40 @@ class OpenAIAdapter:
         self, given: ChatCompletionRequest | Fields, *, whole: bool
     ) -> ChunkStream[ChatCompletionChunk]:
         request = _checked_chat(given)
-        events, prepared = await self._submit_chat(request)
-        writer = ChatWriter(request, prepared.prompt, calls=bool(prepared.answers.tools), whole=whole)
-        return ChunkStream(events, writer)
+        ready = await self._ready(partial(read_chat, request))
+        prompt, _, plan, _ = ready.prepared
+        return ChunkStream(self._submitted(ready), ChatWriter(request, prompt, calls=bool(plan.tools), whole=whole))
 
-    async def _submit_chat(self, request: ChatCompletionRequest) -> tuple[AnswerStream, PreparedChat]:
-        head = self._head("chatcmpl-", request)
-        prepared = await self._prepared_chat(request)
-        with blamed_as_spelled(request):
-            source = self._submit(prepared.prompt, prepared.params, head.id, request, "messages")
+    async def _ready(self, read: Callable[[], Task]) -> _Ready:
+        ready = await self._work.prepare(self._prepared, read)
+        task, prepared = ready.task, ready.prepared
+        if prepared.params.structured_outputs is not None or task.form is not None:
+            ready = ready._replace(prepared=await self._work.compile(self._preparation.hold, task, prepared))
+        return ready
+
+    def _prepared(self, read: Callable[[], Task]) -> _Ready:
+        task = read()
+        return _Ready(task, self._names.served(task.model), self._preparation.chat(task))
+
+    def _submitted(self, ready: _Ready) -> AnswerStream:
+        task, model, prepared = ready
+        head = self._head("chatcmpl-", task.request_id, model)
+        with task.paths.blamed():
+            source = self._submit(prepared.prompt, prepared.params, head.id, task.priority, "messages")
         reader = AnswerReader(
             head,
             prepared.answers,
-            sequences=request.sequences,
-            form=request.structured_field if request.structured() is not None else "tools",
-            tell_ids=bool(request.return_token_ids),
-            tell_counts=request.continuous_usage,
-            echo=message_text(request.messages[-1]) if request.echo else "",
+            sequences=task.choices,
+            form=task.paths.fields["structured_outputs"],
+            tell_ids=task.tell_ids,
+            tell_counts=task.tell_counts,
+            echo=task.echo,
         )
-        return AnswerStream([source], reader), prepared
-
-    async def _prepared_chat(self, request: ChatCompletionRequest) -> PreparedChat:
-        prepared = await self._work.prepare(self._preparation.chat, request)
-        if prepared.params.structured_outputs is not None or request.structured() is not None:
-            prepared = await self._work.compile(self._preparation.hold, request, prepared)
-        return prepared
+        return AnswerStream([source], reader)
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
         request = given if isinstance(given, CompletionRequest) else parse_completion_request(given)
-        head = self._head("cmpl-", request)
+        head = self._head("cmpl-", request.request_id, self._names.served(request.model))
         prompts, params = await self._work.prepare(self._preparation.completion, request)
         if params.structured_outputs is not None:
             await self._work.compile(self._preparation.check_form, request, params.structured_outputs)
@@ -207,7 +227,7 @@ class OpenAIAdapter:
         try:
             for number, prompt in enumerate(prompts):
                 request_id = head.id if len(prompts) == 1 else f"{head.id}-{number}"
-                sources.append(self._submit(prompt.token_ids, params, request_id, request, "prompt"))
+                sources.append(self._submit(prompt.token_ids, params, request_id, request.priority or 0, "prompt"))
         except BaseException:
             for source in sources:
                 await source.aclose()
@@ -226,17 +246,17 @@ class OpenAIAdapter:
         return ChunkStream(AnswerStream(sources, reader), CompletionWriter(request, prompts, whole=whole))
 
     def _submit(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str, request: GenerationFields, field: str
+        self, prompt: Sequence[int], params: SamplingParams, request_id: str, priority: int, field: str
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
-        return self._engine.stream(prompt, params, request_id=request_id, priority=request.priority or 0)
+        return self._engine.stream(prompt, params, request_id=request_id, priority=priority)
 
-    def _head(self, prefix: str, request: GenerationFields) -> Head:
+    def _head(self, prefix: str, request_id: str | None, model: str) -> Head:
         return Head(
-            id=prefix + (request.request_id or uuid.uuid4().hex),
+            id=prefix + (request_id or uuid.uuid4().hex),
             created=int(time.time()),
-            model=self._names.served(request.model),
+            model=model,
             system_fingerprint=self._fingerprint,
         )
 

@@ -10,7 +10,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.openai.protocol.tool_use import ToolUse
+from candle_vllm.openai.task import ToolUse
 
 
 def constrain(

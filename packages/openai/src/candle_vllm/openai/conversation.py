@@ -1,4 +1,4 @@
-"""Chat messages -> the dictionaries that chat templates expect, in transformers' form (step 3)."""
+"""Messages of a task -> the dictionaries that chat templates expect, in transformers' form (step 3)."""
 
 from __future__ import annotations
 
@@ -8,73 +8,69 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
 from candle_vllm.openai.formats.template_needs import TemplateNeeds
-from candle_vllm.openai.protocol.messages import (
-    AssistantMessage,
-    Content,
-    Message,
-    SpokenContent,
-    SystemMessage,
-    ToolCall,
-    ToolMessage,
-)
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.task import Call, Message, TextPart
 
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
-    """One dictionary per message: texts joined to one string, call arguments as objects, role developer as system.
+    """One dictionary per message: texts joined to one string, call arguments as objects.
 
     A tool message gets the name of the function that it answers, which templates may want and clients leave out.
     Arguments that are not one JSON object stay text, and all do for a template that `needs` texts; ids become short
     ones for a template that refuses others.
     """
-    names = {
-        call.id: call.function.name
-        for message in messages
-        if isinstance(message, AssistantMessage)
-        for call in message.tool_calls or ()
-    }
+    names = {call.id: call.name for message in messages for call in message.calls}
     rendered = [_template_message(message, names) for message in messages]
     if needs is not None:
         _fit(rendered, needs)
     return rendered
 
 
-def text_of(content: Content | SpokenContent | None) -> str:
-    """The content as one string; parts stand on lines of their own."""
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def text_of(message: Message) -> str:
+    """What a message says; parts stand on lines of their own.
 
-
-def message_text(message: Message) -> str:
-    """What a message says: its content, and after it the refusal of an assistant."""
-    text = text_of(message.content)
-    refusal = message.refusal if isinstance(message, AssistantMessage) else None
-    return "\n".join(filter(None, (text, refusal))) if refusal else text
+    Raises:
+        UnsupportedParameterError: there is more than text in it.
+    """
+    if any(not isinstance(part, TextPart) for part in message.parts):
+        raise UnsupportedParameterError(
+            "messages have an image, which cannot be read: the server takes text only", "messages"
+        )
+    return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
 def _template_message(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
-    role = "system" if isinstance(message, SystemMessage) else message.role
-    rendered: dict[str, Any] = {"role": role, "content": message_text(message)}
+    rendered: dict[str, Any] = {"role": message.role, "content": text_of(message)}
     name = message.name
-    if isinstance(message, ToolMessage):
-        rendered["tool_call_id"] = message.tool_call_id
-        name = name or names.get(message.tool_call_id)
+    if message.call_id is not None:
+        rendered["tool_call_id"] = message.call_id
+        name = name or names.get(message.call_id)
     if name is not None:
         rendered["name"] = name
-    if isinstance(message, AssistantMessage):
-        if message.thoughts is not None:
-            rendered["reasoning_content"] = message.thoughts
-        if message.tool_calls:
-            rendered["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    if message.thoughts is not None:
+        rendered["reasoning_content"] = message.thoughts
+    if message.calls:
+        rendered["tool_calls"] = [_template_call(call) for call in message.calls]
     return rendered
 
 
-def _template_call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": call.function.template_arguments}
-    return {"id": call.id, "type": call.type, "function": function}
+def _template_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+
+
+def _arguments(text: str) -> dict[str, Any] | str:
+    """The arguments as an object, or the text as it stands where it holds none; empty and null mean none."""
+    try:
+        value = decode_json(text.strip() or "{}")
+    except InvalidBodyError:
+        return text
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else text
 
 
 def _fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:

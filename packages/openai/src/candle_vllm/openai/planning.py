@@ -22,8 +22,7 @@ from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.template_needs import reasoning_is_open
-from candle_vllm.openai.protocol.chat import ChatCompletionRequest
-from candle_vllm.openai.protocol.tool_use import ToolUse
+from candle_vllm.openai.task import Task
 
 logger = logging.getLogger(__name__)
 _TAIL = 1 << 14  # characters at a prompt's end in which its last marks are looked for
@@ -75,22 +74,21 @@ class AnswerPlanner:
         frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
         self._without = bind(Layout(reasoning, frame), self._special)
 
-    def plan(
-        self, request: ChatCompletionRequest, use: ToolUse, prompt: str, *, loose: Collection[str] = ()
-    ) -> Planned:
-        """The plan for a request whose rendered prompt is `prompt`; raises `RequestError`.
+    def plan(self, task: Task, prompt: str, *, loose: Collection[str] = ()) -> Planned:
+        """The plan for a task whose rendered prompt is `prompt`; raises `RequestError`.
 
         Tools whose names are in `loose` are not held to their schemas.
         """
         tools, reasoning, needs = self.choice.tools, self.choice.reasoning, self.choice.needs
+        use, continued = task.tools, task.continued
         if needs is not None and needs.writes_calls and not needs.parallel_calls:
             use = replace(use, parallel=False)  # the conversation could not be rendered with more
         called = tools if use.mode != "none" else None
-        tail, continued = prompt[-_TAIL:], bool(request.continue_final_message)
+        tail = prompt[-_TAIL:]
         is_open = reasoning_is_open(tail, reasoning, continued=continued)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
         structured = constrain(
-            request.structured(),
+            task.form,
             tools,
             use,
             reasoning=None if continued or (closed and not is_open) else reasoning,
@@ -106,12 +104,12 @@ class AnswerPlanner:
             bound=bound,
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
             held=called is not None and structured is not None,
-            lazy=structured is not None and use.mode == "auto" and request.structured() is None,
+            lazy=structured is not None and use.mode == "auto" and task.form is None,
             most_calls=None if use.parallel else 1,
             in_reasoning=is_open,
             behind_reasoning=closed,
-            show_reasoning=request.include_reasoning is not False,
-            show_special_tokens=request.skip_special_tokens is False,
+            show_reasoning=task.show_thoughts,
+            show_special_tokens=task.sampling.get("skip_special_tokens") is False,
             special_tokens=bool(bound.characters),
         )
         return Planned(answers, structured)

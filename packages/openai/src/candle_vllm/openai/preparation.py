@@ -6,8 +6,7 @@ of an event loop: call these in other threads (`worker_threads`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -22,17 +21,16 @@ from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
-from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
-from candle_vllm.openai.protocol.tool_use import ToolUse
-from candle_vllm.openai.requests import to_sampling_params
+from candle_vllm.openai.requests import completion_paths, to_sampling_params
+from candle_vllm.openai.task import Task
 
 _MOST_TRIED = 64  # tools that are tried one by one
 
 
 class PreparedChat(NamedTuple):
-    """A chat request, ready to be submitted.
+    """A task, ready to be submitted.
 
     Attributes:
         prompt: its tokens.
@@ -73,29 +71,30 @@ class Preparation:
         self._allow_chat_template = allow_chat_template
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
-    def chat(self, request: ChatCompletionRequest) -> PreparedChat:
+    def chat(self, task: Task) -> PreparedChat:
         """Raises `RequestError`, which blames the fields of the request."""
-        with blamed_as_spelled(request):
-            params = self._params(request)
-            use = request.tool_use()
-            text = self._render(request, use.as_template())
-            answers, structured = self._planned(request, use, text)
+        with task.paths.blamed():
+            self._check(task.priority, task.sampling.get("allowed_token_ids"))
+            form = {} if task.form is None else {"structured_outputs": task.form}
+            params = SamplingParams(**{"max_tokens": None, **self._defaults, **task.sampling, **form})
+            text = self._render(task)
+            answers, structured = self._planned(task, text)
             # Templates write the special tokens themselves.
-            prompt = self._engine.tokenize(text, add_special_tokens=bool(request.add_special_tokens))
-            _check_prompt_logprobs(request, len(prompt))
+            prompt = self._engine.tokenize(text, add_special_tokens=task.add_special_tokens)
+            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
             return PreparedChat(prompt, replace(params, structured_outputs=structured), answers, text)
 
-    def hold(self, request: ChatCompletionRequest, prepared: PreparedChat) -> PreparedChat:
+    def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """The same with a form that was compiled; it may take seconds. Raises `RequestError`.
 
         Schemas of tools that are not strict are followed where that is possible, and no reason to refuse a request.
         """
-        use = request.tool_use()
-        with blamed_as_spelled(request):
-            asked, form = request.structured(), prepared.params.structured_outputs
-            if asked is not None and use.mode == "required":  # there is no content to hold to it, but it must be right
+        with task.paths.blamed():
+            asked, form = task.form, prepared.params.structured_outputs
+            # Where calls are required there is no content to hold to it, but it must be right.
+            if asked is not None and task.tools.mode == "required":
                 self._engine.check_structured_outputs(asked)
             try:
                 if form is not None:
@@ -104,42 +103,44 @@ class Preparation:
             except RequestError:
                 if asked is not None:
                     self._engine.check_structured_outputs(asked)
-                loose = self._loose(request, use, prepared.text)
+                loose = self._loose(task, prepared.text)
                 if not loose:
                     raise
-            answers, form = self._planner.plan(request, use, prepared.text, loose=loose)
+            answers, form = self._planner.plan(task, prepared.text, loose=loose)
             if form is not None:
                 self._engine.check_structured_outputs(form)
             return prepared._replace(params=replace(prepared.params, structured_outputs=form), answers=answers)
 
-    def _planned(self, request: ChatCompletionRequest, use: ToolUse, text: str) -> Planned:
+    def _planned(self, task: Task, text: str) -> Planned:
         try:
-            return self._planner.plan(request, use, text)
+            return self._planner.plan(task, text)
         except RequestError:
-            loose = self._loose(request, use, text)
+            loose = self._loose(task, text)
             if not loose:
                 raise
-            return self._planner.plan(request, use, text, loose=loose)
+            return self._planner.plan(task, text, loose=loose)
 
-    def _loose(self, request: ChatCompletionRequest, use: ToolUse, text: str) -> frozenset[str]:
+    def _loose(self, task: Task, text: str) -> frozenset[str]:
         """Tools that are not strict and whose schemas cannot be guaranteed; all of them, where there are many.
 
         Raises:
             InvalidParameterError: a strict tool's schema cannot be.
         """
-        places = {tool.function.name: number for number, tool in enumerate(request.tools or ())}
+        use = task.tools
         found = set[str]()
         for tool in use.tools:
             if not tool.strict and len(use.tools) > _MOST_TRIED:
                 found.add(tool.name)
                 continue
             try:
-                alone = self._planner.plan(request, replace(use, tools=(tool,)), text).structured
+                one = replace(task, tools=replace(use, tools=(tool,)))
+                alone = self._planner.plan(one, text).structured
                 if alone is not None:
                     self._engine.check_structured_outputs(alone)
             except RequestError as error:
                 if tool.strict:
-                    field = f"tools.{places[tool.name]}.function.parameters"
+                    place = next(i for i, shown in enumerate(use.shown) if shown["function"]["name"] == tool.name)
+                    field = task.paths.schemas[place]
                     raise InvalidParameterError(
                         f"{field}: the arguments of the strict tool {tool.name!r} cannot be guaranteed: {error}", field
                     ) from None
@@ -148,44 +149,45 @@ class Preparation:
 
     def completion(self, request: CompletionRequest) -> PreparedCompletion:
         """Raises `RequestError`, which blames the fields of the request."""
-        with blamed_as_spelled(request):
-            params = self._params(request)
+        with completion_paths(request).blamed():
+            self._check(request.priority, request.allowed_token_ids)
+            params = to_sampling_params(request, self._defaults)
             prompts = [self._completion_prompt(request, prompt) for prompt in request.prompts]
-            _check_prompt_logprobs(request, sum(len(prompt.token_ids) for prompt in prompts))
+            tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            _check_prompt_logprobs("prompt_logprobs", request.prompt_logprobs, tokens)
+            if request.echo:
+                _check_prompt_logprobs("logprobs", request.logprobs, tokens, request.sequences)
             return PreparedCompletion(prompts, params)
 
     def check_form(self, request: CompletionRequest, form: StructuredOutputsParams) -> None:
         """Compiles the form of a completion's texts; it may take seconds. Raises `RequestError`."""
-        with blamed_as_spelled(request):
+        with completion_paths(request).blamed():
             self._engine.check_structured_outputs(form)
 
-    def _params(self, request: ChatCompletionRequest | CompletionRequest) -> SamplingParams:
-        """The sampling parameters, and the rules that depend on the model and on this adapter."""
-        if request.priority and not self._allow_priority:
+    def _check(self, priority: int | None, allowed: Sequence[int] | None) -> None:
+        """The rules that depend on the model and on this adapter."""
+        if priority and not self._allow_priority:
             raise no_priority()
-        vocabulary, allowed = self._engine.model_info.vocab_size, request.allowed_token_ids or ()
-        if len(allowed) > vocabulary:
+        vocabulary = self._engine.model_info.vocab_size
+        if allowed is not None and len(allowed) > vocabulary:
             raise InvalidParameterError(
                 f"allowed_token_ids has {len(allowed)} entries, but the model's vocabulary has {vocabulary}",
                 "allowed_token_ids",
             )
-        return to_sampling_params(request, self._defaults)
 
-    def _render(self, request: ChatCompletionRequest, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        continued = bool(request.continue_final_message)
-        generation = request.add_generation_prompt
+    def _render(self, task: Task) -> str:
         options: dict[str, Any] = {
-            "documents": request.documents,
-            "add_generation_prompt": not continued if generation is None else generation,
-            "continue_final_message": continued,
-            **request.template_kwargs(),
+            "documents": task.documents,
+            "add_generation_prompt": not task.continued if task.opens_answer is None else task.opens_answer,
+            "continue_final_message": task.continued,
+            **task.variables,
         }
-        if tools is not None:
+        if (tools := task.tools.as_template()) is not None:
             options["tools"] = tools
-        messages = template_messages(request.messages, self._planner.choice.needs)
-        if request.chat_template is None:
+        messages = template_messages(task.messages, self._planner.choice.needs)
+        if task.chat_template is None:
             return self._engine.apply_chat_template(messages, **options)
-        return self._own_template(request.chat_template).render(messages, **options)
+        return self._own_template(task.chat_template).render(messages, **options)
 
     def _own_template(self, source: str) -> ChatTemplate:
         if not self._allow_chat_template:
@@ -219,40 +221,15 @@ class Preparation:
             )
 
 
-@contextmanager
-def blamed_as_spelled(request: ChatCompletionRequest | CompletionRequest) -> Iterator[None]:
-    """The engine blames its own names; a request may spell them in another way."""
-    spelled = {"structured_outputs": _structured_field(request)}
-    if isinstance(request, ChatCompletionRequest):
-        spelled["prompt"] = "messages"
-        if request.max_completion_tokens is not None:
-            spelled["max_tokens"] = "max_completion_tokens"
-    try:
-        yield
-    except RequestError as error:
-        name = error.param or ""
-        if name in spelled:
-            error.param = spelled[name]
-            error.args = (str(error).replace(f"{name}: ", f"{error.param}: ", 1), *error.args[1:])
-        raise
-
-
-def _structured_field(request: ChatCompletionRequest | CompletionRequest) -> str:
-    return "tools" if request.structured() is None else request.structured_field
-
-
-def _check_prompt_logprobs(request: ChatCompletionRequest | CompletionRequest, tokens: int) -> None:
+def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:
     """Refuses answers that would be made of too many log-probabilities of their `tokens` prompt tokens."""
-    asked = {"prompt_logprobs": 0 if request.prompt_logprobs is None else tokens * (request.prompt_logprobs + 1)}
-    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
-        asked["logprobs"] = tokens * request.sequences * (request.logprobs + 1)
-    for field, entries in asked.items():
-        if entries > MAX_PROMPT_LOGPROBS:
-            raise InvalidParameterError(
-                f"{field} asks for {entries} log-probabilities of {tokens} prompt tokens (tokens x n x (logprobs + 1))"
-                f" and at most {MAX_PROMPT_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
-                field,
-            )
+    entries = 0 if asked is None else tokens * sequences * (asked + 1)
+    if entries > MAX_PROMPT_LOGPROBS:
+        raise InvalidParameterError(
+            f"{field} asks for {entries} log-probabilities of {tokens} prompt tokens (tokens x n x (logprobs + 1))"
+            f" and at most {MAX_PROMPT_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
+            field,
+        )
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Wire -> engine request: bytes to a checked request, and its fields to sampling parameters (step 2).
+"""OpenAI's edge: bytes to a checked request, and that to a task and sampling parameters (step 2).
 
 Precedence of sampling values: the request's, then the model's own defaults, then ours.
 """
@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
+from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
+from candle_vllm.openai.protocol.messages import Message as WireMessage
+from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -48,6 +52,41 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
     return parse_body(CompletionRequest, body)
 
 
+def read_chat(request: ChatCompletionRequest) -> Task:
+    """What a checked chat request asks for."""
+    messages = tuple(map(_message, request.messages))
+    use = request.tool_use()
+    fields = {"prompt": "messages", "structured_outputs": _form_path(request, "tools")}
+    if request.max_completion_tokens is not None:
+        fields["max_tokens"] = "max_completion_tokens"
+    return Task(
+        messages=messages,
+        paths=Paths(fields, [f"tools.{number}.function.parameters" for number in range(len(use.shown))]),
+        tools=use,
+        form=request.structured(),
+        sampling=_given(request),
+        choices=request.sequences,
+        model=request.model,
+        continued=bool(request.continue_final_message),
+        opens_answer=request.add_generation_prompt,
+        variables=request.template_kwargs(),
+        documents=request.documents,
+        chat_template=request.chat_template,
+        add_special_tokens=bool(request.add_special_tokens),
+        show_thoughts=request.include_reasoning is not False,
+        echo=text_of(messages[-1]) if request.echo else "",
+        tell_ids=bool(request.return_token_ids),
+        tell_counts=request.continuous_usage,
+        priority=request.priority or 0,
+        request_id=request.request_id,
+    )
+
+
+def completion_paths(request: CompletionRequest) -> Paths:
+    """How a completion request spells what the engine blames."""
+    return Paths({"structured_outputs": _form_path(request, "tools")})
+
+
 def to_sampling_params(
     request: ChatCompletionRequest | CompletionRequest, defaults: Mapping[str, Any]
 ) -> SamplingParams:
@@ -55,24 +94,53 @@ def to_sampling_params(
 
     `defaults` are the model's own values by field name. Raises `InvalidParameterError`.
     """
+    ours = {"max_tokens": None if isinstance(request, ChatCompletionRequest) else COMPLETION_MAX_TOKENS}
+    form = request.structured()
+    given = _given(request) if form is None else {**_given(request), "structured_outputs": form}
+    return SamplingParams(**{**ours, **defaults, **given})
+
+
+def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
+    """The sampling values of a request by the names of `SamplingParams`."""
     given = {name: getattr(request, name) for name in _SAME_NAMES if getattr(request, name) is not None}
     if request.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
     if isinstance(request, ChatCompletionRequest):
-        ours = {"max_tokens": None}
         limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
         given["prompt_logprobs"] = request.prompt_logprobs
     else:
-        ours = {"max_tokens": COMPLETION_MAX_TOKENS}
         limit = None if request.max_tokens is None else max(request.max_tokens, 1)
         given["logprobs"] = request.logprobs
         given["prompt_logprobs"] = _prompt_logprobs(request)
-    if (structured := request.structured()) is not None:
-        given["structured_outputs"] = structured
     if limit is not None:
         given["max_tokens"] = limit
-    return SamplingParams(**{**ours, **defaults, **given})
+    return given
+
+
+def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: str) -> str:
+    """Where the form of an answer was asked for; a grammar of calls comes from `otherwise`."""
+    return otherwise if request.structured() is None else request.structured_field
+
+
+def _message(message: WireMessage) -> Message:
+    content = message.content
+    texts = [] if content is None else [content] if isinstance(content, str) else [part.text for part in content]
+    calls: tuple[Call, ...] = ()
+    thoughts = None
+    if isinstance(message, AssistantMessage):
+        thoughts = message.thoughts
+        calls = tuple(Call(one.id, one.function.name, one.function.arguments) for one in message.tool_calls or ())
+        if message.refusal:
+            texts = list(filter(None, ("\n".join(texts), message.refusal)))
+    return Message(
+        role="system" if isinstance(message, SystemMessage) else message.role,
+        parts=tuple(map(TextPart, texts)),
+        thoughts=thoughts,
+        calls=calls,
+        call_id=message.tool_call_id if isinstance(message, ToolMessage) else None,
+        name=message.name,
+    )
 
 
 def _prompt_logprobs(request: CompletionRequest) -> int | None:

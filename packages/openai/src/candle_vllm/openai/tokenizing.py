@@ -23,7 +23,7 @@ from candle_vllm.openai.protocol.tokenizing import (
     TokenizeRequest,
     TokenizeTextRequest,
 )
-from candle_vllm.openai.requests import parse_chat_request
+from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.served_names import ServedNames
 from candle_vllm.openai.worker_threads import WorkerThreads
 
@@ -79,7 +79,7 @@ class TokenizingAdapter:
         if isinstance(request, TokenizeTextRequest):
             ids = self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
         else:
-            ids = self._preparation.chat(ChatCompletionRequest.model_validate(request.chat_fields())).prompt
+            ids = self._preparation.chat(read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))).prompt
         return Tokenized(
             count=len(ids),
             max_model_len=self._engine.model_info.max_model_len,

@@ -12,9 +12,9 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, invalid,
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.protocol.templating import TemplateFields
-from candle_vllm.openai.protocol.tool_use import ToolUse, tool_use
-from candle_vllm.openai.protocol.tools import Tool, ToolChoice, check_tools
+from candle_vllm.openai.protocol.tools import Tool, ToolChoice, check_tools, tool_use
 from candle_vllm.openai.protocol.usage import Usage
+from candle_vllm.openai.task import ToolUse
 
 
 def _text_modality(value: Any) -> Any:

@@ -7,8 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, Refusal, WireModel, invalid, unsupported
 
 _OTHER_PARTS = frozenset({
@@ -99,17 +97,6 @@ class FunctionCall(WireModel):
     name: Name
     arguments: str
     parsed_arguments: Any = None
-
-    @property
-    def template_arguments(self) -> dict[str, Any] | str:
-        """The arguments as an object, or the text as it stands where it holds none; empty and null mean none."""
-        try:
-            value = decode_json(self.arguments.strip() or "{}")
-        except InvalidBodyError:
-            return self.arguments
-        if value is None:
-            return {}
-        return value if isinstance(value, dict) else self.arguments
 
 
 class ToolCall(WireModel):

@@ -1,12 +1,14 @@
-"""Wire types of tools and of the choice among them (step 2); `tool_use` makes one thing of them."""
+"""Wire types of tools and of the choice among them, and what they say in one piece (step 2)."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from msgspec.structs import replace
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -29,6 +31,7 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     unsupported,
 )
+from candle_vllm.openai.task import ToolFunction, ToolUse
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,))}
@@ -203,3 +206,47 @@ def _json_size(tool: Tool, place: str) -> int:
         return len(json.dumps(tool.shown(), ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:  # objects of Python that are no JSON
         raise invalid(place, f"must be JSON: {error}") from None
+
+
+def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
+    """The three fields as one; raises the error that pydantic reports where they contradict each other.
+
+    With `tool_choice: "none"` the tools are not shown either, so that the model does not write a call as text.
+    """
+    functions = {tool.function.name: _function(tool) for tool in tools or ()}
+    if not functions:
+        if choice not in (None, "none", "auto"):
+            raise invalid("tool_choice", "needs tools: there is nothing to choose from")
+        return ToolUse()
+    if choice == "none":
+        return ToolUse()
+    use = ToolUse(
+        tools=tuple(functions.values()),
+        mode="required" if choice == "required" else "auto",
+        parallel=parallel is not False,
+        shown=tuple(tool.shown() for tool in tools or ()),
+    )
+    if isinstance(choice, ToolReference):
+        named = _known(choice, functions, "tool_choice")
+        return replace(use, tools=(functions[named],), mode="required", parallel=False, named=named)
+    if isinstance(choice, AllowedToolsChoice):
+        place = "tool_choice.allowed_tools.tools"
+        names = {_known(one, functions, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
+        allowed = tuple(function for name, function in functions.items() if name in names)
+        return replace(use, tools=allowed, mode=choice.allowed_tools.mode)
+    return use
+
+
+def _known(reference: ToolReference, functions: Mapping[str, ToolFunction], place: str) -> str:
+    name = reference.function.name
+    if name not in functions:
+        near = difflib.get_close_matches(name, functions, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(functions))!r}"
+        raise invalid(f"{place}.function.name", f"must name one of the {len(functions)} tools, not {name!r}; {advice}")
+    return name
+
+
+def _function(tool: Tool) -> ToolFunction:
+    function = tool.function
+    schema = {"type": "object", **(function.parameters or {"properties": {}, "additionalProperties": False})}
+    return ToolFunction(function.name, function.description, schema, bool(function.strict))

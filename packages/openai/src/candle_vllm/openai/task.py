@@ -1,0 +1,165 @@
+"""What a request asks for, in no API's words (step 2): the contract between the edges that read requests and those who
+answer them.
+
+An edge checks what it was sent and makes a `Task` of it; prompts, parameters, grammars and plans are made of that
+alone. What turns out to be wrong later is blamed on the fields of the task, and `Paths` says how the request spelt
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from candle_vllm.core.errors import RequestError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+
+
+class TextPart(NamedTuple):
+    """Text of a message."""
+
+    text: str
+
+
+class ImagePart(NamedTuple):
+    """An image in a message; `source` is its address or its data as a data URL."""
+
+    source: str
+    detail: str | None = None
+
+
+Part = TextPart | ImagePart
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A call that an earlier answer made; `arguments` are JSON text as the model wrote it, which may be broken."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One message.
+
+    Attributes:
+        parts: what it says; they stand on lines of their own.
+        thoughts, calls: of an assistant.
+        call_id: the call that a tool's message answers.
+        name: of the participant, or of the function that answers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    parts: tuple[Part, ...] = ()
+    thoughts: str | None = None
+    calls: tuple[Call, ...] = ()
+    call_id: str | None = None
+    name: str | None = None
+
+
+class ToolFunction(msgspec.Struct, frozen=True):
+    """A function as parsers and grammars see it.
+
+    Attributes:
+        parameters: a JSON schema that has `"type": "object"`; without properties where none were given.
+        strict: the arguments must follow the schema even where calls are the model's own choice.
+    """
+
+    name: str
+    description: str | None
+    parameters: dict[str, Any]
+    strict: bool
+
+
+class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request says about tools.
+
+    Attributes:
+        tools: the functions that may be called; none in mode `none`.
+        mode: `none`, `auto` (the model chooses) or `required` (at least one call).
+        parallel: whether more than one call may be made.
+        named: the one function that must be called, exactly once; the mode is `required` then.
+        shown: the tools for the chat template, which are all of the request's, also where only some may be called.
+    """
+
+    tools: tuple[ToolFunction, ...] = ()
+    mode: Literal["none", "auto", "required"] = "none"
+    parallel: bool = True
+    named: str | None = None
+    shown: tuple[dict[str, Any], ...] = ()
+
+    def as_template(self) -> list[dict[str, Any]] | None:
+        """OpenAI's form `{"type": "function", "function": {...}}`; None where no tool is to be shown."""
+        return list(self.shown) or None
+
+
+class Paths(NamedTuple):
+    """How a request spells what a task has, for errors.
+
+    Attributes:
+        fields: names of ours and of the engine that the request spells otherwise.
+        schemas: the path of each shown tool's schema.
+    """
+
+    fields: Mapping[str, str]
+    schemas: Sequence[str] = ()
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors that blame one of `fields` come out as the request spells it."""
+        try:
+            yield
+        except RequestError as error:
+            name = error.param or ""
+            if name in self.fields:
+                error.param = self.fields[name]
+                error.args = (str(error).replace(f"{name}: ", f"{error.param}: ", 1), *error.args[1:])
+            raise
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation to continue.
+
+    Attributes:
+        messages: at least one.
+        tools: those that may be called, and the choice among them.
+        form: what the content of an answer must look like; None is any text.
+        sampling: values that the request gives, by names of `SamplingParams`.
+        choices: how many answers.
+        model: None is the served one.
+        continued: the last message is the beginning of the answer.
+        opens_answer: whether the prompt ends with the beginning of an answer; None is so unless it is `continued`.
+        variables: of the chat template.
+        documents: for the chat template.
+        chat_template: instead of the model's own.
+        add_special_tokens: around what the template writes.
+        show_thoughts: they are part of the answer.
+        echo: what every choice begins with.
+        tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
+        priority: lower runs first.
+        request_id: given by the caller.
+        paths: the request's names.
+    """
+
+    messages: tuple[Message, ...]
+    paths: Paths
+    tools: ToolUse = ToolUse()
+    form: StructuredOutputsParams | None = None
+    sampling: Mapping[str, Any] = {}
+    choices: int = 1
+    model: str | None = None
+    continued: bool = False
+    opens_answer: bool | None = None
+    variables: Mapping[str, Any] = {}
+    documents: Sequence[Mapping[str, Any]] | None = None
+    chat_template: str | None = None
+    add_special_tokens: bool = False
+    show_thoughts: bool = True
+    echo: str = ""
+    tell_ids: bool = False
+    tell_counts: bool = False
+    priority: int = 0
+    request_id: str | None = None
