@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent / "tests"))
+pytest_plugins = ["common_run", "slowest_tests"]
 # A job of a script ignores Ctrl+C, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

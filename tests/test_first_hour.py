@@ -67,6 +67,7 @@ def test_a_finds_out_whether_it_is_right(folder: Path) -> None:
     assert "test_gpu_engine.py: 0 passed, 0 failed" in shown
 
 
+@pytest.mark.every_case
 @pytest.mark.timeout(620)
 def test_b_judges_every_row_and_tries_switches(folder: Path) -> None:
     shown, lines = dry(folder, "B")
@@ -86,6 +87,7 @@ def test_c_sweeps(folder: Path) -> None:
     assert "winners" in next(line for line in lines if line.get("what") == "winners")
 
 
+@pytest.mark.every_case
 @pytest.mark.timeout(620)
 def test_d_measures_all(folder: Path) -> None:
     shown, lines = dry(folder, "D")

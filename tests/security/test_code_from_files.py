@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import torch
 import zmq
+from common_run import few
 from guarded_server import chat_body, guarded
 
 from candle_vllm.core import InferenceEngine, SamplingParams
@@ -326,7 +327,7 @@ EXPRESSIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [row.name for row in TOOL_FORMATS])
+@pytest.mark.parametrize("name", few([row.name for row in TOOL_FORMATS], "json", "hermes", "llama3_json", "pythonic"))
 def test_eval_in_a_tool_parser(name: str, never_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """CVE-2025-9141: qwen3_coder's parser evaluated what the model wrote. Every format reads expressions as text."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}

@@ -14,6 +14,7 @@ from guarded_server import HELLO, Guarded, chat_body, guarded
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, UnsupportedModelError
 from candle_vllm.core.testing import toy_model as toys
+from candle_vllm.core.text import template_budget
 from candle_vllm.core.text.chat_template import ChatTemplate
 
 MARK = "sandbox-was-left"
@@ -162,10 +163,12 @@ def test_template_injection_finds_no_way_out(source: str) -> None:
     assert messages == [{"role": "user", "content": MARK}]
 
 
-@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
-def test_template_bombs_are_stopped(source: str) -> None:
+@pytest.mark.parametrize("name", BOMBS)
+def test_template_bombs_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CVE-2025-61620: a template that never ends, or fills the memory, is stopped within seconds of processor time."""
-    began = time.thread_time()
+    source, began = BOMBS[name], time.thread_time()
+    if name not in ("loops", "hash"):  # these take what is given them in earnest
+        monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.1)
     with pytest.raises((ChatTemplateError, UnsupportedModelError)):
         ChatTemplate(source, {}).render(HELLO)
     assert time.thread_time() - began < 3

@@ -44,6 +44,7 @@ def numbers(outputs: list[GenerationOutput]) -> list[Any]:
     return [[(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()] for output in outputs]
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "qwen2"])
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_logits_are_those_of_the_decoded_weights(config: dict[str, Any], quantization: str, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ ROUNDING = 1e-4
 """By how much of the largest number results may differ."""
 
 
-def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str], count: int = 200) -> None:
+def check_greedy(engine: InferenceEngine, oracle: Forward, prompts: list[str], count: int) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
     for output in engine.generate(prompts, greedy, use_tqdm=False):
         start, tokens = len(output.prompt_token_ids), [*output.prompt_token_ids, *output.token_ids]
@@ -161,11 +161,16 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stories(stories_data(), tmp_path_factory.mktemp("stories15M"))
 
 
+SOME = pytest.param(6, 60, id="some")
+MANY = pytest.param(20, 200, id="many", marks=pytest.mark.every_case)
+
+
 @pytest.mark.peer
-def test_stories15m_equals_transformers(stories: Path) -> None:
+@pytest.mark.parametrize(("prompts", "tokens"), [SOME, MANY])
+def test_stories15m_equals_transformers(stories: Path, prompts: int, tokens: int) -> None:
     oracle = forward(AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32))
     with InferenceEngine(str(stories), enforce_eager=True, max_num_batched_tokens=64) as engine:
-        check_greedy(engine, oracle, STORY_BEGINNINGS)
+        check_greedy(engine, oracle, STORY_BEGINNINGS[:prompts], tokens)
         text = engine.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=200), use_tqdm=False)
         assert "there was a little" in text[0].text
         check_logits(engine, oracle, list(text[0].prompt_token_ids + text[0].token_ids))
@@ -197,10 +202,12 @@ def smollm2_oracle() -> Iterator[Forward]:
     gc.collect()
 
 
-def test_smollm2_equals_transformers(smollm2_oracle: Forward) -> None:
+@pytest.mark.parametrize(("prompts", "tokens"), [SOME, MANY])
+def test_smollm2_equals_transformers(smollm2_oracle: Forward, prompts: int, tokens: int) -> None:
     with InferenceEngine(str(demo_model()), enforce_eager=True) as engine:
-        check_greedy(engine, smollm2_oracle, QUESTIONS)
-        check_logits(engine, smollm2_oracle, engine.tokenize("The history of computing began with people. " * 20))
+        check_greedy(engine, smollm2_oracle, QUESTIONS[:prompts], tokens)
+        text = "The history of computing began with people. " * (tokens // 10)
+        check_logits(engine, smollm2_oracle, engine.tokenize(text))
 
 
 def test_packed_weights_keep_the_perplexity() -> None:

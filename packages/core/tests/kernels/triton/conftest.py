@@ -2,7 +2,7 @@
 
 The interpreter is chosen when triton is imported, by TRITON_INTERPRET=1, for the whole process. So the tests of kernels
 are collected in two cases only: on a machine with CUDA, with the marker `gpu`; and under the interpreter, where
-`test_interpreter.py` starts them, a process for each file. What compiles ahead of time needs the real compiler.
+`test_interpreter.py` starts them, in processes of their own. What compiles ahead of time needs the real compiler.
 
 All that takes long and needs no attention: it is started when the tests are collected, in processes that get what the
 others leave of the machine, and the tests that wait for it come last.
@@ -34,6 +34,7 @@ for folder in ("quantization", "models"):  # for the table of families
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
+PROCESSES = 2  # of tests under the interpreter, a half of the files for each
 DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")
 
 
@@ -61,11 +62,12 @@ class Background:
 
     def __init__(self, items: list[pytest.Item]) -> None:
         self.forms: dict[tuple[str, int, int | str], Future[Usage | str]] = {}
-        self.files: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+        self.files: dict[tuple[str, bool], Future[subprocess.CompletedProcess[str]]] = {}
         self._open: set[subprocess.Popen[str]] = set()
+        wanted: dict[bool, list[str]] = {}
         cores, context = os.cpu_count() or 1, multiprocessing.get_context("spawn")
         self._compilers = ProcessPoolExecutor(cores, mp_context=context, initializer=os.nice, initargs=(10,))
-        self._runs = ThreadPoolExecutor(1)
+        self._runs = ThreadPoolExecutor(PROCESSES)
         for item in items:
             if item.path.parent == HERE and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
                 given = item.callspec.params
@@ -73,13 +75,21 @@ class Background:
                     key = (*given["form"], given["target"])
                     self.forms[key] = self._compilers.submit(compile_form, *key)
                 elif "file" in given:
-                    self.files[given["file"]] = self._runs.submit(self._run, given["file"])
+                    wanted.setdefault(item.get_closest_marker("every_case") is not None, []).append(given["file"])
+        for every_case, names in wanted.items():
+            tests = [name for name in names if name.startswith("test_")]
+            for group in (*([name] for name in names if name not in tests), tests[::2], tests[1::2]):
+                run = self._runs.submit(self._run, group, every_case) if group else None
+                self.files |= {(name, every_case): run for name in group if run}
 
-    def _run(self, name: str) -> subprocess.CompletedProcess[str]:
-        """A test file under the interpreter, or a script."""
-        script = [] if not name.startswith("test_") else ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if script else {})
-        command = ["nice", "-n", "10", sys.executable, *script, str(HERE / name)]
+    def _run(self, names: list[str], every_case: bool) -> subprocess.CompletedProcess[str]:
+        """Test files under the interpreter, or a script."""
+        tests = names[0].startswith("test_")
+        options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(["-m", "every_case"] if every_case else [])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if tests else {})
+        environment.pop("TEST_TIMES", None)  # the tests that wait for these stand in the table
+        files = [str(HERE / name) for name in names]
+        command = ["nice", "-n", "10", sys.executable, *(options if tests else []), *files]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=environment, cwd=HERE, **pipes) as process:
             self._open.add(process)
@@ -145,6 +155,25 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    # It puts its language in Triton's place again for each call of a device function, which takes most of the time of
+    # kernels with many of them: once in a launch is enough.
+    launch, replaced = interpreter.GridExecutor.__call__, set[frozenset[str]]()
+
+    def launch_alone(self: Any, *args: Any, **options: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **options)
+
+    def call_device_function(self: Any, *args: Any, **options: Any) -> Any:
+        languages = frozenset(
+            value.__name__ for value in self.fn.__globals__.values() if value is tl or value is tl.core
+        )
+        if languages not in replaced:
+            interpreter._patch_lang(self.fn)
+            replaced.add(languages)
+        return self.rewrite()(*args, **options)
+
+    interpreter.GridExecutor.__call__ = launch_alone
+    interpreter.InterpretedFunction.__call__ = call_device_function
     interpreter._patch_lang_tensor = patch_bounds
     interpreter._convert_float = rounding_convert
     interpreter.InterpreterBuilder.create_dot = widening_dot

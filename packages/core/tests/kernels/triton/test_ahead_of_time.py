@@ -26,8 +26,9 @@ if importlib.util.find_spec("triton") is None:
 Form = tuple[str, int]  # a module's name and the place in its table
 
 USUAL = 90
-"""Every form is compiled for this capability. For the others one of each kernel that has products, which every GPU
-makes in a way of its own, and of the other kernels one for the oldest GPU; the rest is marked."""
+"""One form of each kernel and format of numbers is compiled for this capability. For the others one of each kernel that
+has products, which every GPU makes in a way of its own, and of the other kernels one for the oldest GPU; the rest is
+marked."""
 
 FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8, ("exact_kernel[e2m1-128parts-16-split]", 120): 8}
 """Bytes of a thread that spill where no other form is worth its lines."""
@@ -59,8 +60,9 @@ def builds() -> Iterator[Any]:
         for place, build in enumerate(module.AOT):
             wanted = build.capabilities if multiplies(build.kernel) else build.capabilities[:1]
             for capability in build.capabilities:
-                key = (build.kernel, capability)
-                common = capability == USUAL or (capability in wanted and key not in seen)
+                numbers = re.match(r"Q\d_[01K]|\w*", build.label)[0] if capability == USUAL else ""
+                key = (build.kernel, capability, numbers)
+                common = (capability == USUAL or capability in wanted) and key not in seen
                 seen.add(key)
                 marks = [] if common else [pytest.mark.every_form]
                 yield pytest.param((name, place), capability, id=f"{name}:{build}-sm{capability}", marks=marks)

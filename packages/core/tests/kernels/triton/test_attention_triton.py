@@ -93,6 +93,7 @@ def check(step: Step, decodes: int | None = None, **options) -> None:
     assert error(got, wanted) < TOLERANCE[step.q.dtype]
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 80), (5, 1, 16)])
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
@@ -112,6 +113,7 @@ def test_without_tensor_cores(device: torch.device, dim: int, dtype: torch.dtype
     check(step, window=33)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("size", [16, 32, 64, 256])
 @pytest.mark.parametrize("dim", [96, 256])
 def test_block_sizes(device: torch.device, size: int, dim: int) -> None:
@@ -119,6 +121,7 @@ def test_block_sizes(device: torch.device, size: int, dim: int) -> None:
     check(step)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("window", [1, 5, 64, 1000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_window_and_soft_cap(device: torch.device, window: int, softcap: float | None) -> None:
@@ -126,6 +129,7 @@ def test_window_and_soft_cap(device: torch.device, window: int, softcap: float |
     check(step, window=window, softcap=softcap)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # a sink above all scores is meant to become inf
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 2.0)])
 @pytest.mark.parametrize("decodes", [None, 0])
@@ -134,8 +138,9 @@ def test_sinks(device: torch.device, decodes: int | None, window: int | None, so
     sinks = torch.tensor([-300.0, 0.0, 2.0, 300.0], device=device)
     step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), heads=4, kv_heads=2, dim=32)
     check(step, decodes=decodes, sinks=sinks, window=window, softcap=softcap)
-    assert (run(step, sinks=sinks)[:, 3] == 0).all()
-    assert torch.equal(run(step, sinks=sinks)[:, 0], run(step)[:, 0])
+    got = run(step, sinks=sinks)
+    assert (got[:, 3] == 0).all()
+    assert torch.equal(got[:, 0], run(step)[:, 0])
 
 
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
@@ -169,6 +174,7 @@ def test_fp8_cache(device: torch.device) -> None:
     check(replace(step, key_cache=caches[0], value_cache=caches[1]), cache_scales=scales, softcap=5.0)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("decodes", [1, 0])
 def test_every_number_of_an_fp8_cache_is_read_exactly(device: torch.device, dtype: torch.dtype, decodes: int) -> None:
@@ -272,6 +278,7 @@ MIXES = {
 }
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("fillers", [(0, 0), (3, 21)])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}])
@@ -346,6 +353,7 @@ def test_one_captured_launch_serves_every_mix(device: torch.device) -> None:
 LONG = (7, 300, 1, 600, 3, 20, 257, 8, 30)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}, {"window": 400}])
 @pytest.mark.parametrize("decoding", [None, 0, 3, 8])
 def test_items_may_be_listed_once_a_step(

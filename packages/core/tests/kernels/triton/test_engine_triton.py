@@ -87,7 +87,7 @@ def check(got: list[GenerationOutput], wanted: list[GenerationOutput], tolerance
 
 
 CONFIG = toy_config("qwen3", max_position_embeddings=CONTEXT, head_dim=32, tie_word_embeddings=True)
-SMALL = toy_config("llama", max_position_embeddings=CONTEXT, head_dim=32)
+SMALL = toy_config("llama", max_position_embeddings=CONTEXT, head_dim=32, num_hidden_layers=1)  # interpreted: seconds
 
 
 @pytest.mark.parametrize("prompts", [0, 32])
@@ -112,11 +112,11 @@ def test_quantised_weights(
     check(got, answers(reference, torch.device("cpu")), 0.03)
 
 
+@pytest.mark.every_case  # the kernels' own tests have the same forms
 @pytest.mark.usefixtures("turing")
 def test_turing(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised weights, and plain ones beside them, in float16 against fp32."""
-    one_layer = {**SMALL, "num_hidden_layers": 1}
-    path = write_toy_gguf(tmp_path / "toy.gguf", one_layer, quantization="Q4_0", others={"attn_v": "F16"})
+    path = write_toy_gguf(tmp_path / "toy.gguf", SMALL, quantization="Q4_0", others={"attn_v": "F16"})
     got = answers(load(path, device, "f16", monkeypatch, keeps_quantised=True), device)
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     reference = load(path, torch.device("cpu"), "f32", monkeypatch, keeps_quantised=False)

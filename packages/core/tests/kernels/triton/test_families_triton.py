@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from common_run import few
 from families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
 from family_formats import write_format
 from gguf_export import export_gguf
@@ -24,6 +25,10 @@ from candle_vllm.core.testing.lazy_stream import LazyStream
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BLOCK = 16
 CHUNKS = {"f32": [6, 1, 1], "bf16": [5]}  # quantised products take the interpreter long
+
+
+def in_formats() -> list[tuple[str, str]]:
+    return [(name, format) for format in FORMATS for name in cuda_rows(format)]
 
 
 def logits(source: Path, device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
@@ -56,27 +61,29 @@ def written(name: str, folder: Path) -> Path:
     return write_tiny(folder / "model", ROWS[name].model_type, **ROWS[name].config)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", few(ROWS, *first_rows()))
 def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(name, tmp_path)
     assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in first_rows() if ROWS[name].gguf])
+@pytest.mark.parametrize("name", few([name for name in first_rows() if ROWS[name].gguf], "Gemma-2", "gpt-oss", "Phi-2"))
 def test_gguf(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised matrices as they are, activations in bf16, against the decoded weights in fp32."""
     path = export_gguf(written(name, tmp_path), tmp_path / "model.gguf", str(ROWS[name].gguf), quantization="Q8_0")
     assert typical_spread(logits(path, device, "bf16", monkeypatch), reference(path, "bf16", monkeypatch)) < 0.05
 
 
-@pytest.mark.parametrize("name", CUDA_ISQ)
+@pytest.mark.parametrize("name", few(CUDA_ISQ, "Mixtral"))
 def test_in_situ_quantisation(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(name, tmp_path)
     ours = logits(source, device, "bf16", monkeypatch, isq="q8_0")
     assert typical_spread(ours, reference(source, "bf16", monkeypatch, isq="q8_0")) < 0.05
 
 
-@pytest.mark.parametrize(("name", "format"), [(name, format) for format in FORMATS for name in cuda_rows(format)])
+@pytest.mark.parametrize(
+    ("name", "format"), few(in_formats(), *((cuda_rows(format)[-1], format) for format in FORMATS))
+)
 def test_formats(name: str, format: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, plain = write_format(written(name, tmp_path), format, tmp_path)
     assert typical_spread(logits(stored, device, "bf16", monkeypatch), reference(plain, "bf16", monkeypatch)) < 0.05

@@ -56,6 +56,7 @@ def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(error.pow(2).mean().sqrt() / wanted.float().pow(2).mean().sqrt())
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("numbers", KINDS)
 @pytest.mark.parametrize(
     ("columns", "span", "dtype"),
@@ -78,6 +79,7 @@ def test_few_and_many_rows(columns: int, span: int, dtype: torch.dtype, numbers:
         assert ratio(module.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("numbers", FLOAT_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_code_of_8_bits_is_exact(numbers: Floats, dtype: torch.dtype, device: torch.device) -> None:
@@ -128,6 +130,7 @@ def test_few_rows_are_exact_but_for_fp32(span: int, numbers: Floats, device: tor
     assert ratio(got, wanted) < 3e-4  # what rounding the result to float16 costs
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("numbers", ["e4m3", "e2m1"])
 @pytest.mark.parametrize("form", ["one piece", "side by side", "folded"])
 def test_bias_and_cut_sums(form: str, numbers: Floats, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

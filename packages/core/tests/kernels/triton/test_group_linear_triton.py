@@ -55,6 +55,7 @@ def ratio(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(error.pow(2).mean().sqrt() / wanted.float().pow(2).mean().sqrt())
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("columns", "group", "zeros", "dtype"),
@@ -77,6 +78,7 @@ def test_few_and_many_rows(
         assert ratio(module.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_few_rows_are_exact_but_for_fp32(bits: int, group: int, device: torch.device) -> None:

@@ -183,6 +183,7 @@ def test_rows_are_written_to_their_slots(device: torch.device, numbers: torch.dt
     latent_write(both[:0, :6], both[:0, 7:], ours, slots[:0])
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("heads", "inputs", "outputs"), [(3, 32, 48), (2, 100, 7)])
 def test_a_matrix_for_every_head(

@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.triton_build import compile_together
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", ["launches.py"])
 def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, background: Any) -> None:
-    done = background.files[file].result()
+    done = background.files[file, False].result()
     assert done.returncode == 0, done.stderr[-4000:]
     forms = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "exact_kernel", "linear_kernel"} <= {

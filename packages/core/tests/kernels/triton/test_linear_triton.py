@@ -54,6 +54,7 @@ def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(triton, "ENOUGH", 10**9 if request.param == "side by side" else 0)
 
 
+@pytest.mark.one_of_each
 @each_dtype
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns"), [(1, 1, 1), (3, 63, 64), (16, 65, 123), (37, 70, 320), (131, 129, 123)]

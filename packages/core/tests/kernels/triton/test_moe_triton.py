@@ -63,6 +63,7 @@ def assert_routed(logits: torch.Tensor, top_k: int, **changed: Any) -> None:
     assert ratio(weights, wanted) < 1e-5
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups"),
@@ -90,6 +91,7 @@ def test_routing_among_equals_and_without_numbers(device: torch.device) -> None:
         assert weights[3:].isfinite().all()
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("recount", [0, 9])
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "block"), [(1, 5, 1, 16), (150, 70, 4, 16), (200, 3, 3, 64)])
 def test_pairs_in_the_order_of_experts(
@@ -152,6 +154,7 @@ def run(
     return triton.moe(*arguments), reference.moe(*arguments)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "hidden", "inner"),
     [(1, 9, 5, 123, 33), (7, 4, 2, 64, 48), (20, 3, 3, 40, 17), (40, 2, 1, 32, 16)],
@@ -172,6 +175,7 @@ def test_few_pairs(
     assert ratio(got, wanted) < TOLERANCE
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize(
     ("tokens", "count", "top_k", "hidden", "inner"),
     [(33, 9, 2, 123, 33), (37, 3, 2, 64, 150), (67, 2, 1, 520, 16), (140, 1, 1, 32, 16)],
@@ -191,6 +195,7 @@ def test_many_pairs(
     assert ratio(got, wanted) < TOLERANCE
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 def test_biases(tokens: int, activation: Activation, device: torch.device) -> None:
@@ -267,6 +272,7 @@ def quantised(
     return x.to(torch.bfloat16), gate_up, down, weights, experts
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [2, 34])
 @pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
 def test_quantised_experts(kind: PackedKind, tokens: int, device: torch.device) -> None:
@@ -276,6 +282,7 @@ def test_quantised_experts(kind: PackedKind, tokens: int, device: torch.device) 
     assert ratio(got, wanted) < TOLERANCE
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("kind", [None, PackedKind.Q4_K, PackedKind.Q5_0], ids=str)
 @pytest.mark.usefixtures("turing")
@@ -316,6 +323,7 @@ def float_experts(
     return pack_floats(ScaledCodes(numbers, codes.numpy(), scales.numpy(), span, groups), x.device)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize(
     ("hidden", "inner", "group", "numbers"),

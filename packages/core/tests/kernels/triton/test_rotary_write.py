@@ -35,6 +35,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", full)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])

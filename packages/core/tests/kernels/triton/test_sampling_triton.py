@@ -147,6 +147,7 @@ def test_a_row_with_too_many_candidates_is_searched_itself(
     assert torch.equal(before.top_logits, after.top_logits)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
 @pytest.mark.parametrize("place", [0, 4095, 4096, 4200])
 def test_largest_logits_tell_broken_rows(device: torch.device, poison: float, place: int) -> None:

@@ -43,6 +43,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", full)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (5, 4097), (123, 64), (2, 20483), (7, 3, 80), (1, 2, 3, 128)])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -71,6 +72,7 @@ def test_rms_norm_reads_heads_where_they_lie(device: torch.device) -> None:
         assert torch.equal(alone[0], norm.rms_norm(heads, weight, 1e-6)[row]), "neighbours do not matter"
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotated"), [(1, 1, 2, 2), (9, 3, 64, 64), (5, 2, 80, 32), (20, 7, 96, 74)]
@@ -89,6 +91,7 @@ def test_rotary(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
     check(rotary.rotary(k, positions.int(), *tables), wanted[1])
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
 @pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
@@ -104,6 +107,7 @@ def test_gates_at_large_numbers(device: torch.device, name: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 576, 4097])
 def test_embedding(device: torch.device, dtype: torch.dtype, size: int) -> None:

@@ -1,0 +1,56 @@
+"""A plugin of pytest: which cases of a test are in the common run, and which stand behind the marker `every_case`.
+
+    @pytest.mark.one_of_each
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [16, 256])
+
+has three cases in the common run instead of six: case i has value i of every `parametrize`, the shorter lists again and
+again, each turned further every time, so that two short lists do not walk in step. `few` names the common cases of one
+list. `docs/checks.md` says when the others run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+_MARKED = type(pytest.param(None))
+
+
+def few(cases: Iterable[Any], *common: Any) -> list[Any]:
+    """For `parametrize`: all cases, those that are not named as common ones with the marker."""
+    cases = list(cases)
+    assert all(case in cases for case in common), "a common case is no case"
+    return [_param(case, marks=[] if case in common else [pytest.mark.every_case]) for case in cases]
+
+
+def _param(case: Any, marks: list[pytest.MarkDecorator]) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+
+
+def is_common(item: pytest.Function) -> bool:
+    """Whether the common run has this case of a test with the marker `one_of_each`."""
+    places = []
+    for mark in item.iter_markers("parametrize"):
+        names, values = mark.args[:2]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        given, several = [item.callspec.params[name] for name in names], len(names) > 1
+        rows = [one.values if isinstance(one, _MARKED) else one if several else (one,) for one in values]
+        place = next(n for n, row in enumerate(rows) if all(a is b for a, b in zip(row, given, strict=True)))
+        places.append((place, len(values)))
+    longest = max(length for _, length in places)
+    turns = list(enumerate(places))
+    return any(
+        all(place == (case + nth * (case // length)) % length for nth, (place, length) in turns)
+        for case in range(longest)
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marked = isinstance(item, pytest.Function) and item.get_closest_marker("one_of_each")
+        if marked and not is_common(item):
+            item.add_marker("every_case")
