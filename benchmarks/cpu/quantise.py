@@ -22,8 +22,8 @@ from gguf import GGMLQuantizationType, quants
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.weight_quant import quantiser
+from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.quantise import ISQ_TYPES
 
 
 def main() -> None:

@@ -31,13 +31,13 @@ import torch
 from measure import report
 
 from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 GAP = 5.0

@@ -108,7 +108,7 @@ def start(options: argparse.Namespace) -> None:
     with stages.stage("import_engine"):
         from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
         from candle_vllm.core import inference_engine as front
-        from candle_vllm.core.loading import model as loading
+        from candle_vllm.core.assembly import model as loading
     with stages.stage("device"):
         torch.zeros(1, device=options.device)
     compiled: list[float] = []

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine import device_build
 from candle_vllm.core.engine.device_build import build_on_gpu
-from candle_vllm.core.engine.device_stream import Work
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.lazy_stream import LazyStream
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner, bucket_sizes
@@ -20,7 +21,6 @@ from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.staging import Staging
-from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model

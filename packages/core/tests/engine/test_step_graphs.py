@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.request import GenerationOutput
-from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
 
 # Every row a whole number of groups.

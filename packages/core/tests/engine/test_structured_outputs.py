@@ -22,6 +22,7 @@ from candle_vllm.core import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
@@ -29,7 +30,6 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import CompletionOutput, GenerationRequest, OutputCollector, TokenOutput
 from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.sampling import json_schema
 from candle_vllm.core.sampling.grammar_state import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
 from candle_vllm.core.kernels.rms_norm import reference as norm_reference
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
+from candle_vllm.core.loading.config import LatentSizes
 
 EPS = 1e-6
 

@@ -34,11 +34,12 @@ from candle_vllm.core.layers.layer_norm import HeadLayerNorm, LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Part, Placement
+from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.sampling.params import SamplingParams
 
 VOCABULARY, LAYERS, LENGTH, BLOCK = 123, 2, 70, 16

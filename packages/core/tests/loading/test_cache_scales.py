@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import EngineConfig, InvalidFileError
+from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import KvCacheDType
 from candle_vllm.core.kernels.attention import AttentionRows, reference
 from candle_vllm.core.kernels.kv_write import reference as kv_write
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
-from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 

@@ -20,8 +20,8 @@ from candle_vllm.core import (
     SamplingParams,
     UnsupportedModelError,
 )
-from candle_vllm.core.loading.dummy import STD, open_dummy
-from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.assembly.dummy import STD, open_dummy
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from candle_vllm.core import EngineConfig, ModelNotFoundError
-from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.testing.toy_model import write_toy_model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
-from candle_vllm.core.loading.model import LoadedModel, load_model
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, toy_config, write_toy_gguf, write_toy_model
 
 NAN = float("nan")
@@ -114,7 +114,7 @@ def test_a_gguf_that_claims_a_huge_layer_takes_no_memory(tmp_path: Path, monkeyp
         checkpoint.metadata = {**checkpoint.metadata, "llama.feed_forward_length": 1 << 24}
         return checkpoint
 
-    monkeypatch.setattr("candle_vllm.core.loading.opening.open_gguf", lying)
+    monkeypatch.setattr("candle_vllm.core.assembly.opening.open_gguf", lying)
     with pytest.raises(WeightsError, match="16777216") as caught:
         load(path)
     assert str(path) in str(caught.value)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, UnsupportedModelError
+from candle_vllm.core.assembly import model as loading
+from candle_vllm.core.assembly import placement as module
+from candle_vllm.core.assembly.encoder import open_model
+from candle_vllm.core.assembly.model import model_files
+from candle_vllm.core.assembly.placement import choose_placement, device_dtype
 from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.layers.parameters import DevicePart, Placement
-from candle_vllm.core.loading import model as loading
-from candle_vllm.core.loading import placement as module
-from candle_vllm.core.loading.encoder import open_model
-from candle_vllm.core.loading.model import model_files
-from candle_vllm.core.loading.placement import choose_placement, device_dtype
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
 GPU = torch.device("cuda", 0)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError
-from candle_vllm.core.loading import tensors
 from candle_vllm.core.loading.safetensors import DTYPES
-from candle_vllm.core.loading.tensors import MappedFile, load_plain
+from candle_vllm.core.loading.tensors import MappedFile
+from candle_vllm.core.quantization import tensors
+from candle_vllm.core.quantization.tensors import load_plain
 
 
 def test_a_mapped_file_gives_views(tmp_path: Path) -> None:

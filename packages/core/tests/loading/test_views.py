@@ -16,7 +16,8 @@ from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.loading import views
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 WHOLE = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1))
 NOTHING = SimpleNamespace()

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
+from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 

@@ -23,6 +23,7 @@ from candle_vllm.core import (
     SamplingParams,
     WeightsError,
 )
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
@@ -30,7 +31,6 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.pooling.params import PoolingKind, PoolingParams
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream

@@ -21,8 +21,8 @@ from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
 from candle_vllm.core.layers.parameters import DevicePart, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.loading.views import ordered
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 DEVICE = Placement(torch.device("cpu"), torch.float32, keeps_quantised=True)
 KEPT = [name for name in WRITERS if ("fp8" in name and not name.endswith("blocks")) or "nvfp4" in name]

@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, WeightsError
+from candle_vllm.core.assembly.isq import quantised_in_situ
+from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
+from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, quantise
 from candle_vllm.core.layers.parameters import DevicePart, Placement
-from candle_vllm.core.loading.model import load_model
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.isq import quantised_in_situ
-from candle_vllm.core.quantization.quantise import ISQ_TYPES, quantise
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
@@ -196,7 +196,7 @@ import json, resource, sys, torch
 from pathlib import Path
 torch.set_num_threads(2)
 from candle_vllm.core import EngineConfig
-from candle_vllm.core.loading.model import load_model
+from candle_vllm.core.assembly.model import load_model
 def load(folder, isq):
     return load_model(EngineConfig(model=folder, isq=isq), torch.device("cpu"), lambda *_: None)
 def peak():

@@ -31,14 +31,14 @@ from tiny import (
 from tiny import write_tiny as write_model
 
 from candle_vllm.core import EngineConfig
+from candle_vllm.core.assembly import model as loading
+from candle_vllm.core.assembly.placement import choose_placement, memory_of
 from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement
-from candle_vllm.core.loading import model as loading
-from candle_vllm.core.loading.placement import choose_placement, memory_of
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 

@@ -16,6 +16,7 @@ import msgspec
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.pooled import check_encoder_task
+from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.engine.request import (
     EmbeddingOutput,
     EngineStats,
@@ -29,7 +30,6 @@ from candle_vllm.core.engine.run_all import raise_failure, run_all
 from candle_vllm.core.engine.stream import Inbox, TokenStream
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
-from candle_vllm.core.pooling.calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.pooling.params import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
+from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_encoder_engine, build_engine
+from candle_vllm.core.engine.description import model_info, progress_bar
 from candle_vllm.core.engine.encoder_engine import EncoderEngine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
-from candle_vllm.core.loading.description import model_info, progress_bar
-from candle_vllm.core.loading.encoder import LoadedEncoder, load_any_model
-from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

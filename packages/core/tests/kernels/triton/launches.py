@@ -26,16 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.device_stream import DeviceStream, Work
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels import dispatch
+from candle_vllm.core.kernels.device_stream import DeviceStream, Work
 from candle_vllm.core.kernels.triton_build import SHARED_LIMITS, compile_together
-from candle_vllm.core.loading.model import LoadedModel, load_model
 from candle_vllm.core.sampling import device_sampler
 from candle_vllm.core.sampling.sampler import SampledToken
 from candle_vllm.core.testing.lazy_stream import LazyStream
@@ -228,7 +228,7 @@ def drawn(rows: device_sampler.DrawnRows) -> list[SampledToken]:
 
 
 def load(path: Path, device: torch.device, change: dict[str, Any]) -> LoadedModel:
-    from candle_vllm.core.loading import model
+    from candle_vllm.core.assembly import model
 
     usual = model.choose_placement
     model.choose_placement = lambda *given: dataclasses.replace(usual(*given), **change)

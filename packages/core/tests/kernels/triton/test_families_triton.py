@@ -15,11 +15,11 @@ from gguf_export import export_gguf
 from tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
 
 from candle_vllm.core import EngineConfig
+from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.device_stream import CudaStream
 from candle_vllm.core.kernels import dispatch
-from candle_vllm.core.loading import model as loading
+from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.testing.lazy_stream import LazyStream
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -128,8 +128,8 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     """Raises what can be known of a model before room is made for it, without reading its weights."""
     import torch
 
+    from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import choose_device
-    from candle_vllm.core.loading.opening import model_files, open_model
 
     config = engine_config(settings)
     files = model_files(config)
@@ -169,8 +169,8 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     Raises:
         NoRoomError: it does not fit.
     """
+    from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.devices import choose_device
-    from candle_vllm.core.loading.opening import model_files
 
     config = engine_config(settings)
     device = choose_device(config.device)

@@ -12,14 +12,15 @@ import torch
 from candle_vllm.core.conversion.gguf_metadata import pooling_keys
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import rows
 from candle_vllm.core.loading.weights import check_weights, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _NAME = "bert"
 _POSITIONS = "position_embd.weight"
@@ -42,8 +43,8 @@ def encoder_tensors(
             "folder as it is"
         )
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
-    check_weights(lambda where: family.build(model, where), table, checkpoint, model, ignored=ignored)
-    has_place = places(family.build(model, Placement(torch.device("meta"), torch.float32)))
+    check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
+    has_place = places(family.build(model, SHAPES))
     found = gguf_tensors(table, checkpoint, model, _stored(model), has_place)
     first, last = model.first_position, model.first_position + model.max_position
     return [

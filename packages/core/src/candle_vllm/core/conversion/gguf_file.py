@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
-from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.quantise import quantise
 from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
 
 _FLOAT32 = float(np.finfo(np.float32).max)

@@ -17,9 +17,9 @@ import torch
 
 from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.fields import Fields, read_json
 from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.source import ModelFiles

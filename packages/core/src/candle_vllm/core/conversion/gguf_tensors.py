@@ -20,8 +20,9 @@ import torch
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Line, WeightName, expand
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
 _Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it

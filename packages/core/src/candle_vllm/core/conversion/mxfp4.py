@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.fp4 import MIDDLE, MX_GROUP
 from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _NUMBERS = (0, 1, 2, 3, 4, 6, 8, 12)  # twice what the codes 0 to 7 mean; 8 to 15 are their negatives
 _BIAS = 128  # of the exponent that belongs to twice the numbers

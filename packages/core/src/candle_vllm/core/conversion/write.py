@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
+from candle_vllm.core.assembly.isq import check_plain, chosen_type, stays_plain
+from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
@@ -20,20 +22,19 @@ from candle_vllm.core.conversion.gguf_metadata import check_description, describ
 from candle_vllm.core.conversion.gguf_tensors import constant, gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
-from candle_vllm.core.loading.fields import Fields, read_json
 from candle_vllm.core.loading.gguf import split_names
-from candle_vllm.core.loading.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
-from candle_vllm.core.quantization.isq import check_plain, chosen_type, stays_plain
-from candle_vllm.core.quantization.quantise import ISQ_TYPES
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -144,8 +145,8 @@ def _plan(
     model = stretched(model, config.yarn_scaling_factor, checkpoint)
     row, ignored = architecture(model, files.config), family.ignored(model)
     table = family.weights
-    check_weights(lambda where: family.build(model, where, checkpoint), table, checkpoint, model, ignored=ignored)
-    has_place = places(family.build(model, Placement(torch.device("meta"), torch.float32), checkpoint))
+    check_weights(lambda: family.build(model, SHAPES, checkpoint), table, checkpoint, model, ignored=ignored)
+    has_place = places(family.build(model, SHAPES, checkpoint))
     other = row.stored(model)
     found = list(gguf_tensors(table, checkpoint, model, other, has_place, row.names(model)))
     if model.tie_embeddings and not other.tie_embeddings:

@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import torch
 
+from candle_vllm.core.assembly.encoder import LoadedEncoder
+from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.encoder_engine import EncoderEngine, EncoderRunner
@@ -15,8 +17,6 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, ModelRunner
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.loading.encoder import LoadedEncoder
-from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
 from candle_vllm.core.sampling.sampler import Sampler
 

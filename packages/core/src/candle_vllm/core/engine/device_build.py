@@ -11,16 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
+from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.engine.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backends import AttentionNeeds, choose
+from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.kernels.latent_attention.backend import choose_latent
 from candle_vllm.core.kernels.triton_build import capability, compile_together
-from candle_vllm.core.loading.model import LoadedModel
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 
 logger = logging.getLogger(__name__)

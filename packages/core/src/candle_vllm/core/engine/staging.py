@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.device_stream import DeviceStream, copy
+from candle_vllm.core.kernels.device_stream import DeviceStream, copy
 
 ALIGNMENT = 64
 """Numbers of 32 bits between which an array may begin: 256 bytes, the most that a kernel could want."""

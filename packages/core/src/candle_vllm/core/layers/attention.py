@@ -13,8 +13,9 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rotary_write import HeadNorms, rotary_write
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Part, TensorPart
+from candle_vllm.core.layers.parameters import TensorPart
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.weights import Part
 
 
 @dataclasses.dataclass(frozen=True)

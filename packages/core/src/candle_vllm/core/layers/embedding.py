@@ -13,7 +13,8 @@ from candle_vllm.core.kernels.gguf_linear import GgufMatrix
 from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
-from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement, TensorPart
+from candle_vllm.core.loading.weights import Part
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix

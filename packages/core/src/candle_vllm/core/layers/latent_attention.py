@@ -9,14 +9,16 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
-from candle_vllm.core.kernels.latent_attention.layout import LatentParts, LatentSizes
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorPart
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.views import Viewed
+from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear import PlainMatrix

@@ -8,7 +8,8 @@ import torch
 
 from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorPart
+from candle_vllm.core.loading.weights import Part
 
 
 class LayerNorm:

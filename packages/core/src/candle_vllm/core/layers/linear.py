@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement, TensorPart
 from candle_vllm.core.layers.product import Product
+from candle_vllm.core.loading.weights import Part
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix

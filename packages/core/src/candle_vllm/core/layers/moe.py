@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.kernels import gguf_linear, group_linear
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear.reference import dequantise as dequantise_groups
@@ -28,8 +29,8 @@ from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
-from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Part, Placement, TensorPart
-from candle_vllm.core.loading.fields import MAX_COUNT
+from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement, TensorPart
+from candle_vllm.core.loading.weights import Part
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -55,34 +54,8 @@ class Placement:
         return not (self.recorded or self.keeps_quantised)
 
 
-class Part(Protocol):
-    """A place for one stored tensor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape that the stored tensor must have."""
-        ...
-
-    def fill(self, stored: StoredTensor) -> str | None:
-        """Takes the tensor; returns why a quantised one takes more memory here than it is stored in, for a log."""
-        ...
-
-
-class Loadable(Protocol):
-    """A layer whose weights come in named parts ("weight", "bias", "q.weight", ...)."""
-
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        ...
-
-
-@runtime_checkable
-class Finishes(Protocol):
-    """A layer that has something to do once it is filled, rather than when it first runs."""
-
-    def finish(self) -> None:
-        """Every part is filled."""
-        ...
+SHAPES = Placement(torch.device("meta"), torch.float32)
+"""Where a model has shapes and no memory."""
 
 
 _LOOKED_AT = 1 << 26  # numbers at a time

@@ -11,9 +11,10 @@ from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.position_scale import position_scale
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary_pair
-from candle_vllm.core.layers.parameters import Part, Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorPart
 from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.tensors import StoredTensor
+from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class Rotary:

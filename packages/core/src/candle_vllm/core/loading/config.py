@@ -8,15 +8,12 @@ the files again.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import MAX_COUNT, Fields
+from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 512
@@ -39,6 +36,25 @@ class CacheShape:
     def numbers(self) -> int:
         """Numbers of a token in a layer."""
         return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentSizes:
+    """Shapes of latent attention.
+
+    Attributes:
+        heads: H.
+        nope: numbers of a query head that do not rotate.
+        rope: R, numbers of a query head, and of the one key of all heads, that rotate.
+        latent: L, numbers of a token's latent vector.
+        value: V, numbers of a head's result.
+    """
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import MAX_CONFIG_BYTES, Fields, read_json
+from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields, read_json
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.pooling.model_pooling import ModelPooling
 from candle_vllm.core.pooling.params import MAX_DIMENSIONS, PoolingKind

@@ -16,12 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.quantised_layers import METHODS, is_dense
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import spare
 from candle_vllm.core.quantization.fp8 import NUMBERS
 from candle_vllm.core.quantization.stored import Parts
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.awq import awq_tensor
 from candle_vllm.core.quantization.compressed_tensors import block_shape, ct_tensor, read_schemes

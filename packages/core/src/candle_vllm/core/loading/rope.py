@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import MAX_COUNT, Fields
+from candle_vllm.core.fields import MAX_COUNT, Fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

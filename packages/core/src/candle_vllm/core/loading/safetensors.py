@@ -18,7 +18,8 @@ import msgspec
 import torch
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile, load_plain
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
+from candle_vllm.core.quantization.tensors import load_plain
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

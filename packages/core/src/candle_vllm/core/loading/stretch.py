@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.fields import MAX_COUNT
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, WeightsError
-from candle_vllm.core.loading.fields import Fields
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 

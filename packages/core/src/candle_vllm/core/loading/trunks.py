@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PREFIX = "model."
 _ENDS = ("TextModel", "Model")

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
-from candle_vllm.core.loading.tensors import FileTensor, StoredTensor
+from candle_vllm.core.loading.tensors import FileTensor
 from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
 """What a family's table does with a stored tensor on its way, given the model's config."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.text.gguf_backend import refusing_panics
 from candle_vllm.core.text.tokenizer import Tokenizer
 

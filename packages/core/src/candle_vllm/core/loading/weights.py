@@ -11,18 +11,47 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias
-
-import torch
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.layers.parameters import Finishes, Loadable, Part, Placement
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import Spare, View, entry
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 64  # names of one kind listed in an error message
+
+
+class Part(Protocol):
+    """A place for one stored tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape that the stored tensor must have."""
+        ...
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Takes the tensor; returns why a quantised one takes more memory here than it is stored in, for a log."""
+        ...
+
+
+class Loadable(Protocol):
+    """A layer whose weights come in named parts ("weight", "bias", "q.weight", ...)."""
+
+    def parts(self) -> Mapping[str, Part]:
+        """Every part that must be loaded."""
+        ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A layer that has something to do once it is filled, rather than when it first runs."""
+
+    def finish(self) -> None:
+        """Every part is filled."""
+        ...
+
 
 _Job = tuple[StoredTensor, Part]  # what, and where to
 
@@ -108,7 +137,7 @@ class Line:
 
 
 def check_weights(
-    build: Callable[[Placement], object],
+    build: Callable[[], object],
     table: Sequence[WeightName],
     checkpoint: Checkpoint,
     config: Counted,
@@ -117,11 +146,11 @@ def check_weights(
 ) -> None:
     """Compares the model that a config describes with what the checkpoint holds, before memory is taken for it.
 
-    A config may claim any size. Here the model is built of shapes without memory, so that what is built after this
-    is never larger than what is stored.
+    A config may claim any size. Here the model is one of shapes without memory, so that what is built after this is
+    never larger than what is stored.
 
     Args:
-        build: makes the model.
+        build: makes the model, of shapes.
         table, checkpoint, config, ignored: as for `load_weights`.
 
     Raises:
@@ -132,7 +161,7 @@ def check_weights(
             f"{checkpoint.path}: the model's config asks for {config.num_layers} layers and there are only "
             f"{len(checkpoint.tensors)} tensors"
         )
-    model = build(Placement(torch.device("meta"), torch.float32))
+    model = build()
     _match(model, table, checkpoint, config, ignored)
 
 

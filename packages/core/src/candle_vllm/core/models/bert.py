@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import EncoderFamily

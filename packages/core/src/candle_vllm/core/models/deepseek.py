@@ -22,13 +22,13 @@ from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.loading.views import computed, ordered
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.experts import expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.stack import DecoderStack
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _LATENT_EPS = 1e-6  # of the norms of latent vectors: the models' own code leaves it at that, whatever rms_norm_eps is
 

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import yarn_scale
-from candle_vllm.core.loading.config import MAX_LAYERS, ModelConfig, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.experts import without_next_tokens

@@ -7,7 +7,7 @@ rows first). GGUF: one tensor of all experts for gate, up and down, or, in old f
 from __future__ import annotations
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -22,14 +23,14 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import chain, every_other, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, projections
 from candle_vllm.core.models.experts import expert_count
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.stack import DecoderStack
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 

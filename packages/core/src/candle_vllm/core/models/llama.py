@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -20,7 +21,6 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig, layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import WeightName

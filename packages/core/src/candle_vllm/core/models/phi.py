@@ -8,6 +8,7 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 from __future__ import annotations
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -17,7 +18,6 @@ from candle_vllm.core.layers.mlp import MLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import as_row
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
@@ -20,6 +20,7 @@ from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
 from candle_vllm.core.models.experts import expert_count, expert_names, shared_names, sparse_in_gguf
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Llama, LlamaConfig
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 

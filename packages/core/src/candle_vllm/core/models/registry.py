@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
-from candle_vllm.core.loading.fields import Fields
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import decoder_class, without_head
 from candle_vllm.core.models import (
@@ -29,6 +29,7 @@ from candle_vllm.core.models import (
     stablelm,
 )
 from candle_vllm.core.models.family import EncoderFamily, Family
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row")
 

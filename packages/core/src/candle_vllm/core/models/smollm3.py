@@ -6,8 +6,8 @@ Source: Yang et al., 2025, arXiv:2501.18795 (RNoPE).
 from __future__ import annotations
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import gguf_has_bias

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Literal
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -21,7 +22,6 @@ from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig, shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama

@@ -18,10 +18,10 @@ import dataclasses
 
 import numpy as np
 
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.gptq import column_groups
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class CtIntSource(CodeSource):

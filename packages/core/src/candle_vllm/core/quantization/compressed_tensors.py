@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.fields import Fields
+from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.compressed_ints import packed_ints, plain_ints
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
 from candle_vllm.core.quantization.fp8 import fp8_tensor

@@ -18,11 +18,11 @@ import math
 import numpy as np
 import torch
 
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import CodeSource, FloatSource, Parts, QuantisedTensor, numbers
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 MX_GROUP, NV_GROUP = 32, 16
 MIDDLE = 16

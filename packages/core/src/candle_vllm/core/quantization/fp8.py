@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, Parts, QuantisedTensor, floats
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")

@@ -20,7 +20,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.loading.tensors import convert, load_plain
+from candle_vllm.core.quantization.tensors import convert, load_plain
 
 CHUNK = 1 << 18
 """Elements per round: what a round touches stays in the cache."""

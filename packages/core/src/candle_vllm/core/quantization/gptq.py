@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 TILE = 16
 """Inputs of a tile."""

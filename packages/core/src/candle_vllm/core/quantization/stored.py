@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.loading.tensors import StoredTensor
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 Found = TypeVar("Found", np.ndarray, GroupCodes, ScaledCodes)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.device_stream import DeviceStream, Sent
+from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.state import SamplingState
 

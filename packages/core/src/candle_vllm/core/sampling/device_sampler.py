@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
 from candle_vllm.core.sampling.logprobs import LogprobRow

@@ -10,7 +10,7 @@ from collections import deque
 
 import torch
 
-from candle_vllm.core.engine.device_stream import Work
+from candle_vllm.core.kernels.device_stream import Work
 
 
 class LazyStream:

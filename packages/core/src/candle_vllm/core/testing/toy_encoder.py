@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.weights import expand, layer_at
 from candle_vllm.core.models.family import EncoderFamily
@@ -79,7 +79,7 @@ def write_toy_encoder(
 def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     prefix = ("bert." if config.model_type == "bert" else "roberta.") if config.scores else ""
-    model = family.build(config, Placement(torch.device("meta"), torch.float32))
+    model = family.build(config, SHAPES)
     made = {}
     for line in expand(family.weights(config, [prefix]), config):
         path, part = line.target.split(":")

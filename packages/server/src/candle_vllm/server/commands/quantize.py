@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.loading.description import progress_bar
+from candle_vllm.core.engine.description import progress_bar
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.kinds import UsageError

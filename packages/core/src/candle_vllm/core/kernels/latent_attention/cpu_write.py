@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_o
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
 from candle_vllm.core.kernels.kv_write.cpu import store_bf16
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import BLOCK, copy_numbers, scaled_to_bf16
-from candle_vllm.core.kernels.latent_attention.layout import LatentSizes
+from candle_vllm.core.loading.config import LatentSizes
 
 _TOKENS = int(StepNumber.TOKENS)
 

@@ -1,4 +1,4 @@
-"""The sizes of latent attention, and what a layer's part of it consists of on the CPU."""
+"""What a layer's part of latent attention consists of on the CPU."""
 
 from __future__ import annotations
 
@@ -9,25 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentSizes:
-    """Shapes of latent attention.
-
-    Attributes:
-        heads: H.
-        nope: numbers of a query head that do not rotate.
-        rope: R, numbers of a query head, and of the one key of all heads, that rotate.
-        latent: L, numbers of a token's latent vector.
-        value: V, numbers of a head's result.
-    """
-
-    heads: int
-    nope: int
-    rope: int
-    latent: int
-    value: int
+    from candle_vllm.core.loading.config import LatentSizes
 
 
 @dataclasses.dataclass(frozen=True)

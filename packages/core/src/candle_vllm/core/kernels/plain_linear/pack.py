@@ -14,7 +14,7 @@ import torch
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
-from candle_vllm.core.loading.tensors import load_plain
+from candle_vllm.core.quantization.tensors import load_plain
 
 CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
-from candle_vllm.core.layers.parameters import Part, Placement
-from candle_vllm.core.loading.fields import Fields, read_json
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
-from candle_vllm.core.loading.weights import expand, layer_at
+from candle_vllm.core.loading.weights import Part, expand, layer_at
 from candle_vllm.core.memory import available_memory
 from candle_vllm.core.models.registry import family_from_hf
 
@@ -109,7 +109,7 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the model's tensors, found by building it without memory."""
     family, config = family_from_hf(read_json(path), path)
     nothing = Checkpoint(path, "safetensors", (), {}, {})
-    model = family.build(config, Placement(torch.device("meta"), torch.float32), nothing)
+    model = family.build(config, SHAPES, nothing)
     lines = [line for line in expand(family.weights, config) if line.names]
     uses = Counter(line.first for line in lines)
     known: dict[str, Mapping[str, Part]] = {}

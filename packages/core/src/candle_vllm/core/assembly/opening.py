@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
+from candle_vllm.core.assembly.cache_scales import split_cache_scales
+from candle_vllm.core.assembly.dummy import open_dummy
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ModelLoadError
-from candle_vllm.core.loading.cache_scales import split_cache_scales
-from candle_vllm.core.loading.dummy import open_dummy
-from candle_vllm.core.loading.fields import read_json
+from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import text_tensors
 from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
+from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 

@@ -22,8 +22,9 @@ from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.stored import FloatSource, QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 

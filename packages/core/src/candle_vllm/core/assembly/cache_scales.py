@@ -18,8 +18,9 @@ import torch
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.attention import PagedAttention
-from candle_vllm.core.loading.tensors import Checkpoint, StoredTensor
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Counted, layer_at
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.layers.parameters import Placement

@@ -12,14 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import fitting
-from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.config import EncoderConfig
-from candle_vllm.core.loading.fields import Fields, read_json
-from candle_vllm.core.loading.model import LoadedModel, collector_paused, load_model
-from candle_vllm.core.loading.opening import (
+from candle_vllm.core.assembly.model import LoadedModel, collector_paused, load_model
+from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
     model_files,
@@ -28,7 +22,13 @@ from candle_vllm.core.loading.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.loading.placement import DTYPES, device_dtype
+from candle_vllm.core.assembly.placement import DTYPES, device_dtype
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import fitting
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.pooling import longest_text, read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights, load_weights
@@ -119,7 +119,7 @@ def _load_encoder(
         progress(done, weight_bytes)
 
     with naming(described, checkpoint.path):
-        check_weights(lambda where: family.build(model, where), table, checkpoint, model, ignored=ignored)
+        check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
         with fitting(device, f"the weights of {files.name}", weight_bytes):
             encoder = family.build(model, placement)
             load_weights(encoder, table, checkpoint, model, ignored=ignored, progress=report)

@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from candle_vllm.core.assembly.encoder import LoadedEncoder
+from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.engine.encoder_engine import EncoderEngine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import ModelInfo
-from candle_vllm.core.loading.encoder import LoadedEncoder
-from candle_vllm.core.loading.model import LoadedModel
 
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine | EncoderEngine) -> ModelInfo:

@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels import weight_quant
-from candle_vllm.core.loading.tensors import load_plain
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.tensors import load_plain
 
 CHUNK = 1 << 18
 """Weights per round: what a round touches stays in the cache."""

@@ -13,14 +13,9 @@ from typing import Any
 
 import torch
 
-from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import fitting
-from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
-from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.cache_scales import give_cache_scales
-from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.loading.fields import Fields, read_json
-from candle_vllm.core.loading.opening import (
+from candle_vllm.core.assembly.cache_scales import give_cache_scales
+from candle_vllm.core.assembly.isq import quantised_in_situ
+from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
     model_files,
@@ -29,7 +24,13 @@ from candle_vllm.core.loading.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.loading.placement import choose_placement, computing_dtype, memory_of
+from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, memory_of
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import fitting
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
@@ -39,7 +40,6 @@ from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.pooling.model_pooling import ModelPooling
-from candle_vllm.core.quantization.isq import quantised_in_situ
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def _describe(files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, 
 
 def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> None:
     check_weights(
-        lambda placement: family.build(config, placement, checkpoint),
+        lambda: family.build(config, SHAPES, checkpoint),
         family.weights,
         checkpoint,
         config,
@@ -186,7 +186,7 @@ def _as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpo
     """What is loaded of a checkpoint: its tensors as they are stored, or quantised on the way."""
     if config.isq is None:
         return checkpoint
-    shapes = family.build(model, Placement(torch.device("meta"), torch.float32), checkpoint)
+    shapes = family.build(model, SHAPES, checkpoint)
     return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes))
 
 
