@@ -320,8 +320,8 @@ def test_every_kind_of_setting(load: Load) -> None:
     settings = load("settings")
     from candle_vllm.core.kernels import linear
     from candle_vllm.core.kernels.attention import triton_decode
-    from candle_vllm.core.kernels.gguf_linear import triton_exact
-    from candle_vllm.core.kernels.moe import triton_plain
+    from candle_vllm.core.kernels.gguf_linear import triton as quantised
+    from candle_vllm.core.kernels.moe import triton_experts
     from candle_vllm.core.kernels.rotary_write import triton as rotary
     from candle_vllm.core.kernels.sampling import triton_draw, triton_rows
 
@@ -331,8 +331,8 @@ def test_every_kind_of_setting(load: Load) -> None:
     changes = {
         "linear.OWN_ROWS": 16,
         "attention.triton_decode.splits.programs": 7,
-        "gguf_linear.triton_exact.TILES.32.0.warps": 2,
-        "moe.triton_plain.FEW_TILES.8.2": 4,
+        "gguf_linear.triton.TILES.32.0.warps": 2,
+        "moe.triton_experts.PLAIN.few.0.warps": 4,
         "sampling.triton_rows.BLOCK": 512,
         "rotary_write.triton.rotary_write_kernel.num_warps": 8,
     }
@@ -345,8 +345,8 @@ def test_every_kind_of_setting(load: Load) -> None:
             assert linear.OWN_ROWS == 16
             after = triton_decode.splits(**asked)
             assert (after.programs, after.keys) == (7, before.keys)
-            assert triton_exact.TILES[32][0].warps == 2
-            assert triton_plain.FEW_TILES[8][2] == 4
+            assert quantised.TILES[32][0].warps == 2
+            assert triton_experts.PLAIN.few[0].warps == 4
             assert triton_rows.BLOCK.value == triton_draw.BLOCK.value == 512
             kernel[(1,)](1, num_warps=4)
             assert launched[0]["num_warps"] == 8
@@ -354,7 +354,7 @@ def test_every_kind_of_setting(load: Load) -> None:
         kernel.run = run
     assert linear.OWN_ROWS == 0
     assert triton_decode.splits(**asked) == before
-    assert triton_exact.TILES[32][0].warps == 1
+    assert quantised.TILES[32][0].warps == 1
     assert triton_rows.BLOCK.value == triton_draw.BLOCK.value == 1024
 
 
@@ -365,8 +365,8 @@ def test_every_kind_of_setting(load: Load) -> None:
         ("attention.triton_decode.NOTHING", "splits.programs"),
         ("attention.triton_decode.splits.nothing", "programs"),
         ("attention.nothing", "attention.triton_prefill"),
-        ("gguf_linear.triton_exact.TILES.31.0.warps", "16, 32"),
-        ("gguf_linear.triton_exact.TILES.32.0.nothing", "tokens, rows, warps, stages"),
+        ("gguf_linear.triton.TILES.31.0.warps", "16, 32"),
+        ("gguf_linear.triton.TILES.32.0.nothing", "tokens, rows, warps, stages"),
         ("rotary_write.triton.rotary_write_kernel.nothing", "num_warps and num_stages"),
     ],
 )

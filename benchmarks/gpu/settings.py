@@ -3,7 +3,7 @@
 PATH begins with a module below `candle_vllm.core.kernels`; what follows names, in that module,
 
 - a whole number, or a constant of Triton's: `attention.triton_decode._CHUNK=128`, `linear.OWN_ROWS=16`;
-- an entry of a table: `gguf_linear.triton_exact.TILES.32.0.warps=2`, `moe.triton_plain.FEW_TILES.8.2=2`;
+- an entry of a table: `gguf_linear.triton.TILES.32.0.warps=2`, `moe.triton_experts.PLAIN.few.0.warps=2`;
 - a field of what a function chooses, whatever it would have chosen: `attention.triton_decode.splits.programs=3`;
 - an option of every launch of a kernel: `rotary_write.triton.rotary_write_kernel.num_warps=8`, or `num_stages`.
 

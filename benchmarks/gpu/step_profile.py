@@ -40,7 +40,7 @@ KINDS = (  # of kernels: the first of which a name contains a part
     ("attention", ("decode_kernel", "prefill_kernel", "flash", "fmha", "attention")),
     ("sampling", ("survey_kernel", "plan_kernel", "weigh_kernel", "gather_kernel", "finish_kernel", "bias_kernel")),
     ("sampling", ("mask_and_penalise", "note_kernel", "edge_kernel", "measure_kernel", "gather_top", "name_kernel")),
-    ("products", ("gemm", "gemv", "nvjet", "cutlass", "linear", "exact_kernel", "large_kernel", "rounded_kernel")),
+    ("products", ("gemm", "gemv", "nvjet", "cutlass", "linear")),
     ("products", ("few_kernel", "many_kernel", "aten::mm", "aten::addmm", "aten::bmm", "matmul")),
     ("copies", ("memcpy", "memset", "copy", "fill")),
 )

@@ -1,7 +1,7 @@
 """Other tiles for some cases of `kernels.py`, one setting after the other; one JSON line per trial.
 
     python benchmarks/gpu/sweep.py --only gguf --match 'gguf_linear Q4_K 8B gate, up T=1$'
-        --try gguf_linear.triton_exact.TILES.32.0.warps=1,2 gguf_linear.triton_exact.PROGRAMS=1024,2048,4096
+        --try gguf_linear.triton.TILES.32.0.warps=1,2 gguf_linear.triton.CODED_CUT.programs=1024,2048,4096
         [--seconds 120] [--case-seconds 0.1] [--quick --device cpu]
 
 All cases are measured twice as they are; `repeat` is by how much the two differ. Then each `--try` (paths as in

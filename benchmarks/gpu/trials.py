@@ -44,7 +44,7 @@ class Sweep:
     model: tuple[str, ...] = ("--model", "llama-3.1-8b")
 
 
-_TILES = "gguf_linear.triton_exact.TILES.32"
+_TILES = "gguf_linear.triton.TILES.32"
 _8B_MATRICES = ("8B qkv", "8B o", "8B gate, up", "8B down", "8B head")
 
 SWEEPS: Mapping[str, Sweep] = {
@@ -53,7 +53,7 @@ SWEEPS: Mapping[str, Sweep] = {
         tuple(f"gguf_linear Q4_K 8B {name} T={rows}$" for name in ("gate, up", "down") for rows in (1, 8, 16)),
         (
             *(f"{_TILES}.{place}.{field}" for field in ("rows=32,64", "warps=1,2", "stages=3,4,5") for place in (0, 1)),
-            "gguf_linear.triton_exact.PROGRAMS=1024,2048,4096",
+            "gguf_linear.triton.CODED_CUT.programs=1024,2048,4096",
         ),
         ("--model", "llama-3.1-8b", "--gguf"),
     ),
@@ -72,7 +72,7 @@ SWEEPS: Mapping[str, Sweep] = {
         (
             "linear.triton.SERVER_TILES.0.rows=32,64,128",
             "linear.triton.SERVER_TILES.0.stages=4,5,6,7",
-            "linear.triton.PROGRAMS=132,264,528",
+            "linear.triton.CUT.programs=132,264,528",
         ),
     ),
     "prefill attention": Sweep(

@@ -19,8 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from candle_vllm.core.kernels.dispatch import interpreted
-from candle_vllm.core.kernels.gguf_linear import triton_exact
+from candle_vllm.core.kernels.gguf_linear import triton as quantised
 from candle_vllm.core.kernels.linear import triton as plain
+from candle_vllm.core.kernels.linear.triton_products import exact
 
 INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*")
 MMA = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32"
@@ -33,6 +34,8 @@ PLAIN = {
 
 def forms(module: Any, capability: int) -> Iterator[Any]:
     kernels = [build for build in module.AOT if capability in build.capabilities]
+    if module is quantised:
+        kernels = [build for build in kernels if build.constants.get("PRODUCT") is exact]
     marks = () if capability == 90 else (pytest.mark.every_form,)
     return (pytest.param(build, capability, id=f"{build}-sm{capability}", marks=marks) for build in kernels)
 
@@ -59,7 +62,7 @@ class TestInstructions:
             assert found
             assert all(re.fullmatch(PLAIN[capability], name) for name in found), found
 
-    @pytest.mark.parametrize(("build", "capability"), [form for c in CAPABILITIES for form in forms(triton_exact, c)])
+    @pytest.mark.parametrize(("build", "capability"), [form for c in CAPABILITIES for form in forms(quantised, c)])
     def test_quantised(self, build: Build, capability: int) -> None:
         found = instructions(build, capability)
         assert found

@@ -30,7 +30,7 @@ USUAL = 90
 has products, which every GPU makes in a way of its own, and of the other kernels one for the oldest GPU; the rest is
 marked."""
 
-FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8, ("exact_kernel[e2m1-128parts-16-split]", 120): 8}
+FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8, ("linear_kernel[e2m1-128parts-16-split]", 120): 8}
 """Bytes of a thread that spill where no other form is worth its lines."""
 
 SPILLING = {
@@ -40,18 +40,26 @@ SPILLING = {
         "attention.triton_prefill",
         "latent_attention.triton_decode",
         "latent_attention.triton_prefill",
-        "moe.triton_floats:many_kernel",
-        "moe.triton_plain:few_kernel",
+        "moe.triton_experts:few_kernel:plain:int",
+        "moe.triton_experts:many_kernel:rounded:GroupCodec",
     },
 }
 """What keeps some registers in memory on AMD's GPUs, which is slow and right; `docs/kernels.md` has the same list."""
 
 
+def kind(name: str, build: Any) -> str:
+    """A kernel of a module, with the product and the codec that it is given, where it is."""
+    parts = [name, build.kernel.__name__]
+    if "PRODUCT" in build.constants:
+        parts += [build.constants["PRODUCT"].__name__, type(build.constants["FORM"]).__name__]
+    return ":".join(parts)
+
+
 def multiplies(kernel: Any) -> bool:
-    """Whether a kernel, or a function that it calls, has a product of matrices."""
+    """Whether a kernel, or a function that it calls or is given, has a product of matrices."""
     called = (kernel.fn.__globals__.get(name) for name in re.findall(r"(\w+)\(", kernel.src))
     others = {id(one): one for one in called if hasattr(one, "src") and one is not kernel}
-    return "tl.dot(" in kernel.src or any(map(multiplies, others.values()))
+    return "tl.dot(" in kernel.src or "PRODUCT(" in kernel.src or any(map(multiplies, others.values()))
 
 
 def builds() -> Iterator[Any]:
@@ -61,7 +69,7 @@ def builds() -> Iterator[Any]:
             wanted = build.capabilities if multiplies(build.kernel) else build.capabilities[:1]
             for capability in build.capabilities:
                 numbers = re.match(r"Q\d_[01K]|\w*", build.label)[0] if capability == USUAL else ""
-                key = (build.kernel, capability, numbers)
+                key = (kind(name, build), capability, numbers)
                 common = (capability == USUAL or capability in wanted) and key not in seen
                 seen.add(key)
                 marks = [] if common else [pytest.mark.every_form]
@@ -70,9 +78,8 @@ def builds() -> Iterator[Any]:
 
 def amd_builds() -> Iterator[Any]:
     for name, module in modules().items():
-        kernels = {
-            build.kernel: place for place, build in reversed(list(enumerate(module.AOT))) if 80 in build.capabilities
-        }
+        forms = reversed(list(enumerate(module.AOT)))
+        kernels = {kind(name, build): place for place, build in forms if 80 in build.capabilities}
         for place in sorted(kernels.values()):
             for target in AMD_TARGETS:
                 yield pytest.param((name, place), target, id=f"{name}:{module.AOT[place]}-{target}")
@@ -102,21 +109,20 @@ def test_compiles_for_amd(form: Form, target: str, background: Any) -> None:
     usage = background.forms[*form, target].result()
     assert isinstance(usage, Usage), usage
     assert usage.shared <= usage.shared_limit, usage
-    kernel = modules()[form[0]].AOT[form[1]].kernel.__name__
-    listed = not SPILLING[target].isdisjoint({form[0], f"{form[0]}:{kernel}"})
+    listed = not SPILLING[target].isdisjoint({form[0], kind(form[0], modules()[form[0]].AOT[form[1]])})
     assert (usage.stack > 0) == listed, usage
 
 
 def test_every_kernel_with_products_has_a_form_for_every_gpu() -> None:
     """But where the newest of the features it serves begin later, which the loader knows."""
-    later = {"group_linear", "latent_attention", "moe.triton_floats"}
+    later = re.compile(r"latent_attention|.*:GroupCodec$|gguf_linear\.triton:linear_kernel:rounded")
+    found: dict[str, set[int]] = {}
     for name, module in modules().items():
-        for kernel in {build.kernel for build in module.AOT}:
-            found = {capability for build in module.AOT if build.kernel is kernel for capability in build.capabilities}
-            first = (
-                TENSOR_CORES if name.startswith(tuple(later)) or kernel.__name__ == "large_kernel" else CAPABILITIES[0]
-            )
-            assert found == {capability for capability in CAPABILITIES if capability >= first}, (name, kernel)
+        for build in module.AOT:
+            found.setdefault(kind(name, build), set()).update(build.capabilities)
+    for kernel, targets in found.items():
+        first = TENSOR_CORES if later.match(kernel) else CAPABILITIES[0]
+        assert targets == {capability for capability in CAPABILITIES if capability >= first}, kernel
 
 
 def test_what_has_no_bfloat16_is_built_with_float16() -> None:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats, reference, triton, triton_exact
+from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats, reference, triton
+from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, Floats, ScaledCodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN
 TOLERANCE = 5e-3
 KINDS: tuple[Floats, ...] = ("e4m3", "e5m2", "e2m1")
-KERNELS = (triton, triton_exact)
+KERNELS = (triton.linear, triton.linear_exact)
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +27,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
     stand_in.empty = empty
-    for module in KERNELS:
-        monkeypatch.setattr(module, "torch", stand_in)
+    monkeypatch.setattr(launches, "torch", stand_in)
 
 
 def packed(rows: int, columns: int, span: int, numbers: Floats, device: torch.device) -> GroupMatrix:
@@ -74,9 +74,9 @@ def test_few_and_many_rows(columns: int, span: int, dtype: torch.dtype, numbers:
     if numbers == "e2m1" and columns % 16:
         columns = span = 80
     matrix = packed(77, columns, span, numbers, device)
-    for module, rows in ((triton_exact, 3), (triton, 37)):
+    for multiply, rows in ((triton.linear_exact, 3), (triton.linear, 37)):
         x = activations(rows, columns, dtype, device)
-        assert ratio(module.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+        assert ratio(multiply(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
 @pytest.mark.one_of_each
@@ -90,13 +90,13 @@ def test_every_code_of_8_bits_is_exact(numbers: Floats, dtype: torch.dtype, devi
     x = torch.zeros(2, 64, dtype=dtype, device=device)
     x[:, 33], x[:, 2] = 1, 1
     values = codes[:, 33].contiguous().view(FLOAT_DTYPES[numbers]).float()
-    for module in KERNELS:
-        got = module.linear(x, matrix)[0].cpu()
+    for multiply in KERNELS:
+        got = multiply(x, matrix)[0].cpu()
         assert torch.equal(got.float().nan_to_num(7.7), values.nan_to_num(7.7))
         assert int(got.isnan().sum()) == (2 if numbers == "e4m3" else 6)
     x[:, 33] = 0
-    for module in KERNELS:
-        got = module.linear(x, matrix)[0].cpu()
+    for multiply in KERNELS:
+        got = multiply(x, matrix)[0].cpu()
         assert torch.equal(got.isnan(), ~values.isfinite()), "infinite times 0, and NaN times 0"
         assert not got[values.isfinite()].any()
 
@@ -115,8 +115,8 @@ def test_every_code_of_4_bits_is_exact_with_every_scale(dtype: torch.dtype, devi
     wanted = torch.from_numpy(found.dequantise())[:, places].T
     assert len(set(places)) == 16
     assert wanted.isfinite().sum() == 16 * 254
-    for module in KERNELS:
-        got = module.linear(x, matrix).cpu().float()
+    for multiply in KERNELS:
+        got = multiply(x, matrix).cpu().float()
         assert torch.equal(got.isnan(), wanted.isnan())
         assert torch.equal(got.nan_to_num(7.7), wanted.nan_to_num(7.7))
 
@@ -126,7 +126,7 @@ def test_few_rows_are_exact_but_for_fp32(span: int, numbers: Floats, device: tor
     """Scales of many digits, which the weights are not rounded with."""
     matrix = packed(33, 256, span, numbers, device)
     x = torch.randint(-4, 5, (2, 256), generator=torch.Generator().manual_seed(3)).to(device, torch.float16)
-    got, wanted = triton_exact.linear(x, matrix), x.float() @ reference.dequantise(matrix).T
+    got, wanted = triton.linear_exact(x, matrix), x.float() @ reference.dequantise(matrix).T
     assert ratio(got, wanted) < 3e-4  # what rounding the result to float16 costs
 
 
@@ -138,12 +138,12 @@ def test_bias_and_cut_sums(form: str, numbers: Floats, device: torch.device, mon
     x, bias = activations(9, 1152, torch.bfloat16, device), activations(1, 70, torch.bfloat16, device)[0] * 50
     bias = bias.contiguous()
     wanted = reference.linear(x, matrix, bias)
-    monkeypatch.setattr(triton_exact, "PROGRAMS", 1 if form == "one piece" else 512)
+    cut = triton.CODED_CUT._replace(programs=1 if form == "one piece" else 512)
     if form == "folded":
-        monkeypatch.setattr(triton_exact, "FEW", 0)
-        monkeypatch.setattr(triton_exact, "ENOUGH", 1)
+        cut = cut._replace(few=0, enough=1)
+    monkeypatch.setattr(triton, "CODED_CUT", cut)
     out = torch.full((9, 80), torch.nan, dtype=torch.bfloat16, device=device)
-    triton_exact.linear(x, matrix, bias, out[:, 3:73])
+    triton.linear_exact(x, matrix, bias, out[:, 3:73])
     assert ratio(out[:, 3:73], wanted) < TOLERANCE
     assert out[:, :3].isnan().all()
     assert out[:, 73:].isnan().all()
@@ -157,13 +157,12 @@ def test_a_row_does_not_depend_on_the_others(
     """To the bit, whatever T is; under the interpreter, whose products are numpy's, with tiles of one size."""
     matrix = packed(65, 640, 128, numbers, device)
     x = activations(16, 640, torch.bfloat16, device).contiguous()
-    whole = triton_exact.linear(x, matrix)
+    whole = triton.linear_exact(x, matrix)
     for count in (1, 2, 8, 9) if device.type == "cuda" else (12,):
-        assert torch.equal(triton_exact.linear(x[:count], matrix), whole[:count])
+        assert torch.equal(triton.linear_exact(x[:count], matrix), whole[:count])
     other = x.clone()
     other[1:] = torch.nan
-    assert torch.equal(triton_exact.linear(other, matrix)[0], whole[0])
+    assert torch.equal(triton.linear_exact(other, matrix)[0], whole[0])
     assert torch.equal(triton.linear(other, matrix)[0], triton.linear(x, matrix)[0])
-    monkeypatch.setattr(triton_exact, "FEW", 0)
-    monkeypatch.setattr(triton_exact, "ENOUGH", 1)
-    assert torch.equal(triton_exact.linear(x, matrix), whole), "stretches in one program"
+    monkeypatch.setattr(triton, "CODED_CUT", triton.CODED_CUT._replace(few=0, enough=1))
+    assert torch.equal(triton.linear_exact(x, matrix), whole), "stretches in one program"

@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 
-from candle_vllm.core.kernels.group_linear import GroupMatrix, pack, reference, triton, triton_exact
+from candle_vllm.core.kernels.group_linear import GroupMatrix, pack, reference, triton
+from candle_vllm.core.kernels.linear import triton as launches
 
 TOLERANCE = 5e-3
-KERNELS = (triton, triton_exact)
+KERNELS = (triton.linear, triton.linear_exact)
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +23,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
     stand_in.empty = empty
-    for module in KERNELS:
-        monkeypatch.setattr(module, "torch", stand_in)
+    monkeypatch.setattr(launches, "torch", stand_in)
 
 
 def packed(
@@ -73,9 +73,9 @@ def test_few_and_many_rows(
     bits: int, columns: int, group: int, zeros: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     matrix = packed(77, columns, group, bits, device, zeros=zeros, dtype=dtype)
-    for module, rows in ((triton_exact, 3), (triton, 37)):
+    for multiply, rows in ((triton.linear_exact, 3), (triton.linear, 37)):
         x = activations(rows, columns, torch.bfloat16, device)
-        assert ratio(module.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
+        assert ratio(multiply(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
 @pytest.mark.one_of_each
@@ -85,7 +85,7 @@ def test_few_rows_are_exact_but_for_fp32(bits: int, group: int, device: torch.de
     """Whole numbers, whose sums are rounded nowhere, show every error of a code, a scale or a zero."""
     matrix = packed(33, 256, group, bits, device)
     x = torch.randint(-4, 5, (2, 256), generator=torch.Generator().manual_seed(3)).to(device, torch.float16)
-    got, wanted = triton_exact.linear(x, matrix), x.float() @ reference.dequantise(matrix).T
+    got, wanted = triton.linear_exact(x, matrix), x.float() @ reference.dequantise(matrix).T
     assert ratio(got, wanted) < 3e-4  # what rounding the result to float16 costs
 
 
@@ -95,12 +95,12 @@ def test_bias_and_cut_sums(form: str, device: torch.device, monkeypatch: pytest.
     x, bias = activations(9, 1152, torch.bfloat16, device), activations(1, 70, torch.bfloat16, device)[0] * 50
     bias = bias.contiguous()
     wanted = reference.linear(x, matrix, bias)
-    monkeypatch.setattr(triton_exact, "PROGRAMS", 1 if form == "one piece" else 512)
+    cut = triton.CODED_CUT._replace(programs=1 if form == "one piece" else 512)
     if form == "folded":
-        monkeypatch.setattr(triton_exact, "FEW", 0)
-        monkeypatch.setattr(triton_exact, "ENOUGH", 1)
+        cut = cut._replace(few=0, enough=1)
+    monkeypatch.setattr(triton, "CODED_CUT", cut)
     out = torch.full((9, 80), torch.nan, dtype=torch.bfloat16, device=device)
-    triton_exact.linear(x, matrix, bias, out[:, 3:73])
+    triton.linear_exact(x, matrix, bias, out[:, 3:73])
     assert ratio(out[:, 3:73], wanted) < TOLERANCE
     assert out[:, :3].isnan().all()
     assert out[:, 73:].isnan().all()
@@ -111,10 +111,9 @@ def test_stretches_have_the_same_bits_however_they_are_made(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix, x = packed(40, 1280, 64, 4, device), activations(5, 1280, torch.bfloat16, device)
-    side_by_side = triton_exact.linear(x, matrix)
-    monkeypatch.setattr(triton_exact, "FEW", 0)
-    monkeypatch.setattr(triton_exact, "ENOUGH", 1)
-    assert torch.equal(triton_exact.linear(x, matrix), side_by_side)
+    side_by_side = triton.linear_exact(x, matrix)
+    monkeypatch.setattr(triton, "CODED_CUT", triton.CODED_CUT._replace(few=0, enough=1))
+    assert torch.equal(triton.linear_exact(x, matrix), side_by_side)
 
 
 def test_many_tiles_and_a_bias(device: torch.device) -> None:
@@ -132,28 +131,28 @@ def test_a_row_does_not_depend_on_the_others(device: torch.device) -> None:
     """To the bit, whatever T is; under the interpreter, whose products are numpy's, with tiles of one size."""
     matrix = packed(65, 320, 32, 4, device)
     x = activations(16, 320, torch.bfloat16, device).contiguous()
-    whole = triton_exact.linear(x, matrix)
+    whole = triton.linear_exact(x, matrix)
     for count in (1, 2, 8, 9) if device.type == "cuda" else (12,):
-        assert torch.equal(triton_exact.linear(x[:count], matrix), whole[:count])
+        assert torch.equal(triton.linear_exact(x[:count], matrix), whole[:count])
     if device.type == "cuda":
         many = activations(300, 320, torch.bfloat16, device)
         many[:16] = x
-        assert torch.equal(triton_exact.linear(many, matrix)[:16], whole)
+        assert torch.equal(triton.linear_exact(many, matrix)[:16], whole)
     other = x.clone()
     other[1:] = torch.nan
-    assert torch.equal(triton_exact.linear(other, matrix)[0], whole[0])
+    assert torch.equal(triton.linear_exact(other, matrix)[0], whole[0])
     assert torch.equal(triton.linear(other, matrix)[0], triton.linear(x, matrix)[0])
 
 
 def test_no_rows(device: torch.device) -> None:
     matrix = packed(9, 96, 32, 4, device)
     x = torch.empty(0, 96, dtype=torch.bfloat16, device=device)
-    assert all(module.linear(x, matrix).shape == (0, 9) for module in KERNELS)
+    assert all(multiply(x, matrix).shape == (0, 9) for multiply in KERNELS)
 
 
 def test_activations_that_the_kernels_do_not_read_are_refused(device: torch.device) -> None:
     matrix = packed(9, 96, 32, 4, device)
     for x in (torch.zeros(96, 3, dtype=torch.bfloat16).T, torch.zeros(3, 96), torch.zeros(3, 95, dtype=torch.float16)):
-        for module in KERNELS:
+        for multiply in KERNELS:
             with pytest.raises(AssertionError):
-                module.linear(x.to(device), matrix)
+                multiply(x.to(device), matrix)

@@ -21,7 +21,7 @@ def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, backgroun
     done = background.files[file, False].result()
     assert done.returncode == 0, done.stderr[-4000:]
     forms = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "exact_kernel", "linear_kernel"} <= {
+    assert {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "linear_kernel"} <= {
         form["kernel"] for form in forms
     }
     assert [form for form in forms if form["fault"]] == []

@@ -50,8 +50,8 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["side by side", "one after the other"])
 def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short stretches, made in both ways whatever the number of tokens is."""
-    monkeypatch.setattr(triton, "LEAST_BLOCKS", 1)
-    monkeypatch.setattr(triton, "ENOUGH", 10**9 if request.param == "side by side" else 0)
+    enough = 10**9 if request.param == "side by side" else 0
+    monkeypatch.setattr(triton, "CUT", triton.CUT._replace(least=1, enough=enough))
 
 
 @pytest.mark.one_of_each
@@ -103,7 +103,7 @@ def test_layers_write_side_by_side(invariant: bool, bias: bool, device: torch.de
 
 def test_stretches_are_added_in_order_both_ways(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers of very different size in each stretch: every stretch's sum is exact, their sum is not."""
-    monkeypatch.setattr(triton, "LEAST_BLOCKS", 1)
+    cut = triton.CUT
     tokens, rows, splits = 70, 33, 6
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 9, (tokens, splits * 64), generator=generator).float().to(device)
@@ -117,7 +117,7 @@ def test_stretches_are_added_in_order_both_ways(device: torch.device, monkeypatc
         other += last
     assert not torch.equal(wanted, other)
     for enough in (10**9, 0):
-        monkeypatch.setattr(triton, "ENOUGH", enough)
+        monkeypatch.setattr(triton, "CUT", cut._replace(least=1, enough=enough))
         assert torch.equal(triton.linear(x, weight), wanted)
         for first, count in ((0, 1), (3, 5), (40, 17)):
             assert torch.equal(triton.linear(x[first : first + count], weight), wanted[first : first + count])

@@ -20,9 +20,9 @@ from candle_vllm.core.kernels.gguf_linear import (
     reference,
     stack,
     triton,
-    triton_exact,
 )
 from candle_vllm.core.kernels.linear import linear as plain_linear
+from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 
@@ -80,7 +80,7 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stand_in = types.SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if name[0] != "_"})
     stand_in.empty = empty
-    for module in (triton, triton_exact):
+    for module in (triton, launches):
         monkeypatch.setattr(module, "torch", stand_in)
 
 
@@ -154,7 +154,7 @@ def test_bias_and_cut_sums(device: torch.device, monkeypatch: pytest.MonkeyPatch
     bias = bias.contiguous()
     wanted = reference.linear(x, matrix, bias)
     for most in (1, 512):  # the sums in one piece, and in pieces of four steps
-        monkeypatch.setattr(triton_exact, "PROGRAMS", most)
+        monkeypatch.setattr(triton, "CODED_CUT", triton.CODED_CUT._replace(programs=most))
         assert ratio(triton.linear_exact(x, matrix, bias), wanted) < TOLERANCE
         assert ratio(wanted, reference.linear(x, matrix)) > 0.1
     many = activations(17, 1024, torch.bfloat16, device)
@@ -212,7 +212,8 @@ def test_bits_of_a_row_for_any_number_of_rows(
     what the kernel does itself, in its order. A bias takes off a row's rounded result, so that what float16 hides shows
     as well.
     """
-    monkeypatch.setattr(triton_exact, "LEAST_STEPS", 1)
+    cut = triton.CODED_CUT._replace(least=1)
+    monkeypatch.setattr(triton, "CODED_CUT", cut)
     columns, place = 512, 3
     raw = random_bytes(kind, 33, columns, octaves=4)  # without, most sums of stretches are exact
     matrix = pack(raw, GgmlType[kind.name], 33, columns, device)
@@ -224,8 +225,7 @@ def test_bits_of_a_row_for_any_number_of_rows(
     wanted = linear(alone, matrix, bias, invariant=True)[0]
     assert int((wanted != 0).sum()) > 20
     for few, counts in ((64, (5, 17, 70)), (0, (1, 70))):  # 0: by one program
-        monkeypatch.setattr(triton_exact, "FEW", few)
-        monkeypatch.setattr(triton_exact, "ENOUGH", 10**9 if few else 0)
+        monkeypatch.setattr(triton, "CODED_CUT", cut._replace(few=few, enough=10**9 if few else 0))
         for count in counts:
             some, at = (alone, 0) if count == 1 else (x[:count], place)
             assert torch.equal(linear(some, matrix, bias, invariant=True)[at], wanted)

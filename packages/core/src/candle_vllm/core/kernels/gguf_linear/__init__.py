@@ -9,7 +9,7 @@ weights are rounded to x's dtype first, as a dequantised file's would be.
 
 A row's result depends on the row and the matrix alone, up to `SMALL` rows, and likewise above: sums are cut along K
 by the matrix's shape. `invariant=True` promises on a GPU that its bits are the same for any number of rows: codes are
-exact for all of them (`triton_exact.py` says why, and what the promise stands on). On the CPU the reference makes each
+exact for all of them (`triton.py` says why, and what the promise stands on). On the CPU the reference makes each
 row by itself. Rows of an embedding are exact up to the rounding to their dtype.
 
 `pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a

@@ -1,9 +1,14 @@
-"""Linear layers and embedding rows with quantised weights on a GPU (step 6 of a request's life).
+"""Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
-Few rows (decoding), and any number where a row's bits must be its own: `triton_exact.py`.
+`linear_exact`: codes meet x exactly, for few rows (decoding), and for any number where a row's bits must be its own.
+With many rows this is slower than rounding weights first: each group of 32 weights costs two fused operations for each
+result, by count about as long as the tensor cores take. It serves them all the same where invariance is asked for: a
+weight that is rounded costs about three slow instructions, and at the speed of an H200's memory there is time for two,
+so the other arithmetic would slow decoding; and exact codes lose nothing. Bits stand on the instruction m16n8k16, which
+every tile here gets, on Hopper too, because none gives four warps 64 rows.
 
-Many rows (prefill): a tile of weights is scaled, rounded to x's dtype in registers, and multiplied with a tile of x.
-Where Triton does not use the GPU's tensor cores but torch does, pieces of the matrix are decoded, and torch multiplies.
+`linear`: a tile of weights is rounded first, for many rows (prefill). Where Triton does not use the GPU's tensor cores
+but torch does, pieces of the matrix are decoded, and torch multiplies.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -11,110 +16,49 @@ Where Triton does not use the GPU's tensor cores but torch does, pieces of the m
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.launch import build, checked, constants_of, planes_of
-from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix, Planes
-from candle_vllm.core.kernels.gguf_linear.triton_codes import float_code, high_words, scale_of, scale_words
-from candle_vllm.core.kernels.gguf_linear.triton_exact import linear_exact
+from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+from candle_vllm.core.kernels.gguf_linear.triton_codes import (
+    codec,
+    float_code,
+    high_words,
+    operand,
+    planned,
+    scale_of,
+    scale_words,
+)
 from candle_vllm.core.kernels.linear import linear as plain_linear
-from candle_vllm.core.kernels.linear.triton_tiles import tile_of
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launch, tile_for
+from candle_vllm.core.kernels.linear.triton_products import exact, rounded
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
 from candle_vllm.core.kernels.triton_build import (
     OPTIONS,
     TENSOR_CORES,
     WITH_TENSOR_CORES,
     Build,
     capability,
-    cdiv,
-    stages,
 )
 
-__all__ = ["embedding", "linear", "linear_exact"]
-
-# Tile shapes; chosen by counting instructions and registers of the compiled code, not yet measured on a GPU.
-LARGE_ROWS = 128
-LARGE_TOKENS = 128
-LARGE_WARPS = 8
-LARGE_STAGES = 3
+# By how many weights share a scale: the first that is wide enough, else the last. Chosen by counting instructions and
+# registers of the compiled code, not yet measured on a GPU. One warp needs no barriers; with more tokens x is worth
+# sharing, and with the most a block takes long enough that fetching one ahead hides the way from the cache.
+TILES = MappingProxyType(
+    {
+        16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),
+        32: (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 64, 2, 4), Tile(64, 32, 4, 4), Tile(128, 32, 8, 2)),
+    }
+)
+PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest that do not spill
+    {16: (Tile(8, 32, 4, 1),), 32: (Tile(8, 32, 4, 1), Tile(16, 32, 8, 1))}
+)
+ROUNDED_TILES = (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PIECE = 1 << 24  # weights that are decoded at a time, where torch multiplies
-TOGETHER = 8  # row tiles that are taken with each other, so that their x stays in the cache
-
-
-@triton.jit(do_not_specialize=["T"])
-def large_kernel(
-    x,  # [T, K]
-    low,
-    high,
-    scales,
-    supers,
-    bias,  # [N]
-    out,  # [T, N], rows contiguous
-    T,
-    N,
-    K,
-    x_stride,
-    out_stride,
-    steps,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NESTED: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    ZERO: tl.constexpr,
-    PADDED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    G: tl.constexpr = 2 if LOW == 8 else 4
-    STEP: tl.constexpr = G * 32
-    row_tile, token_tile = tile_of(tl.program_id(0), T, N, ROWS, TOKENS, TOGETHER)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    token = token_tile * TOKENS + tl.arange(0, TOKENS)
-    inside = row < N
-    row64 = row.to(tl.int64)
-    height = tl.cast(N, tl.int64)
-    asked = (token < T)[None, :]
-    element = tl.arange(0, 16)
-    column = tl.arange(0, 32)
-    x_at = x + token[None, :].to(tl.int64) * x_stride + column[:, None]
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for step in tl.range(0, steps):
-        w0, w1, w2, w3, above = scale_words(scales, supers, step, row64, inside, height, NESTED, WORDS)
-        place = (step * height + row64)[:, None] * 16 + element[None, :]
-        lows = tl.load(low + place, mask=inside[:, None], other=0)
-        highs = lows
-        if HIGH > 0:
-            highs = high_words(high, step, height, row64[:, None], element[None, :], inside[:, None], HIGH)
-        for g in tl.static_range(G):
-            scale, minimum = scale_of(w0, w1, w2, w3, above, g, 0, NESTED, MINIMUM, WIDTH, ZERO)
-            scale = scale[:, None]
-            shift = minimum[:, None] - scale * 2048.0
-            if WIDTH == 16:
-                scale_2, minimum_2 = scale_of(w0, w1, w2, w3, above, g, 1, NESTED, MINIMUM, WIDTH, ZERO)
-                second = (element >= 8)[None, :]
-                shift = tl.where(second, (minimum_2 - scale_2 * 2048.0)[:, None], shift)
-                scale = tl.where(second, scale_2[:, None], scale)
-            even = float_code(lows, highs, g, 0, G, LOW, HIGH) * scale + shift
-            odd = float_code(lows, highs, g, 1, G, LOW, HIGH) * scale + shift
-            weights = tl.reshape(tl.join(even, odd), (ROWS, 32)).to(x.dtype.element_ty)
-            k = step * STEP + g * 32
-            wanted = asked
-            if PADDED:
-                wanted = asked & (k + column < K)[:, None]
-            total = tl.dot(weights, tl.load(x_at + k, mask=wanted, other=0.0), total)
-    if BIAS:
-        total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    stored = inside[:, None] & asked
-    place = out + token[None, :].to(tl.int64) * out_stride + row64[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -127,23 +71,20 @@ def embedding_kernel(
     out,  # [T, K]
     N,
     K,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NESTED: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    ZERO: tl.constexpr,
+    FORM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """One step of one token in a program."""
-    G: tl.constexpr = 2 if LOW == 8 else 4
+    G: tl.constexpr = FORM.parts
+    LOW: tl.constexpr = FORM.low
+    HIGH: tl.constexpr = FORM.high
+    WIDTH: tl.constexpr = FORM.width
     step = tl.program_id(1)
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(token_ids + token + tl.arange(0, 1)).to(tl.int64)
     inside = (row >= 0) & (row < N)
     height = tl.cast(N, tl.int64)
-    w0, w1, w2, w3, above = scale_words(scales, supers, step, row, inside, height, NESTED, WORDS)
+    words = scale_words(scales, supers, step, row, inside, height, FORM.nested, FORM.count)
     element = tl.arange(0, 16)
     place = (step * height + row) * 16 + element
     lows = tl.load(low + place, mask=inside, other=0)
@@ -151,9 +92,9 @@ def embedding_kernel(
     if HIGH > 0:
         highs = high_words(high, step, height, row, element, inside, HIGH)
     for g in tl.static_range(G):
-        scale, minimum = scale_of(w0, w1, w2, w3, above, g, 0, NESTED, MINIMUM, WIDTH, ZERO)
+        scale, minimum = scale_of(words, g, 0, FORM)
         if WIDTH == 16:
-            scale_2, minimum_2 = scale_of(w0, w1, w2, w3, above, g, 1, NESTED, MINIMUM, WIDTH, ZERO)
+            scale_2, minimum_2 = scale_of(words, g, 1, FORM)
             scale = tl.where(element >= 8, scale_2, scale)
             minimum = tl.where(element >= 8, minimum_2, minimum)
         even = (float_code(lows, highs, g, 0, G, LOW, HIGH) - 2048.0) * scale + minimum
@@ -163,43 +104,22 @@ def embedding_kernel(
         tl.store(out + token * K + k, values, mask=(k < K) if PADDED else None)
 
 
+def linear_exact(
+    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Made for few rows, and right for any number; see the contract in the package."""
+    tile = _tile(len(x), matrix.kind, capability(x.device))
+    return launch(x, operand(matrix), bias, out, exact, tile, CODED_CUT)
+
+
 def linear(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """For any number of rows, weights rounded first; see the contract in the package."""
-    checked(x, matrix, bias, out)
-    tokens = len(x)
+    if capability(x.device) >= TENSOR_CORES or not len(x):
+        return launch(x, operand(matrix), bias, out, rounded, tile_for(len(x), ROUNDED_TILES))
     if out is None:
-        out = torch.empty((tokens, matrix.rows), dtype=x.dtype, device=x.device)
-    if not tokens:
-        return out
-    if capability(x.device) < TENSOR_CORES:
-        return _linear_in_pieces(x, matrix, bias, out)
-    constants = _large_constants(matrix.planes, matrix.columns, bias is not None, tokens)
-    tiles = cdiv(matrix.rows, constants["ROWS"]) * cdiv(tokens, constants["TOKENS"])
-    large_kernel[(tiles,)](
-        x,
-        *planes_of(matrix),
-        bias,
-        out,
-        tokens,
-        matrix.rows,
-        matrix.columns,
-        x.stride(0),
-        out.stride(0),
-        matrix.planes.steps(matrix.columns),
-        **constants,
-        num_warps=LARGE_WARPS,
-        num_stages=stages(LARGE_STAGES),
-        **OPTIONS,
-    )
-    return out
-
-
-def _linear_in_pieces(
-    x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """The same numbers by way of the GPU's memory."""
+        out = torch.empty((len(x), matrix.rows), dtype=x.dtype, device=x.device)
     height = max(1, PIECE // matrix.columns)
     for first in range(0, matrix.rows, height):
         last = min(first + height, matrix.rows)
@@ -216,35 +136,74 @@ def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -
     assert token_ids.device == matrix.device
     out = torch.empty((len(token_ids), matrix.columns), dtype=dtype, device=matrix.device)
     if len(token_ids):
-        embedding_kernel[(len(token_ids), matrix.planes.steps(matrix.columns))](
+        given = operand(matrix)
+        embedding_kernel[(len(token_ids), given.steps)](
             token_ids,
-            *planes_of(matrix),
+            *given.planes,
             out,
             matrix.rows,
             matrix.columns,
-            **constants_of(matrix.planes, matrix.columns),
+            FORM=given.form,
+            PADDED=given.padded,
             num_warps=1,
             **OPTIONS,
         )
     return out
 
 
-def _large_constants(planes: Planes, columns: int, bias: bool, tokens: int) -> dict[str, Any]:
-    found = constants_of(planes, columns)
-    wide = 32 if tokens <= 32 else 64 if tokens <= 64 else LARGE_TOKENS
-    return {**found, "BIAS": bias, "ROWS": LARGE_ROWS, "TOKENS": wide, "TOGETHER": TOGETHER}
+def _tile(tokens: int, kind: PackedKind, capability: int) -> Tile:
+    return tile_for(tokens, (TILES if capability >= TENSOR_CORES else PLAIN_TILES)[LAYOUTS[kind].width])
 
 
-def _large_build(kind: PackedKind, dtype: str, columns: int, tokens: int, capabilities: tuple[int, ...]) -> Build:
-    constants = _large_constants(PLANES[kind], columns, True, tokens)
-    options = {"num_warps": LARGE_WARPS, "num_stages": LARGE_STAGES, "capabilities": capabilities}
-    return build(large_kernel, kind, dtype, constants, **options)
+def _exact(
+    kind: PackedKind,
+    tokens: int,
+    capabilities: tuple[int, ...] = (90,),
+    *,
+    dtype: str = "bf16",
+    columns: int = 4096,
+    form: str = "split",
+) -> Build:
+    label, tile = f"{kind.name}-{dtype}", _tile(tokens, kind, capabilities[0])
+    bias = form == "whole"
+    return build(planned(kind, columns), exact, tile, dtype, label, capabilities, form=form, bias=bias)
 
+
+def _rounded(kind: PackedKind, dtype: str, columns: int, tokens: int, capabilities: tuple[int, ...]) -> Build:
+    tile = tile_for(tokens, ROUNDED_TILES)
+    return build(planned(kind, columns), rounded, tile, dtype, f"{kind.name}-{dtype}", capabilities, bias=True)
+
+
+def _embedding(kind: PackedKind, dtype: str) -> Build:
+    planes = dict(zip(("low", "high", "scales", "supers"), planned(kind, 4096).planes, strict=True))
+    types: dict[str, Any] = {"token_ids": "*i64", **planes, "out": f"*{dtype}", "N": "i32", "K": "i32"}
+    missing = {name: None for name, found in types.items() if found is None}
+    return Build(
+        embedding_kernel,
+        {name: found for name, found in types.items() if found is not None},
+        {"FORM": codec(kind), "PADDED": False, **missing},
+        num_warps=1,
+        aligned=("N", "K"),
+        label=f"{kind.name}-{dtype}",
+    )
+
+
+_USUAL = (PackedKind.Q4_K, PackedKind.Q6_K)
 
 AOT = (
-    *(_large_build(kind, "bf16", 4096, 512, (90,)) for kind in PackedKind if kind.name.endswith("K")),
-    *(_large_build(kind, "bf16", 4096, 512, (80, 100, 120)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
-    _large_build(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
-    _large_build(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),
-    build(embedding_kernel, PackedKind.Q6_K, "bf16", constants_of(PLANES[PackedKind.Q6_K], 4096), num_warps=1),
+    *(_exact(kind, 16) for kind in PackedKind),
+    *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
+    *(_exact(kind, 32) for kind in _USUAL),
+    *(_exact(kind, 128, form="fold") for kind in PackedKind),
+    *(_exact(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
+    _exact(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
+    _exact(PackedKind.Q5_1, 16, WITH_TENSOR_CORES, columns=4128, form="whole"),
+    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PackedKind),
+    *(_exact(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
+    _exact(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
+    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PackedKind if kind.name.endswith("K")),
+    *(_rounded(kind, "bf16", 4096, 512, (80, 100, 120)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
+    _rounded(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
+    _rounded(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),
+    _embedding(PackedKind.Q6_K, "bf16"),
 )

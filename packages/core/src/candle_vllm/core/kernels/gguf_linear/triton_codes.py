@@ -1,4 +1,4 @@
-"""Device functions that take codes and scales out of the planes of `layout.py`; inside step 6 of a request's life.
+"""How the planes of `layout.py` are read: the codec of each kind of GGUF matrix; inside step 6 of a request's life.
 
 Two forms of a code. **Pairs** are for few rows of activations, where instructions per weight decide: one mask takes two
 codes out of a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
@@ -13,8 +13,15 @@ Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bi
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
+from candle_vllm.core.kernels.linear.triton_products import Codec, Operand
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 
 
 @triton.jit
@@ -110,20 +117,13 @@ def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WOR
 
 
 @triton.jit
-def scale_of(
-    w0,
-    w1,
-    w2,
-    w3,
-    above,
-    g: tl.constexpr,
-    half: tl.constexpr,
-    NESTED: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ZERO: tl.constexpr,
-):
-    """Scale and minimum of group g, or of one half of it where WIDTH is 16: what is added to scale * code, whole."""
+def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
+    """Scale and minimum of group g, or of a half of it where the width is 16: what is added to scale * code, whole."""
+    NESTED: tl.constexpr = FORM.nested
+    MINIMUM: tl.constexpr = FORM.minimum
+    WIDTH: tl.constexpr = FORM.width
+    ZERO: tl.constexpr = FORM.zero
+    w0, w1, w2, w3, above = words
     if NESTED:
         if WIDTH == 32:
             scale = ((w0 >> (8 * g)) & 255).to(tl.float32) * half_of(above, False)
@@ -145,3 +145,115 @@ def scale_of(
         scale = half_of(w0 if g < 2 else w1, g % 2 == 1)
         minimum = scale * -ZERO
     return scale, minimum
+
+
+# ---- the codec -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words(planes, step, row, inside, height, _pitch, FORM: tl.constexpr):
+    return scale_words(planes[2], planes[3], step, row, inside, height, FORM.nested, FORM.count)
+
+
+@triton.jit
+def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT: tl.constexpr):
+    """Elements of both planes, as they are stored, or where they will be taken apart in pairs as `spread` has them."""
+    LOW: tl.constexpr = FORM.low
+    HIGH: tl.constexpr = FORM.high
+    lows = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
+    if EXACT:
+        lows = spread(lows, LOW)
+    highs = lows
+    if HIGH > 0:
+        highs = high_words(planes[1], step, height, row[:, None], element, inside[:, None], HIGH)
+        if EXACT:
+            highs = spread(highs, HIGH)
+    return lows, highs
+
+
+@triton.jit
+def _scale(words, unit: tl.constexpr, part: tl.constexpr, OFFSET: tl.constexpr, FORM: tl.constexpr):
+    scale, minimum = scale_of(words, unit, part, FORM)
+    return scale, minimum - scale * OFFSET
+
+
+@triton.jit
+def code_pairs(
+    codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
+):
+    """magic + code as dtype [ROWS, width]."""
+    return pair_tile(codes[0], codes[1], at, g, FORM.low, FORM.high, dtype, ROWS, FORM.width)
+
+
+@triton.jit
+def scaled_codes(codes, g: tl.constexpr, scale, shift, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    """(2048 + code) * scale + shift as dtype [ROWS, 32]."""
+    even = float_code(codes[0], codes[1], g, 0, FORM.parts, FORM.low, FORM.high) * scale + shift
+    odd = float_code(codes[0], codes[1], g, 1, FORM.parts, FORM.low, FORM.high) * scale + shift
+    return tl.reshape(tl.join(even, odd), (ROWS, 32)).to(dtype)
+
+
+@triton.jit
+def _rounded(codes, words, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    WIDTH: tl.constexpr = FORM.width
+    scale, minimum = scale_of(words, g, 0, FORM)
+    scale = scale[:, None]
+    shift = minimum[:, None] - scale * 2048.0
+    if WIDTH == 16:
+        scale_2, minimum_2 = scale_of(words, g, 1, FORM)
+        second = (tl.arange(0, 16) >= 8)[None, :]
+        shift = tl.where(second, (minimum_2 - scale_2 * 2048.0)[:, None], shift)
+        scale = tl.where(second, scale_2[:, None], scale)
+    return scaled_codes(codes, g, scale, shift, FORM, dtype, ROWS)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GgufCodec(Codec):
+    """Of a kind of GGUF matrix.
+
+    Attributes:
+        count: words of a row in a step of `scales`.
+        nested, minimum, zero: as in `packed_linear.layout.Layout`.
+    """
+
+    count: int
+    nested: bool
+    minimum: bool
+    zero: int
+
+
+@functools.cache
+def codec(kind: PackedKind) -> GgufCodec:
+    """How the kernels read matrices of a kind."""
+    planes = PLANES[kind]
+    layout = planes.layout
+    return GgufCodec(
+        words=_words,
+        codes=_codes,
+        scale=_scale,
+        tile=code_pairs,
+        rounded=_rounded,
+        low=planes.low,
+        high=planes.high,
+        parts=planes.groups,
+        width=layout.width,
+        count=planes.words,
+        nested=layout.nested,
+        minimum=layout.minimum,
+        zero=layout.zero,
+    )
+
+
+def operand(matrix: GgufMatrix) -> Operand:
+    """The matrix as a launch passes it."""
+    planes = matrix.low, matrix.high, matrix.scales, matrix.supers
+    steps = matrix.planes.steps(matrix.columns)
+    return Operand(planes, matrix.rows, matrix.columns, None, steps, codec(matrix.kind))
+
+
+def planned(kind: PackedKind, columns: int) -> Operand:
+    """The same of a matrix that is not there, for forms that are built ahead of time."""
+    planes = PLANES[kind]
+    elements = {0: None, 1: "*i16", 2: "*i16", 4: "*i32", 8: "*i32"}
+    types = elements[planes.low], elements[planes.high], "*i32", "*i32" if planes.layout.nested else None
+    return Operand(types, 1, columns, None, planes.steps(columns), codec(kind))

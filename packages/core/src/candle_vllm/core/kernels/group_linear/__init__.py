@@ -52,8 +52,8 @@ def linear(
     if matrix.order is not None:
         x = x.index_select(1, matrix.order)
     if on_gpu(x):
-        from candle_vllm.core.kernels.group_linear import triton, triton_exact
+        from candle_vllm.core.kernels.group_linear import triton
 
-        exact = invariant or len(x) <= SMALL
-        return (triton_exact.linear if exact else triton.linear)(x, matrix, bias, out)
+        multiply = triton.linear_exact if invariant or len(x) <= SMALL else triton.linear
+        return multiply(x, matrix, bias, out)
     return reference.linear(x, matrix, bias, out)

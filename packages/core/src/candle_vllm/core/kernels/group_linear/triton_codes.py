@@ -1,6 +1,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Scales, zeros and floats out of the layout, and what the kernels share; inside step 6 of a request's life.
+"""How codes, scales, zeros and floats are taken out of the layout: the codec of each form; inside step 6 of a request's
+life.
 
 A small float becomes a float16 by moving its bits: e5m2 is the upper half of one; e4m3 and e2m1, whose exponents are
 shorter, are its number divided by 2^8 and by 2^14, subnormal ones included. FLOATS is 0 for whole numbers, 1 for e4m3,
@@ -9,16 +10,17 @@ shorter, are its number divided by 2^8 and by 2^14, subnormal ones included. FLO
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.triton_codes import moved
-from candle_vllm.core.kernels.group_linear.layout import PART, GroupMatrix, Numbers
-from candle_vllm.core.kernels.triton_build import Build
+from candle_vllm.core.kernels.gguf_linear.triton_codes import code_pairs, moved, scaled_codes
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
+from candle_vllm.core.kernels.linear.triton_products import Codec, Operand
 
 
 @triton.jit
@@ -38,27 +40,19 @@ def step_words(scales, step, group, row, inside, N, PARTS: tl.constexpr, UNIT: t
 
 
 @triton.jit
-def scale_and_zero(
-    w0,
-    w1,
-    w2,
-    w3,
-    unit: tl.constexpr,
-    ZEROS: tl.constexpr,
-    ZERO: tl.constexpr,
-    BF16: tl.constexpr,
-    FLOATS: tl.constexpr,
-):
+def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
     """Scale and zero of a unit in fp32; the zero is a constant where groups have none of their own."""
-    word = w0 if unit == 0 else (w1 if unit == 1 else (w2 if unit == 2 else w3))
+    FLOATS: tl.constexpr = FORM.kind
+    word = words[0] if unit == 0 else (words[1] if unit == 1 else (words[2] if unit == 2 else words[3]))
     if FLOATS:
         scale = word * (1.0 if FLOATS == 2 else 256.0)  # see `float_tile`
-    elif BF16:
+    elif FORM.scale_bf16:
         scale = (word.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    ZERO: tl.constexpr = FORM.zero
     zero = ZERO
-    if ZEROS:
+    if FORM.zeros:
         zero = ((word >> 16) & 0xFFFF).to(tl.float32)
     return scale, zero
 
@@ -128,57 +122,99 @@ def scaled_tile(words, i0, i1, scale, p: tl.constexpr, FLOATS: tl.constexpr, dty
     return tl.reshape(tl.join(first * scale[:, None], second * scale[:, None]), (ROWS, 32)).to(dtype)
 
 
+# ---- the codec -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _words(planes, step, row, inside, height, pitch, FORM: tl.constexpr):
+    w0, w1, w2, w3 = step_words(planes[2], step, pitch, row, inside, height, FORM.parts, FORM.unit)
+    i0, i1 = inner_words(planes[1], step, row, inside, height, FORM.kind)
+    return w0, w1, w2, w3, i0, i1
+
+
+@triton.jit
+def _codes(planes, step, element, row, inside, height, _FORM: tl.constexpr, _EXACT: tl.constexpr):
+    place = (step * height + row)[:, None] * 16 + element
+    words = tl.load(planes[0] + place, mask=inside[:, None], other=0)
+    return words, words
+
+
+@triton.jit
+def _scale(words, unit: tl.constexpr, _part: tl.constexpr, OFFSET: tl.constexpr, FORM: tl.constexpr):
+    scale, zero = scale_and_zero(words, unit, FORM)
+    return scale, scale * (-OFFSET - zero)
+
+
+@triton.jit
+def _floats(
+    codes, words, _at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
+):
+    return float_tile(codes[0], words[4], words[5], g, FORM.kind, dtype, ROWS)
+
+
+@triton.jit
+def _rounded(codes, words, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    scale, zero = scale_and_zero(words, g // FORM.unit, FORM)
+    if FORM.floats:
+        weights = scaled_tile(codes[0], words[4], words[5], scale, g, FORM.kind, dtype, ROWS)
+    else:
+        weights = scaled_codes(codes, g, scale[:, None], (scale * (-2048.0 - zero))[:, None], FORM, dtype, ROWS)
+    return weights
+
+
 FLOATS = MappingProxyType({"int": 0, "e4m3": 1, "e5m2": 2, "e2m1": 3})
 """The kernels' constant of this name, by `GroupMatrix.numbers`."""
 
 
-def constants_of(matrix: GroupMatrix) -> dict[str, Any]:
-    """What the kernels know of a matrix when they are compiled."""
-    return {
-        "BITS": matrix.bits,
-        "PARTS": matrix.parts,
-        "UNIT": matrix.unit,
-        "ZEROS": matrix.zeros,
-        "ZERO": float(matrix.zero),
-        "SCALE_BF16": matrix.scale_dtype == torch.bfloat16,
-        "FLOATS": FLOATS[matrix.numbers],
-        "PADDED": matrix.columns % matrix.step != 0,
-    }
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GroupCodec(Codec):
+    """Of matrices with one form of groups.
+
+    Attributes:
+        zeros: whether groups have zeros of their own; else `zero` is that of all.
+        scale_bf16: whether scales are bfloat16, not float16.
+        kind: of floats, see `FLOATS`.
+    """
+
+    zeros: bool
+    zero: float
+    scale_bf16: bool
+    kind: int
 
 
-def without_numbers(bits: int, group: int, zeros: bool, columns: int = 4096, numbers: Numbers = "int") -> GroupMatrix:
-    """A matrix for `constants_of` where something is compiled ahead of time."""
-    if numbers != "int":
-        words = torch.empty(0)
-        return GroupMatrix(1, columns, bits, group, torch.float32, words, words, numbers=numbers)
-    words = torch.empty(0, dtype=torch.int32 if zeros else torch.int16)
-    return GroupMatrix(1, columns, bits, group, torch.float16 if zeros else torch.bfloat16, words, words)
-
-
-def scale_type(matrix: GroupMatrix) -> str:
-    """Triton's type of the plane of scales."""
-    return {torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32"}[matrix.scales.dtype]
-
-
-def build(kernel: Any, matrix: GroupMatrix, dtype: str, constants: dict[str, Any], form: str, **options: Any) -> Build:
-    """A form of a kernel for a matrix `without_numbers`."""
-    types = dict.fromkeys(("T", "N", "K", "group", "x_stride", "out_stride", "steps", "split_steps"), "i32")
-    types |= {"x": f"*{dtype}", "codes": "*i32", "scales": scale_type(matrix), "out": f"*{dtype}"}
-    types["bias"] = f"*{dtype}"
-    if constants.get("SPLIT"):
-        types["out"] = "*fp32"
-    missing = {} if constants["BIAS"] else {"bias": None}
-    if matrix.numbers == "e2m1":
-        types["inner"] = "*i32"
-    else:
-        missing["inner"] = None
-    kind = f"{matrix.bits}bits" if matrix.numbers == "int" else matrix.numbers
-    shared = matrix.group // PART
-    return Build(
-        kernel,
-        {name: types[name] for name in kernel.arg_names if name in types and name not in missing},
-        {**constants, **missing},
-        aligned=("N", "K", "group", "x_stride", "out_stride"),
-        label=f"{kind}-{shared}parts{'-zeros' if matrix.zeros else ''}-{constants['TOKENS']}-{form}",
-        **options,
+@functools.cache
+def codec(bits: int, unit: int, zeros: bool, scale_dtype: torch.dtype, numbers: Numbers) -> GroupCodec:
+    """How the kernels read matrices of a form; see `GroupMatrix`."""
+    return GroupCodec(
+        words=_words,
+        codes=_codes,
+        scale=_scale,
+        tile=code_pairs if numbers == "int" else _floats,
+        rounded=_rounded,
+        low=bits,
+        high=0,
+        parts=16 // bits,
+        unit=unit,
+        floats=numbers != "int",
+        zeros=zeros,
+        zero=float(1 << (bits - 1)),
+        scale_bf16=scale_dtype == torch.bfloat16,
+        kind=FLOATS[numbers],
     )
+
+
+def operand(matrix: GroupMatrix) -> Operand:
+    """The matrix as a launch passes it."""
+    planes = matrix.codes, matrix.inner, matrix.scales, None
+    found = codec(matrix.bits, matrix.unit, matrix.zeros, matrix.scale_dtype, matrix.numbers)
+    return Operand(planes, matrix.rows, matrix.columns, matrix.group, matrix.steps, found)
+
+
+def planned(bits: int, group: int, zeros: bool, columns: int = 4096, numbers: Numbers = "int") -> Operand:
+    """The same of a matrix that is not there, for forms that are built ahead of time."""
+    scales = {"int": torch.int32 if zeros else torch.int16}.get(numbers, torch.float32)
+    kind = {torch.int16: torch.bfloat16, torch.int32: torch.float16}.get(scales, torch.float32)
+    matrix = GroupMatrix(1, columns, bits, group, kind, torch.empty(0), torch.empty(0, dtype=scales), numbers=numbers)
+    types = {torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32"}
+    planes = "*i32", "*i32" if numbers == "e2m1" else None, types[scales], None
+    return operand(matrix)._replace(planes=planes)

@@ -9,16 +9,12 @@ program comes first.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
-from candle_vllm.core.kernels.moe import triton_floats, triton_gguf, triton_plain
 from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes
+from candle_vllm.core.kernels.moe.triton_experts import block_tokens, few, many
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
@@ -76,29 +72,16 @@ def moe(
     products = ((x, gate_up, first, inner, activation), (inner, down, second, results, None))
     if sizes.few and not invariant:
         for source, matrix, bias, out, gate in products:
-            _module(matrix).few(source, matrix, bias, experts, out, sizes, gate)
+            few(source, matrix, bias, experts, out, sizes, gate)
     else:
         block = block_tokens(sizes)
         blocks = sort_pairs(experts, sizes, block)
         for source, matrix, bias, out, gate in products:
-            _module(matrix).many(source, matrix, bias, blocks, out, sizes, gate)
+            many(source, matrix, bias, blocks, out, sizes, gate)
     grid = (sizes.tokens, cdiv(sizes.hidden, _PART))
     constants = {"TOP": sizes.top_k, "BLOCK": _PART}
     sum_kernel[grid](results, weights, experts, y, sizes.experts, sizes.hidden, **constants, num_warps=4, **OPTIONS)
     return y
-
-
-def _module(matrix: Experts) -> Any:
-    """Where the kernels for such experts are."""
-    if isinstance(matrix, GroupMatrix):
-        return triton_floats
-    return triton_gguf if isinstance(matrix, GgufMatrix) else triton_plain
-
-
-def block_tokens(sizes: MoeSizes) -> int:
-    """Tokens of a tile where there are many pairs: about as many as an expert has. Not measured yet."""
-    average = sizes.pairs // sizes.experts
-    return next((size for size in triton_plain.MANY_TILES if average <= size), 128)
 
 
 def _build(dtype: str, top_k: int) -> Build:

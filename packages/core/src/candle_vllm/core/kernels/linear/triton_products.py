@@ -1,0 +1,270 @@
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""The sums of a tile: some rows of a matrix times some rows of x, along K; inside step 6 of a request's life.
+
+Every kernel that multiplies with a stored matrix, of a linear layer or of experts, is an outer part, which says what
+rows and what tokens a program has, and one of three products, which it is given as a constant:
+
+- `plain`: weights of x's dtype as they are.
+- `exact`: codes meet x exactly, and scales meet the sums, in fp32. With whole numbers magic + code is multiplied, so
+  the sum of x times magic is taken off again; that sum comes from the tensor cores too, by a product with ones.
+- `rounded`: a tile of weights is scaled, rounded to x's dtype in registers, and multiplied.
+
+How codes and scales are taken out of a matrix's planes says a `Codec`, which is a constant as well. So each format and
+product is compiled to code of its own.
+
+Letters: R rows and T tokens of a tile. K is cut into **steps** of `parts` times 32 weights (of a plain matrix: of one),
+and with FOLD into stretches of `split_steps`, which are added to 0 in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Codec:
+    """How a matrix of codes is read. Made once for each kind of matrix: kernels are found again by its identity.
+
+    In the device functions, g is a part of a step, and `planes` is (low, high, scales, supers).
+
+    Attributes:
+        words: (planes, step, row, inside, height, pitch, FORM): a tuple, what the scales of a step are made of.
+        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, those elements of a step's codes; as
+            `tile` wants them, or `rounded`.
+        scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` meets the sums of x.
+        tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
+        rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
+        low, high: bits of a code in the two planes; high may be 0. Codes of 8 bits meet x as two of 4.
+        parts: of a step, of 32 weights each.
+        unit: parts of a step that share a scale for certain.
+        width: weights that share a scale, where that is less than 32, else 32.
+        floats: whether codes are floats, which need no shift.
+    """
+
+    words: Callable[..., Any]
+    codes: Callable[..., Any]
+    scale: Callable[..., Any]
+    tile: Callable[..., Any]
+    rounded: Callable[..., Any]
+    low: int
+    high: int
+    parts: int
+    unit: int = 1
+    width: int = 32
+    floats: bool = False
+
+    @cached_property
+    def cache_key(self) -> str:
+        """What Triton knows a compiled kernel with this constant by: its functions' sources, and its numbers."""
+        return "-".join(getattr(value, "cache_key", str(value)) for value in vars(self).values())
+
+
+class Operand(NamedTuple):
+    """A matrix [rows, columns] as a launch passes it; where forms are built ahead of time, types for tensors.
+
+    Attributes:
+        planes: low, high, scales, supers; None where there is none. A plain matrix is the first.
+        pitch: numbers from row to row of a plain matrix, weights that share a scale of one with groups, else None.
+        steps: of K.
+        form: a `Codec`, or of a plain matrix the columns that are multiplied at a time.
+    """
+
+    planes: tuple[Any, Any, Any, Any]
+    rows: int
+    columns: int
+    pitch: int | None
+    steps: int
+    form: Codec | int
+
+    @property
+    def padded(self) -> bool:
+        """Whether K fills no whole number of steps."""
+        return self.columns % (self.form if isinstance(self.form, int) else self.form.parts * 32) != 0
+
+
+@triton.jit
+def plain(
+    x_at,  # beginnings of rows of x, pointers [1, T]
+    planes,  # of the matrix: one, [.., K], rows `pitch` apart
+    row,  # rows of the matrix, int64 [R], where `inside`
+    inside,
+    asked,  # [T], which rows of x there are
+    _height,  # rows of the matrix, int64
+    K,
+    pitch,
+    first,
+    last,
+    split_steps,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """fp32 [R, T] over the steps from `first` to `last`."""
+    column = tl.arange(0, FORM)
+    weight_at = planes[0] + row[:, None] * pitch + column[None, :]
+    x_at += column[:, None]
+    if FOLD:
+        total = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in tl.range(first, last, split_steps):
+            stop = tl.minimum(start + split_steps, last)
+            total += _chain(x_at, weight_at, inside, asked, K, start, stop, FORM, PADDED, ROWS, TOKENS)
+    else:
+        total = _chain(x_at, weight_at, inside, asked, K, first, last, FORM, PADDED, ROWS, TOKENS)
+    return total
+
+
+@triton.jit
+def _chain(
+    x_at,
+    weight_at,
+    inside,
+    asked,
+    K,
+    start,
+    stop,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The sums of one stretch: one chain of tensor instructions from 0."""
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for k in tl.range(start, stop, COLUMNS):
+        left = inside[:, None]
+        right = asked[None, :]
+        if PADDED:
+            left = left & (k + column < K)[None, :]
+            right = right & (k + column < K)[:, None]
+        weights = tl.load(weight_at + k, mask=left, other=0.0)
+        numbers = tl.load(x_at + k, mask=right, other=0.0)
+        sums = tl.dot(weights, numbers, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def exact(
+    x_at,  # as above
+    planes,
+    row,
+    inside,
+    asked,
+    height,
+    K,
+    pitch,
+    first,
+    last,
+    split_steps,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """fp32 [R, T] over the steps from `first` to `last`. Products with a scale are explicit fused operations, so that
+    no form of a kernel rounds differently."""
+    WIDTH: tl.constexpr = FORM.width
+    E: tl.constexpr = WIDTH // 2  # elements that meet x at a time
+    PARTS: tl.constexpr = FORM.parts
+    UNIT: tl.constexpr = FORM.unit
+    EIGHT: tl.constexpr = FORM.low == 8
+    FLOATS: tl.constexpr = FORM.floats
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    MAGIC: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    OFFSET: tl.constexpr = MAGIC * 17 if EIGHT else MAGIC
+    element = tl.arange(0, E)
+    column = tl.arange(0, WIDTH)
+    x_at += column[:, None]
+    # Joined as the codes are: Triton 3.6 arranges K by that, and fetches x ahead only where one arrangement serves all.
+    half = tl.full((ROWS, E), 1.0, tl.float32).to(dtype)
+    ones = tl.reshape(tl.join(half, half), (ROWS, WIDTH))
+    zeros = tl.zeros((ROWS, TOKENS), tl.float32)
+    stretch = zeros  # the sums of one
+    total = zeros  # of those before it
+    # Triton fetches ahead only what a dot product takes, so a step's scales are asked for during the one before.
+    ahead = FORM.words(planes, first, row, inside, height, pitch, FORM)
+    for step in tl.range(first, last):
+        words = ahead
+        after = tl.minimum(step + 1, last - 1)
+        ahead = FORM.words(planes, after, row, inside, height, pitch, FORM)
+        for part in tl.static_range(32 // WIDTH):
+            elements = (part * E + element)[None, :]
+            codes = FORM.codes(planes, step, elements, row, inside, height, FORM, True)
+            for unit in tl.static_range(PARTS // UNIT):
+                scale, shift = FORM.scale(words, unit, part, OFFSET, FORM)
+                sums = zeros
+                dots = zeros
+                upper = zeros
+                for inner in tl.static_range(UNIT):
+                    k = step * (PARTS * 32) + (unit * UNIT + inner) * 32 + part * WIDTH
+                    right = asked[None, :]
+                    if PADDED:
+                        right = right & (k + column < K)[:, None]
+                    numbers = tl.load(x_at + k, mask=right, other=0.0)
+                    if not FLOATS:
+                        sums = tl.dot(ones, numbers, sums)
+                    tile = FORM.tile(codes, words, 0, unit * UNIT + inner, FORM, dtype, ROWS)
+                    dots = tl.dot(tile, numbers, dots)
+                    if EIGHT and not FLOATS:  # the upper four bits
+                        tile = FORM.tile(codes, words, 4, unit * UNIT + inner, FORM, dtype, ROWS)
+                        upper = tl.dot(tile, numbers, upper)
+                if not FLOATS:
+                    if EIGHT:
+                        dots += upper * 16.0
+                    stretch = tl.fma(sums, tl.broadcast_to(shift[:, None], (ROWS, TOKENS)), stretch)
+                stretch = tl.fma(dots, tl.broadcast_to(scale[:, None], (ROWS, TOKENS)), stretch)
+        if FOLD:  # noqa: SIM102 - known when this is compiled
+            if (step + 1) % split_steps == 0:
+                total += stretch
+                stretch = zeros
+    if FOLD:
+        stretch += total
+    return stretch
+
+
+@triton.jit
+def rounded(
+    x_at,  # as above
+    planes,
+    row,
+    inside,
+    asked,
+    height,
+    K,
+    pitch,
+    first,
+    last,
+    _split_steps,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    _FOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """fp32 [R, T] over the steps from `first` to `last`, in one stretch."""
+    PARTS: tl.constexpr = FORM.parts
+    dtype: tl.constexpr = x_at.dtype.element_ty
+    element = tl.arange(0, 16)[None, :]
+    column = tl.arange(0, 32)
+    x_at += column[:, None]
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in tl.range(first, last):
+        words = FORM.words(planes, step, row, inside, height, pitch, FORM)
+        codes = FORM.codes(planes, step, element, row, inside, height, FORM, False)
+        for g in tl.static_range(PARTS):
+            weights = FORM.rounded(codes, words, g, FORM, dtype, ROWS)
+            k = step * (PARTS * 32) + g * 32
+            right = asked[None, :]
+            if PADDED:
+                right = right & (k + column < K)[:, None]
+            total = tl.dot(weights, tl.load(x_at + k, mask=right, other=0.0), total)
+    return total

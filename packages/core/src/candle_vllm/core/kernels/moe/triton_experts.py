@@ -1,0 +1,477 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Products with experts' matrices on a GPU (step 6 of a request's life).
+
+The experts' rows stand behind each other in one matrix; how it is stored is the business of the product that a kernel
+is given (`kernels/linear/triton_products.py`).
+
+Few pairs (decoding): a program takes some rows of one expert's matrix and every token that asked for that expert. There
+is a program for each pair; those whose expert an earlier pair has are done at once. So weights are read once, and
+nothing has to be sorted. With one or two warps, Hopper too uses the plain tensor instructions, whose results do not
+depend on the number of tokens. Codes meet x exactly.
+
+Many pairs: a program takes some rows of one expert's matrix and a block of its pairs. The weights are the left factor,
+so that small blocks of tokens fill the tensor cores as well as large ones, and give the same bits. Codes are scaled and
+rounded to x's dtype first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.gguf_linear import triton_codes as gguf
+from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+from candle_vllm.core.kernels.group_linear import triton_codes as group
+from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
+from candle_vllm.core.kernels.linear.triton import Tile, tile_for, tile_of
+from candle_vllm.core.kernels.linear.triton_products import Operand, exact, plain, rounded
+from candle_vllm.core.kernels.moe.arguments import Activation, Experts, MoeSizes
+from candle_vllm.core.kernels.moe.triton_sort import Blocks
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    next_power_of_2,
+    stages,
+)
+
+Stored: TypeAlias = Literal["plain", "gguf", "floats"]
+"""How experts are stored: as they are, in GGUF's blocks, or as small floats in groups."""
+
+
+class Tiles(NamedTuple):
+    """By tokens: of few pairs, and of many."""
+
+    few: tuple[Tile, ...]
+    many: tuple[Tile, ...]
+
+
+# Not measured yet. For few pairs no four warps with 64 rows, which would be given Hopper's own instruction.
+_ROUNDED = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
+PLAIN = Tiles(
+    (Tile(8, 32, 1, 4, 128), Tile(16, 32, 1, 4, 128), Tile(32, 64, 2, 4), Tile(64, 64, 2, 4)),
+    (Tile(16, 128, 4, 4), Tile(32, 128, 4, 4), Tile(64, 128, 4, 4), Tile(128, 256, 8, 3)),
+)
+GGUF = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 3), Tile(64, 32, 4, 3)), _ROUNDED)
+FLOATS = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 4, 4)), _ROUNDED)
+_SERVERS = (80, 90, 100)  # on others the largest tile of plain matrices leaves no room for a second block, and spills
+PLAIN_OTHERS = PLAIN._replace(many=(*PLAIN.many[:-1], Tile(128, 128, 8, 3)))
+# Without tensor cores: the largest that do not spill.
+_MANY_SLOW = (Tile(16, 64, 4, 1, 32), Tile(32, 64, 8, 1, 32), Tile(64, 64, 8, 1, 32), Tile(128, 32, 8, 1, 32))
+PLAIN_SLOW = Tiles(
+    (Tile(8, 32, 2, 1, 32), Tile(16, 32, 4, 1, 32), Tile(32, 32, 8, 1, 32), Tile(64, 32, 8, 1, 32)), _MANY_SLOW
+)
+GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)), _MANY_SLOW)
+TOGETHER = 8  # tiles of rows that are taken with each other, so that their tokens stay in the cache
+
+
+@triton.jit
+def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile of an expert's matrix: the rows in the matrix of all experts, int64, and which of them there are.
+
+    GATED: eight rows of the gate and the eight of up that meet them take turns, as the tensor cores' registers do.
+    """
+    if GATED:
+        inner = tl.arange(0, ROWS)
+        place = tile * (ROWS // 2) + inner // 16 * 8 + inner % 8
+        return (expert * 2 + inner // 8 % 2) * N + place, place < N
+    place = tile * ROWS + tl.arange(0, ROWS)
+    return expert * N + place, place < N
+
+
+@triton.jit
+def finished(
+    total, bias, row, inside, GATED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """A tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] of them; `row` and `inside` as `tile_rows`."""
+    if bias is not None:
+        total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.trans(tl.reshape(total, (ROWS // 16, 2, 8, TOKENS)), 0, 2, 3, 1))
+        if ACT == 2:  # gpt-oss; NaN stays NaN
+            gate = tl.where(gate > 7.0, 7.0, gate)
+            up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+        inner = gate
+        if ACT == 2:
+            inner = 1.702 * gate
+        if ACT == 1:
+            # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
+            inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        total = tl.reshape(gate / (1.0 + tl.exp(-inner)) * up, (ROWS // 2, TOKENS))
+    return total
+
+
+@triton.jit
+def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
+    """Writes a finished tile [HEIGHT, TOKENS] to the columns of the rows `target` of out [.., N]."""
+    row = tile * HEIGHT + tl.arange(0, HEIGHT)
+    there = (row < N)[:, None] & asked[None, :]
+    tl.store(out + target[None, :] * N + row[:, None], total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of a pair of few: its expert; whether the expert is valid and no pair before asks for it; and for each token the
+    token's pair with that expert, or -1."""
+    expert = tl.load(experts + pair)
+    token = tl.arange(0, TOKENS)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    number = token * TOP + slot
+    same = tl.load(experts + number, mask=(token < T) & (slot < TOP), other=-1) == expert
+    first = tl.min(tl.min(tl.where(same, number, pair), 1), 0)
+    wanted = (expert >= 0) & (expert < X) & (first == pair)
+    return expert.to(tl.int64), wanted, tl.max(tl.where(same, number, -1), 1)
+
+
+@triton.jit
+def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
+    """Of a block of one expert: which of its places are taken, their numbers in the order, and their pairs."""
+    place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
+    pair = tl.load(order + place, mask=asked, other=0)
+    return asked, place.to(tl.int64), pair.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["T"])
+def few_kernel(
+    x,  # [T, K], or where not GATED [pairs, K]
+    low,  # planes of X * N rows, or where GATED X * 2N, see `Operand`
+    high,
+    scales,
+    supers,
+    bias,  # [X, N], or where GATED [X, 2N]
+    experts,  # [T, TOP]
+    out,  # [pairs, N]
+    T,
+    X,
+    N,
+    K,
+    pitch,
+    x_stride,
+    steps,
+    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOP: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    expert, wanted, pair = few_pairs(experts, tl.program_id(1), T, X, TOP, SLOTS, TOKENS)
+    if not wanted:
+        return
+    asked = pair >= 0
+    pair = pair.to(tl.int64)
+    tile = tl.program_id(0)
+    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
+    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
+    source = tl.arange(0, TOKENS).to(tl.int64) if GATED else pair
+    total = PRODUCT(
+        x + source[None, :] * x_stride,
+        (low, high, scales, supers),
+        row,
+        inside,
+        asked,
+        height,
+        K,
+        pitch,
+        0,
+        steps,
+        steps,
+        FORM,
+        PADDED,
+        False,
+        ROWS,
+        TOKENS,
+    )
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
+    store_tile(out, total, tile, pair, asked, N, ROWS // 2 if GATED else ROWS)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def many_kernel(
+    x,  # where GATED [T, K], else [places, K]
+    low,  # as above
+    high,
+    scales,
+    supers,
+    bias,
+    order,  # [pairs]
+    table,  # [3, blocks]
+    out,  # where GATED [places, N], else [pairs, N]
+    blocks,
+    X,
+    N,
+    K,
+    pitch,
+    x_stride,
+    steps,
+    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOP: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    tile, block = tile_of(tl.program_id(0), tl.cdiv(N, ROWS // 2 if GATED else ROWS), blocks, TOGETHER)
+    expert = tl.load(table + block).to(tl.int64)
+    if expert < 0:
+        return
+    asked, place, pair = block_pairs(order, table, block, blocks, TOKENS)
+    source = pair // TOP if GATED else place
+    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
+    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
+    total = PRODUCT(
+        x + source[None, :] * x_stride,
+        (low, high, scales, supers),
+        row,
+        inside,
+        asked,
+        height,
+        K,
+        pitch,
+        0,
+        steps,
+        steps,
+        FORM,
+        PADDED,
+        False,
+        ROWS,
+        TOKENS,
+    )
+    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
+    store_tile(out, total, tile, place if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
+
+
+def few(
+    x: torch.Tensor,
+    matrix: Experts,
+    bias: torch.Tensor | None,
+    experts: torch.Tensor,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
+) -> None:
+    """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
+    stored = _stored(x, matrix, bias)
+    tile = tile_for(sizes.tokens, _tiles(stored, capability(x.device)).few)
+    operand, rows = _operand(matrix, tile), out.shape[1]
+    few_kernel[(cdiv(rows, _height(tile, gate)), sizes.pairs)](
+        x,
+        *operand.planes,
+        bias,
+        experts,
+        out,
+        sizes.tokens,
+        sizes.experts,
+        rows,
+        operand.columns,
+        operand.pitch,
+        x.stride(0),
+        operand.steps,
+        SLOTS=next_power_of_2(sizes.top_k),
+        **_constants(operand, plain if stored == "plain" else exact, tile, sizes.top_k, gate),
+        num_warps=tile.warps,
+        num_stages=stages(tile.stages),
+        **OPTIONS,
+    )
+
+
+def many(
+    x: torch.Tensor,
+    matrix: Experts,
+    bias: torch.Tensor | None,
+    blocks: Blocks,
+    out: torch.Tensor,
+    sizes: MoeSizes,
+    gate: str | None,
+) -> None:
+    """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
+    stored = _stored(x, matrix, bias)
+    tile = tile_for(blocks.most, _tiles(stored, capability(x.device)).many)
+    operand, rows = _operand(matrix, tile), out.shape[1]
+    many_kernel[(blocks.count * cdiv(rows, _height(tile, gate)),)](
+        x,
+        *operand.planes,
+        bias,
+        blocks.order,
+        blocks.table,
+        out,
+        blocks.count,
+        sizes.experts,
+        rows,
+        operand.columns,
+        operand.pitch,
+        x.stride(0),
+        operand.steps,
+        TOGETHER=TOGETHER,
+        **_constants(operand, plain if stored == "plain" else rounded, tile, sizes.top_k, gate),
+        num_warps=tile.warps,
+        num_stages=stages(tile.stages),
+        **OPTIONS,
+    )
+
+
+def block_tokens(sizes: MoeSizes) -> int:
+    """Tokens of a tile where there are many pairs: about as many as an expert has. Not measured yet."""
+    return tile_for(sizes.pairs // sizes.experts, PLAIN.many).tokens
+
+
+def _stored(x: torch.Tensor, matrix: Experts, bias: torch.Tensor | None) -> Stored:
+    """What the experts are, and whether the kernels read these tensors."""
+    assert bias is None or (bias.is_contiguous() and bias.device == x.device)
+    assert matrix.device == x.device
+    if isinstance(matrix, GgufMatrix):
+        return "gguf"
+    if isinstance(matrix, GroupMatrix):
+        assert matrix.numbers != "int", "experts of whole numbers come in GGUF's blocks"
+        assert matrix.order is None
+        return "floats"
+    assert matrix.is_contiguous()
+    assert matrix.dtype == x.dtype
+    return "plain"
+
+
+def _operand(matrix: Experts, tile: Tile) -> Operand:
+    if isinstance(matrix, GgufMatrix):
+        return gguf.operand(matrix)
+    return group.operand(matrix) if isinstance(matrix, GroupMatrix) else _plain(matrix, *matrix.shape[1:], tile)
+
+
+def _plain(weight: Any, rows: int, columns: int, tile: Tile) -> Operand:
+    return Operand((weight, None, None, None), rows, columns, columns, columns, tile.columns)
+
+
+def _tiles(stored: Stored, capability: int) -> Tiles:
+    if stored == "floats":
+        return FLOATS
+    if capability < TENSOR_CORES:
+        return PLAIN_SLOW if stored == "plain" else GGUF_SLOW
+    if stored == "gguf":
+        return GGUF
+    return PLAIN if capability in _SERVERS else PLAIN_OTHERS
+
+
+def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: str | None) -> dict[str, Any]:
+    return {
+        "PRODUCT": product,
+        "FORM": operand.form,
+        "PADDED": operand.padded,
+        "TOP": top_k,
+        "GATED": gate is not None,
+        "ACT": 0 if gate is None else get_args(Activation).index(gate),
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+    }
+
+
+def _height(tile: Tile, gate: str | None) -> int:
+    """Rows of the result that a tile makes."""
+    return tile.rows if gate is None else tile.rows // 2
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    kernel: Any,
+    kind: PackedKind | Numbers | Literal["plain"],
+    gate: str | None,
+    tokens: int,
+    capabilities: tuple[int, ...],
+    *,
+    bias: str | None = None,
+    dtype: str = "bf16",
+    columns: int = 2048,
+    group_size: int = 128,
+) -> Build:
+    stored: Stored = "plain" if kind == "plain" else "gguf" if isinstance(kind, PackedKind) else "floats"
+    tiles = _tiles(stored, capabilities[0])
+    tile = tile_for(tokens, tiles.few if kernel is few_kernel else tiles.many)
+    label = f"{dtype}-{columns}"
+    if kind == "plain":
+        operand = _plain(f"*{dtype}", 1, columns, tile)
+    elif isinstance(kind, PackedKind):
+        operand, label = gguf.planned(kind, columns), kind.name
+    else:
+        operand, label = (
+            group.planned(4 if kind == "e2m1" else 8, group_size, False, columns, kind),
+            f"{kind}-{group_size}",
+        )
+    product = plain if stored == "plain" else exact if kernel is few_kernel else rounded
+    extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
+    types = dict.fromkeys(("T", "X", "N", "K", "pitch", "x_stride", "steps", "blocks"), "i32")
+    types |= dict.fromkeys(("experts", "order", "table"), "*i32") | dict.fromkeys(("x", "out"), f"*{dtype}")
+    types |= dict(zip(("low", "high", "scales", "supers"), operand.planes, strict=True))
+    types["bias"] = None if bias is None else f"*{bias}"
+    missing = {name: None for name, found in types.items() if found is None}
+    missing |= {} if operand.pitch else {"pitch": None}
+    sizes = ("N", "K", "pitch", "x_stride", *(("steps",) if stored == "plain" else ()))
+    return Build(
+        kernel,
+        {name: types[name] for name in kernel.arg_names if name in types and name not in missing},
+        {**_constants(operand, product, tile, 8, gate), **extra, **missing},
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        aligned=tuple(name for name in sizes if name not in missing),
+        label=f"{label}x{tokens}{'-' + gate if gate else ''}{'-bias' if bias else ''}",
+        capabilities=capabilities,
+    )
+
+
+_HOPPER, _TURING, _OTHERS = (90,), (75,), (120,)
+_TOKENS = {few_kernel: (8, 16, 32, 64), many_kernel: (16, 32, 64, 128)}
+_BOTH = tuple(_TOKENS.items())
+
+AOT = (
+    *(_build(few_kernel, "plain", gate, tokens, _SERVERS) for gate in ("silu", None) for tokens in (8, 16, 64)),
+    *(_build(many_kernel, "plain", gate, tokens, _SERVERS) for gate in ("silu", None) for tokens in (16, 32, 64, 128)),
+    _build(few_kernel, "plain", "gelu_tanh", 32, _SERVERS, dtype="fp16", columns=1440),
+    _build(many_kernel, "plain", "gelu_tanh", 128, _SERVERS, dtype="fp16", columns=1440),
+    _build(few_kernel, "plain", "swiglu_oai", 16, _SERVERS, columns=2880, bias="fp32"),
+    _build(many_kernel, "plain", "swiglu_oai", 128, _SERVERS, columns=2880, bias="fp32"),
+    _build(few_kernel, "plain", None, 8, _SERVERS, columns=2880, bias="fp32"),
+    *(_build(kernel, "plain", "silu", tokens, _TURING, dtype="fp16") for kernel, wide in _BOTH for tokens in wide),
+    *(_build(kernel, "plain", "silu", tokens, _OTHERS) for kernel, wide in _BOTH for tokens in wide),
+    _build(many_kernel, "plain", "gelu_tanh", 128, _OTHERS, dtype="fp16", columns=1440),
+    _build(many_kernel, "plain", "swiglu_oai", 128, _OTHERS, columns=2880, bias="fp32"),
+    _build(few_kernel, "plain", "swiglu_oai", 16, _TURING, dtype="fp16", columns=2880, bias="fp32"),
+    _build(many_kernel, "plain", None, 128, _TURING, dtype="fp16", columns=2880, bias="fp32"),
+    *(_build(few_kernel, kind, "silu", 16, _HOPPER) for kind in PackedKind),
+    _build(few_kernel, PackedKind.Q4_K, "silu", 8, WITH_TENSOR_CORES),
+    _build(few_kernel, PackedKind.Q6_K, None, 8, WITH_TENSOR_CORES),
+    _build(few_kernel, PackedKind.Q4_K, "gelu_tanh", 32, WITH_TENSOR_CORES),
+    _build(few_kernel, PackedKind.Q4_K, "silu", 64, _HOPPER),
+    _build(few_kernel, PackedKind.Q5_K, None, 64, _HOPPER),
+    *(_build(many_kernel, kind, "silu", 128, _HOPPER) for kind in PackedKind),
+    *(_build(many_kernel, PackedKind.Q4_K, "silu", tokens, WITH_TENSOR_CORES) for tokens in _TOKENS[many_kernel]),
+    *(_build(many_kernel, PackedKind.Q6_K, None, tokens, WITH_TENSOR_CORES) for tokens in (16, 128)),
+    _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, WITH_TENSOR_CORES, bias="fp32"),
+    _build(few_kernel, PackedKind.Q5_0, None, 8, WITH_TENSOR_CORES, bias="fp32"),
+    _build(many_kernel, PackedKind.Q5_0, "swiglu_oai", 128, WITH_TENSOR_CORES, bias="fp32"),
+    *(_build(few_kernel, kind, "silu", 8, _TURING) for kind in PackedKind),
+    *(_build(few_kernel, PackedKind.Q4_K, "gelu_tanh", tokens, _TURING) for tokens in (16, 32, 64)),
+    *(_build(many_kernel, kind, "silu", 128, _TURING) for kind in PackedKind),
+    *(_build(many_kernel, PackedKind.Q4_K, None, tokens, _TURING) for tokens in (16, 32, 64)),
+    _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, _TURING, bias="fp32"),
+    _build(few_kernel, "e4m3", "silu", 8, WITH_TENSOR_CORES),
+    _build(few_kernel, "e5m2", "gelu_tanh", 32, _HOPPER, group_size=2048),
+    _build(few_kernel, "e4m3", "silu", 64, _HOPPER),
+    _build(many_kernel, "e4m3", "silu", 128, WITH_TENSOR_CORES),
+    _build(many_kernel, "e4m3", None, 16, _HOPPER),
+    *(_build(few_kernel, "e2m1", "silu", tokens, _HOPPER, group_size=2048) for tokens in (16, 64)),
+    _build(many_kernel, "e2m1", "silu", 128, _HOPPER, group_size=2048),
+)
