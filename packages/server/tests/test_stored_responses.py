@@ -292,7 +292,7 @@ def test_a_database_that_is_gone_is_a_503(start: Callable[..., Running], tmp_pat
     import sqlite3
 
     with sqlite3.connect(tmp_path / "r.sqlite") as connection:
-        connection.execute("DROP TABLE responses_records")
+        connection.execute("DROP TABLE responses_entries")
     connection.close()
     with pytest.raises(openai.InternalServerError) as failure:
         client.responses.retrieve(name)

@@ -297,10 +297,8 @@ async def test_a_result_that_is_too_large_is_a_failure(answered: Make, caplog) -
 
 
 async def test_the_end_is_added_to_its_conversation(kept: KeptResponses, answered: Make) -> None:
-    from candle_vllm.responses.store.records import StoredConversation
-
     store = await kept.store()
-    await store.create_conversation("a", StoredConversation(id="conv_1", created_at=1, metadata=b"{}"))
+    await store.create_conversation("a", "conv_1")
     events = await begin(kept, Answer(answered, open_gate=True, conversation="conv_1"))
     async for event in events:
         if event.name == "response.completed":

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[4] / "tests"))  # for postgres_server
 from postgres_server import new_database, postgres_server
 
 from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.store import ResponseStore
+from candle_vllm.responses.store.response_store import ResponseStore
 
 
 class Clock:

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
-from candle_vllm.responses.store.records import StoredConversation
-from candle_vllm.responses.store.store import ResponseStore
+from candle_vllm.responses.store.response_store import ResponseStore
 
 
 def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
@@ -20,7 +20,7 @@ def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
 
 
 async def begin(store: ResponseStore, name: str = "conv_1", *items: dict[str, Any], owner: str = "a") -> None:
-    await store.create_conversation(owner, StoredConversation(id=name, created_at=7, metadata=b'{"k":"v"}'), items)
+    await store.create_conversation(owner, name, b'{"k":"v"}', items)
 
 
 async def ids(store: ResponseStore, name: str = "conv_1", owner: str = "a") -> list[str]:
@@ -31,7 +31,7 @@ async def test_a_conversation_comes_back_as_it_went(opener, store_url: str) -> N
     store = await opener(store_url)
     await begin(store, "conv_1", message("msg_1", "größe"), message(None))
     found = await store.conversation("a", "conv_1")
-    assert found == StoredConversation(id="conv_1", created_at=7, metadata=b'{"k":"v"}')
+    assert (found.id, found.created, found.body) == ("conv_1", store.now, b'{"k":"v"}')
     first, second = await store.items("a", "conv_1")
     assert first == message("msg_1", "größe")
     assert second["id"].startswith("msg_")
@@ -43,8 +43,8 @@ async def test_metadata_is_replaced(opener, store_url: str) -> None:
     store = await opener(store_url)
     await begin(store)
     for metadata in (b'{"a":"' + b"x" * 500 + b'"}', b"{}"):
-        assert (await store.describe_conversation("a", "conv_1", metadata)).metadata == metadata
-        assert (await store.conversation("a", "conv_1")).metadata == metadata
+        assert (await store.describe_conversation("a", "conv_1", metadata)).body == metadata
+        assert (await store.conversation("a", "conv_1")).body == metadata
 
 
 async def test_another_owner_sees_and_changes_nothing(opener, store_url: str) -> None:
@@ -82,12 +82,12 @@ async def test_pages_go_both_ways(opener, store_url: str) -> None:
         seen: list[str] = []
         after = None
         for more in (True, True, False):
-            page = await store.page("a", "conv_1", limit=3, order=order, after=after)
-            assert page.has_more is more
-            seen += [item.id for item in page.items]
+            items, has_more = await store.page("a", "conv_1", limit=3, order=order, after=after)
+            assert has_more is more
+            seen += [item.id for item in items]
             after = seen[-1]
         assert seen == expected
-        assert not (await store.page("a", "conv_1", limit=7, order=order)).has_more
+        assert not (await store.page("a", "conv_1", limit=7, order=order))[1]
     for wrong in ("nothing", "other", "", "x\0"):
         with pytest.raises(InvalidParameterError, match="after must be the id of an item"):
             await store.page("a", "conv_1", limit=3, order="asc", after=wrong)
@@ -193,37 +193,37 @@ async def test_conversations_do_not_expire(opener, store_url: str, clock) -> Non
 async def test_one_holder_at_a_time_answers_in_a_conversation(opener, shared_url: str, clock) -> None:
     one, other = await opener(shared_url), await opener(shared_url)
     await begin(one)
-    assert await one.take_turn("a", "conv_1", "dead")
-    assert not await other.take_turn("a", "conv_1", "next")
+    assert await one.take_turn(Held("a", "conv_1", "dead"))
+    assert not await other.take_turn(Held("a", "conv_1", "next"))
     clock.now += 19
-    await one.keep_turn("dead")
+    await one.keep_turn(Held("a", "conv_1", "dead"))
     clock.now += 19
-    assert not await other.take_turn("a", "conv_1", "next")
+    assert not await other.take_turn(Held("a", "conv_1", "next"))
     clock.now += 2
-    assert await other.take_turn("a", "conv_1", "next")
-    await one.leave_turn("dead")  # it comes back, and takes nobody's turn away
-    assert not await one.take_turn("a", "conv_1", "third")
-    await other.leave_turn("next")
-    assert await one.take_turn("a", "conv_1", "third")
+    assert await other.take_turn(Held("a", "conv_1", "next"))
+    await one.leave_turn(Held("a", "conv_1", "dead"))  # it comes back, and takes nobody's turn away
+    assert not await one.take_turn(Held("a", "conv_1", "third"))
+    await other.leave_turn(Held("a", "conv_1", "next"))
+    assert await one.take_turn(Held("a", "conv_1", "third"))
     with pytest.raises(NotStoredError):
-        await one.take_turn("b", "conv_1", "stranger")
+        await one.take_turn(Held("b", "conv_1", "stranger"))
     clock.now += 21
     await one.purge()
-    assert await other.take_turn("a", "conv_1", "last")
+    assert await other.take_turn(Held("a", "conv_1", "last"))
     await other.delete_conversation("a", "conv_1")
 
 
 async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
     stores = [await opener(shared_url) for _ in range(3)]
     await begin(stores[0])
-    taken = await asyncio.gather(*(store.take_turn("a", "conv_1", f"h{n}") for n, store in enumerate(stores * 4)))
+    taken = await asyncio.gather(*(store.take_turn(Held("a", "conv_1", f"h{n}")) for n, store in enumerate(stores * 4)))
     assert sum(taken) == 1
 
 
 async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
     store = await opener(shared_url, max_records=2)
     await begin(store, "conv_1", message("msg_1"))
-    assert await store.take_turn("a", "conv_1", "h")
+    assert await store.take_turn(Held("a", "conv_1", "h"))
     for name in ("conv_2", "conv_3", "conv_4"):
         await begin(store, name)
     assert await ids(store) == ["msg_1"]

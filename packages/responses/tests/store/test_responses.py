@@ -14,14 +14,14 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.store import schema
 from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.entries import RESPONSE, Entry
 from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.records import StoredResponse
-from candle_vllm.responses.store.response_queries import LEASE_MS
-from candle_vllm.responses.store.store import ResponseStore
+from candle_vllm.responses.store.response_store import LEASE_MS, ResponseStore
+from candle_vllm.responses.store.tables import VERSION, tables_of
 
+TABLES = tables_of("responses")
 NOW = 1_700_000_000
 DAY = 86_400
 
@@ -30,21 +30,21 @@ def message(name: str, text: str = "Hi") -> dict[str, Any]:
     return {"id": name, "type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
 
 
-def record(name: str, owner: str = "a", *, text: str = "Hi", output: Any = None, **fields: Any) -> StoredResponse:
+def record(name: str, owner: str = "a", *, text: str = "Hi", output: Any = None, **fields: Any) -> Entry:
     """A response with one item in, `msg_in_NAME`, and one out, `msg_out_NAME`."""
     status = fields.get("status", "completed")
     given = [message(f"msg_out_{name}")] if output is None else output
-    made = StoredResponse(
-        id=name, owner=owner, created_at=NOW,
-        response=msgspec.json.encode({"id": name, "status": status, "error": None, "output": given}),
-        input_items=msgspec.json.encode([message(f"msg_in_{name}", text)]),
+    made = Entry(
+        kind=RESPONSE, id=name, owner=owner, created=NOW * 1000, status=status,
+        body=msgspec.json.encode({"id": name, "status": status, "error": None, "output": given}),
+        given=msgspec.json.encode([message(f"msg_in_{name}", text)]),
     )  # fmt: skip
     return msgspec.structs.replace(made, **fields)
 
 
 async def status_of(store: ResponseStore, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
     found = await store.get(owner, name)
-    return found.status, msgspec.json.decode(found.response)
+    return found.status, msgspec.json.decode(found.body)
 
 
 async def has(store: ResponseStore, name: str, owner: str = "a") -> bool:
@@ -57,10 +57,10 @@ async def has(store: ResponseStore, name: str, owner: str = "a") -> bool:
 
 async def test_a_response_comes_back_as_it_went(opener, store_url: str) -> None:
     store = await opener(store_url)
-    given = record("resp_1", text="größe \u0000", background=True, previous_response_id="resp_0", conversation_id="c")
+    given = record("resp_1", text="größe \u0000", about={"background": True, "conversation": "c"}, follows="resp_0")
     await store.put(given)
     found = await store.get("a", "resp_1")
-    assert found == msgspec.structs.replace(given, expires_at=NOW + 30 * DAY)
+    assert found == msgspec.structs.replace(given, expires=(NOW + 30 * DAY) * 1000)
 
 
 async def test_another_owner_sees_and_deletes_nothing(opener, store_url: str) -> None:
@@ -73,8 +73,8 @@ async def test_another_owner_sees_and_deletes_nothing(opener, store_url: str) ->
     assert not await store.change("b", "resp_1", "failed", b"{}")
     assert await store.find_items("b", ["msg_in_resp_1"]) == {}
     await store.put(record("resp_1", "b", text="mine"))
-    assert b"mine" in (await store.get("b", "resp_1")).input_items
-    assert b"mine" not in (await store.get("a", "resp_1")).input_items
+    assert b"mine" in (await store.get("b", "resp_1")).given
+    assert b"mine" not in (await store.get("a", "resp_1")).given
 
 
 async def test_a_deleted_response_is_gone(opener, store_url: str) -> None:
@@ -89,7 +89,7 @@ async def test_a_deleted_response_is_gone(opener, store_url: str) -> None:
 
 async def test_ids_that_cannot_be_are_not_looked_for(opener, store_url: str) -> None:
     store = await opener(store_url)
-    for name in ("", "x\0y", "größe", "x" * 300, "x'; DROP TABLE responses_records; --"):
+    for name in ("", "x\0y", "größe", "x" * 300, "x'; DROP TABLE responses_entries; --"):
         assert not await has(store, name)
         with pytest.raises(NotStoredError):
             await store.history("a", name)
@@ -100,18 +100,18 @@ async def test_the_history_is_the_whole_chain(opener, store_url: str) -> None:
     store = await opener(store_url)
     before = None
     for number in range(4):
-        await store.put(record(f"resp_{number}", previous_response_id=before))
+        await store.put(record(f"resp_{number}", follows=before))
         before = f"resp_{number}"
     names = [item["id"] for item in await store.history("a", "resp_2")]
     assert names == [f"msg_{way}_resp_{number}" for number in range(3) for way in ("in", "out")]
-    await store.put(record("resp_2b", previous_response_id="resp_1"))  # another way to go on
+    await store.put(record("resp_2b", follows="resp_1"))  # another way to go on
     assert [item["id"] for item in await store.history("a", "resp_2b")][-1] == "msg_out_resp_2b"
 
 
 async def test_a_chain_with_a_gap_says_where_it_is(opener, store_url: str) -> None:
     store = await opener(store_url)
     for number in range(3):
-        await store.put(record(f"resp_{number}", previous_response_id=f"resp_{number - 1}" if number else None))
+        await store.put(record(f"resp_{number}", follows=f"resp_{number - 1}" if number else None))
     await store.delete("a", "resp_1")
     with pytest.raises(NotStoredError, match=r"'resp_2' cannot be continued: the earlier response .*'resp_1'") as error:
         await store.history("a", "resp_2")
@@ -122,8 +122,8 @@ async def test_a_chain_with_a_gap_says_where_it_is(opener, store_url: str) -> No
 
 async def test_a_chain_that_bites_its_tail_ends(opener, store_url: str) -> None:
     store = await opener(store_url, max_chain=10)
-    await store.put(record("resp_1", previous_response_id="resp_2"))
-    await store.put(record("resp_2", previous_response_id="resp_1"))
+    await store.put(record("resp_1", follows="resp_2"))
+    await store.put(record("resp_2", follows="resp_1"))
     with pytest.raises(StoreLimitError, match="at most 10 of them"):
         await store.history("a", "resp_1")
 
@@ -131,13 +131,13 @@ async def test_a_chain_that_bites_its_tail_ends(opener, store_url: str) -> None:
 async def test_long_and_large_chains_are_refused(opener, store_url: str) -> None:
     store = await opener(store_url, max_chain=3, max_chain_bytes=10_000)
     for number in range(4):
-        await store.put(record(f"resp_{number}", previous_response_id=f"resp_{number - 1}" if number else None))
+        await store.put(record(f"resp_{number}", follows=f"resp_{number - 1}" if number else None))
     assert len(await store.history("a", "resp_2")) == 6
     with pytest.raises(StoreLimitError) as error:
         await store.history("a", "resp_3")
     assert error.value.param == "previous_response_id"
     await store.put(record("large", text="x" * 9000))
-    await store.put(record("after", text="x" * 1000, previous_response_id="large"))
+    await store.put(record("after", text="x" * 1000, follows="large"))
     assert await store.history("a", "large")
     with pytest.raises(StoreLimitError, match="10000 bytes"):
         await store.history("a", "after")
@@ -166,7 +166,7 @@ async def test_items_are_found_by_their_ids(opener, store_url: str) -> None:
 async def test_expired_responses_are_neither_shown_nor_kept(opener, store_url: str, clock) -> None:
     store = await opener(store_url, retention_days=2)
     await store.put(record("resp_1"))
-    await store.put(record("resp_2", previous_response_id="resp_1", expires_at=NOW + 5 * DAY))
+    await store.put(record("resp_2", follows="resp_1", expires=(NOW + 5 * DAY) * 1000))
     clock.now += 2 * DAY + 1
     assert not await has(store, "resp_1")
     with pytest.raises(NotStoredError, match="cannot be continued"):
@@ -254,7 +254,7 @@ async def test_a_cancelled_response_stays_cancelled(opener, store_url: str) -> N
     await store.put(record("resp_1", status="in_progress"))
     for _ in range(2):
         cancelled = await store.cancel("a", "resp_1")
-        assert (cancelled.status, msgspec.json.decode(cancelled.response)["status"]) == ("cancelled", "cancelled")
+        assert (cancelled.status, msgspec.json.decode(cancelled.body)["status"]) == ("cancelled", "cancelled")
     assert not await store.change("a", "resp_1", "completed", b'{"output":[]}')
     await store.put(record("resp_2"))
     assert (await store.cancel("a", "resp_2")).status == "completed"
@@ -304,10 +304,10 @@ async def test_stores_that_open_together_agree(opener, shared_url: str) -> None:
 async def test_many_writers_keep_the_bounds(opener, shared_url: str) -> None:
     stores = [await opener(shared_url, max_records=10) for _ in range(3)]
     await asyncio.gather(*(store.put(record(f"r_{n}_{i}")) for n, store in enumerate(stores) for i in range(10)))
-    engine = connect_to(shared_url, schema.LAYOUT)
+    engine = connect_to(StoreOptions(url=shared_url).place)
     with engine.begin() as connection:
-        count = connection.execute(select(func.count()).select_from(schema.records)).scalar_one()
-        orphans = select(func.count()).where(schema.places.c.record.not_in(select(schema.records.c.number)))
+        count = connection.execute(select(func.count()).select_from(TABLES.entries)).scalar_one()
+        orphans = select(func.count()).where(TABLES.names.c.entry.not_in(select(TABLES.entries.c.number)))
         assert connection.execute(orphans).scalar_one() == 0
     engine.dispose()
     assert count == 10
@@ -315,9 +315,9 @@ async def test_many_writers_keep_the_bounds(opener, shared_url: str) -> None:
 
 async def test_a_newer_schema_is_refused(opener, shared_url: str) -> None:
     await (await opener(shared_url)).close()
-    engine = connect_to(shared_url, schema.LAYOUT)
+    engine = connect_to(StoreOptions(url=shared_url).place)
     with engine.begin() as connection:
-        connection.execute(update(schema.head).values(version=schema.VERSION + 1))
+        connection.execute(update(TABLES.head).values(version=VERSION + 1))
     engine.dispose()
     with pytest.raises(ConfigError, match=r"another version of the server .* give another --responses-store"):
         await opener(shared_url)
@@ -325,12 +325,12 @@ async def test_a_newer_schema_is_refused(opener, shared_url: str) -> None:
 
 async def test_a_broken_database_is_said_to_be_unavailable(opener, shared_url: str) -> None:
     store = await opener(shared_url)
-    engine = connect_to(shared_url, schema.LAYOUT)
-    schema.places.drop(engine)
+    engine = connect_to(StoreOptions(url=shared_url).place)
+    TABLES.names.drop(engine)
     engine.dispose()
     with pytest.raises(StoreUnavailableError) as error:
         await store.put(record("resp_1"))
-    assert "responses_places" not in str(error.value)
+    assert "responses_names" not in str(error.value)
     assert not await has(store, "resp_1"), "a half of it was kept"
 
 
@@ -382,10 +382,10 @@ def test_options_are_checked(name: str) -> None:
 async def test_deleting_rows_behind_its_back_is_no_error(opener, shared_url: str) -> None:
     store = await opener(shared_url)
     await store.put(record("resp_1", status="queued"))
-    engine = connect_to(shared_url, schema.LAYOUT)
+    engine = connect_to(StoreOptions(url=shared_url).place)
     with engine.begin() as connection:
-        connection.execute(delete(schema.places))
-        connection.execute(delete(schema.records))
+        connection.execute(delete(TABLES.names))
+        connection.execute(delete(TABLES.entries))
     engine.dispose()
     assert not await store.change("a", "resp_1", "completed", b'{"output":[]}')
     assert await store.renew([("a", "resp_1")]) == {("a", "resp_1")}

@@ -15,8 +15,8 @@ from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 from candle_vllm.openai.errors import GenerationFailedError
+from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.server.errors import HttpError
-from candle_vllm.server.mailbox import queries
 from candle_vllm.server.mailbox.delivery import wait_ms
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.record import Status
@@ -34,7 +34,7 @@ async def _until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 async def _no_push_left(mailbox: Any) -> None:
     end = time.monotonic() + 5
-    while await mailbox.store.next_push_ms(()) is not None:
+    while await mailbox.store.next_push(()) is not None:
         assert time.monotonic() < end, "a push stays open"
         await asyncio.sleep(0.005)
 
@@ -45,7 +45,8 @@ async def _keep(mailbox: Any, policy: DeliveryPolicy, number: int = 1, key: str 
 
 
 async def _get(mailbox: Any, number: int = 1, key: str = "key") -> Any:
-    return await mailbox.store.get(mailbox.owner(key), f"chatcmpl-{number}")
+    found = await mailbox.store.get(mailbox.owner(key), f"chatcmpl-{number}")
+    return None if found is None else found.record
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,9 @@ async def test_what_was_not_delivered_is_pushed_after_a_restart(open_mailbox, re
     await asyncio.sleep(0.05)
     await first.close()
     second = await open_mailbox()
-    push_at = await second.store.next_push_ms(())
+    push_at = await second.store.next_push(())
     assert push_at is not None
-    assert push_at > second.store.now_ms + 30_000, "the wait holds over the restart"
+    assert push_at > second.store.now + 30_000, "the wait holds over the restart"
 
 
 async def test_a_push_that_the_end_cuts_off_is_due_at_the_next_start(open_mailbox, receiver, monkeypatch) -> None:
@@ -281,17 +282,17 @@ async def test_a_failure_that_nobody_foresaw_does_not_end_the_pushing(
 ) -> None:
     monkeypatch.setattr("candle_vllm.server.mailbox.delivery.FAILURE_SECONDS", 0.05)
     mailbox = await open_mailbox()
-    claim = queries.claim
+    claim = SqlBackend.claim_due
     calls: list[object] = []
 
     def fails(*_: Any) -> None:
         calls.append(1)
         raise ValueError("a status that this version does not know")
 
-    monkeypatch.setattr(queries, "claim", fails)
+    monkeypatch.setattr(SqlBackend, "claim_due", fails)
     await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url))
     await _until(lambda: len(calls) >= 2)
-    monkeypatch.setattr(queries, "claim", claim)
+    monkeypatch.setattr(SqlBackend, "claim_due", claim)
     await _until(lambda: receiver.received)
     assert "a status that this version does not know" in caplog.text
 
@@ -304,7 +305,7 @@ async def test_a_failure_that_nobody_foresaw_does_not_end_the_purging(open_mailb
         calls.append(1)
         raise ValueError("not foreseen")
 
-    monkeypatch.setattr(queries, "purge", fails)
+    monkeypatch.setattr(SqlBackend, "expire", fails)
     await open_mailbox()
     await _until(lambda: len(calls) >= 2)
     assert "not foreseen" in caplog.text

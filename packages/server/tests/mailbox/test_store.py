@@ -14,23 +14,29 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import create_engine, update
 
-from candle_vllm.server.mailbox import queries, schema
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.store.backend import Place
+from candle_vllm.responses.store.database import connect_to
+from candle_vllm.responses.store.errors import StoreUnavailableError
+from candle_vllm.responses.store.tables import VERSION, tables_of
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.mailbox.queries import Entry
 from candle_vllm.server.mailbox.record import Status
-from candle_vllm.server.mailbox.refusals import MailboxError
-from candle_vllm.server.mailbox.store import Store
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 
 HOUR = 3600 * 1000
+TABLES = tables_of("mailbox")
+
+
+def _place(url: str) -> Place:
+    return Place(url, "mailbox", "mailbox", "mailbox")
 
 
 @pytest_asyncio.fixture
 async def opener(store_url: str, clock: Any) -> AsyncIterator[Any]:
-    stores: list[Store] = []
+    stores: list[MailboxStore] = []
 
-    async def opener(**options: Any) -> Store:
-        store = Store(MailboxOptions(store_url, **options), clock)
+    async def opener(**options: Any) -> MailboxStore:
+        store = MailboxStore(MailboxOptions(store_url, **options), clock)
         stores.append(store)
         await store.open()
         return store
@@ -40,20 +46,21 @@ async def opener(store_url: str, clock: Any) -> AsyncIterator[Any]:
         await store.close()
 
 
-def _entry(store: Store, request_id: str, owner: str = "a", **fields: Any) -> Entry:
-    made = Entry(owner, request_id, "model", Status.COMPLETED, b'{"id":"x"}', store.now_ms + HOUR)
+def _entry(store: MailboxStore, request_id: str, owner: str = "a", **fields: Any) -> StoredAnswer:
+    made = StoredAnswer(owner, request_id, "model", Status.COMPLETED, b'{"id":"x"}', store.now + HOUR)
     return dataclasses.replace(made, **fields)
 
 
-async def _ids(store: Store, owner: str = "a") -> list[str]:
-    return [record.request_id for record in await store.list(owner, 1000, None) or []]
+async def _ids(store: MailboxStore, owner: str = "a") -> list[str]:
+    return [record.request_id for record in await store.page(owner, 1000, None) or []]
 
 
 async def test_a_record_comes_back_as_it_went(opener) -> None:
     store = await opener()
     await store.put(_entry(store, "chatcmpl-1", response='{"text":"größe \\u0000"}'.encode()))
-    record = await store.get("a", "chatcmpl-1")
-    assert record is not None
+    found = await store.get("a", "chatcmpl-1")
+    assert found is not None
+    record = found.record
     assert (record.request_id, record.model, record.status) == ("chatcmpl-1", "model", Status.COMPLETED)
     assert record.created == 1_700_000_000
     assert bytes(record.response) == '{"text":"größe \\u0000"}'.encode()
@@ -63,8 +70,8 @@ async def test_another_owner_sees_and_deletes_nothing(opener) -> None:
     store = await opener()
     await store.put(_entry(store, "one"))
     assert await store.get("b", "one") is None
-    assert await store.list("b", 10, None) == []
-    assert await store.list("b", 10, "one") is None
+    assert await store.page("b", 10, None) == []
+    assert await store.page("b", 10, "one") is None
     assert await store.remove("b", "one") is False
     assert await store.get("a", "one") is not None
 
@@ -81,10 +88,10 @@ async def test_pages_are_newest_first(opener) -> None:
     for number in range(7):
         await store.put(_entry(store, f"id-{number}"))
     assert await _ids(store) == [f"id-{number}" for number in reversed(range(7))]
-    page = await store.list("a", 3, "id-5")
+    page = await store.page("a", 3, "id-5")
     assert [record.request_id for record in page] == ["id-4", "id-3", "id-2"]
     assert all(record.response is not bytes and not hasattr(record.response, "decode") for record in page)
-    assert await store.list("a", 3, "nothing") is None
+    assert await store.page("a", 3, "nothing") is None
 
 
 async def test_a_deleted_record_is_gone(opener) -> None:
@@ -136,7 +143,7 @@ async def test_what_has_expired_is_neither_shown_nor_kept(opener, clock) -> None
 
 async def test_an_answer_that_streams_beyond_its_time_becomes_an_error(opener, clock) -> None:
     store = await opener(retention_secs=100)
-    await store.put(_entry(store, "one", status=Status.STREAMING, response=None, expires_ms=store.now_ms + 1000))
+    await store.put(_entry(store, "one", status=Status.STREAMING, response=None, expires=store.now + 1000))
     clock.now += 2
     assert await store.purge() == 0
     record = await store.get("a", "one")
@@ -176,24 +183,25 @@ async def test_finished_and_pushed_records_make_room_first(opener) -> None:
 
 async def test_a_push_is_claimed_once_until_its_lease_ends(opener, clock) -> None:
     first, second = await opener(), await opener()
-    await first.put(_entry(first, "one", push=True, push_url="http://x/", push_bearer="secret"))
+    await first.put(_entry(first, "one", push=True, url="http://x/", bearer="secret"))
     claims = await asyncio.gather(*(store.claim(10_000, ()) for store in (first, second) for _ in range(4)))
     (push,) = [claim for claim in claims if claim is not None]
     assert (push.record.request_id, push.url, push.bearer, push.attempts) == ("one", "http://x/", "secret", 0)
     assert "secret" not in repr(push)
-    assert await second.next_push_ms(()) == first.now_ms + 10_000
+    assert await second.next_push(()) == first.now + 10_000
     clock.now += 10
     again = await second.claim(10_000, ())
-    assert (again.delivery_id, again.id) == (push.delivery_id, push.id)
+    assert again.held == push.held
 
 
 async def test_a_push_that_another_server_claims_at_the_same_time_is_not_claimed(opener, store_url: str) -> None:
     """Both have seen that it is due; the second waits for the first's transaction."""
     store = await opener()
     await store.put(_entry(store, "one", push=True))
-    engine = schema.connect(store_url)
+    engine = connect_to(_place(store_url))
     with engine.begin() as connection:
-        assert queries.claim(connection, store.now_ms, 1000, ()) is not None
+        mine = update(TABLES.entries).where(TABLES.entries.c.lease <= store.now).values(lease=store.now + 1000)
+        assert connection.execute(mine).rowcount == 1
         other = asyncio.create_task(store.claim(1000, ()))
         await asyncio.sleep(0.3)
         assert not other.done()
@@ -207,7 +215,7 @@ async def test_pushes_of_busy_owners_wait(opener) -> None:
     await store.put(_entry(store, "two", "b", push=True))
     assert (await store.claim(1000, ["a"])).owner == "b"
     assert await store.claim(1000, ["a", "b"]) is None
-    assert await store.next_push_ms(["a", "b"]) is None
+    assert await store.next_push(["a", "b"]) is None
     assert (await store.claim(1000, ["b"])).owner == "a"
 
 
@@ -222,14 +230,14 @@ async def test_a_postponed_push_is_due_later_with_its_attempts(opener, clock) ->
 
 async def test_a_settled_push_leaves_the_record_only_where_it_is_listed(opener) -> None:
     store = await opener()
-    await store.put(_entry(store, "listed", push=True, push_bearer="secret"))
+    await store.put(_entry(store, "listed", push=True, bearer="secret"))
     await store.put(_entry(store, "unlisted", push=True, listed=False))
     assert await _ids(store) == ["listed"]
     assert await store.get("a", "unlisted") is None
     for _ in range(2):
         await store.settle(await store.claim(1000, ()))
-    assert await store.next_push_ms(()) is None
-    assert (await store.get_push("a", "listed")).bearer is None
+    assert await store.next_push(()) is None
+    assert (await store.get("a", "listed")).bearer is None
     assert await store.put(_entry(store, "unlisted")) == 0
 
 
@@ -250,7 +258,7 @@ async def test_an_expired_push_is_not_sent(opener, clock) -> None:
     await store.put(_entry(store, "one", push=True))
     clock.now += 3601
     assert await store.claim(1000, ()) is None
-    assert await store.next_push_ms(()) is None
+    assert await store.next_push(()) is None
 
 
 async def test_everything_is_there_after_a_restart(opener) -> None:
@@ -266,7 +274,7 @@ async def test_everything_is_there_after_a_restart(opener) -> None:
 
 async def test_owners_are_hashes_that_differ_between_stores(opener, tmp_path: Path) -> None:
     store = await opener()
-    other = Store(MailboxOptions(f"sqlite:///{tmp_path}/other.sqlite"))
+    other = MailboxStore(MailboxOptions(f"sqlite:///{tmp_path}/other.sqlite"))
     await other.open()
     hashes = {store.owner("key"), other.owner("key"), store.owner("key2"), store.owner("")}
     await other.close()
@@ -281,17 +289,17 @@ async def test_stores_that_open_together_agree(opener) -> None:
 
 async def test_a_newer_schema_is_refused(opener, store_url: str) -> None:
     await (await opener()).close()
-    engine = schema.connect(store_url)
+    engine = connect_to(_place(store_url))
     with engine.begin() as connection:
-        connection.execute(update(schema.schema).values(version=schema.VERSION + 1))
+        connection.execute(update(TABLES.head).values(version=VERSION + 1))
     engine.dispose()
-    with pytest.raises(UsageError, match="another version of the server"):
+    with pytest.raises(ConfigError, match="another version of the server"):
         await opener()
 
 
 async def test_hostile_texts_are_values(opener) -> None:
     store = await opener()
-    name = "x'; DROP TABLE mailbox_records; --"
+    name = "x'; DROP TABLE mailbox_entries; --"
     await store.put(_entry(store, name, "o'"))
     assert await _ids(store, "o'") == [name]
     assert await store.get("a", "' OR '1'='1") is None
@@ -300,29 +308,29 @@ async def test_hostile_texts_are_values(opener) -> None:
 async def test_a_closed_store_says_so(opener) -> None:
     store = await opener()
     await store.close()
-    with pytest.raises(MailboxError) as refusal:
+    with pytest.raises(StoreUnavailableError) as refusal:
         await store.get("a", "one")
-    assert refusal.value.status == 503
+    assert refusal.value.setting == "mailbox"
 
 
 async def test_too_many_waiting_calls_are_refused(opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.store.MAX_WAITING", 2)
+    monkeypatch.setattr("candle_vllm.responses.store.sql.MAX_WAITING", 2)
     store = await opener()
     results = await asyncio.gather(*(store.get("a", "one") for _ in range(20)), return_exceptions=True)
-    refused = [each for each in results if isinstance(each, MailboxError)]
+    refused = [each for each in results if isinstance(each, StoreUnavailableError)]
     assert 0 < len(refused) <= 18
     assert await store.get("a", "one") is None
 
 
 async def test_a_broken_database_is_a_503(opener, store_url: str) -> None:
     store = await opener()
-    engine = schema.connect(store_url)
-    schema.records.drop(engine)
+    engine = connect_to(_place(store_url))
+    TABLES.all.drop_all(engine)
     engine.dispose()
-    with pytest.raises(MailboxError) as refusal:
+    with pytest.raises(StoreUnavailableError) as refusal:
         await store.put(_entry(store, "one"))
-    assert refusal.value.status == 503
-    assert "mailbox_records" not in str(refusal.value)
+    assert refusal.value.setting == "mailbox"
+    assert "mailbox_entries" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -338,14 +346,14 @@ async def test_a_broken_database_is_a_503(opener, store_url: str) -> None:
     ],
 )
 async def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="mailbox must"):
-        await Store(MailboxOptions(url)).open()
+    with pytest.raises(ConfigError, match="mailbox must"):
+        await MailboxStore(MailboxOptions(url)).open()
 
 
 async def test_a_password_is_never_in_a_message() -> None:
     options = MailboxOptions("postgresql://u:hunter2@127.0.0.1:1/d")
-    store = Store(options)
-    with pytest.raises(UsageError, match="cannot open the mailbox") as refusal:
+    store = MailboxStore(options)
+    with pytest.raises(ConfigError, match="cannot open the mailbox") as refusal:
         await store.open()
     await store.close()
     assert "hunter2" not in str(refusal.value) + repr(options)
@@ -353,7 +361,7 @@ async def test_a_password_is_never_in_a_message() -> None:
 
 async def test_an_sqlite_file_is_for_its_owner_alone_and_forgets(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "mailbox.sqlite"
-    store = Store(MailboxOptions(f"sqlite:///{path}"))
+    store = MailboxStore(MailboxOptions(f"sqlite:///{path}"))
     await store.open()
     await store.put(_entry(store, "one", response=b"a-very-private-answer"))
     await store.remove("a", "one")
@@ -365,7 +373,7 @@ async def test_an_sqlite_file_is_for_its_owner_alone_and_forgets(tmp_path: Path)
 
 
 async def test_two_writers_of_one_sqlite_file_wait_for_each_other(tmp_path: Path) -> None:
-    stores = [Store(MailboxOptions(f"sqlite:///{tmp_path}/mailbox.sqlite")) for _ in range(2)]
+    stores = [MailboxStore(MailboxOptions(f"sqlite:///{tmp_path}/mailbox.sqlite")) for _ in range(2)]
     for store in stores:
         await store.open()
     await asyncio.gather(*(store.put(_entry(store, f"{n}-{i}")) for n, store in enumerate(stores) for i in range(20)))

@@ -17,13 +17,13 @@ from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.protocol.events import ErrorOccurred
 from candle_vllm.responses.protocol.request import INCLUDABLE
+from candle_vllm.responses.store.entries import is_id
 from candle_vllm.responses.store.errors import (
     ConversationBusyError,
     NotStoredError,
     StoreLimitError,
     StoreUnavailableError,
 )
-from candle_vllm.responses.store.records import is_id
 from candle_vllm.server.errors import HttpError
 from candle_vllm.server.sse import EventStream, named_event
 
@@ -98,7 +98,8 @@ def store_refusal(failure: Exception) -> HttpError | None:
     if isinstance(failure, ConversationBusyError):
         return HttpError(409, str(failure), "conversation_locked", {"retry-after": "1"}, param=failure.param)
     if isinstance(failure, StoreUnavailableError):
-        return HttpError(503, str(failure), "store_unavailable", {"retry-after": "1"})
+        code = "mailbox_unavailable" if failure.setting == "mailbox" else "store_unavailable"
+        return HttpError(503, str(failure), code, {"retry-after": "1"})
     return None
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.responses.protocol.response import Response
-from candle_vllm.responses.store.records import StoredResponse
+from candle_vllm.responses.store.entries import RESPONSE, Entry
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,17 +26,18 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     input_items: Sequence[Mapping[str, Any]]
 
 
-def record_of(answered: Answered) -> StoredResponse:
+def entry_of(answered: Answered) -> Entry:
     """A response as the store has it."""
     made = answered.response
-    return StoredResponse(
-        id=made.id,
+    conversation = made.conversation.id if made.conversation is not None else None
+    return Entry(
+        kind=RESPONSE,
         owner=answered.owner,
-        created_at=made.created_at,
-        response=to_json_bytes(made),
-        input_items=msgspec.json.encode(answered.input_items),
-        previous_response_id=made.previous_response_id,
-        conversation_id=made.conversation.id if made.conversation is not None else None,
+        id=made.id,
+        created=made.created_at * 1000,
         status=made.status,
-        background=bool(made.background),
+        follows=made.previous_response_id,
+        about={"background": bool(made.background), "conversation": conversation},
+        body=to_json_bytes(made),
+        given=msgspec.json.encode(answered.input_items),
     )

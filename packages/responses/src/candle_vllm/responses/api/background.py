@@ -21,11 +21,11 @@ from candle_vllm.responses.api.background_run import BackgroundRun, Name
 from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, settled
 from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
-from candle_vllm.responses.store.records import ACTIVE, STOPPED, StoredResponse, settled
 
 if TYPE_CHECKING:
-    from candle_vllm.responses.store.store import ResponseStore
+    from candle_vllm.responses.store.response_store import ResponseStore
 
 MAX_RUNNING = 32
 MAX_ENDED = 128  # whose events are still kept
@@ -33,7 +33,7 @@ MAX_ENDED_BYTES = 64 << 20
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
-Ended = Callable[[StoredResponse], Awaitable[None]]
+Ended = Callable[[Entry], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Background:
         return bool(self._running)
 
     async def begin(
-        self, record: StoredResponse, events: AsyncIterator[StreamEvent], seconds: float
+        self, entry: Entry, events: AsyncIterator[StreamEvent], seconds: float
     ) -> AsyncIterator[EncodedEvent]:
         """Keeps a response as queued and begins to work on it; the events, for whoever wants to read along.
 
         Args:
-            record: with `background` and the status "queued".
+            entry: with `background` and the status "queued".
             events: of the answer, from number 0 on; read by a task of its own, and closed at the end.
             seconds: after which it has failed.
 
@@ -77,12 +77,12 @@ class Background:
             EngineOverloadedError: too many are running.
             StoreLimitError, StoreUnavailableError: it cannot be kept.
         """
-        run = BackgroundRun(record)
+        run = BackgroundRun(entry)
         try:
-            self._check_room(record.owner)
+            self._check_room(entry.owner)
             self._running[run.name] = run  # its place, while the store is waited for
             store = await self._open_store()
-            await store.put(record)
+            await store.put(entry)
         except BaseException:
             self._running.pop(run.name, None)
             await _close(events)
@@ -144,7 +144,7 @@ class Background:
         except TimeoutError:
             await self._fail(run, store, TOO_LONG)
         except Exception as failure:
-            logger.error("the background response %s failed", run.record.id, exc_info=failure)
+            logger.error("the background response %s failed", run.entry.id, exc_info=failure)
             await self._fail(run, store, to_error(failure).body.error.message)
         finally:
             self._leave(run)
@@ -164,8 +164,8 @@ class Background:
             if await store.change(*run.name, response.status, body):
                 run.latest = body
                 if finished and response.status != "failed":  # a part of an answer would stand in the way of the next
-                    made = {"status": response.status, "response": body}
-                    await self._ended_by_itself(msgspec.structs.replace(run.record, **made))
+                    made = {"status": response.status, "body": body}
+                    await self._ended_by_itself(msgspec.structs.replace(run.entry, **made))
             elif not await _is_kept(store, run.name, response.status):  # cancelled or deleted, maybe by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError

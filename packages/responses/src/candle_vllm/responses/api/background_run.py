@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from candle_vllm.responses.api.event_buffer import EventBuffer
-from candle_vllm.responses.store.records import StoredResponse
+from candle_vllm.responses.store.entries import Entry
 
 Name = tuple[str, str]  # owner and id
 
@@ -14,14 +14,14 @@ class BackgroundRun:
     """One response at work.
 
     Attributes:
-        record: as it was when it began.
+        entry: as it was when it began.
         events: those that there have been.
     """
 
-    def __init__(self, record: StoredResponse) -> None:
-        self.record = record
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
         self.events = EventBuffer()
-        self.latest = record.response  # the response object, as JSON
+        self.latest = entry.body  # the response object, as JSON
         self.ended_elsewhere = False
         self.task: asyncio.Task[None] | None = None
         self.started = asyncio.Event()  # a task that is cancelled before it has begun would clean nothing up
@@ -29,7 +29,7 @@ class BackgroundRun:
     @property
     def name(self) -> Name:
         """By which it is found."""
-        return self.record.owner, self.record.id
+        return self.entry.owner, self.entry.id
 
     async def stop(self) -> None:
         """Ends the work for what was cancelled or deleted; returns when it has ended."""

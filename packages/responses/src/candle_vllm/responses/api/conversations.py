@@ -13,7 +13,7 @@ from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.stored_items import stored_item
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.metadata import Metadata
-from candle_vllm.responses.store.records import Item, StoredConversation, new_id
+from candle_vllm.responses.store.entries import Entry, Item, new_id
 
 MAX_ITEMS_AT_ONCE = 20
 
@@ -79,9 +79,7 @@ class Conversations:
         """A new one."""
         store = await self._kept.store()
         metadata = msgspec.json.encode(request.metadata or {})
-        made = StoredConversation(id=new_id("conv"), created_at=store.now, metadata=metadata)
-        await store.create_conversation(owner, made, _stored(request.items or ()))
-        return _shown(made)
+        return _shown(await store.create_conversation(owner, new_id("conv"), metadata, _stored(request.items or ())))
 
     async def retrieve(self, owner: str, name: str) -> Conversation:
         """One of them."""
@@ -100,8 +98,8 @@ class Conversations:
     async def items(self, owner: str, name: str, wanted: PageRequest) -> ItemList:
         """Some of its items."""
         store = await self._kept.store()
-        page = await store.page(owner, name, limit=wanted.limit, order=wanted.order, after=wanted.after)
-        return item_list([(item.id, item.body) for item in page.items], page.has_more)
+        items, more = await store.page(owner, name, limit=wanted.limit, order=wanted.order, after=wanted.after)
+        return item_list([(item.id, item.body) for item in items], more)
 
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
         """Adds items behind those of a response that is being answered in it, and shows them."""
@@ -123,5 +121,5 @@ def _stored(items: Any) -> list[Item]:
     return [stored_item(item, f"items.{index}") for index, item in enumerate(items)]
 
 
-def _shown(made: StoredConversation) -> Conversation:
-    return Conversation(id=made.id, created_at=made.created_at, metadata=msgspec.json.decode(made.metadata))
+def _shown(made: Entry) -> Conversation:
+    return Conversation(id=made.id, created_at=made.created // 1000, metadata=msgspec.json.decode(made.body))

@@ -7,24 +7,22 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
-from candle_vllm.responses.api.answered import Answered, record_of
+from candle_vllm.responses.api.answered import Answered, entry_of
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversation_turns import ConversationTurns, turn_in_store
 from candle_vllm.responses.api.event_buffer import EncodedEvent
 from candle_vllm.responses.api.item_lists import ItemList, PageRequest, page_of
 from candle_vllm.responses.protocol.events import StreamEvent
 from candle_vllm.responses.protocol.response import ResponseDeleted
+from candle_vllm.responses.store.entries import Entry, items_of
 from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
-from candle_vllm.responses.store.records import StoredResponse, items_of
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.store.store import ResponseStore
+from candle_vllm.responses.store.response_store import ResponseStore
 
 PURGE_SECONDS = 60.0
 
@@ -112,18 +110,18 @@ class KeptResponses:
 
         One that ran in the background and was cancelled or deleted meanwhile stays so.
         """
-        store, record = await self.store(), record_of(answered)
-        if not record.background:
-            await store.put(record)
-        elif not await store.change(record.owner, record.id, record.status, record.response):
+        store, entry = await self.store(), entry_of(answered)
+        if not entry.about["background"]:
+            await store.put(entry)
+        elif not await store.change(entry.owner, entry.id, entry.status, entry.body):
             return
-        await self._add_to_conversation(record)
+        await self._add_to_conversation(entry)
 
     async def begin(
         self, queued: Answered, events: AsyncIterator[StreamEvent], seconds: float
     ) -> AsyncIterator[EncodedEvent]:
         """Works on a response in the background; arguments and errors as `Background.begin`."""
-        return await self.background.begin(record_of(queued), events, seconds)
+        return await self.background.begin(entry_of(queued), events, seconds)
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
@@ -146,7 +144,7 @@ class KeptResponses:
 
     async def retrieve(self, owner: str, response_id: str) -> bytes:
         """The response object as JSON; NotStoredError where there is none, here and below."""
-        return (await (await self.store()).get(owner, response_id)).response
+        return (await (await self.store()).get(owner, response_id)).body
 
     async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
         """The events of a background response behind number `after`, those to come included.
@@ -154,13 +152,13 @@ class KeptResponses:
         Raises:
             InvalidParameterError: it does not run in the background, or its events are not here any more.
         """
-        record = await (await self.store()).get(owner, response_id)
-        if not record.background:
+        entry = await (await self.store()).get(owner, response_id)
+        if not entry.about["background"]:
             raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
         events = self.background.events(owner, response_id)
         if events is None:
             raise InvalidParameterError(
-                f"stream: the events of this response are not kept any more; it is {record.status}, ask without stream",
+                f"stream: the events of this response are not kept any more; it is {entry.status}, ask without stream",
                 "stream",
             )
         events.check(after)
@@ -179,7 +177,7 @@ class KeptResponses:
             InvalidParameterError: it does not run in the background.
         """
         store = await self.store()
-        if not (await store.get(owner, response_id)).background:
+        if not (await store.get(owner, response_id)).about["background"]:
             raise InvalidParameterError(
                 "Only responses that were made with background: true can be cancelled; close the connection to end "
                 "another.",
@@ -188,20 +186,19 @@ class KeptResponses:
         cancelled = await store.cancel(owner, response_id)
         if cancelled.status == "cancelled":
             await self.background.stop(owner, response_id)
-        return cancelled.response
+        return cancelled.body
 
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
         """What the request of a response gave, without what it only referred to."""
-        record = await (await self.store()).get(owner, response_id)
-        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(record.input_items), wanted))
+        entry = await (await self.store()).get(owner, response_id)
+        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(entry.given), wanted))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     async def _open(self) -> ResponseStore:
         if self._closed:
             raise StoreUnavailableError("The store of responses is closed: the server is stopping.")
-        store_class = await asyncio.to_thread(_store_class)
-        store = store_class(self.options, self._clock)
+        store = await asyncio.to_thread(ResponseStore, self.options, self._clock)  # it imports SQLAlchemy
         try:
             await store.open()
         except BaseException:
@@ -210,13 +207,13 @@ class KeptResponses:
         self._purging = asyncio.create_task(self._purge(store))
         return store
 
-    async def _add_to_conversation(self, record: StoredResponse) -> None:
-        if record.conversation_id is None:
+    async def _add_to_conversation(self, entry: Entry) -> None:
+        conversation = entry.about["conversation"]
+        if conversation is None:
             return
         store = await self.store()
         try:
-            items = items_of(record.response, record.input_items)
-            await store.append(record.owner, record.conversation_id, items, skip_known=True)
+            await store.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
         except RequestError as error:  # it was deleted meanwhile, or is full
             logger.warning("a response could not be added to its conversation: %s", error)
 
@@ -229,12 +226,6 @@ class KeptResponses:
             except Exception:
                 logger.exception("the store of responses could not be purged")
             await asyncio.sleep(PURGE_SECONDS)
-
-
-def _store_class() -> type[ResponseStore]:
-    from candle_vllm.responses.store.store import ResponseStore
-
-    return ResponseStore
 
 
 @contextlib.contextmanager

@@ -15,19 +15,19 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine, MetaData, StaticPool, Table, create_engine, event, func, insert, make_url
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event, func, insert, make_url, update
 from sqlalchemy import select as select_rows
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.store.backend import MEMORY, Place
 from candle_vllm.responses.store.errors import StoreUnavailableError
+from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
 
-MAX_WAITING = 1024  # calls that wait for the thread
 WAIT_SECONDS = 20.0  # that a call waits for its result
 BUSY_SECONDS = 5  # that a statement waits for another writer, or a connection for the server
 _STATEMENT_MS = 10_000
@@ -38,53 +38,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The tables of one store.
-
-    Attributes:
-        title: what messages call the store.
-        setting: the setting that holds its URL.
-        tables: all of them.
-        head: the one of these with `version` and `salt`, of one row.
-        version: of the tables; those that another version made are refused.
-        lock: a number of its own: servers that start together make the tables one after the other.
-    """
-
-    title: str
-    setting: str
-    tables: MetaData
-    head: Table
-    version: int
-    lock: int
-
-
 class Database:
     """One connection in a thread of its own.
 
     Args:
-        layout: its tables.
-        connect: makes the engine; called by `open`.
+        place: where it is.
+        tables: those that it has.
         max_waiting: calls that may wait for the thread.
     """
 
-    def __init__(self, layout: Layout, connect: Callable[[], Engine], max_waiting: int = MAX_WAITING) -> None:
-        self._layout = layout
-        self._connect = connect
+    def __init__(self, place: Place, tables: Tables, max_waiting: int) -> None:
+        self._place = place
+        self._tables = tables
         self._engine: Engine | None = None
         self._salt = b""
-        self._thread = ThreadPoolExecutor(1, "candle-vllm-" + layout.title.replace(" ", "-"))
+        self._thread = ThreadPoolExecutor(1, "candle-vllm-" + place.title.replace(" ", "-"))
         self._places = threading.BoundedSemaphore(max_waiting)
 
     async def open(self) -> None:
         """Connects and makes the tables where there are none; ConfigError when that cannot be."""
-        engine = self._connect()
+        engine = connect_to(self._place)
         try:
-            opening = asyncio.get_running_loop().run_in_executor(self._thread, prepare, engine, self._layout)
-            self._salt = await opening
+            arguments = engine, self._place, self._tables
+            self._salt = await asyncio.get_running_loop().run_in_executor(self._thread, prepare, *arguments)
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-            raise ConfigError(f"cannot open the {self._layout.title}: {cause:.300}", self._layout.setting) from None
+            raise ConfigError(f"cannot open the {self._place.title}: {cause:.300}", self._place.setting) from None
         finally:
             if not self._salt:
                 engine.dispose()
@@ -98,8 +77,8 @@ class Database:
             self._engine.dispose()
 
     def owner(self, key: str) -> str:
-        """An API key as this store knows it."""
-        return owner_id(self._salt, key)
+        """An API key as this store knows it: a keyed hash in hex, from which the key cannot be read back."""
+        return hmac.new(self._salt, key.encode(), hashlib.sha256).hexdigest()
 
     async def run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns; it is called in the thread, inside a transaction that ends with it.
@@ -122,7 +101,8 @@ class Database:
             raise self._busy() from error
 
     def _busy(self) -> StoreUnavailableError:
-        return StoreUnavailableError(f"The {self._layout.title} is busy or cannot be reached: try again later.")
+        title, setting = self._place.title, self._place.setting
+        return StoreUnavailableError(f"The {title} is busy or cannot be reached: try again later.", setting)
 
 
 def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -130,89 +110,86 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
         return work(connection, *args, **kwargs)
 
 
-def owner_id(salt: bytes, key: str) -> str:
-    """A key as a store knows it: a keyed hash in hex, from which the key cannot be read back."""
-    return hmac.new(salt, key.encode(), hashlib.sha256).hexdigest()
-
-
-def connect_to(text: str, layout: Layout) -> Engine:
-    """An engine for `sqlite:///path` or `postgresql://...`; nothing is opened yet.
+def connect_to(place: Place) -> Engine:
+    """An engine for `memory`, `sqlite:///path` or `postgresql://...`; nothing is opened yet.
 
     Raises:
         ConfigError: another URL, or PostgreSQL without its driver. The URL is not repeated: it may hold a password.
     """
+    if place.url == MEMORY:
+        return _watched(
+            create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False},
+                          hide_parameters=True)
+        )  # fmt: skip
     allowed = "sqlite:///path or postgresql://"
     try:
-        url = make_url(text)
+        url = make_url(place.url)
     except (ArgumentError, ValueError):
-        message = f"{layout.setting} must be {allowed}user:password@host/database"
-        raise ConfigError(message, layout.setting) from None
+        message = f"{place.setting} must be {allowed}user:password@host/database"
+        raise ConfigError(message, place.setting) from None
     if url.drivername == "sqlite":
-        return _sqlite(url, layout)
+        return _sqlite(url, place)
     if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(url, layout)
-    raise ConfigError(f"{layout.setting} must be {allowed}..., not {url.drivername!r:.40}", layout.setting)
+        return _postgresql(url, place)
+    raise ConfigError(f"{place.setting} must be {allowed}..., not {url.drivername!r:.40}", place.setting)
 
 
-def connect_to_memory() -> Engine:
-    """An engine for a database of this process alone, which ends with it."""
-    engine = create_engine(
-        "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}, hide_parameters=True
-    )
-    event.listen(engine, "connect", _settle_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def prepare(engine: Engine, layout: Layout) -> bytes:
-    """Makes the tables where there are none; the salt of the hashes of keys.
+def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
+    """Makes the tables where there are none, and brings old ones up to date; the salt of the hashes of keys.
 
     Raises:
-        ConfigError: another version made them.
+        ConfigError: a later version made them.
     """
     for _ in range(_ATTEMPTS - 1 if engine.dialect.name == "sqlite" else 0):
         try:
-            return _prepare(engine, layout)
+            return _prepare(engine, place, tables)
         except OperationalError:  # SQLite waits for no one while a file becomes a WAL file
             time.sleep(_PAUSE_SECONDS)
-    return _prepare(engine, layout)
+    return _prepare(engine, place, tables)
 
 
-def _prepare(engine: Engine, layout: Layout) -> bytes:
-    head = layout.head
+def _prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
+    head = tables.head
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(select_rows(func.pg_advisory_xact_lock(layout.lock)))
-        layout.tables.create_all(connection)
+            connection.execute(select_rows(func.pg_advisory_xact_lock(tables.lock)))
+        tables.all.create_all(connection)
         row = connection.execute(select_rows(head.c.version, head.c.salt)).first()
         if row is None:
             salt = secrets.token_bytes(32)
-            connection.execute(insert(head).values(version=layout.version, salt=salt))
+            connection.execute(insert(head).values(version=VERSION, salt=salt))
             return salt
-        if row.version != layout.version:
-            flag = "--" + layout.setting.replace("_", "-")
+        if row.version == 1:
+            from_version_1(connection, tables)
+            connection.execute(update(head).values(version=VERSION))
+        elif row.version != VERSION:
+            flag = "--" + place.setting.replace("_", "-")
             raise ConfigError(
-                f"the {layout.title} was made by another version of the server (its tables have version "
-                f"{row.version}, this one reads {layout.version}): give another {flag}, or use that version",
-                layout.setting,
+                f"the {place.title} was made by another version of the server (its tables have version "
+                f"{row.version}, this one reads {VERSION}): give another {flag}, or use that version",
+                place.setting,
             )
         return bytes(row.salt)
 
 
-def _sqlite(url: URL, layout: Layout) -> Engine:
+def _sqlite(url: URL, place: Place) -> Engine:
     if not url.database or url.database == ":memory:" or url.query or url.host:
-        name = layout.title.replace(" ", "-")
+        name = place.title.replace(" ", "-")
         raise ConfigError(
-            f"{layout.setting} must name a file: sqlite:///folder/{name}.sqlite, with four slashes from the root",
-            layout.setting,
+            f"{place.setting} must name a file: sqlite:///folder/{name}.sqlite, with four slashes from the root",
+            place.setting,
         )
     path = Path(url.database).expanduser()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # other users read no answers
     except OSError as error:
-        raise ConfigError(f"cannot write the {layout.title} {path}: {error.strerror}", layout.setting) from None
-    engine = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)
+        raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None
+    made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)
+    return _watched(made)
+
+
+def _watched(engine: Engine) -> Engine:
     event.listen(engine, "connect", _settle_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -231,7 +208,7 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _postgresql(url: URL, layout: Layout) -> Engine:
+def _postgresql(url: URL, place: Place) -> Engine:
     try:
         return create_engine(
             url.set(drivername="postgresql+psycopg"),
@@ -244,6 +221,6 @@ def _postgresql(url: URL, layout: Layout) -> Engine:
         )
     except ModuleNotFoundError:
         raise ConfigError(
-            f"a {layout.title} in PostgreSQL needs its driver: install candle-vllm-server with the extra postgres",
-            layout.setting,
+            f"a {place.title} in PostgreSQL needs its driver: install candle-vllm-server with the extra postgres",
+            place.setting,
         ) from None

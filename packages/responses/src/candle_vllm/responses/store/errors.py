@@ -29,4 +29,12 @@ class ConversationBusyError(RequestError):
 
 
 class StoreUnavailableError(CandleVllmError):
-    """The database does not answer in time, or too many calls wait for it; the cause has the details."""
+    """A store does not answer in time, or too many calls wait for it; the cause has the details.
+
+    Attributes:
+        setting: the setting that says where the store is.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting

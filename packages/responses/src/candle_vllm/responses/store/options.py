@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.store.backend import MEMORY, Bounds, Place
 
-MEMORY = "memory"
+SETTING = "responses_store"
 MAX_RECORDS = 100_000
 MAX_DAYS = 3650
 MAX_MB = 1 << 20
@@ -50,3 +51,21 @@ class StoreOptions:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
                 raise ConfigError(f"{name} must be a whole number from 1 to {high}, not {value!r:.40}", name)
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place(self.url, "responses", "store of responses", SETTING)
+
+    @property
+    def bounds(self) -> Bounds:
+        """How much it holds."""
+        return Bounds(
+            self.max_records,
+            size=self.max_bytes,
+            entry_size=self.max_record_bytes,
+            parts=self.max_items,
+            parts_size=self.max_conversation_bytes,
+            spares_leased=True,
+            advice="Send less, or let its operator raise --responses-max-mb.",
+        )

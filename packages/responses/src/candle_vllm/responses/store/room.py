@@ -1,73 +1,159 @@
-"""How the store stays within its bounds: the oldest of the key that has most makes room."""
+"""How a store in tables stays within its bounds: the oldest of the owner that has most makes room."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, not_, or_, select, update
 
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.responses.store.backend import Bounds, Place
+from candle_vllm.responses.store.entries import ACTIVE, Part
 from candle_vllm.responses.store.errors import StoreLimitError
-from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.schema import LAYOUT, items, places, records, turns
+from candle_vllm.responses.store.tables import Tables
 
-_AT_ONCE = 100  # rows that are looked at in one go
+NAMES_AT_ONCE = 500  # in one statement
+ROWS_AT_ONCE = 100  # that are looked at in one go
 
 
-def make_room(
-    connection: Connection, options: StoreOptions, size: int, *, rows: int = 0, keep: int | None = None
-) -> int:
-    """Deletes what has to go so that more fits; how many responses and conversations went.
+class Room:
+    """The room in a store's tables, for one transaction.
 
     Args:
         connection: of the transaction.
-        options: the bounds.
-        size: further bytes.
-        rows: further rows.
-        keep: a row that must stay.
-
-    Raises:
-        StoreLimitError: there is not so much that could go.
+        place: of the store.
+        tables: of the store.
+        bounds: of the store.
+        now: ms since 1970.
     """
-    if connection.dialect.name == "postgresql":  # several servers make room one after the other
-        connection.execute(select(func.pg_advisory_xact_lock(LAYOUT.lock + 1)))
-    count, total = connection.execute(select(func.count(), func.coalesce(func.sum(records.c.size), 0))).one()
-    many, much = count + rows - options.max_records, int(total) + size - options.max_bytes
-    dropped = 0
-    while many > 0 or much > 0:
-        victims = _victims(connection, func.sum(records.c.size) if much > 0 else func.count(), keep)
-        if not victims:
+
+    def __init__(self, connection: Connection, place: Place, tables: Tables, bounds: Bounds, now: int) -> None:
+        self._connection = connection
+        self._place = place
+        self._tables = tables
+        self._entries, self._parts = tables.entries, tables.parts
+        self._bounds = bounds
+        self._now = now
+
+    def make(self, owner: str, size: int, *, rows: int = 0, keep: int = -1) -> int:
+        """Deletes what has to go so that more fits; how many entries went.
+
+        Args:
+            owner: who wants the room.
+            size: further bytes.
+            rows: further rows.
+            keep: a row that must stay.
+
+        Raises:
+            StoreLimitError: there is not so much that could go.
+        """
+        if self._connection.dialect.name == "postgresql":  # several servers make room one after the other
+            self._connection.execute(select(func.pg_advisory_xact_lock(self._tables.lock + 1)))
+        dropped = self._make_of_own(owner, rows, keep) if rows else 0
+        entries, bounds = self._entries, self._bounds
+        held = select(func.count(), func.coalesce(func.sum(entries.c.size), 0))
+        count, total = self._connection.execute(held).one()
+        many = count + rows - bounds.entries
+        much = 0 if bounds.size is None else int(total) + size - bounds.size
+        while many > 0 or much > 0:
+            victims = self._victims(self._fullest(func.sum(entries.c.size) if much > 0 else func.count(), keep), keep)
+            if not victims:
+                raise StoreLimitError(
+                    f"The {self._place.title} is full: {size} bytes do not fit into its {bounds.size}, and nothing of "
+                    f"it can make room now. {bounds.advice}"
+                )
+            gone = []
+            for victim in victims:
+                if many <= 0 and much <= 0:
+                    break
+                gone.append(victim.number)
+                many, much = many - 1, much - victim.size
+            self.drop(gone)
+            dropped += len(gone)
+        return dropped
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Deletes rows, and what belongs to them."""
+        if numbers:
+            for belonging in (self._parts, self._tables.names):
+                self._connection.execute(delete(belonging).where(belonging.c.entry.in_(numbers)))
+            self._connection.execute(delete(self._entries).where(self._entries.c.number.in_(numbers)))
+
+    def append(self, number: int, owner: str, more: Sequence[Part], *, skip_known: bool) -> int:
+        """Adds parts to a row; how many other entries had to make room. As `Backend.append`."""
+        parts, bounds = self._parts, self._bounds
+        there = self._known(number, more)
+        if skip_known:
+            more = list({each.id: each for each in more if each.id not in there}.values())
+        else:
+            _refuse_twins(more, there)
+        if not more:
+            return 0
+        counts = select(func.count(), func.coalesce(func.sum(parts.c.size), 0)).where(parts.c.entry == number)
+        count, held = self._connection.execute(counts).one()
+        size = sum(each.size for each in more)
+        if count + len(more) > bounds.parts or int(held) + size > bounds.parts_size:
             raise StoreLimitError(
-                f"The store of responses is full: {size} bytes do not fit into its {options.max_bytes}, and nothing "
-                "of it can make room now. Send less, or let its operator raise --responses-max-mb."
+                f"The conversation is full: at most {bounds.parts} items and {bounds.parts_size} bytes are kept of "
+                "one. Delete items of it, or begin another.",
+                "conversation",
             )
-        gone = []
-        for victim in victims:
-            if many <= 0 and much <= 0:
-                break
-            gone.append(victim.number)
-            many, much = many - 1, much - victim.size
-        drop(connection, gone)
-        dropped += len(gone)
-    return dropped
+        dropped = self.make(owner, size, keep=number)
+        rows = [{"entry": number, "id": each.id, "size": each.size, "body": each.body} for each in more]
+        self._connection.execute(insert(parts), rows)
+        values = {"size": self._entries.c.size + size, "used": self._now}
+        self._connection.execute(update(self._entries).where(self._entries.c.number == number).values(values))
+        return dropped
+
+    def _make_of_own(self, owner: str, rows: int, keep: int) -> int:
+        """Where an owner may have so many entries, its own oldest ones make room first."""
+        most, entries = self._bounds.owner_entries, self._entries
+        if most is None:
+            return 0
+        count = self._connection.execute(select(func.count()).where(entries.c.owner == owner)).scalar_one()
+        surplus = count + rows - most
+        numbers = [row.number for row in self._victims(owner, keep, surplus)] if surplus > 0 else []
+        self.drop(numbers)
+        return len(numbers)
+
+    def _fullest(self, most: ColumnElement[Any], keep: int) -> str | None:
+        """Who has most that may go."""
+        owner = self._entries.c.owner
+        query = select(owner).where(self._may_go(keep)).group_by(owner).order_by(most.desc()).limit(1)
+        return self._connection.execute(query).scalar_one_or_none()
+
+    def _victims(self, owner: str | None, keep: int, limit: int = ROWS_AT_ONCE) -> Sequence[Any]:
+        """Rows of an owner that make room, the longest unused first; what somebody works on or has to do last."""
+        entries = self._entries
+        query = select(entries.c.number, entries.c.size).where(entries.c.owner == owner, self._may_go(keep))
+        order = (entries.c.status.in_(ACTIVE), entries.c.lease.is_not(None), entries.c.used, entries.c.number)
+        return self._connection.execute(query.order_by(*order).limit(limit).with_for_update(skip_locked=True)).all()
+
+    def _may_go(self, keep: int) -> ColumnElement[bool]:
+        """What may make room: where the store spares what somebody has, nothing of that."""
+        lease, other = self._entries.c.lease, self._entries.c.number != keep
+        if not self._bounds.spares_leased:
+            return other
+        return and_(other, not_(self._entries.c.status.in_(ACTIVE)), or_(lease.is_(None), lease <= self._now))
+
+    def _known(self, number: int, more: Sequence[Part]) -> set[str]:
+        """The ids of these parts that the row has already."""
+        found: set[str] = set()
+        for start in range(0, len(more), NAMES_AT_ONCE):
+            names = [each.id for each in more[start : start + NAMES_AT_ONCE]]
+            there = select(self._parts.c.id).where(self._parts.c.entry == number, self._parts.c.id.in_(names))
+            found.update(self._connection.execute(there).scalars())
+        return found
 
 
-def drop(connection: Connection, numbers: list[int]) -> None:
-    """Deletes rows, and what belongs to them."""
-    connection.execute(delete(items).where(items.c.record.in_(numbers)))
-    connection.execute(delete(places).where(places.c.record.in_(numbers)))
-    connection.execute(delete(turns).where(turns.c.record.in_(numbers)))
-    connection.execute(delete(records).where(records.c.number.in_(numbers)))
-
-
-def _victims(connection: Connection, most: ColumnElement[Any], keep: int | None) -> list[Any]:
-    """Rows of the key that has most, the longest unused first; what somebody works on is none of them."""
-    idle: list[ColumnElement[bool]] = [records.c.lease.is_(None), records.c.number.not_in(select(turns.c.record))]
-    if keep is not None:
-        idle.append(records.c.number != keep)
-    by_owner = select(records.c.owner).where(*idle).group_by(records.c.owner).order_by(most.desc()).limit(1)
-    owner = connection.execute(by_owner).scalar_one_or_none()
-    if owner is None:
-        return []
-    oldest = select(records.c.number, records.c.size).where(records.c.owner == owner, *idle)
-    ordered = oldest.order_by(records.c.used, records.c.number).limit(_AT_ONCE)
-    return list(connection.execute(ordered.with_for_update(skip_locked=True)))
+def _refuse_twins(more: Sequence[Part], there: set[str]) -> None:
+    seen = set(there)
+    for index, each in enumerate(more):
+        if each.id in seen:
+            raise InvalidParameterError(
+                f"items.{index}.id: the conversation has an item {each.id!r:.80} already; leave the id out, or give "
+                "another",
+                f"items.{index}.id",
+            )
+        seen.add(each.id)

@@ -13,10 +13,9 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from candle_vllm.server.errors import HttpError
+from candle_vllm.responses.store.errors import StoreUnavailableError
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.mailbox.queries import Push
-from candle_vllm.server.mailbox.store import Store
+from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, allowed_target, parse_target
 from candle_vllm.server.mailbox.webhook import Attempt, Message, Outcome, Sender
 
@@ -39,7 +38,9 @@ class Deliverer:
         pushed: told of every push that ended: True where it was delivered, False where it was given up.
     """
 
-    def __init__(self, store: Store, sender: Sender, options: MailboxOptions, pushed: Callable[[bool], object]) -> None:
+    def __init__(
+        self, store: MailboxStore, sender: Sender, options: MailboxOptions, pushed: Callable[[bool], object]
+    ) -> None:
         self._store = store
         self._sender = sender
         self._options = options
@@ -76,7 +77,7 @@ class Deliverer:
             try:
                 await self._claim_all()
                 wait = await self._seconds_to_next()
-            except HttpError as error:
+            except StoreUnavailableError as error:
                 logger.warning("the mailbox's store does not answer: %s", error.__cause__ or error)
             except Exception:
                 logger.exception("pushes could not be looked for")
@@ -98,10 +99,10 @@ class Deliverer:
     async def _seconds_to_next(self) -> float:
         if len(self._running) >= self._options.max_deliveries:
             return POLL_SECONDS  # or when one of them ends
-        due = await self._store.next_push_ms(self._busy_owners())
+        due = await self._store.next_push(self._busy_owners())
         if due is None:
             return POLL_SECONDS
-        return min(max((due - self._store.now_ms) / 1000, 0.001), POLL_SECONDS)
+        return min(max((due - self._store.now) / 1000, 0.001), POLL_SECONDS)
 
     def _busy_owners(self) -> list[str]:
         most = max(1, self._options.max_deliveries // 2)
@@ -113,31 +114,31 @@ class Deliverer:
         if not task.cancelled() and task.exception() is not None:
             logger.error("a push failed unexpectedly", exc_info=task.exception())
 
-    async def _push(self, push: Push) -> None:
+    async def _push(self, push: StoredAnswer) -> None:
         """One attempt and what follows from it; cut off or without a store, the lease brings the push back."""
         try:
             attempt = await self._try(push)
         except asyncio.CancelledError:
-            with contextlib.suppress(HttpError):
+            with contextlib.suppress(StoreUnavailableError):
                 await self._store.postpone(push, push.attempts, 0)
             raise
-        with contextlib.suppress(HttpError):
+        with contextlib.suppress(StoreUnavailableError):
             await self._follow(push, attempt)
 
-    async def _try(self, push: Push) -> Attempt:
+    async def _try(self, push: StoredAnswer) -> Attempt:
         try:
             target = self._target(push.url)
         except ForbiddenTarget as error:
             return Attempt(Outcome.FORBIDDEN, f"the webhook's URL {error}")
         return await self._sender.send(Message(push.record, push.delivery_id, target, push.bearer))
 
-    async def _follow(self, push: Push, attempt: Attempt) -> None:
+    async def _follow(self, push: StoredAnswer, attempt: Attempt) -> None:
         failed = push.attempts + 1
         if attempt.outcome is Outcome.FAILED and failed <= self._options.webhook.retry_count:
             await self._store.postpone(push, failed, wait_ms(self._options.webhook.retry_delay_ms, failed))
             return
         if attempt.outcome is not Outcome.DELIVERED:
-            logger.warning("the push of %s was given up: %s", push.record.request_id, attempt.detail)
+            logger.warning("the push of %s was given up: %s", push.request_id, attempt.detail)
         self._pushed(attempt.outcome is Outcome.DELIVERED)
         await self._store.settle(push)
 

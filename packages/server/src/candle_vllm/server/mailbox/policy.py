@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
-from candle_vllm.server.mailbox.refusals import MailboxError, invalid
+from candle_vllm.server.mailbox.record import MailboxError, invalid
 from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, allowed_target
 
 MAILBOX_MODE, WEBHOOK_URL, WEBHOOK_MODE, WEBHOOK_BEARER = (

@@ -1,6 +1,6 @@
-"""What the mailbox keeps of one answer, and its forms on the wire.
+"""What the mailbox tells: the record of an answer in its forms on the wire, and refusals.
 
-Made at step 10 of a request's life, when the answer is complete or has failed.
+A record is made at step 10 of a request's life, when the answer is complete or has failed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
-
-MAX_ID = 256  # characters of a request id
-MAX_MODEL = 512  # characters of a model's name
+from candle_vllm.server.errors import HttpError
 
 
 class Status(StrEnum):
@@ -54,6 +52,25 @@ class RecordList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
     data: Sequence[Record]
     has_more: bool
+
+
+class MailboxError(HttpError):
+    """A refusal of the mailbox; `param` is a header, a query parameter or a field."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(status, message, code, {"retry-after": "1"} if status == 503 else None, param=param)
+
+
+def invalid(param: str, text: str) -> MailboxError:
+    """400: a header or field has a value that it cannot have; `text` follows its name."""
+    return MailboxError(400, f"{param} {text}", "invalid_value", param)
+
+
+def not_found(request_id: str) -> MailboxError:
+    """404: no such record of this key, whether or not another key has one."""
+    return MailboxError(
+        404, f"The mailbox has no record {request_id!r:.80} of this API key.", "not_found", "request_id"
+    )
 
 
 def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Status, bytes]:

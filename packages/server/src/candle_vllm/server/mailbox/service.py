@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from candle_vllm.server.errors import HttpError
+from candle_vllm.responses.store.errors import StoreUnavailableError
 from candle_vllm.server.mailbox.delivery import Deliverer
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.policy import (
@@ -26,10 +26,8 @@ from candle_vllm.server.mailbox.policy import (
     client_target,
     read_policy,
 )
-from candle_vllm.server.mailbox.queries import Entry
-from candle_vllm.server.mailbox.record import Status, settled
-from candle_vllm.server.mailbox.refusals import MailboxError, invalid, not_found
-from candle_vllm.server.mailbox.store import Store
+from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled
+from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 from candle_vllm.server.mailbox.targets import Target, parse_target
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 
@@ -51,14 +49,14 @@ class Mailbox:
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
         self.pushed: Callable[[bool], object] = lambda _: None
-        self.store = Store(options, clock)
+        self.store = MailboxStore(options, clock)
         self._sender = Sender(options.webhook, clock)
         self._deliverer = Deliverer(self.store, self._sender, options, lambda delivered: self.pushed(delivered))
         self._pushing: Counter[str] = Counter()  # at the wish of clients, by owner
         self._purging: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Opens the store and begins with what an earlier server left; UsageError when it cannot be opened."""
+        """Opens the store and begins with what an earlier server left; ConfigError when it cannot be opened."""
         await self.store.open()
         self._deliverer.start()
         self._purging = asyncio.create_task(self._purge())
@@ -95,8 +93,8 @@ class Mailbox:
         """
         if policy.mailbox is Mode.NEVER:
             return
-        expires = self.store.now_ms + int(limit_secs * 1000) + _BEGUN_MARGIN_MS
-        await self._put(Entry(owner, request_id, model, Status.STREAMING, None, expires))
+        expires = self.store.now + int(limit_secs * 1000) + _BEGUN_MARGIN_MS
+        await self._put(StoredAnswer(owner, request_id, model, Status.STREAMING, None, expires))
 
     async def keep(
         self,
@@ -122,9 +120,9 @@ class Mailbox:
                 await self._drop(owner, request_id)
             return False
         status, data = settled(answer, self.options.max_record_bytes)
-        expires = self.store.now_ms + self.options.retention_secs * 1000
+        expires = self.store.now + self.options.retention_secs * 1000
         kept = await self._put(
-            Entry(
+            StoredAnswer(
                 owner, request_id, model, status, data, expires, listed, push,
                 policy.url if push else None, policy.bearer if push else None,
             )
@@ -148,10 +146,10 @@ class Mailbox:
                 many are under way.
         """
         push_target = self._push_target(url, bearer, headers)
-        push = await self.store.get_push(owner, request_id)
+        push = await self.store.get(owner, request_id)
         if push is None:
             raise not_found(request_id)
-        if push.record.status is Status.STREAMING:
+        if push.status is Status.STREAMING:
             raise invalid("request_id", "names an answer that is still being generated: try again later")
         with self._place(owner):
             message = Message(push.record, push.delivery_id, push_target, bearer, headers)
@@ -191,11 +189,11 @@ class Mailbox:
             raise invalid("url", "is required: this server has no webhook of its own")
         return parse_target(self.options.webhook.url)
 
-    async def _put(self, entry: Entry) -> bool:
+    async def _put(self, answer: StoredAnswer) -> bool:
         try:
-            dropped = await self.store.put(entry)
-        except HttpError as error:
-            logger.error("the answer %s could not be kept: %s", entry.request_id, error.__cause__ or error)
+            dropped = await self.store.put(answer)
+        except StoreUnavailableError as error:
+            logger.error("the answer %s could not be kept: %s", answer.request_id, error.__cause__ or error)
             return False
         if dropped:
             logger.warning("the mailbox was full: %d of its oldest records made room", dropped)
@@ -204,14 +202,14 @@ class Mailbox:
     async def _drop(self, owner: str, request_id: str) -> None:
         try:
             await self.store.drop(owner, request_id)
-        except HttpError as error:
+        except StoreUnavailableError as error:
             logger.warning("a record could not be dropped: %s", error.__cause__ or error)
 
     async def _purge(self) -> None:
         while True:
             try:
                 await self.store.purge()
-            except HttpError as error:
+            except StoreUnavailableError as error:
                 logger.warning("the mailbox could not be purged: %s", error.__cause__ or error)
             except Exception:
                 logger.exception("the mailbox could not be purged")

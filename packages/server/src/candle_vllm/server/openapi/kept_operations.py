@@ -16,7 +16,7 @@ from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, AnyIt
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
-from candle_vllm.responses.store.records import MAX_ID
+from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 

@@ -42,7 +42,8 @@ from candle_vllm.openai.protocol.tokenizing import (
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.request import InputTokensRequest, ResponsesRequest
 from candle_vllm.responses.protocol.response import InputTokens, Response
-from candle_vllm.server.mailbox.record import MAX_ID, Record, RecordList
+from candle_vllm.responses.store.entries import MAX_ID
+from candle_vllm.server.mailbox.record import Record, RecordList
 from candle_vllm.server.model_cards import LoadedCard, ManagerStatus, SlotStatus, UnloadedCard
 from candle_vllm.server.model_requests import ModelRequest
 from candle_vllm.server.openapi.components import Naming

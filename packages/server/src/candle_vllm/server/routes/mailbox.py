@@ -18,9 +18,9 @@ from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.validation import to_request_error
+from candle_vllm.responses.store.entries import is_id
 from candle_vllm.server.body import read_body, unless_disconnected
-from candle_vllm.server.mailbox.record import MAX_ID, RecordList, Status
-from candle_vllm.server.mailbox.refusals import MailboxError, invalid, not_found
+from candle_vllm.server.mailbox.record import MailboxError, RecordList, Status, invalid, not_found
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -57,8 +57,8 @@ async def list_records(request: Request) -> Response:
         raise invalid("limit", f"must be a whole number between 1 and {MAX_LIST}, not {text!r:.60}")
     limit, after = int(text), query.get("after")
     found = None
-    if after is None or _is_id(after):
-        found = await mailbox.store.list(owner, limit + 1, after)
+    if after is None or is_id(after):
+        found = await mailbox.store.page(owner, limit + 1, after)
     if found is None:
         raise invalid("after", f"must be the request_id of a record of yours, not {after!r:.80}")
     page = RecordList(data=found[:limit], has_more=len(found) > limit)
@@ -72,12 +72,12 @@ async def get_record(request: Request, request_id: str) -> Response:
     text = _query(request, "auto_delete").get("auto_delete", "false")
     if text not in ("true", "false"):
         raise invalid("auto_delete", f"must be true or false, not {text!r:.60}")
-    record = await mailbox.store.get(owner, request_id) if _is_id(request_id) else None
-    if record is None:
+    found = await mailbox.store.get(owner, request_id) if is_id(request_id) else None
+    if found is None:
         raise not_found(request_id)
-    if text == "true" and record.status is not Status.STREAMING:
+    if text == "true" and found.status is not Status.STREAMING:
         await mailbox.store.remove(owner, request_id)
-    return Response(to_json_bytes(record), media_type="application/json")
+    return Response(to_json_bytes(found.record), media_type="application/json")
 
 
 @router.delete("/v1/mailbox/{request_id}")
@@ -85,7 +85,7 @@ async def delete_record(request: Request, request_id: str) -> Response:
     """Deletes a record, and its push if that is still open."""
     mailbox, owner = _mailbox(request)
     _query(request)
-    if not _is_id(request_id) or not await mailbox.store.remove(owner, request_id):
+    if not is_id(request_id) or not await mailbox.store.remove(owner, request_id):
         raise not_found(request_id)
     return Response(status_code=204)
 
@@ -96,7 +96,7 @@ async def push_record(request: Request, request_id: str) -> Response:
     mailbox, owner = _mailbox(request)
     _query(request)
     wire = _parse(await read_body(request.scope, request.receive, MAX_BODY))
-    if not _is_id(request_id):
+    if not is_id(request_id):
         raise not_found(request_id)
     pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})
     await unless_disconnected(pushed, request.receive)
@@ -121,11 +121,6 @@ def _query(request: Request, *known: str) -> dict[str, str]:
             raise invalid(name, "stands twice in the query")
         given[name] = value
     return given
-
-
-def _is_id(text: str) -> bool:
-    """Whether the text can be an id; others are not looked for (PostgreSQL takes no NUL)."""
-    return len(text) <= MAX_ID and text.isascii() and text.isprintable()
 
 
 def _parse(body: bytes) -> PushRequest:

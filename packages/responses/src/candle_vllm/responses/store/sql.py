@@ -1,0 +1,379 @@
+"""SqlBackend: a store in SQLite or PostgreSQL, or in this process's memory. Each method is one transaction."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Collection, Sequence
+from types import CoroutineType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import msgspec
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, not_, or_, select, update
+
+from candle_vllm.responses.store.backend import Bounds, Held, Order, Place
+from candle_vllm.responses.store.database import Database
+from candle_vllm.responses.store.entries import ACTIVE, MAX_ID, OVERHEAD, Entry, Part
+from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
+from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
+from candle_vllm.responses.store.tables import tables_of
+
+MAX_WAITING = 1024  # calls that wait for the database
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _transaction(
+    work: Callable[Concatenate[SqlBackend, Connection, P], T],
+) -> Callable[Concatenate[SqlBackend, P], CoroutineType[Any, Any, T]]:
+    """A method that does `work` in the database's thread, inside a transaction that ends with it."""
+
+    @functools.wraps(work)
+    async def call(self: SqlBackend, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.database.run(lambda connection: work(self, connection, *args, **kwargs))
+
+    return call
+
+
+class SqlBackend:
+    """What `Backend` says, in tables.
+
+    Args:
+        place: where they are.
+        bounds: how much they hold.
+        clock: seconds since 1970.
+
+    Attributes:
+        tables: of this store.
+        database: where they are.
+    """
+
+    def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
+        self.tables = tables_of(place.name)
+        self.database = Database(place, self.tables, MAX_WAITING)
+        self._place = place
+        self._bounds = bounds
+        self._clock = clock
+        self._entries, self._parts, self._names = self.tables.entries, self.tables.parts, self.tables.names
+        self._active = self._entries.c.status.in_(ACTIVE)
+
+    @property
+    def now(self) -> int:
+        return int(self._clock() * 1000)
+
+    async def open(self) -> None:
+        await self.database.open()
+
+    async def close(self) -> None:
+        await self.database.close()
+
+    def owner(self, key: str) -> str:
+        return self.database.owner(key)
+
+    # ---- entries -----------------------------------------------------------------------------------------------------
+
+    @_transaction
+    def put(self, connection: Connection, entry: Entry, names: Collection[str] = (), parts: Sequence[Part] = ()) -> int:
+        self._check_size(entry.kind, entry.size)
+        entries, room = self._entries, self._room(connection)
+        same = and_(entries.c.owner == entry.owner, entries.c.id == entry.id)
+        old = connection.execute(select(entries.c.number, entries.c.size, self._active.label("active")).where(same))
+        there = old.first()
+        values = {
+            "kind": entry.kind, "status": entry.status, "expires": entry.expires, "lease": entry.lease,
+            "holder": entry.holder, "follows": entry.follows, "size": entry.size,
+            "about": msgspec.json.encode(entry.about), "body": entry.body, "given": entry.given,
+        }  # fmt: skip
+        if there is not None and there.active:
+            dropped = room.make(entry.owner, entry.size - there.size, keep=there.number)
+            connection.execute(update(entries).where(entries.c.number == there.number).values(values))
+            number = there.number
+        else:
+            if there is not None:
+                room.drop([there.number])
+            dropped = room.make(entry.owner, entry.size, rows=1)
+            values |= {"owner": entry.owner, "id": entry.id, "created": entry.created, "used": self.now}
+            made = connection.execute(insert(entries).values(values))
+            assert made.inserted_primary_key is not None
+            number = made.inserted_primary_key[0]
+        self._note(connection, number, names)
+        return dropped + (room.append(number, entry.owner, parts, skip_known=False) if parts else 0)
+
+    @_transaction
+    def get(self, connection: Connection, kind: str, owner: str, name: str) -> Entry | None:
+        row = connection.execute(select(self._entries).where(self._visible(kind, owner, name))).first()
+        return None if row is None else _entry(row)
+
+    @_transaction
+    def page(
+        self, connection: Connection, kind: str, owner: str, limit: int, after: str | None = None
+    ) -> list[Entry] | None:
+        columns = [each for each in self._entries.c if each.name not in ("body", "given")]
+        query = select(*columns).where(self._visible(kind, owner)).order_by(self._entries.c.number.desc()).limit(limit)
+        if after is not None:
+            place = select(self._entries.c.number).where(self._visible(kind, owner, after))
+            last = connection.execute(place).scalar_one_or_none()
+            if last is None:
+                return None
+            query = query.where(self._entries.c.number < last)
+        return [_entry(row) for row in connection.execute(query)]
+
+    @_transaction
+    def chain(self, connection: Connection, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
+        found: list[Entry] = []
+        numbers: list[int] = []
+        size, before = 0, name
+        while before:
+            row = connection.execute(select(self._entries).where(self._visible(kind, owner, before))).first()
+            if row is None:
+                return found
+            found.append(_entry(row))
+            numbers.append(row.number)
+            size += row.size
+            if found[-1].active or len(found) > most or size > most_size:
+                return found
+            before = row.follows
+        for start in range(0, len(numbers), ROWS_AT_ONCE):
+            part = self._entries.c.number.in_(numbers[start : start + ROWS_AT_ONCE])
+            connection.execute(update(self._entries).where(part).values(used=self.now))
+        return found
+
+    @_transaction
+    def change(
+        self,
+        connection: Connection,
+        kind: str,
+        owner: str,
+        name: str,
+        body: bytes,
+        *,
+        status: str | None = None,
+        lease: int | None = None,
+        lease_was: int | None = None,
+        expires: int | None = None,
+        names: Collection[str] = (),
+    ) -> bool:
+        entries = self._entries
+        where = and_(self._named(kind, owner, name), self._active if status is not None else not_(self._active))
+        if lease_was is not None:
+            where = and_(where, entries.c.lease == lease_was)
+        columns = entries.c.number, entries.c.size, func.length(entries.c.body).label("body")
+        row = connection.execute(select(*columns, func.length(entries.c.given).label("given")).where(where)).first()
+        if row is None:
+            return False
+        grown = len(body) - row.body
+        if lease_was is None:
+            self._check_size(kind, row.given + len(body) + OVERHEAD)
+        if grown > 0 and lease_was is None:
+            self._room(connection).make(owner, grown, keep=row.number)
+        values: dict[str, Any] = {"body": body, "size": entries.c.size + grown, "used": self.now}
+        if status is not None:
+            values |= {"status": status, "lease": lease} | ({"holder": None} if lease is None else {})
+        if expires is not None:
+            values["expires"] = expires
+        if not connection.execute(update(entries).where(where).values(values)).rowcount:
+            return False
+        self._note(connection, row.number, names)
+        return True
+
+    @_transaction
+    def delete(
+        self,
+        connection: Connection,
+        kind: str,
+        owner: str,
+        name: str,
+        *,
+        status: str | None = None,
+        holder: str | None = None,
+    ) -> bool:
+        where = self._visible(kind, owner, name)
+        if status is not None:
+            where = and_(where, self._entries.c.status == status)
+        if holder is not None:
+            where = and_(where, self._entries.c.holder == holder)
+        numbers = list(connection.execute(select(self._entries.c.number).where(where)).scalars())
+        self._room(connection).drop(numbers)
+        return bool(numbers)
+
+    @_transaction
+    def expire(self, connection: Connection) -> int:
+        over = and_(self._entries.c.expires <= self.now, not_(self._active))
+        numbers = list(
+            connection.execute(select(self._entries.c.number).where(over).limit(10 * ROWS_AT_ONCE)).scalars()
+        )
+        self._room(connection).drop(numbers)
+        return len(numbers)
+
+    @_transaction
+    def find(self, connection: Connection, owner: str, names: Sequence[str]) -> tuple[list[Part], list[Entry]]:
+        parts: list[Part] = []
+        found: dict[int, Entry] = {}
+        for start in range(0, len(names), NAMES_AT_ONCE):
+            some = names[start : start + NAMES_AT_ONCE]
+            joined = select(self._parts.c.id, self._parts.c.body).join(self._entries)
+            rows = connection.execute(joined.where(self._parts.c.id.in_(some), self._entries.c.owner == owner))
+            parts += [Part(id=row.id, body=bytes(row.body)) for row in rows]
+            holding = select(self._names.c.entry).where(self._names.c.name.in_(some)).distinct()
+            where = and_(self._entries.c.owner == owner, self._alive, self._entries.c.number.in_(holding))
+            found |= {row.number: _entry(row) for row in connection.execute(select(self._entries).where(where))}
+        return parts, list(found.values())
+
+    # ---- parts -------------------------------------------------------------------------------------------------------
+
+    @_transaction
+    def append(
+        self,
+        connection: Connection,
+        kind: str,
+        owner: str,
+        name: str,
+        parts: Sequence[Part],
+        *,
+        skip_known: bool = False,
+    ) -> int:
+        number = self._find(connection, kind, owner, name, locked=True)
+        return self._room(connection).append(number, owner, parts, skip_known=skip_known)
+
+    @_transaction
+    def parts(
+        self,
+        connection: Connection,
+        kind: str,
+        owner: str,
+        name: str,
+        limit: int | None = None,
+        order: Order = "asc",
+        after: str | None = None,
+    ) -> list[Part] | None:
+        number, parts = self._find(connection, kind, owner, name), self._parts
+        query = select(parts.c.id, parts.c.body).where(parts.c.entry == number)
+        if after is not None:
+            place = select(parts.c.number).where(parts.c.entry == number, parts.c.id == after)
+            last = connection.execute(place).scalar_one_or_none()
+            if last is None:
+                return None
+            query = query.where(parts.c.number > last if order == "asc" else parts.c.number < last)
+        if limit is None:
+            connection.execute(update(self._entries).where(self._entries.c.number == number).values(used=self.now))
+        query = query.order_by(parts.c.number if order == "asc" else parts.c.number.desc()).limit(limit)
+        return [Part(id=row.id, body=bytes(row.body)) for row in connection.execute(query)]
+
+    @_transaction
+    def part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> Part | None:
+        number = self._find(connection, kind, owner, name)
+        query = select(self._parts.c.body).where(self._parts.c.entry == number, self._parts.c.id == part)
+        body = connection.execute(query).scalar_one_or_none()
+        return None if body is None else Part(id=part, body=bytes(body))
+
+    @_transaction
+    def delete_part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> bool:
+        number = self._find(connection, kind, owner, name, locked=True)
+        same = and_(self._parts.c.entry == number, self._parts.c.id == part)
+        size = connection.execute(select(self._parts.c.size).where(same)).scalar_one_or_none()
+        if size is None:
+            return False
+        connection.execute(delete(self._parts).where(same))
+        smaller = {"size": self._entries.c.size - size}
+        connection.execute(update(self._entries).where(self._entries.c.number == number).values(smaller))
+        return True
+
+    # ---- leases ------------------------------------------------------------------------------------------------------
+
+    @_transaction
+    def claim(self, connection: Connection, kind: str, what: Held, until: int) -> bool:
+        number = self._find(connection, kind, what.owner, what.id, locked=True)
+        free = or_(self._entries.c.lease.is_(None), self._entries.c.lease <= self.now)
+        mine = and_(self._entries.c.number == number, free)
+        given = connection.execute(update(self._entries).where(mine).values(lease=until, holder=what.holder))
+        return given.rowcount > 0
+
+    @_transaction
+    def claim_due(self, connection: Connection, until: int, busy_owners: Collection[str]) -> Entry | None:
+        entries = self._entries
+        due = select(entries).where(entries.c.lease <= self.now, self._claimable(busy_owners))
+        row = connection.execute(due.order_by(entries.c.lease).limit(1)).first()
+        if row is None:
+            return None
+        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # or another server was faster
+        moved = connection.execute(update(entries).where(same).values(lease=until))
+        return _entry(row) if moved.rowcount else None
+
+    @_transaction
+    def next_due(self, connection: Connection, busy_owners: Collection[str]) -> int | None:
+        return connection.execute(select(func.min(self._entries.c.lease)).where(self._claimable(busy_owners))).scalar()
+
+    @_transaction
+    def move(
+        self, connection: Connection, held: Sequence[Held], until: int | None, about: bytes | None = None
+    ) -> set[Held]:
+        entries, lost = self._entries, set[Held]()
+        values: dict[str, Any] = {"lease": until} | ({} if about is None else {"about": about})
+        for each in held:
+            same = and_(entries.c.owner == each.owner, entries.c.id == each.id, entries.c.holder == each.holder)
+            theirs = and_(same, entries.c.lease.is_not(None))
+            if not connection.execute(update(entries).where(theirs).values(values)).rowcount:
+                lost.add(each)
+        return lost
+
+    @_transaction
+    def lapsed(self, connection: Connection) -> list[Entry]:
+        over = select(self._entries).where(self._entries.c.lease <= self.now, self._active).limit(ROWS_AT_ONCE)
+        return [_entry(row) for row in connection.execute(over)]
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _alive(self) -> ColumnElement[bool]:
+        return or_(self._entries.c.expires.is_(None), self._entries.c.expires > self.now, self._active)
+
+    def _named(self, kind: str, owner: str, name: str) -> ColumnElement[bool]:
+        entries = self._entries
+        return and_(entries.c.owner == owner, entries.c.id == name, entries.c.kind == kind)
+
+    def _visible(self, kind: str, owner: str, name: str | None = None) -> ColumnElement[bool]:
+        if name is not None:
+            return and_(self._named(kind, owner, name), self._alive)
+        return and_(self._entries.c.owner == owner, self._entries.c.kind == kind, self._alive)
+
+    def _claimable(self, busy_owners: Collection[str]) -> ColumnElement[bool]:
+        entries = self._entries
+        idle = and_(entries.c.lease.is_not(None), not_(self._active), entries.c.expires > self.now)
+        return and_(idle, entries.c.owner.not_in(sorted(busy_owners)))
+
+    def _room(self, connection: Connection) -> Room:
+        return Room(connection, self._place, self.tables, self._bounds, self.now)
+
+    def _find(self, connection: Connection, kind: str, owner: str, name: str, *, locked: bool = False) -> int:
+        """An entry's number; NotStoredError where there is none."""
+        query = select(self._entries.c.number).where(self._visible(kind, owner, name))
+        number = connection.execute(query.with_for_update() if locked else query).scalar_one_or_none()
+        if number is None:
+            raise NotStoredError(kind.capitalize(), name, f"{kind}_id")
+        return number
+
+    def _check_size(self, kind: str, size: int) -> None:
+        most = self._bounds.entry_size
+        if most is not None and size - OVERHEAD > most:
+            raise StoreLimitError(
+                f"The {kind} has {size - OVERHEAD} bytes with its input, and the store keeps at most {most} of one. "
+                "Send less, or ask with store: false.",
+                "input",
+            )
+
+    def _note(self, connection: Connection, number: int, names: Collection[str]) -> None:
+        """Writes down what is in an entry."""
+        known = sorted({name for name in names if len(name) <= MAX_ID and "\0" not in name})
+        for start in range(0, len(known), NAMES_AT_ONCE):
+            some = known[start : start + NAMES_AT_ONCE]
+            connection.execute(delete(self._names).where(self._names.c.entry == number, self._names.c.name.in_(some)))
+            connection.execute(insert(self._names), [{"entry": number, "name": name} for name in some])
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(
+        kind=row.kind, owner=row.owner, id=row.id, created=row.created, status=row.status, expires=row.expires,
+        lease=row.lease, holder=row.holder, follows=row.follows, about=msgspec.json.decode(row.about),
+        body=bytes(getattr(row, "body", b"")), given=bytes(getattr(row, "given", b"")),
+    )  # fmt: skip
