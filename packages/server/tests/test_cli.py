@@ -22,7 +22,8 @@ from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, parts
 from candle_vllm.server.settings.kinds import UsageError
-from candle_vllm.server.settings.table import COMMANDS, OPTIONS
+from candle_vllm.server.settings.options import COMMANDS
+from candle_vllm.server.settings.table import OPTIONS
 
 
 @pytest.fixture(autouse=True)

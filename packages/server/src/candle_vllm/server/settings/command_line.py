@@ -9,20 +9,86 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.kinds import FreeText, UsageError, nearest
+from candle_vllm.server.settings.kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, UsageError, nearest
+from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, switch
 from candle_vllm.server.settings.sources import Source, convert
-from candle_vllm.server.settings.table import COMMAND_GROUPS, COMMAND_OPTIONS, COMMANDS, OPTIONS, Option, settings_of
+from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
 
 _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
 Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
+_TOKENS = Integer(1, 1 << 24)
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
-_DEFAULTS = {item.name: item.default for item in dataclasses.fields(Settings)}
+
+_SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
+_MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
+
+_AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
+
+COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    "serve": (),
+    "generate": (
+        switch("chat", "command", "put the prompt into the model's chat template as a user message"),
+        _SYSTEM,
+        _MAX_TOKENS,
+        Option(
+            "stop", "command", ("--stop",), FreeText(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
+        ),
+    ),
+    "chat": (_SYSTEM, _MAX_TOKENS),
+    "agent": (
+        Option(
+            "base_url",
+            "command",
+            ("--base-url",),
+            Text(),
+            "let a server with OpenAI's chat API answer, such as "
+            "http://127.0.0.1:2000/v1; --m is then the model's name there",
+            "URL",
+        ),
+        Option("api_key", "command", ("--api-key",), Secret(), "key for that server", "KEY"),
+        Option("yes", "command", (), Boolean(), "run every tool without asking", constants={"--yes": True}),
+        Option(
+            "approve",
+            "command",
+            ("--approve",),
+            Text(256),
+            "tool that runs without asking, or server__*; repeatable",
+            "NAME",
+            repeat=True,
+        ),
+        Option("max_turns", "command", ("--max-turns",), Integer(1, 1000), "most turns of the model", "N"),
+        _SYSTEM,
+        _MAX_TOKENS,
+        Option("as_json", "command", (), Boolean(), "print every event as a line of JSON", constants={"--json": True}),
+    ),
+    "bench": (
+        Option("prompt_tokens", "command", ("--prompt-tokens",), _TOKENS, "length of each prompt", "N"),
+        Option("output_tokens", "command", ("--output-tokens",), _TOKENS, "length of each answer", "N"),
+        Option("concurrency", "command", ("--concurrency",), Integer(1, 4096), "requests at the same time", "N"),
+        Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
+        _AS_JSON,
+    ),
+    "quantize": (
+        Option("out", "command", ("--out",), FilePath(), "the file to write, which ends in .gguf", "FILE"),
+        Option("force", "command", (), Boolean(), "replace a file of that name", constants={"--force": True}),
+        Option(
+            "dtype",
+            "command",
+            ("--dtype",),
+            BY_NAME["dtype"].kind,
+            "type of matrices without --isq: auto (as stored), f32, bf16 or f16",
+            "TYPE",
+        ),
+        dataclasses.replace(BY_NAME["threads"], group="command"),
+    ),
+    "config": (_AS_JSON,),
+}
+"""Options of single commands; they have no environment variable and no models.yaml key."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,7 +179,7 @@ class _Version(argparse.Action):
 
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    default = _DEFAULTS.get(option.name)
+    default = option.default
     text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
     if option.flags:
         action = "append" if option.repeat else "store"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.server.settings.kinds import FilePath, Text, UsageError, known_keys, mapping, nearest
+from candle_vllm.server.settings.options import Option
 from candle_vllm.server.settings.sources import Source, convert, read_small
-from candle_vllm.server.settings.table import OPTIONS, Option
+from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     import yaml

@@ -17,6 +17,7 @@ from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.kinds import UsageError, known_keys, mapping
+from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -80,36 +81,11 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
     model, weight_file = model_source(settings)
     if settings.revision is not None and os.path.exists(os.path.expanduser(model)):
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
-    values: dict[str, Any] = {
-        "weight_file": weight_file,
-        "revision": settings.revision,
-        "hf_token": settings.hf_token,
-        "download_dir": settings.download_dir,
-        "offline": settings.offline,
-        "tokenizer": settings.tokenizer,
-        "chat_template": _template(settings.chat_template),
-        "isq": settings.isq,
-        "load_format": settings.load_format,
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "enforce_eager": settings.enforce_eager,
-        "attention_backend": settings.attention_backend,
-        "kv_cache_dtype": settings.kv_cache_dtype,
-        "cuda_graphs": settings.cuda_graphs,
-        "max_cudagraph_capture_size": settings.max_cudagraph_capture_size,
-        "deterministic": settings.deterministic,
-        "max_model_len": settings.max_model_len,
-        "yarn_scaling_factor": settings.yarn_scaling_factor,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.prefill_chunk_size,
-        "block_size": settings.block_size,
-        "kv_cache_memory": settings.kv_cache_memory_bytes if settings.mem is None else settings.mem << 20,
-        "kv_fraction": settings.kv_fraction,
-        "enable_prefix_caching": settings.enable_prefix_caching,
-        "max_queued_requests": settings.max_queued_requests,
-        "threads": settings.threads,
-        "seed": settings.seed,
-    } | changes
+    values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
+    values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
+    if settings.mem is not None:
+        values["kv_cache_memory"] = settings.mem << 20
+    values |= changes
     return EngineConfig(model=model, **{name: value for name, value in values.items() if value is not None})
 
 

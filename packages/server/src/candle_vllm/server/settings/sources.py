@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.server.settings.kinds import Kind, UsageError, nearest
-from candle_vllm.server.settings.table import BY_NAME, ENV_PREFIX, OPTIONS
+from candle_vllm.server.settings.options import ENV_PREFIX
+from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
 _MAX_FILE = 1 << 20  # bytes of .env and models.yaml
 _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
