@@ -31,7 +31,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai.answers import TokenCounts
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.observed_engine import ObservedEngine
-from candle_vllm.server.observing.usage import UsageCounts
+from candle_vllm.server.observing.tally import UsageCounts
 
 FIVE = SamplingParams(max_tokens=5)
 
@@ -300,11 +300,11 @@ async def test_counters_go_on_when_a_model_is_loaded_again() -> None:
         reading = metrics.models()[0].read()
         assert reading.engine is not None
         assert reading.tokens.completion_tokens == 4 * load
-        assert (reading.engine_counts.preemptions, reading.engine_counts.hits) == (2 * load, 4 * load)
+        assert (reading.engine_sums["preemptions"], reading.engine_sums["cached_prompt_tokens"]) == (2 * load, 4 * load)
         observed.close()
     reading = metrics.models()[0].read()
     assert reading.engine is None
-    assert reading.engine_counts.queries == 20
+    assert reading.engine_sums["prompt_tokens"] == 20
 
 
 async def test_a_new_engine_takes_the_place_of_one_that_was_not_closed() -> None:
@@ -318,7 +318,7 @@ async def test_a_new_engine_takes_the_place_of_one_that_was_not_closed() -> None
     assert reading.engine is not None
     assert reading.engine.stats is not None
     assert reading.engine.stats.num_running == 2
-    assert reading.engine_counts.preemptions == 2
+    assert reading.engine_sums["preemptions"] == 2
 
 
 def test_encoders_have_no_cache_to_show(noted: Any) -> None:

@@ -57,8 +57,8 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
     assert idle.engine.stats.num_free_blocks == idle.engine.stats.num_blocks
     assert idle.tokens.completion_tokens == 160 + sum(read)
     assert (idle.finished["length"], idle.finished["abort"]) == (4, 4)
-    assert idle.engine_counts.queries - before.prompt_tokens == idle.tokens.prompt_tokens
-    assert idle.engine_counts.hits - before.cached_prompt_tokens == idle.tokens.cached_tokens
+    assert idle.engine_sums["prompt_tokens"] - before.prompt_tokens == idle.tokens.prompt_tokens
+    assert idle.engine_sums["cached_prompt_tokens"] - before.cached_prompt_tokens == idle.tokens.cached_tokens
     scheduled = idle.histograms["vllm:request_queue_time_seconds"]
     assert sum(scheduled.counts) == 2
     assert idle.histograms["vllm:request_inference_time_seconds"].total == pytest.approx(
@@ -76,7 +76,7 @@ async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: Infere
     outputs = await observed.aembed([[1, 2, 3], [4, 5]])
     assert len(outputs) == 2
     reading = metrics.models()[0].read()
-    assert reading.tokens.prompt_tokens == reading.engine_counts.queries - before == 5
+    assert reading.tokens.prompt_tokens == reading.engine_sums["prompt_tokens"] - before == 5
     assert reading.finished == {"stop": 2}
 
 
@@ -91,6 +91,6 @@ async def test_closing_an_engine_aborts_and_leaves_its_counters(tmp_path: Any) -
     assert pieces[-1].finish_reason == "abort"
     reading = metrics.models()[0].read()
     assert reading.engine is None
-    assert reading.engine_counts.steps > 0
+    assert reading.engine_sums["steps"] > 0
     assert dict(reading.finished) == {"abort": 1}
     assert reading.tokens.completion_tokens == 1 + sum(len(piece.token_ids) for piece in pieces)

@@ -12,8 +12,15 @@ import pytest
 from server_fakes import PacedEngine
 
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.server.observing.log_text import escaped, json_line, key_values
-from candle_vllm.server.observing.request_log import JsonFormatter, RequestLog, TextFormatter, log_formatter
+from candle_vllm.server.observing.request_log import (
+    JsonFormatter,
+    RequestLog,
+    TextFormatter,
+    escaped,
+    json_line,
+    key_values,
+    log_formatter,
+)
 
 LOGGER = "candle_vllm.server.generations"
 HOSTILE = 'a"b\\ \r\nINFO forged: yes\x1b[2J\u2028next\x85\u202eevil\x7f ünïcode 漢字'

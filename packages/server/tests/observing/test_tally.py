@@ -8,9 +8,7 @@ import prometheus_client
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_vllm.server.observing.series import token_buckets
-from candle_vllm.server.observing.tally import Histogram
-from candle_vllm.server.observing.usage import OTHER_KEYS, UsageCounts, UsageTable
+from candle_vllm.server.observing.tally import OTHER_KEYS, Histogram, UsageCounts, UsageTable, token_buckets
 
 BOUNDS = (0.01, 0.1, 1.0, 10.0)
 VALUES = st.lists(st.one_of(st.sampled_from((0.0, *BOUNDS)), st.floats(0, 100)), max_size=30)

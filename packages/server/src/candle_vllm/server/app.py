@@ -29,8 +29,7 @@ from candle_vllm.server.mcp.response_servers import response_servers
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
-from candle_vllm.server.observing.metrics import Metrics, Outcome
-from candle_vllm.server.observing.setup import Observation
+from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.request_id import RequestIdMiddleware
 from candle_vllm.server.responders import Responders

@@ -33,7 +33,7 @@ from candle_vllm.server.model_loader import ModelLoader
 from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.model_slot import ModelSlot
 from candle_vllm.server.model_switcher import Load, ManagerLimits
-from candle_vllm.server.observing.setup import Observation
+from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Address, Settings

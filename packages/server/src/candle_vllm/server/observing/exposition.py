@@ -16,13 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from candle_vllm.core.engine.request import FinishReason
-from candle_vllm.server.observing.model_metrics import ModelMetrics, ModelReading
-from candle_vllm.server.observing.series import ENGINE, GAUGES, MCP_SERVERS, MODEL_SERIES, Series
-
-FINISH_REASONS = tuple(reason.value for reason in FinishReason)
-
-Row = tuple[tuple[str, ...], float]  # values of further labels, and the number
+from candle_vllm.server.observing.model_metrics import ModelMetrics
+from candle_vllm.server.observing.series import ENGINE, MCP_SERVERS, MODEL_SERIES, ModelReading, Series
 
 
 def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
@@ -110,39 +105,6 @@ def _add(family: Metric, series: Series, reading: ModelReading) -> None:
         family.add_metric(labels, histogram.buckets(), histogram.total)
         return
     assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
-    rows = _gauges(reading) if series in GAUGES else _counters(reading)
-    for more, value in rows.get(series.name, ()):
+    assert series.read is not None
+    for more, value in series.read(reading):
         family.add_metric((*labels, *more), value)
-
-
-def _counters(reading: ModelReading) -> dict[str, list[Row]]:
-    tokens, engine = reading.tokens, reading.engine_counts
-    return {
-        "vllm:num_preemptions_total": [((), engine.preemptions)],
-        "vllm:prefix_cache_queries_total": [((), engine.queries)],
-        "vllm:prefix_cache_hits_total": [((), engine.hits)],
-        "candle_vllm:engine_steps_total": [((), engine.steps)],
-        "vllm:prompt_tokens_total": [((), tokens.prompt_tokens)],
-        "vllm:prompt_tokens_cached_total": [((), tokens.cached_tokens)],
-        "vllm:generation_tokens_total": [((), tokens.completion_tokens)],
-        "vllm:request_success_total": [((reason,), reading.finished[reason]) for reason in FINISH_REASONS],
-    }
-
-
-def _gauges(reading: ModelReading) -> dict[str, list[Row]]:
-    engine = reading.engine
-    if engine is None:
-        return {}
-    stats, queued = engine.stats, max(engine.queued, 0)
-    runs = stats if engine.alive else None  # an engine that has failed runs nothing, whatever it last said
-    rows: dict[str, list[Row]] = {
-        "vllm:num_requests_running": [((), runs.num_running if runs else 0)],
-        "vllm:num_requests_waiting": [((), queued + (runs.num_waiting if runs else 0))],
-        "candle_vllm:num_requests_queued": [((), queued)],
-        "candle_vllm:engine_up": [((), int(engine.alive))],
-    }
-    if stats is not None and stats.num_blocks:  # an encoder has no cache
-        used = stats.num_blocks - stats.num_free_blocks if runs else 0
-        rows["vllm:kv_cache_usage_perc"] = [((), used / stats.num_blocks)]
-        rows["vllm:cache_config_info"] = [((str(stats.block_size), str(stats.num_blocks)), 1)]
-    return rows

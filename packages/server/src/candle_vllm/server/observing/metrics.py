@@ -1,4 +1,4 @@
-"""Metrics: everything that one application counts, and the registry that `/metrics` is made from.
+"""Metrics: everything that one application counts, the registry that `/metrics` is made from, and who is told.
 
 No globals: a process may hold several applications, each with its own. The parts that change with every token are
 plain numbers (`ModelMetrics`); for what happens once per request or more rarely, prometheus-client's own are used.
@@ -14,10 +14,14 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client import Histogram as EventHistogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from candle_vllm.server.observing import series
 from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
-from candle_vllm.server.observing.series import EVENTS
-from candle_vllm.server.observing.usage import UsageRow, UsageTable
+from candle_vllm.server.observing.request_log import RequestLog
+from candle_vllm.server.observing.series import Series
+from candle_vllm.server.observing.tally import UsageRow, UsageTable
+from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
+from candle_vllm.server.settings import Settings
 
 
 class Rejection(enum.StrEnum):
@@ -56,7 +60,7 @@ class Metrics:
             each.name: Counter(each.name, each.help, each.labels, registry=None)
             if each.kind == "counter"
             else EventHistogram(each.name, each.help, each.labels, registry=None, buckets=each.buckets)
-            for each in EVENTS
+            for each in series.EVENTS
         }
         self.registry = CollectorRegistry()
         self.registry.register(ModelCollector(self.models))
@@ -85,47 +89,70 @@ class Metrics:
 
     def refused(self, model: str, reason: str) -> None:
         """A request was refused before it ran: a value of `Rejection`."""
-        self._count("candle_vllm:admission_rejections_total", model, Rejection(reason))
+        self._count(series.REJECTIONS, model, Rejection(reason))
 
     def model_loaded(self, model: str, seconds: float) -> None:
         """A model has been loaded."""
-        self._count("candle_vllm:model_loads_total", model, Outcome.OK)
-        self._observe("candle_vllm:model_load_seconds", seconds, model)
+        self._count(series.LOADS, model, Outcome.OK)
+        self._observe(series.LOAD_SECONDS, seconds, model)
 
     def model_failed(self, model: str) -> None:
         """A model could not be loaded."""
-        self._count("candle_vllm:model_loads_total", model, Outcome.FAILED)
+        self._count(series.LOADS, model, Outcome.FAILED)
 
     def model_unloaded(self, model: str) -> None:
         """A model has been unloaded."""
-        self._count("candle_vllm:model_unloads_total", model)
+        self._count(series.UNLOADS, model)
 
     def model_waited_for(self, model: str, seconds: float) -> None:
         """A request got its model, which had to be loaded or switched to first."""
-        self._observe("candle_vllm:model_wait_seconds", seconds, model)
+        self._observe(series.WAIT_SECONDS, seconds, model)
 
     def answer_kept(self, outcome: Outcome) -> None:
         """An answer was put into the mailbox, or could not be."""
-        self._count("candle_vllm:mailbox_answers_total", outcome)
+        self._count(series.ANSWERS_KEPT, outcome)
 
     def webhook_sent(self, outcome: Outcome) -> None:
         """A webhook was delivered, or given up."""
-        self._count("candle_vllm:webhook_deliveries_total", outcome)
+        self._count(series.WEBHOOKS, outcome)
 
     def tool_called(self, server: str, status: str) -> None:
         """A tool of an MCP server was called; `status` says how that ended."""
-        self._count("candle_vllm:mcp_tool_calls_total", server, status)
+        self._count(series.TOOL_CALLS, server, status)
 
     def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
         """Shows how many MCP servers are in which state; `states` is called by scrapes, in other threads."""
         self.registry.register(McpServersCollector(states))
 
-    def _count(self, name: str, *labels: str) -> None:
-        counter = self._events[name]
+    def _count(self, event: Series, *labels: str) -> None:
+        counter = self._events[event.name]
         assert isinstance(counter, Counter)
         counter.labels(*labels).inc()
 
-    def _observe(self, name: str, value: float, *labels: str) -> None:
-        histogram = self._events[name]
+    def _observe(self, event: Series, value: float, *labels: str) -> None:
+        histogram = self._events[event.name]
         assert isinstance(histogram, EventHistogram)
         histogram.labels(*labels).observe(value)
+
+
+class Observation:
+    """The observers of one application.
+
+    Attributes:
+        metrics: its counts.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UsageError where traces are wanted and OpenTelemetry is not installed."""
+        self._tracing: Tracing | None = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+        observers: list[Observer] = []
+        if settings.log_requests:
+            observers.append(RequestLog(log_prompts=settings.log_prompts))
+        if self._tracing is not None:
+            observers.append(self._tracing)
+        self.metrics = Metrics(observers)
+
+    def close(self) -> None:
+        """Sends what traces are left; takes two seconds at most."""
+        if self._tracing is not None:
+            self._tracing.close()

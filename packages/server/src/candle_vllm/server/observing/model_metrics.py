@@ -10,39 +10,48 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from candle_vllm.server.observing.engine_gauges import EngineCounts, EngineGauges, EngineReading
+from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.server.observing.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import FinishedRequest, RequestInfo, RequestRecord
-from candle_vllm.server.observing.series import HISTOGRAMS, SAME_AS, token_buckets
-from candle_vllm.server.observing.tally import Histogram
-from candle_vllm.server.observing.usage import UsageCounts, UsageTable
+from candle_vllm.server.observing.series import (
+    BETWEEN_PIECES,
+    BETWEEN_PIECES_TOO,
+    ENGINE_COUNTERS,
+    HISTOGRAMS,
+    TO_FIRST_TOKEN,
+    EngineReading,
+    ModelReading,
+)  # fmt: skip
+from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageTable, token_buckets
+from candle_vllm.server.served_engine import ServedEngine
 
 Observer = Callable[[FinishedRequest], None]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelReading:
-    """The numbers of one model at one moment, those of running requests included.
+class EngineGauges:
+    """One loaded engine.
 
-    Attributes:
-        name: of the model.
-        tokens: prompt, cached and completion tokens.
-        finished: sequences and pooled texts by finish reason.
-        histograms: by name of the series.
-        engine_counts: of its engines, the present one included.
-        engine: the loaded engine; None while the model is not loaded.
+    Args:
+        engine: the engine itself.
+        queued: sequences that wait before it.
     """
 
-    name: str
-    tokens: UsageCounts
-    finished: Counter[str]
-    histograms: dict[str, Histogram]
-    engine_counts: EngineCounts
-    engine: EngineReading | None
+    def __init__(self, engine: ServedEngine, queued: Callable[[], int]) -> None:
+        self._engine = engine
+        self._queued = queued
+        self._last: EngineStats | None = None
+
+    def read(self) -> EngineReading:
+        """The numbers of now; the last ones where the engine gives none any more."""
+        try:
+            self._last = self._engine.stats()
+        except CandleVllmError:
+            logger.debug("an engine gives no numbers any more")
+        return EngineReading(self._last, max(self._queued(), 0), self._engine.is_alive)
 
 
 class ModelMetrics:
@@ -74,12 +83,10 @@ class ModelMetrics:
         self._tokens = UsageCounts()
         self._finished: Counter[str] = Counter()
         buckets = token_buckets(max_model_len)
-        self._histograms = {
-            each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS if each.name not in SAME_AS
-        }
+        self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
         self._gauges: EngineGauges | None = None
-        self._past = EngineCounts()
-        self.gap_bounds = self._histograms["vllm:inter_token_latency_seconds"].bounds
+        self._past: Counter[str] = Counter()
+        self.gap_bounds = self._histograms[BETWEEN_PIECES.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
 
@@ -88,14 +95,14 @@ class ModelMetrics:
         with self._lock:
             before, self._gauges = self._gauges, gauges
             if before is not None:
-                self._past = self._past.plus(before.read().stats)
+                self._past += _sums(before.read())
 
     def detach(self, gauges: EngineGauges) -> None:
         """The model is about to be unloaded: its gauges go, what its engine counted stays."""
         with self._lock:
             if self._gauges is gauges:
                 self._gauges = None
-                self._past = self._past.plus(gauges.read().stats)
+                self._past += _sums(gauges.read())
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ class ModelMetrics:
     def first_token(self, seconds: float) -> None:
         """A request's first token has come."""
         with self._lock:
-            self._histograms["vllm:time_to_first_token_seconds"].observe(max(seconds, 0.0))
+            self._histograms[TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
 
     def pooled(self, record: RequestRecord, prompt_tokens: int, reasons: Sequence[str]) -> None:
         """A request for vectors or scores has ended, with a reason for each text or pair."""
@@ -148,10 +155,11 @@ class ModelMetrics:
             tokens, histograms = self._tokens, {name: each.copy() for name, each in self._histograms.items()}
             for record in self._live:
                 tokens = tokens.plus(UsageCounts(0, record.prompt_tokens, record.cached_tokens, sum(record.tokens)))
-                histograms["vllm:inter_token_latency_seconds"].merge(record.gaps)
-            histograms |= {name: histograms[other] for name, other in SAME_AS.items()}
-            counts = self._past.plus(None if engine is None else engine.stats)
-            return ModelReading(self.name, tokens, Counter(self._finished), histograms, counts, engine)
+                histograms[BETWEEN_PIECES.name].merge(record.gaps)
+            histograms[BETWEEN_PIECES_TOO.name] = histograms[BETWEEN_PIECES.name]
+            return ModelReading(
+                self.name, tokens, Counter(self._finished), histograms, self._past + _sums(engine), engine
+            )
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -160,42 +168,12 @@ class ModelMetrics:
             UsageCounts(0, summary.prompt_tokens, summary.cached_tokens, summary.completion_tokens)
         )
         self._finished.update(summary.finish_reasons)
-        self._histograms["vllm:inter_token_latency_seconds"].merge(record.gaps)
-        if summary.status != "ok":
-            return
-        self._observe("vllm:e2e_request_latency_seconds", summary.ended - summary.arrived)
-        self._observe("vllm:request_prompt_tokens", summary.prompt_tokens)
-        if summary.info.operation == "generate":
-            self._add_generation(record, summary)
-
-    def _add_generation(self, record: RequestRecord, summary: FinishedRequest) -> None:
-        self._observe("vllm:request_prefill_kv_computed_tokens", summary.prompt_tokens - summary.cached_tokens)
-        self._observe("vllm:request_params_n", summary.info.count)
-        self._observe("vllm:request_max_num_generation_tokens", max(record.tokens))
-        params = summary.info.params
-        if params is not None and params.max_tokens is not None:
-            self._observe("vllm:request_params_max_tokens", params.max_tokens)
-        for tokens, times in zip(record.tokens, record.metrics, strict=True):
-            self._observe("vllm:request_generation_tokens", tokens)
-            if times is not None and tokens > 1:
-                self._between(
-                    "vllm:request_time_per_output_token_seconds",
-                    times.first_token_time, times.finished_time, tokens - 1,
-                )  # fmt: skip
-        times = summary.times
-        if times is not None:
-            scheduled, first, end = times.first_scheduled_time, times.first_token_time, times.finished_time
-            self._between("vllm:request_queue_time_seconds", summary.arrived, scheduled)
-            self._between("vllm:request_prefill_time_seconds", scheduled, first)
-            self._between("vllm:request_decode_time_seconds", first, end)
-            self._between("vllm:request_inference_time_seconds", scheduled, end)
-
-    def _between(self, name: str, start: float | None, end: float | None, parts: int = 1) -> None:
-        if start is not None and end is not None:
-            self._observe(name, (end - start) / parts)
-
-    def _observe(self, name: str, value: float) -> None:
-        self._histograms[name].observe(max(value, 0.0))
+        self._histograms[BETWEEN_PIECES.name].merge(record.gaps)
+        if summary.status == "ok":
+            for series in HISTOGRAMS:
+                for value in series.values(summary):
+                    if value is not None:
+                        self._histograms[series.name].observe(max(value, 0.0))
 
     def _tell(self, summary: FinishedRequest) -> None:
         for observer in self.observers:
@@ -203,3 +181,9 @@ class ModelMetrics:
                 observer(summary)
             except Exception:  # a log or a trace that fails is no reason for an answer to fail
                 logger.warning("a request could not be reported", exc_info=True)
+
+
+def _sums(engine: EngineReading | None) -> Counter[str]:
+    """What an engine has counted itself."""
+    stats = None if engine is None else engine.stats
+    return Counter() if stats is None else Counter({each.stat: getattr(stats, each.stat) for each in ENGINE_COUNTERS})

@@ -22,15 +22,16 @@ from candle_vllm.core.engine.request import (
     ModelInfo,
     OutputCollector,
     ScoreOutput,
+    TokenOutput,
 )
 from candle_vllm.core.pooling.params import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
-from candle_vllm.server.observing.engine_gauges import EngineGauges
+from candle_vllm.openai.engine import TokenStream
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.observed_stream import ObservedStream
-from candle_vllm.server.observing.request_record import Operation, RequestInfo
+from candle_vllm.server.observing.model_metrics import EngineGauges
+from candle_vllm.server.observing.request_record import Operation, RequestInfo, RequestRecord
 from candle_vllm.server.served_engine import ServedEngine
 
 T = TypeVar("T")
@@ -231,3 +232,39 @@ class ObservedEngine:
 
 def _no_text(most: int) -> str:  # noqa: ARG001
     return ""
+
+
+class ObservedStream:
+    """A stream with the contract of the one that it wraps.
+
+    However it ends - read to its end, closed, cancelled, failed or dropped - its request is counted once.
+    """
+
+    __slots__ = ("_inner", "_record")
+
+    def __init__(self, inner: TokenStream, record: RequestRecord) -> None:
+        self._inner = inner
+        self._record = record
+
+    def __aiter__(self) -> ObservedStream:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        try:
+            piece = await self._inner.__anext__()
+        except (StopAsyncIteration, asyncio.CancelledError):
+            self._record.close()
+            raise
+        except Exception as error:
+            self._record.fail(error)
+            raise
+        self._record.take(piece)
+        return piece
+
+    async def aclose(self) -> None:
+        """Aborts the request unless it has finished."""
+        self._record.close()
+        await self._inner.aclose()
+
+    def __del__(self) -> None:
+        self._record.drop()

@@ -7,16 +7,22 @@ own.
 from __future__ import annotations
 
 import datetime
+import json
 import logging
+import re
+import unicodedata
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from candle_vllm.server.observing.log_text import escaped, json_line, key_values
 from candle_vllm.server.observing.request_record import FinishedRequest
 
 LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters
 MAX_FAILURE = 500
 _FIELDS = "candle_vllm_fields"  # attribute of a record that has them
+
+_PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
+_DELETE = "\x7f"
 
 logger = logging.getLogger("candle_vllm.server.generations")
 
@@ -45,7 +51,6 @@ class RequestLog:
 def request_fields(request: FinishedRequest) -> dict[str, Any]:
     """What is said of a request: names and numbers, nothing of its content. Times are milliseconds."""
     context, times = request.context, request.times
-    scheduled = None if times is None else times.first_scheduled_time
     seconds = request.ended - (request.first_token or request.ended)
     after_first = request.completion_tokens - request.info.count
     return {
@@ -58,7 +63,7 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
         "prompt_tokens": request.prompt_tokens,
         "cached_tokens": request.cached_tokens,
         "completion_tokens": request.completion_tokens,
-        "queue_ms": _ms(request.arrived, scheduled),
+        "queue_ms": _ms(request.arrived, times.first_scheduled_time),
         "ttft_ms": _ms(request.arrived, request.first_token),
         "total_ms": _ms(request.arrived, request.ended),
         "tokens_per_s": round(after_first / seconds, 2) if after_first > 0 and seconds > 0 else None,
@@ -106,3 +111,34 @@ def log_formatter(log_format: LogFormat) -> logging.Formatter:
 
 def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round(max(end - start, 0.0) * 1000, 2)
+
+
+# ---- texts from outside, one line each, with nothing that a terminal would obey -------------------------------------
+
+
+def escaped(text: str) -> str:
+    """A text without control, format and separator characters, each written as Python would."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+        else character
+        for character in text
+    )
+
+
+def key_values(fields: Mapping[str, Any]) -> str:
+    """`name=value name="a value"`; values that are None are left out."""
+    return " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
+
+
+def json_line(fields: Mapping[str, Any]) -> str:
+    """One JSON object in ASCII, without values that are None."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    return json.dumps(known, ensure_ascii=True, allow_nan=False).replace(_DELETE, "\\u007f")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else '"' + escaped(text).replace('"', '\\"') + '"'

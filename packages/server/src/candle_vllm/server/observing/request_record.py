@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, RequestAbortedError, RequestError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
-
-if TYPE_CHECKING:
-    from candle_vllm.server.observing.model_metrics import ModelMetrics
 
 Operation = Literal["generate", "embed", "score"]
 COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
@@ -54,8 +52,9 @@ class FinishedRequest:
         context: the HTTP request, where there is one.
         arrived, ended: `time.monotonic()` seconds, as its caller saw it.
         first_token: the same of its first token; None where there was none.
-        times: the engine's own; None where it said none.
-        prompt_tokens, cached_tokens, completion_tokens: as usage counts them.
+        times: the engine's own, as far as it said them.
+        prompt_tokens, cached_tokens: as usage counts them.
+        tokens, sequence_times: of each sequence, its tokens and the engine's times.
         finish_reasons: of each sequence.
         failure: the message of what went wrong.
     """
@@ -66,12 +65,18 @@ class FinishedRequest:
     arrived: float
     ended: float
     first_token: float | None
-    times: RequestMetrics | None
+    times: RequestMetrics
     prompt_tokens: int
     cached_tokens: int
-    completion_tokens: int
+    tokens: tuple[int, ...]
+    sequence_times: tuple[RequestMetrics | None, ...]
     finish_reasons: tuple[str, ...]
     failure: str | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of all sequences, as usage counts them."""
+        return sum(self.tokens)
 
     @property
     def status(self) -> str:
@@ -79,6 +84,26 @@ class FinishedRequest:
         if FinishReason.ERROR.value in self.finish_reasons:
             return "failed"
         return "ok" if all(reason in COMPLETE for reason in self.finish_reasons) else "aborted"
+
+
+class Counts(Protocol):
+    """Where what a request has done is counted: the model's own sums.
+
+    Attributes:
+        name: of the model.
+        gap_bounds: of the histogram of times between pieces.
+        ended: where a record goes that has ended; appended to without a lock.
+    """
+
+    name: str
+    gap_bounds: Sequence[float]
+    ended: deque[RequestRecord]
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def refused(self, reason: str, record: RequestRecord) -> None: ...
+
+    def settle(self) -> None: ...
 
 
 class RequestRecord:
@@ -110,7 +135,7 @@ class RequestRecord:
         "tokens",
     )
 
-    def __init__(self, model: ModelMetrics, info: RequestInfo, context: RequestContext | None) -> None:
+    def __init__(self, model: Counts, info: RequestInfo, context: RequestContext | None) -> None:
         arrived = None if context is None else context.arrived
         self.model = model
         self.info = info
@@ -193,16 +218,15 @@ class RequestRecord:
             times=self.times(),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
-            completion_tokens=sum(self.tokens),
+            tokens=tuple(self.tokens),
+            sequence_times=tuple(self.metrics),
             finish_reasons=tuple(reason or FinishReason.ABORT.value for reason in self.reasons),
             failure=self.failure,
         )
 
-    def times(self) -> RequestMetrics | None:
+    def times(self) -> RequestMetrics:
         """The engine's times of the whole request: the first sequence to begin, the last to end."""
         known = [each for each in self.metrics if each is not None]
-        if not known:
-            return None
         return RequestMetrics(
             self.started,
             min((each.first_scheduled_time for each in known if each.first_scheduled_time is not None), default=None),

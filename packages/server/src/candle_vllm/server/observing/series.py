@@ -6,13 +6,57 @@ this server has begin with `candle_vllm:`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from candle_vllm.core.engine.request import EngineStats, FinishReason
+from candle_vllm.server.observing.request_record import FinishedRequest
+from candle_vllm.server.observing.tally import Histogram, UsageCounts
+
+FINISH_REASONS = tuple(reason.value for reason in FinishReason)
 MODEL = ("model_name", "engine")
 ENGINE = "0"
 """Value of the label `engine`: every model has one."""
+
+
+Row = tuple[tuple[str, ...], float]  # values of further labels, and the number
+
+
+@dataclass(frozen=True)
+class EngineReading:
+    """A loaded model's engine now: its numbers, those that wait before it, and whether it works."""
+
+    stats: EngineStats | None
+    queued: int
+    alive: bool
+
+    @property
+    def runs(self) -> EngineStats | None:
+        """The numbers of an engine that works; one that has failed runs nothing, whatever it last said."""
+        return self.stats if self.alive else None
+
+
+@dataclass(frozen=True)
+class ModelReading:
+    """The numbers of one model at one moment, those of running requests included.
+
+    Attributes:
+        name: of the model.
+        tokens: prompt, cached and completion tokens.
+        finished: sequences and pooled texts by finish reason.
+        histograms: by name of the series.
+        engine_sums: by name of `EngineStats`, over all its engines, the present one included.
+        engine: the loaded engine; None while the model is not loaded.
+    """
+
+    name: str
+    tokens: UsageCounts
+    finished: Counter[str]
+    histograms: Mapping[str, Histogram]
+    engine_sums: Counter[str]
+    engine: EngineReading | None
 
 
 @dataclass(frozen=True)
@@ -25,6 +69,9 @@ class Series:
         labels: names of the labels.
         help: what is counted or measured, in which unit.
         buckets: upper bounds of a histogram, without the infinite one; none given are those of `token_buckets`.
+        read: its samples, for a counter or a gauge of a model.
+        values: what a request that has ended well adds to a histogram; None is nothing.
+        stat: the number of `EngineStats` that it is the sum of.
     """
 
     name: str
@@ -32,6 +79,9 @@ class Series:
     labels: tuple[str, ...]
     help: str
     buckets: tuple[float, ...] = ()
+    read: Callable[[ModelReading], Iterable[Row]] | None = None
+    values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: ()
+    stat: str = ""
 
 
 _FIRST_TOKEN = (
@@ -43,77 +93,156 @@ _HTTP = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600
 _LOADING = (.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)  # fmt: skip
 
 
-def _model(name: str, kind: Literal["counter", "gauge", "histogram"], text: str, *more: str) -> Series:
-    return Series(name, kind, (*MODEL, *more), text)
+# ---- how a number is read --------------------------------------------------------------------------------------------
 
 
-def _seconds(name: str, buckets: tuple[float, ...], text: str) -> Series:
-    return Series(name, "histogram", MODEL, text, buckets)
+def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Series:
+    """Of a loaded model's engine."""
+    return Series(
+        name, "gauge", MODEL, text, read=lambda model: () if model.engine is None else [((), value(model.engine))]
+    )
 
+
+def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
+    """Of a loaded model's cache; an encoder has none."""
+
+    def read(model: ModelReading) -> Iterable[Row]:
+        stats = None if model.engine is None else model.engine.stats
+        return [row(stats, model.engine)] if model.engine is not None and stats and stats.num_blocks else ()
+
+    return Series(name, "gauge", (*MODEL, *labels), text, read=read)
+
+
+def _sum(name: str, text: str, stat: str) -> Series:
+    """What the engine counts itself."""
+    return Series(name, "counter", MODEL, text, read=lambda model: [((), model.engine_sums[stat])], stat=stat)
+
+
+def _tokens(name: str, text: str, value: Callable[[UsageCounts], float]) -> Series:
+    return Series(name, "counter", MODEL, text, read=lambda model: [((), value(model.tokens))])
+
+
+def _histogram(
+    name: str,
+    text: str,
+    buckets: tuple[float, ...] = (),
+    values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: (),
+    of: tuple[str, ...] = ("generate",),
+) -> Series:
+    """What requests add when they end; `of` are the operations that do."""
+    return Series(
+        name, "histogram", MODEL, text, buckets,
+        values=lambda request: values(request) if request.info.operation in of else (),
+    )  # fmt: skip
+
+
+def _between(start: float | None, end: float | None, parts: int = 1) -> float | None:
+    return None if start is None or end is None else (end - start) / parts
+
+
+def _per_token(request: FinishedRequest) -> Iterable[float | None]:
+    for tokens, times in zip(request.tokens, request.sequence_times, strict=True):
+        if times is not None and tokens > 1:
+            yield _between(times.first_token_time, times.finished_time, tokens - 1)
+
+
+# ---- of models -------------------------------------------------------------------------------------------------------
 
 GAUGES: tuple[Series, ...] = (
-    _model("vllm:num_requests_running", "gauge", "Sequences that the engine is running."),
-    _model("vllm:num_requests_waiting", "gauge", "Sequences that wait, before the engine and in it."),
-    _model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV cache's blocks that sequences hold, 0 to 1."),
-    _model("vllm:cache_config_info", "gauge", "The KV cache: tokens of a block, and blocks; always 1.",
-           "block_size", "num_gpu_blocks"),
-    _model("candle_vllm:num_requests_queued", "gauge", "Sequences that wait before the engine."),
-    _model("candle_vllm:engine_up", "gauge", "1 while the loaded model's engine works, 0 once it has failed."),
+    _gauge("vllm:num_requests_running", "Sequences that the engine is running.",
+           lambda engine: engine.runs.num_running if engine.runs else 0),
+    _gauge("vllm:num_requests_waiting", "Sequences that wait, before the engine and in it.",
+           lambda engine: engine.queued + (engine.runs.num_waiting if engine.runs else 0)),
+    _cache("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.",
+           lambda stats, engine: ((), (stats.num_blocks - stats.num_free_blocks if engine.runs else 0)
+                                  / stats.num_blocks)),
+    _cache("vllm:cache_config_info", "The KV cache: tokens of a block, and blocks; always 1.",
+           lambda stats, _: ((str(stats.block_size), str(stats.num_blocks)), 1), "block_size", "num_gpu_blocks"),
+    _gauge("candle_vllm:num_requests_queued", "Sequences that wait before the engine.", lambda engine: engine.queued),
+    _gauge("candle_vllm:engine_up", "1 while the loaded model's engine works, 0 once it has failed.",
+           lambda engine: int(engine.alive)),
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
 
 ENGINE_COUNTERS: tuple[Series, ...] = (
-    _model("vllm:num_preemptions_total", "counter", "Sequences that were stopped for want of cache and run again."),
-    _model("vllm:prefix_cache_queries_total", "counter", "Tokens of prompts that the engine has run."),
-    _model("vllm:prefix_cache_hits_total", "counter", "Those of them that were in the prefix cache."),
-    _model("candle_vllm:engine_steps_total", "counter", "Steps of the engine."),
+    _sum("vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.", "preemptions"),
+    _sum("vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.", "prompt_tokens"),
+    _sum("vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.", "cached_prompt_tokens"),
+    _sum("candle_vllm:engine_steps_total", "Steps of the engine.", "steps"),
 )
 """What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""
 
 REQUEST_COUNTERS: tuple[Series, ...] = (
-    _model("vllm:prompt_tokens_total", "counter", "Tokens of prompts, a request's prompt counted once."),
-    _model("vllm:prompt_tokens_cached_total", "counter", "Prompt tokens that answers report as cached."),
-    _model("vllm:generation_tokens_total", "counter", "Tokens generated."),
-    _model("vllm:request_success_total", "counter", "Sequences and pooled texts that ended, by reason.",
-           "finished_reason"),
+    _tokens("vllm:prompt_tokens_total", "Tokens of prompts, a request's prompt counted once.",
+            lambda tokens: tokens.prompt_tokens),
+    _tokens("vllm:prompt_tokens_cached_total", "Prompt tokens that answers report as cached.",
+            lambda tokens: tokens.cached_tokens),
+    _tokens("vllm:generation_tokens_total", "Tokens generated.", lambda tokens: tokens.completion_tokens),
+    Series("vllm:request_success_total", "counter", (*MODEL, "finished_reason"),
+           "Sequences and pooled texts that ended, by reason.",
+           read=lambda model: [((reason,), model.finished[reason]) for reason in FINISH_REASONS]),
 )  # fmt: skip
 
+TO_FIRST_TOKEN = _histogram(
+    "vllm:time_to_first_token_seconds", "From a request's arrival to its first token, seconds.", _FIRST_TOKEN
+)
+BETWEEN_PIECES = _histogram(
+    "vllm:inter_token_latency_seconds", "Between two pieces of a sequence, seconds.", _BETWEEN_TOKENS
+)
+BETWEEN_PIECES_TOO = _histogram(
+    "vllm:time_per_output_token_seconds", "The same as vllm:inter_token_latency_seconds, under its older name.",
+    _BETWEEN_TOKENS,
+)  # fmt: skip
+ALL_OPERATIONS = ("generate", "embed", "score")
 HISTOGRAMS: tuple[Series, ...] = (
-    _seconds("vllm:time_to_first_token_seconds", _FIRST_TOKEN, "From a request's arrival to its first token, seconds."),
-    _seconds("vllm:inter_token_latency_seconds", _BETWEEN_TOKENS, "Between two pieces of a sequence, seconds."),
-    _seconds("vllm:time_per_output_token_seconds", _BETWEEN_TOKENS,
-             "The same as vllm:inter_token_latency_seconds, under its older name."),
-    _seconds("vllm:request_time_per_output_token_seconds", _BETWEEN_TOKENS,
-             "Mean time of a sequence's tokens after the first, seconds."),
-    _seconds("vllm:e2e_request_latency_seconds", _WHOLE, "From a request's arrival to its end, seconds."),
-    _seconds("vllm:request_queue_time_seconds", _WHOLE, "From a request's arrival to its first step, seconds."),
-    _seconds("vllm:request_inference_time_seconds", _WHOLE, "From a request's first step to its end, seconds."),
-    _seconds("vllm:request_prefill_time_seconds", _WHOLE, "From a request's first step to its first token, seconds."),
-    _seconds("vllm:request_decode_time_seconds", _WHOLE, "From a request's first token to its end, seconds."),
-    _model("vllm:request_prompt_tokens", "histogram", "Prompt tokens of a request."),
-    _model("vllm:request_prefill_kv_computed_tokens", "histogram", "Prompt tokens of a request that were not cached."),
-    _model("vllm:request_generation_tokens", "histogram", "Tokens of a sequence."),
-    _model("vllm:request_max_num_generation_tokens", "histogram", "Tokens of a request's longest sequence."),
-    _model("vllm:request_params_max_tokens", "histogram", "max_tokens of a request, where it was given."),
-    Series("vllm:request_params_n", "histogram", MODEL, "Sequences that a request asks for.", (1, 2, 5, 10, 20)),
+    TO_FIRST_TOKEN,  # observed when it comes
+    BETWEEN_PIECES,
+    BETWEEN_PIECES_TOO,
+    _histogram("vllm:request_time_per_output_token_seconds",
+               "Mean time of a sequence's tokens after the first, seconds.", _BETWEEN_TOKENS, _per_token),
+    _histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end, seconds.", _WHOLE,
+               lambda request: [request.ended - request.arrived], ALL_OPERATIONS),
+    _histogram("vllm:request_queue_time_seconds", "From a request's arrival to its first step, seconds.", _WHOLE,
+               lambda request: [_between(request.arrived, request.times.first_scheduled_time)]),
+    _histogram("vllm:request_inference_time_seconds", "From a request's first step to its end, seconds.", _WHOLE,
+               lambda request: [_between(request.times.first_scheduled_time, request.times.finished_time)]),
+    _histogram("vllm:request_prefill_time_seconds", "From a request's first step to its first token, seconds.", _WHOLE,
+               lambda request: [_between(request.times.first_scheduled_time, request.times.first_token_time)]),
+    _histogram("vllm:request_decode_time_seconds", "From a request's first token to its end, seconds.", _WHOLE,
+               lambda request: [_between(request.times.first_token_time, request.times.finished_time)]),
+    _histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.",
+               values=lambda request: [request.prompt_tokens], of=ALL_OPERATIONS),
+    _histogram("vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that were not cached.",
+               values=lambda request: [request.prompt_tokens - request.cached_tokens]),
+    _histogram("vllm:request_generation_tokens", "Tokens of a sequence.", values=lambda request: request.tokens),
+    _histogram("vllm:request_max_num_generation_tokens", "Tokens of a request's longest sequence.",
+               values=lambda request: [max(request.tokens)]),
+    _histogram("vllm:request_params_max_tokens", "max_tokens of a request, where it was given.",
+               values=lambda request: [request.info.params and request.info.params.max_tokens]),
+    _histogram("vllm:request_params_n", "Sequences that a request asks for.", (1, 2, 5, 10, 20),
+               lambda request: [request.info.count]),
 )  # fmt: skip
 
-SAME_AS: Mapping[str, str] = {"vllm:time_per_output_token_seconds": "vllm:inter_token_latency_seconds"}
-"""Histograms that repeat another under a second name."""
+# ---- of the server ---------------------------------------------------------------------------------------------------
 
-EVENTS: tuple[Series, ...] = (
-    Series("candle_vllm:admission_rejections_total", "counter", ("model_name", "reason"),
-           "Requests refused before they ran, by reason."),
-    Series("candle_vllm:model_loads_total", "counter", ("model_name", "outcome"), "Models loaded, by outcome."),
-    Series("candle_vllm:model_unloads_total", "counter", ("model_name",), "Models unloaded."),
-    Series("candle_vllm:model_load_seconds", "histogram", ("model_name",), "Time to load a model, seconds.", _LOADING),
-    Series("candle_vllm:model_wait_seconds", "histogram", ("model_name",),
-           "How long a request waited for its model to be loaded, seconds.", _LOADING),
-    Series("candle_vllm:mailbox_answers_total", "counter", ("outcome",), "Answers put into the mailbox, by outcome."),
-    Series("candle_vllm:webhook_deliveries_total", "counter", ("outcome",), "Webhooks sent, by outcome."),
-    Series("candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
-           "Calls of tools of MCP servers, by how they ended."),
-)  # fmt: skip
+_NAME, _OUTCOME = ("model_name",), ("outcome",)
+REJECTIONS = Series(
+    "candle_vllm:admission_rejections_total", "counter", (*_NAME, "reason"),
+    "Requests refused before they ran, by reason.")  # fmt: skip
+LOADS = Series("candle_vllm:model_loads_total", "counter", _NAME + _OUTCOME, "Models loaded, by outcome.")
+UNLOADS = Series("candle_vllm:model_unloads_total", "counter", _NAME, "Models unloaded.")
+LOAD_SECONDS = Series(
+    "candle_vllm:model_load_seconds", "histogram", _NAME, "Time to load a model, seconds.", _LOADING)  # fmt: skip
+WAIT_SECONDS = Series(
+    "candle_vllm:model_wait_seconds", "histogram", _NAME,
+    "How long a request waited for its model to be loaded, seconds.", _LOADING)  # fmt: skip
+ANSWERS_KEPT = Series(
+    "candle_vllm:mailbox_answers_total", "counter", _OUTCOME, "Answers put into the mailbox, by outcome.")  # fmt: skip
+WEBHOOKS = Series("candle_vllm:webhook_deliveries_total", "counter", _OUTCOME, "Webhooks sent, by outcome.")
+TOOL_CALLS = Series(
+    "candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
+    "Calls of tools of MCP servers, by how they ended.")  # fmt: skip
+EVENTS = (REJECTIONS, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ANSWERS_KEPT, WEBHOOKS, TOOL_CALLS)
 """What happens to the server rather than to a request in an engine."""
 
 MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")
@@ -128,15 +257,3 @@ HTTP: tuple[Series, ...] = (
 
 MODEL_SERIES = GAUGES + ENGINE_COUNTERS + REQUEST_COUNTERS + HISTOGRAMS
 ALL_SERIES = MODEL_SERIES + EVENTS + (MCP_SERVERS,) + HTTP
-
-
-def token_buckets(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50 ... up to a number of tokens."""
-    bounds: list[float] = []
-    step = 1
-    while True:
-        for factor in (1, 2, 5):
-            if factor * step > most:
-                return tuple(bounds) or (1,)
-            bounds.append(factor * step)
-        step *= 10

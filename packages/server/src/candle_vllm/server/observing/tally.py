@@ -1,4 +1,4 @@
-"""Histogram: observations sorted into buckets without a lock, for what is measured at every token.
+"""What is added up: histograms without a lock, for what is measured at every token, and tokens by model and key.
 
 The histograms of prometheus-client take a lock and walk through their buckets; a token of a fast model has no time for
 that.
@@ -6,10 +6,16 @@ that.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from prometheus_client.utils import INF, floatToGoString
+
+MAX_KEYS = 1000
+OTHER_KEYS = "other"
+"""Where keys beyond `MAX_KEYS` are added up together."""
 
 
 class Histogram:
@@ -49,3 +55,68 @@ class Histogram:
             sum_so_far += count
             made.append((floatToGoString(bound), float(sum_so_far)))
         return made
+
+
+def token_buckets(most: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 ... up to a number of tokens."""
+    bounds: list[float] = []
+    step = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * step > most:
+                return tuple(bounds) or (1,)
+            bounds.append(factor * step)
+        step *= 10
+
+
+@dataclass(frozen=True)
+class UsageCounts:
+    """Sums over requests: how many, and their tokens as their own `usage` has them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, other: UsageCounts) -> UsageCounts:
+        """Both together."""
+        return UsageCounts(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class UsageRow:
+    """The counts of one key with one model."""
+
+    model: str
+    key: str
+    counts: UsageCounts
+
+
+class UsageTable:
+    """Counts of finished requests by model and key label, for `GET /v1/usage`. Thread-safe."""
+
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
+        self._max_keys = max_keys
+        self._lock = threading.Lock()
+        self._keys: set[str] = set()
+        self._rows: dict[tuple[str, str], UsageCounts] = {}
+
+    def add(self, model: str, key: str, counts: UsageCounts) -> None:
+        """Adds one request."""
+        with self._lock:
+            if key not in self._keys:
+                if len(self._keys) >= self._max_keys:
+                    key = OTHER_KEYS
+                else:
+                    self._keys.add(key)
+            self._rows[model, key] = self._rows.get((model, key), UsageCounts()).plus(counts)
+
+    def rows(self) -> list[UsageRow]:
+        """In order of model and key."""
+        with self._lock:
+            return [UsageRow(model, key, counts) for (model, key), counts in sorted(self._rows.items())]

@@ -113,8 +113,7 @@ def missing_telemetry() -> UsageError:
 
 def span_attributes(request: FinishedRequest) -> dict[str, Any]:
     """OpenTelemetry's names of what is known; nothing of the content."""
-    params, context, times = request.info.params, request.context, request.times
-    scheduled = None if times is None else times.first_scheduled_time
+    params, context = request.info.params, request.context
     known = {
         "gen_ai.operation.name": _operation(request),
         "gen_ai.provider.name": "candle_vllm",
@@ -132,7 +131,7 @@ def span_attributes(request: FinishedRequest) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": request.completion_tokens if params else None,
         "gen_ai.response.finish_reasons": request.finish_reasons if params else None,
         "gen_ai.response.time_to_first_chunk": _seconds(request.arrived, request.first_token),
-        "gen_ai.latency.time_in_queue": _seconds(request.arrived, scheduled),
+        "gen_ai.latency.time_in_queue": _seconds(request.arrived, request.times.first_scheduled_time),
         "gen_ai.latency.e2e": request.ended - request.arrived,
         "http.route": context.route if context else None,
         "candle_vllm.http_request_id": (context.http_request_id if context else None) or None,
