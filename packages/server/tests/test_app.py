@@ -16,13 +16,12 @@ import openai
 import pytest
 from server_fakes import PacedEngine
 
-from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.core.errors import ConfigError, EngineOverloadedError
 from candle_vllm.server import Settings, create_app, http_protocol
 from candle_vllm.server import body as body_module
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.serve import bind, make_server
-from candle_vllm.server.settings.kinds import UsageError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}
@@ -417,7 +416,7 @@ def test_a_mailbox_that_cannot_be_opened_ends_the_start_in_one_line(tmp_path: Pa
     settings = Settings(port=0)
     with bind(settings.address) as listener:
         make_server(app, settings).run(sockets=[listener])
-    assert isinstance(app.state.failure, UsageError)
+    assert isinstance(app.state.failure, ConfigError)
     assert "Traceback" not in caplog.text
     assert "cannot open the mailbox: file is not a database" in caplog.text
 
