@@ -11,10 +11,9 @@ import os
 import sys
 from typing import Any
 
-from candle_vllm.responses.mcp.link import McpLink
-from candle_vllm.responses.mcp.mcp_tool import definition_of
-from candle_vllm.responses.mcp.secrets import OAuthClient
+from candle_vllm.responses.mcp.link import McpLink, definition_of
 from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_values import OAuthClient
 from candle_vllm.responses.tools.errors import ToolError
 
 

@@ -13,8 +13,8 @@ import pytest
 from http_apps import Seen, scripted_app
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.mcp.errors import McpServerError
 from candle_vllm.responses.mcp.fleet import McpFleet
+from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.approval import decide
 from candle_vllm.responses.tools.errors import ToolUnavailableError
 from candle_vllm.responses.tools.registry import ToolRegistry

@@ -16,9 +16,9 @@ import pytest
 from http_apps import Seen, good_server, legacy_only, moved, scripted_app
 from mcp.server.transport_security import TransportSecuritySettings
 
-from candle_vllm.responses.mcp import public_transport, supervisor
-from candle_vllm.responses.mcp.errors import McpServerError
+from candle_vllm.responses.mcp import http, supervisor
 from candle_vllm.responses.mcp.link import McpLink
+from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
 from candle_vllm.responses.tools.tool import ToolOutput
 
@@ -91,8 +91,8 @@ async def test_public_addresses_alone(
         asked.append(host)
         return ["127.0.0.1"]
 
-    monkeypatch.setattr(public_transport, "look_up", look_up)
-    monkeypatch.setattr(public_transport, "is_allowed", lambda text, private: text == "127.0.0.1")
+    monkeypatch.setattr(http, "look_up", look_up)
+    monkeypatch.setattr(http, "is_allowed", lambda text, private: text == "127.0.0.1")
     app = good_server(seen).streamable_http_app(transport_security=TransportSecuritySettings(
         allowed_hosts=[f"mcp.example:{server.port}"]))  # fmt: skip
     server.stop()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from candle_vllm.responses.mcp import supervisor
-from candle_vllm.responses.mcp.errors import McpServerError
 from candle_vllm.responses.mcp.link import McpLink
+from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
 from candle_vllm.responses.tools.tool import ContentPart, ToolOutput, ToolProgress
 
@@ -121,7 +121,7 @@ async def test_a_program_that_ends_at_once(scripted: Scripted) -> None:
     with pytest.raises(McpServerError, match="closed the connection: its program ended with status 3"):
         await link.start()
     assert "no licence for ***" in link.log_lines()
-    assert "top-secret" not in repr(link.log_lines()) + repr(link._redact)
+    assert "top-secret" not in repr(link.log_lines()) + repr(link._peer) + repr(link._peer.redact)
 
 
 @pytest.mark.parametrize("mode", ["silent", "silent-list", "children-silent"])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.mcp.config import McpConfig, McpInput, OAuthClient, find_mcp_config, load_mcp_config
+from candle_vllm.responses.mcp.config import McpConfig, McpInput, find_mcp_config, load_mcp_config
+from candle_vllm.responses.mcp.server_values import OAuthClient
 
 Load = Callable[..., McpConfig]
 

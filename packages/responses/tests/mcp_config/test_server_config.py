@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.mcp.config import McpServerConfig, OAuthClient
+from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_values import OAuthClient
 
 
 def test_made_in_python() -> None:

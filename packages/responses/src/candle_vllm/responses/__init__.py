@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from candle_vllm.responses.conversation.loop import ConversationLoop
     from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
     from candle_vllm.responses.mcp.config import McpConfig, load_mcp_config
-    from candle_vllm.responses.mcp.errors import McpServerError
     from candle_vllm.responses.mcp.fleet import McpFleet
     from candle_vllm.responses.mcp.link import McpLink
+    from candle_vllm.responses.mcp.peer import McpServerError
     from candle_vllm.responses.mcp.server_config import McpServerConfig
     from candle_vllm.responses.session import ResponsesSession
     from candle_vllm.responses.tools.approval import Approval
@@ -60,7 +60,7 @@ _HOMES = {
     "conversation.loop": ("ConversationLoop",),
     "conversation.options": ("ConversationOptions", "ConversationResult"),
     "mcp.config": ("McpConfig", "load_mcp_config"),
-    "mcp.errors": ("McpServerError",),
+    "mcp.peer": ("McpServerError",),
     "mcp.fleet": ("McpFleet",),
     "mcp.link": ("McpLink",),
     "mcp.server_config": ("McpServerConfig",),

@@ -13,7 +13,7 @@ from candle_vllm.responses.conversation.events import ConversationFinished, Even
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
 from candle_vllm.responses.conversation.transcript import Message, Transcript, check_is_list
-from candle_vllm.responses.mcp.server_list import server_configs
+from candle_vllm.responses.mcp.config import McpServers, server_configs
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.direct_call import call_directly
 from candle_vllm.responses.tools.registry import ToolRegistry
@@ -22,7 +22,6 @@ from candle_vllm.responses.tools.tool import Tool, ToolCall, ToolDefinition, Too
 if TYPE_CHECKING:
     from candle_vllm.responses.conversation.http_model import HttpModel
     from candle_vllm.responses.mcp.fleet import McpFleet
-    from candle_vllm.responses.mcp.server_list import McpServers
 
 
 class ResponsesSession:

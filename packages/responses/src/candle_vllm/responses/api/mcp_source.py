@@ -106,8 +106,7 @@ class McpServers:
             error = None if tools else self._errors.get(label) or "the server has no tools now"
             yield OpenServer(label, tools, error)
             return
-        from candle_vllm.responses.mcp.link import McpLink  # the `mcp` package is slow to import
-        from candle_vllm.responses.mcp.mcp_tool import McpTool as LinkTool
+        from candle_vllm.responses.mcp.link import LinkTool, McpLink  # the `mcp` package is slow to import
 
         named = self._urls.check(tool.server_url, "server_url")
         link = McpLink(self._config(tool), public_only=not named)

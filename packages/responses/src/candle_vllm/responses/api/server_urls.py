@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.responses.mcp.addresses import is_host
+from candle_vllm.responses.addresses import is_host
 from candle_vllm.responses.tools.names import matches
 
 ANY = "*"

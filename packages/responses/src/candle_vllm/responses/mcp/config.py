@@ -7,7 +7,9 @@ a list (candle-vllm), and the servers without a key around them, as an object or
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,9 @@ from typing import Any
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.responses.mcp.json_comments import strip_comments
-from candle_vllm.responses.mcp.secrets import OAuthClient
-from candle_vllm.responses.mcp.server_config import McpServerConfig, Transport
-from candle_vllm.responses.mcp.server_keys import EXPANDED, FIELD_OF, NAMES, nearest
-from candle_vllm.responses.mcp.small_file import read_small_file
+from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_keys import EXPANDED, FIELD_OF, NAMES, nearest, read_small_file
 from candle_vllm.responses.mcp.variables import Inputs, McpInput, Variables
-
-__all__ = [
-    "CONFIG_VARIABLE",
-    "MAX_SERVERS",
-    "McpConfig",
-    "McpInput",
-    "McpServerConfig",
-    "OAuthClient",
-    "Transport",
-    "find_mcp_config",
-    "load_mcp_config",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +30,10 @@ MAX_INPUTS = 256
 _MAX_WARNINGS = 20
 _WRAPPERS = ("mcpServers", "servers")
 _TOP_KEYS = (*_WRAPPERS, "inputs", "$schema")
+_STRING = r'"(?:[^"\\]|\\.)*+(?:"|\Z)'
+_COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[}}\]])", re.DOTALL)
+_NO_NEWLINE = re.compile(r"[^\n]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,42 @@ class McpConfig:
         return next((server for server in self.servers if server.name == name), None)
 
 
+McpServers = McpConfig | McpServerConfig | Iterable[McpServerConfig] | str | Path
+"""Every form in which a session takes its servers."""
+
+
+def server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
+    """The servers that a session was given, by name; a path is read with this process's environment and folder.
+
+    Raises:
+        ConfigError: something is no configuration, a file cannot be used, or two servers have one name.
+    """
+    if isinstance(servers, (str, Path)):
+        servers = load_mcp_config(servers)
+    if isinstance(servers, McpConfig):
+        servers = servers.servers
+    if isinstance(servers, McpServerConfig):
+        servers = (servers,)
+    if isinstance(servers, Mapping) or not isinstance(servers, Iterable):
+        raise _no_configuration(servers)
+    by_name: dict[str, McpServerConfig] = {}
+    for config in servers:
+        if not isinstance(config, McpServerConfig):
+            raise _no_configuration(config)
+        if config.name in by_name:
+            raise ConfigError(f"two MCP servers are named {config.name!r:.100}: give each its own name", "mcp_servers")
+        by_name[config.name] = config
+    return by_name
+
+
+def _no_configuration(given: object) -> ConfigError:
+    return ConfigError(
+        "mcp_servers must be the path of an mcp.json or McpServerConfig objects (McpServerConfig.from_mapping makes "
+        f"one of a name and an entry of mcp.json), not a {type(given).__name__}",
+        "mcp_servers",
+    )
+
+
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
     """The file that applies: the one given, else that of CANDLE_VLLM_MCP_CONFIG, else mcp.json in the folder, if any.
 
@@ -75,7 +102,7 @@ def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder:
     """
     for given, spelled in ((flag, "--mcp-config"), (environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE)):
         if given is not None:
-            path = folder / _home_expanded(Path(given))
+            path = folder / _home_expanded(given)
             if not _is_file(path):
                 raise ConfigError(f"{spelled}: the file {path!s:.300} does not exist", "mcp_config")
             return path
@@ -83,12 +110,12 @@ def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder:
     return path if _is_file(path) else None
 
 
-def _home_expanded(path: Path) -> Path:
+def _home_expanded(path: Path | str) -> Path:
     """The path with its `~` replaced, if there is such a user."""
     try:
-        return path.expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        return path
+        return Path(path)
 
 
 def _is_file(path: Path) -> bool:
@@ -102,8 +129,8 @@ def _is_file(path: Path) -> bool:
 def load_mcp_config(
     path: Path | str | None = None,
     *,
-    environ: Mapping[str, str],
-    workspace: Path | str,
+    environ: Mapping[str, str] | None = None,
+    workspace: Path | str | None = None,
     inputs: Inputs | None = None,
 ) -> McpConfig:
     """Reads mcp.json.
@@ -113,15 +140,16 @@ def load_mcp_config(
 
     Args:
         path: the file; None looks for one (`find_mcp_config`), and none at all is no servers.
-        environ: the environment, for `${NAME}` and `MCP_INPUT_<ID>`.
-        workspace: what `${workspaceFolder}` stands for, and where a file is looked for.
+        environ: the environment, for `${NAME}` and `MCP_INPUT_<ID>`; None is that of this process.
+        workspace: what `${workspaceFolder}` stands for, and where a file is looked for; None is the working folder.
         inputs: answers to `${input:id}`: a mapping, or a function that is asked once for each.
 
     Raises:
         ConfigError: the file cannot be used; the message names the file, and the server and key where there are some.
     """
-    workspace = Path(workspace)
-    found = workspace / _home_expanded(Path(path)) if path is not None else find_mcp_config(None, environ, workspace)
+    environ = os.environ if environ is None else environ
+    workspace = Path.cwd() if workspace is None else Path(workspace)
+    found = workspace / _home_expanded(path) if path is not None else find_mcp_config(None, environ, workspace)
     if found is None:
         return McpConfig()
     try:
@@ -135,6 +163,20 @@ def load_mcp_config(
     except ConfigError as error:
         raise ConfigError(f"{found}: {error}", error.setting) from None
     return McpConfig(servers, found)
+
+
+def strip_comments(text: str) -> str:
+    """The text with blanks where `//` and `/* */` comments and commas before a closing bracket were.
+
+    Strings stay as they are, and so do lines and columns, for the messages of a JSON parser. What is wrong otherwise
+    is left for that parser to find; a comment that never ends takes the rest of the text.
+    """
+    return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
+
+
+def _blank(match: re.Match[str]) -> str:
+    found = match.group()
+    return found if found.startswith('"') else _NO_NEWLINE.sub(" ", found)
 
 
 def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]:

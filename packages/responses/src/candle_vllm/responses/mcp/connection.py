@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from importlib.metadata import version
+from typing import Any, TypeVar
 
-import httpx2
 import mcp_types as types
 from mcp import Client, MCPError
 
-from candle_vllm.responses.mcp.failures import Redactor, leaf, sentence, shown_url, status_sentence
+from candle_vllm.responses.mcp.peer import Peer, leaf
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.sdk_client import leave_outputs_unchecked, sdk_client
-from candle_vllm.responses.mcp.transports import Kind, Opening
-from candle_vllm.responses.mcp.watched_stream import CLOSED
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.transports import CLOSED, Kind, Opening
 
 _END_SECONDS = 1.0  # for the owner to learn why the connection ended, once it is known that it did
 _CANCEL_SECONDS = 1.0  # that a caller who gives up waits until the server was told; the telling goes on after that
@@ -39,43 +34,17 @@ class McpConnection:
     """One connection.
 
     Args:
-        config: of the server.
-        kind: the transport.
-        mode: "auto" or "legacy", how the SDK agrees on a protocol version.
-        auth: of its HTTP requests.
-        public_only: they go to public addresses alone.
-        redact: takes secrets out of texts.
-        log: gets the lines that a server writes beside the protocol.
+        peer: the server.
+        kind: the transport; a server object of this process takes its place.
+        mode: how a protocol version is agreed on: "auto" asks in the newer era's way first, "legacy" in the older era's
+            alone.
         wake: called when the connection has gone down, when the tools changed, and when a session is in doubt.
-        server: a server object of this process, which takes the transport's place.
     """
 
-    def __init__(
-        self,
-        config: McpServerConfig,
-        kind: Kind,
-        *,
-        mode: str,
-        auth: httpx2.Auth | None,
-        public_only: bool,
-        redact: Redactor,
-        log: Callable[[str], None],
-        wake: Callable[[], None],
-        server: Any = None,
-    ) -> None:
-        self._config = config
-        self._redact = redact
+    def __init__(self, peer: Peer, kind: Kind, *, mode: str, wake: Callable[[], None]) -> None:
+        self._peer = peer
         self._wake = wake
-        self._server = server
-        self._opening = Opening(
-            config,
-            kind,
-            auth=auth,
-            public_only=public_only,
-            ended=self.end,
-            session_doubted=self._doubted,
-            log=log,
-        )
+        self._opening = Opening(peer, kind, ended=self.end, session_doubted=self._doubted)
         self._mode = mode
         self._client: Client | None = None
         self._opened = asyncio.Event()
@@ -151,7 +120,8 @@ class McpConnection:
                 return task.result()
             if not task.done() and not down.done():
                 raise TimeoutError
-            await self._ended()
+            if self._owner is not None:
+                await asyncio.wait({self._owner}, timeout=_END_SECONDS)
             raise ConnectionLostError(self.why)
         finally:
             down.cancel()
@@ -178,7 +148,8 @@ class McpConnection:
         try:
             async with self._make_client() as client:
                 self._client = client
-                leave_outputs_unchecked(client)
+                # the SDK's check of structured outputs throws the output away, and runs patterns without a limit
+                client.session.validate_tool_result = _accept
                 self._opened.set()
                 try:
                     await self._stop.wait()
@@ -193,16 +164,21 @@ class McpConnection:
             self.end("the connection was closed")
 
     def _make_client(self) -> Client:
-        target = self._server if self._server is not None else self._opening.transport()
-        return sdk_client(target, mode=self._mode, on_message=self._on_message)
+        return Client(
+            self._peer.server if self._peer.server is not None else self._opening.transport(),
+            mode=self._mode,
+            cache=None,
+            client_info=types.Implementation(name="candle-vllm", version=version("candle-vllm-responses")),
+            message_handler=self._on_message,
+        )
 
     def _reason(self, error: BaseException) -> str:
         error, status = leaf(error), self.status
-        if isinstance(error, MCPError) and status is not None and status >= 400 and self._config.url:
-            return status_sentence(status, shown_url(self._config.url))
+        if isinstance(error, MCPError) and status is not None and status >= 400 and self._peer.config.url:
+            return self._peer.status_sentence(status)
         if isinstance(error, MCPError) and error.code == types.CONNECTION_CLOSED:
             return self._why or "it closed the connection before it answered"
-        return sentence(error, self._config, self._redact)
+        return self._peer.sentence(error)
 
     def end(self, why: str) -> None:
         """The connection ends; the first reason counts."""
@@ -236,17 +212,13 @@ class McpConnection:
         if not request.cancelled():
             request.exception()  # looked at, so that asyncio does not complain of one that nobody waits for any more
 
-    async def _ended(self) -> None:
-        if self._owner is not None:
-            await asyncio.wait({self._owner}, timeout=_END_SECONDS)
-
 
 async def _abandon(task: asyncio.Task[Any], seconds: float = _CANCEL_SECONDS) -> None:
     """Cancels a request and waits until it has told its server; its outcome is of no interest any more."""
     if not task.done():
         task.cancel()
-        await to_the_end(_ended_within(task, seconds))
+        await to_the_end(asyncio.wait({task}, timeout=seconds))
 
 
-async def _ended_within(task: asyncio.Task[Any], seconds: float) -> None:
-    await asyncio.wait({task}, timeout=seconds)
+async def _accept(name: str, result: types.CallToolResult) -> None:
+    del name, result

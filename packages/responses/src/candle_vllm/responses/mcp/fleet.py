@@ -5,24 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.mcp.errors import McpServerError
-from candle_vllm.responses.mcp.link import McpLink
-from candle_vllm.responses.mcp.mcp_tool import McpTool
+from candle_vllm.responses.mcp.config import MAX_SERVERS
+from candle_vllm.responses.mcp.link import LinkTool, McpLink
+from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.mcp.processes import to_the_end
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.supervisor import LinkState
 from candle_vllm.responses.tools.registry import ToolRegistry
 
-if TYPE_CHECKING:
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
-
 logger = logging.getLogger(__name__)
-
-MAX_LINKS = 64
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +67,8 @@ class McpFleet:
         self, configs: Iterable[McpServerConfig], registry: ToolRegistry | None = None, *, strict: bool = False
     ) -> None:
         configs = tuple(configs)
-        if len(configs) > MAX_LINKS:
-            raise ConfigError(f"{len(configs)} MCP servers; at most {MAX_LINKS} are possible", "mcpServers")
+        if len(configs) > MAX_SERVERS:
+            raise ConfigError(f"{len(configs)} MCP servers; at most {MAX_SERVERS} are possible", "mcpServers")
         names = [config.name for config in configs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ConfigError(f"two MCP servers are named {min(twice)!r}: give each a name of its own", "mcpServers")
@@ -141,7 +136,7 @@ class McpFleet:
         """
         if self._starting or not (link.tools or link.state == "ready"):
             return
-        self.registry.replace(link.name, [McpTool(link, tool) for tool in link.tools.values()])
+        self.registry.replace(link.name, [LinkTool(link, tool) for tool in link.tools.values()])
 
     def _status(self, link: McpLink) -> LinkStatus:
         info = link.server_info

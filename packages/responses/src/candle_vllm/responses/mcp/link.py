@@ -1,4 +1,4 @@
-"""McpLink: a server that is there, or comes back.
+"""McpLink: a server that is there, or comes back, and LinkTool: one of its tools for the registry.
 
 A supervisor keeps the connection; calls go through the one of the moment. A call is never made a second time by itself:
 one that was under way when the connection was lost may have done its work.
@@ -15,20 +15,18 @@ from mcp import Client, MCPError
 from pydantic import ValidationError
 
 from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
-from candle_vllm.responses.mcp.content import tool_output
-from candle_vllm.responses.mcp.errors import McpServerError
-from candle_vllm.responses.mcp.failures import Redactor, sentence
-from candle_vllm.responses.mcp.link_log import LinkLog
-from candle_vllm.responses.mcp.output_check import OutputChecks
+from candle_vllm.responses.mcp.http import http_auth
+from candle_vllm.responses.mcp.peer import McpServerError, Peer
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor
 from candle_vllm.responses.mcp.tool_list import ToolList
+from candle_vllm.responses.mcp.tool_output import OutputChecks, tool_output
 from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
-from candle_vllm.responses.tools.tool import Report, ToolOutput, ToolProgress
+from candle_vllm.responses.tools.names import tool_name
+from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput, ToolProgress
 
 if TYPE_CHECKING:
     from mcp_types import Implementation, Tool
-
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
 
 MAX_CALLS = 64  # at the same time; more wait
 CALL_WAIT = 5.0  # seconds that a call waits for a connection
@@ -58,14 +56,10 @@ class McpLink:
     ) -> None:
         self.config = config
         self.name = config.name
-        self._server = server
         self._on_tools_changed = on_tools_changed
-        self._redact = Redactor(config)
-        self._log = LinkLog(self._redact)
+        self._peer = Peer(config, server, auth=http_auth(config), public_only=public_only)
         self._checks = OutputChecks()
-        self._supervisor = Supervisor(
-            config, server, public_only=public_only, redact=self._redact, log=self._log, changed=self._tools_changed
-        )
+        self._supervisor = Supervisor(self._peer, changed=self._tools_changed)
         self._calls = asyncio.Semaphore(MAX_CALLS)
 
     @property
@@ -81,7 +75,7 @@ class McpLink:
     @property
     def transport(self) -> str:
         """What the connection uses, or would."""
-        return "in process" if self._server is not None else self._supervisor.transports[0]
+        return "in process" if self._peer.server is not None else self._supervisor.transports[0]
 
     @property
     def tools(self) -> dict[str, Tool]:
@@ -117,7 +111,7 @@ class McpLink:
 
     def log_lines(self) -> list[str]:
         """The last lines of its log: standard error of a stdio server, and what happened to the connection."""
-        return self._log.lines()
+        return self._peer.log_lines()
 
     async def start(self, *, keep_trying: bool = False) -> None:
         """Connects and lists the tools. A disabled server is left alone.
@@ -208,8 +202,8 @@ class McpLink:
 
     def _refusal(self, error: Exception) -> str:
         if isinstance(error, MCPError):
-            return self._redact(f"the MCP server {self.name!r} refused the call: {error.message[:_MESSAGE_CHARS]}")
-        return f"the MCP server {self.name!r}: {sentence(error, self.config, self._redact)}"
+            return self._peer.redact(f"the MCP server {self.name!r} refused the call: {error.message[:_MESSAGE_CHARS]}")
+        return f"the MCP server {self.name!r}: {self._peer.sentence(error)}"
 
     @property
     def _client(self) -> Client | None:
@@ -243,3 +237,36 @@ def _progress(report: Report | None) -> Any:
         report(ToolProgress(progress=progress, total=total, message=message[:1000] if message else message))
 
     return tell
+
+
+class LinkTool:
+    """One of a server's tools.
+
+    Args:
+        link: to the server.
+        tool: as the server lists it.
+    """
+
+    def __init__(self, link: McpLink, tool: Tool) -> None:
+        self._link = link
+        self.definition = definition_of(link.name, tool)
+        self.timeout: float | None = link.config.timeout
+        """Seconds for one call, by the server's configuration."""
+
+    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
+        """Calls it once; see `McpLink.call`."""
+        return await self._link.call(self.definition.original_name, arguments, report=report)
+
+
+def definition_of(server: str, tool: Tool) -> ToolDefinition:
+    """What a model sees of a server's tool."""
+    schema = dict(tool.input_schema)
+    schema.setdefault("type", "object")
+    return ToolDefinition(
+        name=tool_name(server, tool.name),
+        description=tool.description or tool.title or "",
+        parameters=schema,
+        server=server,
+        original_name=tool.name,
+        read_only=bool(tool.annotations and tool.annotations.read_only_hint),
+    )

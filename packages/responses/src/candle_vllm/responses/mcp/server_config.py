@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-from candle_vllm.responses.mcp.secrets import MASK, OAuthClient, SecretMap, masked_arguments, masked_url
-from candle_vllm.responses.mcp.server_checks import (
+from candle_vllm.responses.mcp.server_keys import settings_of
+from candle_vllm.responses.mcp.server_values import (
+    MASK,
     MAX_CONNECT_TIMEOUT,
     MAX_INSTRUCTIONS,
     MAX_PATTERNS,
     MAX_TIMEOUT,
     Checks,
+    OAuthClient,
+    SecretMap,
+    masked_arguments,
+    masked_url,
 )
 from candle_vllm.responses.tools.names import matches
 
@@ -86,8 +91,6 @@ class McpServerConfig:
         Raises:
             ConfigError: as of the class, and for two keys that say the same.
         """
-        from candle_vllm.responses.mcp.server_keys import settings_of
-
         return cls(name=name, **settings_of(name, mapping, folder))
 
     def __post_init__(self) -> None:
@@ -138,6 +141,16 @@ class McpServerConfig:
                 value = masked_arguments(value) if name == "args" else list(value)
             shown[name] = str(value) if isinstance(value, Path) else value
         return shown
+
+    def secrets(self) -> Iterator[str]:
+        """What must not be shown: the environment, headers, credentials, and user, password and query of the url."""
+        yield from self.env.values()
+        yield from self.headers.values()
+        if self.auth is not None:
+            yield self.auth if isinstance(self.auth, str) else self.auth.client_secret
+        parts = urlsplit(self.url or "")
+        yield from (parts.username or "", parts.password or "")
+        yield from (value for _, value in parse_qsl(parts.query))
 
     def __repr__(self) -> str:
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"

@@ -9,9 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.responses.mcp.secrets import OAuthClient
-from candle_vllm.responses.mcp.server_checks import MAX_CONNECT_TIMEOUT, MAX_ITEMS, MAX_TIMEOUT, Checks
-from candle_vllm.responses.mcp.small_file import read_small_file
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.mcp.server_values import (
+    MAX_CONNECT_TIMEOUT,
+    MAX_ITEMS,
+    MAX_TIMEOUT,
+    Checks,
+    OAuthClient,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,7 @@ FIELD_OF = {key: field for field, keys in KEYS.items() for key in keys}
 EXPANDED = frozenset(
     key for field in ("command", "args", "env", "env_file", "cwd", "url", "headers", "auth") for key in KEYS[field]
 )
+MAX_FILE = 1 << 20  # bytes
 _IN_MILLISECONDS = frozenset({"timeout_ms", "timeoutMs", "connect_timeout_ms"})
 _OAUTH = {
     "client_id": ("CLIENT_ID", "client_id", "clientId"),
@@ -77,13 +83,14 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
         field = FIELD_OF.get(key)
         if field is None:
             if key not in NAMES:
-                _warn_unknown(server, key)
+                hint = nearest(key, FIELD_OF)
+                logger.warning("MCP server %.100r: the key %.60r is not known and has no effect%s", server, key, hint)
         elif value is not None:  # null is what many programs write for a setting that is not there
             if field in spelled:
                 checks.fail(key, f"and {spelled[field]} are the same setting: give one")
             spelled[field] = key
-            fields[field] = _CONVERSIONS.get(field, _as_it_is)(checks, key, value)
-    if fields.pop("sandbox", False):
+            fields[field] = _CONVERSIONS[field](checks, key, value) if field in _CONVERSIONS else value
+    if fields.pop("sandbox", False) is not False:
         checks.fail(spelled["sandbox"], "asks for a sandbox, which there is none of: take the key out to run without")
     folder = Path() if folder is None else folder
     if "cwd" in fields:
@@ -102,23 +109,10 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _warn_unknown(server: str, key: str) -> None:
-    hint = nearest(key, FIELD_OF)
-    logger.warning("MCP server %.100r: the key %.60r is not known and has no effect%s", server, key, hint)
-
-
-def _as_it_is(_checks: Checks, _key: str, value: Any) -> Any:
-    return value
-
-
 def _transport(checks: Checks, key: str, value: Any) -> str:
     if not isinstance(value, str) or value not in TRANSPORTS:
         checks.fail(key, f"must be one of {', '.join(TRANSPORTS)}, not {value!r:.40}")
     return TRANSPORTS[value]
-
-
-def _folder(checks: Checks, key: str, value: Any) -> Path:
-    return checks.folder(key, value)
 
 
 def _env(checks: Checks, key: str, value: Any) -> dict[str, str]:
@@ -174,14 +168,10 @@ def _auth(checks: Checks, key: str, value: Any) -> str | OAuthClient:
     return OAuthClient(**fields)
 
 
-def _sandbox(_checks: Checks, _key: str, value: Any) -> bool:
-    return value is not False
-
-
 _CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
     "transport": _transport,
-    "cwd": _folder,
-    "env_file": _folder,
+    "cwd": Checks.folder,
+    "env_file": Checks.folder,
     "env": _env,
     "auth": _auth,
     "timeout": _seconds(MAX_TIMEOUT),
@@ -190,7 +180,6 @@ _CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
     "allowed_tools": _patterns,
     "excluded_tools": _patterns,
     "auto_approve": _patterns,
-    "sandbox": _sandbox,
 }
 
 
@@ -206,3 +195,25 @@ def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
         if binding.key is not None and binding.value is not None:
             found[binding.key] = binding.value
     return checks.variables(key, found)
+
+
+def read_small_file(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ConfigError: it is not there, no plain file, too large, or no text; the message begins with `what`.
+    """
+    try:
+        if not path.is_file():  # a pipe would never end, and a device has no size
+            problem = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
+            raise ConfigError(f"{what}: {path} {problem}")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path!s:.300}: {error.strerror}") from None
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"{what}: {path} is larger than {MAX_FILE >> 20} MB")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what}: {path} is not UTF-8 text") from None

@@ -11,16 +11,17 @@ import asyncio
 import json
 import re
 from asyncio.subprocess import Process
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
+from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
 from pydantic import ValidationError
 
-from candle_vllm.responses.mcp.lines import LineSplitter, OversizedLine
+from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.processes import end_process, exited, kill_group, start_process, to_the_end
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes
@@ -32,6 +33,7 @@ _BLANK_PER_SECOND = 1_000_000  # bytes of blank lines on standard output
 _BLANK_LINES = re.compile(rb"\n{2,}")
 _LOOK = 0.25  # seconds between looks at whether the program still runs
 _EXIT = 0.5  # seconds between the end of its output and its own
+_KEPT = 256  # bytes of an oversized line's two ends
 _FLUSH = 0.5  # seconds for what was accepted to reach the pipe at the end
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
 _ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
@@ -39,37 +41,31 @@ _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMB
 
 
 class StdioServer:
-    """One run of a server's program.
+    """One run of a server's program; each line of its standard error goes to the peer's log."""
 
-    Args:
-        command, arguments, environment, folder: what is run and where; nothing of this process's environment is added.
-        log: gets each line of standard error, and of standard output what is no message.
-    """
+    def __init__(self, peer: Peer) -> None:
+        self._config = peer.config
+        self._log = peer.log
+        self._exit_status: int | None = None  # where it ended by itself; negative is the signal that ended it
+        self._fault: str | None = None  # why this side gave it up
 
-    def __init__(
-        self,
-        command: str,
-        arguments: Sequence[str],
-        *,
-        environment: Mapping[str, str],
-        folder: str | None,
-        log: Callable[[str], None],
-    ) -> None:
-        self._command = command
-        self._arguments = arguments
-        self._environment = environment
-        self._folder = folder
-        self._log = log
-        self.exit_status: int | None = None
-        """How the program ended, if it did so by itself; negative is the signal that ended it."""
-        self.fault: str | None = None
-        """Why this side gave it up, or None."""
+    def ending(self) -> str | None:
+        """How the program ended, or why it was given up, in words; None while it runs."""
+        status = self._exit_status
+        if self._fault or status is None:
+            return self._fault
+        return f"its program was ended by signal {-status}" if status < 0 else f"its program ended with status {status}"
 
     @asynccontextmanager
     async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
         """Runs the program; gives the two streams that the SDK's `Client` takes."""
+        config = self._config
+        assert config.command is not None
         process = await start_process(
-            self._command, self._arguments, environment=self._environment, folder=self._folder
+            config.command,
+            config.args,
+            environment=get_default_environment() | dict(config.env),
+            folder=str(config.cwd) if config.cwd is not None else None,
         )
         to_session, received = anyio.create_memory_object_stream[SessionMessage | Exception](0)
         sent, from_session = anyio.create_memory_object_stream[SessionMessage](0)
@@ -114,11 +110,11 @@ class StdioServer:
                         if message is not None:
                             await session.send(message)
                     if splitter.pending > _MAX_SKIPPED:
-                        self.fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
-                    if self.fault:
+                        self._fault = f"it wrote a line of more than {_MAX_SKIPPED} bytes"
+                    if self._fault:
                         return
                 await exited(process, _EXIT)
-                self.exit_status = process.returncode
+                self._exit_status = process.returncode
         while await process.stdout.read(_CHUNK):
             pass  # nobody listens any more, but a server with a full pipe would not come to its end
 
@@ -126,7 +122,7 @@ class StdioServer:
         """Ends the session of a program that is gone though somebody whom it started holds its pipe."""
         while process.returncode is None:
             await asyncio.sleep(_LOOK)
-        self.exit_status = process.returncode
+        self._exit_status = process.returncode
         await asyncio.wait({reader}, timeout=_EXIT)  # what it wrote last may still be in the pipe
         reader.cancel()
 
@@ -144,7 +140,7 @@ class StdioServer:
         """An oversized reply as a failure of its request; where nobody knows of which one, the connection ends."""
         found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
         if found is None:
-            self.fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
+            self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
             return None
         text = f"the reply has {line.size} bytes; at most {MAX_MESSAGE} are read"
         self._log(text)
@@ -155,10 +151,12 @@ class StdioServer:
         assert process.stderr is not None
         splitter = LineSplitter(4 * _CHUNK)
         while chunk := await process.stderr.read(_ERROR_CHUNK):
-            for line in splitter.feed(chunk):
-                self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+            self._log_all(splitter.feed(chunk))
             await asyncio.sleep(chunk.count(b"\n") / _LINES_PER_SECOND)
-        for line in splitter.feed(b"\n"):
+        self._log_all(splitter.feed(b"\n"))
+
+    def _log_all(self, lines: Iterable[bytes | OversizedLine]) -> None:
+        for line in lines:
             self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
 
     async def _write(self, process: Process, outgoing: Any, session: Any) -> None:
@@ -171,3 +169,59 @@ class StdioServer:
                     await process.stdin.drain()
                 return
         session.close()  # its pipe is broken: the session must learn that no answer will come
+
+
+class OversizedLine(NamedTuple):
+    """What is left of a line beyond the limit: its first and last bytes, and how many it had."""
+
+    head: bytes
+    tail: bytes
+    size: int
+
+
+class LineSplitter:
+    """Cuts chunks at their line feeds; of a line beyond the limit nothing but its ends is held.
+
+    Args:
+        limit: bytes of a line, without its line feed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self._head = b""
+        self._tail = b""
+        self._size = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes of the line that has not ended yet."""
+        return self._size
+
+    def feed(self, chunk: bytes) -> Iterator[bytes | OversizedLine]:
+        """The lines that end within a chunk."""
+        *ended, rest = chunk.split(b"\n")
+        for piece in ended:
+            self._add(piece)
+            yield self._take()
+        self._add(rest)
+
+    def _add(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size <= self._limit:
+            self._parts.append(piece)
+            return
+        if self._parts or not self._head:
+            whole = b"".join([*self._parts, piece])
+            self._parts.clear()
+            self._head, self._tail = whole[:_KEPT], whole[-_KEPT:]
+        else:
+            self._head += piece[: max(0, _KEPT - len(self._head))]
+            self._tail = (self._tail + piece[-_KEPT:])[-_KEPT:]
+
+    def _take(self) -> bytes | OversizedLine:
+        line = OversizedLine(self._head, self._tail, self._size) if self._head else b"".join(self._parts)
+        self._parts.clear()
+        self._head = self._tail = b""
+        self._size = 0
+        return line

@@ -10,22 +10,16 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import anyio
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from candle_vllm.responses.mcp.connection import McpConnection
-from candle_vllm.responses.mcp.credentials import http_auth
-from candle_vllm.responses.mcp.failures import Redactor
-from candle_vllm.responses.mcp.link_log import LinkLog
+from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.processes import to_the_end
-from candle_vllm.responses.mcp.tool_list import ToolList
-from candle_vllm.responses.mcp.tool_watch import ToolWatch
+from candle_vllm.responses.mcp.tool_list import ToolList, ToolWatch
 from candle_vllm.responses.mcp.transports import NO_SUCH_TRANSPORT, Kind, kinds
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,42 +40,24 @@ class Supervisor:
         settled: set after each attempt, and at the end.
 
     Args:
-        config: of the server.
-        server: a server object of this process, or None.
-        public_only: HTTP goes to public addresses alone.
-        redact: takes secrets out of texts.
-        log: of the link.
+        peer: the server.
         changed: called when the list of tools is another one.
     """
 
-    def __init__(
-        self,
-        config: McpServerConfig,
-        server: Any,
-        *,
-        public_only: bool = False,
-        redact: Redactor,
-        log: LinkLog,
-        changed: Callable[[ToolList], None],
-    ) -> None:
-        self._config = config
-        self._server = server
-        self._redact = redact
-        self._log = log
-        self._public_only = public_only
-        self._auth = http_auth(config)
+    def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None]) -> None:
+        self._peer = peer
         self._mode = "auto"  # how a protocol version is agreed on
-        self.state: LinkState = "closed" if config.enabled else "disabled"
+        self.state: LinkState = "closed" if peer.config.enabled else "disabled"
         self.error: str | None = None
         self.connection: McpConnection | None = None
-        self.transports: tuple[Kind, ...] = kinds(config)
+        self.transports: tuple[Kind, ...] = kinds(peer.config)
         self.connections = 0
         self.settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._wanted = False
         self._wake = asyncio.Event()
-        self._watch = ToolWatch(config, redact=redact, note=self._note, changed=changed, wake=self._wake)
+        self._watch = ToolWatch(peer, changed=changed, wake=self._wake)
 
     @property
     def listed(self) -> ToolList | None:
@@ -101,14 +77,13 @@ class Supervisor:
     def start(self) -> None:
         """Begins; `settled` is set when the first attempt is over."""
         self._closing = False
-        self._watch.begin()
         self.settled.clear()
-        self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._config.name}")
+        self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._peer.config.name}")
 
     async def stop(self) -> None:
         """Ends the connection and all attempts."""
         self._closing = True
-        self._watch.end()
+        self._wake.set()
         if self.connection is not None:
             self.connection.end("the connection was closed")
         if self._task is not None:
@@ -131,16 +106,16 @@ class Supervisor:
                 self.settled.set()
                 if connected:
                     await self._watch.follow(connected)
-                    self._note(f"the connection ended: {connected.why}")
+                    self._peer.note(f"the connection ended: {connected.why}")
                     self.state = "failed"
                     await connected.close()
-                    self.error = self._redact(connected.why)
+                    self.error = self._peer.redact(connected.why)
                 lasted = asyncio.get_running_loop().time() - began
                 failures = 1 if connected and lasted >= STEADY else failures + 1
                 if not self._closing:
                     await self._pause(failures)
         except Exception as error:
-            logger.exception("MCP server %.100r: its supervisor failed", self._config.name)
+            logger.exception("MCP server %.100r: its supervisor failed", self._peer.config.name)
             self.state, self.error = "failed", f"an internal failure: {type(error).__name__}"
         finally:
             if self.connection is not None:
@@ -153,17 +128,7 @@ class Supervisor:
         self.state = "connecting"
         first_error: str | None = None
         for kind in self.transports:
-            connection = self.connection = McpConnection(
-                self._config,
-                kind,
-                mode=self._mode,
-                auth=self._auth,
-                public_only=self._public_only,
-                redact=self._redact,
-                log=self._log.add,
-                wake=self._wake.set,
-                server=self._server,
-            )
+            connection = self.connection = McpConnection(self._peer, kind, mode=self._mode, wake=self._wake.set)
             why = await self._open(connection)
             if why is None:
                 self.transports = (kind,)
@@ -172,12 +137,12 @@ class Supervisor:
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
-                where = kind if self._server is None else "this process"
-                self._note(f"connected over {where}, protocol {connection.client.protocol_version}")
+                where = kind if self._peer.server is None else "this process"
+                self._peer.note(f"connected over {where}, protocol {connection.client.protocol_version}")
                 return connection
             status = connection.status
             await connection.close(patience=0.0)
-            self._note(f"could not connect over {kind}: {why}")
+            self._peer.note(f"could not connect over {kind}: {why}")
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break
@@ -188,8 +153,8 @@ class Supervisor:
 
     async def _open(self, connection: McpConnection) -> str | None:
         """Opens a connection and lists its tools; a sentence where that fails."""
-        if not await connection.open(self._config.connect_timeout):
-            return self._redact(connection.why)
+        if not await connection.open(self._peer.config.connect_timeout):
+            return self._peer.redact(connection.why)
         return await self._watch.list(connection)
 
     async def _pause(self, failures: int) -> None:
@@ -197,7 +162,7 @@ class Supervisor:
         delay: float | None = min(LAST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)  # noqa: S311
         if failures >= MAX_ATTEMPTS:
             delay = None
-            self._note(f"{failures} attempts failed; the next one is made when a tool is called")
+            self._peer.note(f"{failures} attempts failed; the next one is made when a tool is called")
         least = asyncio.get_running_loop().time() + FIRST_DELAY / 2
         with anyio.move_on_after(delay):
             while not (self._closing or self._wanted):
@@ -206,10 +171,6 @@ class Supervisor:
         while not self._closing and (left := least - asyncio.get_running_loop().time()) > 0:
             await asyncio.sleep(min(left, 0.05))
         self._wanted = False
-
-    def _note(self, line: str) -> None:
-        self._log.add(line)
-        logger.info("MCP server %.100r: %s", self._config.name, self._redact(line))
 
 
 async def _join(task: asyncio.Task[None]) -> None:

@@ -1,21 +1,37 @@
-"""The tools that a server lists: all pages, within limits, those that the configuration lets in."""
+"""The tools that a server lists: all pages, within limits, those that the configuration lets in; listed again when they
+change, and a session in doubt asked."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.responses.mcp.connection import McpConnection
+import anyio
+from mcp import MCPError
+from mcp.client.subscriptions import SubscriptionLost
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+from pydantic import ValidationError
+
+from candle_vllm.responses.mcp.connection import ConnectionLostError, McpConnection
+from candle_vllm.responses.mcp.peer import Peer
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 
 if TYPE_CHECKING:
     from mcp_types import Tool
 
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
+logger = logging.getLogger(__name__)
 
 MAX_PAGES = 100
 MAX_TOOLS = 1000
 MAX_BYTES = 4 * 1024 * 1024  # of all definitions together, as JSON
+_DEBOUNCE = 0.2  # seconds after a notice that the tools changed
+_MIN_BETWEEN_LISTS = 1.0
+_PING_SECONDS = 5.0
+_FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a subscription is opened again
+_ACK_SECONDS = 10.0
 
 
 class ToolList(NamedTuple):
@@ -29,16 +45,9 @@ class ToolList(NamedTuple):
     tools: dict[str, Tool]
     notes: tuple[str, ...]
 
-    def same_as(self, other: ToolList | None) -> bool:
-        """Whether both offer the same tools."""
-        return other is not None and self.tools == other.tools
 
-
-async def list_tools(connection: McpConnection, config: McpServerConfig, seconds: float) -> ToolList:
-    """Asks for the list, page by page.
-
-    Args:
-        seconds: for each page.
+async def list_tools(connection: McpConnection, config: McpServerConfig) -> ToolList:
+    """Asks for the list, page by page; each may take `connect_timeout`.
 
     Raises:
         ConnectionLostError, TimeoutError, MCPError, ValidationError: a page could not be had.
@@ -46,7 +55,7 @@ async def list_tools(connection: McpConnection, config: McpServerConfig, seconds
     tools: dict[str, Tool] = {}
     notes: list[str] = []
     size = 0
-    async for tool in _all_tools(connection, seconds, notes):
+    async for tool in _all_tools(connection, config.connect_timeout, notes):
         if not config.allows(tool.name):
             continue
         if tool.name in tools:
@@ -78,3 +87,112 @@ async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]
             return
         seen.add(cursor)
     notes.append(f"its list of tools has more than {MAX_PAGES} pages; the rest is left out")
+
+
+class ToolWatch:
+    """What one server offers, over all its connections.
+
+    Args:
+        peer: the server.
+        changed: called when the list of tools is another one.
+        wake: set when a connection has news.
+
+    Attributes:
+        listed: of the last connection that there was.
+    """
+
+    def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
+        self._peer = peer
+        self._changed = changed
+        self._wake = wake
+        self.listed: ToolList | None = None
+
+    async def list(self, connection: McpConnection) -> str | None:
+        """Lists the tools and tells of a change; a sentence where that fails."""
+        connection.tools_changed = False
+        try:
+            found = await list_tools(connection, self._peer.config)
+        except TimeoutError:
+            seconds = self._peer.config.connect_timeout
+            return f"it did not list its tools within {seconds:g} seconds (connect_timeout)"
+        except ConnectionLostError as error:
+            return self._peer.redact(str(error))
+        except (MCPError, ValidationError, RuntimeError, ExceptionGroup) as error:
+            return f"its list of tools: {self._peer.sentence(error)}"
+        changed = self.listed is None or found.tools != self.listed.tools
+        self.listed = found
+        for note in found.notes:
+            self._peer.note(note)
+        if changed:
+            try:
+                self._changed(found)
+            except Exception:
+                logger.exception("MCP server %.100r: whoever follows its tools failed", self._peer.config.name)
+        return None
+
+    async def follow(self, connection: McpConnection) -> None:
+        """Follows a connection to its end: lists the tools again when they change, and asks a session in doubt."""
+        listener: asyncio.Task[None] | None = None
+        capability = connection.client.server_capabilities.tools
+        if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
+            listener = asyncio.create_task(listen_for_changes(connection, self._peer.note))
+        try:
+            while not connection.is_down:
+                await self._wake.wait()
+                self._wake.clear()
+                if connection.in_doubt and not connection.is_down:
+                    await self._ask(connection)
+                if connection.tools_changed and not connection.is_down:
+                    await self._sleep(connection, _DEBOUNCE)
+                    if why := await self.list(connection):
+                        self._peer.note(f"the tools could not be listed again: {why}")
+                    await self._sleep(connection, _MIN_BETWEEN_LISTS)
+        finally:
+            if listener is not None:
+                listener.cancel()
+                await asyncio.gather(listener, return_exceptions=True)
+
+    async def _sleep(self, connection: McpConnection, seconds: float) -> None:
+        """Sleeps, unless the connection ends; what woke it is looked at again."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        with anyio.move_on_at(deadline):
+            while not connection.is_down:
+                await self._wake.wait()
+                self._wake.clear()
+        self._wake.set()
+
+    async def _ask(self, connection: McpConnection) -> None:
+        connection.in_doubt = False
+        try:
+            await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
+        except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
+            connection.end("the server refuses the session")
+
+
+async def listen_for_changes(connection: McpConnection, note: Callable[[str], None]) -> None:
+    """Tells the connection of each change until it ends; a server that refuses the subscription is left in peace.
+
+    The protocol replays nothing: after a subscription was lost the tools count as changed.
+    """
+    delay = _FIRST_DELAY
+    while not connection.is_down:
+        began = asyncio.get_running_loop().time()
+        try:
+            await _listen(connection)
+        except (SubscriptionLost, TimeoutError) as error:
+            note(f"the subscription to changes of tools was lost: {type(error).__name__}")
+        except (MCPError, RuntimeError) as error:
+            note(f"it gives no notice of changed tools: {str(error)[:200]}")
+            return
+        if asyncio.get_running_loop().time() - began > _LAST_DELAY:
+            delay = _FIRST_DELAY
+        await asyncio.sleep(delay)
+        delay = min(_LAST_DELAY, 2 * delay)
+        connection.note_tools_changed()
+
+
+async def _listen(connection: McpConnection) -> None:
+    async with asyncio.timeout(_ACK_SECONDS) as limit, connection.client.listen(tools_list_changed=True) as events:
+        limit.reschedule(None)
+        async for _ in events:
+            connection.note_tools_changed()

@@ -1,27 +1,31 @@
-"""How a connection to a server is opened: stdio, streamable HTTP, or the older SSE transport."""
+"""How a connection to a server is opened, stdio, streamable HTTP or the older SSE transport, and what it sends watched:
+its end is noticed, its pace and its rubbish are bounded."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
+import anyio
 import httpx2
 from mcp.client.sse import sse_client
-from mcp.client.stdio import get_default_environment
 from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.message import SessionMessage
 
-from candle_vllm.responses.mcp.credentials import bare_address, http_headers
-from candle_vllm.responses.mcp.http import MAX_BODY, HttpNotes, http_client
+from candle_vllm.responses.mcp.http import MAX_BODY, HttpNotes, bare_address, http_client
+from candle_vllm.responses.mcp.peer import Peer
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.stdio import StdioServer
-from candle_vllm.responses.mcp.watched_stream import WatchedStream
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.mcp.server_config import McpServerConfig
 
 Kind = Literal["stdio", "http", "sse"]
 SSE_MAX_EVENT = 1024 * 1024  # bytes; the SDK's, which its SSE transport does not let anybody change
 NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # what an SSE server answers to a POST at its address
+CLOSED = "the server closed the connection"
+MAX_PER_SECOND = 2000  # messages; a server that sends more waits, and with it nobody else
+MAX_RUBBISH = 1000  # things that are no messages, one after the other
 
 
 def kinds(config: McpServerConfig) -> tuple[Kind, ...]:
@@ -35,34 +39,20 @@ class Opening:
     """One attempt to connect.
 
     Args:
-        config: of the server.
+        peer: the server.
         kind: the transport.
-        auth: of its HTTP requests.
-        public_only: they go to public addresses alone.
         ended: called with a sentence when the server closes the connection.
         session_doubted: see `HttpNotes`.
-        log: gets the lines that a server writes beside the protocol.
     """
 
     def __init__(
-        self,
-        config: McpServerConfig,
-        kind: Kind,
-        *,
-        auth: httpx2.Auth | None,
-        public_only: bool,
-        ended: Callable[[str], None],
-        session_doubted: Callable[[bool], None],
-        log: Callable[[str], None],
+        self, peer: Peer, kind: Kind, *, ended: Callable[[str], None], session_doubted: Callable[[bool], None]
     ) -> None:
-        self._config = config
+        self._peer = peer
         self._kind: Kind = kind
-        self._auth = auth
-        self._public_only = public_only
         self._ended = ended
-        self._log = log
         self._notes = HttpNotes(session_doubted)
-        self._server: StdioServer | None = None
+        self._program: StdioServer | None = None
 
     @property
     def status(self) -> int | None:
@@ -74,59 +64,101 @@ class Opening:
         """The transport's two streams, for the SDK's `Client`."""
         opened = {"stdio": self._stdio, "http": self._http, "sse": self._sse}[self._kind]
         async with opened() as (received, sent):
-            yield WatchedStream(received, self._over, self._log), sent
+            yield WatchedStream(received, self._over, self._peer.log), sent
 
     def _over(self, why: str) -> None:
-        note = self._process_note()
+        note = self._program.ending() if self._program is not None else None
         self._ended(f"{why}: {note}" if note else why)
 
-    def _process_note(self) -> str | None:
-        """How a stdio server's program ended, or why it was given up."""
-        if self._server is None or self._server.fault:
-            return self._server and self._server.fault
-        status = self._server.exit_status
-        if status is None:
-            return None
-        return f"its program was ended by signal {-status}" if status < 0 else f"its program ended with status {status}"
-
     def _stdio(self) -> Any:
-        config = self._config
-        assert config.command is not None
-        self._server = StdioServer(
-            config.command,
-            config.args,
-            environment=get_default_environment() | dict(config.env),
-            folder=str(config.cwd) if config.cwd is not None else None,
-            log=self._log,
-        )
-        return self._server.transport()
+        self._program = StdioServer(self._peer)
+        return self._program.transport()
 
     @asynccontextmanager
     async def _http(self) -> AsyncGenerator[tuple[Any, Any], None]:
-        assert self._config.url is not None
+        assert self._peer.config.url is not None
+        address = bare_address(self._peer.config.url)
         async with (
-            self._client() as client,
-            streamable_http_client(
-                bare_address(self._config.url), http_client=client, max_sse_event_size=MAX_BODY
-            ) as streams,
+            http_client(self._peer, self._notes) as client,
+            streamable_http_client(address, http_client=client, max_sse_event_size=MAX_BODY) as streams,
         ):
             yield streams
 
-    @asynccontextmanager
-    async def _sse(self) -> AsyncGenerator[tuple[Any, Any], None]:
-        assert self._config.url is not None
+    def _sse(self) -> Any:
+        assert self._peer.config.url is not None
 
         def client(*_: Any, **__: Any) -> httpx2.AsyncClient:
-            return self._client()
+            return http_client(self._peer, self._notes)
 
-        async with sse_client(bare_address(self._config.url), httpx_client_factory=client) as streams:
-            yield streams
+        return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
-    def _client(self) -> httpx2.AsyncClient:
-        return http_client(
-            self._notes,
-            headers=http_headers(self._config),
-            auth=self._auth,
-            connect_seconds=self._config.connect_timeout,
-            public_only=self._public_only,
-        )
+
+class WatchedStream:
+    """A transport's read stream that tells when it ends.
+
+    The SDK closes what waits on a connection and says nothing to the one who opened it: an owner that does not look
+    here would hold a dead connection until the next call.
+
+    Args:
+        inner: the transport's read stream.
+        ended: called with a sentence when the stream ends; more than once is possible.
+        log: gets a line for each thing that is no message.
+    """
+
+    def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], None]) -> None:
+        self._inner = inner
+        self._ended = ended
+        self._log = log
+        self._rubbish = 0
+        self._count = 0
+        self._since = 0.0
+
+    @property
+    def last_context(self) -> Any:
+        """The context of the sender, which the SDK takes over where its own streams have one."""
+        return getattr(self._inner, "last_context", None)
+
+    async def receive(self) -> SessionMessage | Exception:
+        """The next message; `anyio.EndOfStream` at the end."""
+        try:
+            item = await self._inner.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+            self._ended(CLOSED)
+            raise
+        await self._pace()
+        self._rubbish = self._rubbish + 1 if isinstance(item, Exception) else 0
+        if isinstance(item, Exception):
+            self._log(f"not a message of the protocol: {str(item)[:300]}")
+        if self._rubbish >= MAX_RUBBISH:
+            self._ended(f"the server sent {MAX_RUBBISH} things in a row that are no messages of the protocol")
+            raise anyio.EndOfStream
+        return item
+
+    async def _pace(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._since >= 1.0:
+            self._since, self._count = now, 0
+        self._count += 1
+        if self._count > MAX_PER_SECOND:
+            await asyncio.sleep(max(0.0, self._since + 1.0 - now))
+
+    async def aclose(self) -> None:
+        """Closes the inner stream."""
+        await self._inner.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

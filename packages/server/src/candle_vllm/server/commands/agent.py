@@ -42,14 +42,14 @@ def agent(
     as_json: bool = False,
 ) -> int:
     """Carries out `prompt` ("-" reads it from standard input); 0 when the model has ended by itself, else 1."""
-    from candle_vllm.responses.mcp.local_config import load_local_config
+    from candle_vllm.responses.mcp.config import load_mcp_config
 
     if api_key is not None and base_url is None:
         raise UsageError("--api-key needs --base-url: a model of this process has no keys")
     text = read_stdin("request") if prompt == "-" else prompt
     if not text:
         raise UsageError("the request is empty")
-    servers = load_local_config(settings.mcp_config)
+    servers = load_mcp_config(settings.mcp_config)
     request: dict[str, Any] = dict(settings.default_sampling)
     if max_tokens is not None:
         request["max_completion_tokens"] = max_tokens

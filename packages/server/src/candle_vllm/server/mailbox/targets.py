@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from candle_vllm.responses.mcp.addresses import is_allowed, is_host, look_up
+from candle_vllm.responses.addresses import is_allowed, is_host, look_up
 
 MAX_URL = 2048  # characters
 RESOLVE_SECONDS = 10.0

@@ -10,8 +10,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from candle_vllm.responses.mcp.config import McpServerConfig
-from candle_vllm.responses.mcp.local_config import load_local_config
+from candle_vllm.responses.mcp.config import load_mcp_config
+from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.kinds import UsageError
 
@@ -43,7 +43,7 @@ def mcp_options(settings: Settings) -> McpOptions | None:
     Raises:
         ConfigError: mcp.json, or a setting, cannot be used; what is wrong is named.
     """
-    config = load_local_config(settings.mcp_config)
+    config = load_mcp_config(settings.mcp_config)
     servers = (*config.servers, *_command_server(settings))
     if not servers:
         if settings.mcp_execute:

@@ -9,14 +9,14 @@ import pytest
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCNotification
 
-from candle_vllm.responses.mcp import watched_stream
-from candle_vllm.responses.mcp.watched_stream import CLOSED, WatchedStream
+from candle_vllm.responses.mcp import transports
+from candle_vllm.responses.mcp.transports import CLOSED, WatchedStream
 
 MESSAGE = SessionMessage(JSONRPCNotification(jsonrpc="2.0", method="notifications/x"))
 
 
 async def test_a_flood_of_messages_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watched_stream, "MAX_PER_SECOND", 20)
+    monkeypatch.setattr(transports, "MAX_PER_SECOND", 20)
     send, receive = anyio.create_memory_object_stream[SessionMessage | Exception](100)
     ends: list[str] = []
     for _ in range(30):
@@ -30,7 +30,7 @@ async def test_a_flood_of_messages_waits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_rubbish_ends_it_when_nothing_else_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watched_stream, "MAX_RUBBISH", 3)
+    monkeypatch.setattr(transports, "MAX_RUBBISH", 3)
     send, receive = anyio.create_memory_object_stream[SessionMessage | Exception](100)
     ends: list[str] = []
     log: list[str] = []

@@ -7,8 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_vllm.responses.mcp.lines import LineSplitter, OversizedLine
-from candle_vllm.responses.mcp.link_log import LinkLog
+from candle_vllm.responses.mcp.stdio import LineSplitter, OversizedLine
 
 LIMIT = 20
 
@@ -40,12 +39,3 @@ def test_the_ends_of_a_very_long_line() -> None:
     assert (line.size, len(line.head), len(line.tail)) == (100_007, 256, 256)
     assert line.tail.endswith(b"xxthe end")
     assert list(splitter.feed(b"\n")) == [b"next"]
-
-
-def test_a_log_keeps_the_last_lines() -> None:
-    log = LinkLog(lambda line: line.replace("secret", "***"), max_lines=3, max_chars=10)
-    assert log.last() is None
-    for line in ("one", "", "\x1b[2J", "a secret", "x" * 50, "tab\there\r\n"):
-        log.add(line)
-    assert log.lines() == ["a ***", "x" * 9 + "…", "tab\there"]
-    assert log.last() == "tab\there"

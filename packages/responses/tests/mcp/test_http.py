@@ -8,8 +8,9 @@ from urllib.parse import parse_qs
 import httpx2
 import pytest
 
-from candle_vllm.responses.mcp.oauth import client_credentials
-from candle_vllm.responses.mcp.secrets import OAuthClient
+from candle_vllm.responses.mcp.http import http_auth
+from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_values import OAuthClient
 
 URL = "https://mcp.test/mcp"
 ISSUER = "https://auth.test"
@@ -53,8 +54,8 @@ class Servers:
 async def test_the_token_is_got_once(issuer: str | None) -> None:
     servers = Servers()
     client = OAuthClient(client_id="me", client_secret="hush", scopes=("read", "write"), issuer=issuer)
-    auth = client_credentials(client, URL)
-    async with httpx2.AsyncClient(transport=httpx2.MockTransport(servers), auth=auth) as http:
+    auth = http_auth(McpServerConfig(name="test", url=URL, auth=client))
+    async with httpx2.AsyncClient(transport=httpx2.MockTransport(servers), auth=auth) as sender:
         for _ in range(2):
-            assert (await http.post(URL)).text == "in"
+            assert (await sender.post(URL)).text == "in"
     assert servers.asked.count(f"POST {ISSUER}/token") == 1

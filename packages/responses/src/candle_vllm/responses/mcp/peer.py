@@ -1,0 +1,150 @@
+"""Peer: the server at the other end of a link, its log, and what went wrong with it as one sentence without secrets."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+from mcp import MCPError
+from mcp.client.streamable_http import StreamableHTTPError
+from pydantic import ValidationError
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.responses.mcp.server_values import redactor
+
+logger = logging.getLogger(__name__)
+
+MAX_LINES = 200  # of a log; the oldest go
+MAX_LINE_CHARS = 1000  # a longer line is cut
+MAX_SENTENCE_CHARS = 500
+_TELLING = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, ValidationError, ValueError)
+
+
+class McpServerError(CandleVllmError):
+    """A server could not be reached or talked to, as the program sees it; a model that calls its tools sees a
+    `ToolError`.
+
+    Attributes:
+        server: the server's name in the configuration.
+        why: the message without the name.
+    """
+
+    def __init__(self, server: str, why: str) -> None:
+        super().__init__(f"MCP server {server!r}: {why}")
+        self.server = server
+        self.why = why
+
+
+class Peer:
+    """What all connections to one server share.
+
+    Attributes:
+        redact: takes the secrets of the configuration out of a text.
+
+    Args:
+        config: of the server.
+        server: a server object of this process, in the place of what the configuration would open.
+        auth: of its HTTP requests. One object serves all connections.
+        public_only: HTTP goes to public addresses alone.
+    """
+
+    def __init__(
+        self, config: McpServerConfig, server: Any = None, *, auth: httpx2.Auth | None = None, public_only: bool = False
+    ) -> None:
+        self.config = config
+        self.server = server
+        self.auth = auth
+        self.public_only = public_only
+        self.redact = redactor(config.secrets())
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+
+    def log(self, line: str) -> None:
+        """Keeps a line; control characters other than tabs are left out, for it is shown to people."""
+        line = self.redact(line[: 4 * MAX_LINE_CHARS])
+        clean = "".join(char for char in line.rstrip() if char.isprintable() or char == "\t")
+        if clean:
+            self._lines.append(_cut(clean, MAX_LINE_CHARS))
+
+    def note(self, line: str) -> None:
+        """Keeps a line on what happened to the connection, and gives it to the program's log too."""
+        self.log(line)
+        logger.info("MCP server %.100r: %s", self.config.name, self.redact(line))
+
+    def log_lines(self) -> list[str]:
+        """The last lines, oldest first."""
+        return list(self._lines)
+
+    def sentence(self, error: BaseException) -> str:
+        """Why a connection could not be made or was lost."""
+        return _cut(" ".join(self.redact(self._sentence(leaf(error))).split()), MAX_SENTENCE_CHARS)
+
+    def status_sentence(self, status: int) -> str:
+        """What an HTTP status of the server means for the one who configured it."""
+        where = self._where
+        if status in (401, 403):
+            return f"{where} answered {status}: it wants credentials; set `headers` or `auth` for it"
+        if status in (404, 405):
+            return f"{where} answered {status}: there is no MCP server at this path; look at the end of `url`"
+        return f"{where} answered with HTTP status {status}"
+
+    @property
+    def _where(self) -> str:
+        """The command, or the address without user, password, query and fragment."""
+        if not self.config.url:
+            return repr(self.config.command)
+        parts = urlsplit(self.config.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def _sentence(self, error: BaseException) -> str:
+        config = self.config
+        if isinstance(error, httpx2.HTTPStatusError):
+            return self.status_sentence(error.response.status_code)
+        where = self._where
+        if isinstance(error, httpx2.TimeoutException | TimeoutError):
+            return f"{where} did not answer in time"
+        if isinstance(error, httpx2.ConnectError):
+            return f"nothing answers at {where} ({error}): is the server running?"
+        if isinstance(error, httpx2.HTTPError):
+            return f"the connection to {where} failed: {type(error).__name__} {error}".rstrip()
+        if isinstance(error, OSError) and not config.url:
+            return self._start_sentence(error)
+        if isinstance(error, MCPError):
+            return f"it answered: {error.message} (code {error.code})"
+        if isinstance(error, ValidationError):
+            return f"its answer does not fit the protocol: {error.errors()[0]['msg']} ({error.title})"
+        return f"{type(error).__name__}: {error}"
+
+    def _start_sentence(self, error: OSError) -> str:
+        config = self.config
+        if config.cwd is not None and error.filename is not None and str(error.filename) == str(config.cwd):
+            return f"its folder {str(config.cwd)!r} is not there or may not be entered: correct `cwd`"
+        if isinstance(error, FileNotFoundError):
+            return f"the command {config.command!r} was not found: install it, or give its full path in `command`"
+        return f"the command {config.command!r} cannot be run: {error.strerror or error}"
+
+
+def leaf(error: BaseException) -> BaseException:
+    """The failure that tells most among those of a group."""
+    leaves = list(_leaves(error))
+    for kind in _TELLING:
+        for one in leaves:
+            if isinstance(one, kind):
+                return one
+    return leaves[0]
+
+
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
