@@ -19,8 +19,7 @@ from mcp_servers import everything_over_http, npm_server, python_server
 from candle_vllm.responses.mcp.fleet import McpFleet
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError
-from candle_vllm.responses.tools.tool import ToolOutput, ToolProgress
+from candle_vllm.responses.tools.tool import ToolError, ToolOutput, ToolProgress, ToolTimedOutError
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

@@ -14,7 +14,7 @@ from typing import Any
 from candle_vllm.responses.mcp.link import McpLink, definition_of
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
-from candle_vllm.responses.tools.errors import ToolError
+from candle_vllm.responses.tools.tool import ToolError
 
 
 def configuration(url: str, context: dict[str, Any]) -> McpServerConfig:

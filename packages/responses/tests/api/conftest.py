@@ -11,8 +11,7 @@ import pytest_asyncio
 
 from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.protocol.output import MessageOut, OutputText
-from candle_vllm.responses.protocol.response import ConversationOut, Response
+from candle_vllm.responses.protocol.response import ConversationOut, MessageOut, OutputText, Response
 from candle_vllm.responses.store.options import StoreOptions
 
 

@@ -16,9 +16,8 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.mcp.fleet import McpFleet
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.approval import decide
-from candle_vllm.responses.tools.errors import ToolUnavailableError
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import ToolCall
+from candle_vllm.responses.tools.tool import ToolCall, ToolUnavailableError
 
 Scripted = Callable[..., Any]
 

@@ -19,8 +19,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from candle_vllm.responses.mcp import http, supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
-from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
-from candle_vllm.responses.tools.tool import ToolOutput
+from candle_vllm.responses.tools.tool import ToolError, ToolOutput, ToolTimedOutError, ToolUnavailableError
 
 ERAS = ["2026-07-28", "2025-11-25"]
 Serve = Callable[..., Any]

@@ -14,8 +14,14 @@ import pytest
 from candle_vllm.responses.mcp import supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
-from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
-from candle_vllm.responses.tools.tool import ContentPart, ToolOutput, ToolProgress
+from candle_vllm.responses.tools.tool import (
+    ContentPart,
+    ToolError,
+    ToolOutput,
+    ToolProgress,
+    ToolTimedOutError,
+    ToolUnavailableError,
+)
 
 Scripted = Callable[..., Any]
 

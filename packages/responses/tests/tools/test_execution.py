@@ -16,22 +16,20 @@ from tools_fakes import FakeTool, call
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools import execution
 from candle_vllm.responses.tools.approval import Approval
-from candle_vllm.responses.tools.errors import (
-    ToolArgumentsError,
-    ToolError,
-    ToolTimedOutError,
-    ToolUnavailableError,
-)
 from candle_vllm.responses.tools.execution import MAX_ARGUMENTS, MAX_OUTPUT, Checked, check, denied, execute, run
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
     ContentPart,
     Report,
+    ToolArgumentsError,
     ToolCall,
     ToolDefinition,
+    ToolError,
     ToolOutput,
     ToolProgress,
     ToolResult,
+    ToolTimedOutError,
+    ToolUnavailableError,
 )
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

@@ -19,11 +19,17 @@ from tools_fakes import call
 from typing_extensions import TypedDict
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.tools.errors import ToolArgumentsError, ToolError, ToolUnavailableError
 from candle_vllm.responses.tools.execution import execute
 from candle_vllm.responses.tools.python_tool import MAX_THREADS, function_tool
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import ContentPart, ToolOutput, ToolResult
+from candle_vllm.responses.tools.tool import (
+    ContentPart,
+    ToolArgumentsError,
+    ToolError,
+    ToolOutput,
+    ToolResult,
+    ToolUnavailableError,
+)
 
 
 @dataclass

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from candle_vllm.responses.mcp.server_config import McpServerConfig
     from candle_vllm.responses.session import ResponsesSession
     from candle_vllm.responses.tools.approval import Approval
-    from candle_vllm.responses.tools.errors import ToolError
     from candle_vllm.responses.tools.python_tool import function_tool
     from candle_vllm.responses.tools.registry import ToolRegistry
-    from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolResult
+    from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolError, ToolOutput, ToolResult
 
 __all__ = [
     "Approval",
@@ -66,10 +65,9 @@ _HOMES = {
     "mcp.server_config": ("McpServerConfig",),
     "session": ("ResponsesSession",),
     "tools.approval": ("Approval",),
-    "tools.errors": ("ToolError",),
     "tools.python_tool": ("function_tool",),
     "tools.registry": ("ToolRegistry",),
-    "tools.tool": ("ToolCall", "ToolDefinition", "ToolOutput", "ToolResult"),
+    "tools.tool": ("ToolCall", "ToolDefinition", "ToolError", "ToolOutput", "ToolResult"),
 }
 
 

@@ -15,7 +15,7 @@ from candle_vllm.responses.conversation.options import ConversationOptions, Conv
 from candle_vllm.responses.conversation.transcript import Message, Transcript, check_is_list
 from candle_vllm.responses.mcp.config import McpServers, server_configs
 from candle_vllm.responses.tools.approval import Approval
-from candle_vllm.responses.tools.direct_call import call_directly
+from candle_vllm.responses.tools.execution import call_directly
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Tool, ToolCall, ToolDefinition, ToolResult
 

@@ -15,8 +15,8 @@ from candle_vllm.responses.protocol.items import (
     McpApprovalRequestItem,
     McpApprovalResponseItem,
     McpCallItem,
+    text_of,
 )
-from candle_vllm.responses.protocol.parts import text_of
 
 NOT_APPROVED = "Nobody agreed to this call, so it was not run."
 DENIED = "The user refused this call, so it was not run."

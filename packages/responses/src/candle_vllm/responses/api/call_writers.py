@@ -12,7 +12,7 @@ from candle_vllm.responses.api.call_results import NOT_RUN
 from candle_vllm.responses.api.item_writers import Emit, ItemWriter
 from candle_vllm.responses.api.messages import CUSTOM_INPUT
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.output import (
+from candle_vllm.responses.protocol.response import (
     CustomToolCallOut,
     FunctionCallOut,
     McpCallOut,

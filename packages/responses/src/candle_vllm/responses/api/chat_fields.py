@@ -8,8 +8,7 @@ from typing import Any
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.openai.field_paths import FieldPaths, message_path
-from candle_vllm.responses.protocol.answer_form import JsonSchemaFormat
-from candle_vllm.responses.protocol.request import PromptFields, ResponsesRequest
+from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
 
 LIMIT = "max_completion_tokens"
 _SAME = (

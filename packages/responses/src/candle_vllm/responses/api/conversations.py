@@ -11,8 +11,8 @@ from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.api.item_lists import ItemList, PageRequest, item_list
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.stored_items import stored_item
+from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.protocol.metadata import Metadata
 from candle_vllm.responses.store.entries import Entry, Item, new_id
 
 MAX_ITEMS_AT_ONCE = 20

@@ -8,8 +8,7 @@ from typing import Any
 
 from candle_vllm.responses.api.item_writers import new_id
 from candle_vllm.responses.api.shown_tools import shown_tools
-from candle_vllm.responses.protocol.answer_form import JsonSchemaFormat
-from candle_vllm.responses.protocol.request import ResponsesRequest
+from candle_vllm.responses.protocol.request import JsonSchemaFormat, ResponsesRequest
 from candle_vllm.responses.protocol.response import ConversationOut, Response
 
 # Ours, where neither the request nor the operator nor the model says something.

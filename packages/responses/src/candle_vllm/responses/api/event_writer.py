@@ -18,10 +18,11 @@ from candle_vllm.responses.api.turn_items import TurnItems
 from candle_vllm.responses.conversation import events as said
 from candle_vllm.responses.conversation.options import ConversationUsage, StopReason
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.output import ListedTool, McpListToolsOut
 from candle_vllm.responses.protocol.response import (
     IncompleteDetails,
     InputTokensDetails,
+    ListedTool,
+    McpListToolsOut,
     OutputTokensDetails,
     Response,
     ResponseError,

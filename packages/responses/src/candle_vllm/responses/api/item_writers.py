@@ -9,7 +9,7 @@ from typing import Any
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.output import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
+from candle_vllm.responses.protocol.response import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
 
 Emit = Callable[..., None]
 """Adds an event: `emit(kind, **fields)`; the number is added to it."""

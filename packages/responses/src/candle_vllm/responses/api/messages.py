@@ -22,9 +22,10 @@ from candle_vllm.responses.protocol.items import (
     McpApprovalRequestItem,
     McpCallItem,
     McpListToolsItem,
+    MessageItem,
     ReasoningItem,
+    text_of,
 )
-from candle_vllm.responses.protocol.parts import MessageItem, text_of
 from candle_vllm.responses.tools.names import tool_name
 
 CUSTOM_INPUT = "input"  # the one argument of the function that stands for a custom tool

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from candle_vllm.responses.api.item_writers import ItemWriter
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.protocol.output import OutputItem
+from candle_vllm.responses.protocol.response import OutputItem
 
 _Writer = TypeVar("_Writer", bound=ItemWriter)
 

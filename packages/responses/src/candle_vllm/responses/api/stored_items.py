@@ -7,8 +7,7 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.fields import WireModel
-from candle_vllm.responses.protocol.items import ItemReference
-from candle_vllm.responses.protocol.parts import MessageItem
+from candle_vllm.responses.protocol.items import ItemReference, MessageItem
 from candle_vllm.responses.store.entries import Item, new_item_id
 
 _WITHOUT_STATUS = frozenset({"reasoning", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response"})

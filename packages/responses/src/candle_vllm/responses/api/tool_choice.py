@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.responses.protocol.tool_choice import (
+from candle_vllm.responses.protocol.tools import (
     AllowedToolsChoice,
     McpToolChoice,
     NamedToolChoice,

@@ -10,7 +10,7 @@ from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, Fun
 from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, ReasoningWriter, new_id
 from candle_vllm.responses.api.output_log import OutputLog
 from candle_vllm.responses.api.tool_plan import ToolPlan
-from candle_vllm.responses.protocol.output import McpApprovalRequestOut
+from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 _Writer = TypeVar("_Writer", bound=ItemWriter)

@@ -25,9 +25,16 @@ from candle_vllm.responses.conversation.options import ConversationOptions, Stop
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
-from candle_vllm.responses.tools.output_text import output_size
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress, ToolResult, ToolStatus
+from candle_vllm.responses.tools.tool import (
+    ToolCall,
+    ToolDefinition,
+    ToolOutput,
+    ToolProgress,
+    ToolResult,
+    ToolStatus,
+    output_size,
+)
 
 MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
 

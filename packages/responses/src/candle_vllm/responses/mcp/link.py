@@ -21,9 +21,16 @@ from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.supervisor import LinkState, Supervisor
 from candle_vllm.responses.mcp.tool_list import ToolList
 from candle_vllm.responses.mcp.tool_output import OutputChecks, tool_output
-from candle_vllm.responses.tools.errors import ToolError, ToolTimedOutError, ToolUnavailableError
 from candle_vllm.responses.tools.names import tool_name
-from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput, ToolProgress
+from candle_vllm.responses.tools.tool import (
+    Report,
+    ToolDefinition,
+    ToolError,
+    ToolOutput,
+    ToolProgress,
+    ToolTimedOutError,
+    ToolUnavailableError,
+)
 
 if TYPE_CHECKING:
     from mcp_types import Implementation, Tool

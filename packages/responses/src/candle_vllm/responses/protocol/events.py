@@ -7,8 +7,7 @@ from typing import Union
 import msgspec
 
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
-from candle_vllm.responses.protocol.output import OutputItem, OutputText, ReasoningText
-from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.protocol.response import OutputItem, OutputText, ReasoningText, Response
 
 
 class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -1,16 +1,23 @@
-"""Names of OpenAI's Responses API that have no effect here, and those that are refused."""
+"""Names of the Responses API that have no effect here, those that are refused, and kinds of values that many have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from candle_vllm.openai.protocol.fields import REFUSED_FIELDS, Refusal
+from pydantic import AfterValidator, Field
+
+from candle_vllm.openai.protocol.fields import REFUSED_FIELDS, Refusal, invalid
 
 MAX_ITEMS = 8192  # of one request
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 MAX_TEXT = 10 << 20  # characters of one text: the specification's limit
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+ItemId = Annotated[str, Field(min_length=1, max_length=256)]
+Status = Literal["in_progress", "completed", "incomplete", "failed", "calling"]
 
 # Accepted, checked, and without effect.
 ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
@@ -59,3 +66,24 @@ REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
         Refusal("counting generates nothing"),
     ),
 }
+
+
+def type_of(value: Any) -> str | None:
+    """The `type` of an object, checked or not; None where it is no text."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+def _checked(metadata: dict[str, str]) -> dict[str, str]:
+    if len(metadata) > MAX_METADATA:
+        raise invalid("", f"must have at most {MAX_METADATA} pairs, not {len(metadata)}")
+    for key, value in metadata.items():
+        if not 0 < len(key) <= MAX_METADATA_KEY:
+            raise invalid("", f"has a key of {len(key)} characters; 1 to {MAX_METADATA_KEY} are allowed")
+        if len(value) > MAX_METADATA_VALUE:
+            raise invalid(key, f"must have at most {MAX_METADATA_VALUE} characters, not {len(value)}")
+    return metadata
+
+
+Metadata = Annotated[dict[str, str], AfterValidator(_checked)]
+"""Labels of a response or a conversation, for its owner's own records: up to 16 pairs of texts."""

@@ -20,17 +20,18 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
 )
 from candle_vllm.openai.protocol.generation import MaxTokens, Stop
-from candle_vllm.responses.protocol.answer_form import ReasoningConfig, StreamOptions, TextConfig
+from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
 from candle_vllm.responses.protocol.fields import (
     MAX_ITEMS,
     REFUSED_COUNT_FIELDS,
     REFUSED_RESPONSES_FIELDS,
+    ItemId,
+    Metadata,
+    Text,
+    type_of,
 )
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.protocol.metadata import Metadata
-from candle_vllm.responses.protocol.parts import ItemId, Text
-from candle_vllm.responses.protocol.tool_choice import ToolChoice
-from candle_vllm.responses.protocol.tools import AnyTool
+from candle_vllm.responses.protocol.tools import AnyTool, ToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
@@ -47,6 +48,60 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]
 INCLUDABLE: tuple[str, ...] = get_args(Include)
+
+
+class StreamOptions(WireModel):
+    """Has nothing to choose."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "include_obfuscation": Refusal("events are never padded with random characters", (False,))
+    }
+
+
+class JsonSchemaFormat(JsonSchema):
+    """A schema that the answer always follows, whether `strict` or not; the model sees nothing of it."""
+
+    type: Literal["json_schema"]
+
+
+class PlainFormat(TextFormat):
+    """Any text."""
+
+    @classmethod
+    def check_kind(cls, data: dict[str, Any]) -> None:
+        """Lists the formats."""
+        if data.get("type") != "text":
+            raise invalid("type", "must be one of text, json_object, json_schema")
+
+
+def _format_form(value: Any) -> str:
+    kind = type_of(value)
+    return f"<{kind}>" if kind in ("json_object", "json_schema") else "<text>"
+
+
+class TextConfig(WireModel):
+    """The form of the answer; `verbosity` has no effect."""
+
+    format: (
+        Annotated[
+            Annotated[PlainFormat, Tag("<text>")]
+            | Annotated[JsonObjectFormat, Tag("<json_object>")]
+            | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+            Discriminator(_format_form),
+        ]
+        | None
+    ) = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningConfig(WireModel):
+    """How much the model thinks, where its template knows efforts. The other fields have no effect."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto", "current_turn", "all_turns"] | None = None
+    mode: Annotated[str, Field(max_length=64)] | None = None
 
 
 class ConversationReference(WireModel):

@@ -1,12 +1,155 @@
-"""The response object."""
+"""What comes of a request: the response and the items that it is made of."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from candle_vllm.responses.protocol.output import OutputItem
+from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+
+
+class _Typed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """An object with a `type`."""
+
+
+class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
+    """Text of an answer; `logprobs` are empty where the request did not ask for them."""
+
+    text: str
+    annotations: tuple[None, ...] = ()
+    logprobs: tuple[ChatTokenLogprob, ...] = ()
+
+
+class ReasoningText(_Typed, frozen=True, kw_only=True, tag="reasoning_text"):
+    """Text of thoughts."""
+
+    text: str
+
+
+class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
+    """What the model said; `status` is `incomplete` where it was cut."""
+
+    id: str
+    status: str
+    role: str = "assistant"
+    content: tuple[OutputText, ...]
+
+
+class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
+    """What the model thought.
+
+    Attributes:
+        summary: none is made; the thoughts are in `content`.
+        encrypted_content: the thoughts once more, in the form that is sent back, where the request asked for it. It
+            is encoded and not encrypted.
+    """
+
+    id: str
+    status: str
+    summary: tuple[None, ...] = ()
+    content: tuple[ReasoningText, ...]
+    encrypted_content: str | None = None
+
+
+class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
+    """A call that the caller is asked to make; the result refers to its `call_id`.
+
+    Attributes:
+        namespace: of the tool, where it has one.
+        arguments: JSON text as the model wrote it, cut short where the answer was.
+    """
+
+    id: str
+    status: str
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | UnsetType = UNSET
+
+
+class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call"):
+    """A call of a custom tool with the text for it."""
+
+    id: str
+    status: str
+    call_id: str
+    name: str
+    input: str
+    namespace: str | UnsetType = UNSET
+
+
+class ListedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool of an MCP server; `annotations` are hints of the server's."""
+
+    name: str
+    description: str
+    input_schema: dict[str, Any]
+    annotations: dict[str, Any] | None = None
+
+
+class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
+    """The tools of an MCP server, or why they could not be had."""
+
+    id: str
+    server_label: str
+    tools: tuple[ListedTool, ...]
+    error: str | None = None
+    status: str
+
+
+class ToolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_tool_execution_error"):
+    """What a tool said when it failed."""
+
+    content: tuple[dict[str, Any], ...]
+
+
+class ProtocolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_protocol_error"):
+    """Why a call has no output of its tool: the server could not be reached, or did not answer in time."""
+
+    code: int
+    message: str
+
+
+class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
+    """A call that the server made on an MCP server.
+
+    Attributes:
+        status: `completed`, `failed`, or `incomplete` where it was not run.
+        output: what the model sees of the result; null where it failed.
+        approval_request_id: the request that somebody agreed to.
+    """
+
+    id: str
+    status: str
+    server_label: str
+    name: str
+    arguments: str
+    output: str | None = None
+    error: ToolFailure | ProtocolFailure | None = None
+    approval_request_id: str | None = None
+
+
+class McpApprovalRequestOut(_Typed, frozen=True, kw_only=True, tag="mcp_approval_request"):
+    """A call that waits for agreement: send an `mcp_approval_response` with its id."""
+
+    id: str
+    server_label: str
+    name: str
+    arguments: str
+    status: str = "completed"
+
+
+OutputItem = (
+    MessageOut
+    | ReasoningOut
+    | FunctionCallOut
+    | CustomToolCallOut
+    | McpListToolsOut
+    | McpCallOut
+    | McpApprovalRequestOut
+)
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Tools of a request: functions, custom tools, namespaces of them, MCP servers, and tools that others run."""
+"""Tools of a request, functions, custom tools, namespaces of them, MCP servers, and the choice among them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.tools import FunctionDefinition, FunctionName
-from candle_vllm.responses.protocol.parts import type_of
+from candle_vllm.responses.protocol.fields import type_of
 
 MAX_GRAMMAR = 64 << 10  # characters
 MAX_HEADERS = 32
@@ -219,4 +219,62 @@ AnyTool = Annotated[
     | Annotated[HostedTool, Tag("<hosted>")],
     Discriminator(_tool_form),
     BeforeValidator(_only_type_of_hosted),
+]
+
+
+class NamedToolChoice(WireModel):
+    """Exactly one call of this tool."""
+
+    type: Literal["function", "custom"]
+    name: Name
+    namespace: Name | None = None
+
+
+class McpToolChoice(WireModel):
+    """A call of a tool of this server, or of this one."""
+
+    type: Literal["mcp"]
+    server_label: Name
+    name: Name | None = None
+
+
+def _reference_form(value: Any) -> str:
+    return "<mcp>" if type_of(value) == "mcp" else "<named>"
+
+
+def _served_reference(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom", "mcp", "allowed_tools"):
+        raise unsupported("type", f"{kind!r:.60} is a tool of OpenAI's own; name a function, a custom or an mcp tool")
+    return value
+
+
+ToolReference = Annotated[
+    Annotated[NamedToolChoice, Tag("<named>")] | Annotated[McpToolChoice, Tag("<mcp>")],
+    Discriminator(_reference_form),
+    BeforeValidator(_served_reference),
+]
+
+
+class AllowedToolsChoice(WireModel):
+    """Some of the tools: `auto` may call them, `required` must; the model is shown all."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["none", "auto", "required"] = "auto"
+    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+def _choice_form(value: Any) -> str:
+    if not isinstance(value, (dict, WireModel)):
+        return "<string>"
+    return {"mcp": "<mcp>", "allowed_tools": "<allowed>"}.get(type_of(value) or "", "<named>")
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<string>")]
+    | Annotated[NamedToolChoice, Tag("<named>")]
+    | Annotated[McpToolChoice, Tag("<mcp>")]
+    | Annotated[AllowedToolsChoice, Tag("<allowed>")],
+    Discriminator(_choice_form),
+    BeforeValidator(_served_reference),
 ]

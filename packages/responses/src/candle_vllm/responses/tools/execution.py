@@ -1,43 +1,50 @@
 """One call of a tool: found, checked, agreed to, run within its time, and told to the model. It never raises for what a
 tool does.
 
-`check` and `run` are the steps for callers that ask for agreement in between; `execute` is all of them.
+`check` and `run` are the steps for callers that ask for agreement in between; `execute` is all of them, and
+`call_directly` is for programs that call a tool themselves, without a model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import difflib
+import json
 import logging
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import msgspec
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
-from candle_vllm.responses.tools.errors import ToolError
-from candle_vllm.responses.tools.output_text import cut, output_size, output_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (
     Report,
     Tool,
     ToolCall,
     ToolDefinition,
+    ToolError,
     ToolOutput,
     ToolProgress,
     ToolResult,
     ToolStatus,
+    cut,
+    output_size,
+    output_text,
 )
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 60.0  # seconds of a call where neither the caller nor the tool says
 DEFAULT_MAX_CHARS = 50_000
+MAX_TIMEOUT = 86_400.0  # seconds that a program may give a call
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
 _MAX_MESSAGE = 2000  # characters of a tool's own error
@@ -197,6 +204,50 @@ def _parse(text: str) -> dict[str, Any] | str:
     except InvalidBodyError as error:
         return str(error)
     return value if isinstance(value, dict) else "The arguments must be one JSON object."
+
+
+async def call_directly(
+    registry: ToolRegistry,
+    server: str | None,
+    tool: str,
+    arguments: Mapping[str, Any],
+    *,
+    timeout: float | None = None,
+) -> ToolResult:
+    """What comes of the call.
+
+    Args:
+        registry: the tools.
+        server: label of the MCP server; None for a Python function.
+        tool: its name there, or the one that a model calls.
+        arguments: checked against its schema.
+        timeout: seconds; None is the tool's own, or 60.
+
+    Raises:
+        InvalidParameterError: there is no such tool, the arguments are no JSON object, or the timeout is wrong.
+    """
+    if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT):
+        raise InvalidParameterError(
+            f"timeout must be more than 0 and at most {MAX_TIMEOUT:g} seconds, not {timeout!r:.40}", "timeout"
+        )
+    text = _as_json(arguments)
+    for definition in registry.definitions():
+        if definition.server == server and tool in (definition.original_name, definition.name):
+            checked = await check(
+                registry, ToolCall(id=f"call_{uuid.uuid4().hex}", name=definition.name, arguments=text)
+            )
+            return checked if isinstance(checked, ToolResult) else await run(checked, timeout=timeout)
+    where = "among the Python tools" if server is None else f"at the MCP server {server!r:.80}"
+    raise InvalidParameterError(f"there is no tool {tool!r:.80} {where}", "tool")
+
+
+def _as_json(arguments: Any) -> str:
+    if not isinstance(arguments, Mapping):
+        raise InvalidParameterError(f"arguments must be an object, not a {type(arguments).__name__}", "arguments")
+    try:
+        return json.dumps(dict(arguments), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"arguments must be JSON: {error!s:.200}", "arguments") from None
 
 
 def unknown_text(name: str, known: Iterable[str]) -> str:

@@ -12,10 +12,17 @@ from functools import partial
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.tools.docstrings import describe
-from candle_vllm.responses.tools.errors import ToolError, ToolUnavailableError
 from candle_vllm.responses.tools.names import is_tool_name
-from candle_vllm.responses.tools.tool import ContentPart, Report, Tool, ToolDefinition, ToolOutput
+from candle_vllm.responses.tools.signatures import Signature, describe
+from candle_vllm.responses.tools.tool import (
+    ContentPart,
+    Report,
+    Tool,
+    ToolDefinition,
+    ToolError,
+    ToolOutput,
+    ToolUnavailableError,
+)
 
 MAX_THREADS = 64  # of one tool, those included that go on after their time is over; a turn runs at most so many calls
 MAX_TIMEOUT = 86_400.0  # seconds
@@ -67,8 +74,6 @@ class FunctionTool:
         description: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        from candle_vllm.responses.tools.signatures import Signature
-
         own, label = _named(function, name)
         if timeout is not None and not 0 < timeout <= MAX_TIMEOUT:
             raise InvalidParameterError(

@@ -1,9 +1,10 @@
-"""A Python function's signature as a JSON schema, and JSON arguments as its keyword arguments; both by pydantic."""
+"""What a Python function says of itself: its signature as a JSON schema, its docstring in Google's style."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, get_type_hints
 
@@ -14,8 +15,10 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from typing_extensions import TypedDict
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.tools.errors import ToolArgumentsError
+from candle_vllm.responses.tools.tool import ToolArgumentsError
 
+_SECTION = re.compile(r"[A-Z][A-Za-z ]{0,30}:\s*$")
+_DOCUMENTED = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
 _MAX_FAULTS = 5
 
 
@@ -113,3 +116,34 @@ def _hints(function: Callable[..., Any], label: str) -> dict[str, Any]:
             "its module",
             "tools",
         ) from None
+
+
+def describe(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """The docstring's first paragraph on one line, and the descriptions of its "Args:" by parameter."""
+    lines = (inspect.getdoc(function) or "").splitlines()
+    first: list[str] = []
+    for line in lines:
+        if not line.strip() or _SECTION.match(line):
+            break
+        first.append(line.strip())
+    return " ".join(first), _documented(lines)
+
+
+def _documented(lines: list[str]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    inside = False
+    current: list[str] | None = None
+    indent: int | None = None
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        if depth == 0 and line.strip():
+            inside = line.strip() in ("Args:", "Arguments:", "Parameters:")
+            current, indent = None, None
+        elif inside and line.strip():
+            indent = depth if indent is None else indent
+            parameter = _DOCUMENTED.match(line.strip()) if depth <= indent else None
+            if parameter is not None:
+                current = found[parameter[1]] = [parameter[2]]
+            elif current is not None:
+                current.append(line.strip())
+    return {name: " ".join(part for part in parts if part) for name, parts in found.items()}

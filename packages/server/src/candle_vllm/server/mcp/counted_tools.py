@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from candle_vllm.responses.tools.errors import ToolError
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import Report, Tool, ToolOutput
+from candle_vllm.responses.tools.tool import Report, Tool, ToolError, ToolOutput
 
 Called = Callable[[str, str], object]  # told the server's name and how the call ended
 

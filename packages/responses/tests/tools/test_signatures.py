@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.responses.tools.docstrings import describe
+from candle_vllm.responses.tools.signatures import describe
 
 
 def documented(text: str | None) -> Callable[..., Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.responses.tools.output_text import NOTHING, output_text
-from candle_vllm.responses.tools.tool import ContentPart, ToolOutput
+from candle_vllm.responses.tools.tool import NOTHING, ContentPart, ToolOutput, output_text
 
 
 def part(kind: Any, **fields: Any) -> ContentPart:
