@@ -30,10 +30,9 @@ from candle_vllm.core.engine.request import FinishReason, TokenOutput
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
 from candle_vllm.openai.events import Head
-from candle_vllm.openai.formats.binding import BoundLayout
 from candle_vllm.openai.formats.events import CallArguments, TextPiece
 from candle_vllm.openai.formats.gemma import Gemma
-from candle_vllm.openai.formats.layout import Layout, ToolFormat
+from candle_vllm.openai.formats.layout import BoundLayout, Layout, ToolFormat
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names

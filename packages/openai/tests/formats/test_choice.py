@@ -14,8 +14,7 @@ from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.formats.template_needs import TemplateNeeds, reasoning_is_open, template_needs
-from candle_vllm.openai.formats.template_probe import TemplateProbe
+from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, reasoning_is_open, template_needs
 
 # What other servers call formats. Those that we do not have are refused: inkling, k2_horizon, gigachat35, and
 # minimax_m2_append_think, which puts thoughts into content.

@@ -19,9 +19,8 @@ from walks import Vocabulary, accepts, allowed, walk
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.formats.binding import bind
 from candle_vllm.openai.formats.grammar import tool_grammar
-from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import REASONING, TOOLS, Parsed, parse
 
-from candle_vllm.openai.formats.binding import SpecialText, bind
-from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.layout import Layout, SpecialText, bind
 from candle_vllm.openai.formats.parser import OutputParser
 
 ENCODING = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)

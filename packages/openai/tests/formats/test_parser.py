@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from messages import Parsed, parse, parser
 from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
 
-from candle_vllm.openai.formats.binding import bind
-from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat
+from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
 

@@ -12,9 +12,8 @@ from samples import TOOLS
 
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
-from candle_vllm.openai.formats.binding import bind
 from candle_vllm.openai.formats.choice import choose_layout
-from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import reasoning_names, tool_names
 from candle_vllm.openai.planning import AnswerPlanner

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from messages import REASONING, TOOLS, Parsed, parse, parser
 
-from candle_vllm.openai.formats.binding import bind
-from candle_vllm.openai.formats.calls import CallSink
 from candle_vllm.openai.formats.events import CallArguments, Event
-from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.layout import Layout, bind
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.shapes import QWEN
 

@@ -15,8 +15,7 @@ from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.template_needs import reasoning_is_open
-from candle_vllm.openai.formats.template_probe import split
+from candle_vllm.openai.formats.template_needs import reasoning_is_open, split
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ENDS = (  # of messages with calls, where those have ends of their own; and what stands behind a message

@@ -11,7 +11,7 @@ from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
 from candle_vllm.openai.formats import events as found
-from candle_vllm.openai.formats.binding import BoundLayout, SpecialText
+from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
 
 _FORM, _IDS = "structured_outputs", "allowed_token_ids"  # how core's messages about these begin

@@ -17,9 +17,8 @@ from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.constraints import constrain
-from candle_vllm.openai.formats.binding import bind
 from candle_vllm.openai.formats.choice import Choice, choose_layout
-from candle_vllm.openai.formats.layout import Layout
+from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.template_needs import reasoning_is_open
 from candle_vllm.openai.task import Task

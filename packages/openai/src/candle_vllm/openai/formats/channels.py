@@ -7,12 +7,11 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-from candle_vllm.openai.formats.code_spans import CodeSpans
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.layout import Body
+from candle_vllm.openai.formats.named_calls import RawArgument, read_arguments, text_argument
 from candle_vllm.openai.formats.output import Output
-from candle_vllm.openai.formats.raw_text import RawArgument, read_arguments, text_argument
-from candle_vllm.openai.formats.reader import SPACE, SPACES, Markers, Need, Reader, Sink, markers
+from candle_vllm.openai.formats.reader import SPACE, SPACES, CodeSpans, Markers, Need, Reader, Sink, markers, nowhere
 
 _MOST_HEADER = 512
 _TO = "to="
@@ -75,7 +74,7 @@ class Harmony:
         while True:
             header = yield from self._header(reader)
             if not header.role.startswith(self.role):
-                yield from self._text(reader, stops, _ignore)
+                yield from self._text(reader, stops, nowhere)
             elif header.recipient and tools:
                 yield from self._call(reader, output, header.recipient.removeprefix(self.name_space), stops)
                 yield from reader.take(*self.ends)
@@ -107,7 +106,7 @@ class Harmony:
         if not called:
             reader.unread()
         reader.forget()
-        reader.put_back((yield from reader.until(stops, _ignore if called else output.content)))
+        reader.put_back((yield from reader.until(stops, nowhere if called else output.content)))
 
     def _header(self, reader: Reader) -> Need[_Header]:
         """What stands before a part's text, with the mark behind it."""
@@ -202,7 +201,7 @@ class _Parts:
         calls.begin(name)
         if start == "{":
             calls.end((yield from read_value(reader, calls.arguments, self._stops)))
-            return (yield from self._until_part(_ignore))
+            return (yield from self._until_part(nowhere))
         raw = RawArgument(calls, self._text_argument(name))
         following = yield from self._until_part(raw.add, inside=True)
         closed = bool(following) or reader.whole
@@ -273,7 +272,3 @@ def _drop_begun(reader: Reader, literals: tuple[str, ...] | dict[str, str]) -> b
     begun = any(one.startswith(reader.text[reader.at :]) for one in literals)
     reader.at += rest if begun else 0
     return begun
-
-
-def _ignore(_: str) -> None:
-    pass

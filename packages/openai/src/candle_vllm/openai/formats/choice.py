@@ -11,16 +11,16 @@ from candle_vllm.core.errors import ConfigError, UnsupportedModelError
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.response_template import response_reasoning, response_tools
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.formats.template_marks import (
+from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, template_needs
+from candle_vllm.openai.formats.template_rows import (
     marked_reasoning,
     marked_tools,
+    response_reasoning,
+    response_tools,
     writer_of_calls,
     writer_of_thoughts,
 )
-from candle_vllm.openai.formats.template_needs import TemplateNeeds, template_needs
-from candle_vllm.openai.formats.template_probe import TemplateProbe
 
 _OFF = ("none", "passthrough", "off")
 _AUTO = "auto"

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import re
 
-from candle_vllm.openai.formats.calls import NAME, CallSink
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_value import read_value
+from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
-from candle_vllm.openai.formats.values import argument_types, to_json
+from candle_vllm.openai.formats.values import argument_types, escaped, to_json
 
 _BARE = re.compile(r"[^,{}\[\]\ud800-\udfff]*")
 _MOST_DEPTH = 64
@@ -66,29 +66,31 @@ class _Object:
     def read(self) -> Need[bool]:
         """True when the object was closed, or the model was done."""
         self._emit("{")
-        return (yield from self._entries(1))
+        return (yield from self._members("}", 1))
 
-    def _entries(self, depth: int) -> Need[bool]:
-        reader, empty = self._reader, True
+    def _members(self, close: str, depth: int) -> Need[bool]:
+        """The entries of an object, or the items of a list, up to the bracket that closes it."""
+        reader, between = self._reader, ""
         while True:
             yield from reader.skip_space()
-            mark = yield from reader.take("}", ",")
+            mark = yield from reader.take(close, ",")
             if mark == ",":
                 continue
-            at_end = not mark and not (yield from reader.peek())
-            if mark == "}" or (at_end and reader.whole):
-                self._emit("}")
+            found = mark or (yield from reader.peek())
+            if mark or (not found and reader.whole):
+                self._emit(close)
                 return True
-            if at_end:
+            if not found or (close == "]" and found == "}"):
                 return False
-            key = yield from self._key()
-            if key is None:
-                return False
-            if not empty:
-                self._emit(", ")
-            empty = False
-            self._emit(json.dumps(key, ensure_ascii=False) + ": ")
-            types = argument_types(self._schema, key) if depth == 1 else _UNKNOWN
+            types = _UNKNOWN
+            if close == "}":
+                key = yield from self._key()
+                if key is None:
+                    return False
+                between += json.dumps(key, ensure_ascii=False) + ": "
+                types = argument_types(self._schema, key) if depth == 1 else types
+            self._emit(between)
+            between = ", "
             if not (yield from self._value(depth, types)):
                 return False
 
@@ -112,7 +114,7 @@ class _Object:
         if mark in ("{", "[") and depth < _MOST_DEPTH:
             reader.at += 1
             self._emit(mark)
-            return (yield from (self._entries if mark == "{" else self._items)(depth + 1))
+            return (yield from self._members("}" if mark == "{" else "]", depth + 1))
         parts: list[str] = []
         yield from reader.match(_BARE, parts.append)
         end = yield from reader.peek()
@@ -123,29 +125,8 @@ class _Object:
 
     def _text(self) -> Need[bool]:
         self._emit('"')
-        mark = yield from self._reader.until(
-            markers(self._quote), lambda text: self._emit(json.dumps(text, ensure_ascii=False)[1:-1]), inside=True
-        )
+        mark = yield from self._reader.until(markers(self._quote), lambda text: self._emit(escaped(text)), inside=True)
         if not mark and not self._reader.whole:
             return False
         self._emit('"')
         return True
-
-    def _items(self, depth: int) -> Need[bool]:
-        reader, empty = self._reader, True
-        while True:
-            yield from reader.skip_space()
-            mark = yield from reader.take("]", ",")
-            if mark == ",":
-                continue
-            at_end = not mark and not (yield from reader.peek())
-            if mark == "]" or (at_end and reader.whole):
-                self._emit("]")
-                return True
-            if at_end or (yield from reader.peek()) == "}":
-                return False
-            if not empty:
-                self._emit(", ")
-            empty = False
-            if not (yield from self._value(depth, _UNKNOWN)):
-                return False

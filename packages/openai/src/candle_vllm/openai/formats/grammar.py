@@ -16,18 +16,15 @@ from typing import Any, Literal
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
-from candle_vllm.openai.formats.grammars.context import Block, Context
-from candle_vllm.openai.formats.grammars.gemma import gemma
 from candle_vllm.openai.formats.grammars.json_bodies import begun_objects, json_calls, named_json
+from candle_vllm.openai.formats.grammars.literals import begun_calls, gemma, pythonic
 from candle_vllm.openai.formats.grammars.messages import harmony, harmony_answer, headed, headed_answer
-from candle_vllm.openai.formats.grammars.nested import nested
-from candle_vllm.openai.formats.grammars.pythonic import begun_calls, pythonic
 from candle_vllm.openai.formats.grammars.schemas import Tool
-from candle_vllm.openai.formats.grammars.tagged import tagged
-from candle_vllm.openai.formats.grammars.writer import SPACE, Writer, quoted, sequence
+from candle_vllm.openai.formats.grammars.tagged import nested, tagged
+from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import Body, ReasoningFormat, ToolFormat
-from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.tagged import Tagged
@@ -262,15 +259,12 @@ class _Message:
         """Text up to a fenced block, calls without marks, and what begins as these; "" is none."""
         bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
         body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
-        if body is None or not (self._form.bare or _FENCE in (*self._form.opens, self._form.fenced and _FENCE)):
+        fenced = self._form.fenced is not None or _FENCE in self._form.opens
+        if body is None or not (self._form.bare or fenced):
             return "", "", ""
         objects = isinstance(body, JsonCalls)
         whole, begun = begun_objects(body, self._context) if objects else begun_calls(self._context)
-        fence = (
-            self._writer.rule(f"TEXT {quoted(_FENCE)}", "[lazy]")
-            if _FENCE in (*self._form.opens, self._form.fenced and _FENCE)
-            else ""
-        )
+        fence = self._writer.rule(f"TEXT {quoted(_FENCE)}", "[lazy]") if fenced else ""
         return fence, whole, begun
 
     def _begun(self, mark: str, block: Block) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from candle_vllm.openai.formats.calls import NAME, CallSink, call_id
 from candle_vllm.openai.formats.json_value import read_string, read_text_of_string, read_value
-from candle_vllm.openai.formats.reader import Markers, Need, Reader, markers
+from candle_vllm.openai.formats.output import NAME, CallSink, call_id
+from candle_vllm.openai.formats.reader import Markers, Need, Reader, markers, nowhere
 
 NAME_KEYS = ("name", "tool_name", "function", "function_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
@@ -173,7 +173,7 @@ class _ObjectReader:
             return False
         if mark in (",", "}"):
             return True
-        return (yield from read_value(reader, _ignore, self._stops))
+        return (yield from read_value(reader, nowhere, self._stops))
 
     def _may_call(self) -> bool:
         """Whether the name is that of a call, or of none."""
@@ -181,7 +181,7 @@ class _ObjectReader:
         if self._name in tools:
             return True
         if self._name in shape.silent:
-            self._calls = CallSink(_ignore, tools, call_id)
+            self._calls = CallSink(nowhere, tools, call_id)
             return True
         return not (shape.known_only or shape.offered_only) and NAME.fullmatch(self._name) is not None
 
@@ -226,7 +226,3 @@ class _ObjectReader:
         text = "".join(scalar)
         sink("{}" if text in ("null", "") else text)
         return whole
-
-
-def _ignore(_: object) -> None:
-    pass

@@ -28,7 +28,7 @@ def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bo
         reader: stands at the value's first character, or at white space before it.
         sink: gets the text.
         stops: markers that end the value early where they stand outside of its strings; they are not read. A marker
-            of one special token (see `binding`) ends it inside of a string too.
+            of one special token (see `layout`) ends it inside of a string too.
 
     Returns:
         True when the value is closed, by itself or by brackets that were missing.

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from candle_vllm.openai.formats.calls import NAME, CallSink
 from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
-from candle_vllm.openai.formats.values import argument_types, sub_schema, to_json
+from candle_vllm.openai.formats.values import argument_types, escaped, sub_schema, to_json
 
 _MOST_DEPTH = 64
 _EMPTY = {"object": "{}", "array": "[]"}
@@ -97,7 +97,7 @@ class _Arguments:
         if text:
             self._emit('"')
         parts: list[str] = []
-        sink = (lambda part: self._emit(json.dumps(part, ensure_ascii=False)[1:-1])) if text else parts.append
+        sink = (lambda part: self._emit(escaped(part))) if text else parts.append
         mark = yield from reader.until(markers(f"{self._shape.tag}<"), sink, inside=True)
         name, end = (yield from reader.name(markers(">"))) if mark else ("", "")
         if (mark and not end) or not (mark or reader.whole):

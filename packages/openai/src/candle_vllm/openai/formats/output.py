@@ -1,16 +1,111 @@
-"""What a parser has found of one message so far, put together as events."""
+"""What a parser has found of one message so far, its texts and its tool calls, put together as events (step 10)."""
 
 from __future__ import annotations
 
 import re
+import secrets
+import string
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from candle_vllm.openai.formats.calls import CallSink, MakeId, Schemas
-from candle_vllm.openai.formats.events import Event, TextPiece
+from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
 from candle_vllm.openai.formats.reader import SPACE
+from candle_vllm.openai.formats.values import escaped
 
+Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
+MakeId = Callable[[int], str]
+
+NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # what can be a function's name, of whatever model
+_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
+
+
+def call_id(_: int) -> str:
+    """OpenAI's form."""
+    return "call_" + secrets.token_hex(12)
+
+
+def mistral_id(_: int) -> str:
+    """Mistral's form: nine letters and digits; its templates refuse others."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
+class CallSink:
+    """The calls of one message, as events.
+
+    Args:
+        emit: takes an event.
+        tools: what the request offers, by name.
+        make_id: makes ids of calls that bring none.
+        most: further calls are left out; None is no limit.
+        names: texts of special tokens by their characters (see `layout`): in a string they are what they read like.
+
+    Attributes:
+        tools: what the request offers, by name.
+        count: calls begun.
+        may_begin: asked before the next call begins; `CallBegins` is raised where it may not.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[Event], object],
+        tools: Schemas,
+        make_id: MakeId,
+        most: int | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self._emit = emit
+        self._names = {one: escaped(name) for one, name in (names or {}).items()}
+        self._make_id = make_id
+        self._most = most
+        self._ids: set[str] = set()
+        self._parts: list[str] = []  # of the present call's arguments, not given away yet
+        self._shown = False
+        self.tools = tools
+        self.count = 0
+        self.may_begin: Callable[[], bool] | None = None
+
+    def begin(self, name: str, given_id: str = "") -> None:
+        """The next call is of `name`; `given_id` is the id that the model gave it."""
+        if self.may_begin is not None and not self.may_begin():
+            raise CallBegins(name)
+        self.may_begin = None  # the calls behind it have its form
+        index = self.count
+        self.count += 1
+        usable = _ID.fullmatch(given_id) is not None and given_id not in self._ids
+        own = given_id if usable else self._make_id(index)
+        self._ids.add(own)
+        self._shown = self._most is None or self.count <= self._most
+        if self._shown:
+            self._emit(CallStart(index, own, name))
+
+    def arguments(self, text: str) -> None:
+        """More of the present call's arguments."""
+        if self._shown:
+            self._parts.append(text)
+
+    def end(self, whole: bool = True) -> None:
+        """The present call is over."""
+        self.flush()
+        if self._shown:
+            self._emit(CallEnd(self.count - 1, whole))
+
+    def flush(self) -> None:
+        """Gives away the arguments that have come since the last time."""
+        if not self._parts:
+            return
+        text = "".join(self._parts)
+        self._parts.clear()
+        if text := _named(text, self._names):
+            self._emit(CallArguments(self.count - 1, text))
+
+
+class CallBegins(Exception):
+    """A call begins where one was looked for, or where none may."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class Output:
@@ -23,7 +118,7 @@ class Output:
         tools: what the request offers, by name.
         make_id: makes ids of calls.
         most_calls: further calls are left out; None is no limit.
-        shown: texts of the special tokens that are to be shown, by their characters here (see `binding`); the others
+        shown: texts of the special tokens that are to be shown, by their characters here (see `layout`); the others
             are left out.
         names: texts of special tokens by their characters, for the strings in arguments.
 
@@ -55,11 +150,11 @@ class Output:
 
     def content(self, text: str) -> None:
         """Text of the answer."""
-        self._content.add(self._clean(text))
+        self._content.add(_named(text, self._shown))
 
     def reasoning(self, text: str) -> None:
         """Text of the thoughts."""
-        self._reasoning.add(self._clean(text))
+        self._reasoning.add(_named(text, self._shown))
 
     def part_ends(self) -> None:
         """What comes next is something else."""
@@ -92,8 +187,10 @@ class Output:
     def _piece(self, kind: Literal["content", "reasoning"]) -> Callable[[str], None]:
         return lambda text: self._events.append(TextPiece(kind, text))
 
-    def _clean(self, text: str) -> str:
-        return text if text.isascii() else _SPECIAL.sub(lambda match: self._shown.get(match.group(), ""), text)
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    """A text with the names of the special tokens in it; those without one are left out."""
+    return text if text.isascii() else _SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
 
 
 def _join(events: list[Event], run: list[str]) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 
-from candle_vllm.openai.formats.calls import MakeId, Schemas
 from candle_vllm.openai.formats.events import Event
 from candle_vllm.openai.formats.layout import Layout, ToolFormat
-from candle_vllm.openai.formats.output import Output
+from candle_vllm.openai.formats.output import MakeId, Output, Schemas
 from candle_vllm.openai.formats.reader import Reader
 from candle_vllm.openai.formats.text_flow import TextFlow
 

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import re
 
-from candle_vllm.openai.formats.calls import CallSink
 from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
 from candle_vllm.openai.formats.values import python_value
 

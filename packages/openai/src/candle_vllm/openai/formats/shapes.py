@@ -6,7 +6,7 @@ import dataclasses
 
 from candle_vllm.openai.formats.channels import Harmony
 from candle_vllm.openai.formats.json_calls import JsonCalls
-from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.named_calls import NamedJson
 from candle_vllm.openai.formats.tagged import Tagged
 
 

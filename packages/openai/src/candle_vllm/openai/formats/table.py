@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
-from candle_vllm.openai.formats.calls import mistral_id
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.named_calls import NamedJson, RawCode
 from candle_vllm.openai.formats.nested import Nested
+from candle_vllm.openai.formats.output import mistral_id
 from candle_vllm.openai.formats.pythonic import Pythonic
-from candle_vllm.openai.formats.raw_text import RawCode
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.shapes import (
     BARE_HERMES,

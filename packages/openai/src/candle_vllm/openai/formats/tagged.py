@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Mapping
 
-from candle_vllm.openai.formats.calls import NAME, CallSink
 from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
-from candle_vllm.openai.formats.values import argument_types, to_json
+from candle_vllm.openai.formats.output import NAME, CallSink
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers, nowhere
+from candle_vllm.openai.formats.values import argument_types, escaped, to_json
 
 _SPACES = re.compile(r"[ \t\r\n]*")
 _SPECIAL = re.compile("[\ud800-\udfff]")
@@ -189,7 +189,7 @@ class _Arguments:
     def _begin(self, key: str) -> Sink:
         """Where the value of an argument goes: nowhere where it has one."""
         if key in self._keys:
-            return _ignore
+            return nowhere
         self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         self._keys.add(key)
         return self._calls.arguments
@@ -211,7 +211,7 @@ class _Arguments:
     def _text(self, sink: Sink) -> Need[bool]:
         """A string, handed on as it comes."""
         sink('"')
-        inner = _Inner(lambda text: sink(_escaped(text)), self._shape)
+        inner = _Inner(lambda text: sink(escaped(text)), self._shape)
         closed = yield from self._value(inner.add, short=False)
         if closed:
             sink('"')
@@ -221,7 +221,7 @@ class _Arguments:
         """A string that its own mark ends."""
         sink('"')
         ends = markers(self._shape.text_end)
-        mark = yield from self._reader.until(ends, lambda text: sink(_escaped(text)), inside=True)
+        mark = yield from self._reader.until(ends, lambda text: sink(escaped(text)), inside=True)
         if mark or self._reader.whole:
             sink('"')
             yield from self._reader.skip_space()
@@ -320,12 +320,3 @@ class _Inner:
 
 def _quoted(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _escaped(text: str) -> str:
-    """A text as the inside of a JSON string."""
-    return _quoted(text)[1:-1]
-
-
-def _ignore(_: str) -> None:
-    pass

@@ -1,20 +1,148 @@
-"""What a chat template can write, and how it wants messages (found out when a model is loaded)."""
+"""What a chat template can write, and how it wants messages: seen in small conversations that are rendered through it,
+when a model is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from candle_vllm.core.errors import ChatTemplateError
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.formats.layout import ReasoningFormat
 from candle_vllm.openai.formats.reader import SPACE
-from candle_vllm.openai.formats.template_probe import (
-    ARGUMENTS,
-    CONTENT,
-    NAME,
-    OTHER_ARGUMENTS,
-    RESULT,
-    THOUGHTS,
-    TemplateProbe,
-)
+
+NAME = "find_places"
+ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
+OTHER_ARGUMENTS: Mapping[str, Any] = {"city": "Porto", "most": 9}
+THOUGHTS = "Which places are there?"
+CONTENT = "Let me look."
+RESULT = "Belem"
+SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "where"},
+        "most": {"type": "integer", "description": "how many"},
+    },
+    "required": ["city", "most"],
+}
+_TOOLS = [{"type": "function", "function": {"name": NAME, "description": "Finds places.", "parameters": SCHEMA}}]
+_ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
+_MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
+_MOST_LAST = 64  # characters of what opens an answer
+_HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a template makes of an assistant's message.
+
+    Attributes:
+        head: the text before it, as far as a prompt for an answer has it too.
+        text: the message, and what the template puts behind it.
+    """
+
+    head: str
+    text: str
+
+
+class TemplateProbe:
+    """A chat template to be asked.
+
+    A template that takes too long is asked no more, and has then refused.
+
+    Attributes:
+        refusal: what the template said when it last failed; "" where it never did.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._seconds = 0.0  # of processor time used so far
+        self.refusal = ""
+        self._prompts = {tools: self._render([_ASK], tools=tools, prompt=True) for tools in (True, False)}
+
+    @property
+    def prompt(self) -> str | None:
+        """A prompt with a tool in it; None where the template refuses it."""
+        return self._prompts[True]
+
+    @property
+    def plain_prompt(self) -> str | None:
+        """The prompt without tools."""
+        return self._prompts[False]
+
+    def calls(
+        self,
+        arguments: Sequence[Mapping[str, Any]] = (ARGUMENTS,),
+        *,
+        as_text: bool = False,
+        ids: Sequence[str] = ("callno001", "callno002"),
+        content: str | None = "",
+        thoughts: str | None = None,
+    ) -> Written | None:
+        """A message that calls the tool once for each of the arguments; None where the template refuses it."""
+        message = _calling(arguments, as_text, ids, content)
+        if thoughts is not None:
+            message["reasoning_content"] = thoughts
+        return self._written(message)
+
+    def thinking(self) -> Written | None:
+        """A message with thoughts and content."""
+        return self._written({"role": "assistant", "content": CONTENT, "reasoning_content": THOUGHTS})
+
+    def result(self, *, as_text: bool, content: str | None) -> str | None:
+        """A conversation that ends with a tool's result."""
+        call = _calling((ARGUMENTS,), as_text, ("callno001",), content)
+        answer = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
+        return self._render([_ASK, call, answer], tools=True, prompt=True)
+
+    def _written(self, message: Mapping[str, Any]) -> Written | None:
+        text = self._render([_ASK, message], tools=True, prompt=False)
+        return None if text is None else split(self._prompts[True] or "", text)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, tools: bool, prompt: bool) -> str | None:
+        if self._seconds > _MOST_SECONDS:
+            return None
+        start = time.thread_time()
+        try:
+            return self._template.render(messages, tools=_TOOLS if tools else None, add_generation_prompt=prompt)
+        except ChatTemplateError as error:
+            self.refusal = str(error)
+            return None
+        finally:
+            self._seconds += time.thread_time() - start
+
+
+def split(prompt: str, text: str) -> Written:
+    """Where in the rendering of a conversation the part begins that a model writes after `prompt`."""
+    pairs = enumerate(zip(prompt, text))
+    size = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(text)))
+    head = text[:size]
+    if size < len(prompt):  # they part within the prompt's last words: not within a mark
+        head = _HALF_MARK.sub("", head)
+        rest = text[len(head) :]
+        last = next((end for end in range(_MOST_LAST, 0, -1) if prompt.endswith(rest[:end])), 0)
+        head += rest[:last]  # a prompt that has more in front of its last words, as instructions
+    return Written(head, text[len(head) :])
+
+
+def _calling(
+    arguments: Sequence[Mapping[str, Any]], as_text: bool, ids: Sequence[str], content: str | None
+) -> dict[str, Any]:
+    calls = [
+        {
+            "id": own,
+            "type": "function",
+            "function": {"name": NAME, "arguments": json.dumps(given) if as_text else dict(given)},
+        }
+        for own, given in zip(ids, arguments)
+    ]
+    message: dict[str, Any] = {"role": "assistant", "tool_calls": calls}
+    return message if content is None else {**message, "content": content}
+
 
 _LONG_ID = "call_0123456789abcdef01234567"
 _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])

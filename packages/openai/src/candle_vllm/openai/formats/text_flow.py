@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import re
 
-from candle_vllm.openai.formats.calls import CallBegins, CallProbe
-from candle_vllm.openai.formats.code_spans import CodeSpans
 from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat
-from candle_vllm.openai.formats.output import Output
-from candle_vllm.openai.formats.reader import SPACES, Markers, Need, Reader, Sink, markers
+from candle_vllm.openai.formats.output import CallBegins, CallSink, Output, call_id
+from candle_vllm.openai.formats.reader import SPACES, CodeSpans, Markers, Need, Reader, Sink, markers, nowhere
 
 FENCE = "```json"
 _QUOTES = "`\"'"
@@ -258,8 +256,10 @@ class TextFlow:
     def _name(self, body: Body) -> Need[str]:
         """The name of the call that begins here; "" where none does."""
         yield from self._reader.skip_space()
+        probe = CallSink(nowhere, self._output.calls.tools, call_id)
+        probe.may_begin = lambda: False
         try:
-            yield from body.read(self._reader, CallProbe(self._output.calls.tools))
+            yield from body.read(self._reader, probe)
         except CallBegins as call:
             return call.name
         return ""

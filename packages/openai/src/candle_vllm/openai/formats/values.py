@@ -37,6 +37,11 @@ def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
     return own if isinstance(own, Mapping) else {}
 
 
+def escaped(text: str) -> str:
+    """A text as the inside of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 def to_json(text: str, types: frozenset[str]) -> str:
     """The JSON text of an argument.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from candle_vllm.openai.formats.calls import mistral_id
-from candle_vllm.openai.formats.grammars.context import Block, Context
 from candle_vllm.openai.formats.grammars.schemas import Tool
-from candle_vllm.openai.formats.grammars.writer import SPACE, quoted, sequence
+from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
-from candle_vllm.openai.formats.named_json import NamedJson
+from candle_vllm.openai.formats.named_calls import NamedJson
+from candle_vllm.openai.formats.output import mistral_id
 
 _MISTRAL_ID = "/[A-Za-z0-9]{9}/"
 _NUMBER = "/0|[1-9][0-9]{0,2}/"

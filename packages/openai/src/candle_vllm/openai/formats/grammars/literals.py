@@ -1,16 +1,28 @@
-"""Values of a schema in notations that are like JSON and are not: Python's and Gemma's."""
+"""Grammars of calls in notations that are like JSON and are not: `Pythonic` and `Gemma`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import keyword
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, entries
-from candle_vllm.openai.formats.grammars.texts import json_value, scalar
-from candle_vllm.openai.formats.grammars.writer import SPACE, Writer, sequence
+from candle_vllm.openai.formats.gemma import Gemma
+from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Tool, entries
+from candle_vllm.openai.formats.grammars.texts import json_value, scalar, string_body
+from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
+from candle_vllm.openai.formats.pythonic import Pythonic
 
-_MOST_VALUES = 10_000  # inside one enum
+_BARE_KEY = re.compile(r"[A-Za-z_][\w.\-]*")
+_FREE_KEY = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
+_GEMMA_WORDS = {None: '"null"', False: '"false"', True: '"true"'}
+_BARE = r"/[^\"'\\\x00-\x1f]*/"
+_PLAIN = {'"': r"[^\"\\\x00-\x1f]", "'": r"[^'\\\x00-\x1f]"}
+_ESCAPE = r"\\[\"'\\nrt]"
+_PYTHON_WORDS = {None: '"None"', False: '"False"', True: '"True"'}
+_SPACES = "/[ \\n]{0,4}/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +160,126 @@ class Values:
         found = sorted(value.items(), key=lambda pair: pair[0].lower()) if self._notation.ordered else value.items()
         pairs = [f"{self._notation.key(key)} {self._constant(one, depth + 1)}" for key, one in found]
         return sequence('"{"', f' "," {SPACE} '.join(pairs), '"}"')
+
+
+def pythonic(body: Pythonic, context: Context) -> Block:
+    """Calls, in a list or on lines of their own."""
+    context.check_names()
+    writer = context.writer
+    call = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
+    separator = f'"," {SPACE}' if body.listed else '"\\n"'
+    calls = sequence(call, f"({separator} {call})*" if context.many else "")
+    end = sequence(SPACE, writer.mark(body.closers[0])) if body.closers else ""
+    if body.listed:
+        return Block("[", sequence(calls, '"]"', end))
+    return Block("", sequence(calls, end))
+
+
+def begun_calls(context: Context) -> tuple[str, str]:
+    """Calls of known tools where no mark tells of them, and what begins as they do, which may be text as well."""
+    writer = context.writer
+    calls = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
+    begun = []
+    for tool in context.tools:
+        name = writer.rule(quoted(f"{tool.name}("), "[lazy]")
+        begun.append(sequence(name, _arguments(context, tool)))
+    again = f'("," {SPACE} {calls})*' if context.many else ""
+    head = writer.rule(f'{_SPACES} "["', "[lazy]")
+    return writer.rule(sequence(head, writer.rule(" | ".join(begun)), again, '"]"')), head
+
+
+def _call(context: Context, tool: Tool) -> str:
+    return sequence(quoted(f"{tool.name}("), _arguments(context, tool))
+
+
+def _arguments(context: Context, tool: Tool) -> str:
+    writer, root = context.writer, context.root(tool)
+    for key in root.schema.get("properties", {}):
+        if not re.fullmatch(r"[A-Za-z_]\w{0,255}", key) or keyword.iskeyword(key):
+            raise root.refused(f"properties: {key!r:.60}", "arguments must have names that Python allows")
+    values = Values(writer, root, _python_notation(writer))
+    inside = values.items(root.schema, lambda key: quoted(f"{key}="), lambda known: _other(writer, known))
+    return sequence(inside, '")"')
+
+
+def _other(writer: Writer, known: list[str]) -> str:
+    """The name of an argument that the schema does not name."""
+    names = " | ".join(map(quoted, known))
+    return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '"="')
+
+
+def _python_notation(writer: Writer) -> Notation:
+    def text(value: str) -> str:
+        return writer.terminal(f"{quoted(_double(value))} | {quoted(_single(value))}")
+
+    def free_key(known: list[str]) -> str:
+        names = " | ".join(quoted(key) for key in known)
+        bare = writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY)
+        return sequence(writer.terminal(f'"\'" {bare} "\'" | "\\"" {bare} "\\""'), '":"', SPACE)
+
+    return Notation(
+        string=lambda root, branch: _string(writer, root, branch),
+        text=text,
+        key=lambda key: sequence(text(key), '":"', SPACE),
+        free_key=free_key,
+        words=_PYTHON_WORDS,
+        unkeyable=lambda _: False,
+    )
+
+
+def _string(writer: Writer, root: Root, branch: Branch) -> str:
+    """A quoted string; what a pattern or a format asks for is written without escapes."""
+    if {"pattern", "format"} & branch.schema.keys():
+        inner = writer.terminal(f"{string_body(writer, root, branch)} & {_BARE}")
+        return writer.terminal(f'"\'" {inner} "\'" | "\\"" {inner} "\\""')
+    string_body(writer, root, branch)  # refuses lengths that cannot be
+    least, most = branch.schema.get("minLength", 0), branch.schema.get("maxLength", "")
+    count = f"{{{least},{most}}}" if least or most != "" else "*"
+    forms = [f"{quoted(quote)} /({plain}|{_ESCAPE}){count}/ {quoted(quote)}" for quote, plain in _PLAIN.items()]
+    return writer.terminal(" | ".join(forms))
+
+
+def _double(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\x7f")
+
+
+def _single(value: str) -> str:
+    return "'" + _double(value)[1:-1].replace('\\"', '"').replace("'", "\\'") + "'"
+
+
+def gemma(body: Gemma, context: Context) -> Block:
+    """A name and an object."""
+    context.check_names()
+    writer = context.writer
+    notation = _gemma_notation(writer, body.quote)
+
+    def call(tool: Tool) -> str:
+        root = context.root(tool)
+        inside = Values(writer, root, notation).items(root.schema, notation.key, notation.free_key)
+        return sequence(quoted(tool.name + "{"), inside, '"}"')
+
+    end = writer.mark(body.closers[0]) if body.closers else ""
+    return Block(body.prefix, sequence(writer.rule(" | ".join(map(call, context.tools))), end))
+
+
+def _gemma_notation(writer: Writer, quote: str) -> Notation:
+    def string(root: Root, branch: Branch) -> str:
+        body = string_body(writer, root, branch)
+        return sequence(writer.mark(quote), writer.until(quote, body))
+
+    def text(value: str) -> str:
+        return sequence(writer.mark(quote), quoted(value) if value else "", writer.mark(quote))
+
+    def free_key(known: list[str]) -> str:
+        names = " | ".join(map(quoted, known))
+        return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '":"')
+
+    return Notation(
+        string=string,
+        text=text,
+        key=lambda key: sequence(quoted(key) if _BARE_KEY.fullmatch(key) else text(key), '":"'),
+        free_key=free_key,
+        words=_GEMMA_WORDS,
+        unkeyable=lambda key: quote in key,
+        ordered=True,
+    )

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Callable
 
 from candle_vllm.openai.formats.channels import Harmony, Headed
-from candle_vllm.openai.formats.grammars.context import Block, Context
 from candle_vllm.openai.formats.grammars.schemas import Tool
-from candle_vllm.openai.formats.grammars.writer import SPACE, quoted, sequence
+from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
 
 _THOUGHTS = "{0,8}"  # parts of reasoning before calls that must come
 _ROLE = '"assistant"'

@@ -1,4 +1,4 @@
-"""Puts a grammar together, in llguidance's dialect of Lark (its docs/syntax.md).
+"""Puts a grammar together, in llguidance's dialect of Lark (its docs/syntax.md), and what those of all bodies share.
 
 A special token in a mark is that token, never its letters; free text has no special tokens. White space where a model
 writes some by habit is optional and bounded, so that no model can write it for ever.
@@ -6,12 +6,17 @@ writes some by habit is optional and bounded, so that no model can write it for 
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.grammars.schemas import OBJECT, Root, Tool
+from candle_vllm.openai.formats.layout import ToolFormat
+from candle_vllm.openai.formats.output import NAME
 
 SPACE = "WS?"
 _SPACE = r"/\n{1,3}[ ]{0,4}|[ ]{1,4}/"
@@ -128,3 +133,55 @@ class Writer:
             within = self.rule(f"{body} {quoted(quote)} {behind}", "[lazy]")
             found += [f"{within} {quoted(quote)}", f"{within} {then}"]
         return self.rule(" | ".join(found))
+
+
+class Block(NamedTuple):
+    """The expression of one call or more behind an opening mark.
+
+    Attributes:
+        lead: a mark that it begins with, "" where there is none.
+        rest: an expression of what follows.
+    """
+
+    lead: str
+    rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One request.
+
+    Attributes:
+        writer: gets the rules.
+        form: the row of the table.
+        tools: what may be called.
+        loose: names of the tools of which any arguments will do.
+        many: whether a message may have more than one call.
+    """
+
+    writer: Writer
+    form: ToolFormat
+    tools: Sequence[Tool]
+    loose: Collection[str]
+    many: bool
+
+    def root(self, tool: Tool) -> Root:
+        """The schema that the arguments of a tool must follow."""
+        return Root(tool, OBJECT if tool.name in self.loose else tool.parameters)
+
+    def json(self, tool: Tool) -> str:
+        """The arguments of a tool as JSON."""
+        root = self.root(tool)
+        schema: dict[str, Any] = root.self_contained(root.schema)
+        if not schema.get("properties") and not schema.get("required") and schema.get("additionalProperties") is False:
+            return '"{}"'
+        return self.writer.json(schema)
+
+    def check_names(self) -> None:
+        """Refuses names that no parser of this format would take for one."""
+        for tool in self.tools:
+            if NAME.fullmatch(tool.name) is None:
+                raise UnsupportedParameterError(
+                    f"tools: {tool.name!r} must begin with a letter or '_' in this model's tool format; rename it",
+                    "tools",
+                )

@@ -1,0 +1,1 @@
+"""How models write thoughts and tool calls: formats, the parser that reads them, the grammars that hold them."""

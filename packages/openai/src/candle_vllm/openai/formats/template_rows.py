@@ -1,0 +1,264 @@
+"""The row of the table that a template tells of: read back from what a chat template writes, by the marks in its text,
+or by the `response_template` of a tokenizer (transformers 5).
+
+A response template names fields of a message, each with the marks around it and the way its inside is written. What has
+the marks of a row is that row; calls that are JSON between marks make a row of their own.
+Source: transformers, `utils/chat_parsing/response_templates.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from candle_vllm.openai.formats.events import CallArguments, CallStart, TextPiece
+from candle_vllm.openai.formats.gemma import Gemma
+from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, NAME_KEYS, JsonCalls
+from candle_vllm.openai.formats.layout import Body, Layout, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.named_calls import NamedJson
+from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.table import TOOL_FORMATS
+from candle_vllm.openai.formats.tagged import Tagged
+from candle_vllm.openai.formats.template_needs import (
+    ARGUMENTS,
+    NAME,
+    SCHEMA,
+    THOUGHTS,
+    TemplateProbe,
+    Written,
+    reasoning_is_open,
+)
+
+_COMMON = frozenset({"```json", "functools"})  # too common in texts to tell of a format
+_SHORT = 3
+
+
+def writer_of_calls(probe: TemplateProbe, *, as_text: bool) -> ToolFormat | None:
+    """The first row that reads the call back which the template writes; those before that are made for it."""
+    written = probe.calls(as_text=as_text)
+    if written is None:
+        return None
+    places = {row.name: _first_mark(row, written.text) for row in TOOL_FORMATS}
+    marked = sorted((row for row in TOOL_FORMATS if places[row.name] >= 0), key=lambda row: places[row.name])
+    flows = [row for row in TOOL_FORMATS if row.flow is not None]
+    bare = [row for row in TOOL_FORMATS if row.bare is not None]
+    first = [dataclasses.replace(row, bodies=row.bodies[:1], bare=None) for row in marked]
+    unmarked = [
+        row for row in bare if not isinstance(row.bare, JsonCalls) or f'"{row.bare.arguments_key}"' in written.text
+    ]
+    for row in (*first, *marked, *flows, *unmarked):
+        if _calls(row, written) == [(NAME, ARGUMENTS)]:
+            return next(own for own in TOOL_FORMATS if own.name == row.name)
+    return None
+
+
+def writer_of_thoughts(probe: TemplateProbe) -> ReasoningFormat | None:
+    """The first row that reads the thoughts back which the template writes, beside calls or content."""
+    calling = (probe.calls(as_text=as_text, thoughts=THOUGHTS) for as_text in (False, True))
+    for written in filter(None, itertools.chain(calling, (probe.thinking(),))):
+        if THOUGHTS not in written.text:
+            continue
+        for row in _own_first(REASONING_FORMATS):
+            if _thoughts(row, written) == THOUGHTS:
+                return next(own for own in REASONING_FORMATS if own.name == row.name)
+    return None
+
+
+def marked_tools(text: str) -> ToolFormat | None:
+    """The row with the most marks in the text of a template."""
+    sizes = {row.name: _tool_marks(row, text) for row in TOOL_FORMATS}
+    best = max(TOOL_FORMATS, key=lambda row: sizes[row.name])
+    return best if sizes[best.name] else None
+
+
+def marked_reasoning(text: str) -> ReasoningFormat | None:
+    """The row with both its marks in the text of a template, or one of them where that is enough to know it by."""
+    for row in _own_first(REASONING_FORMATS):
+        for opening, closing in row.pairs.items():
+            if (opening in text and closing in text) or ("/" in closing and (opening in text or closing in text)):
+                return next(own for own in REASONING_FORMATS if own.name == row.name)
+    return next((row for row in REASONING_FORMATS if any(hint in text for hint in row.hints)), None)
+
+
+def _own_first(rows: Iterable[ReasoningFormat]) -> Iterator[ReasoningFormat]:
+    """Every row with its own marks alone, then with the others."""
+    listed = list(rows)
+    yield from (dataclasses.replace(row, others=()) for row in listed)
+    yield from (row for row in listed if row.others)
+
+
+def _first_mark(row: ToolFormat, text: str) -> int:
+    """Where the first mark of a row stands; -1 where none does. What stands outside begins first."""
+    return min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
+
+
+def _tool_marks(row: ToolFormat, text: str) -> int:
+    """Characters of the marks of a row that a text has; 0 where it lacks one that calls cannot do without."""
+    opens = [mark for mark in (*row.opens, *row.names, *row.hints) if mark in text and mark not in _COMMON]
+    needed = list(_literals(row.bodies[0])) if row.bodies else []
+    if any(hint in text for hint in row.hints):
+        needed = []
+    if not opens or any(one not in text for one in needed):
+        return 0
+    return max(map(len, opens)) + sum(map(len, needed))
+
+
+def _literals(body: Body) -> Iterator[str]:
+    """What stands in every text that has such a call and tells it from others."""
+    found: tuple[str, ...] = ()
+    if isinstance(body, Tagged):
+        found = (body.name_open, body.name_end, body.key_open)
+    elif isinstance(body, NamedJson):
+        kinds = (re.sub(r"^\w+", "", name) for name in body.before_name)
+        found = (*kinds, body.name_end, body.id_mark, body.id_end, "```json" if body.fenced else "")
+    elif isinstance(body, Gemma):
+        found = (body.prefix, body.quote)
+    elif isinstance(body, JsonCalls) and body.name_key != "name":
+        found = (body.name_key,)
+    return (one for one in found if len(one) >= _SHORT)
+
+
+def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
+    """The calls that a row reads in what a template wrote."""
+    parser = OutputParser(Layout(None, row), tools={NAME: SCHEMA}, make_id=str)
+    texts: list[list[str]] = []
+    for event in (*parser.feed(written.text), *parser.finish(True)):
+        if isinstance(event, CallStart):
+            texts.append([event.name, ""])
+        elif isinstance(event, CallArguments):
+            texts[event.index][1] += event.text
+    try:
+        return [(name, json.loads(text)) for name, text in texts]
+    except ValueError:
+        return []
+
+
+def _thoughts(row: ReasoningFormat, written: Written) -> str:
+    """The thoughts that a row reads in what a template wrote."""
+    parser = OutputParser(Layout(row, None), in_reasoning=reasoning_is_open(written.head, row))
+    events = (*parser.feed(written.text), *parser.finish(True))
+    return "".join(event.text for event in events if isinstance(event, TextPiece) and event.kind == "reasoning")
+
+
+_MOST_MARK = 256
+_SPACE = re.compile(r"(?:\\s|\\n| |\n)[*+?]?")
+_ESCAPED = re.compile(r"\\([^\w\s])|([^\\.^$*+?{}\[\]()|])")
+_PLACEHOLDER = re.compile(r"\{content\.(\w+)\}")
+
+
+def response_tools(template: Any) -> ToolFormat | str:
+    """The format of the calls in a response template, or why there is none."""
+    field = _field(template, "tool_calls")
+    if field is None:
+        return "it has no field tool_calls"
+    opens = tuple(_marks(field, "open"))
+    if not opens:
+        return "its calls begin with no mark that can be read"
+    kind = field.get("content", "text")
+    for row in TOOL_FORMATS:
+        marks = (*row.opens, *row.names, *_before_names(row))
+        if any(mark.startswith(opened) or opened.startswith(mark) for mark in marks for opened in opens) and (
+            _writes(row.bodies[0], kind, field, "".join(opens))
+        ):
+            return row
+    if kind == "json" and not field.get("content_args") and "?P<" not in str(field.get("open_pattern", "")):
+        return _json_row(field, opens)
+    return f"calls that begin with {opens[0]!r:.60} and are {kind!s:.40} have no row in the table of formats"
+
+
+def response_reasoning(template: Any) -> ReasoningFormat | str:
+    """The format of the thoughts in a response template, or why there is none."""
+    field = next(
+        (found for name in ("reasoning_content", "thinking", "reasoning") if (found := _field(template, name))), None
+    )
+    if field is None:
+        return "it has no field reasoning_content"
+    opens = [mark.strip() for mark in _marks(field, "open")]
+    closes = [mark.strip() for mark in _marks(field, "close")]
+    for row in REASONING_FORMATS:
+        if row.open in opens and row.close in closes:
+            return row
+    if opens and closes and opens[0] and closes[0] and field.get("content", "text") == "text":
+        return ReasoningFormat("response_template", opens[0], closes[0])
+    return "its thoughts stand between no marks that can be read"
+
+
+def _field(template: Any, name: str) -> Mapping[str, Any] | None:
+    fields = template.get("fields") if isinstance(template, Mapping) else None
+    field = fields.get(name) if isinstance(fields, Mapping) else None
+    return field if isinstance(field, Mapping) else None
+
+
+def _marks(field: Mapping[str, Any], side: str) -> Iterator[str]:
+    """The texts that a field opens or closes with; of a pattern, the plain text that it begins with."""
+    given = field.get(side)
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, str) and 0 < len(one.strip()) <= _MOST_MARK:
+            yield one
+    pattern = field.get(f"{side}_pattern")
+    if isinstance(pattern, str) and (text := _plain_beginning(pattern)):
+        yield text
+
+
+def _plain_beginning(pattern: str) -> str:
+    """The text that every match of a pattern begins with, white space before it left out."""
+    place, text = 0, ""
+    while place < len(pattern) and len(text) < _MOST_MARK:
+        if not text and (space := _SPACE.match(pattern, place)):
+            place = space.end()
+            continue
+        match = _ESCAPED.match(pattern, place)
+        if match is None or pattern[match.end() : match.end() + 1] in ("*", "?", "{"):
+            break
+        text += match[1] or match[2]
+        place = match.end()
+    return "" if "|" in pattern.replace("\\|", "") else text
+
+
+def _before_names(row: ToolFormat) -> Iterator[str]:
+    """Marks with what stands between them and a name."""
+    for body in row.bodies[:1]:
+        starts = (body.prefix,) if isinstance(body, Gemma) else getattr(body, "before_name", ())
+        yield from (mark + start for mark in row.opens for start in starts)
+
+
+def _writes(body: Body, kind: str, field: Mapping[str, Any], opened: str) -> bool:
+    """Whether a row's calls are written as a field's are."""
+    arguments = field.get("content_args")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    if kind == "xml-inline":
+        pattern = str(arguments.get("tag_pattern", ""))
+        return isinstance(body, Tagged) and bool(body.key_open) and body.key_open in pattern.replace("\\", "")
+    if kind != "json":
+        return False
+    if arguments.get("string_delims"):
+        return isinstance(body, Gemma) and body.quote in str(arguments["string_delims"])
+    named = "?P<name>" in str(field.get("open_pattern", ""))
+    return isinstance(body, NamedJson) if named else isinstance(body, JsonCalls) and bool(opened)
+
+
+def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | str:
+    """A row for calls that are JSON between marks."""
+    function = field.get("transform")
+    for _ in range(2):
+        function = function.get("function", function) if isinstance(function, Mapping) else function
+    keys = {"name": "name", "arguments": "arguments"}
+    if isinstance(function, Mapping):
+        for key in keys:
+            found = _PLACEHOLDER.fullmatch(str(function.get(key, "")))
+            if found is None:
+                return "its calls are put together in a way that has no row in the table of formats"
+            keys[key] = found[1]
+    if keys["name"] not in NAME_KEYS or keys["arguments"] not in ARGUMENT_KEYS:
+        return f"its calls name the function and the arguments {keys['name']!r:.40} and {keys['arguments']!r:.40}"
+    body = JsonCalls(
+        closers=tuple(mark.strip() for mark in _marks(field, "close")),
+        name_key=keys["name"],
+        arguments_key=keys["arguments"],
+    )
+    return ToolFormat("response_template", opens=tuple(mark.strip() for mark in opens), bodies=(body,))
