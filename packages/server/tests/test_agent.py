@@ -24,8 +24,7 @@ from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
-from candle_vllm.server.commands.agent_approval import TerminalApproval
-from candle_vllm.server.commands.agent_display import AgentDisplay
+from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval
 
 SERVER = """
 import sys

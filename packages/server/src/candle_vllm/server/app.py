@@ -25,7 +25,7 @@ from candle_vllm.server.errors import ClientGone, HttpError
 from candle_vllm.server.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.head_requests import HeadMiddleware
 from candle_vllm.server.keeping import Keeper
-from candle_vllm.server.mcp.response_servers import response_servers
+from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,10 +19,21 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses import ConversationOptions, ResponsesSession
 from candle_vllm.responses.conversation.chat_model import ModelSource
-from candle_vllm.responses.conversation.events import ConversationFinished, Event
-from candle_vllm.server.commands.agent_approval import TerminalApproval
-from candle_vllm.server.commands.agent_display import AgentDisplay, note
-from candle_vllm.server.commands.terminal import conversation, read_stdin
+from candle_vllm.responses.conversation.events import (
+    ConversationFinished,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+    ToolFinished,
+    ToolProgressed,
+    ToolStarted,
+    TurnFinished,
+)
+from candle_vllm.responses.mcp.config import load_mcp_config
+from candle_vllm.responses.tools.approval import Approval
+from candle_vllm.responses.tools.names import SEPARATOR, matches
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
+from candle_vllm.server.commands.terminal import Display, Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.kinds import UsageError
 from candle_vllm.server.settings.parts import load_engine
@@ -42,8 +54,6 @@ def agent(
     as_json: bool = False,
 ) -> int:
     """Carries out `prompt` ("-" reads it from standard input); 0 when the model has ended by itself, else 1."""
-    from candle_vllm.responses.mcp.config import load_mcp_config
-
     if api_key is not None and base_url is None:
         raise UsageError("--api-key needs --base-url: a model of this process has no keys")
     text = read_stdin("request") if prompt == "-" else prompt
@@ -114,3 +124,148 @@ def _introduce(session: ResponsesSession) -> None:
 def _print_json(event: Event) -> None:
     sys.stdout.write(msgspec.json.encode(event, enc_hook=str).decode() + "\n")
     sys.stdout.flush()
+
+
+QUESTION = "may it run? [y]es, [a]lways, [n]o: "
+MAX_SHOWN = 4000  # characters of the arguments that a person sees before agreeing
+_NOBODY = "is not allowed, because standard input is no terminal to ask on: --approve it, or pass --yes"
+
+ReadLine = Callable[[str], Awaitable[str | None]]
+
+
+class TerminalApproval:
+    """An approval callback that asks a person; without a terminal the answer is no.
+
+    Args:
+        approved: names of tools that need no asking, with their server's (`files__read`) or without (`read`); "*" is
+            any characters.
+        read_line: asks a question and gives the line that answers it, None at the end of input. None asks on standard
+            input, if that is a terminal.
+    """
+
+    def __init__(self, approved: Iterable[str] = (), read_line: ReadLine | None = None) -> None:
+        names = set(approved)
+        self._full_names = {name for name in names if SEPARATOR in name}
+        self._own_names = names - self._full_names
+        self._always: set[str] = set()
+        self._read_line = read_line
+
+    async def __call__(self, call: ToolCall, definition: ToolDefinition) -> Approval:
+        if self._is_approved(definition):
+            return Approval.ALLOW
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()  # closed by who started us: None
+        read_line = self._read_line or (read_terminal_line if is_terminal else None)
+        if read_line is None:
+            note(f"{call.name} {_NOBODY}")
+            return Approval.DENY
+        note(f"{call.name} {short(call.arguments, MAX_SHOWN)}")
+        while (line := await read_line(QUESTION)) is not None:
+            answer = line.strip().lower()
+            if answer in ("y", "yes"):
+                return Approval.ALLOW
+            if answer in ("a", "always"):
+                self._always.add(call.name)
+                return Approval.ALLOW
+            if answer in ("n", "no"):
+                break
+        return Approval.DENY
+
+    def _is_approved(self, definition: ToolDefinition) -> bool:
+        """A server can call a tool of its own as another server's is called in full: such a name is no agreement."""
+        return (
+            definition.name in self._always
+            or matches(self._full_names, definition.name)
+            or matches(self._own_names, definition.original_name)
+        )
+
+
+async def read_terminal_line(question: str) -> str | None:
+    """A line from the terminal, None at the end of input; the event loop goes on, and Ctrl+C ends the waiting.
+
+    What was typed before the question is no answer to it, and is thrown away.
+    """
+    import termios  # not on every system, and neither is the waiting below
+
+    descriptor = sys.stdin.fileno()
+    termios.tcflush(descriptor, termios.TCIFLUSH)
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+    line = os.read(descriptor, 4096)  # a terminal gives one line at a time
+    return line.decode("utf-8", "replace") if line else None
+
+
+_MOST = 300  # characters of arguments and of a result on one line
+
+_ENDS = {
+    "length": "the answer was cut at its token limit (--max-tokens, or the model's context)",
+    "max_turns": "the model has had all its turns (--max-turns)",
+    "loop": "the model asked for the same again and again",
+    "timeout": "the time was over",
+}
+
+
+class AgentDisplay:
+    """Shows the events of one conversation."""
+
+    def __init__(self) -> None:
+        self._text = Display()
+        self._line_open = False
+
+    def show(self, event: Event) -> None:
+        """Writes what the event has for a person."""
+        if isinstance(event, TextDelta):
+            self._say(Said(event.text))
+        elif isinstance(event, ReasoningDelta):
+            self._say(Said(event.text, thought=True))
+        elif isinstance(event, TurnFinished):
+            self._end_line()
+        elif isinstance(event, ToolStarted):
+            note(f"-> {event.call.name} {short(event.call.arguments)}")
+        elif isinstance(event, ToolProgressed):
+            note(f"   {_progress(event.progress)}")
+        elif isinstance(event, ToolFinished):
+            result = event.result
+            how = "" if result.status == "completed" else f" {result.status.replace('_', ' ')}:"
+            note(f"<- {result.call.name}{how} {short(result.text)}")
+        elif isinstance(event, ConversationFinished):
+            self._end_line()
+            if not event.result.completed:
+                reason = event.result.stop_reason
+                note(f"not finished: {_ENDS.get(reason, reason)}")
+
+    def _say(self, said: Said) -> None:
+        if said.text:
+            self._text.show(said)
+            self._line_open = not said.thought or sys.stdout.isatty()
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._line_open = False
+
+
+def note(text: str) -> None:
+    """Writes a line to standard error, without what could move a terminal's cursor."""
+    sys.stderr.write("".join(char if char.isprintable() else " " for char in text) + "\n")
+    sys.stderr.flush()
+
+
+def short(text: str, most: int = _MOST) -> str:
+    """The beginning of a text on one line; where it is cut, its end says of how much."""
+    line = " ".join(text[: 2 * most].split())
+    if len(line) <= most and len(text) <= 2 * most:
+        return line
+    return f"{line[:most]} ... ({len(text)} characters in all)"
+
+
+def _progress(progress: ToolProgress) -> str:
+    of = "" if progress.total is None else f" of {progress.total:g}"
+    return f"{progress.progress:g}{of} {short(progress.message or '')}".rstrip()

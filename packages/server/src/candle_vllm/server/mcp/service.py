@@ -1,4 +1,4 @@
-"""McpService: the MCP servers of one application, from its start to its end.
+"""McpService: the MCP servers of one application, from its start to its end, and the calls of their tools counted.
 
 Beside the ten steps. The servers connect while the model is loaded and requests are answered; one that cannot be
 reached is tried again and holds nobody up.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -19,14 +20,61 @@ from candle_vllm.openai.protocol.tools import Tool as WireTool
 from candle_vllm.openai.protocol.tools import check_tools
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.mcp.fleet import LinkStatus, McpFleet
-from candle_vllm.responses.tools.tool import ToolDefinition
-from candle_vllm.server.mcp.counted_tools import CountedRegistry
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import Report, Tool, ToolDefinition, ToolError, ToolOutput
 from candle_vllm.server.mcp.options import McpOptions
+
+Called = Callable[[str, str], object]  # told the server's name and how the call ended
 
 SETTLE_SECONDS = 10.0  # that a chat request waits for servers that connect for the first time
 _NAMED = 40  # tools in a line of the log
+_GRACE = 1.0  # seconds that a caller waits longer than the server's own limit, which then says what happened
 
 logger = logging.getLogger(__name__)
+
+
+class CountedRegistry(ToolRegistry):
+    """The tools of MCP servers.
+
+    Args:
+        called: told of every call when it has ended.
+    """
+
+    def __init__(self, called: Called) -> None:
+        super().__init__()
+        self._called = called
+
+    def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
+        """As of the registry; the calls of the tools are counted."""
+        return super().replace(server, [CountedTool(tool, self._called) for tool in tools])
+
+
+class CountedTool:
+    """A tool of an MCP server, with a line in the log and a count for each call; neither has its arguments."""
+
+    def __init__(self, tool: Tool, called: Called) -> None:
+        self._tool = tool
+        self._called = called
+        self.definition = tool.definition
+        own: float | None = getattr(tool, "timeout", None)
+        self.timeout = None if own is None else own + _GRACE
+
+    async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
+        """Runs the tool once."""
+        status, started = "failed", time.monotonic()
+        try:
+            output = await self._tool.run(arguments, report)
+            status = "failed" if output.is_error else "completed"
+            return output
+        except ToolError as error:
+            status = error.status
+            raise
+        except BaseException as error:
+            status = "failed" if isinstance(error, Exception) else "cancelled"
+            raise
+        finally:
+            logger.info("MCP tool %s: %s after %.2f s", self.definition.name, status, time.monotonic() - started)
+            self._called(self.definition.server or "", status)
 
 
 class Offer(NamedTuple):

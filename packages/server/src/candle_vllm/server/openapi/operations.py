@@ -44,11 +44,11 @@ from candle_vllm.responses.protocol.request import InputTokensRequest, Responses
 from candle_vllm.responses.protocol.response import InputTokens, Response
 from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.mailbox.record import Record, RecordList
+from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpServerInfo, McpToolInfo
 from candle_vllm.server.model_cards import LoadedCard, ManagerStatus, SlotStatus, UnloadedCard
 from candle_vllm.server.model_requests import ModelRequest
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
-from candle_vllm.server.openapi.mcp_operations import MCP_OPERATIONS
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
 
@@ -324,7 +324,31 @@ OPERATIONS: Mapping[Key, Operation] = {
         path_parameters=_RECORD,
     ),
     **KEPT_OPERATIONS,
-    **MCP_OPERATIONS,
+    ("GET", "/v1/mcp/servers"): Operation(
+        id="list_mcp_servers",
+        tag="mcp",
+        summary="The MCP servers, and how they are",
+        answers={200: (McpServerInfo,)},
+        errors=(404,),
+        listed=True,
+    ),
+    ("GET", "/v1/mcp/tools"): Operation(
+        id="list_mcp_tools",
+        tag="mcp",
+        summary="The tools of all MCP servers",
+        answers={200: (McpToolInfo,)},
+        errors=(404,),
+        listed=True,
+    ),
+    ("POST", "/v1/mcp/call"): Operation(
+        id="call_mcp_tool",
+        tag="mcp",
+        summary="Call a tool once; needs an API key and somebody's approval",
+        body=(McpCallRequest,),
+        example={"name": "time__get_current_time", "arguments": {"timezone": "UTC"}, "approved": True},
+        answers={200: (McpCallResult,)},
+        errors=(*BODY_ERRORS, 403, 404, 429, 504),
+    ),
     ("GET", "/metrics"): Operation(
         id="metrics",
         tag="operators",

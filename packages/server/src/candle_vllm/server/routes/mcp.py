@@ -24,7 +24,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 from candle_vllm.server.answering import deadline_of, in_time, parsed
 from candle_vllm.server.body import unless_disconnected
 from candle_vllm.server.errors import HttpError
-from candle_vllm.server.mcp.origin import check_origin
+from candle_vllm.server.mcp.access import check_origin
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
 from candle_vllm.server.settings import Settings
 

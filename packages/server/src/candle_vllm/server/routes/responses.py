@@ -38,7 +38,7 @@ from candle_vllm.server.errors import HttpError
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
-from candle_vllm.server.mcp.origin import check_origin
+from candle_vllm.server.mcp.access import check_origin
 from candle_vllm.server.model_slot import Lease, ServedModel
 from candle_vllm.server.responders import Responders
 from candle_vllm.server.sse import DONE, named_event
