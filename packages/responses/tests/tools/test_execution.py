@@ -265,10 +265,12 @@ class Hanging:
     """Work that never ends, and notes how it was ended."""
 
     def __init__(self, ignored: int = 0) -> None:
+        self.begun = asyncio.Event()
         self.ended = 0
         self.ignored = ignored
 
     async def __call__(self, _: Mapping[str, Any], report: Report) -> ToolOutput:
+        self.begun.set()
         for _ in range(self.ignored):
             try:
                 await asyncio.sleep(3600)
@@ -347,7 +349,7 @@ async def test_the_tools_own_time() -> None:
 async def test_cancelling_the_caller_ends_the_tool() -> None:
     work = Hanging()
     running = asyncio.create_task(done(doing(work), call()))
-    await asyncio.sleep(0.02)
+    await work.begun.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
