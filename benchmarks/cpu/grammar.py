@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.sampling.bit_masks import mask_flags, mask_row
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.processors import mask_flags, mask_row
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 

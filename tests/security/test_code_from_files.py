@@ -26,7 +26,7 @@ from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, UnsupportedModelError
 from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.remote.start import Start
+from candle_vllm.core.remote.line import Start
 from candle_vllm.core.remote.wire import FromChild, Greeting, MalformedMessageError, Reader, ToChild
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model

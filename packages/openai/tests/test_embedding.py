@@ -19,7 +19,7 @@ from candle_vllm.core.errors import (
     PromptTooLongError,
     RequestError,
 )
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.scripted_vectors import SIZE
 from candle_vllm.openai import (

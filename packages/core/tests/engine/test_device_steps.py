@@ -20,7 +20,7 @@ from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
 from candle_vllm.core.engine.scheduler import Scheduler
-from candle_vllm.core.engine.staging import Staging
+from candle_vllm.core.kernels.device_stream import Staging
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model

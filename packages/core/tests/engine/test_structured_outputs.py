@@ -31,7 +31,7 @@ from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.request import CompletionOutput, GenerationRequest, OutputCollector, TokenOutput
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.sampling import json_schema
-from candle_vllm.core.sampling.grammar_state import GrammarState
+from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.testing import ScriptedEngine

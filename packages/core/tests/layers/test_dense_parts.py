@@ -22,10 +22,10 @@ pytest.importorskip("numba")
 
 from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput

@@ -20,10 +20,10 @@ from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import ScheduledSequence
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer

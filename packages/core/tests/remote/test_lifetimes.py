@@ -23,7 +23,7 @@ FAKE = textwrap.dedent(
     """
     import sys, time, zmq
     from candle_vllm.core.remote.child import connected
-    from candle_vllm.core.remote.start import read_start
+    from candle_vllm.core.remote.line import read_start
     start = read_start(0)
     context = zmq.Context()
     control = connected(context, b"c", start)

@@ -24,8 +24,8 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.remote import wire
-from candle_vllm.core.remote.outbox import Outbox
-from candle_vllm.core.remote.start import config_fields
+from candle_vllm.core.remote.line import config_fields
+from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
     FromChild,

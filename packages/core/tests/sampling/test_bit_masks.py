@@ -8,10 +8,9 @@ import torch
 
 from candle_vllm.core import SamplingParams, StructuredOutputsParams
 from candle_vllm.core.kernels import sampling as kernels
-from candle_vllm.core.sampling.bit_masks import mask_flags, mask_row
-from candle_vllm.core.sampling.grammar_state import GrammarState
+from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.processors import apply_in_torch, apply_processors
+from candle_vllm.core.sampling.processors import apply_in_torch, apply_processors, mask_flags, mask_row
 from candle_vllm.core.sampling.state import SamplingState
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import json_schema
-from candle_vllm.core.sampling.json_dialect import FORMATS
+from candle_vllm.core.sampling.json_rules import FORMATS
 from candle_vllm.core.sampling.json_schema import checked_schema
 
 

@@ -10,9 +10,8 @@ import torch
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling import sampler as module
-from candle_vllm.core.sampling.logprobs import logprob_rows
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.sampler import Sampler
+from candle_vllm.core.sampling.sampler import Sampler, logprob_rows
 from candle_vllm.core.sampling.state import SamplingState
 
 

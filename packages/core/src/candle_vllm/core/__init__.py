@@ -36,7 +36,7 @@ from candle_vllm.core.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 

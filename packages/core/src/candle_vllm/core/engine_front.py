@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.pooled import check_encoder_task
+from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.engine.request import (
     EmbeddingOutput,
@@ -26,11 +26,10 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     ScoreOutput,
 )
-from candle_vllm.core.engine.run_all import raise_failure, run_all
-from candle_vllm.core.engine.stream import Inbox, TokenStream
+from candle_vllm.core.engine.stream import Inbox, TokenStream, raise_failure, run_all
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions

@@ -12,10 +12,10 @@ import torch
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device, give_back
-from candle_vllm.core.engine.build import build_encoder_engine, build_engine
-from candle_vllm.core.engine.description import model_info, progress_bar
+from candle_vllm.core.engine.build import build_encoder_engine, build_engine, model_info
 from candle_vllm.core.engine.encoder_engine import EncoderEngine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import TokenOutput

@@ -27,7 +27,7 @@ from candle_vllm.core.errors import (
     RequestAbortedError,
     RequestError,
 )
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.openai.errors import (
     GenerationFailedError,
     no_priority,

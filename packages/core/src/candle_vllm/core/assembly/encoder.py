@@ -34,7 +34,7 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
-from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

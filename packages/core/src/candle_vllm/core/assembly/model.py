@@ -39,7 +39,7 @@ from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer

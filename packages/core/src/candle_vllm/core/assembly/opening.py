@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from candle_vllm.core.assembly.cache_scales import split_cache_scales
 from candle_vllm.core.assembly.dummy import open_dummy
@@ -103,3 +104,15 @@ def stored_types(checkpoint: Checkpoint) -> str | None:
     if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
         return None
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+
+
+@contextmanager
+def progress_bar(what: str = "loading") -> Iterator[Any]:
+    """A bar for what is done to a model's weights, on a terminal, when it takes longer than a second."""
+    with tqdm(desc=what, unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -25,7 +25,7 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf
-from candle_vllm.core.pooling.params import PoolingKind
+from candle_vllm.core.pooling import PoolingKind
 
 logger = logging.getLogger(__name__)
 

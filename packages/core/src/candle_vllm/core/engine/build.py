@@ -15,6 +15,7 @@ from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.encoder_engine import EncoderEngine, EncoderRunner
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, ModelRunner
+from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
@@ -124,7 +125,7 @@ def _build_on_cpu(
     if not placement.recorded:
         eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
         return eager, plan
-    from candle_vllm.core.engine.step_graphs import RecordedRunner, StepLimits
+    from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 
     torch.set_num_threads(1)  # torch's own pool would take the cores from the kernels' threads
     limits = StepLimits(
@@ -136,3 +137,26 @@ def _build_on_cpu(
         threads=config.threads or physical_cores(),
     )
     return RecordedRunner(loaded.decoder, plan.num_blocks, limits), plan
+
+
+def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine | EncoderEngine) -> ModelInfo:
+    """What callers may know of a model that an engine serves."""
+    vectors = ("embed", "score") if loaded.pooling is not None else ("score",)
+    return ModelInfo(
+        name=loaded.name,
+        architecture=loaded.config.model_type,
+        num_parameters=loaded.num_parameters,
+        max_model_len=engine.max_model_len,
+        vocab_size=loaded.config.vocab_size,
+        dtype=loaded.dtype,
+        device=str(loaded.placement.device),
+        quantization=loaded.quantization,
+        weight_bytes=loaded.weight_bytes,
+        eos_token_ids=loaded.eos_token_ids,
+        has_chat_template=loaded.template is not None,
+        default_sampling=loaded.default_sampling,
+        tasks=("generate", *vectors) if isinstance(loaded, LoadedModel) and loaded.config.has_head else vectors,
+        embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
+        max_num_seqs=engine.max_num_seqs,
+        kv_cache_bytes=engine.cache_bytes,
+    )

@@ -18,7 +18,8 @@ from collections.abc import Sequence as Seq
 import msgspec
 import torch
 
-from candle_vllm.core.engine.pooled import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.pooler import Pooler, as_array
 from candle_vllm.core.engine.request import (
     EngineStats,
     FinishReason,
@@ -29,8 +30,7 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.models.family import Encoder
-from candle_vllm.core.pooling.model_pooling import ModelPooling, PoolingPlan
-from candle_vllm.core.pooling.pooler import Pooler, as_array
+from candle_vllm.core.pooling import ModelPooling, PoolingPlan
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 
+import msgspec
 import torch
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
-from candle_vllm.core.engine.pooled import finished_piece
 from candle_vllm.core.engine.preparation import Preparation
 from candle_vllm.core.engine.request import (
     EngineStats,
@@ -29,7 +29,7 @@ from candle_vllm.core.engine.row_readers import read_rows
 from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -298,7 +298,7 @@ class Engine:
         self._counts["prompt"] += sequence.num_prompt_tokens
         self._counts["cached"] += sequence.num_cached_tokens or 0
         try:
-            piece = finished_piece(live.end(FinishReason.STOP), live.pooler.vector())
+            piece = msgspec.structs.replace(live.end(FinishReason.STOP), pooled=live.pooler.vector())
         except Exception as error:
             return [self._fail(sequence, error)]
         return [self._finish(live, piece)]

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from candle_vllm.core.engine.pooler import Pooler
 from candle_vllm.core.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -17,9 +18,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.pooling.pooler import Pooler
-from candle_vllm.core.sampling.logprobs import LogprobRow
-from candle_vllm.core.sampling.sampler import SampledToken
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.detokenizer import Detokenizer
 from candle_vllm.core.text.tokenizer import Tokenizer

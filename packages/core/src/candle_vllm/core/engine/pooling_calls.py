@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.engine.pooling_window import Entry, Window
 from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.stream import Entry, Window
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
 from candle_vllm.core.text.tokenizer import Tokenizer
 

@@ -10,16 +10,14 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_request
+from candle_vllm.core.engine.admission import check_pooling_request, check_request
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.pooled import check_pooling_request
+from candle_vllm.core.engine.pooler import Pooler
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.pooling.model_pooling import ModelPooling
-from candle_vllm.core.pooling.pooler import Pooler
-from candle_vllm.core.sampling.grammar import GrammarBackend
-from candle_vllm.core.sampling.grammar_state import GrammarState
+from candle_vllm.core.pooling import ModelPooling
+from candle_vllm.core.sampling.grammar import GrammarBackend, GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.tokenizer import Tokenizer

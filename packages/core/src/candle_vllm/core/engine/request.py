@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 
 if TYPE_CHECKING:

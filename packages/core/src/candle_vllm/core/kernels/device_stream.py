@@ -1,15 +1,19 @@
-"""The few things that a GPU's steps need of CUDA: work in order, captured work, and marks to wait for; steps 5 to 7.
+"""The few things that a GPU's steps need of CUDA: work in order, captured work, marks to wait for, staged memory.
 
 A `DeviceStream` runs what it is given in order and at some later time. What a step reads or writes on the device is
 given to it; what the host reads is read behind a mark. So a test can put a stream in its place that runs nothing before
 it is waited for.
+
+An array of the host comes over as one of many in the piece of memory that `Staging` copies once a step, or by itself,
+as `Sent`. No memory that the host writes may still be on its way to the device when it is written again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -150,3 +154,68 @@ class _CudaMark:
     def wait(self) -> None:
         """See `Mark`."""
         self._event.synchronize()
+
+
+ALIGNMENT = 64
+"""Numbers of 32 bits between which an array may begin: 256 bytes, the most that a kernel could want."""
+
+_TORCH = {np.dtype(np.int32): torch.int32, np.dtype(np.float64): torch.float64}
+
+
+class Staging:
+    """Named arrays on the host and on the device, and behind them room for what each step lays out anew.
+
+    Args:
+        stream: where copies go.
+        arrays: shape and dtype (int32 or float64) of each array, in order.
+        room: numbers of 32 bits behind them.
+        pieces: how many steps the host may be ahead of the copies.
+
+    Attributes:
+        device: the arrays on the device; their memory never moves.
+        device_room: [room] int32 on the device.
+    """
+
+    def __init__(
+        self,
+        stream: DeviceStream,
+        arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+        room: int,
+        pieces: int = 2,
+    ) -> None:
+        self._stream = stream
+        places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, (shape, kind) in arrays.items():
+            size = math.prod(shape) * np.dtype(kind).itemsize
+            places[name] = (end, end + size)
+            end += aligned(-(-size // 4)) * 4
+        self._begin = end // 4  # of the room
+        self._host = [stream.staged(end + 4 * room).view(torch.int32) for _ in range(pieces)]
+        self._device = torch.zeros(end // 4 + room, dtype=torch.int32, device=stream.device)
+        self.device: dict[str, torch.Tensor] = {}
+        self.device_room = self._device[self._begin :]
+        self._views: list[dict[str, NDArray[Any]]] = [{} for _ in range(pieces)]
+        self._rooms: list[NDArray[np.int32]] = [host.numpy()[self._begin :] for host in self._host]
+        for name, (shape, kind) in arrays.items():
+            first, last = places[name]
+            self.device[name] = self._device.view(torch.uint8)[first:last].view(_TORCH[np.dtype(kind)]).view(shape)
+            for host, views in zip(self._host, self._views):
+                views[name] = host.numpy().view(np.uint8)[first:last].view(kind).reshape(shape)
+        self._turn = 0
+
+    def host(self) -> tuple[Mapping[str, NDArray[Any]], NDArray[np.int32]]:
+        """The arrays and the room to write the next step into; `send` must follow."""
+        self._turn = (self._turn + 1) % len(self._host)
+        return self._views[self._turn], self._rooms[self._turn]
+
+    def send(self, used: int) -> None:
+        """Copies the arrays, and the first `used` numbers of the room."""
+        end = self._begin + used
+        source, target = self._host[self._turn][:end], self._device[:end]
+        self._stream.run(lambda: copy(target, source))
+
+
+def aligned(count: int) -> int:
+    """The least multiple of `ALIGNMENT` that is at least `count`."""
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -17,8 +17,7 @@ from typing import Any
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields, read_json
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.pooling.model_pooling import ModelPooling
-from candle_vllm.core.pooling.params import MAX_DIMENSIONS, PoolingKind
+from candle_vllm.core.pooling import MAX_DIMENSIONS, ModelPooling, PoolingKind
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,7 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.core.remote.bell import Bell
-from candle_vllm.core.remote.process import CONTROL, END, STEPS, set_limits
-from candle_vllm.core.remote.start import Start, read_start
+from candle_vllm.core.remote.line import CONTROL, END, STEPS, Bell, Start, read_start, set_limits
 from candle_vllm.core.remote.wire import (
     Failed,
     MalformedMessageError,
@@ -33,7 +31,7 @@ from candle_vllm.core.remote.wire import (
 )
 
 if TYPE_CHECKING:
-    from candle_vllm.core.remote.served import ServedEngine
+    from candle_vllm.core.remote.serving import ChildEngine
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +64,10 @@ def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> 
     """Loads the model and answers requests to it; returns the exit status."""
     control = connected(context, CONTROL, start)
     try:
-        from candle_vllm.core.remote.desk import RequestDesk
-        from candle_vllm.core.remote.outbox import Outbox
-        from candle_vllm.core.remote.served import ServedEngine
+        from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
 
         outbox = Outbox(connected(context, STEPS, start), told.bell.ring)
-        engine = ServedEngine(EngineConfig(**start.config), outbox)
+        engine = ChildEngine(EngineConfig(**start.config), outbox)
     except CandleVllmError as error:
         control.send(encode(Failed(error=describe_error(error))))
         return 1
@@ -89,7 +85,7 @@ def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> 
     return 1 if outbox.failed else 0
 
 
-def describe(engine: ServedEngine) -> Ready:
+def describe(engine: ChildEngine) -> Ready:
     """What the parent needs to know of a loaded engine."""
     tokenizer, template, pooling = engine.parts
     return Ready(

@@ -13,10 +13,9 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
-from candle_vllm.core.remote.link import RemoteLink
-from candle_vllm.core.remote.preparation import RemotePreparation
+from candle_vllm.core.remote.link import RemoteLink, RemoteThread
+from candle_vllm.core.remote.parcels import RequestWriter
 from candle_vllm.core.remote.process import EngineProcess
-from candle_vllm.core.remote.thread import RemoteThread
 from candle_vllm.core.remote.wire import Ready, TokenizerParts
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
@@ -48,8 +47,8 @@ class RemoteEngine(EngineFront):
         try:
             ready = process.greeting()
             self._texts: _Texts | None = _Texts(ready)
-            preparation = RemotePreparation(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
-            self._link = RemoteLink(process, ready, preparation)
+            writer = RequestWriter(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
+            self._link = RemoteLink(process, ready, writer)
         except BaseException:  # an interrupt, while it loads, as well
             process.close(kill=True)
             raise

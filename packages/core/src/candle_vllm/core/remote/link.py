@@ -1,22 +1,25 @@
-"""RemoteLink: this process's end of the line to the engine, as an engine whose steps are run elsewhere.
+"""The caller's end of the line: an engine whose steps are run elsewhere, and the thread that drives it (steps 3 to 10).
 
-`RemoteThread` drives it as it drives `Engine`: `add` and `abort` send, `step` waits for what comes. Only that thread
-touches the socket.
+`RemoteThread` drives a `RemoteLink` as it drives `Engine`: `add` and `abort` send, `step` waits for what comes. Only
+that thread touches the socket.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 import msgspec
 import zmq
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError
-from candle_vllm.core.remote.bell import Bell
-from candle_vllm.core.remote.preparation import Parcel, RemotePreparation
+from candle_vllm.core.engine.thread import EngineThread, Prepared, Sink
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
+from candle_vllm.core.remote.line import Bell
+from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.remote.wire import (
     Abort,
@@ -31,6 +34,7 @@ from candle_vllm.core.remote.wire import (
     encode,
     make_error,
 )
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 _LOOK_UP = 1000  # ms after which the process is looked at even if nothing was heard
 _MAX_AT_ONCE = 64  # messages that are read before their pieces are handed over
@@ -51,7 +55,7 @@ class RemoteLink:
     Args:
         process: the child, which has loaded its model.
         ready: what it said then.
-        preparation: checks requests before they are sent.
+        writer: checks requests before they are sent.
 
     Attributes:
         wake: makes `step` return soon; thread-safe.
@@ -60,10 +64,10 @@ class RemoteLink:
 
     has_work = True  # the thread always waits in `step`: for pieces, for requests, and for the end
 
-    def __init__(self, process: EngineProcess, ready: Ready, preparation: RemotePreparation) -> None:
+    def __init__(self, process: EngineProcess, ready: Ready, writer: RequestWriter) -> None:
         self.max_model_len = ready.info.max_model_len
         self.max_step_tokens = ready.max_step_tokens
-        self.prepare = preparation.prepare
+        self.prepare = writer.prepare
         self.on_refused: Callable[[str, CandleVllmError], None] = lambda _id, _error: None
         self._process = process
         self._stats = ready.stats
@@ -176,3 +180,105 @@ class RemoteLink:
     def _forget(self, live: _Live) -> None:
         del self._by_ticket[live.ticket]
         del self._by_id[live.request.request_id]
+
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT = 120.0  # seconds that a caller waits for a form to be compiled
+
+
+class RemoteThread(EngineThread):
+    """Sends requests as they come, reads pieces as they come.
+
+    Args:
+        link: to the engine, which only this thread touches from now on.
+        max_sequences: most live sequences before new requests are refused.
+        on_end: called in this thread when the engine process has ended without being told to.
+    """
+
+    def __init__(self, link: RemoteLink, max_sequences: int, on_end: Callable[[], None]) -> None:
+        self._link = link
+        self._on_end = on_end
+        self._numbers = itertools.count()
+        self._calls: set[Future[None]] = set()
+        self._callbacks: list[Callable[[], None]] = []
+        link.on_refused = self._refuse
+        super().__init__(link, max_sequences)
+
+    def submit(self, prepared: Sequence[Prepared], sink: Sink) -> None:
+        """See `EngineThread.submit`."""
+        super().submit(prepared, sink)
+        self._link.wake()
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """See `EngineThread.abort`."""
+        super().abort(request_id, sink)
+        self._link.wake()
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Asks the engine whether a form is possible, and waits for the answer.
+
+        Raises:
+            InvalidParameterError: it is not.
+            EngineOverloadedError: too many wait already, or it takes too long.
+            EngineDeadError: the engine has stopped.
+        """
+        answer: Future[None] = Future()
+        number = next(self._numbers)
+        data = write_check(number, params)
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            if len(self._calls) >= self._max_sequences:
+                raise EngineOverloadedError(f"{len(self._calls)} forms of texts wait to be checked: try again later")
+            self._calls.add(answer)
+            self._commands.append(lambda: self._link.call(number, data, answer))
+        self._link.wake()
+        try:
+            answer.result(CALL_TIMEOUT)
+        except TimeoutError:
+            answer.cancel()
+            raise EngineOverloadedError(
+                f"the form could not be checked within {CALL_TIMEOUT:.0f} s: try again later"
+            ) from None
+        except CancelledError:
+            raise self._dead or EngineDeadError("the engine is closed") from None
+        finally:
+            with self._wake:
+                self._calls.discard(answer)
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """See `RemoteEngine.add_death_callback`."""
+        with self._wake:
+            waits = self._dead is None
+            if waits:
+                self._callbacks.append(callback)
+        if not waits and not self._closing:
+            _call(callback)
+
+    def close(self) -> None:
+        """See `EngineThread.close`."""
+        with self._wake:
+            self._closing = True
+        self._link.wake()
+        super().close()
+
+    def _end(self, error: EngineDeadError) -> None:
+        super()._end(error)
+        with self._wake:
+            calls, callbacks = list(self._calls), self._callbacks
+            self._callbacks = []
+        for answer in calls:
+            answer.cancel()
+        if self._closing:
+            return
+        self._on_end()
+        for callback in callbacks:
+            _call(callback)
+
+
+def _call(callback: Callable[[], None]) -> None:
+    try:
+        callback()
+    except Exception:
+        logger.exception("a callback for the engine's death failed")

@@ -26,10 +26,8 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import EngineDeadError, ModelLoadError
-from candle_vllm.core.remote.start import TOKEN_BYTES, write_start
+from candle_vllm.core.remote.line import CONTROL, END, STEPS, TOKEN_BYTES, set_limits, write_start
 from candle_vllm.core.remote.wire import (
-    MAX_FRAME,
-    MAX_QUEUED,
     PATIENCE,
     Failed,
     Greeting,
@@ -41,9 +39,7 @@ from candle_vllm.core.remote.wire import (
 
 logger = logging.getLogger(__name__)
 
-CONTROL, STEPS = b"c", b"s"  # the child's two sockets: requests and answers, and what its steps make
 CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
-END = b"e"
 _LONGEST_FOLDER = 80  # bytes; the address of a socket in it may have 107
 _MAX_STRANGERS = 10  # strangers' messages that are logged
 _LOOK_UP = 1000  # ms
@@ -234,15 +230,6 @@ def _private_folder() -> str:
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix="candle-vllm-", dir="/tmp")
-
-
-def set_limits(end: zmq.Socket[bytes]) -> None:
-    """Bounds of every socket: sizes, queues and waits."""
-    end.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-    end.setsockopt(zmq.SNDHWM, MAX_QUEUED)
-    end.setsockopt(zmq.RCVHWM, MAX_QUEUED)
-    end.setsockopt(zmq.SNDTIMEO, int(PATIENCE * 1000))
-    end.setsockopt(zmq.LINGER, 0)
 
 
 def _signal_name(number: int) -> str:

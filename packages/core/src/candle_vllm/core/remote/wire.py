@@ -15,7 +15,7 @@ import msgspec
 from candle_vllm.core import errors
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, ModelInfo, PoolingRequest, TokenOutput
 from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
-from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatTemplateSource
 

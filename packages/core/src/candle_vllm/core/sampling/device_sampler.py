@@ -22,8 +22,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
-from candle_vllm.core.sampling.logprobs import LogprobRow
-from candle_vllm.core.sampling.sampler import SampledToken, sampled_token
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, sampled_token
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # steps whose results may be on their way

@@ -19,9 +19,7 @@ from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
-from candle_vllm.core.sampling.json_dialect import modernise
-from candle_vllm.core.sampling.json_meeting import check_meeting
-from candle_vllm.core.sampling.json_recursion import check_finite
+from candle_vllm.core.sampling.json_rules import check_finite, check_meeting, modernise
 from candle_vllm.core.sampling.structured import refused
 
 MAX_SUBSCHEMAS = 10_000

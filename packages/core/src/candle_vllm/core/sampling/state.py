@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling.grammar_state import GrammarState
+from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from candle_vllm.core.engine.pooled import check_encoder_task
+from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
     EngineStats,
     GenerationOutput,

@@ -7,11 +7,10 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from candle_vllm.core.engine.pooled import check_pooling_request
+from candle_vllm.core.engine.admission import check_pooling_request
 from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput
 from candle_vllm.core.errors import CandleVllmError, RequestError
-from candle_vllm.core.pooling.model_pooling import ModelPooling, PoolingPlan
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
 
 SIZE = 16
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from candle_vllm.core.pooling.params import MAX_DIMENSIONS, PoolingParams
+from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
 from candle_vllm.openai.protocol.fields import Refusal, TokenId, invalid
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.engine.description import progress_bar
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.kinds import UsageError

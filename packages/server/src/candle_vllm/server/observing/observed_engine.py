@@ -24,7 +24,7 @@ from candle_vllm.core.engine.request import (
     ScoreOutput,
     TokenOutput,
 )
-from candle_vllm.core.pooling.params import PoolingParams
+from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
@@ -144,7 +144,7 @@ class ObservedEngine:
         add_special_tokens: bool = True,
     ) -> GenerationOutput:
         """As of the engine."""
-        from candle_vllm.core.engine.run_all import raise_failure  # with it, torch is imported
+        from candle_vllm.core.engine.stream import raise_failure  # with it, torch is imported
 
         request = GenerationRequest(
             request_id=request_id or uuid.uuid4().hex,

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from candle_vllm.core.engine.pooling_window import MAX_UNDER_WAY, Entry, Window
 from candle_vllm.core.engine.request import FinishReason, PoolingRequest, TokenOutput
+from candle_vllm.core.engine.stream import MAX_UNDER_WAY, Entry, Window
 from candle_vllm.core.engine.thread import EngineThread, Sink
 
 

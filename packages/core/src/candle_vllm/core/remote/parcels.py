@@ -13,11 +13,10 @@ import random
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_request
-from candle_vllm.core.engine.pooled import check_encoder_task, check_pooling_request
+from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request
 from candle_vllm.core.engine.request import GenerationRequest, ModelInfo, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.pooling.model_pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.remote.wire import Check, FrameTooLargeError, Pool, Submit, encode
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
@@ -34,7 +33,7 @@ class Parcel:
     data: bytes
 
 
-class RemotePreparation:
+class RequestWriter:
     """Checks requests to one model and writes them. Thread-safe.
 
     Args:
@@ -118,7 +117,7 @@ def portable(params: StructuredOutputsParams) -> StructuredOutputsParams:
 
 
 def write_check(number: int, params: StructuredOutputsParams) -> bytes:
-    """The question whether a form is possible; errors as `RemotePreparation.prepare`."""
+    """The question whether a form is possible; errors as `RequestWriter.prepare`."""
     return _written(Check(number, portable(params)))
 
 

@@ -1,23 +1,64 @@
-"""The first words to the engine's process, over its standard input: how to reach its parent, and what to load.
+"""The line between the processes: the first words to the child, the sockets' limits, and a bell. Both ends use it.
 
-Before step 1 of a request's life. Nothing of it stands on a command line, which others on the machine can read.
+The first words go over the child's standard input: how to reach its parent, and what to load. Nothing of it stands on a
+command line, which others on the machine can read. Before step 1 of a request's life.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.remote.wire import MAX_FRAME, MAX_QUEUED, PATIENCE
 
+CONTROL, STEPS = b"c", b"s"  # the child's two sockets: requests and answers, and what its steps make
+END = b"e"
 MAX_START: Final = 1 << 24  # bytes
 TOKEN_BYTES: Final = 32
+
+
+class Bell:
+    """A pipe that holds a byte while something is to be looked at.
+
+    Attributes:
+        descriptor: readable once it was rung. Clear it before looking at what happened, or a ring may be lost.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a stream may be dropped, and so aborted, in the midst of anything
+        self._closed = False
+        self.descriptor, self._write = os.pipe()
+        os.set_blocking(self.descriptor, False)
+        os.set_blocking(self._write, False)
+
+    def ring(self) -> None:
+        """Something happened. Thread-safe; nothing happens once it is closed."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe is readable as well
+            if not self._closed:
+                os.write(self._write, b"\0")
+
+    def clear(self) -> None:
+        """What happened is being looked at."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.descriptor, 4096)
+
+    def close(self) -> None:
+        """Lets go of the pipe; nobody may wait for it any more. Closing twice is fine."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self.descriptor)
+                os.close(self._write)
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,3 +127,12 @@ def _read_exactly(descriptor: int, count: int) -> bytes:
             raise EOFError("the parent has gone")
         data += part
     return data
+
+
+def set_limits(end: zmq.Socket[bytes]) -> None:
+    """Bounds of every socket: sizes, queues and waits."""
+    end.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    end.setsockopt(zmq.SNDHWM, MAX_QUEUED)
+    end.setsockopt(zmq.RCVHWM, MAX_QUEUED)
+    end.setsockopt(zmq.SNDTIMEO, int(PATIENCE * 1000))
+    end.setsockopt(zmq.LINGER, 0)

@@ -11,7 +11,7 @@ from array import array
 import torch
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.core.pooling.model_pooling import PoolingPlan
+from candle_vllm.core.pooling import PoolingPlan
 
 _SMALLEST_NORM = 1e-12
 

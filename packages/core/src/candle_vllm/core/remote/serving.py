@@ -1,0 +1,267 @@
+"""In the engine's process: where requests come in, the engine that serves them, and where pieces go (steps 4 to 9).
+
+The desk has one socket and belongs to the process's main thread; the outbox has the other and belongs to the engine's
+thread. What takes long (compiling a form) is done in threads beside both.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import zmq
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.encoder_engine import EncoderEngine
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.thread import Delivery, EngineThread, StepEngine
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestError
+from candle_vllm.core.inference_engine import InferenceEngine
+from candle_vllm.core.pooling import ModelPooling
+from candle_vllm.core.remote.line import Bell
+from candle_vllm.core.remote.wire import (
+    Abort,
+    Check,
+    Checked,
+    Ended,
+    Pieces,
+    Reader,
+    Refused,
+    ToChild,
+    describe_error,
+    encode,
+    writable,
+)
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+STATS_EVERY: Final = 0.1  # seconds
+
+
+class Outbox:
+    """Where the pieces of all requests go: what one step made is sent as one message.
+
+    Args:
+        socket: to the parent; only the engine's thread uses it.
+        wake: wakes the main thread.
+
+    Attributes:
+        failed: the engine has ended by itself.
+    """
+
+    loop = None
+
+    def __init__(self, socket: zmq.Socket[bytes], wake: Callable[[], None]) -> None:
+        self.failed = False
+        self._socket = socket
+        self._wake = wake
+        self._pieces: list[TokenOutput] = []
+        self._sent: EngineStats | None = None
+        self._sent_at = 0.0
+
+    def put(self, item: Delivery) -> None:
+        """Takes one piece; see `Sink`."""
+        if isinstance(item, TokenOutput):  # an engine's end is told by `fail`
+            self._pieces.append(item)
+
+    def flush(self, engine: StepEngine) -> list[str]:
+        """Sends what there is, with the counters when they are due or the engine comes to rest.
+
+        Returns:
+            Tickets whose pieces no message can hold; the parent has been told.
+        """
+        pieces, self._pieces = self._pieces, []
+        stats = self._due(engine)
+        return self._send(pieces, stats) if pieces or stats is not None else []
+
+    def fail(self, error: EngineDeadError) -> None:
+        """The engine has failed for good."""
+        self._socket.send(encode(Ended(writable(str(error)))))
+        self.failed = True
+        self._wake()
+
+    def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
+        try:
+            self._socket.send(encode(Pieces(pieces, stats)))
+            return []
+        except (ValueError, TypeError, OverflowError) as error:
+            if len(pieces) != 1:
+                return [ticket for piece in pieces for ticket in self._send([piece], stats)]
+            (piece,) = pieces
+            message = f"the answer cannot be handed over: {error}; ask for fewer log-probabilities or a shorter text"
+            self._socket.send(encode(Refused(piece.request_id, describe_error(RequestError(writable(message))))))
+            return [piece.request_id]
+
+    def _due(self, engine: StepEngine) -> EngineStats | None:
+        now = time.monotonic()
+        if engine.has_work and now - self._sent_at < STATS_EVERY:
+            return None
+        stats = engine.stats()
+        if stats == self._sent:
+            return None
+        self._sent, self._sent_at = stats, now
+        return stats
+
+
+MAX_SEQUENCES: Final = 1 << 20  # the parent keeps the bound that was configured
+
+
+class ServingThread(EngineThread):
+    """An `EngineThread` whose pieces go to the parent, step by step."""
+
+    def __init__(self, engine: StepEngine, outbox: Outbox) -> None:
+        self._outbox = outbox
+        super().__init__(engine, MAX_SEQUENCES)
+
+    def _after_step(self) -> None:
+        for ticket in self._outbox.flush(self._engine):
+            self.abort(ticket)
+
+    def _end(self, error: EngineDeadError) -> None:
+        super()._end(error)
+        if not self._closing:
+            self._outbox.fail(error)
+
+
+class ChildEngine(InferenceEngine):
+    """The engine of this process."""
+
+    def __init__(self, config: EngineConfig, outbox: Outbox) -> None:
+        self._outbox = outbox
+        super().__init__(config)
+        self.thread = self._running_thread()
+
+    @property
+    def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None]:
+        """What its model brings besides weights."""
+        loaded = self._require()[1]
+        return loaded.tokenizer, loaded.template, loaded.pooling
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one step."""
+        return self._require()[0].max_step_tokens
+
+    def prepare(self, request: GenerationRequest) -> Sequence[Any]:
+        """See `Engine.prepare`."""
+        return self._require()[0].prepare(request)
+
+    def _make_thread(self, engine: Engine | EncoderEngine) -> EngineThread:
+        return ServingThread(engine, self._outbox)
+
+
+logger = logging.getLogger(__name__)
+
+_WORKERS: Final = 4
+_MAX_AT_ONCE: Final = 64
+_LOOK_UP: Final = 10_000  # ms
+
+
+class RequestDesk:
+    """Takes requests, aborts and questions, and answers those that the engine does not get.
+
+    Args:
+        engine: what serves them.
+        outbox: where their pieces go.
+        socket: to the parent; only the thread that calls `turn` uses it.
+        bell: wakes that thread.
+    """
+
+    def __init__(self, engine: ChildEngine, outbox: Outbox, socket: zmq.Socket[bytes], bell: Bell) -> None:
+        self._engine = engine
+        self._outbox = outbox
+        self._socket = socket
+        self._bell = bell
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(bell.descriptor, zmq.POLLIN)
+        self._reader = Reader(ToChild)
+        self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
+        self._preparing: set[str] = set()  # tickets that a worker has
+        self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+
+    def turn(self) -> None:
+        """Waits for messages or for the bell, and takes care of what is there.
+
+        Raises:
+            MalformedMessageError: the parent sent what is no message.
+        """
+        self._poller.poll(_LOOK_UP)
+        self._bell.clear()
+        while not self._done.empty():
+            self._done.get()()
+        for _ in range(_MAX_AT_ONCE):
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(self._reader.read(data))
+
+    def close(self) -> None:
+        """Ends the workers; what they have is not waited for."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, message: ToChild) -> None:
+        if isinstance(message, Abort):
+            self._preparing.discard(message.ticket)
+            self._engine.thread.abort(message.ticket)
+        elif isinstance(message, Check):
+            self._workers.submit(self._check, message.number, message.params)
+        elif message.request.params.structured_outputs is not None:
+            self._preparing.add(message.request.request_id)
+            self._workers.submit(self._prepare, message.request)
+        else:
+            self._submit(message.request, self._prepared(message.request))
+
+    def _prepared(self, request: GenerationRequest) -> Sequence[Any] | CandleVllmError:
+        """What the engine makes of a request, or why it does not."""
+        try:
+            return self._engine.prepare(request)
+        except CandleVllmError as error:
+            return error
+        except Exception as error:
+            logger.exception("a request could not be prepared")
+            return CandleVllmError(f"the engine failed on this request: {type(error).__name__}: {error}")
+
+    def _submit(self, request: GenerationRequest, prepared: Sequence[Any] | CandleVllmError) -> None:
+        try:
+            if isinstance(prepared, CandleVllmError):
+                raise prepared
+            self._engine.thread.submit(prepared, self._outbox)
+        except CandleVllmError as error:
+            self._socket.send(encode(Refused(request.request_id, describe_error(error))))
+
+    # ---- in a worker's thread ----------------------------------------------------------------------------------------
+
+    def _prepare(self, request: GenerationRequest) -> None:
+        prepared = self._prepared(request)
+
+        def hand_over() -> None:
+            if request.request_id in self._preparing:  # or it was aborted meanwhile
+                self._preparing.remove(request.request_id)
+                self._submit(request, prepared)
+
+        self._hand_over(hand_over)
+
+    def _check(self, number: int, params: StructuredOutputsParams) -> None:
+        described = None
+        try:
+            self._engine.check_structured_outputs(params)
+        except CandleVllmError as error:
+            described = describe_error(error)
+        except Exception as error:
+            logger.exception("a form could not be checked")
+            described = describe_error(CandleVllmError(f"the form could not be checked: {type(error).__name__}"))
+        answer = encode(Checked(number, described))
+        self._hand_over(lambda: self._socket.send(answer))
+
+    def _hand_over(self, work: Callable[[], object]) -> None:
+        """Has something done by the main thread, which alone may use the socket."""
+        self._done.put(work)
+        self._bell.ring()
