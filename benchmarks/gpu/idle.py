@@ -36,6 +36,7 @@ from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.preparation import DecoderPreparation
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -143,7 +144,8 @@ def idle_engine(folder: Path, sequences: int, longest: int) -> Engine:
     loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), device.device, lambda *_: None)
     runner = DeviceRunner(loaded.decoder, DeviceLimits(8192, sequences, longest // BLOCK, BLOCK), device, torch.float32)
     blocks = BlockManager(sequences * longest // BLOCK, BLOCK)
-    return Engine(runner, Scheduler(blocks, sequences, 8192), loaded.tokenizer, (), longest, seed=0)
+    preparation = DecoderPreparation(loaded.tokenizer, (), loaded.config.vocab_size, longest, seed=0)
+    return Engine(runner, Scheduler(blocks, sequences, 8192), preparation)
 
 
 def host_seconds(engine: Engine, batch: int, prompt: int, steps: int, params: SamplingParams) -> list[float]:

@@ -12,15 +12,15 @@ from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.sequence import Run, Sequence
 
 SIZE = 4
 
 
-def written_out(scheduled: list[ScheduledSequence], before: list[ScheduledSequence]) -> dict[str, list[int]]:
+def written_out(scheduled: list[Run], before: list[Run]) -> dict[str, list[int]]:
     """The numbers of a step, one token after the other."""
-    found: dict[str, list[int]] = {name: [] for name in ("token_ids", "positions", "slots", "sources", "sample_rows")}
+    found: dict[str, list[int]] = {name: [] for name in ("token_ids", "positions", "slots", "sources", "drawn_rows")}
     drawn = {item.sequence: place for place, item in enumerate(before)}
     for item in scheduled:
         for at in range(item.start, item.start + item.count):
@@ -29,12 +29,12 @@ def written_out(scheduled: list[ScheduledSequence], before: list[ScheduledSequen
             found["sources"].append(-1 if known else drawn[item.sequence])
             found["positions"].append(at)
             found["slots"].append(item.sequence.block_table[at // SIZE] * SIZE + at % SIZE)
-        if item.samples:
-            found["sample_rows"].append(len(found["positions"]) - 1)
+        if item.wanted:
+            found["drawn_rows"].append(len(found["positions"]) - 1)
     return found
 
 
-def check(batch: Batch, scheduled: list[ScheduledSequence], before: list[ScheduledSequence]) -> None:
+def check(batch: Batch, scheduled: list[Run], before: list[Run]) -> None:
     for name, wanted in written_out(scheduled, before).items():
         assert getattr(batch, name).tolist() == wanted, name
     assert np.diff(batch.query_start).tolist() == [item.count for item in scheduled]
@@ -43,7 +43,7 @@ def check(batch: Batch, scheduled: list[ScheduledSequence], before: list[Schedul
     for item, row in zip(scheduled, batch.block_tables.tolist(), strict=True):
         used = (item.start + item.count - 1) // SIZE + 1
         assert row[:used] == item.sequence.block_table.tolist()[:used]
-    assert list(batch.samples) == [item for item in scheduled if item.samples]
+    assert list(batch.drawing) == [item for item in scheduled if item.wanted]
     assert batch.num_decodes == sum(item.decodes for item in scheduled)
 
 
@@ -71,7 +71,7 @@ def test_any_run_of_steps(overlapping: bool) -> None:
                 check(batch, scheduled, before)
                 unchanged += batch.tables_version is version
                 last = scheduled[-1]
-                recomputed += last.count == 1 and not last.samples and last.start >= last.sequence.num_prompt_tokens
+                recomputed += last.count == 1 and not last.wanted and last.start >= last.sequence.num_prompt_tokens
                 version = batch.tables_version
                 scheduler.launched(scheduled)
             landing = flight if overlapping else scheduled
@@ -79,12 +79,12 @@ def test_any_run_of_steps(overlapping: bool) -> None:
             if landing:
                 scheduler.settle(landing)
             for item in landing or ():
-                if item.samples and item.sequence in ends:
+                if item.wanted and item.sequence in ends:
                     item.sequence.append(rng.randrange(9))
                     if len(item.sequence.tokens) >= ends[item.sequence]:
                         del ends[item.sequence]
                         scheduler.remove(item.sequence)
-            before = [item for item in scheduled if item.samples] if overlapping else []
+            before = [item for item in scheduled if item.wanted] if overlapping else []
         preemptions += scheduler.num_preemptions
     assert preemptions > 20
     assert unchanged > 100

@@ -97,12 +97,13 @@ def test_forms_are_compiled_before_steps_are_measured(
 
 def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
     from candle_vllm.core.engine.block_manager import BlockManager
+    from candle_vllm.core.engine.build import preparation_for
     from candle_vllm.core.engine.engine import Engine
     from candle_vllm.core.engine.scheduler import Scheduler
 
     runner, plan = build(loaded, kv_cache_memory=MIB)
     scheduler = Scheduler(BlockManager(plan.num_blocks, 16), 8, 64)
-    engine = Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len)
+    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len))
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     engine.add(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=[1, 2, 3], params=params)))
     tokens = [token for _ in range(8) for piece in engine.step() for token in piece.token_ids]

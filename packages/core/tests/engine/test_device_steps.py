@@ -14,6 +14,7 @@ import torch
 from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner, bucket_sizes
 from candle_vllm.core.engine.engine import Engine
@@ -69,7 +70,7 @@ def make(
     reproducible: bool = False,
 ) -> Engine:
     scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, reproducible=reproducible)
-    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT, seed=0)
+    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0))
 
 
 def device_runner(

@@ -33,7 +33,7 @@ def run_step(engine: Scheduler, next_token: int = 7) -> list[tuple[str, int, int
         engine.launched([item])
         engine.settle([item])
     for item in items:
-        if item.samples:
+        if item.wanted:
             item.sequence.append(next_token)
             params = item.sequence.request.params
             if item.sequence.num_tokens - item.sequence.num_prompt_tokens >= (params.max_tokens or 0):
@@ -181,7 +181,7 @@ def test_every_request_ends_and_no_block_is_lost_or_written_while_shared(
         for item in items:
             engine.launched([item])
             engine.settle([item])
-            if item.samples:
+            if item.wanted:
                 item.sequence.append(rng.randrange(2))
                 params = item.sequence.request.params
                 if item.sequence.num_tokens - item.sequence.num_prompt_tokens == params.max_tokens:
@@ -228,7 +228,7 @@ def test_any_load_ends_where_steps_overlap(seed: int, seqs: int, size: int, repr
             engine.launched([item])
         for item in flight:
             engine.settle([item])
-            if item.samples and item.sequence in alive:
+            if item.wanted and item.sequence in alive:
                 item.sequence.append(rng.randrange(2))
                 if len(item.sequence.tokens) == item.sequence.max_length or rng.random() < 0.1:
                     engine.remove(item.sequence)

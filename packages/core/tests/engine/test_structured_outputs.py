@@ -24,6 +24,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
@@ -82,7 +83,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def make(loaded: LoadedModel, runner: ModelRunner | None = None, blocks: int = 400) -> Engine:
     runner = runner or EagerRunner(loaded.decoder, blocks, SIZE, CPU, torch.float32)
     scheduler = Scheduler(BlockManager(blocks, SIZE), 16, 64)
-    return Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT, seed=0)
+    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0))
 
 
 @pytest.fixture

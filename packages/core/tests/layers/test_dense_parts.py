@@ -24,8 +24,7 @@ from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import ScheduledSequence
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
@@ -276,7 +275,7 @@ def outcomes(runner: ModelRunner, chunks: list[int]) -> tuple[torch.Tensor, torc
     logits, hidden, start = [], [], 0
     for chunk in chunks:
         sequence.num_computed_tokens = start
-        runner.forward(BatchBuilder(BLOCK).build([ScheduledSequence.next(sequence, chunk)]), [])
+        runner.forward(BatchBuilder(BLOCK).build([Run.next(sequence, chunk)]), [])
         for first in range(0, chunk, 64):
             rows = np.arange(first, min(first + 64, chunk))
             logits.append(runner.score(rows).clone())

@@ -18,8 +18,7 @@ from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import ScheduledSequence
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -37,7 +36,7 @@ def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> 
     rows = []
     for start in range(0, len(tokens), chunk):
         sequence.num_computed_tokens = start
-        item = ScheduledSequence.next(sequence, min(chunk, len(tokens) - start))
+        item = Run.next(sequence, min(chunk, len(tokens) - start))
         runner.run(BatchBuilder(BLOCK).build([item]))
         rows += [runner.score(np.arange(first, min(first + 64, item.count))) for first in range(0, item.count, 64)]
     return torch.cat(rows)

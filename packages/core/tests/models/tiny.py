@@ -22,8 +22,7 @@ from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
 from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.scheduler import ScheduledSequence
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
@@ -130,7 +129,7 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> to
     found, start = [], 0
     for chunk in chunks:
         sequence.num_computed_tokens = start
-        item = ScheduledSequence.next(sequence, chunk)
+        item = Run.next(sequence, chunk)
         runner.forward(BatchBuilder(BLOCK).build([item]), [])
         found += [runner.score(np.arange(first, min(first + 64, chunk))).clone() for first in range(0, chunk, 64)]
         start += chunk

@@ -25,6 +25,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
@@ -154,7 +155,7 @@ def lazy_runner(loaded: LoadedModel, blocks: int) -> DeviceRunner:
 def drive(loaded: LoadedModel, runner: ModelRunner, blocks: int) -> tuple[dict[str, Any], int]:
     """Vectors of all kinds and answers in one engine; what came out, and the preemptions."""
     scheduler = Scheduler(BlockManager(blocks, 16), 8, 32)
-    engine = Engine(runner, scheduler, loaded.tokenizer, (), 512, seed=0)
+    engine = Engine(runner, scheduler, preparation_for(loaded, 512, seed=0))
     requests: list[GenerationRequest] = []
     for number, text in enumerate(TEXTS):
         requests += [
@@ -203,7 +204,7 @@ def test_the_same_on_a_late_device_and_after_preemption(
 
 def test_an_aborted_text_frees_its_blocks(loaded: LoadedModel) -> None:
     scheduler = Scheduler(BlockManager(40, 16), 8, 16)
-    engine = Engine(EagerRunner(loaded.decoder, 40, 16, CPU, torch.float32), scheduler, loaded.tokenizer, (), 512)
+    engine = Engine(EagerRunner(loaded.decoder, 40, 16, CPU, torch.float32), scheduler, preparation_for(loaded, 512))
     engine.add(engine.prepare(PoolingRequest(request_id="a", prompt_token_ids=TEXTS[-1])))
     assert engine.step() == []
     (piece,) = engine.abort("a")

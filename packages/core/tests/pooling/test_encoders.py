@@ -31,7 +31,8 @@ from candle_vllm.core import (
     UnsupportedModelError,
     WeightsError,
 )
-from candle_vllm.core.engine.encoder_engine import EncoderRunner
+from candle_vllm.core.engine.batch import Batch
+from candle_vllm.core.engine.model_runner import EncoderRunner
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
@@ -340,11 +341,11 @@ class Gate:
         self.opened, self.reached, self.texts = threading.Event(), threading.Event(), 0
         run = EncoderRunner.run
 
-        def held(runner: EncoderRunner, texts: Any) -> Any:
-            self.texts += len(texts)
+        def held(runner: EncoderRunner, batch: Batch) -> Any:
+            self.texts += len(batch.runs)
             self.reached.set()
             assert self.opened.wait(30)
-            return run(runner, texts)
+            return run(runner, batch)
 
         monkeypatch.setattr(EncoderRunner, "run", held)
 

@@ -15,8 +15,7 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device, give_back
-from candle_vllm.core.engine.build import build_encoder_engine, build_engine, model_info
-from candle_vllm.core.engine.encoder_engine import EncoderEngine
+from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
@@ -55,15 +54,12 @@ class InferenceEngine(EngineFront):
         with progress_bar() as progress:
             loaded = load_any_model(config, device, progress)
         self._loaded: LoadedModel | LoadedEncoder | None = loaded
-        if isinstance(loaded, LoadedEncoder):
-            self._engine: Engine | EncoderEngine | None = build_encoder_engine(config, loaded)
-        else:
-            self._engine = build_engine(config, loaded)
+        self._engine: Engine | None = build_engine(config, loaded)
         self._thread: EngineThread | None = None
         self._manual = False
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps
         self._lock = threading.Lock()  # guards how the engine is driven
-        self._finalizer = weakref.finalize(self, _close, self._engine)
+        self._finalizer = weakref.finalize(self, self._engine.close)
         self._info = model_info(loaded, self._engine)
 
     @property
@@ -74,9 +70,7 @@ class InferenceEngine(EngineFront):
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `EngineFront`."""
         self._check_generates()
-        engine = self._require()[0]
-        assert isinstance(engine, Engine)
-        engine.check_structured_outputs(params)
+        self._require()[0].check_structured_outputs(params)
 
     # ---- a loop of your own ------------------------------------------------------------------------------------------
 
@@ -129,7 +123,7 @@ class InferenceEngine(EngineFront):
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _require(self) -> tuple[Engine | EncoderEngine, LoadedModel | LoadedEncoder]:
+    def _require(self) -> tuple[Engine, LoadedModel | LoadedEncoder]:
         if self._engine is None or self._loaded is None:
             raise EngineDeadError("the engine is closed")
         return self._engine, self._loaded
@@ -145,7 +139,7 @@ class InferenceEngine(EngineFront):
                 self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine)
             return self._thread
 
-    def _make_thread(self, engine: Engine | EncoderEngine) -> EngineThread:
+    def _make_thread(self, engine: Engine) -> EngineThread:
         return EngineThread(engine, self.config.max_queued_requests)
 
     def _own_loop(self) -> StepEngine:
@@ -156,13 +150,6 @@ class InferenceEngine(EngineFront):
             return self._require()[0]
 
 
-def _shut_down(thread: EngineThread, engine: Engine | EncoderEngine) -> None:
+def _shut_down(thread: EngineThread, engine: Engine) -> None:
     thread.close()
-    _close(engine)
-
-
-def _close(engine: Engine | EncoderEngine) -> None:
-    if isinstance(engine, Engine):
-        engine.close()
-    else:
-        engine.runner.close()
+    engine.close()

@@ -16,7 +16,7 @@ import pytest
 from gguf import GGUFWriter
 
 from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
-from candle_vllm.core.engine import step_graphs
+from candle_vllm.core.engine import recorded_runner
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -64,7 +64,7 @@ def test_every_set_of_instructions_gives_the_model(
 ) -> None:
     if isa & ~host_isa():
         pytest.skip(f"this CPU has no {isa & ~host_isa()}")
-    monkeypatch.setattr(step_graphs, "host_isa", lambda: isa)
+    monkeypatch.setattr(recorded_runner, "host_isa", lambda: isa)
     tokens, scores = answer(model)
     assert tokens == exact[0]
     assert gap(scores, exact[1]) < 0.03

@@ -28,6 +28,7 @@ from triton.runtime import driver, jit
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
@@ -173,7 +174,7 @@ def serve(loaded: LoadedModel, watch: Watch, captured_prompts: int) -> None:
     watch.together(lambda: run(steps, stream))
     run(steps, stream)
     runner.allocate(400)
-    engine = Engine(runner, Scheduler(BlockManager(400, SIZE), 8, 128), loaded.tokenizer, loaded.eos_token_ids, CONTEXT)
+    engine = Engine(runner, Scheduler(BlockManager(400, SIZE), 8, 128), preparation_for(loaded, CONTEXT))
     watch.phase = "serve"
     kinds: list[dict[str, Any]] = [
         {},

@@ -14,6 +14,7 @@ from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.engine import Engine
@@ -56,7 +57,7 @@ def answers(loaded: LoadedModel, device: torch.device, *, prompts: int = 0) -> l
         work()
     runner.allocate(12)
     scheduler = Scheduler(BlockManager(12, SIZE), 2, 32)
-    engine = Engine(runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, CONTEXT)
+    engine = Engine(runner, scheduler, preparation_for(loaded, CONTEXT))
     collectors = []
     waiting = [
         GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)

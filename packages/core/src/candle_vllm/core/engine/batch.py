@@ -8,8 +8,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.scheduler import ScheduledSequence
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence
 
 Ints = NDArray[np.int64]
 
@@ -25,8 +24,9 @@ class Batch:
         block_tables: [R, most blocks]; a row's tail beyond its context is not read. Valid until the next step is built.
         tables_version: the same object as of the step before where the tables are the same.
         num_decodes: how many sequences at the front have one token that was generated.
-        sample_rows: indices into T of the tokens whose successor is sampled, one per item of `samples`.
-        samples: the scheduled sequences that get a new token.
+        runs: what was scheduled.
+        drawing: those of the runs that draw.
+        drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
     """
 
     tokens: Ints
@@ -35,8 +35,9 @@ class Batch:
     block_tables: Ints
     tables_version: object
     num_decodes: int
-    sample_rows: Ints
-    samples: Seq[ScheduledSequence]
+    runs: Seq[Run]
+    drawing: Seq[Run]
+    drawn_rows: Ints
 
     @property
     def token_ids(self) -> Ints:
@@ -66,7 +67,7 @@ class BatchBuilder:
     or have begun a block since, are written.
 
     Args:
-        block_size: tokens of a block.
+        block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -77,7 +78,7 @@ class BatchBuilder:
         self._version = object()
         self._numbers = np.arange(1)
 
-    def build(self, scheduled: Seq[ScheduledSequence], before: Seq[ScheduledSequence] = ()) -> Batch:
+    def build(self, scheduled: Seq[Run], before: Seq[Run] = ()) -> Batch:
         """Lays the scheduled tokens of all sequences behind each other.
 
         Args:
@@ -100,13 +101,14 @@ class BatchBuilder:
             total, places = int(query_start[-1]), query_start[1:] - 1  # of each sequence's last token
             rows = np.repeat(self._up_to(count), counts)
             positions = self._up_to(total) + (starts - query_start[:-1])[rows]
-            whole = all(item.samples for item in scheduled)
-        tables = self._follow(scheduled)
+            whole = all(item.wanted for item in scheduled)
+        tables = self._follow(scheduled) if self._block_size else np.zeros((count, 0), np.int64)
         tokens = np.empty((4, total), np.int64)
         tokens[1] = positions
-        blocks = positions // self._block_size
-        tokens[2] = (tables[rows, blocks] - blocks) * self._block_size + positions
-        tokens[3] = -1
+        tokens[2:] = -1
+        if self._block_size:
+            blocks = positions // self._block_size
+            tokens[2] = (tables[rows, blocks] - blocks) * self._block_size + positions
         if before:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, places] = [drawn.get(item.sequence, -1) for item in scheduled]
@@ -118,12 +120,13 @@ class BatchBuilder:
             block_tables=tables,
             tables_version=self._version,
             num_decodes=decodes,
-            sample_rows=places if whole else places[[item.samples for item in scheduled]],
-            samples=scheduled if whole else [item for item in scheduled if item.samples],
+            runs=scheduled,
+            drawing=scheduled if whole else [item for item in scheduled if item.wanted],
+            drawn_rows=places if whole else places[[item.wanted > 0 for item in scheduled]],
         )
 
     @staticmethod
-    def _name_tokens(scheduled: Seq[ScheduledSequence], tokens: Ints) -> None:
+    def _name_tokens(scheduled: Seq[Run], tokens: Ints) -> None:
         """Writes the ids that are known, and 0 for those that are on their way."""
         if len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
             tokens[0] = 0
@@ -136,7 +139,7 @@ class BatchBuilder:
                 ids.append(0)
         tokens[0] = ids
 
-    def _follow(self, scheduled: Seq[ScheduledSequence]) -> Ints:
+    def _follow(self, scheduled: Seq[Run]) -> Ints:
         """The block tables of a step [R, most blocks], kept for the next one."""
         rows = [(item.sequence, item.admission) for item in scheduled]
         if rows != self._rows:

@@ -12,11 +12,11 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.encoder_engine import EncoderEngine, EncoderRunner
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, ModelRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, EncoderRunner, ModelRunner
+from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
-from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
 from candle_vllm.core.sampling.sampler import Sampler
@@ -49,12 +49,14 @@ _NOT_FOR_ENCODERS = MappingProxyType(
 )
 
 
-def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
+def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> Engine:
     """The engine for a loaded model.
 
     Raises:
         ConfigError: settings that cannot work together, or not with this model and memory.
     """
+    if isinstance(loaded, LoadedEncoder):
+        return _build_encoder(config, loaded)
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
     sequences = config.max_num_seqs or defaults.sequences
@@ -74,32 +76,31 @@ def build_engine(config: EngineConfig, loaded: LoadedModel) -> Engine:
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible)
-    engine = Engine(
-        runner, scheduler, loaded.tokenizer, loaded.eos_token_ids, plan.max_model_len, config.seed, loaded.pooling
-    )
+    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed))
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 
 
-def build_encoder_engine(config: EngineConfig, loaded: LoadedEncoder) -> EncoderEngine:
-    """The engine for a loaded encoder.
+def preparation_for(loaded: LoadedModel, max_model_len: int, seed: int | None = None) -> DecoderPreparation:
+    """What makes sequences of requests to a loaded model; see `DecoderPreparation`."""
+    tokenizer, vocab_size = loaded.tokenizer, loaded.config.vocab_size
+    return DecoderPreparation(
+        tokenizer, loaded.eos_token_ids, vocab_size, max_model_len, pooling=loaded.pooling, seed=seed
+    )
 
-    Raises:
-        ConfigError: a setting of caches or of generation, which would set nothing.
-    """
+
+def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
+    """The engine for an encoder; refuses settings of caches and of generation, which would set nothing."""
     for name, unset in _NOT_FOR_ENCODERS.items():
         if getattr(config, name) != unset:
             raise ConfigError(
                 f"{loaded.name} reads texts whole and generates none, so {name} sets nothing: leave it out", name
             )
     defaults = DEFAULTS[loaded.placement.device.type]
-    return EncoderEngine(
+    return Engine(
         EncoderRunner(loaded.encoder, loaded.placement.device),
-        loaded.name,
-        loaded.pooling,
-        loaded.max_model_len,
-        config.max_num_seqs or defaults.sequences,
-        config.max_num_batched_tokens or defaults.tokens,
+        WholeTexts(config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens),
+        EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len),
     )
 
 
@@ -139,7 +140,7 @@ def _build_on_cpu(
     return RecordedRunner(loaded.decoder, plan.num_blocks, limits), plan
 
 
-def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine | EncoderEngine) -> ModelInfo:
+def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
     vectors = ("embed", "score") if loaded.pooling is not None else ("score",)
     return ModelInfo(

@@ -113,8 +113,8 @@ class DeviceInputs:
         if size.mixed:
             host["query_start"][: rows + 1] = batch.query_start
             host["query_start"][rows + 1 : size.rows + 1] = tokens
-            host["sample_rows"][: len(batch.sample_rows)] = batch.sample_rows
-            host["sample_rows"][len(batch.sample_rows) : size.rows] = 0
+            host["sample_rows"][: len(batch.drawn_rows)] = batch.drawn_rows
+            host["sample_rows"][len(batch.drawn_rows) : size.rows] = 0
             host["decoding"][0] = batch.num_decodes
         if states:
             self._write_controls(host["controls"], states)
@@ -173,8 +173,9 @@ class DeviceInputs:
             block_tables=np.zeros((rows, self._limits.table_width), np.int64),
             tables_version=object(),
             num_decodes=0,
-            sample_rows=np.arange(min(self._limits.sequences, tokens)),
-            samples=(),
+            runs=(),
+            drawing=(),
+            drawn_rows=np.arange(min(self._limits.sequences, tokens)),
         )
         self._stream.mark().wait()
         self.send(batch, (), None)

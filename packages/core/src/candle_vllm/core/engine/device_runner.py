@@ -248,7 +248,7 @@ class DeviceRunner:
 
     def _eager(self, batch: Batch) -> Work:
         """Any step, operation by operation."""
-        tokens, samples, places = len(batch.token_ids), len(batch.sample_rows), self._inputs.rows_of(batch)
+        tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
 
         def work() -> None:
             self._hidden = torch.empty(0)  # that of the step before makes room

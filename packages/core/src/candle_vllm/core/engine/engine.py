@@ -11,29 +11,20 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
+from typing import cast
 
-import msgspec
 import torch
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
-from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
+from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.preparation import Preparation
-from candle_vllm.core.engine.request import (
-    EngineStats,
-    FinishReason,
-    GenerationRequest,
-    TokenOutput,
-)
-from candle_vllm.core.engine.row_readers import read_rows
-from candle_vllm.core.engine.scheduler import ScheduledSequence, Scheduler
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutput
+from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
+from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.core.pooling import ModelPooling
-from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.sampler import SampledToken, Sampler
-from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.sampling.sampler import SampledToken
 
 logger = logging.getLogger(__name__)
 
@@ -42,58 +33,32 @@ logger = logging.getLogger(__name__)
 class _Flight:
     """A step that was launched and is not settled; `lives` are those that it draws for."""
 
-    scheduled: Seq[ScheduledSequence]
     batch: Batch
     lives: Seq[LiveSequence]
     launched: Launched
 
 
 class Engine:
-    """Scheduler, model, sampler and the live sequences.
+    """Scheduler, model and the live sequences.
 
     Args:
-        runner: model and cache.
-        scheduler: queues and blocks.
-        tokenizer: tokens to text.
-        eos_token_ids: the model's end-of-sequence tokens.
-        max_model_len: longest prompt plus output.
-        seed: makes requests without a seed reproducible, in order of preparation.
-        pooling: how vectors are made of hidden states; None is by the last one, of length 1.
+        runner: the model, and its cache if it has one.
+        scheduler: queues, and blocks where there is a cache.
+        preparation: makes sequences of requests.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer,
-        eos_token_ids: Seq[int],
-        max_model_len: int,
-        seed: int | None = None,
-        pooling: ModelPooling | None = None,
-    ) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler | WholeTexts, preparation: Preparation) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.tokenizer = tokenizer
-        self.eos_token_ids = tuple(eos_token_ids)
-        self.max_model_len = max_model_len
-        self.vocab_size = runner.decoder.config.vocab_size
-        self.pooling = pooling or ModelPooling(runner.decoder.config.hidden_size)
+        self.prepare = preparation.prepare
+        self.check_structured_outputs = preparation.check_structured_outputs
+        self.max_model_len = preparation.max_model_len
         self.cache_bytes = 0  # of a full KV cache, where that is known
-        self.sampler = Sampler()
-        self.grammars = LlguidanceBackend(tokenizer, self.vocab_size, self.eos_token_ids)
-        self._preparation = Preparation(
-            tokenizer,
-            eos_token_ids,
-            self.vocab_size,
-            max_model_len,
-            pooling=self.pooling,
-            grammars=self.grammars,
-            seed=seed,
-        )
-        self._batches = BatchBuilder(scheduler.blocks.block_size)
+        self._preparation = preparation
+        self._batches = BatchBuilder(scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0)
         self._flight: _Flight | None = None
-        self._live: dict[Sequence, LiveSequence] = {}
-        self._requests: dict[str, list[LiveSequence]] = {}
+        self._live: dict[Sequence, Live] = {}
+        self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
         self._counts: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -113,15 +78,7 @@ class Engine:
         """True while any sequence is unfinished, or a step is under way."""
         return bool(self._live) or self._flight is not None
 
-    def prepare(self, request: GenerationRequest) -> list[LiveSequence]:
-        """Checks a request and makes its sequences. Thread-safe.
-
-        Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
-        """
-        return self._preparation.prepare(request)
-
-    def add(self, prepared: Seq[LiveSequence]) -> None:
+    def add(self, prepared: Seq[Live]) -> None:
         """Queues a prepared request; its id must not be in use."""
         request_id = prepared[0].request.request_id
         if request_id in self._requests:
@@ -178,10 +135,10 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
-        before = self._flight.batch.samples if self._flight is not None else ()
+        before = self._flight.batch.drawing if self._flight is not None else ()
         try:
             batch = self._batches.build(scheduled, before)
-            lives = [self._live[item.sequence] for item in batch.samples]
+            lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
             states = [live.state for live in lives]
             self.runner.forward(batch, states)
             if any(state.reads_tokens for state in states):
@@ -197,8 +154,8 @@ class Engine:
         self.scheduler.launched(scheduled)
         for state in states:
             state.num_ahead += 1
-        pieces += self._read_prompts(scheduled, batch)
-        return _Flight(scheduled, batch, lives, launched)
+        pieces += self._read_prompts(batch)
+        return _Flight(batch, lives, launched)
 
     def _land(self) -> list[TokenOutput]:
         """Waits for the step that was launched last, if any, and settles it."""
@@ -210,15 +167,15 @@ class Engine:
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            logger.exception("a step of %d sequences failed", len(flight.scheduled))
-            return [self._fail(item.sequence, error) for item in flight.scheduled if item.sequence in self._live]
+            logger.exception("a step of %d sequences failed", len(flight.batch.runs))
+            return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
         return self._settle(flight, sampled)
 
     def _settle(self, flight: _Flight, sampled: Seq[SampledToken]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
         self._counts["steps"] += 1
-        self.scheduler.settle(flight.scheduled)
-        prompts = flight.scheduled[flight.batch.num_decodes :]
+        self.scheduler.settle(flight.batch.runs)
+        prompts = flight.batch.runs[flight.batch.num_decodes :]
         self._count_prompts(prompts)
         pieces = []
         for live, token in zip(flight.lives, sampled, strict=True):
@@ -230,11 +187,11 @@ class Engine:
                 pieces += self._end_pooled(item)
         return pieces
 
-    def _count_prompts(self, prompts: Seq[ScheduledSequence]) -> None:
+    def _count_prompts(self, prompts: Seq[Run]) -> None:
         """Books the prompts that a step has ended, each once however often its sequence was preempted."""
         for item in prompts:
             sequence = item.sequence
-            ends = item.samples and len(sequence.tokens) == sequence.num_prompt_tokens
+            ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
             if ends and sequence.index == 0 and sequence in self._live:
                 self._counts["prompt"] += sequence.num_prompt_tokens
                 self._counts["cached"] += sequence.num_cached_tokens or 0
@@ -250,7 +207,7 @@ class Engine:
             return self._fail(live.sequence, error)
         return piece if piece.finish_reason is None else self._finish(live, piece)
 
-    def _finish(self, live: LiveSequence, piece: TokenOutput) -> TokenOutput:
+    def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
         """Takes an ended sequence out of the engine."""
         self.scheduler.remove(live.sequence)
         del self._live[live.sequence]
@@ -270,48 +227,40 @@ class Engine:
         message = f"the engine failed on this request: {type(error).__name__}: {error}"
         return self._finish(live, live.end(FinishReason.ERROR, message, "engine"))
 
-    def _read_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch) -> list[TokenOutput]:
+    def _read_prompts(self, batch: Batch) -> list[TokenOutput]:
         """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
-        failed, prompts = [], scheduled[batch.num_decodes :]
+        failed, first = [], batch.num_decodes
         now = time.monotonic()
-        for item, offset in zip(prompts, batch.query_start[batch.num_decodes :].tolist()):
-            live = self._live.get(item.sequence)
+        for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
+            live = self._live.get(run.sequence)
             if live is None:  # it ended when the step before was settled
                 continue
             live.scheduled(now)
             try:
-                read_rows(live, item, offset, self.runner, self.sampler)
+                live.read_rows(run, offset, self.runner)
             except torch.AcceleratorError:
                 raise
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("the rows of a sequence could not be read")
-                failed.append(self._fail(item.sequence, error))
+                failed.append(self._fail(run.sequence, error))
         return failed
 
-    def _end_pooled(self, item: ScheduledSequence) -> list[TokenOutput]:
+    def _end_pooled(self, run: Run) -> list[TokenOutput]:
         """The piece of a text whose last token has been run."""
-        live, sequence = self._live[item.sequence], item.sequence
-        if item.start + item.count < sequence.num_prompt_tokens:
+        live, sequence = self._live[run.sequence], run.sequence
+        if run.start + run.count < sequence.num_prompt_tokens:
             return []
-        assert live.pooler is not None
+        assert isinstance(live, PooledText)
         self._counts["prompt"] += sequence.num_prompt_tokens
         self._counts["cached"] += sequence.num_cached_tokens or 0
         try:
-            piece = msgspec.structs.replace(live.end(FinishReason.STOP), pooled=live.pooler.vector())
+            piece = live.finish()
         except Exception as error:
             return [self._fail(sequence, error)]
         return [self._finish(live, piece)]
 
-    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Raises what a request with such a form would raise. Thread-safe; the compiled grammar is kept.
-
-        Raises:
-            InvalidParameterError: the form is wrong or not supported.
-        """
-        self.grammars.compile(params)
-
     def close(self) -> None:
         """Lets go of the model's caches and of the threads that fill masks."""
         self.runner.close()
-        self.grammars.close()
+        self._preparation.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Literal
 
 import msgspec
+import numpy as np
 
-from candle_vllm.core.engine.pooler import Pooler
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -17,14 +19,73 @@ from candle_vllm.core.engine.request import (
     TokenLogprob,
     TokenOutput,
 )
-from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken
+from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.detokenizer import Detokenizer
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
-class LiveSequence:
+class Live(ABC):
+    """One sequence of a request from admission to its last piece.
+
+    Args:
+        sequence: the scheduler's view.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.first_scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The request it belongs to."""
+        return self.sequence.request
+
+    def scheduled(self, now: float) -> None:
+        """Takes note of the first step that runs it."""
+        if self.first_scheduled_time is None:
+            self.first_scheduled_time = now
+
+    @abstractmethod
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """Reads what it wants of a step's rows beside a token, if anything, from the step that was launched last.
+
+        Args:
+            run: which of its tokens the step has.
+            offset: of the first of them among the step's rows.
+            runner: has the rows.
+
+        Raises:
+            RequestError: the rows cannot be what was asked for.
+        """
+
+    def end(
+        self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
+    ) -> TokenOutput:
+        """The last piece of a sequence that ends without a token of its own."""
+        return TokenOutput(
+            request_id=self.request.request_id,
+            index=self.sequence.index,
+            finish_reason=reason,
+            num_prompt_tokens=self.sequence.num_prompt_tokens,
+            num_cached_tokens=self.sequence.num_cached_tokens or 0,
+            metrics=self._metrics(),
+            error=error,
+            error_kind=kind,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival_time=self.request.arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time,
+            finished_time=time.monotonic(),
+        )
+
+
+class LiveSequence(Live):
     """One sequence from admission to its last piece: scheduler's view, sampling state, detokenizer and times.
 
     Args:
@@ -43,9 +104,9 @@ class LiveSequence:
         eos_token_ids: Collection[int],
         max_length: int,
     ) -> None:
+        super().__init__(sequence)
         params = sequence.request.params
         sequence.max_length = max_length
-        self.sequence = sequence
         self.state = state
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -65,19 +126,6 @@ class LiveSequence:
             min_tokens=params.min_tokens,
         )
         self.prompt_logprobs: list[PositionLogprobs | None] = [None]
-        self.pooler: Pooler | None = None  # of a text whose hidden states are wanted
-        self.first_scheduled_time: float | None = None
-        self.first_token_time: float | None = None
-
-    def scheduled(self, now: float) -> None:
-        """Takes note of the first step that runs it."""
-        if self.first_scheduled_time is None:
-            self.first_scheduled_time = now
-
-    @property
-    def request(self) -> GenerationRequest:
-        """The request it belongs to."""
-        return self.sequence.request
 
     @property
     def num_output_tokens(self) -> int:
@@ -130,9 +178,22 @@ class LiveSequence:
     def end(
         self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
     ) -> TokenOutput:
-        """The last piece of a sequence that stops without a token of its own: aborted or failed."""
+        """See `Live`; text that was held back comes with it."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
         return msgspec.structs.replace(piece, error=error, error_kind=kind)
+
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """See `Live`: log-probabilities of the prompt, where they are asked for."""
+        top = self.request.params.prompt_logprobs
+        if top is None or self.sequence.index:
+            return
+        known = len(self.prompt_logprobs) - 1  # after a preemption the first positions are known already
+        last = min(run.start + run.count, self.sequence.num_prompt_tokens - 1)
+        for first in range(max(run.start, known), last, MAX_SCORED_ROWS):
+            end = min(first + MAX_SCORED_ROWS, last)
+            rows = np.arange(offset + first - run.start, offset + end - run.start)
+            scored = Sampler.prompt_logprobs(runner.score(rows), self.sequence.tokens[first + 1 : end + 1], top)
+            self.prompt_logprobs += [self.describe(row) for row in scored]
 
     def describe(self, row: LogprobRow) -> PositionLogprobs:
         """Log-probabilities with the texts of their tokens."""
@@ -187,14 +248,6 @@ class LiveSequence:
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_cached_tokens=self.sequence.num_cached_tokens or 0,
             metrics=self._metrics() if reason is not None else None,
-        )
-
-    def _metrics(self) -> RequestMetrics:
-        return RequestMetrics(
-            arrival_time=self.request.arrival_time,
-            first_scheduled_time=self.first_scheduled_time,
-            first_token_time=self.first_token_time,
-            finished_time=time.monotonic(),
         )
 
     def _logprob(self, token: int, value: float, rank: int) -> TokenLogprob:

@@ -1,4 +1,4 @@
-"""Steps 6 and 7: the model with its KV cache, and the draw. A batch goes in, tokens come out."""
+"""Steps 6 and 7: the model with its KV cache if it has one, and the draw. A batch goes in, tokens come out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.request import PoolingRequest
+from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.family import Decoder
+from candle_vllm.core.models.family import Decoder, Encoder
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -21,14 +24,13 @@ class Launched(Protocol):
     """A step that was launched and may still be running."""
 
     def tokens(self) -> list[SampledToken]:
-        """What it drew, one entry per item of `Batch.samples`; waits for it. Called once."""
+        """What it drew, one entry per item of `Batch.drawing`; waits for it. Called once."""
         ...
 
 
 class ModelRunner(Protocol):
-    """Runs a decoder over a paged cache and draws tokens, one step at a time."""
+    """Runs a model and draws tokens, one step at a time: a decoder with its paged cache, or an encoder."""
 
-    decoder: Decoder
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before are taken."""
 
@@ -37,7 +39,7 @@ class ModelRunner(Protocol):
 
         Args:
             batch: the step.
-            states: how the next tokens of `batch.samples` are drawn. Only temperature and the like, and the random
+            states: how the next tokens of `batch.drawing` are drawn. Only temperature and the like, and the random
                 numbers of these positions, are read here.
         """
         ...
@@ -87,8 +89,7 @@ class StepwiseRunner(ABC):
 
     overlaps = False
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self) -> None:
         self._sampler = Sampler()
         self._drawn_from = torch.empty(0)
 
@@ -102,7 +103,7 @@ class StepwiseRunner(ABC):
 
     @abstractmethod
     def run(self, batch: Batch) -> torch.Tensor:
-        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(sample_rows), V] in fp32.
+        """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(drawn_rows), V] in fp32.
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """
@@ -134,7 +135,8 @@ class EagerRunner(StepwiseRunner):
         config = decoder.config
         rows = (num_blocks, block_size, config.cache.kv_heads)
         keys, values = (*rows, config.cache.key_dim), (*rows, config.cache.value_dim)
-        super().__init__(decoder)
+        super().__init__()
+        self.decoder = decoder
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
         self.key_caches = tuple(torch.empty(keys, device=device, dtype=dtype) for _ in range(config.num_layers))
@@ -151,7 +153,7 @@ class EagerRunner(StepwiseRunner):
         rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
         step = StepInput(positions, slots, rows, self.key_caches, self.value_caches)
         self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.sample_rows)
+        return self.score(batch.drawn_rows)
 
     @torch.inference_mode()
     def score(self, rows: Ints) -> torch.Tensor:
@@ -162,3 +164,49 @@ class EagerRunner(StepwiseRunner):
     def hidden(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
         return self._hidden[torch.from_numpy(rows).to(self.device)].float()
+
+
+class EncoderRunner(StepwiseRunner):
+    """Runs an encoder over whole texts; there is no cache, and nothing to draw.
+
+    A cross-encoder's hidden state of each position is the score of its text, [1].
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.device = device
+        self._hidden = torch.empty(0)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """See `StepwiseRunner`."""
+        lengths = [run.count for run in batch.runs]
+        kinds = np.concatenate([_token_types(run) for run in batch.runs])
+        token_ids, places, types = (
+            torch.from_numpy(array).to(self.device) for array in (batch.token_ids, batch.positions, kinds)
+        )
+        hidden = self.encoder.forward(token_ids, places, types, lengths)
+        if self.encoder.config.scores:
+            first = torch.from_numpy(batch.query_start[:-1]).to(self.device)
+            hidden = self.encoder.scores(hidden[first])[:, None].repeat_interleave(
+                torch.tensor(lengths, device=self.device), 0
+            )
+        self._hidden = hidden
+        return self._drawn_from
+
+    def score(self, rows: Ints) -> torch.Tensor:
+        """An encoder has no logits."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def hidden(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`."""
+        return self._hidden[torch.from_numpy(rows).to(self.device)].float()
+
+
+def _token_types(run: Run) -> Ints:
+    """[count] which of a pair's texts each token belongs to."""
+    request = run.sequence.request
+    assert isinstance(request, PoolingRequest)
+    return np.array(request.token_type_ids or [0] * run.count, np.int64)

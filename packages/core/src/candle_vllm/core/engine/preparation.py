@@ -1,4 +1,4 @@
-"""Checks of a request, and what is made of it before it is queued: sequences with their sampling states.
+"""Checks of a request, and what is made of it before it is queued: sequences and sampling states (before step 4).
 
 It needs no engine state and may run in any thread.
 """
@@ -6,33 +6,99 @@ It needs no engine state and may run in any thread.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_pooling_request, check_request
-from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.pooler import Pooler
+from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request
+from candle_vllm.core.engine.live import Live, LiveSequence
+from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.pooling import ModelPooling
-from candle_vllm.core.sampling.grammar import GrammarBackend, GrammarState
+from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.pooling import ModelPooling, PoolingPlan
+from candle_vllm.core.sampling.grammar import GrammarState
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
-class Preparation:
+class Preparation(ABC):
     """Makes sequences of requests to one model. Thread-safe.
+
+    Attributes:
+        max_model_len: longest prompt plus output, in tokens.
+    """
+
+    max_model_len: int
+
+    @abstractmethod
+    def prepare(self, request: GenerationRequest) -> Seq[Live]:
+        """Checks a request and makes its sequences.
+
+        Raises:
+            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+        """
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """Raises what a request with such a form would raise; the compiled grammar is kept.
+
+        Raises:
+            InvalidParameterError: the form is wrong or not supported.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027  # most have nothing to end
+        """Lets go of threads."""
+
+
+class EncoderPreparation(Preparation):
+    """Makes sequences of requests to a model that reads texts whole and generates nothing.
+
+    Args:
+        name: the model's name, for messages.
+        config: its description.
+        pooling: how its vectors are made; None for a cross-encoder.
+        max_model_len: longest text, in tokens.
+    """
+
+    def __init__(self, name: str, config: EncoderConfig, pooling: ModelPooling | None, max_model_len: int) -> None:
+        self.max_model_len = max_model_len
+        self._name = name
+        self._config = config
+        self._pooling = pooling
+
+    def prepare(self, request: GenerationRequest) -> list[PooledText]:
+        """See `Preparation`."""
+        wanted = request.task if isinstance(request, PoolingRequest) else "generate"
+        check_encoder_task(self._name, wanted, scores=self._pooling is None)
+        assert isinstance(request, PoolingRequest)
+        check_pooling_request(request, self._config.vocab_size, self.max_model_len)
+        kinds = self._config.token_types
+        if kinds == 1:  # it tells no texts of a pair apart, whatever its tokenizer says
+            request = msgspec.structs.replace(request, token_type_ids=None)
+        if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
+            raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
+        plan = _SCORE if self._pooling is None else self._pooling.plan(request.pooling)
+        return [PooledText(Sequence(request, 0, order=-1), plan)]
+
+
+_SCORE = PoolingPlan("cls", normalize=False, dimensions=1)  # what `EncoderRunner` has of a text for a cross-encoder
+
+
+class DecoderPreparation(Preparation):
+    """Makes sequences of requests to a model that continues prompts.
 
     Args:
         tokenizer: tokens to text.
         eos_token_ids: the model's end-of-sequence tokens.
         vocab_size: V, the width of the logits.
         max_model_len: longest prompt plus output.
-        pooling: how vectors are made of hidden states.
-        grammars: compiles forms that texts must have.
+        pooling: how vectors are made of hidden states; None refuses to make any.
         seed: makes requests without a seed reproducible, in order of preparation.
     """
 
@@ -43,27 +109,22 @@ class Preparation:
         vocab_size: int,
         max_model_len: int,
         *,
-        pooling: ModelPooling,
-        grammars: GrammarBackend,
-        seed: int | None,
+        pooling: ModelPooling | None = None,
+        seed: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._pooling = pooling
-        self._grammars = grammars
+        self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
 
-    def prepare(self, request: GenerationRequest) -> list[LiveSequence]:
-        """Checks a request and makes its sequences. Thread-safe.
-
-        Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
-        """
+    def prepare(self, request: GenerationRequest) -> Seq[Live]:
+        """See `Preparation`."""
         if isinstance(request, PoolingRequest):
             return [self._prepare_pooled(request)]
-        max_length = check_request(request, self._vocab_size, self._max_model_len)
+        max_length = check_request(request, self._vocab_size, self.max_model_len)
         if request.params.seed is None:
             seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, params=seeded)
@@ -81,19 +142,22 @@ class Preparation:
             for index, own in enumerate(states)
         ]
 
-    def _prepare_pooled(self, request: PoolingRequest) -> LiveSequence:
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """See `Preparation`."""
+        self._grammars.compile(params)
+
+    def close(self) -> None:
+        """Ends the threads that fill masks."""
+        self._grammars.close()
+
+    def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
         """The sequence of a text whose hidden states are pooled."""
-        if request.task != "embed":
+        if request.task != "embed" or self._pooling is None:
             raise InvalidParameterError("the model gives vectors and is no cross-encoder: it has no score", "task")
-        check_pooling_request(request, self._vocab_size, self._max_model_len)
+        check_pooling_request(request, self._vocab_size, self.max_model_len)
         plan = self._pooling.plan(request.pooling)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
-        request = msgspec.structs.replace(request, params=params)
-        state = SamplingState(params, (), vocab_size=self._vocab_size, eos_token_ids=())
-        length = len(request.prompt_token_ids)
-        live = LiveSequence(Sequence(request, 0, order=-1), state, self._tokenizer, (), length + 1)
-        live.pooler = Pooler(plan, length)
-        return live
+        return PooledText(Sequence(msgspec.structs.replace(request, params=params), 0, order=-1), plan)
 
     def _grammar(self, params: SamplingParams) -> GrammarState | None:
         if params.structured_outputs is None:

@@ -40,7 +40,7 @@ class RecordedRunner(StepwiseRunner):
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
         keys, values = _caches(config, num_blocks, limits.block_size)
-        super().__init__(decoder)
+        super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing = torch.empty(0)
         step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
@@ -66,7 +66,7 @@ class RecordedRunner(StepwiseRunner):
         arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return self._with_rows(batch.sample_rows, self._plan, self._num_rows)
+        return self._with_rows(batch.drawn_rows, self._plan, self._num_rows)
 
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""

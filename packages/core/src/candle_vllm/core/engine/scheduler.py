@@ -25,36 +25,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import msgspec
-
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.sequence import Sequence
-
-
-class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
-    """Run `count` tokens of `sequence` from position `start` on.
-
-    Attributes:
-        samples: the step computes the sequence's last token, so that the next one can be sampled; never where hidden
-            states are pooled.
-        admission: the sequence's `num_admissions` when it was scheduled.
-        decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    admission: int
-    decodes: bool
-
-    @classmethod
-    def next(cls, sequence: Sequence, count: int) -> ScheduledSequence:
-        """The next `count` tokens of a sequence."""
-        start = sequence.num_computed_tokens
-        samples = start + count == sequence.num_tokens and not sequence.is_pooled
-        decodes = samples and count == 1 and start >= sequence.num_prompt_tokens
-        return cls(sequence, start, count, samples, sequence.num_admissions, decodes)
+from candle_vllm.core.engine.sequence import Run, Sequence
 
 
 class Scheduler:
@@ -91,31 +63,31 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[ScheduledSequence]:
+    def schedule(self) -> list[Run]:
         """What the next step runs, decoding sequences first; empty when there is nothing to do."""
         scheduled, prompts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled)
         for sequence in prompts:
             if budget:
                 count = min(sequence.num_uncomputed_tokens, budget)
-                scheduled.append(ScheduledSequence.next(sequence, count))
+                scheduled.append(Run.next(sequence, count))
                 budget -= count
         for sequence in self._admit(budget):
             count = min(sequence.num_uncomputed_tokens, budget)
-            scheduled.append(ScheduledSequence.next(sequence, count))
+            scheduled.append(Run.next(sequence, count))
             budget -= count
             if not budget:
                 break
         decodes = [item for item in scheduled if item.decodes]
         return decodes if len(decodes) == len(scheduled) else decodes + [i for i in scheduled if not i.decodes]
 
-    def launched(self, items: Iterable[ScheduledSequence]) -> None:
+    def launched(self, items: Iterable[Run]) -> None:
         """Books a step that was launched: what is scheduled next comes behind it."""
         for item in items:
             item.sequence.num_computed_tokens = item.start + item.count
-            item.sequence.num_ahead += item.samples
+            item.sequence.num_ahead += item.wanted
 
-    def settle(self, items: Iterable[ScheduledSequence]) -> None:
+    def settle(self, items: Iterable[Run]) -> None:
         """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
         size = self.blocks.block_size
         for item in items:
@@ -135,7 +107,7 @@ class Scheduler:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
             self._computed(hashes[position])
 
-    def _schedule_decodes(self) -> tuple[list[ScheduledSequence], list[Sequence]]:
+    def _schedule_decodes(self) -> tuple[list[Run], list[Sequence]]:
         """One token for every running sequence that has only one to run, preempting from the end where blocks lack.
 
         Returns:
@@ -151,7 +123,7 @@ class Scheduler:
                 if start >= size * len(sequence.block_table) and not self._grow(sequence):
                     self._preempt(running[-1])
                     continue
-                scheduled.append(ScheduledSequence.next(sequence, 1))
+                scheduled.append(Run.next(sequence, 1))
             elif start + 1 < length:
                 prompts.append(sequence)
             position += 1
@@ -242,6 +214,55 @@ class Scheduler:
             self._computing[digest] -= 1
         else:
             del self._computing[digest]
+
+
+class WholeTexts:
+    """Who runs in the next step of a model without a cache: waiting texts, each whole and once; `Scheduler`'s twin.
+
+    A text that is longer than the budget alone is run by itself.
+
+    Args:
+        max_num_seqs: most texts in one step.
+        max_num_batched_tokens: most tokens in one step, but for a text that is longer.
+    """
+
+    num_preemptions = 0
+    running: tuple[Sequence, ...] = ()  # nothing goes on from step to step
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = BlockManager(0, 1)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new text."""
+        _insert(self.waiting, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a text out that has ended; one that was run waits no more."""
+        if not sequence.num_admissions:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Run]:
+        """The next texts in order of rank, as far as the budget goes; those of one length together."""
+        taken: list[Sequence] = []
+        room = self.max_num_batched_tokens
+        for sequence in self.waiting[: self.max_num_seqs]:
+            if taken and sequence.num_tokens > room:
+                break
+            taken.append(sequence)
+            room -= sequence.num_tokens
+        del self.waiting[: len(taken)]
+        for sequence in taken:
+            sequence.num_admissions += 1
+        return [Run.next(sequence, sequence.num_tokens) for sequence in sorted(taken, key=lambda text: text.num_tokens)]
+
+    def launched(self, items: Iterable[Run]) -> None:
+        """Nothing comes behind a text."""
+
+    def settle(self, items: Iterable[Run]) -> None:
+        """Nothing stays of a text."""
 
 
 def _insert(queue: list[Sequence], sequence: Sequence) -> None:

@@ -1,8 +1,10 @@
-"""Sequence: the scheduler's view of one running or waiting sequence. No torch here."""
+"""Step 4: the scheduler's view of one running or waiting sequence, and its share of a step. No torch here."""
 
 from __future__ import annotations
 
 from array import array
+
+import msgspec
 
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
@@ -70,3 +72,34 @@ class Sequence:
         """Hashes of all full blocks of the known tokens, kept as the sequence grows."""
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes)
         return self._hashes
+
+
+class Run(msgspec.Struct, frozen=True, gc=False):
+    """Rows of a step that belong to one sequence: its tokens from position `start` on.
+
+    A plain token is a run of one, a prompt's chunk a run of many.
+
+    Attributes:
+        sequence: whose.
+        start: position of the first row.
+        count: rows.
+        wanted: of how many of the last rows the successor is drawn: 1 where the step computes the sequence's last
+            token, 0 for an earlier part of a prompt, and where hidden states are pooled.
+        admission: the sequence's `num_admissions` when it was scheduled.
+        decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    wanted: int
+    admission: int
+    decodes: bool
+
+    @classmethod
+    def next(cls, sequence: Sequence, count: int) -> Run:
+        """The next `count` tokens of a sequence."""
+        start = sequence.num_computed_tokens
+        last = start + count == sequence.num_tokens and not sequence.is_pooled
+        decodes = last and count == 1 and start >= sequence.num_prompt_tokens
+        return cls(sequence, start, count, int(last), sequence.num_admissions, decodes)

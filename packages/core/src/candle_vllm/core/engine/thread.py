@@ -95,14 +95,14 @@ class _Client:
 
 
 class Prepared(Protocol):
-    """One sequence of a request that was checked: a `LiveSequence` or an `EncodedText`."""
+    """One sequence of a request that was checked: a `Live` or a `Parcel`."""
 
     @property
     def request(self) -> GenerationRequest: ...
 
 
 class StepEngine(Protocol):
-    """What the thread and its callers need of an engine: `Engine` and `EncoderEngine` have it."""
+    """What the thread and its callers need of an engine: `Engine` and `RemoteLink` have it."""
 
     max_model_len: int
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 import zmq
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.encoder_engine import EncoderEngine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.thread import Delivery, EngineThread, StepEngine
@@ -152,7 +151,7 @@ class ChildEngine(InferenceEngine):
         """See `Engine.prepare`."""
         return self._require()[0].prepare(request)
 
-    def _make_thread(self, engine: Engine | EncoderEngine) -> EngineThread:
+    def _make_thread(self, engine: Engine) -> EngineThread:
         return ServingThread(engine, self._outbox)
 
 

@@ -153,8 +153,9 @@ class Sampler:
             _add_logprobs(tokens, raw, asking, states)
         return tokens
 
+    @staticmethod
     @torch.inference_mode()
-    def prompt_logprobs(self, logits: torch.Tensor, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
+    def prompt_logprobs(logits: torch.Tensor, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
         """Log-probabilities of the tokens of a prompt, in bounded memory.
 
         Args:

@@ -1,6 +1,7 @@
-"""Pooler: the vector of one text from its hidden states, which may come in pieces (behind step 6 of a request).
+"""A text of which numbers are wanted, from admission to its only piece (steps 6 and 8 of a request's life).
 
-Sums are float64, so that the pieces in which a prompt was run make no difference that float32 shows.
+The hidden states of its positions may come in pieces. Sums are float64, so that the pieces in which a text was run make
+no difference that float32 shows.
 """
 
 from __future__ import annotations
@@ -8,14 +9,49 @@ from __future__ import annotations
 import sys
 from array import array
 
+import msgspec
+import numpy as np
 import torch
 
+from candle_vllm.core.engine.live import Live
+from candle_vllm.core.engine.model_runner import MAX_HIDDEN_ROWS, ModelRunner
+from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.pooling import PoolingPlan
 
 _SMALLEST_NORM = 1e-12
 
 assert sys.byteorder == "little"  # vectors leave as the bytes that they are
+
+
+class PooledText(Live):
+    """One text whose hidden states are pooled.
+
+    Args:
+        sequence: the scheduler's view; no token comes behind it.
+        plan: what is asked for.
+    """
+
+    def __init__(self, sequence: Sequence, plan: PoolingPlan) -> None:
+        super().__init__(sequence)
+        sequence.max_length = sequence.num_prompt_tokens + 1
+        self.pooler = Pooler(plan, sequence.num_prompt_tokens)
+
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        """See `Live`."""
+        wanted = self.pooler.wanted(run.start, run.start + run.count)
+        for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
+            rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
+            self.pooler.add(runner.hidden(rows))
+
+    def finish(self) -> TokenOutput:
+        """The only piece, once the text's last token has been run.
+
+        Raises:
+            CandleVllmError: the model gave a number that is not finite.
+        """
+        return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=self.pooler.vector())
 
 
 class Pooler:
