@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence as Seq
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,8 +13,7 @@ from candle_vllm.core.engine.sequence import Run, Sequence
 Ints = NDArray[np.int64]
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64.
 
     Attributes:
@@ -26,6 +25,7 @@ class Batch:
         num_decodes: how many sequences at the front have one token that was generated.
         runs: what was scheduled.
         drawing: those of the runs that draw.
+        drafted: whether any of the runs has drafts.
         drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
     """
 
@@ -37,6 +37,7 @@ class Batch:
     num_decodes: int
     runs: Seq[Run]
     drawing: Seq[Run]
+    drafted: bool
     drawn_rows: Ints
 
     @property
@@ -91,7 +92,7 @@ class BatchBuilder:
             rows, query_start = self._up_to(count), self._up_to(count + 1)
             positions = np.array([item.start for item in scheduled])
             contexts = positions + 1
-            whole, places = True, rows
+            whole, places, drafted = True, rows, False
         else:
             decodes = sum(item.decodes for item in scheduled)
             starts = np.array([item.start for item in scheduled])
@@ -101,14 +102,20 @@ class BatchBuilder:
             total, places = int(query_start[-1]), query_start[1:] - 1  # of each sequence's last token
             rows = np.repeat(self._up_to(count), counts)
             positions = self._up_to(total) + (starts - query_start[:-1])[rows]
-            whole = all(item.wanted for item in scheduled)
+            whole, drafted = all(item.wanted for item in scheduled), any(item.drafts for item in scheduled)
+        if drafted:
+            drawn_rows = _last_rows(scheduled, places)
+        else:
+            drawn_rows = places if whole else places[[item.wanted > 0 for item in scheduled]]
         tables = self._follow(scheduled) if self._block_size else np.zeros((count, 0), np.int64)
         tokens = np.empty((4, total), np.int64)
         tokens[1] = positions
-        tokens[2:] = -1
         if self._block_size:
             blocks = positions // self._block_size
             tokens[2] = (tables[rows, blocks] - blocks) * self._block_size + positions
+        else:
+            tokens[2] = -1
+        tokens[3] = -1
         if before:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, places] = [drawn.get(item.sequence, -1) for item in scheduled]
@@ -122,7 +129,8 @@ class BatchBuilder:
             num_decodes=decodes,
             runs=scheduled,
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
-            drawn_rows=places if whole else places[[item.wanted > 0 for item in scheduled]],
+            drafted=drafted,
+            drawn_rows=drawn_rows,
         )
 
     @staticmethod
@@ -136,7 +144,7 @@ class BatchBuilder:
             known = item.sequence.tokens[item.start : item.start + item.count]
             ids += known
             if len(known) < item.count:
-                ids.append(0)
+                ids += item.drafts or (0,)
         tokens[0] = ids
 
     def _follow(self, scheduled: Seq[Run]) -> Ints:
@@ -172,3 +180,8 @@ class BatchBuilder:
         if count > len(self._numbers):
             self._numbers = np.arange(2 * count)
         return self._numbers[:count]
+
+
+def _last_rows(scheduled: Seq[Run], places: Ints) -> Ints:
+    """The last rows that each run wants, whose very last one is at `places`."""
+    return np.concatenate([np.arange(place + 1 - run.wanted, place + 1) for run, place in zip(scheduled, places)])

@@ -175,6 +175,7 @@ class DeviceInputs:
             num_decodes=0,
             runs=(),
             drawing=(),
+            drafted=False,
             drawn_rows=np.arange(min(self._limits.sequences, tokens)),
         )
         self._stream.mark().wait()

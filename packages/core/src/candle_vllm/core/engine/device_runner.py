@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
-from candle_vllm.core.sampling.sampler import SampledToken
+from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ class DeviceRunner:
         self._allocate(1)
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`."""
+        """See `ModelRunner`; without drafts."""
+        assert not batch.drafted, "a row's draw cannot follow from another's before the host knows that"
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
             self._asks = self._inputs.send(batch, states, size)
@@ -289,7 +290,7 @@ class Passed:
 
     mark: Mark
 
-    def tokens(self) -> list[SampledToken]:
+    def tokens(self) -> list[Drawn]:
         """Nothing; waits for the step."""
         self.mark.wait()
         return []

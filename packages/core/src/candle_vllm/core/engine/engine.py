@@ -6,13 +6,13 @@ belongs to the thread that runs the steps.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import cast
 
+import msgspec
 import torch
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
@@ -20,17 +20,16 @@ from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.preparation import Preparation
-from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutput
+from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.core.sampling.sampler import SampledToken
+from candle_vllm.core.sampling.sampler import Drawn, SampledToken
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Flight:
+class _Flight(msgspec.Struct, frozen=True, eq=False):
     """A step that was launched and is not settled; `lives` are those that it draws for."""
 
     batch: Batch
@@ -153,7 +152,7 @@ class Engine:
             return None
         self.scheduler.launched(scheduled)
         for state in states:
-            state.num_ahead += 1
+            state.num_ahead += 1  # of more than one nothing is known ahead: a sequence with drafts waits for its step
         pieces += self._read_prompts(batch)
         return _Flight(batch, lives, launched)
 
@@ -163,24 +162,31 @@ class Engine:
         if flight is None:
             return []
         try:
-            sampled = flight.launched.tokens()
+            drawn = flight.launched.tokens()
         except torch.AcceleratorError:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(flight.batch.runs))
             return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
-        return self._settle(flight, sampled)
+        return self._settle(flight, drawn)
 
-    def _settle(self, flight: _Flight, sampled: Seq[SampledToken]) -> list[TokenOutput]:
+    def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
         self._counts["steps"] += 1
-        self.scheduler.settle(flight.batch.runs)
-        prompts = flight.batch.runs[flight.batch.num_decodes :]
+        batch, drafted = flight.batch, flight.batch.drafted
+        self.scheduler.settle([run for run in batch.runs if not run.drafts] if drafted else batch.runs)
+        prompts = batch.runs[batch.num_decodes :]
         self._count_prompts(prompts)
-        pieces = []
-        for live, token in zip(flight.lives, sampled, strict=True):
-            if live.sequence in self._live:  # it may have ended since it was launched
-                pieces.append(self._advance(live, token))
+        pieces: list[TokenOutput] = []
+        if drafted:
+            for run, live, tokens in zip(batch.drawing, flight.lives, drawn, strict=True):
+                if live.sequence in self._live:  # it may have ended since it was launched
+                    pieces.append(self._advance_run(run, live, tokens))
+        else:
+            for live, (token,) in zip(flight.lives, drawn, strict=True):
+                if live.sequence in self._live:
+                    piece = self._accept(live, token)
+                    pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
         self._counts["generation"] += sum(len(piece.token_ids) for piece in pieces)
         for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
@@ -196,16 +202,27 @@ class Engine:
                 self._counts["prompt"] += sequence.num_prompt_tokens
                 self._counts["cached"] += sequence.num_cached_tokens or 0
 
-    def _advance(self, live: LiveSequence, token: SampledToken) -> TokenOutput:
-        """Gives one sequence its token; a failure ends this sequence alone."""
+    def _accept(self, live: LiveSequence, token: SampledToken) -> TokenOutput:
+        """Gives one sequence a token; a failure ends this sequence alone."""
         try:
-            piece = live.accept(token)
+            return live.accept(token)
         except RequestError as error:  # of the request's own form: no failure of ours
-            return self._fail(live.sequence, error)
+            return _failed(live, error)
         except Exception as error:
             logger.exception("a token could not be added to its sequence")
-            return self._fail(live.sequence, error)
-        return piece if piece.finish_reason is None else self._finish(live, piece)
+            return _failed(live, error)
+
+    def _advance_run(self, run: Run, live: LiveSequence, drawn: Drawn) -> TokenOutput:
+        """Gives one sequence what came of its drafts, up to its end; its cache keeps no more than that."""
+        pieces: list[TokenOutput] = []
+        for token in drawn:
+            pieces.append(self._accept(live, token))
+            if pieces[-1].finished:
+                break
+        if run.drafts:
+            self.scheduler.settle_drafts(run)
+        piece = joined(pieces)
+        return self._finish(live, piece) if piece.finished else piece
 
     def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
         """Takes an ended sequence out of the engine."""
@@ -222,10 +239,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
         """Ends one sequence that failed; all others go on."""
         live = self._live[sequence]
-        if isinstance(error, RequestError):
-            return self._finish(live, live.end(FinishReason.ERROR, str(error), "request"))
-        message = f"the engine failed on this request: {type(error).__name__}: {error}"
-        return self._finish(live, live.end(FinishReason.ERROR, message, "engine"))
+        return self._finish(live, _failed(live, error))
 
     def _read_prompts(self, batch: Batch) -> list[TokenOutput]:
         """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
@@ -264,3 +278,10 @@ class Engine:
         """Lets go of the model's caches and of the threads that fill masks."""
         self.runner.close()
         self._preparation.close()
+
+
+def _failed(live: Live, error: Exception) -> TokenOutput:
+    """The last piece of a sequence that failed."""
+    if isinstance(error, RequestError):
+        return live.end(FinishReason.ERROR, str(error), "request")
+    return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}", "engine")

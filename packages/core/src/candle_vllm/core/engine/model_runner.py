@@ -12,18 +12,18 @@ import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.request import PoolingRequest
-from candle_vllm.core.engine.sequence import Run
+from candle_vllm.core.engine.sequence import Run, Tokens
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder, Encoder
-from candle_vllm.core.sampling.sampler import SampledToken, Sampler
+from candle_vllm.core.sampling.sampler import Drawn, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
 
 class Launched(Protocol):
     """A step that was launched and may still be running."""
 
-    def tokens(self) -> list[SampledToken]:
+    def tokens(self) -> list[Drawn]:
         """What it drew, one entry per item of `Batch.drawing`; waits for it. Called once."""
         ...
 
@@ -74,14 +74,14 @@ MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Landed:
     """A step that was over when it was drawn."""
 
-    sampled: list[SampledToken]
+    drawn: list[Drawn]
 
-    def tokens(self) -> list[SampledToken]:
+    def tokens(self) -> list[Drawn]:
         """See `Launched`."""
-        return self.sampled
+        return self.drawn
 
 
 class StepwiseRunner(ABC):
@@ -92,14 +92,18 @@ class StepwiseRunner(ABC):
     def __init__(self) -> None:
         self._sampler = Sampler()
         self._drawn_from = torch.empty(0)
+        self._drafts: list[Tokens] | None = None
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:  # noqa: ARG002  # drawn at once
         """See `ModelRunner`."""
         self._drawn_from = self.run(batch)
+        self._drafts = [run.drafts for run in batch.drawing] if batch.drafted else None
 
-    def draw(self, states: Sequence[SamplingState]) -> Drawn:
+    def draw(self, states: Sequence[SamplingState]) -> Landed:
         """See `ModelRunner`."""
-        return Drawn(self._sampler.sample(self._drawn_from, states) if states else [])
+        if self._drafts is not None:
+            return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
+        return Landed(list(zip(self._sampler.sample(self._drawn_from, states))) if states else [])
 
     @abstractmethod
     def run(self, batch: Batch) -> torch.Tensor:

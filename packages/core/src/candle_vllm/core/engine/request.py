@@ -163,6 +163,21 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
         return self.finish_reason is not None
 
 
+def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
+    """What a sequence has to say after a step that gave it several tokens: the pieces of these tokens as one."""
+    first, last = pieces[0], pieces[-1]
+    if first is last:
+        return first
+    return msgspec.structs.replace(
+        last,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        special_tokens=tuple(entry for piece in pieces for entry in piece.special_tokens),
+        logprobs=None if first.logprobs is None else tuple(entry for piece in pieces for entry in piece.logprobs or ()),
+        prompt_logprobs=first.prompt_logprobs,
+    )
+
+
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One finished sequence of a request."""
 

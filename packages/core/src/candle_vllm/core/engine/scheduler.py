@@ -1,7 +1,9 @@
 """Step 4: who runs in the next step, and how many tokens of each. No torch here.
 
 Every step has a budget of tokens. Sequences that decode come first with one token each, then prompts that have begun,
-then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds.
+then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds. What the
+budget counts is rows. A sequence that decodes may try drafts of its next tokens in rows of their own: a step then gives
+it as many tokens as were right, and one more.
 
 - A prompt is admitted when the blocks for all of it are free, so one that has begun never waits for memory.
 - A waiting prompt whose next block is being computed by a running one waits for that block and shares it: the `n`
@@ -11,7 +13,8 @@ then waiting ones in order of priority and arrival, each with as much of its pro
 
 Where steps overlap, a step is scheduled while the one before still runs: `launched` books what a step will have done,
 `settle` publishes it once it is known. A token that is not known yet counts as one to be run; its sequence is not
-admitted anew before it is known.
+admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
+sequence waits for that.
 
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
@@ -26,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence, Tokens
 
 
 class Scheduler:
@@ -37,16 +40,24 @@ class Scheduler:
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
         reproducible: see above.
+        draft_rows: most rows of drafts in one step.
     """
 
     def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, *, reproducible: bool = False
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        reproducible: bool = False,
+        draft_rows: int = 0,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reproducible = reproducible
+        self.draft_rows = draft_rows
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -65,8 +76,8 @@ class Scheduler:
 
     def schedule(self) -> list[Run]:
         """What the next step runs, decoding sequences first; empty when there is nothing to do."""
-        scheduled, prompts = self._schedule_decodes()
-        budget = self.max_num_batched_tokens - len(scheduled)
+        scheduled, prompts, drafts = self._schedule_decodes()
+        budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in prompts:
             if budget:
                 count = min(sequence.num_uncomputed_tokens, budget)
@@ -85,7 +96,7 @@ class Scheduler:
         """Books a step that was launched: what is scheduled next comes behind it."""
         for item in items:
             item.sequence.num_computed_tokens = item.start + item.count
-            item.sequence.num_ahead += item.wanted
+            item.sequence.num_ahead += item.wanted > 0  # how many drafts were right is not known ahead
 
     def settle(self, items: Iterable[Run]) -> None:
         """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
@@ -98,6 +109,24 @@ class Scheduler:
                 self._publish(sequence, item.start // size, end // size)
             sequence.num_settled_tokens = end
 
+    def settle_drafts(self, run: Run) -> None:
+        """Settles a run with drafts, when its sequence has taken what was drawn.
+
+        The cache keeps what led to that, and lets go of the other rows and of the blocks that only they needed.
+        """
+        sequence, size = run.sequence, self.blocks.block_size
+        sequence.drafts = ()
+        if run.admission != sequence.num_admissions or not sequence.block_table:
+            return
+        end = len(sequence.tokens) - 1
+        self._publish(sequence, run.start // size, end // size)
+        sequence.num_settled_tokens = sequence.num_computed_tokens = end
+        needed = self.blocks.blocks_for(end)
+        if needed < len(sequence.block_table):
+            self.blocks.release(sequence.block_table[needed:])
+            del sequence.block_table[needed:]
+            sequence.num_admissions += 1  # the next block at that place may be another
+
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
         """Blocks `first` to `last` of a sequence are full."""
         size = self.blocks.block_size
@@ -107,13 +136,13 @@ class Scheduler:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
             self._computed(hashes[position])
 
-    def _schedule_decodes(self) -> tuple[list[Run], list[Sequence]]:
+    def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
         """One token for every running sequence that has only one to run, preempting from the end where blocks lack.
 
         Returns:
-            Those, and the running sequences that have more to run.
+            Those, the running sequences that have more to run, and the rows of drafts behind the former.
         """
-        scheduled, prompts = [], []
+        scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0
         running, size = self.running, self.blocks.block_size
         position = 0
         while position < len(running):
@@ -123,11 +152,32 @@ class Scheduler:
                 if start >= size * len(sequence.block_table) and not self._grow(sequence):
                     self._preempt(running[-1])
                     continue
-                scheduled.append(Run.next(sequence, 1))
+                if tries and (drafts := self._tried(sequence, tried)):
+                    tried += len(drafts)
+                    scheduled.append(Run.next(sequence, 1, drafts))
+                elif start >= sequence.num_prompt_tokens:  # nearly always: what `Run.next` would say
+                    scheduled.append(Run(sequence, start, 1, 1, sequence.num_admissions, True))
+                else:
+                    scheduled.append(Run.next(sequence, 1))
             elif start + 1 < length:
                 prompts.append(sequence)
             position += 1
-        return scheduled, prompts
+        return scheduled, prompts, tried
+
+    def _tried(self, sequence: Sequence, others: int) -> Tokens:
+        """The drafts of a sequence that its length, the step and free blocks have room for, `others` taken off.
+
+        Every running sequence keeps its row, and its next block.
+        """
+        if sequence.num_ahead or not sequence.drafts:
+            return ()
+        rows = min(self.draft_rows, self.max_num_batched_tokens - len(self.running)) - others
+        count = min(len(sequence.drafts), rows, sequence.max_length - len(sequence.tokens) - 1)
+        size, first = self.blocks.block_size, len(sequence.tokens)
+        while first + count > size * len(sequence.block_table):
+            if self.blocks.num_free <= len(self.running) or not self._grow(sequence):
+                count = size * len(sequence.block_table) - first
+        return sequence.drafts[: max(0, count)]
 
     def _grow(self, sequence: Sequence) -> bool:
         """One block more, where one is free."""

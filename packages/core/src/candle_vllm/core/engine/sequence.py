@@ -11,6 +11,8 @@ from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 
 NO_LIMIT = 1 << 62
 
+Tokens = tuple[int, ...]
+
 
 class Sequence:
     """One of the `n` sequences of a request.
@@ -22,6 +24,7 @@ class Sequence:
         tokens: prompt and output so far, as far as known.
         num_prompt_tokens: how many of `tokens` are the prompt.
         is_pooled: its hidden states are wanted, and no token behind the prompt.
+        drafts: tokens that may come next, to be tried in the next step that has room for them.
         num_ahead: tokens behind `tokens` that launched steps will draw; more than 0 only where steps overlap.
         num_computed_tokens: tokens whose keys and values are in the cache, or will be when what was launched has run.
         num_settled_tokens: tokens that are in the cache for certain, because their step is over.
@@ -38,6 +41,7 @@ class Sequence:
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
         self.is_pooled = isinstance(request, PoolingRequest)
+        self.drafts: Tokens = ()
         self.num_ahead = 0
         self.num_computed_tokens = 0
         self.num_settled_tokens = 0
@@ -84,7 +88,8 @@ class Run(msgspec.Struct, frozen=True, gc=False):
         start: position of the first row.
         count: rows.
         wanted: of how many of the last rows the successor is drawn: 1 where the step computes the sequence's last
-            token, 0 for an earlier part of a prompt, and where hidden states are pooled.
+            token, and 1 for each draft behind it; 0 for an earlier part of a prompt, and where states are pooled.
+        drafts: what its last rows hold beyond the sequence's tokens.
         admission: the sequence's `num_admissions` when it was scheduled.
         decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
     """
@@ -95,11 +100,14 @@ class Run(msgspec.Struct, frozen=True, gc=False):
     wanted: int
     admission: int
     decodes: bool
+    drafts: Tokens = ()
 
     @classmethod
-    def next(cls, sequence: Sequence, count: int) -> Run:
-        """The next `count` tokens of a sequence."""
+    def next(cls, sequence: Sequence, count: int, drafts: Tokens = ()) -> Run:
+        """The next `count` tokens of a sequence; behind its last one, drafts of what may follow."""
         start = sequence.num_computed_tokens
         last = start + count == sequence.num_tokens and not sequence.is_pooled
+        if drafts:
+            return cls(sequence, start, count + len(drafts), 1 + len(drafts), sequence.num_admissions, False, drafts)
         decodes = last and count == 1 and start >= sequence.num_prompt_tokens
         return cls(sequence, start, count, int(last), sequence.num_admissions, decodes)

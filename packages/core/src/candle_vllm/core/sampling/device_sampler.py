@@ -22,7 +22,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
-from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, sampled_token
+from candle_vllm.core.sampling.sampler import Drawn, LogprobRow, SampledToken, sampled_token
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # steps whose results may be on their way
@@ -211,19 +211,19 @@ class DrawnRows:
         self._rows = rows
         self._logprobs = logprobs
 
-    def tokens(self) -> list[SampledToken]:
-        """One entry per row; waits for the step."""
+    def tokens(self) -> list[Drawn]:
+        """One entry per row, of one token; waits for the step."""
         self._mark.wait()
         ids, largest = (part[: self._rows].tolist() for part in self._landing)
         if math.isfinite(sum(largest)):
-            tokens = [SampledToken(token) for token in ids]
+            drawn = list(zip([SampledToken(token) for token in ids]))
         else:
-            tokens = [sampled_token(token, peak) for token, peak in zip(ids, largest)]
+            drawn = list(zip([sampled_token(token, peak) for token, peak in zip(ids, largest)]))
         if self._logprobs is not None:
             for place, row in enumerate(self._logprobs.rows):
-                if tokens[row].error is None:
-                    tokens[row] = SampledToken(ids[row], self._logprobs.entry(place, ids[row]))
-        return tokens
+                if drawn[row][0].error is None:
+                    drawn[row] = (SampledToken(ids[row], self._logprobs.entry(place, ids[row])),)
+        return drawn
 
 
 def _split(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,6 +45,10 @@ class Grammar(Protocol):
         """Goes back by the last `count` tokens that were accepted."""
         ...
 
+    def legal(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may come behind each other from here, none of them an end. Stays where it is."""
+        ...
+
     def ff_tokens(self) -> list[int]:
         """Tokens that must come next, whatever the model says, as the tokenizer writes them; often none."""
         ...
@@ -92,7 +96,6 @@ class GrammarState:
         grammar: of this form, at the start of a text, where it is compiled already.
 
     Attributes:
-        failure: why there are no more masks, or None.
         exhausted: nothing but the end may follow.
 
     Raises:
@@ -107,7 +110,7 @@ class GrammarState:
         held_back: Sequence[int] = (),
         grammar: Grammar | None = None,
     ) -> None:
-        self.failure: InvalidParameterError | None = None
+        self._failure: InvalidParameterError | None = None
         self.exhausted = False  # a grammar of nothing but the empty text is refused
         self._backend = backend
         self._spec = spec
@@ -141,19 +144,37 @@ class GrammarState:
         if not self.exhausted:
             self._filling = self._backend.workers.submit(self._fill)
 
+    @property
+    def failure(self) -> InvalidParameterError | None:
+        """Why there are no more masks, or None."""
+        self._filling.result()
+        return self._failure
+
+    def legal(self, token_ids: Sequence[int]) -> int:
+        """See `Grammar`."""
+        self._filling.result()
+        return 0 if self.exhausted else self._grammar.legal(token_ids)
+
+    def rollback(self, count: int) -> None:
+        """Goes back by the last `count` tokens, and begins the mask that there was."""
+        self._filling.result()
+        self._grammar.rollback(count)
+        self.exhausted, self._failure = False, None
+        self._filling = self._backend.workers.submit(self._fill)
+
     def _refusal(self, token_id: int) -> Exception:
         """Why a token was not taken: it was allowed and met a limit of the grammar, or it should never have come."""
         if self._bits.view(np.uint32)[token_id // 32] >> token_id % 32 & 1:
             self._fill()
-            if self.failure is not None:
-                return self.failure
+            if self._failure is not None:
+                return self._failure
         return RuntimeError(f"the grammar does not take token {token_id}")
 
     def _fill(self) -> None:
         try:
             self._grammar.fill_mask(self._bits)
         except InvalidParameterError as error:  # of this sequence; its neighbours are drawn in the same step
-            self.failure = error
+            self._failure = error
             self._bits[:] = 0
             return
         if self._held_back:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +61,12 @@ class LlguidanceGrammar:
         self._behind_end -= count - inside
         if inside and not self._matcher.rollback(inside):
             raise ValueError(f"cannot go back by {count} tokens: {shortened(self._matcher.get_error())}")
+
+    def legal(self, token_ids: Sequence[int]) -> int:
+        """See `Grammar`."""
+        ends = self._trie.eos_ids
+        inside = list(itertools.takewhile(lambda token: token not in ends, token_ids))
+        return 0 if self.exhausted else self._matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
         """See `Grammar`. The last is left out where what follows might be cut in another way."""

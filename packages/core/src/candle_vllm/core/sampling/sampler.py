@@ -117,6 +117,10 @@ class SampledToken(msgspec.Struct, frozen=True):
     by_request: bool = False
 
 
+Drawn = tuple[SampledToken, ...]
+"""What was drawn for one run of a sequence: tokens that follow each other; where the last has an error, nothing can."""
+
+
 class Sampler:
     """Chooses tokens. It keeps nothing between calls: what must last is in each `SamplingState`."""
 
@@ -152,6 +156,39 @@ class Sampler:
         if raw is not None:
             _add_logprobs(tokens, raw, asking, states)
         return tokens
+
+    def sample_runs(
+        self, logits: torch.Tensor, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
+    ) -> list[Drawn]:
+        """Chooses the next tokens of each sequence, as far as its drafts are right: those of `sample`, one at a time.
+
+        A row counts where the draft in it is what was drawn before it. So the tokens, and the random numbers behind
+        them, are those of as many steps.
+
+        Args:
+            logits: [sum of 1 + drafts, V] as for `sample`; the rows of each sequence behind each other.
+            states: one per sequence; as they were when this returns.
+            drafts: of each sequence, what is in its rows behind the first.
+        """
+        drawn: list[list[SampledToken]] = [[] for _ in states]
+        first = np.cumsum([0, *(1 + len(own) for own in drafts)])
+        taken = [0] * len(states)
+        depth, going = 0, list(range(len(states)))
+        while going:
+            tokens = self.sample(logits[[first[run] + depth for run in going]], [states[run] for run in going])
+            onward = []
+            for run, token in zip(going, tokens):
+                drawn[run].append(token)
+                state, own = states[run], drafts[run]
+                if depth < len(own) and token.token_id == own[depth] and state.may_take(own[depth]):
+                    state.append(own[depth])
+                    taken[run] += 1
+                    if state.grammar is None or not state.grammar.exhausted:
+                        onward.append(run)
+            depth, going = depth + 1, onward
+        for state, count in zip(states, taken):
+            state.rollback(count)
+        return [tuple(tokens) for tokens in drawn]
 
     @staticmethod
     @torch.inference_mode()

@@ -35,7 +35,7 @@ class SamplingState:
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
         grammar: which tokens the form of the text leaves, or None where any text will do.
-        output_token_ids: tokens generated so far; grows by `append` only.
+        output_token_ids: tokens generated so far; changed by `append` and `rollback` only.
         reads_tokens: the tokens before the next one must be known on the host before it is drawn.
         may_edit: its logits may be changed before a draw: there are masks, bias or penalties, now or at some position.
         num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
@@ -131,6 +131,21 @@ class SamplingState:
         if self.grammar is not None:
             self.grammar.accept(token_id)
 
+    def may_take(self, token_id: int) -> bool:
+        """Whether the grammar takes this one as the next token. Waits for it."""
+        return self.grammar is None or self.grammar.legal((token_id,)) == 1
+
+    def rollback(self, count: int) -> None:
+        """Forgets the last `count` tokens that were appended, as if they had not been."""
+        if not count:
+            return
+        if self.counts is not None:
+            for token_id in reversed(self.output_token_ids[-count:]):
+                self.counts.remove(token_id)
+        del self.output_token_ids[-count:]
+        if self.grammar is not None:
+            self.grammar.rollback(count)
+
     @property
     def masks_tokens(self) -> bool:
         """Whether the next token may not be just any of the vocabulary."""
@@ -192,7 +207,7 @@ class TokenCounts:
 
     def __init__(self, prompt_token_ids: NDArray[np.int64]) -> None:
         ids = np.unique(prompt_token_ids)
-        self._size = len(ids)
+        self._size = self._num_prompt_ids = len(ids)
         self._slots = dict(zip(ids.tolist(), range(len(ids))))
         self._ids = np.concatenate((ids, np.zeros(64, np.int64)))
         self._counts = np.zeros(len(self._ids), np.float32)
@@ -207,6 +222,14 @@ class TokenCounts:
             self._ids[slot] = token_id
             self._size += 1
         self._counts[slot] += 1
+
+    def remove(self, token_id: int) -> None:
+        """Takes back the last `add`."""
+        slot = self._slots[token_id]
+        self._counts[slot] -= 1
+        if not self._counts[slot] and slot >= self._num_prompt_ids:  # it was the first such token, so it is the last id
+            del self._slots[token_id]
+            self._size -= 1
 
     @property
     def ids(self) -> NDArray[np.int64]:
