@@ -384,7 +384,9 @@ def test_rollback(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> No
                 assert allowed(grammar) == mask
                 assert grammar.accept(token)
         grammar.rollback(len(ids))
-        assert allowed(grammar) == masks[0]
+        assert grammar.legal(ids) == grammar.legal([*ids[:-2], 0]) == len(ids) - 2, "the end counts for nothing"
+        assert [grammar.legal(ids[:count]) for count in range(len(ids) - 1)] == [*range(len(ids) - 1)]
+        assert allowed(grammar) == masks[0], "it stays where it is"
 
 
 def test_rollback_too_far(backend: LlguidanceBackend) -> None:

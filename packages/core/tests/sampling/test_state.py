@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,3 +109,33 @@ def test_uniform_follows_position_seed_and_index() -> None:
 
 def test_unseeded_states_differ() -> None:
     assert make().uniform() != make().uniform()
+
+
+def test_tokens_that_are_taken_back_leave_nothing_behind() -> None:
+    """Counts, forbidden words, random numbers and what `min_tokens` holds back are those of the tokens left."""
+    params: dict[str, Any] = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "min_tokens": 4,
+        "seed": 3,
+        "temperature": 1.0,
+    }
+    rng = random.Random(5)
+    state, left = make(bad=[[3, 4]], **params), list[int]()
+    for _ in range(300):
+        back = rng.randrange(min(3, len(left)) + 1) if rng.random() < 0.4 else 0
+        state.rollback(back)
+        del left[len(left) - back :]
+        if not back:
+            left.append(rng.randrange(9))
+            state.append(left[-1])
+        fresh = make(bad=[[3, 4]], **params)
+        for token in left:
+            fresh.append(token)
+        assert state.output_token_ids == left
+        assert state.counts is not None
+        assert fresh.counts is not None
+        assert state.counts.ids.tolist() == fresh.counts.ids.tolist()
+        assert state.counts.counts.tolist() == fresh.counts.counts.tolist()
+        assert state.forbidden_ids().tolist() == fresh.forbidden_ids().tolist()
+        assert (state.uniform(), state.masks_tokens) == (fresh.uniform(), fresh.masks_tokens)

@@ -220,6 +220,7 @@ class Engine:
             if pieces[-1].finished:
                 break
         if run.drafts:
+            assert isinstance(self.scheduler, Scheduler)
             self.scheduler.settle_drafts(run)
         piece = joined(pieces)
         return self._finish(live, piece) if piece.finished else piece
