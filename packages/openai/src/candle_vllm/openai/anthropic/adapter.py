@@ -1,6 +1,6 @@
 """MessagesAdapter: Anthropic's Messages API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-Requests are translated to OpenAI's and answers back; what lies between is OpenAI's (steps 2, 3 and 10).
+A request is read as a task, and what happens while it is answered is written as Anthropic's events (steps 2 and 10).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
+
+from msgspec.structs import replace
 
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai.adapter import OpenAIAdapter
@@ -22,9 +24,10 @@ from candle_vllm.openai.anthropic.request import (
     parse_messages_request,
 )
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
-from candle_vllm.openai.anthropic.translation import Translation, blamed_on, translate
+from candle_vllm.openai.anthropic.tasks import Reading, read_messages
 from candle_vllm.openai.anthropic.turns import needs_habits
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
+from candle_vllm.openai.task import Task
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 
@@ -39,8 +42,8 @@ class MessagesAdapter:
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Fields | None = None) -> None:
         """
         Args:
-            adapter: answers the translated requests.
-            sampling_defaults: for OpenAI's sampling fields that a request leaves open; they go before the model's own.
+            adapter: answers the tasks.
+            sampling_defaults: by names of `SamplingParams`, for what a request leaves open; before the model's own.
         """
         self._adapter = adapter
         self._sampling_defaults = dict(sampling_defaults or {})
@@ -54,40 +57,39 @@ class MessagesAdapter:
     async def create_stream(self, request: MessagesRequest | Fields) -> MessageStream:
         """Submits the request and gives its events as they come; close the stream to abort it."""
         parsed = request if isinstance(request, MessagesRequest) else parse_messages_request(request)
-        made = await self._translate(parsed)
-        with blamed_on(made.messages, made.tools):
+        reading = await self._read(parsed)
+        with reading.worded():
             try:
-                answer, bound = await self._adapter.chat_events(made.chat), False
+                answer, bound = await self._adapter.answer(lambda: reading.task), False
             except PromptTooLongError as error:
                 if error.param != "max_tokens":
                     raise
                 # As Anthropic's models do: the answer goes on up to the context's end, and says that it ended there.
-                chat = made.chat.model_copy(update={"max_tokens": None})
-                answer, bound = await self._unbound(chat), True
+                answer, bound = await self._unbound(reading.task), True
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
-        return MessageStream(answer, EventWriter(show_thinking=shown, context_bound=bound), made)
+        return MessageStream(answer, EventWriter(show_thinking=shown, context_bound=bound), reading)
 
     async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
         """The tokens of the prompt that `create` would make, found in the cache or not; nothing is generated."""
         parsed = request if isinstance(request, CountTokensRequest) else parse_count_tokens_request(request)
-        made = await self._translate(parsed)
-        with blamed_on(made.messages, made.tools):
-            return TokenCount(await self._adapter.count_chat_tokens(made.chat))
+        reading = await self._read(parsed)
+        with reading.worded():
+            return TokenCount(await self._adapter.count_tokens(lambda: reading.task))
 
-    async def _unbound(self, chat: Any) -> AnswerStream:
+    async def _unbound(self, task: Task) -> AnswerStream:
+        sampling = {name: value for name, value in task.sampling.items() if name != "max_tokens"}
         try:
-            return await self._adapter.chat_events(chat)
+            return await self._adapter.answer(lambda: replace(task, sampling=sampling))
         except PromptTooLongError as error:
             error.param = "messages"
             raise
 
-    async def _translate(self, request: MessagesRequest | CountTokensRequest) -> Translation:
-        """Not in the event loop: conversations may be long, and are checked again."""
+    async def _read(self, request: MessagesRequest | CountTokensRequest) -> Reading:
+        """Not in the event loop: conversations may be long."""
         if self._habits is None and needs_habits(request.messages):
             self._habits = await template_habits(self._adapter)
-        return await asyncio.to_thread(
-            translate, request, habits=self._habits or TemplateHabits(), sampling_defaults=self._sampling_defaults
-        )
+        habits = self._habits or TemplateHabits()
+        return await asyncio.to_thread(read_messages, request, habits, self._sampling_defaults)
 
 
 class MessageStream(ChunkStream[MessageEvent]):
@@ -96,10 +98,10 @@ class MessageStream(ChunkStream[MessageEvent]):
     It closes itself when it ends or fails.
     """
 
-    def __init__(self, answer: AnswerStream, writer: EventWriter, made: Translation) -> None:
+    def __init__(self, answer: AnswerStream, writer: EventWriter, reading: Reading) -> None:
         super().__init__(answer, writer)
-        self._made = made
+        self._reading = reading
 
     async def __anext__(self) -> MessageEvent:
-        with blamed_on(self._made.messages, self._made.tools):
+        with self._reading.worded(), self._reading.task.paths.blamed():
             return await super().__anext__()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
 
-_ANSWER = {"role": "assistant", "content": "Yes."}
-_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-_CALLED = [{"role": "assistant", "tool_calls": [_CALL]}, {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"}]
+_ANSWER = Message(role="assistant", parts=(TextPart("Yes."),))
+_CALLED = [
+    Message(role="assistant", calls=(Call("abcdefghi", "f", "{}"),)),
+    Message(role="tool", parts=(TextPart("1"),), call_id="abcdefghi"),
+]
 
 
 class TemplateHabits(NamedTuple):
@@ -29,10 +32,10 @@ class TemplateHabits(NamedTuple):
 async def template_habits(adapter: OpenAIAdapter) -> TemplateHabits:
     """Renders small conversations."""
 
-    def said(text: str) -> list[Any]:
+    def said(text: str) -> list[Message]:
         return [_user("Hi"), *_CALLED, _user(text)]
 
-    def instructed(place: int, text: str) -> list[Any]:
+    def instructed(place: int, text: str) -> list[Message]:
         first, late, last = (_system(text if number == place else "b") for number in range(3))
         return [first, _user("Hi"), late, _ANSWER, _user("So?"), last]
 
@@ -41,18 +44,22 @@ async def template_habits(adapter: OpenAIAdapter) -> TemplateHabits:
     return TemplateHabits(all(anywhere), await _writes(adapter, said))
 
 
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+def _user(text: str) -> Message:
+    return Message(role="user", parts=(TextPart(text),))
 
 
-def _system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
+def _system(text: str) -> Message:
+    return Message(role="system", parts=(TextPart(text),))
 
 
-async def _writes(adapter: OpenAIAdapter, conversation: Callable[[str], Sequence[Any]]) -> bool:
+async def _writes(adapter: OpenAIAdapter, conversation: Callable[[str], Sequence[Message]]) -> bool:
     """Whether the template takes the conversation, and what is said in it makes a difference to the prompt's length."""
+
+    def task(text: str) -> Task:
+        return Task(messages=tuple(conversation(text)), paths=Paths({}))
+
     try:
-        short = await adapter.count_chat_tokens({"messages": conversation("a")})
-        return await adapter.count_chat_tokens({"messages": conversation("a b c d e f g h")}) > short
+        short = await adapter.count_tokens(lambda: task("a"))
+        return await adapter.count_tokens(lambda: task("a b c d e f g h")) > short
     except RequestError:
         return False

@@ -11,11 +11,11 @@ from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of, type_of
 from candle_vllm.openai.anthropic.fields import REFUSED_COUNT_FIELDS, REFUSED_MESSAGES_FIELDS
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
-from candle_vllm.openai.anthropic.tools import AnyTool, ToolChoice
+from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
 from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, invalid
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
-from candle_vllm.openai.protocol.tools import check_depth
+from candle_vllm.openai.protocol.tools import check_depth, check_tools
 
 MIN_BUDGET = 1024  # Anthropic's least `budget_tokens`
 
@@ -110,6 +110,13 @@ class PromptRequest(WireModel):
     speed: Literal["standard", "fast"] | None = None
     user_profile_id: str | None = None
     workspace_id: str | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_fit(cls, tools: list[AnyTool] | None) -> list[AnyTool] | None:
+        named = ((place, tool) for place, tool in enumerate(tools or ()) if isinstance(tool, Tool))
+        check_tools(((place, tool.name, tool.shown()) for place, tool in named), "name", "input_schema")
+        return tools
 
     @model_validator(mode="after")
     def _history_fits(self) -> Self:

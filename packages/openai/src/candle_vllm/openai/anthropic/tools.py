@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
 from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import FunctionName, check_arguments_schema
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
@@ -38,6 +39,22 @@ class Tool(WireModel):
         "parameters": Refusal("it is OpenAI's; use input_schema"),
         "function": Refusal("it is OpenAI's; name, description and input_schema stand in the tool itself"),
     }
+
+    @field_validator("input_schema")
+    @classmethod
+    def _object_schema(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        check_arguments_schema(schema)
+        return schema
+
+    def shown(self) -> dict[str, Any]:
+        """The tool for a chat template, in the form that templates know."""
+        given = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.input_schema,
+            "strict": self.strict,
+        }
+        return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
 
     @field_validator("name")
     @classmethod
@@ -95,7 +112,7 @@ class ToolNameChoice(WireModel):
     """Exactly one call of the named tool."""
 
     type: Literal["tool"]
-    name: str
+    name: FunctionName
     disable_parallel_tool_use: bool | None = None
 
 

@@ -1,14 +1,17 @@
-"""Anthropic's messages -> OpenAI's, in dictionaries (step 2).
+"""Anthropic's messages -> those of a task (step 2).
 
-Consecutive messages of one role become one. Texts of one message stand on lines of their own, as parts do in OpenAI's.
+Consecutive messages of one role become one. Texts of one message stand on lines of their own, as parts do.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
+from msgspec.structs import replace
+
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.blocks import (
     SystemContent,
     TextBlock,
@@ -19,22 +22,29 @@ from candle_vllm.openai.anthropic.blocks import (
 )
 from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, SystemMessage, UserMessage
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
+from candle_vllm.openai.task import Call, TextPart
+from candle_vllm.openai.task import Message as TaskMessage
 
 _BILLING = "x-anthropic-billing-header"  # how a line begins that Claude Code changes with every request
 _SAYS_SO = ("error", "<error", "<tool_use_error")  # how results begin that call themselves errors
 
 
 class Turn(NamedTuple):
-    """A message of OpenAI's, and the path of the message that it begins with."""
+    """A message of a task, and the path of the message that it begins with."""
 
-    message: dict[str, Any]
+    message: TaskMessage
     source: str
 
 
-def openai_turns(
+def read_turns(
     system: SystemContent | None, messages: Sequence[Message], habits: TemplateHabits
 ) -> tuple[list[Turn], bool]:
-    """The conversation as the model's template takes it, and whether its last message begins the answer."""
+    """The conversation as the model's template takes it, and whether its last message begins the answer.
+
+    Raises:
+        InvalidParameterError: nothing is said in it, or there is more of it than a task may have.
+    """
     body = _Turns(habits)
     last_user = max((place for place, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
     head = [] if system is None else _system_texts(system)
@@ -52,7 +62,19 @@ def openai_turns(
     turns = body.finish()
     prefilled = isinstance(messages[-1], AssistantMessage) and _fill(turns)
     text = "\n".join(filter(None, head))
-    return [Turn({"role": "system", "content": text}, "system"), *turns] if text else turns, prefilled
+    if text:
+        turns.insert(0, Turn(_said("system", [text]), "system"))
+    if not turns:
+        raise InvalidParameterError("messages must not be empty", "messages")
+    if len(turns) > MAX_MESSAGES:
+        raise InvalidParameterError(
+            f"messages must have at most {MAX_MESSAGES} entries, not a list of {len(turns)}", "messages"
+        )
+    return turns, prefilled
+
+
+def _said(role: Literal["system", "user"], texts: Sequence[str]) -> TaskMessage:
+    return TaskMessage(role=role, parts=tuple(map(TextPart, texts)))
 
 
 def needs_habits(messages: Sequence[Message]) -> bool:
@@ -69,7 +91,7 @@ def needs_habits(messages: Sequence[Message]) -> bool:
 def _fill(turns: list[Turn]) -> bool:
     """An empty last answer is none: it is taken away."""
     message = turns[-1].message
-    if message["content"] or "reasoning_content" in message:
+    if message.parts or message.thoughts:
         return True
     turns.pop()
     return False
@@ -83,7 +105,7 @@ class _Turns:
         self._habits = habits
         self._turns: list[Turn] = []
         self._results: list[Turn] = []
-        self._said: list[tuple[str, list[str], str]] = []  # role, texts, source
+        self._said: list[tuple[Literal["system", "user"], list[str], str]] = []  # role, texts, source
         self._answer: _Answer | None = None
 
     def user(self, content: UserContent, place: int) -> None:
@@ -94,7 +116,8 @@ class _Turns:
             return
         for block in content:
             if isinstance(block, ToolResultBlock):
-                result = {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result_text(block)}
+                parts = (TextPart(_result_text(block)),)
+                result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
                 self._results.append(Turn(result, source))
             else:
                 self._say("user", block.text, source)
@@ -120,7 +143,7 @@ class _Turns:
         self._end_said()
         return self._turns
 
-    def _say(self, role: str, text: str, source: str) -> None:
+    def _say(self, role: Literal["system", "user"], text: str, source: str) -> None:
         self.begun = True
         if self._said and self._said[-1][0] == role:
             self._said[-1][1].append(text)
@@ -134,10 +157,12 @@ class _Turns:
 
     def _end_said(self) -> None:
         if self._results and self._said and not self._habits.user_behind_results and self._said[0][0] == "user":
-            result, texts = self._results[-1].message, self._said.pop(0)[1]
-            result["content"] = "\n".join(filter(None, (result["content"], *texts)))
+            result, source = self._results[-1]
+            more = map(TextPart, self._said.pop(0)[1])
+            parts = tuple(part for part in (*result.parts, *more) if part != TextPart(""))
+            self._results[-1] = Turn(replace(result, parts=parts), source)
         self._turns += self._results
-        self._turns += [Turn({"role": role, "content": "\n".join(texts)}, source) for role, texts, source in self._said]
+        self._turns += [Turn(_said(role, texts), source) for role, texts, source in self._said]
         self._results, self._said = [], []
 
 
@@ -148,7 +173,7 @@ class _Answer:
         self._source = source
         self._texts: list[str] = []
         self._thoughts: list[str] = []
-        self._calls: list[dict[str, Any]] = []
+        self._calls: list[Call] = []
 
     def add(self, message: AssistantMessage) -> None:
         if isinstance(message.content, str):
@@ -161,16 +186,17 @@ class _Answer:
                 self._thoughts.append(block.thinking)
             elif isinstance(block, ToolUseBlock):
                 arguments = json.dumps(block.input, ensure_ascii=False)
-                function = {"name": block.name, "arguments": arguments}
-                self._calls.append({"id": block.id, "type": "function", "function": function})
+                self._calls.append(Call(block.id, block.name, arguments))
 
     def turn(self) -> Turn:
-        text, thoughts = "\n".join(filter(None, self._texts)), "\n".join(filter(None, self._thoughts))
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not self._calls else None}
-        if thoughts:
-            message["reasoning_content"] = thoughts
-        if self._calls:
-            message["tool_calls"] = self._calls
+        if len(self._calls) > MAX_TOOL_CALLS:
+            field = f"{self._source}.content"
+            raise InvalidParameterError(
+                f"{field} must have at most {MAX_TOOL_CALLS} entries, not a list of {len(self._calls)}", field
+            )
+        parts = tuple(map(TextPart, filter(None, self._texts)))
+        thoughts = "\n".join(filter(None, self._thoughts)) or None
+        message = TaskMessage(role="assistant", parts=parts, thoughts=thoughts, calls=tuple(self._calls))
         return Turn(message, self._source)
 
 
@@ -185,7 +211,7 @@ def _without_billing(text: str) -> str:
 
 
 def _result_text(block: ToolResultBlock) -> str:
-    """The result; OpenAI's has no mark for errors, so one that does not say that it is an error is made to."""
+    """The result; a task has no mark for errors, so one that does not say that it is an error is made to."""
     content = block.content or ""
     text = content if isinstance(content, str) else "\n".join(part.text for part in content)
     if not block.is_error or text.lstrip().lower().startswith(_SAYS_SO):

@@ -44,7 +44,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     @field_validator("tools")
     @classmethod
     def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
-        check_tools(tools or ())
+        check_tools((place, tool.function.name, tool.shown()) for place, tool in enumerate(tools or ()))
         return tools
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec.structs import replace
@@ -57,6 +57,22 @@ def check_depth(schema: Any) -> None:
         raise invalid("", f"is nested too deeply: a schema may have at most {MAX_SCHEMA_DEPTH} levels; use $defs")
 
 
+def check_arguments_schema(schema: Mapping[str, Any]) -> None:
+    """Refuses what cannot be the schema of a function's arguments; the paths begin below it."""
+    check_depth(schema)
+    kind = schema.get("type", "object")
+    if kind != "object":
+        raise invalid("type", f"must be 'object', because arguments have names; it is {kind!r:.60}")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict):
+        raise invalid("properties", "must be an object that maps names to schemas")
+    for name, property_schema in properties.items():
+        if not isinstance(property_schema, (dict, bool)):
+            raise invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise invalid("required", "must be a list of property names")
+
+
 class FunctionDefinition(WireModel):
     """A function that the model may call.
 
@@ -75,20 +91,8 @@ class FunctionDefinition(WireModel):
     @field_validator("parameters")
     @classmethod
     def _object_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is None:
-            return None
-        check_depth(schema)
-        kind = schema.get("type", "object")
-        if kind != "object":
-            raise invalid("type", f"must be 'object', because arguments have names; it is {kind!r:.60}")
-        properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, dict):
-            raise invalid("properties", "must be an object that maps names to schemas")
-        for name, property_schema in properties.items():
-            if not isinstance(property_schema, (dict, bool)):
-                raise invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise invalid("required", "must be a list of property names")
+        if schema is not None:
+            check_arguments_schema(schema)
         return schema
 
 
@@ -187,25 +191,29 @@ ToolChoice = Annotated[
 ]
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
-    """Refuses tools with equal names, and more text than a prompt can hold; the paths begin below `tools`."""
+def check_tools(
+    tools: Iterable[tuple[int, str, Mapping[str, Any]]],
+    name_path: str = "function.name",
+    schema_path: str = "function.parameters",
+) -> None:
+    """Refuses tools with equal names, and more text than a prompt can hold; the paths begin below `tools`.
+
+    Args:
+        tools: the place of each, its name, and what the template is shown of it.
+        name_path, schema_path: where a tool has its name and its schema.
+    """
     places: dict[str, int] = {}
     size = 0
-    for number, tool in enumerate(tools):
-        first = places.setdefault(tool.function.name, number)
+    for number, name, shown in tools:
+        first = places.setdefault(name, number)
         if first != number:
-            name = tool.function.name
-            raise invalid(f"{number}.function.name", f"must be unique, and tools.{first} is called {name!r} too")
-        size += _json_size(tool, f"{number}.function.parameters")
+            raise invalid(f"{number}.{name_path}", f"must be unique, and tools.{first} is called {name!r} too")
+        try:
+            size += len(json.dumps(shown, ensure_ascii=False, allow_nan=False))
+        except (TypeError, ValueError) as error:  # objects of Python that are no JSON
+            raise invalid(f"{number}.{schema_path}", f"must be JSON: {error}") from None
         if size > MAX_TOOLS_SIZE:
             raise invalid("", f"have more than {MAX_TOOLS_SIZE} characters of JSON; send fewer tools at once")
-
-
-def _json_size(tool: Tool, place: str) -> int:
-    try:
-        return len(json.dumps(tool.shown(), ensure_ascii=False, allow_nan=False))
-    except (TypeError, ValueError) as error:  # objects of Python that are no JSON
-        raise invalid(place, f"must be JSON: {error}") from None
 
 
 def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
@@ -240,13 +248,25 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: 
 def _known(reference: ToolReference, functions: Mapping[str, ToolFunction], place: str) -> str:
     name = reference.function.name
     if name not in functions:
-        near = difflib.get_close_matches(name, functions, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(functions))!r}"
-        raise invalid(f"{place}.function.name", f"must name one of the {len(functions)} tools, not {name!r}; {advice}")
+        raise invalid(f"{place}.function.name", unknown_tool(name, functions))
     return name
+
+
+def unknown_tool(name: str, known: Collection[str]) -> str:
+    """What is wrong with a choice of a tool that is none of `known`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(known))!r}"
+    return f"must name one of the {len(known)} tools, not {name!r}; {advice}"
 
 
 def _function(tool: Tool) -> ToolFunction:
     function = tool.function
-    schema = {"type": "object", **(function.parameters or {"properties": {}, "additionalProperties": False})}
-    return ToolFunction(function.name, function.description, schema, bool(function.strict))
+    return function_of(function.name, function.description, function.parameters, function.strict)
+
+
+def function_of(
+    name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None
+) -> ToolFunction:
+    """A function as it stands in a task."""
+    schema = {"type": "object", **(parameters or {"properties": {}, "additionalProperties": False})}
+    return ToolFunction(name, description, schema, bool(strict))

@@ -1,0 +1,125 @@
+"""Anthropic's edge: checked requests -> tasks, and errors in Anthropic's words (step 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.anthropic.request import CountTokensRequest, MessagesRequest, ThinkingOff
+from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
+from candle_vllm.openai.anthropic.turns import read_turns
+from candle_vllm.openai.protocol.tools import function_of, unknown_tool
+from candle_vllm.openai.task import Paths, Task, ToolUse
+
+_FORM = "output_config.format.schema"
+_PREFILL = "continue_final_message"  # how core's messages call an answer that is begun already
+
+
+class Reading(NamedTuple):
+    """A task, and the path of the message that its last one begins with."""
+
+    task: Task
+    last: str
+
+    @contextmanager
+    def worded(self) -> Iterator[None]:
+        """Errors about the prompt come out in the words that Anthropic's clients know."""
+        try:
+            yield
+        except RequestError as error:
+            text = str(error)
+            if _PREFILL in text or error.param == _PREFILL:
+                error.param = self.last
+                text = (
+                    f"{self.last} has role assistant, so the answer would begin with it, but the model's template does "
+                    "not write it as it is: end with a user message"
+                )
+            if isinstance(error, PromptTooLongError) and error.param != "max_tokens":
+                text = f"prompt is too long: {text}"  # by these words clients know that they must shorten it
+            error.args = (text, *error.args[1:])
+            raise
+
+
+def read_messages(
+    request: MessagesRequest | CountTokensRequest, habits: TemplateHabits, sampling_defaults: Mapping[str, Any]
+) -> Reading:
+    """What a checked request asks for; raises `RequestError`.
+
+    Args:
+        request: checked.
+        habits: what the model's template takes.
+        sampling_defaults: by names of `SamplingParams`, for fields that the request leaves open.
+    """
+    turns, prefilled = read_turns(request.system, request.messages, habits)
+    form = _form(request)
+    thinks = None if request.thinking is None else not isinstance(request.thinking, ThinkingOff)
+    task = Task(
+        messages=tuple(turn.message for turn in turns),
+        paths=Paths(
+            {"prompt": "messages", "stop": "stop_sequences", "structured_outputs": "tools" if form is None else _FORM},
+            [
+                f"tools.{number}.input_schema"
+                for number, tool in enumerate(request.tools or ())
+                if isinstance(tool, Tool)
+            ],
+        ),
+        tools=_tool_use(request),
+        form=form,
+        sampling=_sampling(request, sampling_defaults) if isinstance(request, MessagesRequest) else {},
+        model=request.model,
+        continued=prefilled,
+        variables={} if thinks is None else {"thinking": thinks, "enable_thinking": thinks},
+        show_thoughts=thinks is not False,
+    )
+    return Reading(task, turns[-1].source)
+
+
+def _sampling(request: MessagesRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    given = {
+        "max_tokens": request.max_tokens,
+        "stop": request.stop_sequences or None,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+    }
+    return {**defaults, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _form(request: MessagesRequest | CountTokensRequest) -> StructuredOutputsParams | None:
+    if request.output_config is None or request.output_config.format is None:
+        return None
+    try:
+        return StructuredOutputsParams(json=request.output_config.format.json_schema)
+    except InvalidParameterError as error:
+        reason = str(error).removeprefix("structured_outputs: ")
+        raise InvalidParameterError(f"{_FORM} cannot be used: {reason}", _FORM) from None
+
+
+def _tool_use(request: MessagesRequest | CountTokensRequest) -> ToolUse:
+    tools = [tool for tool in request.tools or () if isinstance(tool, Tool)]
+    functions = {one.name: function_of(one.name, one.description, one.input_schema, one.strict) for one in tools}
+    choice = request.tool_choice
+    kind = "auto" if choice is None else choice.type
+    if not functions:
+        if kind not in ("auto", "none"):
+            raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
+        return ToolUse()
+    if kind == "none":
+        return ToolUse()
+    shown = tuple(tool.shown() for tool in tools)
+    if isinstance(choice, ToolNameChoice):
+        if choice.name not in functions:
+            text = unknown_tool(choice.name, functions)
+            raise InvalidParameterError(f"tool_choice.name {text}", "tool_choice.name")
+        only = (functions[choice.name],)
+        return ToolUse(tools=only, mode="required", parallel=False, named=choice.name, shown=shown)
+    return ToolUse(
+        tools=tuple(functions.values()),
+        mode="required" if kind == "any" else "auto",
+        parallel=not getattr(choice, "disable_parallel_tool_use", None),
+        shown=shown,
+    )
