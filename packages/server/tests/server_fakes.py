@@ -10,13 +10,29 @@ from typing import Any, Self
 
 import msgspec
 
-from candle_vllm.core.engine.request import EngineStats, TokenOutput
+from candle_vllm.core.engine.request import (
+    EngineStats,
+    GenerationOutput,
+    GenerationRequest,
+    OutputCollector,
+    TokenOutput,
+)
+from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine, ScriptedStream
 from candle_vllm.server.catalogue import ModelEntry
 from candle_vllm.server.model_loader import serve_engine
 from candle_vllm.server.model_slot import ServedModel
 from candle_vllm.server.model_switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
+
+
+async def whole_answer(engine: Any, prompt: str | list[int], params: SamplingParams) -> GenerationOutput:
+    """The answer that the pieces of a stream add up to."""
+    ids = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
+    collector = OutputCollector(GenerationRequest(request_id="whole", prompt=None, prompt_token_ids=ids, params=params))
+    async for piece in engine.stream(prompt, params):
+        collector.add(piece)
+    return collector.result()
 
 
 class PacedEngine(ScriptedEngine):

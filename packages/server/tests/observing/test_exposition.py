@@ -19,7 +19,7 @@ import prometheus_client.parser as prometheus_parser
 import pytest
 from dashboard_queries import ROOT, expressions, names_in
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from server_fakes import PacedEngine
+from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.exposition import render
@@ -96,7 +96,7 @@ def test_events_are_counted() -> None:
 )
 async def test_the_format_is_negotiated(noted: Any, accept: str, kind: str) -> None:
     setup = noted()
-    await setup.engine.agenerate("p", SamplingParams(max_tokens=3))
+    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=3))
     data, content_type = render(setup.metrics.registry, accept)
     assert content_type.startswith(kind)
     assert data.endswith(b"# EOF\n") == content_type.startswith("application/openmetrics-text")

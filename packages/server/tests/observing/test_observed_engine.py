@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server_fakes import PacedEngine
+from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.errors import (
@@ -212,16 +212,14 @@ async def test_an_engine_of_another_process_may_refuse_with_the_first_piece(note
     assert samples.sum("vllm:request_success_total") == 0
 
 
-async def test_whole_answers_are_those_of_the_engine(noted: Any) -> None:
+async def test_pieces_add_up_to_the_engines_answer(noted: Any) -> None:
     setup = noted(PacedEngine("abc"))
-    output = await setup.engine.agenerate("prompt", SamplingParams(max_tokens=9, n=2))
+    output = await whole_answer(setup.engine, "prompt", SamplingParams(max_tokens=9, n=2))
     plain = await ScriptedEngine("abc").agenerate("prompt", SamplingParams(max_tokens=9, n=2))
     assert [each.text for each in output.outputs] == [each.text for each in plain.outputs] == ["abc", "abc"]
-    assert (output.prompt, output.prompt_token_ids) == (plain.prompt, plain.prompt_token_ids)
     assert setup.samples().sum("vllm:generation_tokens_total") == sum(len(each.token_ids) for each in output.outputs)
     failing = noted(PacedEngine(fail_after=1, failure="no"))
-    with pytest.raises(CandleVllmError, match="no"):
-        await failing.engine.agenerate("prompt", FIVE)
+    assert "no" in str((await _read(failing.engine.stream("prompt", FIVE)))[-1].error)
     assert failing.samples().sum("vllm:request_success_total", finished_reason="error") == 1
 
 
@@ -336,8 +334,7 @@ async def test_the_surface_is_the_engines(noted: Any) -> None:
     assert engine.stats() == inner.stats()
     assert engine.detokenize(engine.tokenize("words")) == "words"
     assert engine.apply_chat_template([{"role": "user", "content": "q"}], add_generation_prompt=False).endswith("\n")
-    output = await engine.agenerate("prompt")
-    assert output.text == "x"
+    assert "".join(piece.text for piece in await _read(engine.stream("prompt"))) == "x"
 
 
 async def test_an_observer_that_fails_hurts_nobody(noted: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from server_fakes import whole_answer
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -39,8 +40,8 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
 
     params = SamplingParams(max_tokens=40, ignore_eos=True, n=2, temperature=0)
     prompt = list(range(10, 90))
-    first = await observed.agenerate(prompt, params)
-    again = await observed.agenerate(prompt, params)
+    first = await whole_answer(observed, prompt, params)
+    again = await whole_answer(observed, prompt, params)
     assert again.num_cached_tokens > 0
     assert reading().tokens.prompt_tokens == 160
     assert reading().tokens.completion_tokens == 160

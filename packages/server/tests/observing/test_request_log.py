@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
+from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.request_log import (
@@ -113,7 +113,7 @@ async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixt
 async def test_nothing_is_made_where_the_log_is_silent(noted: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, LOGGER)
     setup = noted(None, RequestLog(log_prompts=True))
-    await setup.engine.agenerate("p", SamplingParams(max_tokens=2))
+    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
     assert not caplog.records
     assert len(setup.requests) == 1
 

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.trace import SpanKind, StatusCode
-from server_fakes import PacedEngine
+from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing import tracing as module
@@ -148,7 +148,7 @@ async def test_spans_reach_a_collector_over_http(noted: Any) -> None:
         thread.start()
         tracing = otlp_tracing(f"http://127.0.0.1:{server.server_address[1]}")
         setup = noted(None, tracing)
-        await setup.engine.agenerate("p", SamplingParams(max_tokens=2))
+        await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
         tracing.close()
         server.shutdown()
         thread.join(5)
@@ -163,7 +163,7 @@ async def test_spans_reach_a_collector_over_http(noted: Any) -> None:
 async def test_a_collector_that_is_not_there_is_no_failure(noted: Any, caplog: pytest.LogCaptureFixture) -> None:
     tracing = otlp_tracing("http://127.0.0.1:9/v1/traces")
     setup = noted(None, tracing)
-    output = await setup.engine.agenerate("p", SamplingParams(max_tokens=2))
+    output = await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
     assert len(output.token_ids) == 2
     start = time.monotonic()
     tracing.close()

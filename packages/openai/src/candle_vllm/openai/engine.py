@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from candle_vllm.core.engine.request import EngineStats, GenerationOutput, ModelInfo, TokenOutput
+from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
@@ -65,15 +65,5 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     ) -> TokenStream:
         """Validates and submits before it returns."""
         ...
-
-    async def agenerate(
-        self,
-        prompt: str | Sequence[int],
-        sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-    ) -> GenerationOutput: ...
 
     def stats(self) -> EngineStats: ...

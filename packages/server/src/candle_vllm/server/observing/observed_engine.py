@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,10 +16,7 @@ from candle_vllm.core.engine.request import (
     EmbeddingOutput,
     EngineStats,
     FinishReason,
-    GenerationOutput,
-    GenerationRequest,
     ModelInfo,
-    OutputCollector,
     ScoreOutput,
     TokenOutput,
 )
@@ -133,33 +129,6 @@ class ObservedEngine:
             record.reject(error)
             raise
         return ObservedStream(stream, record)
-
-    async def agenerate(
-        self,
-        prompt: str | Sequence[int],
-        sampling_params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        add_special_tokens: bool = True,
-    ) -> GenerationOutput:
-        """As of the engine."""
-        from candle_vllm.core.engine.stream import raise_failure  # with it, torch is imported
-
-        request = GenerationRequest(
-            request_id=request_id or uuid.uuid4().hex,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
-            params=self._default_params() if sampling_params is None else sampling_params,
-            priority=priority,
-        )
-        collector = OutputCollector(request)
-        stream = self.stream(request.prompt_token_ids, request.params, request_id=request.request_id, priority=priority)
-        async with aclosing(stream):
-            async for piece in stream:
-                raise_failure(piece)
-                collector.add(piece)
-        return collector.result()
 
     # ---- vectors and scores ------------------------------------------------------------------------------------------
 
