@@ -14,8 +14,8 @@ from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
 from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
-from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.outliving import EncodedEvent, Pieces, Work
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
@@ -357,22 +357,73 @@ async def test_events_are_kept_for_a_bounded_number_of_responses(
     assert there == [False, False, True, True]
 
 
-async def test_a_buffer_forgets_its_oldest_events() -> None:
-    buffer = EventBuffer(max_bytes=100)
+async def test_the_oldest_pieces_go_where_there_are_too_many() -> None:
+    pieces = Pieces[int](max_bytes=100)
     for number in range(10):
-        buffer.add(EncodedEvent("e", number, b"x" * 30))
-    assert buffer.size == 90
-    assert buffer.next_number == 10
-    buffer.check(6)
+        pieces.add(number, 30)
+    assert (pieces.size, list(pieces), pieces.next_number) == (90, [7, 8, 9], 10)
+    pieces.check(6)
     for wrong in (-1, 5, 10):
         with pytest.raises(InvalidParameterError) as error:
-            buffer.check(wrong)
+            pieces.check(wrong)
         assert error.value.param == "starting_after"
-    slow = buffer.read(6)
-    assert (await anext(slow)).number == 7
+    slow = pieces.read(6)
+    assert await anext(slow) == 7
     for number in range(10, 13):
-        buffer.add(EncodedEvent("e", number, b"x" * 30))
+        pieces.add(number, 30)
     with pytest.raises(InvalidParameterError, match="not kept any more"):
         await anext(slow)
-    buffer.add(EncodedEvent("e", 13, b"y" * 500), last=True)
-    assert [event.number async for event in buffer.read(12)] == [13]
+    pieces.add(13, 500, last=True)
+    assert [piece async for piece in pieces.read(12)] == [13]
+
+
+async def test_readers_get_the_failure_at_their_end() -> None:
+    pieces = Pieces[int]()
+    pieces.add(0)
+    early = pieces.read()
+    assert await anext(early) == 0
+    waiting = asyncio.create_task(anext(early))
+    await asyncio.sleep(0)
+    pieces.finish(ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        await waiting
+    late = pieces.read()
+    assert await anext(late) == 0
+    with pytest.raises(ValueError, match="broken"):
+        await anext(late)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cancelled", "fails", "kind"),
+    [(5, False, False, None), (0.02, False, False, TimeoutError), (5, True, False, asyncio.CancelledError),
+     (5, False, True, ValueError)],
+)  # fmt: skip
+async def test_work_closes_its_pieces_before_it_tells_its_end(
+    seconds: float, cancelled: bool, fails: bool, kind: type[BaseException] | None
+) -> None:
+    log: list[Any] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+            if fails:
+                raise ValueError("no")
+            if kind is not None:
+                await asyncio.Event().wait()
+        finally:
+            log.append("closed")
+
+    async def take(number: int) -> None:
+        log.append(number)
+
+    async def end(failure: BaseException | None) -> None:
+        log.append(failure)
+
+    work = Work(numbers(), seconds, take, end)
+    if cancelled:
+        await work.cancel()  # at once: it has not begun yet
+    await asyncio.wait_for(asyncio.wait({work.task}), 5)
+    assert not work.task.cancelled()
+    *before, last = log
+    assert before == [1, "closed"]
+    assert last is None if kind is None else isinstance(last, kind)

@@ -7,7 +7,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from running_server import Running
 from server_fakes import PacedEngine
 
 from candle_vllm.server import Settings
-from candle_vllm.server.kept_answer import KeptAnswer, Wish
+from candle_vllm.server.keeping import KeptForm, OutlivingAnswer, Wish
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.service import Mailbox
@@ -259,22 +259,19 @@ class Notes:
         return True
 
 
-async def _chunks() -> AsyncIterator[str]:
-    for piece in ("a", "b", "c"):
-        yield piece
-
-
-def _answer(notes: Any, mode: Mode = Mode.ON_DISCONNECT, seconds: float = 5.0) -> KeptAnswer:
+def _answer(notes: Any, mode: Mode = Mode.ON_DISCONNECT, seconds: float = 5.0) -> OutlivingAnswer:
     wish = Wish(DeliveryPolicy(mode, Mode.NEVER), "", "1")
-    return KeptAnswer(notes, wish, _chunks(), "chatcmpl-1", "m", time.monotonic() + seconds)
+    form = KeptForm("chatcmpl-", lambda chunks: {"all": "".join(chunks)})
+    return OutlivingAnswer(notes, wish, form, "m", time.monotonic() + seconds)
 
 
 async def test_who_begins_to_read_at_the_end_reads_everything() -> None:
     answer = _answer(Notes())
-    read = await answer.read()
+    for chunk in "abc":
+        await answer.take(chunk)
     finishing = asyncio.create_task(answer.finish(RuntimeError("no")))
     await asyncio.sleep(0)
-    assert [await anext(answer) for _ in range(3)] == read == ["a", "b", "c"]
+    assert [await anext(answer) for _ in range(3)] == ["a", "b", "c"]
     with pytest.raises(RuntimeError, match="no"):
         await anext(answer)
     answer.delivered()
@@ -307,12 +304,12 @@ async def test_a_whole_answer_is_delivered_when_its_last_byte_was_taken(leaves: 
             await asyncio.sleep(0.01)
 
     answer = _answer(notes)
-    finishing = asyncio.create_task(answer.finish(RuntimeError("unused")))
-    answer._made.set_result({"a": 1})
+    await answer.take("a")
+    finishing = asyncio.create_task(answer.finish(None))
     response = await answer.response(lambda made: json.dumps(made).encode())
     assert not finishing.done()
     await response({"type": "http"}, receive, send)
-    assert b"".join(message.get("body", b"") for message in sent) == b'{"a": 1}'
+    assert b"".join(message.get("body", b"") for message in sent) == b'{"all": "a"}'
     assert [message.get("more_body") for message in sent] == [None, True, False]
     await asyncio.wait_for(finishing, 1)
     assert notes.kept == [leaves]

@@ -1,25 +1,30 @@
 """Answers that outlive their clients: a request that asked for it goes on when its client has gone.
 
-Between steps 2 and 10 of a request's life. Its chunks are read by a task of their own, which nobody's disconnect
-cancels; they are handed on while somebody reads, and the whole answer goes to the mailbox. Whoever asked for nothing
-is aborted with its connection, as always.
+Between steps 2 and 10 of a request's life. Its chunks are read by a task of their own; its client reads along, or the
+whole at the end, or leaves, and the whole answer goes to the mailbox. Whoever asked for nothing is aborted with its
+connection, as always.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.types import Scope
+from msgspec import UNSET
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.protocol.generation import StreamOptions
-from candle_vllm.server.kept_answer import KeptAnswer, Wish
-from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.responses.api.outliving import Failure, Pieces, Work
+from candle_vllm.server.body import disconnected
+from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
 from candle_vllm.server.observing.metrics import Metrics, Outcome
 from candle_vllm.server.turns import Turn
 
@@ -42,6 +47,27 @@ class KeptForm:
     join: Callable[[Sequence[Any]], msgspec.Struct]
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What one request asked of the mailbox.
+
+    Attributes:
+        policy: what becomes of its answer.
+        owner: who may fetch it.
+        request_id: what its answer will be called, without the prefix.
+        usage_hidden: the client did not ask for token counts in its stream; the whole answer has them.
+    """
+
+    policy: DeliveryPolicy
+    owner: str
+    request_id: str
+    usage_hidden: bool = False
+
+    def asks_for(self, mode: Mode) -> bool:
+        """Whether its answer is kept or pushed always, or depending on what its client does."""
+        return mode in (self.policy.mailbox, self.policy.webhook)
+
+
 class Keeper:
     """Reads answers to their end for the mailbox.
 
@@ -53,7 +79,7 @@ class Keeper:
     def __init__(self, mailbox: Mailbox | None, metrics: Metrics) -> None:
         self._mailbox = mailbox
         self._metrics = metrics
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._works: set[Work[Any]] = set()
 
     def wish(self, scope: Scope, wire: Any, *, possible: bool = True) -> tuple[Wish | None, Any]:
         """What a request asks for, and the request as it has to run for that: streamed, with its token counts.
@@ -80,13 +106,8 @@ class Keeper:
         return Wish(policy, owner, changes["request_id"], hidden), wire.model_copy(update=changes)
 
     def keep(
-        self,
-        wish: Wish,
-        chunks: AsyncIterator[Any],
-        form: KeptForm,
-        turn: Turn,
-        deadline: float,
-    ) -> KeptAnswer:
+        self, wish: Wish, chunks: AsyncIterator[Any], form: KeptForm, turn: Turn, deadline: float
+    ) -> OutlivingAnswer:
         """Begins to read an answer; what is returned may be read, or closed, by its client.
 
         Args:
@@ -98,38 +119,169 @@ class Keeper:
         """
         assert self._mailbox is not None
         model = turn.model.entry.names[0]
-        answer = KeptAnswer(self._mailbox, wish, chunks, form.prefix + wish.request_id, model, deadline)
-        self._start(self._read(answer, form.join, turn))
+        answer = OutlivingAnswer(self._mailbox, wish, form, model, deadline)
+
+        async def end(failure: Failure) -> None:
+            turn.release()
+            kept = await answer.finish(failure)
+            if kept is not None:
+                self._metrics.answer_kept(Outcome.OK if kept else Outcome.FAILED)
+
+        work = Work(chunks, max(0.0, deadline - time.monotonic()), answer.take, end)
+        self._works.add(work)
+        work.task.add_done_callback(lambda _: self._works.discard(work))
         return answer
 
     @property
     def busy(self) -> bool:
         """Whether an answer is still being read, or about to be kept."""
-        return bool(self._tasks)
+        return bool(self._works)
 
     async def close(self) -> None:
         """Ends what is still read; the mailbox hears of it."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(work.cancel() for work in self._works))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
-    async def _read(self, answer: KeptAnswer, join: Callable[[Sequence[Any]], msgspec.Struct], turn: Turn) -> None:
-        made: msgspec.Struct | Exception
+class OutlivingAnswer:
+    """The chunks of one answer for its client, which may leave.
+
+    Args:
+        mailbox: where it goes.
+        wish: of its request.
+        form: of it.
+        model: whose answer it is.
+        deadline: `time.monotonic()` until which its client is waited for.
+    """
+
+    def __init__(self, mailbox: Mailbox, wish: Wish, form: KeptForm, model: str, deadline: float) -> None:
+        self._mailbox = mailbox
+        self._wish = wish
+        self._join = form.join
+        self._id = form.prefix + wish.request_id
+        self._model = model
+        self._deadline = deadline
+        self._pieces = Pieces[Any]()
+        self._reader = self._pieces.read()
+        self._made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._delivered = False
+        self._gone = asyncio.Event()  # the client, before it had everything
+        self._over = asyncio.Event()  # it has everything, or has gone
+        self._noting = asyncio.create_task(self._note())
+
+    # ---- for the client ----------------------------------------------------------------------------------------------
+
+    def __aiter__(self) -> OutlivingAnswer:
+        return self
+
+    async def __anext__(self) -> Any:
+        while True:
+            chunk = self._as_asked(await anext(self._reader))
+            if chunk is not None:
+                return chunk
+
+    async def response(self, encode: Callable[[Any], bytes]) -> Response:
+        """The whole answer as JSON, for a client that wants no stream.
+
+        Cancelling it means that the client has gone; what the answer failed with is raised.
+        """
+        return _WholeResponse(encode(await self._whole()), self)
+
+    def delivered(self) -> None:
+        """The client was handed the last byte."""
+        self._delivered = not self._gone.is_set()
+        self._over.set()
+
+    async def aclose(self) -> None:
+        """The client reads no more; the answer is read on."""
+        if not self._delivered:
+            self._gone.set()
+        self._over.set()
+        with contextlib.suppress(RuntimeError):  # it is being read now
+            await self._reader.aclose()
+
+    # ---- for the keeper ----------------------------------------------------------------------------------------------
+
+    async def take(self, chunk: Any) -> None:
+        """One more; the client sees it meanwhile."""
+        self._pieces.add(chunk)
+
+    async def finish(self, failure: Failure) -> bool | None:
+        """Tells the client and the mailbox; whether the answer was kept, None where it need not be.
+
+        Where it depends on the client, what it does is waited for: to its deadline, or until this task is cancelled.
+
+        Args:
+            failure: what ended it; None where it is complete.
+        """
+        self._noting.cancel()
+        made = await self._result(failure)
+        self._made.set_result(made)
+        self._pieces.finish(made if isinstance(made, Exception) else None)
+        wish = self._wish
+        if wish.asks_for(Mode.ON_DISCONNECT):
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                    await self._over.wait()
+        gone = not self._delivered
+        kept = await self._mailbox.keep(wish.policy, wish.owner, self._id, self._model, made, disconnected=gone)
+        wanted = wish.policy.mailbox.applies(gone) or wish.policy.webhook.applies(gone)
+        return kept if wanted else None
+
+    async def _result(self, failure: Failure) -> msgspec.Struct | Exception:
+        if isinstance(failure, asyncio.CancelledError):
+            await self.aclose()  # nobody is waited for any more
+            return RequestAbortedError("The server was stopped before the answer was complete.")
+        if isinstance(failure, TimeoutError):
+            return RequestAbortedError("The request took too long.")
+        if failure is not None:
+            return failure
         try:
-            read = await answer.read()
-            made = join(read)
+            return self._join(list(self._pieces))
+        except Exception as broken:
+            return broken
+
+    async def _whole(self) -> Any:
+        try:
+            made = await asyncio.shield(self._made)
         except asyncio.CancelledError:
-            made = RequestAbortedError("The server was stopped before the answer was complete.")
-            await answer.aclose()  # nobody is waited for any more
-        except Exception as failure:
-            made = failure
+            await self.aclose()
+            raise
+        if isinstance(made, Exception):
+            self.delivered()
+            raise made
+        return made
+
+    def _as_asked(self, chunk: Any) -> Any:
+        """The chunk as its client asked for it: without token counts where it did not."""
+        if not self._wish.usage_hidden:
+            return chunk
+        return msgspec.structs.replace(chunk, usage=UNSET) if chunk.choices else None
+
+    async def _note(self) -> None:
+        """Shows in the mailbox that the answer is on its way, once it is certain to be kept."""
+        if not self._wish.asks_for(Mode.ALWAYS):
+            await self._gone.wait()
+        limit = max(1.0, self._deadline - time.monotonic())
+        await self._mailbox.begin(self._wish.policy, self._wish.owner, self._id, self._model, limit)
+
+
+class _WholeResponse(Response):
+    """Says whether the client took it all."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, answer: OutlivingAnswer) -> None:
+        super().__init__(content)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        watcher = asyncio.create_task(disconnected(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})  # waits for a slow client
+            if not watcher.done():
+                self._answer.delivered()
         finally:
-            turn.release()
-        kept = await answer.finish(made)
-        if kept is not None:
-            self._metrics.answer_kept(Outcome.OK if kept else Outcome.FAILED)
+            watcher.cancel()
+            await self._answer.aclose()

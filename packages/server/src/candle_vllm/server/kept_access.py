@@ -11,9 +11,9 @@ from fastapi import Request
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.responses.api.event_buffer import EncodedEvent
 from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.outliving import EncodedEvent
 from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.protocol.events import ErrorOccurred
 from candle_vllm.responses.protocol.request import INCLUDABLE

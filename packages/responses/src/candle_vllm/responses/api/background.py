@@ -7,35 +7,51 @@ failed once the lease is over, and a response that was cancelled or deleted else
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from functools import partial
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError
 from candle_vllm.openai import to_error, to_json_bytes
-from candle_vllm.responses.api.background_run import BackgroundRun, Name
-from candle_vllm.responses.api.event_buffer import EncodedEvent, EventBuffer
+from candle_vllm.responses.api.outliving import EncodedEvent, Failure, Pieces, Work, close
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, settled
 from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
-
-if TYPE_CHECKING:
-    from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.store.upkeep import Upkeep
 
 MAX_RUNNING = 32
 MAX_ENDED = 128  # whose events are still kept
 MAX_ENDED_BYTES = 64 << 20
+MAX_BYTES = 8 << 20  # of the events of one
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
+Name = tuple[str, str]  # owner and id
 Ended = Callable[[Entry], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
+
+
+class _Run:
+    """One response at work; its entry is as it was when it began."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.name: Name = (entry.owner, entry.id)
+        self.events = Pieces[EncodedEvent](MAX_BYTES)
+        self.latest = entry.body  # the response object, as JSON
+        self.ended_elsewhere = False
+        self.work: Work[StreamEvent] | None = None  # once it is in the store
+
+    async def cancel(self) -> None:
+        """Ends the work; returns when it has ended."""
+        if self.work is not None:
+            await self.work.cancel()
 
 
 class Background:
@@ -53,9 +69,9 @@ class Background:
         self._open_store = open_store
         self._ended_by_itself = ended
         self._max_running = max_running
-        self._running: dict[Name, BackgroundRun] = {}
-        self._ended: OrderedDict[Name, EventBuffer] = OrderedDict()
-        self._renewing: asyncio.Task[None] | None = None
+        self._running: dict[Name, _Run] = {}
+        self._ended: OrderedDict[Name, Pieces[EncodedEvent]] = OrderedDict()
+        self._renewing: Upkeep | None = None
         self._closed = False
 
     @property
@@ -77,7 +93,7 @@ class Background:
             EngineOverloadedError: too many are running.
             StoreLimitError, StoreUnavailableError: it cannot be kept.
         """
-        run = BackgroundRun(entry)
+        run = _Run(entry)
         try:
             self._check_room(entry.owner)
             self._running[run.name] = run  # its place, while the store is waited for
@@ -85,14 +101,14 @@ class Background:
             await store.put(entry)
         except BaseException:
             self._running.pop(run.name, None)
-            await _close(events)
+            await close(events)
             raise
-        run.task = asyncio.create_task(self._work(run, store, events, seconds))
+        run.work = Work(events, seconds, partial(self._take, run, store), partial(self._end, run, store))
         if self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew())
+            self._renewing = Upkeep(RENEW_SECONDS, self._renew, "leases of background responses were not renewed")
         return run.events.read()
 
-    def events(self, owner: str, response_id: str) -> EventBuffer | None:
+    def events(self, owner: str, response_id: str) -> Pieces[EncodedEvent] | None:
         """The events of a response that runs here, or ended not long ago."""
         run = self._running.get((owner, response_id))
         return run.events if run is not None else self._ended.get((owner, response_id))
@@ -107,7 +123,8 @@ class Background:
         """
         run = self._running.get((owner, response_id))
         if run is not None:
-            await run.stop()
+            run.ended_elsewhere = True
+            await run.cancel()
         if forget:
             self._ended.pop((owner, response_id), None)
 
@@ -115,8 +132,7 @@ class Background:
         """Ends all work; what was running has failed."""
         self._closed = True
         if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.gather(self._renewing, return_exceptions=True)
+            await self._renewing.close()
         await asyncio.gather(*(run.cancel() for run in list(self._running.values())))
         self._ended.clear()
 
@@ -128,37 +144,17 @@ class Background:
                 f"{max(1, self._max_running // 2)} of a key and {self._max_running} of all may. Try again later."
             )
 
-    async def _work(
-        self, run: BackgroundRun, store: ResponseStore, events: AsyncIterator[StreamEvent], seconds: float
-    ) -> None:
-        run.started.set()
-        try:
-            async with asyncio.timeout(seconds):
-                async for event in events:
-                    await self._take(run, store, event)
-            if not run.events.finished:
-                await self._fail(run, store, "The response ended without a result.")
-        except asyncio.CancelledError:
-            if not run.ended_elsewhere:
-                await self._fail(run, store, STOPPED)
-        except TimeoutError:
-            await self._fail(run, store, TOO_LONG)
-        except Exception as failure:
-            logger.error("the background response %s failed", run.entry.id, exc_info=failure)
-            await self._fail(run, store, to_error(failure).body.error.message)
-        finally:
-            self._leave(run)
-            await _close(events)
-
-    async def _take(self, run: BackgroundRun, store: ResponseStore, event: StreamEvent) -> None:
+    async def _take(self, run: _Run, store: ResponseStore, event: StreamEvent) -> None:
         """Keeps what an event says of the response, and then lets it be seen."""
         finished = False
         if isinstance(event, LifecycleEvent):
             finished = event.response.status not in ACTIVE
             await self._note(run, store, event.response, finished)
-        run.events.add(EncodedEvent(event.event_name, event.sequence_number, to_json_bytes(event)), last=finished)
+        data = to_json_bytes(event)
+        assert event.sequence_number == run.events.next_number, "events have gap-free numbers"
+        run.events.add(EncodedEvent(event.event_name, event.sequence_number, data), len(data), last=finished)
 
-    async def _note(self, run: BackgroundRun, store: ResponseStore, response: Response, finished: bool) -> None:
+    async def _note(self, run: _Run, store: ResponseStore, response: Response, finished: bool) -> None:
         body = to_json_bytes(response)
         try:
             if await store.change(*run.name, response.status, body):
@@ -174,7 +170,22 @@ class Background:
                 raise
             logger.warning("how far a response is could not be kept: %s", error.__cause__ or error)
 
-    async def _fail(self, run: BackgroundRun, store: ResponseStore, message: str) -> None:
+    async def _end(self, run: _Run, store: ResponseStore, failure: Failure) -> None:
+        try:
+            if isinstance(failure, asyncio.CancelledError):
+                if not run.ended_elsewhere:
+                    await self._fail(run, store, STOPPED)
+            elif isinstance(failure, TimeoutError):
+                await self._fail(run, store, TOO_LONG)
+            elif failure is not None:
+                logger.error("the background response %s failed", run.entry.id, exc_info=failure)
+                await self._fail(run, store, to_error(failure).body.error.message)
+            elif not run.events.finished:
+                await self._fail(run, store, "The response ended without a result.")
+        finally:
+            self._leave(run)
+
+    async def _fail(self, run: _Run, store: ResponseStore, message: str) -> None:
         body = settled(run.latest, "failed", ("server_error", message))
         try:
             await store.change(*run.name, "failed", body)
@@ -184,9 +195,9 @@ class Background:
             name = str(ResponseFailed.__struct_config__.tag)
             number = run.events.next_number
             data = b'{"type":"%b","sequence_number":%d,"response":%b}' % (name.encode(), number, body)
-            run.events.add(EncodedEvent(name, number, data), last=True)
+            run.events.add(EncodedEvent(name, number, data), len(data), last=True)
 
-    def _leave(self, run: BackgroundRun) -> None:
+    def _leave(self, run: _Run) -> None:
         run.events.finish()
         self._running.pop(run.name, None)
         if self._closed or run.ended_elsewhere:
@@ -196,19 +207,10 @@ class Background:
             self._ended.popitem(last=False)
 
     async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(RENEW_SECONDS)
-            names = [name for name, run in self._running.items() if run.task is not None]
-            if not names:
-                continue
-            try:
-                store = await self._open_store()
-                ended = await store.renew(names)
-                await asyncio.gather(*(self.stop(*name) for name in ended))
-            except CandleVllmError as error:
-                logger.warning("leases of background responses were not renewed: %s", error.__cause__ or error)
-            except Exception:  # the next time may be better, and without a next time all of them would fail
-                logger.exception("leases of background responses were not renewed")
+        names = [name for name, run in self._running.items() if run.work is not None]
+        if names:
+            ended = await (await self._open_store()).renew(names)
+            await asyncio.gather(*(self.stop(*name) for name in ended))
 
 
 async def _is_kept(store: ResponseStore, name: Name, status: str) -> bool:
@@ -217,10 +219,3 @@ async def _is_kept(store: ResponseStore, name: Name, status: str) -> bool:
         return (await store.get(*name)).status == status
     except NotStoredError:
         return False
-
-
-async def _close(events: AsyncIterator[StreamEvent]) -> None:
-    close = getattr(events, "aclose", None)
-    if close is not None:
-        with contextlib.suppress(Exception):
-            await close()

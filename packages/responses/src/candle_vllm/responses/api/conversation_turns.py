@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import new_id
 from candle_vllm.responses.store.errors import ConversationBusyError
 from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.store.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +72,12 @@ async def turn_in_store(store: ResponseStore, owner: str, conversation_id: str) 
     turn = Held(owner, conversation_id, new_id("turn"))
     while not await store.take_turn(turn):
         await asyncio.sleep(POLL_SECONDS)
-    renewing = asyncio.create_task(_renew(store, turn))
+    upkeep = Upkeep(RENEW_SECONDS, partial(store.keep_turn, turn), "a conversation's turn was not renewed")
     try:
         yield
     finally:
-        renewing.cancel()
-        await asyncio.gather(renewing, return_exceptions=True)
+        await upkeep.close()
         try:
             await store.leave_turn(turn)
         except CandleVllmError as error:  # the lease ends by itself
             logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
-
-
-async def _renew(store: ResponseStore, turn: Held) -> None:
-    while True:
-        await asyncio.sleep(RENEW_SECONDS)
-        try:
-            await store.keep_turn(turn)
-        except CandleVllmError as error:
-            logger.warning("a conversation's turn was not renewed: %s", error.__cause__ or error)

@@ -11,18 +11,19 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.responses.api.answered import Answered, entry_of
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversation_turns import ConversationTurns, turn_in_store
-from candle_vllm.responses.api.event_buffer import EncodedEvent
 from candle_vllm.responses.api.item_lists import ItemList, PageRequest, page_of
+from candle_vllm.responses.api.outliving import EncodedEvent
 from candle_vllm.responses.protocol.events import StreamEvent
 from candle_vllm.responses.protocol.response import ResponseDeleted
 from candle_vllm.responses.store.entries import Entry, items_of
 from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.store.upkeep import Upkeep
 
 PURGE_SECONDS = 60.0
 
@@ -46,7 +47,7 @@ class KeptResponses:
         self._clock = clock
         self._opening = asyncio.Lock()
         self._store: ResponseStore | None = None
-        self._purging: asyncio.Task[None] | None = None
+        self._purging: Upkeep | None = None
         self._closed = False
 
     async def start(self) -> None:
@@ -59,8 +60,7 @@ class KeptResponses:
         await self.background.close()
         self._closed = True
         if self._purging is not None:
-            self._purging.cancel()
-            await asyncio.gather(self._purging, return_exceptions=True)
+            await self._purging.close()
         if self._store is not None:
             await self._store.close()
 
@@ -204,7 +204,7 @@ class KeptResponses:
         except BaseException:
             await store.close()
             raise
-        self._purging = asyncio.create_task(self._purge(store))
+        self._purging = Upkeep(PURGE_SECONDS, store.purge, "the store of responses could not be purged", at_once=True)
         return store
 
     async def _add_to_conversation(self, entry: Entry) -> None:
@@ -216,16 +216,6 @@ class KeptResponses:
             await store.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
         except RequestError as error:  # it was deleted meanwhile, or is full
             logger.warning("a response could not be added to its conversation: %s", error)
-
-    async def _purge(self, store: ResponseStore) -> None:
-        while True:
-            try:
-                await store.purge()
-            except CandleVllmError as error:
-                logger.warning("the store of responses could not be purged: %s", error.__cause__ or error)
-            except Exception:
-                logger.exception("the store of responses could not be purged")
-            await asyncio.sleep(PURGE_SECONDS)
 
 
 @contextlib.contextmanager

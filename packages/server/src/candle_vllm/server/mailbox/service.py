@@ -6,7 +6,6 @@ client has gone. In between, `begin` lets a client that looks too early see that
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from candle_vllm.responses.store.errors import StoreUnavailableError
+from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.mailbox.delivery import Deliverer
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.policy import (
@@ -53,19 +53,18 @@ class Mailbox:
         self._sender = Sender(options.webhook, clock)
         self._deliverer = Deliverer(self.store, self._sender, options, lambda delivered: self.pushed(delivered))
         self._pushing: Counter[str] = Counter()  # at the wish of clients, by owner
-        self._purging: asyncio.Task[None] | None = None
+        self._purging: Upkeep | None = None
 
     async def start(self) -> None:
         """Opens the store and begins with what an earlier server left; ConfigError when it cannot be opened."""
         await self.store.open()
         self._deliverer.start()
-        self._purging = asyncio.create_task(self._purge())
+        self._purging = Upkeep(PURGE_SECONDS, self.store.purge, "the mailbox could not be purged", at_once=True)
 
     async def close(self) -> None:
         """Stops pushing within seconds and closes the store; open pushes stay in it."""
         if self._purging is not None:
-            self._purging.cancel()
-            await asyncio.gather(self._purging, return_exceptions=True)
+            await self._purging.close()
         await self._deliverer.close()
         await self._sender.close()
         await self.store.close()
@@ -204,13 +203,3 @@ class Mailbox:
             await self.store.drop(owner, request_id)
         except StoreUnavailableError as error:
             logger.warning("a record could not be dropped: %s", error.__cause__ or error)
-
-    async def _purge(self) -> None:
-        while True:
-            try:
-                await self.store.purge()
-            except StoreUnavailableError as error:
-                logger.warning("the mailbox could not be purged: %s", error.__cause__ or error)
-            except Exception:
-                logger.exception("the mailbox could not be purged")
-            await asyncio.sleep(PURGE_SECONDS)
