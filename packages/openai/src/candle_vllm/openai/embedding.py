@@ -32,12 +32,12 @@ from candle_vllm.openai.errors import (
     GenerationFailedError,
     no_priority,
 )
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest
 from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.rerank import Ranked, RankedText, Ranking, RerankRequest
 from candle_vllm.openai.protocol.score import Score, ScoreList, ScoreRequest
 from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.validation import parse_body
 
 
 class EmbeddingEngineLike(Protocol):

@@ -10,12 +10,12 @@ from typing import Any
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.openai.conversation import text_of
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
 from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
+from candle_vllm.openai.validation import parse_body
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 

@@ -12,7 +12,6 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.preparation import Preparation
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.tokenizing import (
@@ -25,6 +24,7 @@ from candle_vllm.openai.protocol.tokenizing import (
 )
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.openai.worker_threads import WorkerThreads
 
 _PLAIN = "a"  # a text whose tokens are whole characters

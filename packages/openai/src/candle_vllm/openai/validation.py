@@ -1,15 +1,21 @@
-"""pydantic's errors -> one `InvalidParameterError` in plain words, with the field as a dotted path."""
+"""A body's bytes, or an object, as a checked request of its kind (step 2 of a request's life).
+
+What pydantic finds becomes one `InvalidParameterError` in plain words, with the field as a dotted path.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.errors import UnknownParameterError, UnsupportedParameterError
+from candle_vllm.openai.errors import InvalidBodyError, UnknownParameterError, UnsupportedParameterError
+from candle_vllm.openai.json_body import decode_json
+
+_Request = TypeVar("_Request", bound=BaseModel)
 
 _CLASSES = {"unknown_field": UnknownParameterError, "unsupported_field": UnsupportedParameterError}
 _SHOWN = 60  # characters of a wrong value in a message
@@ -33,6 +39,17 @@ _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "string_too_long": lambda ctx: f"must have at most {ctx['max_length']} characters",
     "too_long": lambda ctx: f"must have at most {ctx['max_length']} entries",
 }
+
+
+def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
+    """The request; raises `RequestError` with the field at fault."""
+    value = decode_json(body) if isinstance(body, bytes) else dict(body)
+    if not isinstance(value, dict):
+        raise InvalidBodyError("The body must be one JSON object.")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise to_request_error(error) from None
 
 
 def to_request_error(error: ValidationError) -> InvalidParameterError:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import model_validator
 
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
+from candle_vllm.openai.validation import parse_body
 
 
 class ModelRequest(WireModel):

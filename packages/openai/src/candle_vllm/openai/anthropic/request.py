@@ -12,10 +12,10 @@ from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one
 from candle_vllm.openai.anthropic.fields import REFUSED_COUNT_FIELDS, REFUSED_MESSAGES_FIELDS
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, invalid
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import check_depth, check_tools
+from candle_vllm.openai.validation import parse_body
 
 MIN_BUDGET = 1024  # Anthropic's least `budget_tokens`
 

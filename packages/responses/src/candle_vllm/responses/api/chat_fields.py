@@ -7,31 +7,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.openai.field_paths import FieldPaths, message_path
 from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
+
+_MESSAGE = re.compile(r"messages\.(\d+)(\..*)?")
+_TOOL = re.compile(r"tools\.(\d+)(\..*)?")
 
 LIMIT = "max_completion_tokens"
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "cache_salt", "priority",
 )  # fmt: skip
-_PATHS = FieldPaths(
-    fields=(
-        ("response_format.json_schema.schema", "text.format.schema"),
-        ("response_format.json_schema", "text.format"),
-        ("response_format", "text.format"),
-        ("tool_choice.function.name", "tool_choice.name"),
-        ("tool_choice.allowed_tools", "tool_choice"),
-        ("reasoning_effort", "reasoning.effort"),
-        (LIMIT, "max_output_tokens"),
-        ("max_tokens", "max_output_tokens"),
-        ("top_logprobs", "top_logprobs"),
-        ("logprobs", "include"),
-        ("messages", "input"),
-        ("prompt", "input"),
-    ),
-    tool_parts=(("function.parameters", "parameters"), ("function.", ""), ("function", "")),
+_FIELDS = (  # the beginning of a path in the chat request, and what stands there in the caller's
+    ("response_format.json_schema.schema", "text.format.schema"),
+    ("response_format.json_schema", "text.format"),
+    ("response_format", "text.format"),
+    ("tool_choice.function.name", "tool_choice.name"),
+    ("tool_choice.allowed_tools", "tool_choice"),
+    ("reasoning_effort", "reasoning.effort"),
+    (LIMIT, "max_output_tokens"),
+    ("max_tokens", "max_output_tokens"),
+    ("top_logprobs", "top_logprobs"),
+    ("logprobs", "include"),
+    ("messages", "input"),
+    ("prompt", "input"),
 )
+_TOOL_PARTS = (("function.parameters", "parameters"), ("function.", ""), ("function", ""))  # the same below a tool
 
 
 def chat_fields(request: PromptFields, choice: Any) -> dict[str, Any]:
@@ -85,7 +85,14 @@ def blame(error: RequestError, messages: Sequence[str], tools: Sequence[str]) ->
 
 
 def _path(path: str, messages: Sequence[str], tools: Sequence[str]) -> str:
-    message = message_path(path)
-    if message is not None:
-        return messages[message.number] if message.number < len(messages) else "input"
-    return _PATHS.respelled(path, tools)
+    if (message := _MESSAGE.fullmatch(path)) is not None:
+        number = int(message[1])
+        return messages[number] if number < len(messages) else "input"
+    if (tool := _TOOL.fullmatch(path)) is not None and int(tool[1]) < len(tools):
+        below = (tool[2] or "").removeprefix(".")
+        own = next((own + below[len(prefix) :] for prefix, own in _TOOL_PARTS if below.startswith(prefix)), below)
+        return ".".join(filter(None, (tools[int(tool[1])], own)))
+    for prefix, own in _FIELDS:
+        if path == prefix or path.startswith(f"{prefix}."):
+            return own + path[len(prefix) :]
+    return path

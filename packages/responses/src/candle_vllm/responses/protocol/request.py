@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.sampling import params as caps
-from candle_vllm.openai.parsing import parse_body
 from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
@@ -21,6 +20,7 @@ from candle_vllm.openai.protocol.fields import (
 )
 from candle_vllm.openai.protocol.generation import MaxTokens, Stop
 from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.protocol.fields import (
     MAX_ITEMS,
     REFUSED_COUNT_FIELDS,

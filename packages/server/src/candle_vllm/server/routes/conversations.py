@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.parsing import parse_body
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.api.conversations import (
     ConversationCreateRequest,
     Conversations,
