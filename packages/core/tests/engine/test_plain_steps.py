@@ -164,7 +164,7 @@ def test_plain_weights_take_the_memory_of_the_file(tmp_path: Path) -> None:
     loaded = load_model(EngineConfig(model=str(folder), block_size=16), torch.device("cpu"), lambda *_: None)
     layer = loaded.decoder.layers[0]  # type: ignore[attr-defined]
     assert layer.attention.qkv.weight is None
-    assert sum(matrix.nbytes for matrix in layer.attention.qkv.matrices.values()) == 128 * (4 + 2 + 2) * 32 * 2
+    assert sum(matrix.nbytes for matrix in layer.attention.qkv.pieces.values()) == 128 * (4 + 2 + 2) * 32 * 2
 
 
 def test_a_head_size_without_a_kernel_runs_in_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
-from candle_vllm.core.layers.parameters import DevicePart, Placement
+from candle_vllm.core.layers.parameters import MatrixPart, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import ordered
@@ -43,9 +43,9 @@ def filled(stored: StoredTensor, *, floats: bool = True, why: str | None = None,
     """A matrix on the device, and that it is there as it is stored, or why not."""
     matrices: dict[str, Any] = {}
     rows, columns = stored.shape
-    said = DevicePart(matrices, "m", (rows, columns), device, floats=floats).fill(stored)
+    said = MatrixPart(matrices, "m", (rows, columns), device.backend(floats=floats)).fill(stored)
     assert said is None if why is None else said is not None and why in said
-    return matrices["m"]
+    return matrices["m"].data
 
 
 def assert_means(matrix: GroupMatrix, weight: torch.Tensor, name: str) -> None:
@@ -116,11 +116,10 @@ def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
     parts["q.weight"].fill(stored)
     parts["k.weight"].fill(ordered(stored, np.arange(24, 48)))
     layer.finish()
-    assert layer._product is not None
-    (piece,) = layer._product._pieces
+    assert layer.product is not None
+    (piece,) = layer.product.pieces
     weight = torch.cat([written.weight, written.weight[24:]])
-    assert isinstance(piece, GroupMatrix)
-    assert_means(piece, weight, name)
+    assert_means(piece.data, weight, name)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(layer(x), x @ weight.T, rtol=1e-5, atol=1e-5)
 

@@ -38,7 +38,7 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedMo
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
-from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement
+from candle_vllm.core.layers.parameters import MatrixPart, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 
@@ -111,7 +111,7 @@ def test_compiled_kernels_multiply_the_same_numbers(name: str, folders: Folders)
     assert loaded.quantization is not None
     wanted = load_file(decoded / "model.safetensors")
     for index, layer in enumerate(loaded.decoder.layers):  # type: ignore[attr-defined]
-        for end, matrix in (("down", layer.mlp.down.matrices[""]), ("up", layer.mlp.gate_up.matrices["up."])):
+        for end, matrix in (("down", layer.mlp.down.pieces[""]), ("up", layer.mlp.gate_up.pieces["up."])):
             weight = wanted[f"model.layers.{index}.mlp.{end}_proj.weight"]
             if name in FLOATS:
                 assert isinstance(matrix, ScaledMatrix)
@@ -135,7 +135,7 @@ def test_small_floats_stay_what_they_are(dtype: str, folders: Folders, caplog: p
     with caplog.at_level(logging.INFO):
         loaded = load(folder, dtype=dtype)
     assert loaded.dtype == {"auto": "bf16, f32", "f32": "bf16, f32", "f16": "bf16, f16"}[dtype]
-    assert isinstance(loaded.decoder.layers[0].mlp.down.matrices[""], ScaledMatrix)  # type: ignore[attr-defined]
+    assert isinstance(loaded.decoder.layers[0].mlp.down.pieces[""], ScaledMatrix)  # type: ignore[attr-defined]
     assert not [line for line in caplog.messages if "multiplied as" in line]
     if dtype == "f32":
         wanted = eager_logits(decoded, TOKENS, CHUNKS)
@@ -304,21 +304,22 @@ def test_a_layer_without_an_order_of_its_own_decodes(tmp_path: Path) -> None:
         matrices: dict[str, Any] = {}
         recorded = Placement(CPU, torch.float32, WeightMemory())
         for name, ordered in (("plain", False), ("ordered", True)):
-            part = MatrixPart(matrices, name, (16, 64), recorded, ordered=ordered)
+            part = MatrixPart(matrices, name, (16, 64), recorded.backend(groups=ordered))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == ordered
             assert why is None or why.endswith("hold them exactly in the order of their inputs")
         device = Placement(CPU, torch.float32, keeps_quantised=True)
         for name, groups in (("decoded", False), ("groups", True)):
-            why = DevicePart(matrices, name, (16, 64), device, groups=groups).fill(checkpoint.tensors["l.weight"])
+            part = MatrixPart(matrices, name, (16, 64), device.backend(groups=groups))
+            why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == groups
     assert [type(matrix).__name__ for matrix in matrices.values()] == [
         "PlainMatrix",
         "PackedMatrix",
-        "Tensor",
-        "GroupMatrix",
+        "TensorMatrix",
+        "CodeMatrix",
     ]
-    assert torch.equal(matrices["decoded"], written.weight)
+    assert torch.equal(matrices["decoded"].data, written.weight)
     assert torch.equal(torch.from_numpy(plain_linear.unpack(matrices["plain"])), written.weight.bfloat16().float())
 
 
@@ -330,9 +331,9 @@ def test_experts_of_small_floats(name: str, tmp_path: Path) -> None:
     folder, decoded = quantise_model(plain, tmp_path, WRITERS[name])
     loaded = load(folder)
     for layer in loaded.decoder.layers:  # type: ignore[attr-defined]
-        matrices = layer.mlp.experts.matrices
+        matrices = layer.mlp.experts.pieces
         assert len(matrices) == 12
         assert all(isinstance(matrix, ScaledMatrix) for matrix in matrices.values())
-        (router,) = layer.mlp.router._matrices.values()
+        (router,) = layer.mlp.router.scores.pieces.values()
         assert router.kind is plain_linear.PlainKind.F32
     assert typical_spread(recorded_logits(folder, TOKENS, CHUNKS), eager_logits(decoded, TOKENS, CHUNKS)) < 1e-2

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorPart, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.views import Viewed
@@ -81,11 +80,9 @@ class _HeadsPart:
         else:
             dtype, raw = stored.dtype, stored.raw()
         heads, outputs, inputs = self._shape
-        try:
+        with naming_tensor(stored):
             for head in raw.reshape(heads, -1):
                 self._matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{stored.path}: tensor {stored.name}: {error}") from error
         return _why_decoded(stored)
 
 

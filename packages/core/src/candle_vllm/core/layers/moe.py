@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
-from candle_vllm.core.kernels import gguf_linear, group_linear
-from candle_vllm.core.kernels.gguf_linear.reference import dequantise
-from candle_vllm.core.kernels.group_linear.reference import dequantise as dequantise_groups
-from candle_vllm.core.kernels.linear import linear
 from candle_vllm.core.kernels.moe import (
     MOST_EXPERTS,
     Activation,
@@ -28,13 +23,10 @@ from candle_vllm.core.kernels.moe import (
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.matrices import DeviceMatrix, Piece, TensorMatrix
 from candle_vllm.core.layers.mlp import GatedMLP
-from candle_vllm.core.layers.parameters import DevicePart, MatrixPart, Placement, TensorPart
+from candle_vllm.core.layers.parameters import MatrixPart, Placement, TensorPart
 from candle_vllm.core.loading.weights import Part
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.recorded import Matrix
-    from candle_vllm.core.layers.parameters import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -91,30 +83,17 @@ class Router:
     """Scores of experts: x [T, E] -> logits [T, X], in fp32 whatever the model's other weights are."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        self._shape = (mixture.experts, hidden_size)
-        self._placement = dataclasses.replace(placement, plain_kind=PlainKind.F32)
-        device = placement.device
-        self._matrices: dict[str, Matrix] = {}
-        self._weight = None if placement.recorded else torch.empty(self._shape, device=device)
-        self._bias = torch.empty(mixture.experts, device=device) if mixture.router_bias else None
-        self.correction = torch.empty(mixture.experts, device=device) if mixture.correction else None
+        exact = dataclasses.replace(placement, dtype=torch.float32, plain_kind=PlainKind.F32, keeps_quantised=False)
+        self.scores = Linear(hidden_size, mixture.experts, exact, bias=mixture.router_bias, kept=False)
+        self.correction = torch.empty(mixture.experts, device=placement.device) if mixture.correction else None
 
     def __call__(self, x: Value) -> Value:
-        if isinstance(x, Recorded):
-            return x.linear([self._matrices["weight"]], self._bias)
-        assert self._weight is not None
-        return linear(x.float(), self._weight, self._bias, invariant=self._placement.invariant)
+        return self.scores(x if isinstance(x, Recorded) else x.float())
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        if self._weight is None:
-            parts: dict[str, Part] = {"weight": MatrixPart(self._matrices, "weight", self._shape, self._placement)}
-        else:
-            parts = {"weight": TensorPart(self._weight)}
-        for name, tensor in (("bias", self._bias), ("correction", self.correction)):
-            if tensor is not None:
-                parts[name] = TensorPart(tensor)
-        return parts
+        parts = self.scores.parts()
+        return parts if self.correction is None else {**parts, "correction": TensorPart(self.correction)}
 
 
 class ExpertMLPs:
@@ -124,8 +103,7 @@ class ExpertMLPs:
         self._mixture, self._placement = mixture, placement
         count, inner = mixture.experts, mixture.inner_size
         self._shapes = {"gate": (inner, hidden_size), "up": (inner, hidden_size), "down": (hidden_size, inner)}
-        self.matrices: dict[str, Matrix] = {}
-        self.weights: dict[str, Weight] = {}  # parts on a GPU, until `finish` has joined them
+        self.pieces: dict[str, Piece] = {}  # outside recorded steps, until `finish` has joined them
         self._joined: tuple[Experts, Experts] | None = None
         device, dtype = placement.device, placement.dtype
         if placement.stacked:
@@ -147,39 +125,26 @@ class ExpertMLPs:
     def recorded(self) -> RecordedExperts:
         """The same for recorded steps."""
         gate, up, down = (
-            [self.matrices[f"{name}.{e}"] for e in range(self._mixture.experts)] for name in ("gate", "up", "down")
+            [self.pieces[f"{name}.{e}"] for e in range(self._mixture.experts)] for name in ("gate", "up", "down")
         )
         return RecordedExperts(gate, up, down, self._mixture.activation, self.biases)
 
     def finish(self) -> None:
         """See `Finishes`: on a GPU the parts become two matrices of all experts."""
-        if self.weights:
-            gate_up = [self.weights.pop(f"{name}.{e}") for e in range(self._mixture.experts) for name in ("gate", "up")]
-            down = [self.weights.pop(f"down.{e}") for e in range(self._mixture.experts)]
+        if self.pieces and not self._placement.recorded:
+            gate_up = [self.pieces.pop(f"{name}.{e}") for e in range(self._mixture.experts) for name in ("gate", "up")]
+            down = [self.pieces.pop(f"down.{e}") for e in range(self._mixture.experts)]
             self._joined = self._join(gate_up), self._join(down)
 
-    def _join(self, weights: Sequence[Weight]) -> Experts:
+    def _join(self, pieces: Sequence[DeviceMatrix]) -> Experts:
         """One matrix of all rows where all are quantised alike, else plain numbers."""
-        packed = [weight for weight in weights if isinstance(weight, gguf_linear.GgufMatrix)]
-        floats = [weight for weight in weights if isinstance(weight, group_linear.GroupMatrix)]
-        kinds = {weight.kind.name for weight in packed} | {f"{w.numbers} in {w.group}s" for w in floats}
-        if len(kinds) == 1 and len(floats) == len(weights):
-            return group_linear.stack(floats)
-        if len(kinds) == 1 and len(packed) == len(weights):
-            return gguf_linear.stack(packed)
-        if kinds:
-            kinds |= {"plain" for weight in weights if isinstance(weight, torch.Tensor)}
+        kinds = {piece.kind for piece in pieces}
+        if len(kinds) == 1 and kinds != {TensorMatrix.kind}:
+            return pieces[0].joined(pieces).data
+        if len(kinds) > 1:
             logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
-        plain = [self._decoded(weight) for weight in weights]
+        plain = [piece.decoded(self._placement.dtype) for piece in pieces]
         return torch.stack(plain).view(self._mixture.experts, -1, plain[0].shape[1])
-
-    def _decoded(self, weight: Weight) -> torch.Tensor:
-        if isinstance(weight, gguf_linear.GgufMatrix):
-            return dequantise(weight).to(self._placement.dtype)
-        if isinstance(weight, group_linear.GroupMatrix):
-            return dequantise_groups(weight).to(self._placement.dtype)
-        assert isinstance(weight, torch.Tensor)
-        return weight
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
@@ -192,10 +157,8 @@ class ExpertMLPs:
         return found
 
     def _part(self, name: str, expert: int, shape: tuple[int, int]) -> Part:
-        if self._placement.recorded:
-            return MatrixPart(self.matrices, f"{name}.{expert}", shape, self._placement, floats=True)
-        if self._placement.keeps_quantised:
-            return DevicePart(self.weights, f"{name}.{expert}", shape, self._placement, floats=True)
+        if not self._placement.stacked:
+            return MatrixPart(self.pieces, f"{name}.{expert}", shape, self._placement.backend(floats=True))
         assert self._joined is not None
         gate_up, down = self._joined
         assert isinstance(gate_up, torch.Tensor)

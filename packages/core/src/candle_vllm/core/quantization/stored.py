@@ -21,7 +21,7 @@ import torch
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
 
 Found = TypeVar("Found", np.ndarray, GroupCodes, ScaledCodes)
 
@@ -47,6 +47,10 @@ class Source(ABC):
     def decode(self, first: int, last: int) -> np.ndarray:
         """Rows first to last - 1 as float32 [last - first, K]."""
 
+    @abstractmethod
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        """The tensor's rows as a backend multiplies them."""
+
 
 class CodeSource(Source):
     """A source of whole numbers in groups."""
@@ -58,6 +62,10 @@ class CodeSource(Source):
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `Source.decode`."""
         return self.codes(first, last).dequantise()
+
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        """See `Source.pack_for`."""
+        return backend.codes(tensor, tensor.group_codes, tensor.blocks)
 
 
 class FloatSource(Source):
@@ -76,6 +84,10 @@ class FloatSource(Source):
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `Source.decode`."""
         return self.floats(first, last).dequantise()
+
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        """See `Source.pack_for`."""
+        return backend.floats(tensor, self.span, tensor.scaled)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -141,16 +153,18 @@ class QuantisedTensor(StoredTensor):
             return None
         return Blocks(chunks[0].type, np.concatenate([chunk.raw for chunk in chunks]), chunks[0].order)
 
-    def group_codes(self) -> GroupCodes | None:
-        """The codes of all rows, where the format has some."""
-        if not isinstance(self.source, CodeSource):
-            return None
+    def pack_for(self, backend: Backend[Packed]) -> Packed:
+        """See `StoredTensor.pack_for`."""
+        return self.source.pack_for(backend, self)
+
+    def group_codes(self) -> GroupCodes:
+        """The codes of all rows; the format has some."""
+        assert isinstance(self.source, CodeSource)
         return self._run(self.source.codes, 0, self._rows)
 
-    def scaled(self) -> ScaledCodes | None:
-        """The floats of all rows and their scales, where the format has some; the codes may be a view of the file."""
-        if not isinstance(self.source, FloatSource):
-            return None
+    def scaled(self) -> ScaledCodes:
+        """The floats of all rows and their scales; the format has some. The codes may be a view of the file."""
+        assert isinstance(self.source, FloatSource)
         return self._run(self.source.floats, 0, self._rows)
 
     @property

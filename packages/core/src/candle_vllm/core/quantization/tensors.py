@@ -7,17 +7,51 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+
+Packed = TypeVar("Packed", covariant=True)
 
 COPY_CHUNK = 1 << 18
 """Elements that are converted at a time: the scratch stays in the cache, and small beside the result."""
 
 SERIAL_ELEMENTS = 1 << 15
 """Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
+
+
+class Backend(Protocol[Packed]):
+    """What makes matrices of its own of stored ones [N, K], by how they are stored; `StoredTensor.pack_for` chooses.
+
+    Raises:
+        UnsupportedModelError: it has no kernel for such a matrix, and cannot do without one.
+    """
+
+    def plain(self, stored: StoredTensor) -> Packed:
+        """Of numbers that are stored one by one."""
+        ...
+
+    def blocks(self, stored: StoredTensor, blocks: Blocks) -> Packed:
+        """Of blocks of a ggml type, whose columns may have an order of their own."""
+        ...
+
+    def codes(
+        self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
+    ) -> Packed:
+        """Of whole numbers in groups, which may be blocks too."""
+        ...
+
+    def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> Packed:
+        """Of small floats with scales for `span` columns."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +92,12 @@ class StoredTensor(ABC):
     @abstractmethod
     def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
+
+    def pack_for(self, backend: Backend[Packed]) -> Packed:
+        """A matrix [N, K] as a backend multiplies it; errors as `Backend`."""
+        if self.dtype is not None:
+            return backend.plain(self)
+        return backend.blocks(self, Blocks(GGMLQuantizationType[self.type_name], self.raw()))
 
     @abstractmethod
     def release(self) -> None:

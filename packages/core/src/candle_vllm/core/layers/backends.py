@@ -1,0 +1,182 @@
+"""How stored matrices become those of a backend: laid out for its kernels, or decoded where it has none for them.
+
+Each gives the matrix, and why a quantised one takes more memory there than it is stored in, for a log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.layers.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
+from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+    from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+    from candle_vllm.core.kernels.recorded import Matrix
+
+_LOOKED_AT = 1 << 26  # numbers at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedBackend:
+    """The compiled kernels of the CPU.
+
+    Attributes:
+        memory: where matrices go.
+        kind: what plain ones become; None keeps each one's own type.
+        groups: whether the layer brings its input to an order of the matrix's own.
+        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
+    """
+
+    memory: WeightMemory
+    kind: PlainKind | None
+    groups: bool
+    floats_kept: bool
+
+    def plain(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
+        """See `Backend.plain`."""
+        from candle_vllm.core.kernels import plain_linear
+
+        assert stored.dtype is not None
+        rows, columns = stored.shape
+        return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
+
+    def blocks(self, stored: StoredTensor, blocks: Blocks) -> tuple[Matrix, str | None]:
+        """See `Backend.blocks`."""
+        from candle_vllm.core.kernels import packed_linear
+
+        rows, columns = stored.shape
+        matrix = packed_linear.pack(blocks.raw, blocks.type, rows, columns, self.memory)
+        return dataclasses.replace(matrix, order=blocks.order), None
+
+    def codes(
+        self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
+    ) -> tuple[Matrix, str | None]:
+        """See `Backend.codes`: blocks that hold the numbers exactly, else plain ones."""
+        del read
+        found = blocks()
+        if found is None:
+            return self._decoded(stored, "no blocks of GGUF hold them exactly")
+        if found.order is not None and not self.groups:
+            return self._decoded(stored, "no blocks of GGUF hold them exactly in the order of their inputs")
+        return self.blocks(stored, found)
+
+    def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:
+        """See `Backend.floats`."""
+        from candle_vllm.core.kernels import scaled_linear
+
+        if not self.floats_kept:
+            return self._decoded(stored, "such a layer has no kernel for small floats")
+        try:
+            scaled_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
+            return scaled_linear.pack(read(), self.memory), None
+        except UnsupportedModelError as error:
+            return self._decoded(stored, str(error))
+
+    def _decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
+        """In plain numbers: bfloat16, or what was asked for."""
+        from candle_vllm.core.kernels import plain_linear
+
+        rows, columns = stored.shape
+        dtype = (
+            torch.bfloat16 if self.kind is None else torch.float32
+        )  # float16 is checked for numbers beyond its range
+        raw = stored.load(dtype).view(torch.uint8).numpy()
+        return plain_linear.pack(raw, dtype, rows, columns, self.kind, self.memory), why
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBackend:
+    """The kernels of a GPU; on the CPU their references in torch, for tests.
+
+    Attributes:
+        device: where matrices go.
+        dtype: of plain ones, and of activations.
+        groups: whether the layer multiplies whole numbers in groups; else they come in blocks, or decoded.
+        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    groups: bool
+    floats_kept: bool
+
+    def plain(self, stored: StoredTensor) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.plain`."""
+        return self._decoded(stored, None)
+
+    def blocks(self, stored: StoredTensor, blocks: Blocks) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.blocks`."""
+        from candle_vllm.core.kernels import gguf_linear
+
+        rows, columns = stored.shape
+        try:
+            return BlockMatrix(gguf_linear.pack(blocks.raw, blocks.type, rows, columns, self.device)), None
+        except UnsupportedModelError as error:
+            return self._decoded(stored, str(error))
+
+    def codes(
+        self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
+    ) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.codes`."""
+        from candle_vllm.core.kernels import group_linear
+        from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
+
+        if self.groups and capability(self.device) >= TENSOR_CORES:
+            matrix = group_linear.from_codes(read(), self.device)
+            if matrix is not None:
+                return CodeMatrix(matrix), None
+        found = blocks()
+        if found is None or found.order is not None:
+            return self._decoded(stored, "no kernel multiplies such groups on a GPU")
+        return self.blocks(stored, found)
+
+    def floats(
+        self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]
+    ) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.floats`."""
+        from candle_vllm.core.kernels import group_linear
+        from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
+
+        if not self.floats_kept:
+            return self._decoded(stored, "such a layer has no kernel for small floats on a GPU")
+        if capability(self.device) < TENSOR_CORES:
+            return self._decoded(stored, "small floats have no kernel below compute capability 8.0")
+        try:
+            group_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
+            found = read()
+            if self.dtype == torch.float16 and found.largest > torch.finfo(torch.float16).max:
+                # many rows meet them in that type
+                return self._decoded(stored, "weights may be beyond the range of f16")
+            return CodeMatrix(group_linear.pack_floats(found, self.device)), None
+        except UnsupportedModelError as error:
+            return self._decoded(stored, str(error))
+
+    def _decoded(self, stored: StoredTensor, why: str | None) -> tuple[DeviceMatrix, str | None]:
+        values = stored.load(self.dtype)
+        check_range(stored, values)
+        return TensorMatrix(values.to(self.device)), why
+
+
+def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
+    """Refuses weights that float16 cannot hold: where it became their type, they would be infinite.
+
+    Raises:
+        UnsupportedModelError: the message names the tensor and the flag.
+    """
+    if values.dtype != torch.float16 or stored.dtype == torch.float16:
+        return
+    # In pieces, for looking takes half as much memory again.
+    if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
+        raise UnsupportedModelError(
+            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "
+            "--dtype bf16, or f32, or --device cpu where the GPU has neither for this model"
+        )
