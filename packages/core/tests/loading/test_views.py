@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import save_file
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
@@ -62,15 +62,48 @@ def check(view: StoredTensor, wanted: torch.Tensor) -> None:
 
 def test_rows_and_entries(stored: StoredTensor) -> None:
     whole = stored.load()
-    check(views.rows(stored, 1, 3), whole[1:3])
+    check(stored.rows(1, 3), whole[1:3])
     check(views.entry(stored, 2), whole[2])
     expert = views.entry(stored, 1)
-    check(views.rows(expert, 2, 7), whole[1, 2:7])
-    check(views.ordered(expert, np.array([7, 0, 3])), whole[1, [7, 0, 3]])
+    check(expert.rows(2, 7), whole[1, 2:7])
+    check(expert.select(np.array([7, 0, 3])), whole[1, [7, 0, 3]])
     check(views.row_part(1, 2)(expert, NOTHING), whole[1, 4:])
     check(views.every_other(1)(expert, NOTHING), whole[1, 1::2])
-    check(views.rows(views.every_other(0)(expert, NOTHING), 1, 3), whole[1, [2, 4]])
+    check(views.every_other(0)(expert, NOTHING).rows(1, 3), whole[1, [2, 4]])
     check(views.chain(views.row_part(0, 2), views.every_other(1))(expert, NOTHING), whole[1, [1, 3]])
+
+
+def test_columns(stored: StoredTensor) -> None:
+    whole = stored.load()
+    check(stored.columns(32, 64), whole[..., 32:])
+    check(views.entry(stored, 2).columns(0, 32), whole[2, :, :32])
+    check(views.entry(stored, 1).select(np.array([7, 0])).columns(32, 64), whole[1, [7, 0], 32:])
+    check(stored.columns(32, 64).rows(1, 3), whole[1:3, :, 32:])
+    with pytest.raises(WeightsError, match="columns 32 to 64 are wanted"):
+        stored.columns(32, 65)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, (size, _) in GGML_QUANT_SIZES.items() if size > 1 and kind.name != "Q8_1"]
+)
+def test_columns_of_blocks_are_blocks(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    """Any bytes, which may be numbers that are none; nothing decodes Q8_1, which no file holds."""
+    size, width = GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 256, (5, 3 * width), np.uint8)
+    writer = GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_tensor("w", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_gguf(tmp_path / "w.gguf") as checkpoint:
+        whole = checkpoint.tensors["w"]
+        assert whole.column_step == size
+        part = whole.columns(size, 3 * size).rows(1, 4)
+        assert np.array_equal(part.raw(), data[1:4, width:])
+        assert torch.equal(part.load().view(torch.int32), whole.load()[1:4, size:].view(torch.int32))
+        with pytest.raises(WeightsError, match=f"cannot be cut at columns {size // 2} and {size}: {size} are stored"):
+            whole.columns(size // 2, size)
 
 
 def test_the_parts_of_a_fused_tensor_are_all_of_it(stored: StoredTensor) -> None:
@@ -109,7 +142,7 @@ def test_a_bias_is_reordered_by_its_numbers(tmp_path: Path) -> None:
     save_file({"w": torch.arange(6.0)}, tmp_path / "model.safetensors")
     with open_safetensors(tmp_path) as checkpoint:
         check(views.every_other(1)(checkpoint.tensors["w"], NOTHING), torch.tensor([1.0, 3.0, 5.0]))
-        check(views.rows(checkpoint.tensors["w"], 2, 4), torch.tensor([2.0, 3.0]))
+        check(checkpoint.tensors["w"].rows(2, 4), torch.tensor([2.0, 3.0]))
 
 
 def test_transposed(tmp_path: Path) -> None:

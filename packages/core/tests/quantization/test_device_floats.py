@@ -21,7 +21,6 @@ from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
 from candle_vllm.core.layers.parameters import MatrixPart, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.views import ordered
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 DEVICE = Placement(torch.device("cpu"), torch.float32, keeps_quantised=True)
@@ -65,7 +64,7 @@ def test_matrices_are_kept_with_their_rows_in_any_order(name: str, tmp_path: Pat
     assert matrix.numbers == ("e2m1" if "nvfp4" in name else "e5m2" if "e5m2" in name else "e4m3")
     assert_means(matrix, written.weight, name)
     order = np.array([3, 40, 24, 23, 0])
-    assert_means(filled(ordered(stored, order)), written.weight[torch.from_numpy(order)], name)
+    assert_means(filled(stored.select(order)), written.weight[torch.from_numpy(order)], name)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
     layer = Linear(96, {"q": 48, "k": 24}, DEVICE)
     parts = layer.parts()
     parts["q.weight"].fill(stored)
-    parts["k.weight"].fill(ordered(stored, np.arange(24, 48)))
+    parts["k.weight"].fill(stored.select(np.arange(24, 48)))
     layer.finish()
     assert layer.product is not None
     (piece,) = layer.product.pieces

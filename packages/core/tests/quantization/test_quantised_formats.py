@@ -13,7 +13,7 @@ import torch
 from format_writers import WRITERS, Written, ct_packed, gptq, marlin, mxfp4, nvfp4, write_safetensors
 from gguf import quants
 
-from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.group_linear import from_codes, reference
 from candle_vllm.core.loading import views
 from candle_vllm.core.loading.quantised import read_quantised
@@ -110,15 +110,15 @@ def test_the_gpus_layout_holds_the_same_numbers(name: str, tmp_path: Path) -> No
     assert (matrix.order is not None) == ("act order" in name)
 
 
-@pytest.mark.parametrize("name", ["gptq asymmetric", "gptq act order", "awq", "ct int4 asymmetric", "fp8 blocks"])
+@pytest.mark.parametrize("name", WRITERS)
 def test_rows_may_be_picked(name: str, tmp_path: Path) -> None:
     written = WRITERS[name](numbers(64, 96))
     found = open_layer(written, tmp_path)
     for first, last in ((0, 64), (3, 4), (5, 43)):
-        part = views.rows(found, first, last)
+        part = found.rows(first, last)
         assert part.shape == (last - first, 96)
         assert torch.equal(part.load(), written.weight[first:last])
-    odd = views.every_other(1)(views.rows(found, 6, 60), None)
+    odd = views.every_other(1)(found.rows(6, 60), None)
     assert isinstance(odd, QuantisedTensor)
     assert torch.equal(odd.load(), written.weight[6:60][1::2])
     if (blocks := odd.blocks()) is not None:
@@ -126,7 +126,32 @@ def test_rows_may_be_picked(name: str, tmp_path: Path) -> None:
         meant = meant if blocks.order is None else meant[:, blocks.order]
         assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), meant)
     mixed = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(views.ordered(found, mixed.numpy()).load(), written.weight[mixed])
+    assert torch.equal(found.select(mixed.numpy()).load(), written.weight[mixed])
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    """In numbers, in blocks and as kernels read them, of any rows; and what shares a scale stays together."""
+    written = WRITERS[name](numbers(64, 480))
+    found = open_layer(written, tmp_path)
+    step = found.column_step
+    for first, last in ((0, 480), (0, 480 // 2 // step * step or 480), (480 // 2 // step * step, 480)):
+        part = found.columns(first, last)
+        assert part.shape == (64, last - first)
+        assert torch.equal(part.load(), written.weight[:, first:last])
+        few = part.rows(5, 43)
+        assert torch.equal(few.load(), written.weight[5:43, first:last])
+        assert isinstance(few, QuantisedTensor)
+        if (blocks := few.blocks()) is not None:
+            meant = few.load() if blocks.order is None else few.load()[:, blocks.order]
+            assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), meant.numpy())
+        if few.span is not None:
+            assert np.allclose(few.scaled().dequantise(), few.load().numpy(), rtol=2**-22, atol=0)
+    if step > 1:
+        with pytest.raises(WeightsError, match=rf"cannot be cut at columns 1 and 480: {step} are stored together"):
+            found.columns(1, 480)
+    with pytest.raises(WeightsError, match="columns 0 to 480 are wanted"):
+        found.columns(0, 481)
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), [(64, 256, 128), (192, 128, 128), (64, 48, -1), (128, 160, -1)])
@@ -134,7 +159,7 @@ def test_marlin_is_unpacked(rows: int, columns: int, group: int, tmp_path: Path)
     written = marlin(numbers(rows, columns), group=group)
     found = open_layer(written, tmp_path)
     assert torch.equal(found.load(), written.weight)
-    assert torch.equal(views.rows(found, 7, 33).load(), written.weight[7:33])
+    assert torch.equal(found.rows(7, 33).load(), written.weight[7:33])
 
 
 def test_experts_of_mxfp4(tmp_path: Path) -> None:

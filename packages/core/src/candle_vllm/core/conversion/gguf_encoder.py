@@ -16,7 +16,6 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import rows
 from candle_vllm.core.loading.weights import check_weights, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf
@@ -48,7 +47,7 @@ def encoder_tensors(
     found = gguf_tensors(table, checkpoint, model, _stored(model), has_place)
     first, last = model.first_position, model.first_position + model.max_position
     return [
-        (name, target, rows(stored, first, last) if name == _POSITIONS else stored) for name, target, stored in found
+        (name, target, stored.rows(first, last) if name == _POSITIONS else stored) for name, target, stored in found
     ]
 
 

@@ -15,9 +15,8 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorPart, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
-from candle_vllm.core.loading.views import Viewed
 from candle_vllm.core.loading.weights import Part
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear import PlainMatrix

@@ -8,6 +8,7 @@ A mapped file must not be shortened while it is open; the operating system ends 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 from collections.abc import Iterable, Mapping
@@ -99,6 +100,13 @@ class FileTensor(StoredTensor):
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """See `StoredTensor.rows`: a part of the file."""
+        self._check_cut("rows", first, last, self.shape[:1])
+        each, shape = self.nbytes // self.shape[0], (last - first, *self.shape[1:])
+        start, nbytes = self.start + each * first, each * (last - first)
+        return dataclasses.replace(self, shape=shape, nbytes=nbytes, start=start)
 
     def release(self) -> None:
         """See `StoredTensor.release`."""

@@ -9,47 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
-from candle_vllm.core.loading.tensors import FileTensor
-from candle_vllm.core.quantization.stored import QuantisedTensor
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
 """What a family's table does with a stored tensor on its way, given the model's config."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Viewed(StoredTensor):
-    """A tensor that is made of another.
-
-    Attributes:
-        source: the other.
-    """
-
-    source: StoredTensor
-
-    @property
-    def path(self) -> Path:
-        """See `StoredTensor.path`."""
-        return self.source.path
-
-    @abstractmethod
-    def raw(self) -> np.ndarray: ...
-
-    @abstractmethod
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor: ...
-
-    def release(self) -> None:
-        """See `StoredTensor.release`; what other views of the same tensor still need is read again."""
-        self.source.release()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -71,55 +41,11 @@ def spare(stored: StoredTensor) -> Spare:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Rows(Viewed):
-    """Entries of the outermost dimension, in any order."""
-
-    index: np.ndarray
-
-    def raw(self) -> np.ndarray:
-        data = self.source.raw()
-        return data.reshape(self.source.shape[0], -1)[self.index].reshape(max(1, math.prod(self.shape[:-1])), -1)
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        return self.source.load(dtype)[torch.from_numpy(self.index)].reshape(self.shape)
-
-
-def ordered(stored: StoredTensor, order: np.ndarray) -> StoredTensor:
-    """Entries of the outermost dimension by their numbers, int64 [R']."""
-    if isinstance(stored, QuantisedTensor):
-        return stored.select(order)
-    shape = (len(order), *stored.shape[1:])
-    nbytes = stored.nbytes // max(1, stored.shape[0]) * len(order)
-    return _Rows(stored.name, shape, stored.type_name, stored.dtype, nbytes, stored, order)
-
-
-def rows(stored: StoredTensor, first: int, last: int) -> StoredTensor:
-    """Entries `first` to `last` - 1 of the outermost dimension.
-
-    Raises:
-        WeightsError: there are fewer.
-    """
-    if not stored.shape or not 0 <= first < last <= stored.shape[0]:
-        raise WeightsError(
-            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; rows {first} to {last - 1} are wanted"
-        )
-    if isinstance(stored, FileTensor):
-        each = stored.nbytes // stored.shape[0]
-        return dataclasses.replace(
-            stored,
-            shape=(last - first, *stored.shape[1:]),
-            nbytes=each * (last - first),
-            start=stored.start + each * first,
-        )
-    return ordered(stored, np.arange(first, last))
-
-
 def entry(stored: StoredTensor, index: int) -> StoredTensor:
     """One entry of the outermost dimension: an expert's matrix [R, C] of [X, R, C], or its bias [R] of [X, R]."""
     if len(stored.shape) < 2:
         raise WeightsError(f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; one more is wanted")
-    return dataclasses.replace(rows(stored, index, index + 1), shape=stored.shape[1:])
+    return dataclasses.replace(stored.rows(index, index + 1), shape=stored.shape[1:])
 
 
 def row_part(index: int, count: int) -> View:
@@ -132,7 +58,7 @@ def row_part(index: int, count: int) -> View:
             raise WeightsError(
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; {count} equal parts are wanted"
             )
-        return rows(stored, index * size, (index + 1) * size)
+        return stored.rows(index * size, (index + 1) * size)
 
     return view
 
@@ -147,7 +73,7 @@ def qkv_rows(part: str) -> View:
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
                 f"{q} rows of q and {kv} each of k and v"
             )
-        return rows(stored, *{"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part])
+        return stored.rows(*{"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part])
 
     return view
 
@@ -157,7 +83,7 @@ def every_other(first: int) -> View:
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         del config
-        return ordered(stored, np.arange(first, stored.shape[0] if stored.shape else 0, 2))
+        return stored.select(np.arange(first, stored.shape[0] if stored.shape else 0, 2))
 
     return view
 
@@ -177,7 +103,7 @@ def half_split(heads: str) -> View:
         if not config.interleaved_rotary or not stored.shape or stored.shape[0] != count * size:
             return stored  # a wrong shape is named by the loader
         head = np.concatenate([np.arange(0, turned, 2), np.arange(1, turned, 2), np.arange(turned, size)])
-        return ordered(stored, (np.arange(count)[:, None] * size + head).reshape(-1))
+        return stored.select((np.arange(count)[:, None] * size + head).reshape(-1))
 
     return view
 

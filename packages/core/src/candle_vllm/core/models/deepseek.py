@@ -22,7 +22,7 @@ from candle_vllm.core.layers.moe import SparseMLP
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.views import computed, ordered
+from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.experts import expert_names, shared_names
@@ -107,7 +107,7 @@ def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
     if not config.interleaved_rotary or stored.shape[:1] != (config.num_heads * config.head_dim,):
         return stored  # a wrong shape is named by the loader
     head = _half_split(config.latent.nope, config)
-    return ordered(stored, (np.arange(config.num_heads)[:, None] * config.head_dim + head).reshape(-1))
+    return stored.select((np.arange(config.num_heads)[:, None] * config.head_dim + head).reshape(-1))
 
 
 def _first_query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
@@ -119,7 +119,7 @@ def _key_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
     """Rows [latent | rope] in half-split rotary order."""
     if not config.interleaved_rotary or stored.shape[:1] != (config.kv_rank + config.rope_dim,):
         return stored
-    return ordered(stored, _half_split(config.kv_rank, config))
+    return stored.select(_half_split(config.kv_rank, config))
 
 
 def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:

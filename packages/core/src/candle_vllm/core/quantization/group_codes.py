@@ -67,6 +67,22 @@ class GroupCodes:
         zeros = None if self.zeros is None else self.zeros[rows]
         return GroupCodes(self.codes[rows], self.scales[rows], zeros, self.bits, self.scale_dtype, self.group_of)
 
+    @property
+    def column_step(self) -> int:
+        """Columns can be cut at multiples of this."""
+        groups = self.scales.shape[1]
+        return 1 if self.group_of is not None or groups == 1 else self.columns // groups
+
+    def cut(self, first: int, last: int) -> GroupCodes:
+        """Columns first to last - 1, which are multiples of `column_step`."""
+        codes, step = self.codes[:, first:last], self.column_step
+        if step == 1 and (self.group_of is not None or self.scales.shape[1] == 1):
+            group_of = None if self.group_of is None else self.group_of[first:last]
+            return dataclasses.replace(self, codes=codes, group_of=group_of)
+        groups = slice(first // step, last // step)
+        zeros = None if self.zeros is None else self.zeros[:, groups]
+        return dataclasses.replace(self, codes=codes, scales=self.scales[:, groups], zeros=zeros)
+
     def dequantise(self) -> np.ndarray:
         """The weights, float32 [R, K]."""
         values = self.codes.astype(np.float32)

@@ -8,6 +8,7 @@ Source: Micikevicius et al., 2022, arXiv:2209.05433 (e4m3, e5m2); OCP Microscali
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -63,6 +64,23 @@ class ScaledCodes:
         """Some of the rows."""
         groups = None if self.groups is None else self.groups[rows]
         return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], groups=groups)
+
+    @property
+    def column_step(self) -> int:
+        """Columns can be cut at multiples of this."""
+        return math.lcm(self.span if self.scales.shape[1] > 1 else 1, GROUP if self.groups is not None else 1)
+
+    def cut(self, first: int, last: int) -> ScaledCodes:
+        """Columns first to last - 1: multiples of `column_step`, or the end."""
+        each = 2 if self.numbers == "e2m1" else 1
+        spans = slice(first // self.span, -(-last // self.span)) if self.scales.shape[1] > 1 else slice(None)
+        return dataclasses.replace(
+            self,
+            codes=self.codes[:, first // each : last // each],
+            scales=self.scales[:, spans],
+            span=min(self.span, last - first),
+            groups=None if self.groups is None else self.groups[:, first // GROUP : last // GROUP],
+        )
 
     def dequantise(self) -> np.ndarray:
         """The weights, float32 [R, K], each product of float and scale rounded once."""

@@ -51,6 +51,14 @@ class Source(ABC):
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """The tensor's rows as a backend multiplies them."""
 
+    @abstractmethod
+    def columns(self, first: int, last: int) -> Source:
+        """Columns first to last - 1 of every row."""
+
+    @abstractmethod
+    def column_step(self) -> int:
+        """Columns can be cut at multiples of this; some rows are read."""
+
 
 class CodeSource(Source):
     """A source of whole numbers in groups."""
@@ -66,6 +74,14 @@ class CodeSource(Source):
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `Source.pack_for`."""
         return backend.codes(tensor, tensor.group_codes, tensor.blocks)
+
+    def columns(self, first: int, last: int) -> Source:
+        """See `Source.columns`."""
+        return _CodeColumns(self, first, last)
+
+    def column_step(self) -> int:
+        """See `Source.column_step`."""
+        return self.codes(0, self.align).column_step
 
 
 class FloatSource(Source):
@@ -88,6 +104,42 @@ class FloatSource(Source):
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `Source.pack_for`."""
         return backend.floats(tensor, self.span, tensor.scaled)
+
+    def columns(self, first: int, last: int) -> Source:
+        """See `Source.columns`."""
+        return _FloatColumns(self, first, last)
+
+    def column_step(self) -> int:
+        """See `Source.column_step`."""
+        return self.floats(0, self.align).column_step
+
+
+class _CodeColumns(CodeSource):
+    """Columns of another source."""
+
+    def __init__(self, source: CodeSource, first: int, last: int) -> None:
+        self.parts, self.align = source.parts, source.align
+        self._source, self._first, self._last = source, first, last
+
+    def codes(self, first: int, last: int) -> GroupCodes:
+        """See `CodeSource.codes`."""
+        return self._source.codes(first, last).cut(self._first, self._last)
+
+
+class _FloatColumns(FloatSource):
+    """Columns of another source."""
+
+    def __init__(self, source: FloatSource, first: int, last: int) -> None:
+        self.parts, self.align, self.span = source.parts, source.align, min(source.span, last - first)
+        self._source, self._first, self._last = source, first, last
+
+    def floats(self, first: int, last: int) -> ScaledCodes:
+        """See `FloatSource.floats`."""
+        return self._source.floats(first, last).cut(self._first, self._last)
+
+    def decode(self, first: int, last: int) -> np.ndarray:
+        """See `Source.decode`: the scales meet as they do in the whole."""
+        return self._source.decode(first, last)[:, self._first : self._last]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +167,18 @@ class QuantisedTensor(StoredTensor):
             index = self.index[index]
         nbytes = self.nbytes // max(1, self.shape[0]) * len(order)
         return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, index=index)
+
+    @property
+    def column_step(self) -> int:
+        """See `StoredTensor.column_step`."""
+        return self.source.column_step()
+
+    def columns(self, first: int, last: int) -> QuantisedTensor:
+        """See `StoredTensor.columns`."""
+        self._check_columns(first, last)
+        nbytes = self.nbytes * (last - first) // self.shape[-1]
+        source = self.source.columns(first, last)
+        return dataclasses.replace(self, shape=(*self.shape[:-1], last - first), nbytes=nbytes, source=source)
 
     def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         """See `StoredTensor.load`; None means float32. Float32 is exact, a narrower type is rounded from it."""

@@ -14,8 +14,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 
@@ -93,6 +94,59 @@ class StoredTensor(ABC):
     def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
 
+    @property
+    def column_step(self) -> int:
+        """Columns can be cut at multiples of this: what shares a scale, or bytes, stays together."""
+        return self._unit[0]
+
+    @property
+    def _unit(self) -> tuple[int, int]:
+        """Numbers that are stored together, and their bytes."""
+        if self.dtype is not None:
+            return 1, self.dtype.itemsize
+        return GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
+
+    def select(self, order: np.ndarray) -> StoredTensor:
+        """Entries of the outermost dimension by their numbers, int64 [R']."""
+        nbytes = self.nbytes // max(1, self.shape[0]) * len(order)
+        shape = (len(order), *self.shape[1:])
+        return _Rows(self.name, shape, self.type_name, self.dtype, nbytes, self, order)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """Entries `first` to `last` - 1 of the outermost dimension.
+
+        Raises:
+            WeightsError: there are fewer.
+        """
+        self._check_cut("rows", first, last, self.shape[:1])
+        return self.select(np.arange(first, last))
+
+    def columns(self, first: int, last: int) -> StoredTensor:
+        """Entries `first` to `last` - 1 of the innermost dimension; multiples of `column_step`, or its end.
+
+        Raises:
+            WeightsError: there are fewer, or what is stored together would be cut.
+        """
+        self._check_columns(first, last)
+        nbytes = self.nbytes * (last - first) // self.shape[-1]
+        shape = (*self.shape[:-1], last - first)
+        return _Columns(self.name, shape, self.type_name, self.dtype, nbytes, self, first)
+
+    def _check_cut(self, what: str, first: int, last: int, size: tuple[int, ...]) -> None:
+        if not size or not 0 <= first < last <= size[0]:
+            raise WeightsError(
+                f"{self.path}: tensor {self.name} has shape {list(self.shape)}; {what} {first} to {last - 1} are wanted"
+            )
+
+    def _check_columns(self, first: int, last: int) -> None:
+        self._check_cut("columns", first, last, self.shape[-1:])
+        step = self.column_step
+        if first % step or (last % step and last != self.shape[-1]):
+            raise WeightsError(
+                f"{self.path}: {self.type_name} tensor {self.name} cannot be cut at columns {first} and {last}: "
+                f"{step} are stored together"
+            )
+
     def pack_for(self, backend: Backend[Packed]) -> Packed:
         """A matrix [N, K] as a backend multiplies it; errors as `Backend`."""
         if self.dtype is not None:
@@ -102,6 +156,61 @@ class StoredTensor(ABC):
     @abstractmethod
     def release(self) -> None:
         """The tensor has been taken over: its pages of the file need not stay in memory."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Viewed(StoredTensor):
+    """A tensor that is made of another.
+
+    Attributes:
+        source: the other.
+    """
+
+    source: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.source.path
+
+    @abstractmethod
+    def raw(self) -> np.ndarray: ...
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor: ...
+
+    def release(self) -> None:
+        """See `StoredTensor.release`; what other views of the same tensor still need is read again."""
+        self.source.release()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows(Viewed):
+    """Entries of the outermost dimension, in any order."""
+
+    index: np.ndarray
+
+    def raw(self) -> np.ndarray:
+        data = self.source.raw()
+        return data.reshape(self.source.shape[0], -1)[self.index].reshape(max(1, math.prod(self.shape[:-1])), -1)
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        return self.source.load(dtype)[torch.from_numpy(self.index)].reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns(Viewed):
+    """Neighbours of the innermost dimension, whole blocks of it."""
+
+    first: int
+
+    def raw(self) -> np.ndarray:
+        size, width = self._unit
+        start, stop = (column // size * width for column in (self.first, self.first + self.shape[-1]))
+        return np.ascontiguousarray(self.source.raw()[:, start:stop])
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        return self.source.load(dtype)[..., self.first : self.first + self.shape[-1]].contiguous()
 
 
 def load_plain(raw: np.ndarray, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
