@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     folder, took = os.environ.get("TEST_TIMES"), time.monotonic() - _BEGAN
     if folder:
         (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps([[took, cpu()], _rows]))
-    elif took >= SHORT:
+    elif _rows and took >= SHORT:
         terminalreporter.section(f"slowest of {len(_rows)} tests")
         for line in table(_rows, took, cpu()):
             terminalreporter.write_line(line)

@@ -7,6 +7,7 @@ own, which depends on the processor: logits that are equal but for that may come
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -188,10 +190,14 @@ def demo_model() -> Path:
 
 
 def gguf_oracle(path: Path) -> torch.nn.Module:
-    """transformers' reading of the same file."""
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    """transformers' reading of the same file, which is parsed once; it would be twice, and its table of names made anew
+    for every module."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patched.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
 
 
 @pytest.fixture
