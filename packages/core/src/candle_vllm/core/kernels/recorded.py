@@ -7,6 +7,7 @@ on the way, is the business of `kernels/cpu_runtime/values.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,14 +20,31 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from candle_vllm.core.kernels.activation import Activation
+    from candle_vllm.core.kernels.activation.reference import Activation
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
-    from candle_vllm.core.kernels.moe.arguments import RecordedExperts, Routing
+    from candle_vllm.core.kernels.moe import arguments as moe
     from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
     from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
     Matrix: TypeAlias = PackedMatrix | PlainMatrix | ScaledMatrix
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedExperts:
+    """What recorded steps need of the experts: a matrix of each in each list.
+
+    Attributes:
+        gate, up: [F, E] each.
+        down: [E, F] each.
+        activation, biases: see `kernels/moe`; biases in fp32.
+    """
+
+    gate: Sequence[Matrix]
+    up: Sequence[Matrix]
+    down: Sequence[Matrix]
+    activation: moe.Activation
+    biases: moe.Biases | None
 
 
 class Recorded(ABC):
@@ -84,7 +102,7 @@ class Recorded(ABC):
     def experts(
         self,
         logits: Recorded,
-        routing: Routing,
+        routing: moe.Routing,
         experts: RecordedExperts,
         shared: Recorded | None = None,
         gate: Recorded | None = None,

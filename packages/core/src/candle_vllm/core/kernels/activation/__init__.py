@@ -10,12 +10,11 @@ Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 from candle_vllm.core.kernels.activation import reference
+from candle_vllm.core.kernels.activation.reference import Activation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
-Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu"]
+__all__ = ["Activation", "activation"]
 
 
 def activation(x: Value, kind: Activation) -> Value:

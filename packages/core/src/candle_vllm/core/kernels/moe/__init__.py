@@ -46,10 +46,10 @@ from candle_vllm.core.kernels.moe.arguments import (
     Biases,
     Experts,
     MoeSizes,
-    RecordedExperts,
     Routing,
     Scoring,
 )
+from candle_vllm.core.kernels.recorded import RecordedExperts
 
 __all__ = [
     "FEW",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.recorded import Matrix
 
 FEW = 64
 """Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
@@ -48,23 +44,6 @@ class Routing:
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedExperts:
-    """What recorded steps need of the experts: a matrix of each in each list.
-
-    Attributes:
-        gate, up: [F, E] each.
-        down: [E, F] each.
-        activation, biases: see `moe`; biases in fp32.
-    """
-
-    gate: Sequence[Matrix]
-    up: Sequence[Matrix]
-    down: Sequence[Matrix]
-    activation: Activation
-    biases: Biases | None
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
 )
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.moe import cpu
-from candle_vllm.core.kernels.moe.arguments import Activation, RecordedExperts, Routing
+from candle_vllm.core.kernels.moe.arguments import Activation, Routing
 
 if TYPE_CHECKING:
     import torch
 
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
-    from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.recorded import Matrix, RecordedExperts
 
 _PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType(
     {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI}
