@@ -11,8 +11,8 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.conversation.channel import EventChannel
 from candle_vllm.responses.conversation.ending import end_task
+from candle_vllm.responses.conversation.loop import RepeatWatch
 from candle_vllm.responses.conversation.options import ConversationOptions
-from candle_vllm.responses.conversation.repeats import RepeatWatch
 from candle_vllm.responses.conversation.transcript import LOST, Transcript
 from candle_vllm.responses.tools.tool import ToolCall, ToolOutput, ToolResult
 

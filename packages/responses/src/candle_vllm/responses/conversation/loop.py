@@ -6,6 +6,7 @@ The one loop behind `ResponsesSession`, the chat route that executes tools, and 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,14 +22,43 @@ from candle_vllm.responses.conversation.options import (
     ConversationUsage,
     StopReason,
 )
-from candle_vllm.responses.conversation.repeats import RepeatWatch
 from candle_vllm.responses.conversation.transcript import LOST, Transcript
 from candle_vllm.responses.conversation.turn_calls import Decisions, TurnCalls
 from candle_vllm.responses.conversation.turn_reader import TurnReader
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.responses.tools.tool import ToolDefinition
+from candle_vllm.responses.tools.tool import ToolDefinition, ToolResult
 
 CUT = "The answer was cut at its token limit, so this call may be incomplete. It did not run."
+
+_Round = tuple[tuple[str, str, str, str], ...]
+
+
+class RepeatWatch:
+    """Counts turns in a row with equal calls and equal results, whatever their order and ids.
+
+    Args:
+        most: so many equal turns are a loop.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._last: _Round = ()
+        self._count = 0
+
+    def is_loop(self, results: Sequence[ToolResult]) -> bool:
+        """Takes the results of one turn; True when they complete a loop."""
+        this = tuple(sorted((one.call.name, _canonical(one.call.arguments), one.status, one.text) for one in results))
+        self._count = self._count + 1 if this == self._last else 1
+        self._last = this
+        return bool(this) and self._count >= self._most
+
+
+def _canonical(arguments: str) -> str:
+    """Arguments with their names in order and without blanks; text that is no JSON as it stands."""
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 class ConversationLoop:

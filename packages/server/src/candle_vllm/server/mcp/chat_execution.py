@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from msgspec import UNSET
@@ -18,19 +18,58 @@ from starlette.types import Scope
 
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.events import Begun, Head
+from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
-from candle_vllm.responses.conversation.chat_model import InProcessModel
+from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel
 from candle_vllm.responses.conversation.events import CallStarted, Event, ReasoningDelta, TextDelta, TurnFinished
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import OWN_FIELDS, ConversationOptions
 from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
 from candle_vllm.server.mcp.service import McpService, Offer
-from candle_vllm.server.mcp.watched_turns import WatchedTurns
 from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.observing.request_context import begin_generation
 
 _LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  # of all turns together
 _BETWEEN_TURNS = "\n\n"
+
+
+class WatchedTurns:
+    """Passes turns on, and knows what the answer to the whole request begins with.
+
+    Args:
+        model: answers the turns.
+        scope: of the HTTP request.
+
+    Attributes:
+        head: of the first turn, once it has begun: its id, time and names are those of the answer.
+        entered: the engine has taken the first turn.
+    """
+
+    def __init__(self, model: ChatModel, scope: Scope) -> None:
+        self._model = model
+        self._scope = scope
+        self._turns = 0
+        self.head: Head | None = None
+        self.entered = asyncio.Event()
+
+    @asynccontextmanager
+    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
+        """The events of one turn. Turns after the first have ids and times of their own."""
+        self._turns += 1
+        if self._turns > 1:
+            request = {name: value for name, value in request.items() if name != "request_id"}
+            begin_generation(self._scope)
+        async with self._model.stream(request) as events:
+            self.entered.set()
+            yield self._read(events)
+
+    async def _read(self, events: AsyncIterator[AnswerEvent]) -> AsyncIterator[AnswerEvent]:
+        async for event in events:
+            if self.head is None and isinstance(event, Begun):
+                self.head = event.head
+            yield event
 
 
 class Execution:
