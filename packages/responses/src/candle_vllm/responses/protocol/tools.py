@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionDefinition, FunctionName
+from candle_vllm.openai.protocol.tools import FunctionName, check_arguments_schema
 from candle_vllm.responses.protocol.fields import type_of
 
 MAX_GRAMMAR = 64 << 10  # characters
@@ -50,7 +50,7 @@ class FunctionTool(WireModel):
     @classmethod
     def _object_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
         if schema is not None:
-            FunctionDefinition._object_schema(schema)  # pyright: ignore[reportPrivateUsage,reportCallIssue]
+            check_arguments_schema(schema)
         return schema
 
 
