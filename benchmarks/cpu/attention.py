@@ -20,15 +20,15 @@ from collections.abc import Callable
 import numpy as np
 
 from candle_vllm.core.kernels.attention.cpu import (
+    AttendArguments,
     attend_operation,
-    attend_row,
     merge_operation,
 )
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, value_cache_shape
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
 
 SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
 MEMORY = 3 << 30  # most bytes of caches
@@ -91,9 +91,9 @@ class Bench:
         ]
         self.pages = pages
 
-    def _write_row(self, layer: int) -> list[int]:
+    def _write_arguments(self, layer: int) -> WriteArguments:
         k_column = self.heads * self.dim
-        return rotate_and_write_row(
+        return WriteArguments(
             qkv=address_of(self.qkv),
             stride=self.qkv.shape[1],
             q_column=0,
@@ -103,8 +103,8 @@ class Bench:
             kv_heads=self.kv_heads,
             head_dim=self.dim,
             stretch_step=stretch_step(self.keys[layer].strides, self.dim),
-            block_size=self.block,
-            rotary_dim=self.dim,
+            block_shift=self.block.bit_length() - 1,
+            half=self.dim // 2,
             cos=address_of(self.angles),
             sin=address_of(self.angles),
             positions=address_of(self.positions),
@@ -115,8 +115,8 @@ class Bench:
             scale=0.18,
         )
 
-    def _attend_row(self, layer: int) -> list[int]:
-        return attend_row(
+    def _attend_arguments(self, layer: int) -> AttendArguments:
+        return AttendArguments(
             q=address_of(self.q),
             out=address_of(self.out),
             key_cache=address_of(self.keys[layer]),
@@ -126,7 +126,7 @@ class Bench:
             block_tables=address_of(self.tables[layer]),
             table_stride=self.pages,
             stretch_step=stretch_step(self.keys[layer].strides, self.dim),
-            block_size=self.block,
+            block_shift=self.block.bit_length() - 1,
             heads=self.heads,
             kv_heads=self.kv_heads,
             scratch=-(-address_of(self.scratch) // 64) * 64,
@@ -137,12 +137,12 @@ class Bench:
         """Best time of one layer."""
         isa, words = host_isa(), []
         for layer in range(self.layers):
-            rows = [(rotate_and_write_operation(isa), self._write_row(layer))] if write else []
+            rows = [(rotate_and_write_operation(isa), self._write_arguments(layer))] if write else []
             if attend:
-                row = self._attend_row(layer)
+                row = self._attend_arguments(layer)
                 rows += [(attend_operation(self.dim, isa), row), (merge_operation(self.dim, isa), row)]
             for address, arguments in rows:
-                words += [address, BARRIER | (8 * (3 + len(arguments)) << 8), address_of(self.numbers), *arguments]
+                words += plan_row(address, address_of(self.numbers), arguments, barrier=True)
         plan, count = np.array(words, np.int64), self.layers * (write + 2 * attend)
         self.team.run(plan, count)
         return best(lambda: self.team.run(plan, count), rounds) / self.layers

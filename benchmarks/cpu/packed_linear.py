@@ -17,11 +17,11 @@ import time
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
-from candle_vllm.core.kernels.packed_linear.cpu import linear_operation, linear_row
+from candle_vllm.core.kernels.packed_linear.cpu import linear_arguments, linear_operation
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
@@ -63,17 +63,15 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
     plan = []
     for matrix in matrices:
-        arguments = linear_row(
+        arguments = linear_arguments(
             matrix,
-            xq=address_of(xq),
-            xs=address_of(xs),
-            xsum=address_of(xsum),
+            x=address_of(xq),
+            scales=address_of(xs),
+            sums=address_of(xsum),
             out=address_of(out),
             out_stride=n,
         )
-        row = [operation, 0, address_of(numbers), *arguments]
-        row[1] = 8 * len(row) << 8 | 1
-        plan += row
+        plan += plan_row(operation, address_of(numbers), arguments, barrier=True)
     table, times = np.array(plan, np.int64), []
     for _ in range(options.rounds + 1):
         start = time.perf_counter()

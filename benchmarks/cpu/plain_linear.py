@@ -23,7 +23,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -100,10 +100,8 @@ def _measure(team: ThreadTeam, operation: int, kind: Any, rows: int, options: ar
     plan = []
     for matrix in matrices:
         x_bytes = row_elements(k) * x.itemsize
-        arguments = module.linear_row(matrix, x=address_of(x), x_bytes=x_bytes, out=address_of(out), out_stride=n)
-        row = [operation, 0, address_of(numbers), *arguments]
-        row[1] = 8 * len(row) << 8 | 1
-        plan += row
+        arguments = module.linear_arguments(matrix, x=address_of(x), x_bytes=x_bytes, out=address_of(out), out_stride=n)
+        plan += plan_row(operation, address_of(numbers), arguments, barrier=True)
     table, times = np.array(plan, np.int64), []
     for _ in range(options.rounds + 1):
         start = time.perf_counter()

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
-def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: list[int]) -> None:
+def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: tuple[Any, ...]) -> None:
     """A plan of one operation."""
-    row = [operation, 0, address_of(numbers), *arguments]
-    row[1] = 8 * len(row) << 8
-    team.run(np.array(row, np.int64), 1)
+    team.run(np.array(plan_row(operation, address_of(numbers), arguments), np.int64), 1)
 
 
 def multiply_in_field(
@@ -33,13 +31,13 @@ def multiply_in_field(
 
     Args:
         team: of threads.
-        cpu: the kernel's module with `linear_row` and `linear_operation`.
+        cpu: the kernel's module with `linear_arguments` and `linear_operation`.
         matrix: of its kind.
         rows: T.
         isa: what the CPU can do.
         bias: [N], or None.
         onto: what stands there and is added to, [T, N], or None.
-        inputs: what `linear_row` calls the activations.
+        inputs: what `linear_arguments` calls the activations.
     """
     field = np.full((rows + 2, matrix.rows + 24), np.nan, np.float32)
     view = field[:rows, 5 : 5 + matrix.rows]
@@ -47,7 +45,7 @@ def multiply_in_field(
         view[:] = onto
     numbers = np.full(StepNumber.COUNT, -1, np.int64)
     numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = cpu.linear_row(
+    arguments = cpu.linear_arguments(
         matrix,
         **inputs,
         out=address_of(field),

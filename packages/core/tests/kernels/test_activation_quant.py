@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
+from candle_vllm.core.kernels.activation_quant.cpu import QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.activation_quant.reference import behind, quantise
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -23,7 +23,7 @@ def run(
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS] = rows
     index = np.array(picked or [0], np.int64)
-    arguments = quantise_row(
+    arguments = QuantiseArguments(
         x=address_of(x),
         stride=x.shape[1],
         columns=columns,
@@ -35,7 +35,7 @@ def run(
         picked=address_of(index) if picked else 0,
         rows_from=StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS,
     )
-    row = [quantise_operation(prologue), (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]
+    row = plan_row(quantise_operation(prologue), address_of(numbers), arguments)
     team = ThreadTeam(threads)
     try:
         team.run(np.array(row, np.int64), 1)

@@ -12,8 +12,8 @@ from candle_vllm.core.kernels.activation_rows import RowForm, reference, row_ele
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.activation_rows.cpu import rows_operation, rows_row
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.activation_rows.cpu import RowsArguments, rows_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -32,7 +32,7 @@ def run(
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS] = rows
     index = np.array(picked or [0], np.int64)
-    arguments = rows_row(
+    arguments = RowsArguments(
         x=address_of(x),
         stride=x.shape[1],
         columns=columns,
@@ -42,7 +42,7 @@ def run(
         picked=address_of(index) if picked else 0,
         rows_from=StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS,
     )
-    row = [rows_operation(prologue, form), (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]
+    row = plan_row(rows_operation(prologue, form), address_of(numbers), arguments)
     team = ThreadTeam(threads)
     try:
         team.run(np.array(row, np.int64), 1)

@@ -10,8 +10,8 @@ from candle_vllm.core.kernels.column_order import reference
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.column_order.cpu import order_operation, order_row
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.column_order.cpu import OrderArguments, order_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -26,7 +26,7 @@ def test_equals_the_reference(threads: int, rows: int, columns: int, picked: boo
     out = np.full(((5 if picked else rows) + 1, columns + 2), np.nan, np.float32)
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS] = len(out) - 1
-    arguments = order_row(
+    arguments = OrderArguments(
         x=address_of(x),
         stride=columns + 3,
         order=address_of(order),
@@ -36,7 +36,7 @@ def test_equals_the_reference(threads: int, rows: int, columns: int, picked: boo
         picked=address_of(index) if picked else 0,
         rows_from=StepNumber.LOGIT_ROWS if picked else StepNumber.TOKENS,
     )
-    row = [order_operation(), (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]
+    row = plan_row(order_operation(), address_of(numbers), arguments)
     team = ThreadTeam(threads)
     try:
         team.run(np.array(row, np.int64), 1)

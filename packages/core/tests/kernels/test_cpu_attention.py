@@ -22,14 +22,14 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention import reference as attention_reference
-from candle_vllm.core.kernels.attention.cpu import LOG2E, attend_operation, attend_row, merge_operation
+from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, supported, value_cache_shape
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 
 # A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; the errors of different
@@ -45,10 +45,10 @@ def teams() -> Iterator[dict[int, ThreadTeam]]:
         team.close()
 
 
-def plan_of(numbers: np.ndarray, *rows: tuple[int, list[int]]) -> np.ndarray:
+def plan_of(numbers: np.ndarray, *rows: tuple[int, tuple[Any, ...]]) -> np.ndarray:
     words = []
     for address, arguments in rows:
-        words += [address, BARRIER | (8 * (3 + len(arguments)) << 8), address_of(numbers), *arguments]
+        words += plan_row(address, address_of(numbers), arguments, barrier=True)
     return np.array(words, np.int64)
 
 
@@ -144,7 +144,7 @@ class Step:
         numbers[:2] = tokens, len(lengths)
         k_column = model.heads * model.dim
         sinks = None if model.sinks is None else model.sinks * LOG2E
-        write = rotate_and_write_row(
+        write = WriteArguments(
             qkv=qkv.data_ptr(),
             stride=stride,
             q_column=0,
@@ -154,8 +154,8 @@ class Step:
             kv_heads=model.kv_heads,
             head_dim=model.dim,
             stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
-            block_size=model.block,
-            rotary_dim=model.rotary,
+            block_shift=model.block.bit_length() - 1,
+            half=model.rotary // 2,
             cos=model.cos.data_ptr(),
             sin=model.sin.data_ptr(),
             positions=address_of(positions),
@@ -165,7 +165,7 @@ class Step:
             value_cache=address_of(model.values),
             scale=model.scale,
         )
-        attend = attend_row(
+        attend = AttendArguments(
             q=address_of(q),
             out=out.data_ptr(),
             key_cache=address_of(model.keys),
@@ -175,7 +175,7 @@ class Step:
             block_tables=address_of(tables),
             table_stride=width,
             stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
-            block_size=model.block,
+            block_shift=model.block.bit_length() - 1,
             heads=model.heads,
             kv_heads=model.kv_heads,
             scratch=scratch,

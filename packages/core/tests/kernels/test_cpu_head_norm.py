@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ import torch
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.layer_norm.reference import layer_norm
 from candle_vllm.core.kernels.rms_norm.cpu import (
+    HeadNormArguments,
+    NormOntoArguments,
     head_norm_operation,
-    head_norm_row,
     norm_onto_operation,
-    norm_onto_row,
 )
 from candle_vllm.core.kernels.rms_norm.reference import rms_norm
 
@@ -32,10 +33,10 @@ def teams() -> Iterator[dict[int, ThreadTeam]]:
         team.close()
 
 
-def run(team: ThreadTeam, operation: int, arguments: list[int], rows: int) -> None:
+def run(team: ThreadTeam, operation: int, arguments: tuple[Any, ...], rows: int) -> None:
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.TOKENS] = rows
-    team.run(np.array([operation, (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]), 1)
+    team.run(np.array(plan_row(operation, address_of(numbers), arguments)), 1)
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_head_norm(teams: dict[int, ThreadTeam], threads: int, head_dim: int, la
     middle = torch.from_numpy(x[:, before:-behind].copy()).unflatten(-1, (heads, head_dim))
     normed = layer_norm(middle, weight, None, EPS) if layer else rms_norm(middle, weight, EPS)
     wanted[:, before:-behind] = normed.flatten(1).numpy()
-    arguments = head_norm_row(
+    arguments = HeadNormArguments(
         x=address_of(x) + 4 * before,
         stride=x.shape[1],
         heads=heads,
@@ -82,7 +83,7 @@ def test_norm_onto_a_residual(teams: dict[int, ThreadTeam], rows: int, columns: 
     found = []
     for threads in (1, 2, 3):
         result = target.copy()
-        arguments = norm_onto_row(
+        arguments = NormOntoArguments(
             x=address_of(x),
             stride=x.shape[1],
             columns=columns,

@@ -30,6 +30,7 @@ from linear_field import error, multiply_in_field, run_row, same_bits
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.tiles import embedding_arguments
 from candle_vllm.core.kernels.packed_linear import cpu
 
 # Where a block's float16 scales stand.
@@ -100,7 +101,7 @@ def multiply(
     """See `multiply_in_field`."""
     xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
     wanted = host_isa() & Isa.VNNI if isa is None else isa
-    places = {"xq": address_of(xq), "xs": address_of(xs), "xsum": address_of(xsum)}
+    places = {"x": address_of(xq), "scales": address_of(xs), "sums": address_of(xsum)}
     return multiply_in_field(team, cpu, matrix, len(xq), wanted, bias, onto, **places)
 
 
@@ -270,7 +271,7 @@ def test_embedding_rows_are_exact(kind, team):
     ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
     field = np.full((len(ids) + 1, 520), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
-    arguments = cpu.embedding_row(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=520)
+    arguments = embedding_arguments(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=520)
     run_row(team, cpu.embedding_rows_operation(kind), numbers, arguments)
     assert np.array_equal(field[:4, :512], dequantise(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :512]).all()  # ids outside of the table

@@ -23,6 +23,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.tiles import embedding_arguments
 from candle_vllm.core.kernels.plain_linear import cpu
 
 # The generic path runs everywhere; BF16 only where the CPU has it.
@@ -236,7 +237,7 @@ def test_embedding_rows_are_exact(kind, columns, team):
     ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
     field = np.full((len(ids) + 1, columns + 8), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
-    arguments = cpu.embedding_row(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=columns + 8)
+    arguments = embedding_arguments(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=columns + 8)
     run_row(team, cpu.embedding_rows_operation(kind), numbers, arguments)
     assert np.array_equal(field[:4, :columns], unpack(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :columns]).all()  # ids outside of the table

@@ -18,10 +18,10 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.scale_cap import scale_cap_
-from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_operation, scale_cap_row
+from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_cap_operation
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -34,12 +34,12 @@ def test_rows_become_what_the_reference_makes(threads: int, columns: int, scale:
     wanted = scale_cap_(torch.from_numpy(before[:rows, :columns]).clone(), scale, cap)
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = scale_cap_row(
+    arguments = scale_cap_arguments(
         x=address_of(x), stride=stride, columns=columns, scale=scale, cap=cap, rows_from=StepNumber.LOGIT_ROWS
     )
     team = ThreadTeam(threads)
     operation = scale_cap_operation(cap is not None)
-    team.run(np.array([operation, (3 + len(arguments)) * 8 << 8, address_of(numbers), *arguments]), 1)
+    team.run(np.array(plan_row(operation, address_of(numbers), arguments)), 1)
     team.close()
     np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), rtol=1e-6)
     assert np.array_equal(x[rows], before[rows])

@@ -302,7 +302,7 @@ def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
     plain = pack_plain(weights.view(torch.uint8).numpy().reshape(-1), torch.bfloat16, 37, 256)
     x = activations(20, 256)[:rows]
     inputs, out = bfloat16_rows(x), np.full((rows, 37), np.nan, np.float32)
-    arguments = plain_cpu.linear_row(
+    arguments = plain_cpu.linear_arguments(
         plain, x=address_of(inputs), x_bytes=inputs.strides[0], out=address_of(out), out_stride=37
     )
     numbers = np.full(StepNumber.COUNT, rows, np.int64)

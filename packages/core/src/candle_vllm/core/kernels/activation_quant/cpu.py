@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -25,8 +25,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_silu,
     emit_swiglu_oai,
 )
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 
@@ -281,23 +281,46 @@ def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, 
     return 0, rows, first, groups * (thread + 1) // threads - first
 
 
-def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
-    """The operation for one prologue. Arguments: see `quantise_row`."""
+class QuantiseArguments(NamedTuple):
+    """The operation's arguments.
 
-    def quantise(a, thread, threads):
-        numbers = int64_at(a[2])
-        x, stride, weight, columns, q, scales, sums, picked = a[3], a[4], a[5], a[7], a[8], a[9], a[10], a[11]
-        rows = numbers[a[12]]
-        eps = float_from_bits(a[6])
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K, a multiple of 32.
+        q, scales, sums: addresses of the results.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    q: int
+    scales: int
+    sums: int
+    weight: int = 0
+    eps: float = 0.0
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
+
+
+def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
+    """The operation for one prologue."""
+
+    def quantise(row, thread, threads):
+        given = read(QuantiseArguments, row)
+        weight, columns, eps = given.weight, given.columns, given.eps
+        rows = step_number(row, given.rows_from)
         groups = columns // GROUP
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
             return
         for t in range(first_row, first_row + row_count):
             source = t
-            if picked != 0:
-                source = int64_at(picked)[t]
-            at = x + source * stride * 4
+            if given.picked != 0:
+                source = int64_at(given.picked)[t]
+            at = given.x + source * given.stride * 4
             other, scale, mean = weight, eps, eps
             if GATED == 1:
                 other = at + columns * 4
@@ -306,7 +329,7 @@ def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
             elif PROLOGUE == 3:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)
-            to, to_s, to_m = q + t * columns, scales + t * groups * 4, sums + t * groups * 4
+            to, to_s, to_m = given.q + t * columns, given.scales + t * groups * 4, given.sums + t * groups * 4
             bias = weight + columns * 4
             quantise_groups(PROLOGUE, at, other, bias, scale, mean, to, to_s, to_m, first_group, group_count)
 
@@ -317,29 +340,3 @@ def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
 def quantise_operation(prologue: Prologue) -> int:
     """Address of the compiled operation."""
     return compile_operation(make_quantise(int(prologue), int(prologue.gated)))
-
-
-def quantise_row(
-    *,
-    x: int,
-    stride: int,
-    columns: int,
-    q: int,
-    scales: int,
-    sums: int,
-    weight: int = 0,
-    eps: float = 0.0,
-    picked: int = 0,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        x: address of float32 rows, `stride` floats apart.
-        columns: K, a multiple of 32.
-        q, scales, sums: addresses of the results.
-        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-    """
-    return [x, stride, weight, float_bits(eps), columns, q, scales, sums, picked, int(rows_from)]

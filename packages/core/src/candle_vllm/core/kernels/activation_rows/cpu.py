@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import njit, types
 from numba.extending import intrinsic
@@ -24,8 +24,8 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
 )
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 
@@ -77,13 +77,35 @@ def padded_row(x: int, columns: int, target: int) -> int:
     return target
 
 
-def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
-    """The operation for a prologue and a form; BYTES of a number. Arguments: see `rows_row`."""
+class RowsArguments(NamedTuple):
+    """The operation's arguments.
 
-    def activation_rows(a, thread, threads):
-        x, stride, weight, columns, out, picked = a[3], a[4], a[5], a[7], a[8], a[9]
-        rows = int64_at(a[2])[a[10]]
-        eps = float_from_bits(a[6])
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K.
+        out: address of the result.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    out: int
+    weight: int = 0
+    eps: float = 0.0
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
+
+
+def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
+    """The operation for a prologue and a form; BYTES of a number."""
+
+    def activation_rows(row, thread, threads):
+        given = read(RowsArguments, row)
+        weight, columns, eps = given.weight, given.columns, given.eps
+        rows = step_number(row, given.rows_from)
         groups = (columns + GROUP - 1) // GROUP
         row_bytes = groups * GROUP * 4
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
@@ -97,9 +119,9 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
             weight = padded_row(weight, columns, copies + row_bytes)
         for t in range(first_row, first_row + row_count):
             source = t
-            if picked != 0:
-                source = int64_at(picked)[t]
-            at = x + source * stride * 4
+            if given.picked != 0:
+                source = int64_at(given.picked)[t]
+            at = given.x + source * given.stride * 4
             other, scale, mean = weight, eps, eps
             if GATED == 1:
                 other = at + columns * 4
@@ -112,7 +134,7 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
             elif PROLOGUE == 3:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)
-            target = out + t * groups * GROUP * BYTES
+            target = given.out + t * groups * GROUP * BYTES
             bias = weight + row_bytes
             _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, first_group, group_count)
 
@@ -123,27 +145,3 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
 def rows_operation(prologue: Prologue, form: RowForm) -> int:
     """Address of the compiled operation."""
     return compile_operation(make_rows(int(prologue), int(prologue.gated), int(form), form.bytes))
-
-
-def rows_row(
-    *,
-    x: int,
-    stride: int,
-    columns: int,
-    out: int,
-    weight: int = 0,
-    eps: float = 0.0,
-    picked: int = 0,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        x: address of float32 rows, `stride` floats apart.
-        columns: K.
-        out: address of the result.
-        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-    """
-    return [x, stride, weight, float_bits(eps), columns, out, picked, int(rows_from)]

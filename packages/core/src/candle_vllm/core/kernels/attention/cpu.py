@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from numba import njit
 
@@ -53,8 +54,8 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     value_tiles,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 
 LOG2E = math.log2(math.e)
 _SEQUENCES = int(StepNumber.SEQUENCES)
@@ -154,19 +155,55 @@ def _gather_queries(
             t += 1
 
 
+class AttendArguments(NamedTuple):
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Attributes:
+        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
+        out: address of float32 results [T, H, D].
+        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        stretch_step: slots from one stretch of the caches to the next.
+        block_shift: S is 1 << it.
+        heads, kv_heads: H and K.
+        scratch, scratch_size: address and size of `scratch_bytes`.
+        window: positions that a token sees, its own included; 0 is all.
+        cap: soft cap times log2(e); 0 is none.
+        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
+    """
+
+    q: int
+    out: int
+    key_cache: int
+    value_cache: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    table_stride: int
+    stretch_step: int
+    block_shift: int
+    heads: int
+    kv_heads: int
+    scratch: int
+    scratch_size: int
+    window: int = 0
+    cap: float = 0.0
+    sinks: int = 0
+
+
 def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
-    """The operation for one head size. Arguments: see `attend_row`."""
+    """The operation for one head size."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
     query_bytes = 2 * head_dim
 
-    def attend(a, thread, threads):
-        q, out, key_cache, value_cache = a[3], a[4], a[5], a[6]
-        starts, contexts = int64_at(a[7]), int64_at(a[8])
-        shift, heads, kv_heads, window, scratch = a[11], a[12], a[13], a[14], a[15]
-        cap, sinks = float_from_bits(a[18]), a[19]
+    def attend(row, thread, threads):
+        given = read(AttendArguments, row)
+        starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
+        heads, kv_heads, window, scratch = given.heads, given.kv_heads, given.window, given.scratch
         group = heads // kv_heads
-        stride = 4 * min(1 << shift, STRIP)
+        stride = 4 * min(1 << given.block_shift, STRIP)
         tiles = scratch + HEADER + thread * thread_bytes
         positions = tiles + TILE_LIST
         queries = positions + 8 * ROW_TILE
@@ -177,15 +214,15 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         at_position = int64_at(positions)
 
         partials = scratch + HEADER + threads * thread_bytes
-        free = a[16] - HEADER - threads * thread_bytes
-        sequences = int64_at(a[2])[_SEQUENCES]
+        free = given.scratch_size - HEADER - threads * thread_bytes
+        sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, window)
         before = 0  # units of the sequences before this one
         unit = fetch_add(scratch, 1)
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token
-            table = int64_at(a[9] + 8 * r * a[10])
+            table = int64_at(given.block_tables + 8 * r * given.table_stride)
             all_rows = tokens * group
             row_tiles = count_row_tiles(all_rows)
             first_chunk = chunk_of(first_seen(context - tokens, window))
@@ -207,7 +244,7 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                 first = tile * ROW_TILE
                 rows = min(ROW_TILE, all_rows - first)
                 _gather_queries(
-                    q + head * group * query_bytes,
+                    given.q + head * group * query_bytes,
                     queries,
                     positions,
                     first,
@@ -231,7 +268,19 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     count = (keys + LANES - 1) // LANES
                     filled = (count + TILES - 1) // TILES * TILES
                     end = start + keys - 1
-                    _list_tiles(tiles, key_cache, value_cache, table, start, filled, end, shift, head, a[17], head_dim)
+                    _list_tiles(
+                        tiles,
+                        given.key_cache,
+                        given.value_cache,
+                        table,
+                        start,
+                        filled,
+                        end,
+                        given.block_shift,
+                        head,
+                        given.stretch_step,
+                        head_dim,
+                    )
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
                     for i in range(0, rows, ROWS):
@@ -240,9 +289,9 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                         if size > 0:
                             target = to + i * row_bytes
                         _scores(queries + i * query_bytes, tiles, stride, scores, count, some, head_dim, isa)
-                        if cap > 0:
+                        if given.cap > 0:
                             for j in range(some):
-                                cap_scores(scores + j * SCORE_STRIDE, count, cap)
+                                cap_scores(scores + j * SCORE_STRIDE, count, given.cap)
                         _softmax(
                             scores,
                             probabilities,
@@ -261,9 +310,9 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                 if size == 0:
                     t, h = first // group, first % group
                     for i in range(rows):
-                        result = out + ((token + t) * heads + head * group + h) * 4 * head_dim
-                        if sinks != 0:
-                            add_sink(states + i * row_bytes, sinks + 4 * (head * group + h), head_dim)
+                        result = given.out + ((token + t) * heads + head * group + h) * 4 * head_dim
+                        if given.sinks != 0:
+                            add_sink(states + i * row_bytes, given.sinks + 4 * (head * group + h), head_dim)
                         finish_partial(states + i * row_bytes, result, head_dim)
                         h += 1
                         if h == group:
@@ -291,18 +340,19 @@ def _compiled_attend(head_dim: int, isa: int) -> int:
 
 
 def make_merge(head_dim: int) -> Callable[..., None]:
-    """Merges what `attend` left in scratch memory. Arguments: those of `attend`."""
+    """Merges what `attend` left in scratch memory."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
 
-    def merge(a, thread, threads):
-        out, starts, contexts = a[4], int64_at(a[7]), int64_at(a[8])
-        heads, kv_heads, window, scratch, sinks = a[12], a[13], a[14], a[15], a[19]
+    def merge(row, thread, threads):
+        given = read(AttendArguments, row)
+        starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
+        heads, kv_heads, window, scratch = given.heads, given.kv_heads, given.window, given.scratch
         group = heads // kv_heads
         state = scratch + HEADER + thread * thread_bytes
         partials = scratch + HEADER + threads * thread_bytes
-        free = a[16] - HEADER - threads * thread_bytes
-        sequences = int64_at(a[2])[_SEQUENCES]
+        free = given.scratch_size - HEADER - threads * thread_bytes
+        sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, window)
         turn = thread  # rows go round, so that every thread has its share of each sequence
         for r in range(sequences):
@@ -316,14 +366,14 @@ def make_merge(head_dim: int) -> Callable[..., None]:
                 t, h = turn // heads, turn % heads
                 position = context - tokens + t
                 step = tokens * heads * row_bytes
-                row = ((h // group) * tokens + t) * group + h % group
+                line = ((h // group) * tokens + t) * group + h % group
                 clear_partial(state, head_dim)
                 first = chunk_of(first_seen(position, window))
                 for c in range(first, chunk_of(position) + 1):
-                    merge_partial(state, partials + (c - first_chunk) * step + row * row_bytes, head_dim)
-                if sinks != 0:
-                    add_sink(state, sinks + 4 * h, head_dim)
-                finish_partial(state, out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
+                    merge_partial(state, partials + (c - first_chunk) * step + line * row_bytes, head_dim)
+                if given.sinks != 0:
+                    add_sink(state, given.sinks + 4 * h, head_dim)
+                finish_partial(state, given.out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
                 turn += threads
             turn -= tokens * heads
             partials += size
@@ -342,43 +392,3 @@ def merge_operation(head_dim: int, isa: Isa) -> int:
 @cache
 def _compiled_merge(head_dim: int) -> int:
     return compile_operation(make_merge(head_dim))
-
-
-def attend_row(
-    *,
-    q: int,
-    out: int,
-    key_cache: int,
-    value_cache: int,
-    query_start: int,
-    context_lens: int,
-    block_tables: int,
-    table_stride: int,
-    stretch_step: int,
-    block_size: int,
-    heads: int,
-    kv_heads: int,
-    scratch: int,
-    scratch_size: int,
-    window: int = 0,
-    cap: float = 0.0,
-    sinks: int = 0,
-) -> list[int]:
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
-
-    Args:
-        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
-        out: address of float32 results [T, H, D].
-        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
-        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables: address of int64 [R, table_stride].
-        stretch_step: slots from one stretch of the caches to the next.
-        scratch, scratch_size: address and size of `scratch_bytes`.
-        window: positions that a token sees, its own included; 0 is all.
-        cap: soft cap times log2(e); 0 is none.
-        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
-    """
-    shift = block_size.bit_length() - 1
-    caches = [q, out, key_cache, value_cache, query_start, context_lens, block_tables, table_stride]
-    numbers = [shift, heads, kv_heads, window, scratch, scratch_size, stretch_step]
-    return [*caches, *numbers, float_bits(cap), sinks]

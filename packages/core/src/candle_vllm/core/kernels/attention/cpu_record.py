@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from candle_vllm.core.kernels.attention.cpu import LOG2E, attend_operation, attend_row, merge_operation
+from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
-from candle_vllm.core.kernels.kv_write.cpu import rotate_and_write_operation, rotate_and_write_row
+from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -75,7 +75,7 @@ def record_attention(
         max_context=limits.table_width * limits.block_size,
         threads=limits.threads,
     )
-    attended = attend_row(
+    attended = AttendArguments(
         q=address_of(queries),
         out=out,
         key_cache=address_of(caches[0]),
@@ -85,7 +85,7 @@ def record_attention(
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
         stretch_step=stretch_step(caches[0].strides, dim),
-        block_size=limits.block_size,
+        block_shift=limits.block_shift,
         heads=qkv.heads,
         kv_heads=qkv.kv_heads,
         scratch=recorder.scratch(size),
@@ -108,7 +108,7 @@ def _record_write(
 ) -> None:
     arrays = recorder.arrays
     cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
-    written = rotate_and_write_row(
+    written = WriteArguments(
         qkv=qkv.address,
         stride=qkv.stride,
         q_column=qkv.columns[0],
@@ -117,9 +117,9 @@ def _record_write(
         heads=qkv.heads,
         kv_heads=qkv.kv_heads,
         head_dim=qkv.head_dim,
-        block_size=recorder.limits.block_size,
+        block_shift=recorder.limits.block_shift,
         stretch_step=stretch_step(caches[0].strides, qkv.head_dim),
-        rotary_dim=2 * tables[0].shape[1] if tables else 0,
+        half=tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
         positions=address_of(arrays.positions),

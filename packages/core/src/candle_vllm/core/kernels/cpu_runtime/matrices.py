@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import quantise_operation, quantise_row
+from candle_vllm.core.kernels.activation_quant.cpu import QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
-from candle_vllm.core.kernels.activation_rows.cpu import rows_operation, rows_row
-from candle_vllm.core.kernels.column_order.cpu import order_operation, order_row
+from candle_vllm.core.kernels.activation_rows.cpu import RowsArguments, rows_operation
+from candle_vllm.core.kernels.column_order.cpu import OrderArguments, order_operation
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, embedding_arguments
 from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import cpu as plain
@@ -71,7 +72,7 @@ class Source:
         columns: K, behind the prologue.
         prologue: what is computed on the way.
         weight, eps: of a norm; the weight's address.
-        picked, rows_from: which rows: addresses as in `quantise_row`.
+        picked, rows_from: which rows: addresses as in `QuantiseArguments`.
     """
 
     x: int
@@ -102,12 +103,12 @@ def make_inputs(recorder: Recorder, form: Form, source: Source, *, copies: int =
         q = recorder.memory(copies * columns, np.int8)
         scales, sums = (recorder.memory(copies * columns // GROUP) for _ in range(2))
         at_q, at_scales, at_sums = address_of(q), address_of(scales), address_of(sums)
-        arguments = quantise_row(**common, q=at_q, scales=at_scales, sums=at_sums)
+        arguments = QuantiseArguments(**common, q=at_q, scales=at_scales, sums=at_sums)
         recorder.add(quantise_operation(prologue), arguments, barrier=barrier)
-        return Inputs({"xq": at_q, "xs": at_scales, "xsum": at_sums}, (q, scales, sums))
+        return Inputs({"x": at_q, "scales": at_scales, "sums": at_sums}, (q, scales, sums))
     wanted = RowForm[form.name]
     out = recorder.memory(copies * row_elements(columns), np.int16 if wanted is RowForm.BF16 else np.float32)
-    recorder.add(rows_operation(prologue, wanted), rows_row(**common, out=address_of(out)), barrier=barrier)
+    recorder.add(rows_operation(prologue, wanted), RowsArguments(**common, out=address_of(out)), barrier=barrier)
     return Inputs({"x": address_of(out), "x_bytes": wanted.bytes * row_elements(columns)}, (out,))
 
 
@@ -120,7 +121,7 @@ def _ordered_inputs(recorder: Recorder, form: Ordered, source: Source, *, copies
         x, stride, picked, arrays = made.arguments["x"], row_elements(columns), 0, made.arrays
     rows = recorder.memory(copies * columns)
     order = recorder.keep_array(np.frombuffer(form.order, np.int64))
-    arguments = order_row(
+    arguments = OrderArguments(
         x=x,
         stride=stride,
         order=order,
@@ -149,33 +150,32 @@ def multiply(
     rows_from: StepNumber = StepNumber.TOKENS,
     barrier: bool = True,
 ) -> None:
-    """Records a matrix times an input of its form; see `linear_row` of each kind for the arguments."""
+    """Records a matrix times an input of its form; see `linear_arguments`."""
     place = {"out": out, "out_stride": out_stride, "column": column, "bias": bias}
     how = {"accumulate": accumulate, "rows_from": rows_from}
     recorder.add(*linear_call(recorder, matrix, inputs, **place, **how), barrier=barrier)
 
 
-def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, list[int]]:
-    """A linear operation and its arguments, for `Recorder.add`; `how` as for `linear_row` of each kind."""
+def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
+    """A linear operation and its arguments, for `Recorder.add`; `how` as for `tiles.linear_arguments`."""
     recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
-        arguments = packed.linear_row(matrix, **inputs.arguments, **how)
+        arguments = packed.linear_arguments(matrix, **inputs.arguments, **how)
         return packed.linear_operation(matrix.kind, recorder.isa), arguments
     if isinstance(matrix, ScaledMatrix):
-        arguments = scaled.linear_row(matrix, **inputs.arguments, **how)
+        arguments = scaled.linear_arguments(matrix, **inputs.arguments, **how)
         return scaled.linear_operation(matrix.kind, recorder.isa), arguments
-    return plain.linear_operation(matrix.kind, recorder.isa), plain.linear_row(matrix, **inputs.arguments, **how)
+    arguments = plain.linear_arguments(matrix, **inputs.arguments, **how)
+    return plain.linear_operation(matrix.kind, recorder.isa), arguments
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
-    """Records the reading of a table's rows; see `embedding_row` of the two kinds of tables for the arguments."""
+    """Records the reading of a table's rows; see `embedding_arguments`."""
     assert not isinstance(matrix, ScaledMatrix), "a table's small floats are decoded when it is loaded"
     recorder.keep_matrix(matrix)
     if isinstance(matrix, PackedMatrix):
         assert matrix.order is None, "a table's rows are read in the order in which they lie"
         operation = packed.embedding_rows_operation(matrix.kind)
-        arguments = packed.embedding_row(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
     else:
         operation = plain.embedding_rows_operation(matrix.kind)
-        arguments = plain.embedding_row(matrix, token_ids=token_ids, out=out, out_stride=out_stride)
-    recorder.add(operation, arguments)
+    recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

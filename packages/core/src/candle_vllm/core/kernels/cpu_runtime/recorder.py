@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
@@ -41,6 +40,11 @@ class StepLimits:
     table_width: int
     block_size: int
     threads: int
+
+    @property
+    def block_shift(self) -> int:
+        """A block is 1 << it positions."""
+        return self.block_size.bit_length() - 1
 
 
 class StepArrays:
@@ -75,11 +79,9 @@ class Recorder:
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
 
-    def add(self, operation: int, arguments: Sequence[int], *, barrier: bool = True) -> None:
-        """Appends one operation."""
-        length = (3 + len(arguments)) * 8
-        flags = (BARRIER if barrier else 0) | length << 8
-        self.plan += [operation, flags, address_of(self.arrays.numbers), *(int(number) for number in arguments)]
+    def add(self, operation: int, arguments: tuple[Any, ...], *, barrier: bool = True) -> None:
+        """Appends one operation, with the named tuple of its arguments."""
+        self.plan += plan_row(operation, address_of(self.arrays.numbers), arguments, barrier=barrier)
         self.num_rows += 1
 
     def keep(self, tensor: torch.Tensor) -> int:

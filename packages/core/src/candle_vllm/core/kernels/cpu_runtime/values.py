@@ -34,16 +34,16 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, alig
 from candle_vllm.core.kernels.layer_norm import reference as layer_norm_reference
 from candle_vllm.core.kernels.moe import RecordedExperts, Routing
 from candle_vllm.core.kernels.moe.plan import Results, record_experts, record_sum
-from candle_vllm.core.kernels.position_scale.cpu import position_scale_operation, position_scale_row
+from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens
 from candle_vllm.core.kernels.rms_norm import reference as rms_norm_reference
 from candle_vllm.core.kernels.rms_norm.cpu import (
+    HeadNormArguments,
+    NormOntoArguments,
     head_norm_operation,
-    head_norm_row,
     norm_onto_operation,
-    norm_onto_row,
 )
-from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_operation, scale_cap_row
+from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_cap_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -71,7 +71,7 @@ class _Tokens(RecordedTokens):
         ids, out = address_of(recorder.arrays.token_ids), address_of(buffer.array)
         read_rows(recorder, matrix, token_ids=ids, out=out, out_stride=buffer.stride)
         if scale is not None:
-            arguments = scale_cap_row(x=out, stride=buffer.stride, columns=matrix.columns, scale=scale, cap=None)
+            arguments = scale_cap_arguments(x=out, stride=buffer.stride, columns=matrix.columns, scale=scale, cap=None)
             recorder.add(scale_cap_operation(False), arguments)
         return buffer_value(recorder, buffer)
 
@@ -139,7 +139,7 @@ class _Value(Recorded):
 
     def _norm_heads(self, head_dim: int, weight: torch.Tensor, eps: float, *, layer: bool) -> Recorded:
         """In place: nothing else reads these columns."""
-        arguments = head_norm_row(
+        arguments = HeadNormArguments(
             x=self.address,
             stride=self.buffer.stride,
             heads=self.width // head_dim,
@@ -155,7 +155,7 @@ class _Value(Recorded):
         return _Rotated(self, cos, sin)
 
     def position_scale(self, table: torch.Tensor) -> Recorded:
-        row = position_scale_row(
+        row = PositionScaleArguments(
             x=self.address,
             stride=self.buffer.stride,
             columns=self.width,
@@ -282,7 +282,7 @@ class _Prepared(_Wrapper):
         """Adds the norm to the rows of `target`."""
         assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
         assert self._weight is not None
-        arguments = norm_onto_row(
+        arguments = NormOntoArguments(
             x=self.source.address,
             stride=self.source.buffer.stride,
             columns=self.width,
@@ -311,7 +311,7 @@ class _Prepared(_Wrapper):
         )
         if scale != 1 or cap is not None:
             x, counted = address_of(recorder.logits), StepNumber.LOGIT_ROWS
-            row = scale_cap_row(x=x, stride=stride, columns=matrix.rows, scale=scale, cap=cap, rows_from=counted)
+            row = scale_cap_arguments(x=x, stride=stride, columns=matrix.rows, scale=scale, cap=cap, rows_from=counted)
             recorder.add(scale_cap_operation(cap is not None), row)
         return self
 

@@ -8,9 +8,8 @@ token. Threads may write the two halves of one 32-bit word of the value cache, e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -19,10 +18,9 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.attention.cpu_cache import place_of
 from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
 
-_TOKENS = int(StepNumber.TOKENS)
 _QUERY, _KEY, _VALUE = range(3)
 
 
@@ -161,43 +159,76 @@ def _write_head(
     _write_rest(x, 2 * half, dim, factor, to, stride, kind)
 
 
-def make_rotate_and_write() -> Callable[..., None]:
-    """The operation. Arguments: see `rotate_and_write_row`."""
+class WriteArguments(NamedTuple):
+    """The operation's arguments.
 
-    def rotate_and_write(a, thread, threads):
-        tokens = int64_at(a[2])[_TOKENS]
-        heads, kv_heads, dim, shift, half = a[8], a[9], a[10], a[11], a[12]
-        positions, slots = int64_at(a[15]), int64_at(a[16])
-        scale, one = float_from_bits(a[20]), float_from_bits(0x3F800000)
-        strip = min(1 << shift, STRIP)
-        each = heads + 2 * kv_heads
-        unit = tokens * each * thread // threads
-        last = tokens * each * (thread + 1) // threads
-        t, h = unit // each, unit % each
-        while unit < last:
-            row = a[3] + 4 * t * a[4]
-            at = 4 * half * positions[t]
-            if h < heads:
-                to = a[17] + 2 * (t * heads + h) * dim
-                _write_head(row + 4 * (a[5] + h * dim), dim, half, a[13] + at, a[14] + at, scale, to, 0, _QUERY)
+    Attributes:
+        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
+        heads, kv_heads, head_dim: H, K and D.
+        stretch_step: slots from one stretch of the caches to the next.
+        block_shift: S is 1 << it.
+        half: R / 2; 0 rotates nothing, and `cos` and `sin` are then not read.
+        cos, sin: addresses of float32 [P, R/2].
+        positions, slots: addresses of int64 [T]; slot = block * S + offset.
+        q: address of bfloat16 [T, H, D].
+        key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
+        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
+    """
+
+    qkv: int
+    stride: int
+    q_column: int
+    k_column: int
+    v_column: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    stretch_step: int
+    block_shift: int
+    half: int
+    cos: int
+    sin: int
+    positions: int
+    slots: int
+    q: int
+    key_cache: int
+    value_cache: int
+    scale: float
+
+
+def rotate_and_write(row, thread, threads):
+    """The operation."""
+    given = read(WriteArguments, row)
+    tokens = step_number(row, StepNumber.TOKENS.value)
+    heads, kv_heads, dim, half = given.heads, given.kv_heads, given.head_dim, given.half
+    positions, slots = int64_at(given.positions), int64_at(given.slots)
+    one = float_from_bits(0x3F800000)
+    strip = min(1 << given.block_shift, STRIP)
+    each = heads + 2 * kv_heads
+    unit = tokens * each * thread // threads
+    last = tokens * each * (thread + 1) // threads
+    t, h = unit // each, unit % each
+    while unit < last:
+        x = given.qkv + 4 * t * given.stride
+        at = 4 * half * positions[t]
+        cos, sin = given.cos + at, given.sin + at
+        if h < heads:
+            to = given.q + 2 * (t * heads + h) * dim
+            _write_head(x + 4 * (given.q_column + h * dim), dim, half, cos, sin, given.scale, to, 0, _QUERY)
+        else:
+            head = (h - heads) % kv_heads
+            place = place_of(slots[t], head, given.block_shift, given.stretch_step)
+            if h < heads + kv_heads:
+                to = given.key_cache + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
+                _write_head(x + 4 * (given.k_column + head * dim), dim, half, cos, sin, one, to, 4 * strip, _KEY)
             else:
-                head = (h - heads) % kv_heads
-                place = place_of(slots[t], head, shift, a[21])
-                if h < heads + kv_heads:
-                    to = a[18] + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
-                    _write_head(
-                        row + 4 * (a[6] + head * dim), dim, half, a[13] + at, a[14] + at, one, to, 4 * strip, _KEY
-                    )
-                else:
-                    to = a[19] + 2 * dim * (place & ~1) + 2 * (place & 1)
-                    _write_rest(row + 4 * (a[7] + head * dim), 0, dim, one, to, 0, _VALUE)
-            unit += 1
-            h += 1
-            if h == each:
-                h = 0
-                t += 1
-
-    return rotate_and_write
+                to = given.value_cache + 2 * dim * (place & ~1) + 2 * (place & 1)
+                _write_rest(x + 4 * (given.v_column + head * dim), 0, dim, one, to, 0, _VALUE)
+        unit += 1
+        h += 1
+        if h == each:
+            h = 0
+            t += 1
 
 
 def rotate_and_write_operation(isa: Isa) -> int:
@@ -207,43 +238,4 @@ def rotate_and_write_operation(isa: Isa) -> int:
 
 @cache
 def _compiled() -> int:
-    return compile_operation(make_rotate_and_write())
-
-
-def rotate_and_write_row(
-    *,
-    qkv: int,
-    stride: int,
-    q_column: int,
-    k_column: int,
-    v_column: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    stretch_step: int,
-    block_size: int,
-    rotary_dim: int,
-    cos: int,
-    sin: int,
-    positions: int,
-    slots: int,
-    q: int,
-    key_cache: int,
-    value_cache: int,
-    scale: float,
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
-        stretch_step, block_size: slots from one stretch of the caches to the next, and S.
-        rotary_dim: R, even, at most D; 0 rotates nothing, and `cos` and `sin` are then not read.
-        cos, sin: addresses of float32 [P, R/2].
-        positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of bfloat16 [T, H, D].
-        key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
-        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
-    """
-    columns = [qkv, stride, q_column, k_column, v_column]
-    shape = [heads, kv_heads, head_dim, block_size.bit_length() - 1, rotary_dim // 2]
-    return [*columns, *shape, cos, sin, positions, slots, q, key_cache, value_cache, float_bits(scale), stretch_step]
+    return compile_operation(rotate_and_write)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from numba import njit
 
@@ -26,7 +27,7 @@ from candle_vllm.core.kernels.attention.cpu_split import (
 )
 from candle_vllm.core.kernels.attention.cpu_tiles import CHUNK, clear_partial, merge_partial, partial_floats
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
     BLOCK,
@@ -91,17 +92,49 @@ def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> Non
         to[latent + 1] = numbers[LANES + row]
 
 
+class AttendArguments(NamedTuple):
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Attributes:
+        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
+        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
+        cache: address of the layer's cache, see `cpu_write.py`.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        stretch_step: slots from one stretch of the cache to the next.
+        block_shift: S is 1 << it.
+        heads, parts: H, and `groups_of` it.
+        scratch, scratch_size: address and size of `scratch_bytes`.
+    """
+
+    q: int
+    out: int
+    head_bytes: int
+    row_bytes: int
+    cache: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    table_stride: int
+    stretch_step: int
+    block_shift: int
+    heads: int
+    parts: int
+    scratch: int
+    scratch_size: int
+
+
 def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
-    """The operation for one shape. Arguments: see `attend_row`; `form` is that of `cpu_tiles.copy_numbers`."""
+    """The operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
     width = rope + latent
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = scratch_per_thread(latent)
     group_bytes = 2 * LANES * width
 
-    def latent_attend(a, thread, threads):
-        q, out, cache = a[3], a[4], a[5]
-        starts, contexts = int64_at(a[6]), int64_at(a[7])
-        shift, heads, parts, scratch = a[10], a[11], a[12], a[13]
+    def latent_attend(row, thread, threads):
+        given = read(AttendArguments, row)
+        starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
+        heads, parts, scratch = given.heads, given.parts, given.scratch
         lines = parts * LANES  # query rows of a token
         tiles = scratch + HEADER + thread * thread_bytes
         state = tiles + _TILE_LIST
@@ -111,15 +144,15 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
         probabilities = scores + GROUPS * SCORE_BYTES
 
         partials = scratch + HEADER + threads * thread_bytes
-        free = a[14] - HEADER - threads * thread_bytes
-        sequences = int64_at(a[2])[_SEQUENCES]
+        free = given.scratch_size - HEADER - threads * thread_bytes
+        sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, 0)
         before = 0  # units of the sequences before this one
         unit = fetch_add(scratch, 1)
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token
-            table = int64_at(a[8] + 8 * r * a[9])
+            table = int64_at(given.block_tables + 8 * r * given.table_stride)
             all_rows = tokens * lines
             last_chunk = chunk_of(context - 1)
             size = split_bytes(tokens, context, 0, lines, 1, total, threads, free, row_bytes)
@@ -137,7 +170,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                 at_group = first // LANES
                 begin = context - tokens  # position of the sequence's first token in this step
                 most = begin + (at_group + groups - 1) // parts
-                queries = q + (token * parts + at_group) * group_bytes
+                queries = given.q + (token * parts + at_group) * group_bytes
                 to = own
                 if size == 0:
                     for i in range(groups * LANES):
@@ -146,7 +179,8 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                     start = chunk_start(c)
                     keys = min(chunk_start(c + 1), most + 1) - start
                     count = (keys + LANES - 1) // LANES
-                    _list_tiles(tiles, cache, table, start, count, shift, a[15], width)
+                    step, shift = given.stretch_step, given.block_shift
+                    _list_tiles(tiles, given.cache, table, start, count, shift, step, width)
                     if size > 0:
                         to = partials + (c * all_rows + first) * row_bytes
                     _scores(queries, tiles, scores, count, groups, width, isa)
@@ -176,7 +210,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                     for i in range(groups * LANES):
                         t, h = (first + i) // lines, (first + i) % lines
                         if h < heads:
-                            target = out + h * a[16] + (token + t) * a[17]
+                            target = given.out + h * given.head_bytes + (token + t) * given.row_bytes
                             finish_latent(states + i * row_bytes, target, latent, form)
                 unit = fetch_add(scratch, 1)
             before += units
@@ -200,17 +234,18 @@ def _compiled_attend(rope: int, latent: int, form: int, isa: int) -> int:
 
 
 def make_merge(latent: int, form: int) -> Callable[..., None]:
-    """Merges what `attend` left in scratch memory. Arguments: those of `attend`."""
+    """Merges what `attend` left in scratch memory."""
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = scratch_per_thread(latent)
 
-    def latent_merge(a, thread, threads):
-        out, starts, contexts = a[4], int64_at(a[6]), int64_at(a[7])
-        heads, lines, scratch = a[11], a[12] * LANES, a[13]
+    def latent_merge(row, thread, threads):
+        given = read(AttendArguments, row)
+        starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
+        heads, lines, scratch = given.heads, given.parts * LANES, given.scratch
         state = scratch + HEADER + thread * thread_bytes
         partials = scratch + HEADER + threads * thread_bytes
-        free = a[14] - HEADER - threads * thread_bytes
-        sequences = int64_at(a[2])[_SEQUENCES]
+        free = given.scratch_size - HEADER - threads * thread_bytes
+        sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, 0)
         turn = thread  # rows go round, so that every thread has its share of each sequence
         for r in range(sequences):
@@ -224,7 +259,8 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
                 clear_partial(state, latent)
                 for c in range(chunk_of(context - tokens + t) + 1):
                     merge_partial(state, partials + ((c * tokens + t) * lines + h) * row_bytes, latent)
-                finish_latent(state, out + h * a[16] + (token + t) * a[17], latent, form)
+                target = given.out + h * given.head_bytes + (token + t) * given.row_bytes
+                finish_latent(state, target, latent, form)
                 turn += threads
             turn -= tokens * heads
             partials += size
@@ -261,37 +297,3 @@ def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, ma
     stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
     streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
     return HEADER + threads * scratch_per_thread(latent) + max(stream, min(streams * stream, _MOST_PARTIALS))
-
-
-def attend_row(
-    *,
-    q: int,
-    out: int,
-    head_bytes: int,
-    row_bytes: int,
-    cache: int,
-    query_start: int,
-    context_lens: int,
-    block_tables: int,
-    table_stride: int,
-    stretch_step: int,
-    block_size: int,
-    heads: int,
-    scratch: int,
-    scratch_size: int,
-) -> list[int]:
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
-
-    Args:
-        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
-        cache: address of the layer's cache, see `cpu_write.py`.
-        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables: address of int64 [R, table_stride].
-        stretch_step: slots from one stretch of the cache to the next.
-        heads: H.
-        scratch, scratch_size: address and size of `scratch_bytes`.
-    """
-    shift = block_size.bit_length() - 1
-    places = [q, out, cache, query_start, context_lens, block_tables, table_stride, shift]
-    return [*places, heads, groups_of(heads), scratch, scratch_size, stretch_step, head_bytes, row_bytes]

@@ -7,18 +7,17 @@ A unit of work is a part of one head's rows of weights, for all tokens. Queries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
-import numpy as np
 from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation, float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import store_pairs
 
-_TOKENS = int(StepNumber.TOKENS)
 _UNITS_PER_THREAD = 4  # at least, so that no thread waits long for another
 
 
@@ -30,25 +29,47 @@ def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: i
             store_pairs(x + 4 * (t * stride + i), scale, to + t * token_bytes + 2 * LANES * i)
 
 
-def make_heads(arranges: int) -> Callable[..., None]:
-    """The operation. Arguments: see `heads_row`."""
+class HeadsArguments(NamedTuple):
+    """The operation's arguments.
 
-    def latent_heads(a, thread, threads):
-        function, rows, row_bytes, heads, tiles = a[3], a[4], a[5], a[6], a[7]
-        tokens = int64_at(a[2])[_TOKENS]
+    Attributes:
+        function: address of the operation that multiplies a matrix.
+        rows, row_bytes: rows of a plan for it, one for every head, and bytes from one to the next.
+        heads, tiles: H, and tiles of a head's matrix.
+        latent_queries: where it arranges: address of the products, float32 [T, H, L] with L a multiple of 16.
+        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor that goes into it.
+    """
+
+    function: int
+    rows: int
+    row_bytes: int
+    heads: int
+    tiles: int
+    latent_queries: int = 0
+    queries: int = 0
+    width: int = 0
+    rope: int = 0
+    scale: float = 0.0
+
+
+def make_heads(arranges: int) -> Callable[..., None]:
+    """The operation."""
+
+    def latent_heads(row, thread, threads):
+        given = read(HeadsArguments, row)
+        heads, tiles = given.heads, given.tiles
+        tokens = step_number(row, StepNumber.TOKENS.value)
         parts = min(tiles, (_UNITS_PER_THREAD * threads + heads - 1) // heads)
         units = heads * parts
         for unit in range(units * thread // threads, units * (thread + 1) // threads):
             h, part = unit // parts, unit % parts
-            call_operation(function, rows + h * row_bytes, part, parts)
+            call_operation(given.function, given.rows + h * given.row_bytes, part, parts)
             if arranges == 1:
                 first, last = tiles * part // parts * LANES, tiles * (part + 1) // parts * LANES
                 groups = (heads + LANES - 1) // LANES
-                width = a[10]
-                to = a[9] + 2 * LANES * (h // LANES * width + a[11]) + 4 * (h % LANES)
-                x = a[8] + 4 * h * tiles * LANES
-                stride, scale = heads * tiles * LANES, float_from_bits(a[12])
-                _arrange(x, stride, first, last, to, 2 * LANES * width * groups, tokens, scale)
+                to = given.queries + 2 * LANES * (h // LANES * given.width + given.rope) + 4 * (h % LANES)
+                x, stride = given.latent_queries + 4 * h * tiles * LANES, heads * tiles * LANES
+                _arrange(x, stride, first, last, to, 2 * LANES * given.width * groups, tokens, given.scale)
 
     return latent_heads
 
@@ -57,35 +78,3 @@ def make_heads(arranges: int) -> Callable[..., None]:
 def heads_operation(*, arranges: bool) -> int:
     """Address of the compiled operation; one that `arranges` makes queries."""
     return compile_operation(make_heads(int(arranges)))
-
-
-def head_rows(numbers: int, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """The arguments of each head's matrix, as `linear_row` of its kind gives them, int64 [H, ...]; to be kept alive.
-
-    `numbers` is the address of the step's numbers.
-    """
-    return np.array([[0, 0, numbers, *row] for row in rows], np.int64)
-
-
-def heads_row(
-    *,
-    function: int,
-    rows: np.ndarray,
-    outputs: int,
-    latent_queries: int = 0,
-    queries: int = 0,
-    rope: int = 0,
-    scale: float = 0.0,
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        function: address of the operation that multiplies a matrix.
-        rows: its arguments for every head, see `head_rows`.
-        outputs: rows of a head's matrix.
-        latent_queries: where it arranges: address of the products, float32 [T, H, L] with L a multiple of 16.
-        queries, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, R, and the factor that goes into it.
-    """
-    tiles = -(-outputs // LANES)
-    made = [function, rows.ctypes.data, rows.strides[0], len(rows), tiles]
-    return [*made, latent_queries, queries, rope + outputs, rope, float_bits(scale)]

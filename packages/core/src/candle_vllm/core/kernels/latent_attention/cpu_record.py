@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.latent_attention.cpu import (
+    AttendArguments,
     attend_operation,
-    attend_row,
     groups_of,
     merge_operation,
     scratch_bytes,
 )
-from candle_vllm.core.kernels.latent_attention.cpu_heads import head_rows, heads_operation, heads_row
+from candle_vllm.core.kernels.latent_attention.cpu_heads import HeadsArguments, heads_operation
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import LANES
-from candle_vllm.core.kernels.latent_attention.cpu_write import prepare_operation, prepare_row, stretch_step
-from candle_vllm.core.kernels.plain_linear.cpu import linear_operation, linear_row
+from candle_vllm.core.kernels.latent_attention.cpu_write import PrepareArguments, prepare_operation, stretch_step
+from candle_vllm.core.kernels.plain_linear.cpu import linear_arguments, linear_operation
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def record_latent(
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
-    prepared = prepare_row(
+    prepared = PrepareArguments(
         q=q.address,
         q_stride=q.stride,
         kv=kv.address,
@@ -72,7 +72,7 @@ def record_latent(
         eps=parts.eps,
         scale=factor,
         stretch_step=stretch_step(cache.strides, width),
-        block_size=recorder.limits.block_size,
+        block_shift=recorder.limits.block_shift,
         positions=address_of(arrays.positions),
         slots=address_of(arrays.slots),
         cache=address_of(cache),
@@ -84,22 +84,14 @@ def record_latent(
         sin=recorder.keep(parts.sin),
     )
     recorder.add(prepare_operation(int(form)), prepared)
-    rows = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
-    function = linear_operation(kind, recorder.isa)
-    arranged = heads_row(
-        function=function,
-        rows=rows,
-        outputs=latent,
-        latent_queries=address_of(products),
-        queries=address_of(queries),
-        rope=rope,
-        scale=factor,
+    multiplied = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
+    arranged = multiplied._replace(
+        latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
     )
     recorder.add(heads_operation(arranges=True), arranged)
     mixed = _Inputs(recorder, heads, latent, form)
     _attend(recorder, address_of(queries), mixed, parts, cache, form)
-    rows = _multiplied(recorder, parts.values, mixed, out)
-    recorder.add(heads_operation(arranges=False), heads_row(function=function, rows=rows, outputs=sizes.value))
+    recorder.add(heads_operation(arranges=False), _multiplied(recorder, parts.values, mixed, out))
 
 
 class _Inputs:
@@ -113,17 +105,17 @@ class _Inputs:
         self.head_bytes = recorder.limits.tokens * self.row_bytes
 
 
-def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> np.ndarray:
-    """The arguments of every head's product, whose results stand side by side."""
-    rows = []
+def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
+    """Every head's product; the results stand side by side."""
+    function, rows = linear_operation(matrices[0].kind, recorder.isa), []
     for head, matrix in enumerate(matrices):
         recorder.keep_matrix(matrix)
         x = inputs.address + head * inputs.head_bytes
         to, column = out.address, head * matrix.rows
-        rows.append(linear_row(matrix, x=x, x_bytes=inputs.row_bytes, out=to, out_stride=out.stride, column=column))
-    made = head_rows(address_of(recorder.arrays.numbers), rows)
-    recorder.keep_array(made)
-    return made
+        made = linear_arguments(matrix, x=x, x_bytes=inputs.row_bytes, out=to, out_stride=out.stride, column=column)
+        rows.append(plan_row(function, address_of(recorder.arrays.numbers), made))
+    table, tiles = np.array(rows, np.int64), -(-matrices[0].rows // LANES)
+    return HeadsArguments(function, recorder.keep_array(table), table.strides[0], len(matrices), tiles)
 
 
 def _attend(
@@ -138,7 +130,7 @@ def _attend(
         max_context=limits.table_width * limits.block_size,
         threads=limits.threads,
     )
-    attended = attend_row(
+    attended = AttendArguments(
         q=queries,
         out=mixed.address,
         head_bytes=mixed.head_bytes,
@@ -149,8 +141,9 @@ def _attend(
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
         stretch_step=stretch_step(cache.strides, sizes.rope + sizes.latent),
-        block_size=limits.block_size,
+        block_shift=limits.block_shift,
         heads=sizes.heads,
+        parts=groups_of(sizes.heads),
         scratch=recorder.scratch(size),
         scratch_size=size,
     )

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
 from candle_vllm.core.kernels.attention.cpu_cache import STRETCH, place_of
 from candle_vllm.core.kernels.cpu_runtime.emit import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
 from candle_vllm.core.kernels.kv_write.cpu import store_bf16
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import BLOCK, copy_numbers, scaled_to_bf16
 from candle_vllm.core.loading.config import LatentSizes
-
-_TOKENS = int(StepNumber.TOKENS)
 
 
 def supported(sizes: LatentSizes, block_size: int) -> bool:
@@ -66,16 +65,57 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
             float32_at(to)[i] = float_from_bits(0)
 
 
-def make_prepare(form: int) -> Callable[..., None]:
-    """The operation. Arguments: see `prepare_row`; `form` is that of `cpu_tiles.copy_numbers`."""
+class PrepareArguments(NamedTuple):
+    """The operation's arguments.
 
-    def latent_prepare(a, thread, threads):
-        tokens = int64_at(a[2])[_TOKENS]
-        q, q_stride, kv, kv_stride = a[3], a[4], a[5], a[6]
-        heads, nope, rope, latent = a[7], a[8], a[9], a[10]
-        weight, eps, scale = a[11], float_from_bits(a[12]), float_from_bits(a[13])
-        positions, slots, one = int64_at(a[16]), int64_at(a[17]), float_from_bits(0x3F800000)
-        inputs, head_bytes, row_numbers = a[20], a[21], a[22]
+    Attributes:
+        q, q_stride: address of float32 rows of heads [nope | rope], and floats from one row to the next.
+        kv, kv_stride: the same of rows [latent | rope].
+        heads, nope, rope, latent: H and the sizes of the parts.
+        norm, eps: of the latent vector; the address of its weight.
+        scale: factor of the queries: softmax scale * log2(e), for `attend` computes powers of two.
+        stretch_step: slots from one stretch of the cache to the next.
+        block_shift: S is 1 << it.
+        positions, slots: addresses of int64 [T]; slot = block * S + offset.
+        cache: address of the layer's cache.
+        queries: address of [T, P, D / 2, 16, 2] bfloat16.
+        inputs, head_bytes, row_numbers: address of every head's rows of queries without rotation, bytes from one head
+            to the next, numbers from one row to the next.
+        cos, sin: addresses of float32 [P, R / 2].
+    """
+
+    q: int
+    q_stride: int
+    kv: int
+    kv_stride: int
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    norm: int
+    eps: float
+    scale: float
+    stretch_step: int
+    block_shift: int
+    positions: int
+    slots: int
+    cache: int
+    queries: int
+    inputs: int
+    head_bytes: int
+    row_numbers: int
+    cos: int
+    sin: int
+
+
+def make_prepare(form: int) -> Callable[..., None]:
+    """The operation; `form` is that of `cpu_tiles.copy_numbers`."""
+
+    def latent_prepare(row, thread, threads):
+        given = read(PrepareArguments, row)
+        tokens = step_number(row, StepNumber.TOKENS.value)
+        heads, nope, rope, latent = given.heads, given.nope, given.rope, given.latent
+        positions, slots, one = int64_at(given.positions), int64_at(given.slots), float_from_bits(0x3F800000)
         width, half = rope + latent, rope // 2
         groups = (heads + LANES - 1) // LANES
         each = heads + 1
@@ -84,16 +124,16 @@ def make_prepare(form: int) -> Callable[..., None]:
             t, h = unit // each, unit % each
             at = 4 * half * positions[t]
             if h == heads:
-                x = kv + 4 * t * kv_stride
-                to = a[18] + 2 * width * place_of(slots[t], 0, a[15], a[14])
-                _rotate(x + 4 * latent, half, a[23] + at, a[24] + at, one, to, 4)
-                scaled_to_bf16(x, weight, rms_scale(x, latent, eps), to + 2 * rope, latent)
+                x = given.kv + 4 * t * given.kv_stride
+                to = given.cache + 2 * width * place_of(slots[t], 0, given.block_shift, given.stretch_step)
+                _rotate(x + 4 * latent, half, given.cos + at, given.sin + at, one, to, 4)
+                scaled_to_bf16(x, given.norm, rms_scale(x, latent, given.eps), to + 2 * rope, latent)
             else:
-                x = q + 4 * (t * q_stride + h * (nope + rope))
-                to = a[19] + 2 * LANES * width * (t * groups + h // LANES) + 4 * (h % LANES)
-                _rotate(x + 4 * nope, half, a[23] + at, a[24] + at, scale, to, 4 * LANES)
-                to = inputs + h * head_bytes + t * row_numbers * number_bytes
-                _copy_row(x, to, nope, row_numbers, form)
+                x = given.q + 4 * (t * given.q_stride + h * (nope + rope))
+                to = given.queries + 2 * LANES * width * (t * groups + h // LANES) + 4 * (h % LANES)
+                _rotate(x + 4 * nope, half, given.cos + at, given.sin + at, given.scale, to, 4 * LANES)
+                to = given.inputs + h * given.head_bytes + t * given.row_numbers * number_bytes
+                _copy_row(x, to, nope, given.row_numbers, form)
 
     return latent_prepare
 
@@ -102,49 +142,3 @@ def make_prepare(form: int) -> Callable[..., None]:
 def prepare_operation(form: int) -> int:
     """Address of the compiled operation."""
     return compile_operation(make_prepare(form))
-
-
-def prepare_row(
-    *,
-    q: int,
-    q_stride: int,
-    kv: int,
-    kv_stride: int,
-    heads: int,
-    nope: int,
-    rope: int,
-    latent: int,
-    norm: int,
-    eps: float,
-    scale: float,
-    stretch_step: int,
-    block_size: int,
-    positions: int,
-    slots: int,
-    cache: int,
-    queries: int,
-    inputs: int,
-    head_bytes: int,
-    row_numbers: int,
-    cos: int,
-    sin: int,
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        q, q_stride: address of float32 rows of heads [nope | rope], and floats from one row to the next.
-        kv, kv_stride: the same of rows [latent | rope].
-        heads, nope, rope, latent: H and the sizes of the parts.
-        norm, eps: of the latent vector; the address of its weight.
-        scale: factor of the queries: softmax scale * log2(e), for `attend` computes powers of two.
-        stretch_step, block_size: slots from one stretch of the cache to the next, and S.
-        positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        cache: address of the layer's cache.
-        queries: address of [T, P, D / 2, 16, 2] bfloat16.
-        inputs, head_bytes, row_numbers: address of every head's rows of queries without rotation, bytes from one head
-            to the next, numbers from one row to the next.
-        cos, sin: addresses of float32 [P, R / 2].
-    """
-    sizes = [heads, nope, rope, latent, norm, float_bits(eps), float_bits(scale), stretch_step]
-    places = [block_size.bit_length() - 1, positions, slots, cache, queries, inputs, head_bytes, row_numbers, cos, sin]
-    return [q, q_stride, kv, kv_stride, *sizes, *places]

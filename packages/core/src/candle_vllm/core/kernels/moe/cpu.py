@@ -15,27 +15,38 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant.cpu import share
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, LANES, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    NUMBERS,
+    StepNumber,
+    compile_operation,
+    read,
+    slot,
+    step_number,
+)
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     fetch_add,
     float32_at,
-    float_from_bits,
     int64_at,
     store_release,
 )
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, stack_bytes
 from candle_vllm.core.kernels.moe.reference import LEAST_SUM
 
-ENTRY = 16
+ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
 """Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""
+
+_ROWS_FROM, _WEIGHTS, _TILE_BYTES, _OUTPUTS, _OUT, _ROW_BYTES, _BIAS, _PICKED = (
+    slot(LinearArguments, name)
+    for name in ("rows_from", "weights", "tile_bytes", "outputs", "out", "row_bytes", "bias", "picked")
+)
 
 READING = 4
 """What reading a tile of weights costs beside multiplying it by a row, in rows; for sharing the work only."""
@@ -100,7 +111,7 @@ def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: 
 
 @njit
 def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_of: int, place_of: int) -> None:
-    """Sorts the pairs of experts int64 [T, k] by expert; see `route_row`."""
+    """Sorts the pairs of experts int64 [T, k] by expert; see `RouteArguments`."""
     wanted, first, following = int64_at(experts), int64_at(starts), int64_at(starts + (count + 1) * 8)
     tokens_, places = int64_at(token_of), int64_at(place_of)
     for x in range(count + 1):
@@ -118,35 +129,66 @@ def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_
         places[pair] = place
 
 
-def route(a, thread, threads):
-    """The operation that chooses experts and sorts the pairs. Arguments: see `route_row`."""
-    numbers = int64_at(a[2])
-    tokens = numbers[StepNumber.TOKENS.value]
-    logits, stride, count, top_k = a[3], a[4], a[5], a[6]
-    groups, top_groups, sigmoid, renormalise = a[7], a[8], a[9], a[10]
-    bias, scale = a[11], float(float_from_bits(a[12]))
-    experts, weights, finished = a[13], a[14], a[15]
+class RouteArguments(NamedTuple):
+    """The operation's arguments. It also sets the step's number `PAIRS`.
+
+    Attributes:
+        logits, stride: address of float32 [T, X], rows `stride` floats apart.
+        num_experts: X.
+        top_k: k.
+        groups, top_groups: how many groups of experts there are, and how many of them are candidates.
+        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
+        bias: address of float32 [X], or 0.
+        experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
+        finished: of int64, 0 between operations.
+        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
+        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
+    """
+
+    logits: int
+    stride: int
+    num_experts: int
+    top_k: int
+    groups: int
+    top_groups: int
+    sigmoid: int
+    renormalise: int
+    bias: int
+    scale: float
+    experts: int
+    weights: int
+    finished: int
+    starts: int
+    token_of: int
+    place_of: int
+
+
+def route(row, thread, threads):
+    """The operation that chooses experts and sorts the pairs."""
+    given = read(RouteArguments, row)
+    tokens = step_number(row, StepNumber.TOKENS.value)
+    count, top_k, groups, bias, scale = given.num_experts, given.top_k, given.groups, given.bias, float(given.scale)
     memory = stack_bytes(3 * 4 * count + 8 * groups)
     scores, choice, candidates = float32_at(memory), float32_at(memory + 4 * count), float32_at(memory + 8 * count)
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        _score(float32_at(logits + t * stride * 4), scores, choice, count, sigmoid, bias)
+        _score(float32_at(given.logits + t * given.stride * 4), scores, choice, count, given.sigmoid, bias)
         for x in range(count):
             candidates[x] = 1 if groups == 1 else 0
         if groups > 1:
-            _keep_groups(choice, candidates, memory + 12 * count, count // groups, groups, top_groups, bias)
-        chosen, found = int64_at(experts + t * top_k * 8), float32_at(weights + t * top_k * 4)
+            _keep_groups(choice, candidates, memory + 12 * count, count // groups, groups, given.top_groups, bias)
+        chosen, found = int64_at(given.experts + t * top_k * 8), float32_at(given.weights + t * top_k * 4)
         total = 0.0
         for j in range(top_k):
             expert = _best(choice, candidates, count)
             chosen[j] = expert
             total += float(scores[expert])
-        factor = scale / (total + LEAST_SUM) if renormalise != 0 else scale
+        factor = scale / (total + LEAST_SUM) if given.renormalise != 0 else scale
         for j in range(top_k):
             found[j] = float(scores[chosen[j]]) * factor
-    if fetch_add(finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
-        store_release(finished, 0)
-        _sort(experts, tokens, top_k, count, a[16], a[17], a[18])
-        numbers[StepNumber.PAIRS.value] = tokens * top_k
+    if fetch_add(given.finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
+        store_release(given.finished, 0)
+        _sort(given.experts, tokens, top_k, count, given.starts, given.token_of, given.place_of)
+        int64_at(row[NUMBERS])[StepNumber.PAIRS.value] = tokens * top_k
 
 
 @cache
@@ -155,59 +197,41 @@ def route_operation() -> int:
     return compile_operation(route)
 
 
-def route_row(
-    *,
-    logits: int,
-    stride: int,
-    count: int,
-    top_k: int,
-    groups: tuple[int, int],
-    sigmoid: bool,
-    renormalise: bool,
-    bias: int,
-    scale: float,
-    experts: int,
-    weights: int,
-    finished: int,
-    starts: int,
-    token_of: int,
-    place_of: int,
-) -> list[int]:
-    """The operation's arguments. It also sets the step's number `PAIRS`.
-
-    Args:
-        logits, stride: address of float32 [T, X], rows `stride` floats apart.
-        count: X.
-        top_k: k.
-        groups: how many groups of experts there are, and how many of them are candidates.
-        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
-        bias: address of float32 [X], or 0.
-        experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
-        finished: of int64, 0 between operations.
-        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
-        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
-    """
-    how = [int(sigmoid), int(renormalise), bias, float_bits(scale)]
-    results = [experts, weights, finished, starts, token_of, place_of]
-    return [logits, stride, count, top_k, *groups, *how, *results]
-
-
 # ---- the experts' matrices -------------------------------------------------------------------------------------------
 
 
-def experts(a, thread, threads):
-    """The operation that multiplies. Arguments: see `experts_row`."""
-    starts, table, count, matrices, picked = int64_at(a[3]), a[4], a[5], a[6], a[7]
+class ExpertsArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        starts: address of what `route` made.
+        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
+        num_experts: X.
+        matrices: of each expert; their tiles are as dear as each other.
+        picked: of int64: the row of the activations for each place.
+    """
+
+    starts: int
+    table: int
+    num_experts: int
+    matrices: int
+    picked: int
+
+
+def experts(row, thread, threads):
+    """The operation that multiplies."""
+    given = read(ExpertsArguments, row)
+    starts, table, count, matrices = int64_at(given.starts), given.table, given.num_experts, given.matrices
     total = 0
     for x in range(count):
         rows = starts[x + 1] - starts[x]
         if rows > 0:
             for m in range(matrices):
                 entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
-                total += ((entry[6] + 15) >> 4) * (rows + READING)
+                total += ((entry[_OUTPUTS] + 15) >> 4) * (rows + READING)
     low, high = total * thread // threads, total * (thread + 1) // threads
     memory = stack_bytes(ENTRY * 8 + 64)
-    row, numbers = int64_at(memory), int64_at(memory + ENTRY * 8)
+    own, numbers = int64_at(memory), int64_at(memory + ENTRY * 8)
     at = 0
     for x in range(count):
         start = starts[x]
@@ -216,7 +240,7 @@ def experts(a, thread, threads):
             continue
         for m in range(matrices):
             entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
-            cost, tiles = rows + READING, (entry[6] + 15) >> 4
+            cost, tiles = rows + READING, (entry[_OUTPUTS] + 15) >> 4
             # A tile is the thread's within whose share of the cost its own begins.
             first = min((max(low - at, 0) + cost - 1) // cost, tiles)
             last = min((max(high - at, 0) + cost - 1) // cost, tiles)
@@ -224,36 +248,23 @@ def experts(a, thread, threads):
             if first >= last:
                 continue
             for index in range(ENTRY):
-                row[index] = entry[index]
+                own[index] = entry[index]
             numbers[0] = rows
-            row[2] = memory + ENTRY * 8
-            row[3] = 0
-            row[4] += first * row[5]
-            row[6] = min(row[6] - first * 16, (last - first) * 16)
-            row[8] += start * row[9] + first * 64
-            if row[10] != 0:
-                row[10] += first * 64
-            row[12] = picked + start * 8
-            call_operation(row[0], memory, 0, 1)
+            own[NUMBERS] = memory + ENTRY * 8
+            own[_ROWS_FROM] = 0
+            own[_WEIGHTS] += first * own[_TILE_BYTES]
+            own[_OUTPUTS] = min(own[_OUTPUTS] - first * 16, (last - first) * 16)
+            own[_OUT] += start * own[_ROW_BYTES] + first * 64
+            if own[_BIAS] != 0:
+                own[_BIAS] += first * 64
+            own[_PICKED] = given.picked + start * 8
+            call_operation(own[0], memory, 0, 1)
 
 
 @cache
 def experts_operation() -> int:
     """Address of the compiled operation."""
     return compile_operation(experts)
-
-
-def experts_row(*, starts: int, table: int, count: int, matrices: int, picked: int) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        starts: address of what `route` made.
-        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
-        count: X.
-        matrices: of each expert; their tiles are as dear as each other.
-        picked: of int64: the row of the activations for each place.
-    """
-    return [starts, table, count, matrices, picked]
 
 
 # ---- the weighted sum ------------------------------------------------------------------------------------------------
@@ -288,12 +299,40 @@ def _mix(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: A
     return signature, code
 
 
-def combine(a, thread, threads):
-    """The operation that adds up a token's results. Arguments: see `combine_row`."""
-    tokens = int64_at(a[2])[StepNumber.TOKENS.value]
-    out, row_bytes, onto, columns, top_k = a[3], a[4], a[5], a[6], a[7]
-    weights, places, results, result_bytes = a[8], a[9], a[10], a[11]
-    shared, shared_bytes, gate, gate_bytes = a[12], a[13], a[14], a[15]
+class CombineArguments(NamedTuple):
+    """The operation's arguments; strides are floats from one row to the next.
+
+    Attributes:
+        out, out_stride: address of the result, float32 [T, E].
+        onto: whether it is added to what stands there.
+        columns: E.
+        top_k: k.
+        weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
+        results, result_stride: of float32 [T * k, E], a row for each place.
+        shared, shared_stride: of what is added with weight 1, float32 [T, E], or zeros.
+        gate, gate_stride: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
+    """
+
+    out: int
+    out_stride: int
+    onto: int
+    columns: int
+    top_k: int
+    weights: int
+    places: int
+    results: int
+    result_stride: int
+    shared: int = 0
+    shared_stride: int = 0
+    gate: int = 0
+    gate_stride: int = 0
+
+
+def combine(row, thread, threads):
+    """The operation that adds up a token's results."""
+    given = read(CombineArguments, row)
+    tokens = step_number(row, StepNumber.TOKENS.value)
+    onto, columns, top_k = given.onto, given.columns, given.top_k
     vectors = columns >> 4
     first_row, row_count, first, count = share(tokens, vectors + 1, thread, threads)
     memory = stack_bytes(16 * (top_k + 1) + 64)
@@ -301,18 +340,18 @@ def combine(a, thread, threads):
     addresses, factors = int64_at(memory), float32_at(at_factors)
     has_tail = first + count == vectors + 1  # the last share is what fills no vector
     for t in range(first_row, first_row + row_count):
-        chosen, found = int64_at(places + t * top_k * 8), float32_at(weights + t * top_k * 4)
+        chosen, found = int64_at(given.places + t * top_k * 8), float32_at(given.weights + t * top_k * 4)
         for j in range(top_k):
-            addresses[j] = results + chosen[j] * result_bytes
+            addresses[j] = given.results + chosen[j] * given.result_stride * 4
             factors[j] = found[j]
         terms = top_k
-        if shared != 0:
-            addresses[terms] = shared + t * shared_bytes
+        if given.shared != 0:
+            addresses[terms] = given.shared + t * given.shared_stride * 4
             factors[terms] = 1.0
-            if gate != 0:
-                factors[terms] = 1.0 / (1.0 + math.exp(-float(float32_at(gate + t * gate_bytes)[0])))
+            if given.gate != 0:
+                factors[terms] = 1.0 / (1.0 + math.exp(-float(float32_at(given.gate + t * given.gate_stride * 4)[0])))
             terms += 1
-        at = out + t * row_bytes
+        at = given.out + t * given.out_stride * 4
         _mix(at, memory, at_factors, terms, first, count - has_tail, onto)
         if has_tail:
             target = float32_at(at)
@@ -327,34 +366,3 @@ def combine(a, thread, threads):
 def combine_operation() -> int:
     """Address of the compiled operation."""
     return compile_operation(combine)
-
-
-def combine_row(
-    *,
-    out: int,
-    out_stride: int,
-    accumulate: bool,
-    columns: int,
-    top_k: int,
-    weights: int,
-    places: int,
-    results: int,
-    result_stride: int,
-    shared: tuple[int, int] = (0, 0),
-    gate: tuple[int, int] = (0, 0),
-) -> list[int]:
-    """The operation's arguments; strides are floats from one row to the next.
-
-    Args:
-        out, out_stride: address of the result, float32 [T, E].
-        accumulate: add to what stands there.
-        columns: E.
-        top_k: k.
-        weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
-        results, result_stride: of float32 [T * k, E], a row for each place.
-        shared: address and stride of what is added with weight 1, float32 [T, E], or zeros.
-        gate: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
-    """
-    target = [out, 4 * out_stride, int(accumulate), columns]
-    terms = [top_k, weights, places, results, 4 * result_stride]
-    return [*target, *terms, shared[0], 4 * shared[1], gate[0], 4 * gate[1]]

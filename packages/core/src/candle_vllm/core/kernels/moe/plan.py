@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
     linear_call,
     make_inputs,
 )
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.moe import cpu
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing
 
@@ -107,20 +107,22 @@ def record_sum(
     shared: tuple[int, int],
     gate: tuple[int, int],
 ) -> None:
-    """Records the weighted sum; addresses come with their strides, see `combine_row`."""
+    """Records the weighted sum; addresses come with their strides, see `CombineArguments`."""
     pairs = results.pairs
-    arguments = cpu.combine_row(
+    arguments = cpu.CombineArguments(
         out=target[0],
         out_stride=target[1],
-        accumulate=accumulate,
+        onto=accumulate,
         columns=results.width,
         top_k=pairs.top_k,
         weights=address_of(pairs.weights),
         places=address_of(pairs.places),
         results=address_of(results.rows),
         result_stride=results.stride,
-        shared=shared,
-        gate=gate,
+        shared=shared[0],
+        shared_stride=shared[1],
+        gate=gate[0],
+        gate_stride=gate[1],
     )
     recorder.add(cpu.combine_operation(), arguments)
 
@@ -131,12 +133,13 @@ def _record_pairs(recorder: Recorder, logits: tuple[int, int], count: int, routi
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
     pairs = Pairs(top_k, recorder.memory(top_k), places, counters, token_of)
-    arguments = cpu.route_row(
+    arguments = cpu.RouteArguments(
         logits=logits[0],
         stride=logits[1],
-        count=count,
+        num_experts=count,
         top_k=top_k,
-        groups=(routing.groups, routing.top_groups),
+        groups=routing.groups,
+        top_groups=routing.top_groups,
         sigmoid=routing.scoring == "sigmoid",
         renormalise=routing.renormalise,
         bias=0 if routing.bias is None else recorder.keep(routing.bias.float()),
@@ -179,12 +182,12 @@ def _record_products(
                 bias=at_bias and at_bias + 4 * (x * bias.shape[1] + column),  # pyright: ignore[reportOptionalMemberAccess]
                 rows_from=StepNumber.PAIRS,
             )
-            table[x, m, : 3 + len(arguments)] = [operation, 0, 0, *arguments]
+            table[x, m] = plan_row(operation, 0, arguments)
             column += matrix.rows
-    arguments = cpu.experts_row(
+    arguments = cpu.ExpertsArguments(
         starts=address_of(pairs.starts),
         table=recorder.keep_array(table),
-        count=count,
+        num_experts=count,
         matrices=len(matrices),
         picked=address_of(picked),
     )

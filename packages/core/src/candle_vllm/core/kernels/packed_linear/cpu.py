@@ -22,10 +22,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.cpu_runtime import tiles as shared
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
+from candle_vllm.core.kernels.cpu_runtime.tiles import EmbeddingArguments, LinearArguments, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
@@ -307,11 +308,10 @@ def _multiply(_: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any,
 def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
     """The linear operation. TILE_BLOCK: bytes of weights gone through at a time; PANEL_GROUP: panel bytes per group."""
 
-    def packed_linear(arguments: Any, thread: int, threads: int) -> None:
-        rows = int64_at(arguments[2])[arguments[3]]
-        weights, tile_bytes, columns, groups = arguments[4], arguments[5], arguments[6], arguments[7]
-        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
-        picked, xq, xs, xsum = arguments[12], arguments[13], arguments[14], arguments[15]
+    def packed_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        weights, tile_bytes, columns, groups = given.weights, given.tile_bytes, given.outputs, given.length
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -328,20 +328,17 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
                 count = min(block, left)
                 for index in range(block):
                     source = row + min(index, count - 1)
-                    if picked != 0:
-                        source = int64_at(picked)[source]
-                    at_xq, at_xs, at_xsum = (
-                        xq + source * groups * 32,
-                        xs + source * groups * 4,
-                        xsum + source * groups * 4,
-                    )
+                    if given.picked != 0:
+                        source = int64_at(given.picked)[source]
+                    at_xq = given.x + source * groups * 32
+                    at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
                     if block == 8:
                         _fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
                     elif block == 4:
                         _fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
                     else:
                         _fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
-                target = out + row * row_bytes
+                target = given.out + row * given.row_bytes
                 for tile in range(begin, end):
                     if block == 8:
                         _multiply(KIND, 8, ISA, weights + tile * tile_bytes, panel, sums, groups)
@@ -350,8 +347,8 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
                     else:
                         _multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups)
                     lanes = min(columns - tile * 16, 16)
-                    at_bias = bias + tile * 64 if bias else 0
-                    write_tile(sums, count, lanes, target + tile * 64, row_bytes, at_bias, accumulate)
+                    at_bias = given.bias + tile * 64 if given.bias else 0
+                    write_tile(sums, count, lanes, target + tile * 64, given.row_bytes, at_bias, given.accumulate)
                 row += count
 
     return packed_linear
@@ -359,55 +356,13 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
 
 @cache
 def linear_operation(kind: PackedKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    """Address of the compiled linear operation of a kind."""
     return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _record_bytes(LAYOUTS[kind], 8)))
 
 
-def linear_row(
-    matrix: PackedMatrix,
-    *,
-    xq: int,
-    xs: int,
-    xsum: int,
-    out: int,
-    out_stride: int,
-    column: int = 0,
-    bias: int = 0,
-    accumulate: bool = False,
-    picked: int = 0,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The arguments of a linear operation; the caller keeps all of the memory alive.
-
-    What stands in front of the activations has the same places in `plain_linear`'s (see `kernels/moe/cpu.py`).
-
-    Args:
-        matrix: the weights [N, K].
-        xq, xs, xsum: addresses of the quantised activations.
-        out: address of the result.
-        out_stride: floats from one row of the result to the next.
-        column: first column of the result that is written.
-        bias: address of float32 [N], or 0.
-        accumulate: add to what stands in the result.
-        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers is T.
-    """
-    assert out_stride >= column + matrix.rows
-    return [
-        int(rows_from),
-        address_of(matrix.data),
-        matrix.layout.tile_bytes(matrix.columns),
-        matrix.rows,
-        matrix.groups,
-        out + 4 * column,
-        4 * out_stride,
-        bias,
-        int(accumulate),
-        picked,
-        xq,
-        xs,
-        xsum,
-    ]
+def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:
+    """See `cpu_runtime.tiles.linear_arguments`."""
+    return shared.linear_arguments(matrix, matrix.groups, **given)
 
 
 @intrinsic(prefer_literal=True)
@@ -442,15 +397,14 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
 
 
 def _make_embedding(KIND: int) -> Any:
-    def packed_embedding(arguments: Any, thread: int, threads: int) -> None:
-        rows = int64_at(arguments[2])[arguments[3]]
-        weights, tile_bytes, count, groups = arguments[4], arguments[5], arguments[6], arguments[7]
-        ids, out, row_bytes = int64_at(arguments[8]), arguments[9], arguments[10]
+    def packed_embedding(entry: Any, thread: int, threads: int) -> None:
+        given = read(EmbeddingArguments, entry)
+        rows, ids, groups = step_number(entry, given.rows_from), int64_at(given.token_ids), given.columns >> 5
         for row in range(rows * thread // threads, rows * (thread + 1) // threads):
             token = ids[row]
-            target = out + row * row_bytes
-            if 0 <= token < count:
-                _unpack_row(KIND, weights + (token >> 4) * tile_bytes, token & 15, target, groups)
+            target = given.out + row * given.row_bytes
+            if 0 <= token < given.rows:
+                _unpack_row(KIND, given.weights + (token >> 4) * given.tile_bytes, token & 15, target, groups)
             else:
                 values = float32_at(target)
                 for index in range(groups * 32):
@@ -461,35 +415,5 @@ def _make_embedding(KIND: int) -> Any:
 
 @cache
 def embedding_rows_operation(kind: PackedKind) -> int:
-    """Address of the compiled operation that reads rows of a packed matrix; its arguments are `embedding_row`'s."""
+    """Address of the compiled operation that reads rows of a packed matrix."""
     return compile_operation(_make_embedding(int(kind)))
-
-
-def embedding_row(
-    matrix: PackedMatrix,
-    *,
-    token_ids: int,
-    out: int,
-    out_stride: int,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The arguments of an embedding operation.
-
-    Args:
-        matrix: the table [V, E].
-        token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
-        out: address of the result, float32 [T, E].
-        out_stride: floats from one row of the result to the next.
-        rows_from: which of the step's numbers is T.
-    """
-    assert out_stride >= matrix.columns
-    return [
-        int(rows_from),
-        address_of(matrix.data),
-        matrix.layout.tile_bytes(matrix.columns),
-        matrix.rows,
-        matrix.groups,
-        token_ids,
-        out,
-        4 * out_stride,
-    ]

@@ -161,6 +161,11 @@ class PackedMatrix:
         return self.columns // GROUP
 
     @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile."""
+        return self.layout.tile_bytes(self.columns)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.data.nbytes

@@ -23,10 +23,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.cpu_runtime import tiles as shared
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import EmbeddingArguments, LinearArguments, stack_bytes
 from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind, PlainMatrix
 
@@ -62,11 +63,11 @@ def _multiply(
 def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
     """The linear operation. TILE_BLOCK: bytes of weights gone through at a time."""
 
-    def plain_linear(arguments: Any, thread: int, threads: int) -> None:
-        rows = int64_at(arguments[2])[arguments[3]]
-        weights, tile_bytes, columns, runs = arguments[4], arguments[5], arguments[6], arguments[7]
-        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
-        picked, x, x_bytes = arguments[12], arguments[13], arguments[14]
+    def plain_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        weights, tile_bytes, columns, runs = given.weights, given.tile_bytes, given.outputs, given.length
+        row_bytes, bias, accumulate, x_bytes = given.row_bytes, given.bias, given.accumulate, given.x_bytes
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -84,10 +85,10 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
                 count = min(block, left)
                 for index in range(block):
                     source = row + min(index, count - 1)
-                    if picked != 0:
-                        source = int64_at(picked)[source]
-                    addresses[index] = x + source * x_bytes
-                target = out + row * row_bytes
+                    if given.picked != 0:
+                        source = int64_at(given.picked)[source]
+                    addresses[index] = given.x + source * x_bytes
+                target = given.out + row * row_bytes
                 if block == 8:
                     fill_panel(8, panel, sums + 1024, x_bytes >> 6)
                 elif block == 4:
@@ -113,56 +114,15 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
 
 @cache
 def linear_operation(kind: PlainKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    """Address of the compiled linear operation of a kind."""
     return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES))
 
 
-def linear_row(
-    matrix: PlainMatrix,
-    *,
-    x: int,
-    x_bytes: int,
-    out: int,
-    out_stride: int,
-    column: int = 0,
-    bias: int = 0,
-    accumulate: bool = False,
-    picked: int = 0,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The arguments of a linear operation; the caller keeps all of the memory alive.
-
-    What stands in front of the activations has the same places in `packed_linear`'s (see `kernels/moe/cpu.py`).
-
-    Args:
-        matrix: the weights [N, K].
-        x: address of the activations, in the form that the kind multiplies.
-        x_bytes: from one of their rows to the next; a multiple of 64, and zero behind K.
-        out: address of the result.
-        out_stride: floats from one row of the result to the next.
-        column: first column of the result that is written.
-        bias: address of float32 [N], or 0.
-        accumulate: add to what stands in the result.
-        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers is T.
-    """
-    assert out_stride >= column + matrix.rows
+def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
+    """See `cpu_runtime.tiles.linear_arguments`."""
     assert x_bytes % VECTOR_BYTES == 0
     assert x_bytes >= 4 * matrix.steps
-    return [
-        int(rows_from),
-        address_of(matrix.data),
-        matrix.tile_bytes,
-        matrix.rows,
-        matrix.steps // RUN,
-        out + 4 * column,
-        4 * out_stride,
-        bias,
-        int(accumulate),
-        picked,
-        x,
-        x_bytes,
-    ]
+    return shared.linear_arguments(matrix, matrix.steps // RUN, x_bytes=x_bytes, **given)
 
 
 @intrinsic(prefer_literal=True)
@@ -196,18 +156,17 @@ def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: An
 
 
 def _make_embedding(KIND: int) -> Any:
-    def plain_embedding(arguments: Any, thread: int, threads: int) -> None:
-        rows = int64_at(arguments[2])[arguments[3]]
-        weights, tile_bytes, count, columns = arguments[4], arguments[5], arguments[6], arguments[7]
-        ids, out, row_bytes = int64_at(arguments[8]), arguments[9], arguments[10]
+    def plain_embedding(entry: Any, thread: int, threads: int) -> None:
+        given = read(EmbeddingArguments, entry)
+        rows, ids = step_number(entry, given.rows_from), int64_at(given.token_ids)
         for row in range(rows * thread // threads, rows * (thread + 1) // threads):
             token = ids[row]
-            target = out + row * row_bytes
-            if 0 <= token < count:
-                _widen_row(KIND, weights + (token >> 4) * tile_bytes, token & 15, target, columns)
+            target = given.out + row * given.row_bytes
+            if 0 <= token < given.rows:
+                _widen_row(KIND, given.weights + (token >> 4) * given.tile_bytes, token & 15, target, given.columns)
             else:
                 values = float32_at(target)
-                for index in range(columns):
+                for index in range(given.columns):
                     values[index] = float("nan")
 
     return plain_embedding
@@ -215,35 +174,5 @@ def _make_embedding(KIND: int) -> Any:
 
 @cache
 def embedding_rows_operation(kind: PlainKind) -> int:
-    """Address of the compiled operation that reads rows of a plain matrix; its arguments are `embedding_row`'s."""
+    """Address of the compiled operation that reads rows of a plain matrix."""
     return compile_operation(_make_embedding(int(kind)))
-
-
-def embedding_row(
-    matrix: PlainMatrix,
-    *,
-    token_ids: int,
-    out: int,
-    out_stride: int,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The arguments of an embedding operation.
-
-    Args:
-        matrix: the table [V, E].
-        token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
-        out: address of the result, float32 [T, E].
-        out_stride: floats from one row of the result to the next.
-        rows_from: which of the step's numbers is T.
-    """
-    assert out_stride >= matrix.columns
-    return [
-        int(rows_from),
-        address_of(matrix.data),
-        matrix.tile_bytes,
-        matrix.rows,
-        matrix.columns,
-        token_ids,
-        out,
-        4 * out_stride,
-    ]

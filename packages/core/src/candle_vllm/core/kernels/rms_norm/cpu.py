@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import njit, types
 from numba.extending import intrinsic
@@ -24,8 +24,8 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
 )
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -63,19 +63,39 @@ def _layer_norm_head(x: int, dim: int, weight: int, eps: float) -> None:
         values[i] = (values[i] - mean) * scale * weights[i]
 
 
-def make_head_norm(LAYER: int) -> Callable[..., None]:
-    """The operation. Arguments: see `head_norm_row`."""
+class HeadNormArguments(NamedTuple):
+    """The operation's arguments.
 
-    def head_norm(a, thread, threads):
-        numbers = int64_at(a[2])
-        x, stride, heads, head_dim, weight, step = a[3], a[4], a[5], a[6], a[7], a[9]
-        eps = float_from_bits(a[8])
-        total = numbers[StepNumber.TOKENS.value] * heads
+    Attributes:
+        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
+            read where head_dim is no multiple of 32.
+        heads, head_dim: heads stand side by side.
+        weight: address of head_dim floats.
+        eps: of the norm.
+        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
+    """
+
+    x: int
+    stride: int
+    heads: int
+    head_dim: int
+    weight: int
+    eps: float
+    weight_step: int = 0
+
+
+def make_head_norm(LAYER: int) -> Callable[..., None]:
+    """The operation."""
+
+    def head_norm(row, thread, threads):
+        given = read(HeadNormArguments, row)
+        heads, head_dim, eps = given.heads, given.head_dim, given.eps
+        total = step_number(row, StepNumber.TOKENS.value) * heads
         for unit in range(total * thread // threads, total * (thread + 1) // threads):
-            row = unit // heads
-            head = unit - row * heads
-            at = x + (row * stride + head * head_dim) * 4
-            own = weight + head * step
+            token = unit // heads
+            head = unit - token * heads
+            at = given.x + (token * given.stride + head * head_dim) * 4
+            own = given.weight + head * given.weight_step
             if LAYER == 1:
                 _layer_norm_head(at, head_dim, own, eps)
             elif head_dim % GROUP == 0:
@@ -96,31 +116,36 @@ def head_norm_operation(layer: bool = False) -> int:
     return compile_operation(make_head_norm(int(layer)))
 
 
-def head_norm_row(
-    *, x: int, stride: int, heads: int, head_dim: int, weight: int, eps: float, weight_step: int = 0
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
-            read where head_dim is no multiple of 32.
-        heads, head_dim: heads stand side by side.
-        weight: address of head_dim floats.
-        eps: of the norm.
-        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
-    """
-    return [x, stride, heads, head_dim, weight, float_bits(eps), weight_step]
-
-
 # ---- onto a residual -------------------------------------------------------------------------------------------------
 
 
-def make_norm_onto(LAYER: int) -> Callable[..., None]:
-    """Adds the norms of rows to other rows. Arguments: see `norm_onto_row`."""
+class NormOntoArguments(NamedTuple):
+    """The operation's arguments.
 
-    def norm_onto(a, thread, threads):
-        rows, x, stride, columns, weight = int64_at(a[2])[StepNumber.TOKENS.value], a[3], a[4], a[5], a[6]
-        eps = float_from_bits(a[7])
+    Attributes:
+        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
+        columns: of a row.
+        weight: address of as many floats, behind which LayerNorm has its bias.
+        eps: of the norm.
+        target, target_stride: the rows that are added to.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    weight: int
+    eps: float
+    target: int
+    target_stride: int
+
+
+def make_norm_onto(LAYER: int) -> Callable[..., None]:
+    """Adds the norms of rows to other rows."""
+
+    def norm_onto(row, thread, threads):
+        given = read(NormOntoArguments, row)
+        columns, eps = given.columns, given.eps
+        rows = step_number(row, StepNumber.TOKENS.value)
         groups = (columns + GROUP - 1) // GROUP
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
@@ -128,12 +153,12 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
         ragged = columns % GROUP != 0
         copy = stack_bytes(groups * GROUP * 4 if ragged else 64)
         first, last = first_group * GROUP, min((first_group + group_count) * GROUP, columns)
-        weights, biases = float32_at(weight), float32_at(weight + 4 * columns)
+        weights, biases = float32_at(given.weight), float32_at(given.weight + 4 * columns)
         for t in range(first_row, first_row + row_count):
-            at = x + t * stride * 4
+            at = given.x + t * given.stride * 4
             if ragged:
                 at = padded_row(at, columns, copy)
-            values, target = float32_at(at), float32_at(a[8] + t * a[9] * 4)
+            values, target = float32_at(at), float32_at(given.target + t * given.target_stride * 4)
             if LAYER == 1:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)
@@ -151,18 +176,3 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
 def norm_onto_operation(layer: bool = False) -> int:
     """Address of the compiled operation."""
     return compile_operation(make_norm_onto(int(layer)))
-
-
-def norm_onto_row(
-    *, x: int, stride: int, columns: int, weight: int, eps: float, target: int, target_stride: int
-) -> list[int]:
-    """The operation's arguments.
-
-    Args:
-        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
-        columns: of a row.
-        weight: address of as many floats, behind which LayerNorm has its bias.
-        eps: of the norm.
-        target, target_stride: the rows that are added to.
-    """
-    return [x, stride, columns, weight, float_bits(eps), target, target_stride]

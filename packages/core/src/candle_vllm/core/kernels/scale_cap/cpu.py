@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, float_bits
-from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int64_at
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
 
 
 @intrinsic(prefer_literal=True)
@@ -37,18 +36,35 @@ def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, capped: 
     return signature, code
 
 
-def make_scale_cap(CAPPED: int) -> Callable[..., None]:
-    """The operation. Arguments: see `scale_cap_row`."""
+class ScaleCapArguments(NamedTuple):
+    """The operation's arguments.
 
-    def scale_cap(a, thread, threads):
-        rows = int64_at(a[2])[a[8]]
-        x, row_bytes, lines = a[3], 4 * a[4], a[5]
-        factor, cap = float_from_bits(a[6]), float_from_bits(a[7])
-        unit, last = rows * lines * thread // threads, rows * lines * (thread + 1) // threads
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        lines: of 16 numbers, of a row.
+        factor, cap: x becomes x * factor, or cap * tanh(x * factor).
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    lines: int
+    factor: float
+    cap: float
+    rows_from: int
+
+
+def make_scale_cap(CAPPED: int) -> Callable[..., None]:
+    """The operation."""
+
+    def scale_cap(row, thread, threads):
+        given = read(ScaleCapArguments, row)
+        units = step_number(row, given.rows_from) * given.lines
+        unit, last = units * thread // threads, units * (thread + 1) // threads
         while unit < last:
-            row, line = unit // lines, unit % lines
-            count = min(lines - line, last - unit)
-            scale_cap_lines(x + row * row_bytes + 64 * line, count, factor, cap, CAPPED)
+            t, line = unit // given.lines, unit % given.lines
+            count = min(given.lines - line, last - unit)
+            scale_cap_lines(given.x + t * given.stride * 4 + 64 * line, count, given.factor, given.cap, CAPPED)
             unit += count
 
     return scale_cap
@@ -60,7 +76,7 @@ def scale_cap_operation(capped: bool) -> int:
     return compile_operation(make_scale_cap(int(capped)))
 
 
-def scale_cap_row(
+def scale_cap_arguments(
     *,
     x: int,
     stride: int,
@@ -68,7 +84,7 @@ def scale_cap_row(
     scale: float,
     cap: float | None,
     rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
+) -> ScaleCapArguments:
     """The operation's arguments.
 
     Args:
@@ -80,4 +96,4 @@ def scale_cap_row(
     lines = -(-columns // LANES)
     assert LANES * lines <= stride
     factor = scale if cap is None else scale / cap
-    return [x, stride, lines, float_bits(factor), float_bits(cap or 0.0), int(rows_from)]
+    return ScaleCapArguments(x, stride, lines, factor, cap or 0.0, rows_from)

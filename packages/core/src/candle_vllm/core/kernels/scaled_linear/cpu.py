@@ -17,10 +17,11 @@ from typing import Any
 from numba import njit, types
 from numba.extending import intrinsic
 
+from candle_vllm.core.kernels.cpu_runtime import tiles as shared
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, stack_bytes
 from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
@@ -284,11 +285,12 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW
 
-    def scaled_linear(arguments: Any, thread: int, threads: int) -> None:
-        rows = int64_at(arguments[2])[arguments[3]]
-        weights, tile_bytes, columns, turns = arguments[4], arguments[5], arguments[6], arguments[7]
-        out, row_bytes, bias, accumulate = arguments[8], arguments[9], arguments[10], arguments[11]
-        picked, x, x_bytes, span_turns = arguments[12], arguments[13], arguments[14], arguments[15]
+    def scaled_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        weights, tile_bytes, columns, turns = given.weights, given.tile_bytes, given.outputs, given.length
+        row_bytes, bias, accumulate = given.row_bytes, given.bias, given.accumulate
+        picked, x_bytes, span_turns = given.picked, given.x_bytes, given.span
         tiles = (columns + 15) >> 4
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
@@ -303,7 +305,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
                     source = min(begin + index, rows - 1)
                     if picked != 0:
                         source = int64_at(picked)[source]
-                    addresses[index] = x + source * x_bytes
+                    addresses[index] = given.x + source * x_bytes
                     if X_BYTES == 4:
                         _spread(addresses[index], spread + index * wide_row, x_bytes >> 5)
                         addresses[index] = spread + index * wide_row
@@ -324,7 +326,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
                         _multiply_rows(KIND, 4, ISA, at_tile, turns, span_turns, panel, sums)
                     else:
                         _multiply_rows(KIND, 1, ISA, at_tile, turns, span_turns, panel, sums)
-                    target = out + begin * row_bytes
+                    target = given.out + begin * row_bytes
                     write_tiles(sums, height, count, tile, 1, columns, target, row_bytes, bias, accumulate)
             return
         span_bytes, spans = HEAD_BYTES + span_turns * TURN_BYTES, (turns + span_turns - 1) // span_turns
@@ -351,7 +353,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
                     source = row + min(index, count - 1)
                     if picked != 0:
                         source = int64_at(picked)[source]
-                    addresses[index] = x + source * x_bytes
+                    addresses[index] = given.x + source * x_bytes
                 places = addresses[0]
                 if block == 8:
                     fill_panel(8, panel, sums + 1024, x_bytes >> 6)
@@ -376,7 +378,7 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
                             _add_span(4, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
                         else:
                             _add_span(1, 1, ISA, wide, wide_tile, at, runs, head, tile_bytes, sums)
-                    target = out + row * row_bytes
+                    target = given.out + row * row_bytes
                     write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
                     tile += width
                 row += count
@@ -386,54 +388,12 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
 
 @cache
 def linear_operation(kind: ScaledKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind; its arguments are `linear_row`'s."""
+    """Address of the compiled linear operation of a kind."""
     return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _MOST_BYTES))
 
 
-def linear_row(
-    matrix: ScaledMatrix,
-    *,
-    x: int,
-    x_bytes: int,
-    out: int,
-    out_stride: int,
-    column: int = 0,
-    bias: int = 0,
-    accumulate: bool = False,
-    picked: int = 0,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> list[int]:
-    """The arguments of a linear operation; the caller keeps all of the memory alive.
-
-    Up to the activations they are those of `plain_linear`, and so is their meaning.
-
-    Args:
-        matrix: the weights [N, K].
-        x: address of the activations, bfloat16.
-        x_bytes: from one of their rows to the next; a multiple of 64, and zero behind K.
-        out: address of the result.
-        out_stride: floats from one row of the result to the next.
-        column: first column of the result that is written.
-        bias: address of float32 [N], or 0.
-        accumulate: add to what stands in the result.
-        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers is T.
-    """
-    assert out_stride >= column + matrix.rows
+def linear_arguments(matrix: ScaledMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
+    """See `cpu_runtime.tiles.linear_arguments`."""
     assert x_bytes % VECTOR_BYTES == 0
     assert x_bytes >= 2 * matrix.turns * matrix.kind.turn_columns
-    return [
-        int(rows_from),
-        address_of(matrix.data),
-        matrix.tile_bytes,
-        matrix.rows,
-        matrix.turns,
-        out + 4 * column,
-        4 * out_stride,
-        bias,
-        int(accumulate),
-        picked,
-        x,
-        x_bytes,
-        matrix.span_turns,
-    ]
+    return shared.linear_arguments(matrix, matrix.turns, x_bytes=x_bytes, span=matrix.span_turns, **given)
