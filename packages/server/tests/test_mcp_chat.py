@@ -170,6 +170,8 @@ MCPServer("stubborn").run(transport="stdio")
 HASTE = """
 import asyncio, sys
 from candle_vllm.responses.mcp.server_config import McpServerConfig
+from candle_vllm.server.mcp.options import McpOptions
+from candle_vllm.server.mcp.service import McpService
 
 async def hurry():
     service = McpService(McpOptions((McpServerConfig(name="s", command=sys.executable, args=sys.argv[1:]),)))
