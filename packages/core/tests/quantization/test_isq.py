@@ -196,6 +196,7 @@ import json, resource, sys, torch
 from pathlib import Path
 torch.set_num_threads(2)
 from candle_vllm.core import EngineConfig
+from candle_vllm.core.assembly.model import load_model
 def load(folder, isq):
     return load_model(EngineConfig(model=folder, isq=isq), torch.device("cpu"), lambda *_: None)
 def peak():
