@@ -15,10 +15,10 @@ sys.path.append(str(Path(__file__).parents[1] / "packages" / "server" / "tests")
 from server_fakes import PacedEngine  # pyright: ignore[reportMissingImports]
 
 from candle_vllm.server import serve
-from candle_vllm.server.catalogue import ModelEntry
 from candle_vllm.server.cli import main as command
-from candle_vllm.server.model_loader import serve_engine
-from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.loader import serve_engine
+from candle_vllm.server.models.slot import ServedModel
 
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 

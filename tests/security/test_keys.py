@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.auth import MANAGEMENT_PATHS
+from candle_vllm.server.http.auth import MANAGEMENT_PATHS
 from candle_vllm.server.settings import Settings as AllSettings
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")

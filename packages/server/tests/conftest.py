@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
 from running_server import Running
 from server_fakes import PacedEngine
 
-from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.settings import Settings
 
 

@@ -13,7 +13,7 @@ from server_fakes import PacedEngine
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.mailbox.service import Mailbox
-from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
 

@@ -19,10 +19,10 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine, ScriptedStream
-from candle_vllm.server.catalogue import ModelEntry
-from candle_vllm.server.model_loader import serve_engine
-from candle_vllm.server.model_slot import ServedModel
-from candle_vllm.server.model_switcher import NoRoomError
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.loader import serve_engine
+from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 
 

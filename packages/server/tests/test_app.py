@@ -17,8 +17,9 @@ import pytest
 from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import ConfigError, EngineOverloadedError
-from candle_vllm.server import Settings, create_app, http_protocol
-from candle_vllm.server import body as body_module
+from candle_vllm.server import Settings, create_app
+from candle_vllm.server.http import body as body_module
+from candle_vllm.server.http import protocol
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.serve import bind, make_server
@@ -205,9 +206,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 def test_a_head_that_does_not_end_ends_the_connection(
     start, monkeypatch: pytest.MonkeyPatch, data: bytes, earlier: bytes, fast: bool
 ) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
     if not fast:
-        monkeypatch.setattr(http_protocol.importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
     running = start()
     running.server.config.timeout_keep_alive = 0.3  # where nothing follows the earlier request
     answers = _until_closed(running.port, earlier, data), _until_closed(running.port, earlier + data)
@@ -216,7 +217,7 @@ def test_a_head_that_does_not_end_ends_the_connection(
 
 
 def test_the_deadline_of_heads_cuts_no_stream_and_no_body(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     running = start(PacedEngine(["a"] * 20, pause=0.03))
     with running.http() as client:
         for _ in range(2):
@@ -238,7 +239,7 @@ def test_a_body_that_does_not_come_is_a_408(start, monkeypatch: pytest.MonkeyPat
 
 
 def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 1)
     running = start()
     with running.http() as client:
         assert client.get("/health").status_code == 200

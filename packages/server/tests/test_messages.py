@@ -12,8 +12,8 @@ from server_fakes import FakeLoader, PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError, ModelLoadError
 from candle_vllm.server import Settings
-from candle_vllm.server.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
 
 ASK: dict[str, Any] = {"max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}], "model": "scripted"}
 

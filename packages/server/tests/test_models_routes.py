@@ -13,9 +13,9 @@ from server_fakes import FakeLoader
 
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.server import Settings
-from candle_vllm.server.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_switcher import ManagerLimits
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.switcher import ManagerLimits
 
 
 def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:

@@ -20,9 +20,9 @@ from candle_vllm.core.errors import EngineOverloadedError, ModelLoadError
 from candle_vllm.responses.api.mcp_source import McpServers
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.server import Settings
-from candle_vllm.server.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.mailbox.policy import MAILBOX_MODE
-from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
 
 Start = Callable[..., Any]
 ASK: dict[str, Any] = {"model": "scripted", "input": "Hi"}

@@ -17,7 +17,7 @@ import pytest
 from server_fakes import FakeLoader, PacedEngine
 
 from candle_vllm.server.app import create_app
-from candle_vllm.server.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
@@ -30,7 +30,7 @@ sys.path.append({tests!r})
 from server_fakes import PacedEngine
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
-from candle_vllm.server.model_loader import serve_engine
+from candle_vllm.server.models.loader import serve_engine
 engine = PacedEngine(["a"] * {pieces}, pause=0.02, max_model_len=1 << 21)
 class Loader(serve.ModelLoader):
     def check(self, entry, beside):

@@ -16,7 +16,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.responses.store.sql import SqlBackend
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mailbox.delivery import wait_ms
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.record import Status

@@ -17,14 +17,14 @@ from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.server.body import read_body, unless_disconnected
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.body import read_body, unless_disconnected
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
-from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.models.turns import Turn, take_turn
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.sse import DONE, EventStream
-from candle_vllm.server.turns import Turn, take_turn
 
 JSON = "application/json"
 BIG_BODY = 64 << 10  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it

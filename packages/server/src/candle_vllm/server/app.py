@@ -18,20 +18,21 @@ from starlette.middleware.cors import CORSMiddleware
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.server import health
-from candle_vllm.server.auth import ApiKeyMiddleware, read_keys
-from candle_vllm.server.catalogue import ModelEntry
 from candle_vllm.server.drain import CutOffMiddleware
-from candle_vllm.server.errors import ClientGone, HttpError
-from candle_vllm.server.failures import FailureMiddleware, answer_failure
-from candle_vllm.server.head_requests import HeadMiddleware
+from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
+from candle_vllm.server.http.errors import ClientGone, HttpError
+from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
+from candle_vllm.server.http.head_requests import HeadMiddleware
+from candle_vllm.server.http.request_id import RequestIdMiddleware
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
-from candle_vllm.server.model_loader import serve_engine
-from candle_vllm.server.model_manager import ModelManager
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.loader import serve_engine
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.openapi.document import ApiDocument
-from candle_vllm.server.request_id import RequestIdMiddleware
 from candle_vllm.server.responders import Responders
 from candle_vllm.server.routes import (
     conversations,
@@ -48,7 +49,6 @@ from candle_vllm.server.routes import (
 from candle_vllm.server.routes import mailbox as mailbox_routes
 from candle_vllm.server.routes import mcp as mcp_routes
 from candle_vllm.server.routes.webui import public_paths, web_ui_router
-from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.parts import store_options
 

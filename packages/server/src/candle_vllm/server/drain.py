@@ -18,8 +18,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.failures import refusal
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import refusal
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_slot import ModelState
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelState
 
 router = APIRouter()
 

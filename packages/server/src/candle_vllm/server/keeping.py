@@ -23,10 +23,10 @@ from starlette.types import Receive, Scope, Send
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Failure, Pieces, Work
-from candle_vllm.server.body import disconnected
+from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
+from candle_vllm.server.models.turns import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
-from candle_vllm.server.turns import Turn
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox

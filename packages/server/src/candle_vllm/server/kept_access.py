@@ -24,8 +24,8 @@ from candle_vllm.responses.store.errors import (
     StoreLimitError,
     StoreUnavailableError,
 )
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.sse import EventStream, named_event
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.sse import EventStream, named_event
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.responses.api.mcp_source import McpSource
     from candle_vllm.responses.api.responder import Responder
-    from candle_vllm.server.model_slot import ServedModel
+    from candle_vllm.server.models.slot import ServedModel
 
 
 class Responders:

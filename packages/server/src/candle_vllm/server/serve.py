@@ -25,17 +25,17 @@ from fastapi import FastAPI
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
-from candle_vllm.server.catalogue import Catalogue
 from candle_vllm.server.drain import DrainingServer
-from candle_vllm.server.http_protocol import http_protocol
+from candle_vllm.server.http.protocol import http_protocol
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.model_loader import ModelLoader
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_slot import ModelSlot
-from candle_vllm.server.model_switcher import Load, ManagerLimits
+from candle_vllm.server.models.catalogue import Catalogue
+from candle_vllm.server.models.loader import ModelLoader
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.served_engine import ServedEngine
+from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.models.switcher import Load, ManagerLimits
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.routes.webui import new_page_key, page_address
-from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.kinds import UsageError

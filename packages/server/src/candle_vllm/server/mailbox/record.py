@@ -15,7 +15,7 @@ from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
 
 
 class Status(StrEnum):

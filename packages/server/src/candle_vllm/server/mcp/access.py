@@ -16,7 +16,7 @@ from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServ
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.settings import Settings
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import OWN_FIELDS, ConversationOptions
 from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
 from candle_vllm.server.mcp.service import McpService, Offer
-from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.observing.request_context import begin_generation
 
 _LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  # of all turns together

@@ -21,9 +21,9 @@ from candle_vllm.openai import ChatCompletionRequest, parse_chat_request
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.server.answering import GenerationApi, answer_parsed, deadline_of, parsed
-from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.mailbox.policy import refuse_headers
-from candle_vllm.server.model_slot import ServedModel
+from candle_vllm.server.models.slot import ServedModel
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService, Offer

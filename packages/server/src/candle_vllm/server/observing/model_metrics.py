@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from candle_vllm.core.engine.request import EngineStats
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.observing.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import FinishedRequest, RequestInfo, RequestRecord
 from candle_vllm.server.observing.series import (
@@ -25,7 +26,6 @@ from candle_vllm.server.observing.series import (
     ModelReading,
 )  # fmt: skip
 from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageTable, token_buckets
-from candle_vllm.server.served_engine import ServedEngine
 
 Observer = Callable[[FinishedRequest], None]
 

@@ -25,10 +25,10 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai.engine import TokenStream
+from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineGauges
 from candle_vllm.server.observing.request_record import Operation, RequestInfo, RequestRecord
-from candle_vllm.server.served_engine import ServedEngine
 
 T = TypeVar("T")
 

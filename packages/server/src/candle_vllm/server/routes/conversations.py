@@ -18,7 +18,7 @@ from candle_vllm.responses.api.conversations import (
     ItemsCreateRequest,
 )
 from candle_vllm.server.answering import in_time, parsed
-from candle_vllm.server.body import unless_disconnected
+from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.kept_access import kept_and_owner, page_request, query_of
 
 router = APIRouter()

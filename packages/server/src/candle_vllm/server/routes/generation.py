@@ -11,10 +11,10 @@ from candle_vllm.openai import parse_chat_request, parse_completion_request, to_
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
 from candle_vllm.server.answering import GenerationApi, answer
-from candle_vllm.server.failures import error_event
+from candle_vllm.server.http.failures import error_event
+from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.keeping import KeptForm
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
-from candle_vllm.server.sse import data_event
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService

@@ -19,7 +19,7 @@ from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.store.entries import is_id
-from candle_vllm.server.body import read_body, unless_disconnected
+from candle_vllm.server.http.body import read_body, unless_disconnected
 from candle_vllm.server.mailbox.record import MailboxError, RecordList, Status, invalid, not_found
 
 if TYPE_CHECKING:

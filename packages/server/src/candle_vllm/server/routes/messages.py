@@ -8,8 +8,8 @@ from starlette.responses import Response
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.anthropic import parse_count_tokens_request, parse_messages_request
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
-from candle_vllm.server.failures import anthropic_error_event
-from candle_vllm.server.sse import named_event
+from candle_vllm.server.http.failures import anthropic_error_event
+from candle_vllm.server.http.sse import named_event
 
 router = APIRouter()
 

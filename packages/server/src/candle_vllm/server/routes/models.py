@@ -12,10 +12,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import parsed
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.model_cards import anthropic_card, anthropic_list, cards, slot_status, status
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_requests import parse_model_request
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.cards import anthropic_card, anthropic_list, cards, slot_status, status
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.requests import parse_model_request
 
 router = APIRouter()
 

@@ -33,15 +33,15 @@ from candle_vllm.server.answering import (
     key_of,
     parsed,
 )
-from candle_vllm.server.body import unless_disconnected
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.body import unless_disconnected
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.sse import DONE, named_event
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.mcp.access import check_origin
-from candle_vllm.server.model_slot import Lease, ServedModel
+from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.responders import Responders
-from candle_vllm.server.sse import DONE, named_event
 
 router = APIRouter()
 JSON = "application/json"

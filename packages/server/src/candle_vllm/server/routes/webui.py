@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from candle_vllm.server.page_files import PageFile, page_headers
+from candle_vllm.server.http.page_files import PageFile, page_headers
 from candle_vllm.server.settings import Settings
 
 _ROOT = files("candle_vllm.server") / "static"

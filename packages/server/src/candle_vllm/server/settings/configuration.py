@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.server.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.address import split_host
 from candle_vllm.server.settings.kinds import UsageError

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
-from candle_vllm.server.admission import Admission
-from candle_vllm.server.catalogue import ModelEntry
-from candle_vllm.server.model_slot import ServedModel
-from candle_vllm.server.model_switcher import NoRoomError
+from candle_vllm.server.models.admission import Admission
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.served_engine import ServedEngine
+from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.observed_engine import ObservedEngine
-from candle_vllm.server.served_engine import ServedEngine
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.parts import engine_config
 

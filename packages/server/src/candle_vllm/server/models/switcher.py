@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.server.catalogue import ModelEntry
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import call_in, in_thread
-from candle_vllm.server.model_slot import ModelSlot, ModelState, ServedModel
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.slot import ModelSlot, ModelState, ServedModel
 from candle_vllm.server.observing.metrics import Metrics
 
 logger = logging.getLogger(__name__)

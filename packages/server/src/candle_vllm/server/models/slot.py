@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
-from candle_vllm.server.admission import Admission
-from candle_vllm.server.catalogue import ModelEntry
+from candle_vllm.server.models.admission import Admission
+from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.observing.observed_engine import ObservedEngine
 
 MAX_DEATHS = 5  # of an engine within the manager's window, before it is not started again by itself

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.errors import RequestAbortedError
-from candle_vllm.server.body import disconnected
+from candle_vllm.server.http.body import disconnected
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"

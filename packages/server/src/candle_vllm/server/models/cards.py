@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 import msgspec
 
 from candle_vllm.openai import ModelCard
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_slot import ModelSlot, ModelState
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelSlot, ModelState
 
 MAX_ERROR = 2000  # characters
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.failures import refusal
-from candle_vllm.server.paths import route_path
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import refusal
+from candle_vllm.server.http.paths import route_path
 from candle_vllm.server.settings.kinds import Secret, UsageError
 
 PUBLIC_PATHS = frozenset({"/health"})

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.server.body import unless_disconnected
-from candle_vllm.server.errors import ClientGone
+from candle_vllm.server.http.body import unless_disconnected
+from candle_vllm.server.http.errors import ClientGone
 
 
 async def _never() -> Any:

@@ -11,10 +11,10 @@ import logging
 import time
 
 from candle_vllm.core.errors import EngineDeadError
-from candle_vllm.server.catalogue import Catalogue
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.model_slot import Lease, ModelSlot, ModelState, ServedModel
-from candle_vllm.server.model_switcher import Load, ManagerLimits, ModelSwitcher, load_failed
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.catalogue import Catalogue
+from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
+from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
 from candle_vllm.server.observing.metrics import Metrics, Rejection
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.server.sse import DONE, KEEP_ALIVE, EventStream, data_event
+from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, EventStream, data_event
 
 
 class Connection:

@@ -11,15 +11,15 @@ from server_fakes import FakeLoader, PacedEngine
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server import Settings
-from candle_vllm.server.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.model_loader import serve_engine
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_slot import ModelState
-from candle_vllm.server.model_switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.loader import serve_engine
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelState
+from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
+from candle_vllm.server.models.turns import take_turn
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.settings.kinds import UsageError
-from candle_vllm.server.turns import take_turn
 
 NAMES = ("a", "b", "c")
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from starlette.types import Receive, Scope
 
-from candle_vllm.server.errors import ClientGone, HttpError
+from candle_vllm.server.http.errors import ClientGone, HttpError
 
 SILENCE_SECONDS = 60.0  # between two pieces of a body
 READING_SECONDS = 600.0  # for a whole body

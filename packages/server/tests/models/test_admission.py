@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_vllm.server.admission import Admission, Place
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.admission import Admission, Place
 
 
 async def _settled() -> None:

@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
+from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
 from candle_vllm.server.settings.kinds import UsageError
 
 KEYS = ("first-key", "second-key")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError
-from candle_vllm.server.errors import HttpError
-from candle_vllm.server.failures import FailureMiddleware, anthropic_error_event, refusal
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, refusal
 from candle_vllm.server.observing.request_context import RequestContext, current_request
 from candle_vllm.server.settings.kinds import UsageError
 

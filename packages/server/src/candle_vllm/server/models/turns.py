@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from candle_vllm.server.admission import Place, RetiredError
-from candle_vllm.server.model_manager import ModelManager
-from candle_vllm.server.model_slot import Lease, ServedModel
+from candle_vllm.server.models.admission import Place, RetiredError
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import Lease, ServedModel
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from candle_vllm.server.errors import HttpError
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.observing.metrics import Rejection
 
 MAX_RETRY_AFTER = 60  # seconds

@@ -1,0 +1,1 @@
+"""HTTP around the routes: limits, paths, keys, ids, events, and every failure as an answer."""

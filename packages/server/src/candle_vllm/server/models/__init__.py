@@ -1,0 +1,1 @@
+"""Which models there are, and how a request gets the one that it asks for."""
