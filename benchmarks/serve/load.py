@@ -80,7 +80,8 @@ async def _probe(target: ServerProcess, notes: Notes) -> None:
     notes.open = True
     while True:
         client = await connect(target.address, chat_request("A probe", 3), notes)
-        await asyncio.wait_for(client.done, PATIENCE)
+        async with asyncio.timeout(PATIENCE):  # `wait_for` may take an answer that comes now for its cancellation
+            await client.done
         await asyncio.sleep(PROBE_PAUSE)
 
 
