@@ -240,7 +240,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": WORDS}], "top_p": 0},
     {"messages": [{"role": "user", "content": WORDS}], "stop_sequences": [""]},
     {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 0},
-    {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 100_000},
+    {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 100_000, "stop_sequences": ["."]},
     {"messages": [{"role": "user", "content": WORDS}], "mcp_servers": []},
     {"messages": [{"role": "user", "content": WORDS}], "wrong": 1},
 ]
