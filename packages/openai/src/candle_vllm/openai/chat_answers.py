@@ -5,8 +5,9 @@ There is one path: a whole answer is the sum of the chunks that a stream would h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -28,9 +29,58 @@ from candle_vllm.openai.protocol.chat import (
     ToolCallDelta,
     ToolCallOut,
 )
+from candle_vllm.openai.protocol.generation import GenerationFields
+
+Chunk = TypeVar("Chunk")
 
 
-class ChatWriter:
+class AnswerWriter(ABC, Generic[Chunk]):
+    """What chunks of chat and of completions share: the answer's head, and the counts beside each or at the end.
+
+    Args:
+        make: a chunk of its fields.
+        request: what is shown beside the text.
+        whole: the counts come at the end, whatever the request says.
+    """
+
+    def __init__(self, make: Callable[..., Chunk], request: GenerationFields, whole: bool) -> None:
+        self._make = make
+        self._no_ids = () if request.return_token_ids else UNSET
+        self._usage_last = whole or request.include_usage
+        self._usage_beside = request.continuous_usage
+        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
+        self._head: Head | None = None
+
+    def write(self, events: Sequence[Event]) -> list[Chunk]:
+        """The chunks that events make."""
+        return [chunk for event in events if (chunk := self._written(event)) is not None]
+
+    @abstractmethod
+    def _written(self, event: Event) -> Chunk | None: ...
+
+    def _counts(self, usage: Usage) -> Chunk | None:
+        if usage.final:
+            assert self._head is not None
+            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage)) if self._usage_last else None
+        if self._usage_beside:
+            self._usage = wire_usage(usage)
+        return None
+
+    def _chunk(self, choice: object, **extras: Any) -> Chunk:
+        head = self._head
+        assert head is not None
+        return self._make(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=(choice,),
+            usage=self._usage,
+            **extras,
+        )
+
+
+class ChatWriter(AnswerWriter[ChatCompletionChunk]):
     """The chunks of one chat answer.
 
     Each choice begins with its role and ends with a chunk that has its finish reason and no text.
@@ -50,18 +100,11 @@ class ChatWriter:
         calls: bool = False,
         whole: bool = False,
     ) -> None:
+        super().__init__(ChatCompletionChunk, request, whole)
         self._request = request
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
-        self._no_ids = () if request.return_token_ids else UNSET
-        self._usage_last = whole or request.include_usage
-        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
-        self._head: Head | None = None
-
-    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
-        """The chunks that events make."""
-        return [chunk for event in events if (chunk := self._written(event)) is not None]
 
     def _written(self, event: Event) -> ChatCompletionChunk | None:
         if isinstance(event, Text):
@@ -103,29 +146,6 @@ class ChatWriter:
         role = ChunkChoice(index=event.choice, delta=ChatDelta(role="assistant", content=self._first_content))
         return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids)
 
-    def _counts(self, usage: Usage) -> ChatCompletionChunk | None:
-        if usage.final:
-            assert self._head is not None
-            if not self._usage_last:
-                return None
-            return ChatCompletionChunk(**self._head._asdict(), choices=(), usage=wire_usage(usage))
-        if self._request.continuous_usage:
-            self._usage = wire_usage(usage)
-        return None
-
-    def _chunk(self, choice: ChunkChoice, **extras: Any) -> ChatCompletionChunk:
-        head = self._head
-        assert head is not None
-        return ChatCompletionChunk(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
-            choices=(choice,),
-            usage=self._usage,
-            **extras,
-        )
-
 
 def wire_usage(usage: Usage) -> wire.Usage:
     """Counts in OpenAI's words."""
@@ -145,20 +165,33 @@ def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
     """The whole answer that `chunks`, the last of which has the usage, amount to."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
-    choices: dict[int, list[ChunkChoice]] = {}
-    for chunk in chunks:
-        for choice in chunk.choices:
-            choices.setdefault(choice.index, []).append(choice)
     return ChatCompletion(
         id=head.id,
         created=head.created,
         model=head.model,
         system_fingerprint=head.system_fingerprint,
-        choices=tuple(_join_choice(index, choices[index]) for index in sorted(choices)),
+        choices=tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks)),
         usage=usage,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
         prompt_token_ids=head.prompt_token_ids,
     )
+
+
+class _Indexed(Protocol):
+    @property
+    def index(self) -> int: ...
+
+
+Part = TypeVar("Part", bound=_Indexed)
+
+
+def by_choice(chunks: Iterable[Sequence[Part]]) -> list[tuple[int, list[Part]]]:
+    """The parts of each choice, in order of the choices' numbers."""
+    choices: dict[int, list[Part]] = {}
+    for parts in chunks:
+        for part in parts:
+            choices.setdefault(part.index, []).append(part)
+    return sorted(choices.items())
 
 
 def _join_choice(index: int, parts: Sequence[ChunkChoice]) -> ChatChoice:

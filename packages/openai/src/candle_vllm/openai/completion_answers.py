@@ -8,8 +8,8 @@ from typing import NamedTuple
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.engine.request import PositionLogprobs
-from candle_vllm.openai.chat_answers import join_token_ids, wire_usage
-from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
+from candle_vllm.openai.chat_answers import AnswerWriter, by_choice, join_token_ids
+from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
 from candle_vllm.openai.logprobs import (
     CompletionLogprobsWriter,
     echoed_logprobs,
@@ -40,7 +40,7 @@ class EchoedPrompt(NamedTuple):
     token_ids: tuple[int, ...]
 
 
-class CompletionWriter:
+class CompletionWriter(AnswerWriter[Completion]):
     """The chunks of one completion answer; each choice ends with a chunk that has its finish reason and no text.
 
     Args:
@@ -50,18 +50,11 @@ class CompletionWriter:
     """
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
+        super().__init__(Completion, request, whole)
         self._request = request
         self._prompts = prompts
-        self._no_ids = () if request.return_token_ids else UNSET
-        self._usage_last = whole or request.include_usage
-        self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
-        self._head: Head | None = None
         self._writers: dict[int, CompletionLogprobsWriter | None] = {}
         self._echoes: dict[int, CompletionLogprobs] = {}  # made once per prompt, for all of its choices
-
-    def write(self, events: Sequence[Event]) -> list[Completion]:
-        """The chunks that events make."""
-        return [chunk for event in events if (chunk := self._written(event)) is not None]
 
     def _written(self, event: Event) -> Completion | None:
         if isinstance(event, Text):
@@ -117,43 +110,17 @@ class CompletionWriter:
             self._echoes[event.prompt] = echoed_logprobs(source.first, entries, source.text, top)
         return self._echoes[event.prompt]
 
-    def _counts(self, usage: Usage) -> Completion | None:
-        if usage.final:
-            assert self._head is not None
-            if not self._usage_last:
-                return None
-            return Completion(**self._head._asdict(), choices=(), usage=wire_usage(usage))
-        if self._request.continuous_usage:
-            self._usage = wire_usage(usage)
-        return None
-
-    def _chunk(self, choice: CompletionChoice) -> Completion:
-        head = self._head
-        assert head is not None
-        return Completion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
-            choices=(choice,),
-            usage=self._usage,
-        )
-
 
 def join_completion(chunks: Sequence[Completion]) -> Completion:
     """The whole answer that `chunks`, the last of which has the usage, amount to."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
-    choices: dict[int, list[CompletionChoice]] = {}
-    for chunk in chunks:
-        for choice in chunk.choices:
-            choices.setdefault(choice.index, []).append(choice)
     return Completion(
         id=head.id,
         created=head.created,
         model=head.model,
         system_fingerprint=head.system_fingerprint,
-        choices=tuple(_join_choice(index, choices[index]) for index in sorted(choices)),
+        choices=tuple(_join_choice(*parts) for parts in by_choice(chunk.choices for chunk in chunks)),
         usage=usage,
     )
 
