@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.server.mailbox.options import MailboxOptions, WebhookAuth, WebhookOptions, webhook_options
+from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions, webhook_options
+from candle_vllm.server.mailbox.signing import WebhookAuth
 from candle_vllm.server.settings.kinds import UsageError
 
 VARIABLES = {"TOKEN": "t0ken", "EMPTY": ""}

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from candle_vllm.openai.events import Usage as Counts
+
 # Thinking blocks carry a signature, by which Anthropic knows its own. Here it is always this one, and never looked at.
 SIGNATURE = "Y2FuZGxlLXZsbG0gdGhvdWdodHMsIHVuc2lnbmVk"
 
@@ -63,6 +65,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: OutputTokensDetails | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, counts: Counts) -> Usage:
+        """The counts of an answer."""
+        reasoning = counts.reasoning_tokens
+        return cls(
+            input_tokens=counts.prompt_tokens - counts.cached_tokens,
+            cache_read_input_tokens=counts.cached_tokens,
+            output_tokens=counts.completion_tokens,
+            output_tokens_details=UNSET if reasoning is None else OutputTokensDetails(reasoning),
+        )
 
 
 class Message(_Tagged, frozen=True, kw_only=True, tag="message"):

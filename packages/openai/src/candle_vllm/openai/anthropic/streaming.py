@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import UNSET
 from msgspec.structs import replace
 
 from candle_vllm.openai.anthropic.answers import (
@@ -23,7 +22,6 @@ from candle_vllm.openai.anthropic.answers import (
     MessageEvent,
     MessageStart,
     MessageStop,
-    OutputTokensDetails,
     Ping,
     SignatureDelta,
     StopDelta,
@@ -87,12 +85,12 @@ class EventWriter:
                 if not event.final:
                     return []
                 assert self._stop is not None
-                return [MessageDelta(delta=self._stop, usage=_usage(event)), MessageStop()]
+                return [MessageDelta(delta=self._stop, usage=Usage.of(event)), MessageStop()]
 
     def _start(self, begun: Begun) -> list[MessageEvent]:
         assert self._counts is not None
         name = "msg_" + begun.head.id.removeprefix("chatcmpl-")
-        message = Message(id=name, model=begun.head.model, content=(), usage=_usage(self._counts))
+        message = Message(id=name, model=begun.head.model, content=(), usage=Usage.of(self._counts))
         return [MessageStart(message=message), Ping()]
 
     def _say(self, kind: _Kind, text: str) -> list[MessageEvent]:
@@ -144,16 +142,6 @@ class EventWriter:
         if isinstance(ended.stop, str):
             return StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
         return StopDelta(stop_reason="end_turn")
-
-
-def _usage(counts: Counts) -> Usage:
-    reasoning = counts.reasoning_tokens
-    return Usage(
-        input_tokens=counts.prompt_tokens - counts.cached_tokens,
-        cache_read_input_tokens=counts.cached_tokens,
-        output_tokens=counts.completion_tokens,
-        output_tokens_details=UNSET if reasoning is None else OutputTokensDetails(reasoning),
-    )
 
 
 def join_message(events: Sequence[MessageEvent]) -> Message:

@@ -1,7 +1,6 @@
 """The operator's side of the mailbox: where it is kept, how much, and where its webhooks may go.
 
-Read before step 1 of a request's life. `webhook_options` reads the `webhook` section of a settings file; `${NAME}`
-in its secrets stands for a variable of the environment, and nowhere else.
+Read before step 1 of a request's life. `webhook_options` reads the `webhook` section of a settings file.
 """
 
 from __future__ import annotations
@@ -9,50 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
+from candle_vllm.server.mailbox.signing import (
+    HEADER_NAME,
+    RESERVED_HEADERS,
+    WebhookAuth,
+    checked,
+    webhook_auth,
+    webhook_secret,
+)
 from candle_vllm.server.mailbox.targets import check_pattern, parse_target
-from candle_vllm.server.settings.kinds import Boolean, Choice, Integer, Kind, Number, Secret, Text, UsageError, nearest
+from candle_vllm.server.settings.kinds import Boolean, Integer, Kind, Number, Text, UsageError, nearest
 
-HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?", re.ASCII)
 MAX_HEADERS = 16
-RESERVED_HEADERS = frozenset({
-    "host", "content-length", "content-type", "content-encoding", "transfer-encoding", "connection", "keep-alive",
-    "te", "trailer", "upgrade", "expect", "accept-encoding", "user-agent", "cookie", "proxy-authorization",
-    "proxy-connection", "idempotency-key", "x-webhook-timestamp",
-})  # fmt: skip
-
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,127})\}", re.ASCII)
-_SIGNATURE_HEADERS = {"sha256": "X-Signature-256", "sha512": "X-Signature-512"}
-
-
-@dataclass(frozen=True)
-class WebhookAuth:
-    """How the operator's webhook knows that a push is ours.
-
-    Attributes:
-        type: none, bearer (`Authorization: Bearer`), api_key (a header of its own) or hmac (a signature).
-        secret: the token, the key, or the secret of the signature.
-        header: the header of the key or of the signature; empty chooses X-API-Key or X-Signature-256 (-512).
-        algorithm: of the signature.
-    """
-
-    type: Literal["none", "bearer", "api_key", "hmac"] = "none"
-    secret: str = field(default="", repr=False)
-    header: str = ""
-    algorithm: Literal["sha256", "sha512"] = "sha256"
-
-    def __post_init__(self) -> None:
-        if self.type != "none" and not self.secret:
-            raise UsageError(f"webhook auth of type {self.type} needs its secret")
-        if self.header and (not HEADER_NAME.fullmatch(self.header) or self.header.lower() in RESERVED_HEADERS):
-            raise UsageError(f"webhook auth: {self.header!r:.80} cannot be the header")
-
-    @property
-    def header_name(self) -> str:
-        """The header that carries the key or the signature."""
-        return self.header or ("X-API-Key" if self.type == "api_key" else _SIGNATURE_HEADERS[self.algorithm])
 
 
 @dataclass(frozen=True)
@@ -77,13 +47,13 @@ class WebhookOptions:
     retry_count: int = 3
     retry_delay_ms: int = 1000
     timeout_secs: float = 30.0
-    auth: WebhookAuth = WebhookAuth()
+    auth: WebhookAuth = field(default_factory=WebhookAuth)
     headers: Mapping[str, str] = field(default_factory=dict)
     signing_secret: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if self.url is not None:
-            _checked("webhook url", lambda: parse_target(self.url or ""))
+            checked("webhook url", lambda: parse_target(self.url or ""))
         if self.signing_secret and self.auth.type == "hmac":
             raise UsageError("webhook: give signing_secret or auth of type hmac, not both")
         if len(self.headers) > MAX_HEADERS:
@@ -96,14 +66,12 @@ class WebhookOptions:
                     f"webhook headers: the value of {name} must be printable ASCII, at most 1024 characters"
                 )
         for name, kind in _NUMBERS.items():
-            _checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
+            checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
 
-    @property
-    def signature(self) -> WebhookAuth | None:
-        """How pushes are signed, or None."""
-        if self.auth.type == "hmac":
-            return self.auth
-        return WebhookAuth("hmac", self.signing_secret) if self.signing_secret else None
+    def own_headers(self, timestamp: str, body: bytes) -> dict[str, str]:
+        """What the operator's pushes carry beside the standard headers: theirs, their key and signature."""
+        signed = WebhookAuth("hmac", self.signing_secret).headers(timestamp, body) if self.signing_secret else {}
+        return {**self.headers, **self.auth.headers(timestamp, body), **signed}
 
 
 @dataclass(frozen=True)
@@ -137,11 +105,11 @@ class MailboxOptions:
 
     def __post_init__(self) -> None:
         for name, kind in _SIZES.items():
-            _checked(f"mailbox {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
+            checked(f"mailbox {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
         if len(self.webhook_allowed_hosts) > 256:
             raise UsageError("webhook_allowed_hosts: at most 256 are allowed")
         for pattern in self.webhook_allowed_hosts:
-            _checked("webhook_allowed_hosts", lambda pattern=pattern: check_pattern(pattern))
+            checked("webhook_allowed_hosts", lambda pattern=pattern: check_pattern(pattern))
         for name in self.webhook_allowed_headers:
             if name != name.lower() or not HEADER_NAME.fullmatch(name) or name in RESERVED_HEADERS | {"authorization"}:
                 raise UsageError(f"webhook_allowed_headers: {name!r:.80} cannot be allowed")
@@ -160,7 +128,6 @@ _SIZES: Mapping[str, Kind] = {
     "max_deliveries": Integer(1, 256),
 }
 _FIELDS: Mapping[str, Kind] = {**_NUMBERS, "url": Text(2048), "on_disconnect": Boolean(), "on_complete": Boolean()}
-_AUTH_SECRETS = {"none": None, "bearer": "token", "api_key": "key", "hmac": "secret"}
 
 
 def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) -> WebhookOptions:
@@ -180,37 +147,16 @@ def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) ->
         if key not in known:
             raise UsageError(f"webhook: unknown key {key!r:.60}{nearest(str(key), known)}")
         if key in _FIELDS:
-            values[key] = _checked(f"webhook {key}", lambda kind=_FIELDS[key], value=value: kind.check(value))
+            values[key] = checked(f"webhook {key}", lambda kind=_FIELDS[key], value=value: kind.check(value))
     if "${" in str(values.get("url", "")):
         raise UsageError("webhook url: ${NAME} may stand in secrets only")
     if "signing_secret" in section:
-        values["signing_secret"] = _secret("signing_secret", section["signing_secret"], variables)
+        values["signing_secret"] = webhook_secret("signing_secret", section["signing_secret"], variables)
     if "headers" in section:
         values["headers"] = _headers(section["headers"])
     if "auth" in section:
-        values["auth"] = _auth(section["auth"], variables)
+        values["auth"] = webhook_auth(section["auth"], variables)
     return WebhookOptions(**values)
-
-
-def _auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
-    if not isinstance(section, Mapping):
-        raise UsageError("webhook auth must be a mapping with a type")
-    kind = _checked("webhook auth type", lambda: Choice(tuple(_AUTH_SECRETS), {}).check(section.get("type")))
-    secret = _AUTH_SECRETS[kind]
-    known = ["type"] + ([secret] if secret else [])
-    known += {"api_key": ["header"], "hmac": ["algorithm", "header"]}.get(kind, [])
-    for key in section:
-        if key not in known:
-            raise UsageError(f"webhook auth of type {kind}: unknown key {key!r:.60}{nearest(str(key), known)}")
-    values: dict[str, Any] = {"type": kind}
-    if secret and secret in section:
-        values["secret"] = _secret(f"auth {secret}", section[secret], variables)
-    if "header" in section:
-        values["header"] = _checked("webhook auth header", lambda: Text(64).check(section["header"]))
-    if "algorithm" in section:
-        choice = Choice(tuple(_SIGNATURE_HEADERS), {})
-        values["algorithm"] = _checked("webhook auth algorithm", lambda: choice.check(section["algorithm"]))
-    return WebhookAuth(**values)
 
 
 def _headers(section: Any) -> dict[str, str]:
@@ -219,20 +165,3 @@ def _headers(section: Any) -> dict[str, str]:
     if any("${" in value for value in section.values()):
         raise UsageError("webhook headers: ${NAME} may stand in secrets only; use auth of type api_key")
     return dict(section)
-
-
-def _secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"webhook {name} must be a text")
-    missing = next((found for found in _VARIABLE.findall(value) if not variables.get(found)), None)
-    if missing is not None:
-        raise UsageError(f"webhook {name} names the variable {missing}, which is not set")
-    text = _VARIABLE.sub(lambda match: variables[match[1]], value)
-    return _checked(f"webhook {name}", lambda: Secret().check(text))
-
-
-def _checked(name: str, check: Any) -> Any:
-    try:
-        return check()
-    except ValueError as error:
-        raise UsageError(f"{name} {error}") from None

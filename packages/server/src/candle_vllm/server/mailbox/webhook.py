@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +17,7 @@ from enum import Enum
 import httpx
 import msgspec
 
-from candle_vllm.server.mailbox.options import WebhookAuth, WebhookOptions
+from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record
 from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, resolve
 
@@ -150,26 +148,8 @@ class Sender:
         if message.bearer is not None:
             headers["Authorization"] = f"Bearer {message.bearer}"
         # A signature on what a client sends elsewhere could be shown to the operator's receiver.
-        own = operator_headers(self._options, now, body) if message.target.trusted else {}
+        own = self._options.own_headers(now, body) if message.target.trusted else {}
         return {**message.headers, **headers, **own}
-
-
-def operator_headers(options: WebhookOptions, timestamp: str, body: bytes) -> dict[str, str]:
-    """What the operator's pushes carry beside the standard headers: their key and signature."""
-    headers = dict(options.headers)
-    if options.auth.type == "bearer":
-        headers["Authorization"] = f"Bearer {options.auth.secret}"
-    elif options.auth.type == "api_key":
-        headers[options.auth.header_name] = options.auth.secret
-    if options.signature is not None:
-        headers[options.signature.header_name] = sign(options.signature, timestamp, body)
-    return headers
-
-
-def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
-    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed."""
-    signed = timestamp.encode("ascii") + b"." + body
-    return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
 
 
 async def _read_a_little(response: httpx.Response) -> None:

@@ -1,0 +1,123 @@
+"""How a push shows whose it is: the operator's token, key or signature, as they are read, checked and sent.
+
+`${NAME}` in a secret of the settings file stands for a variable of the environment, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from candle_vllm.server.settings.kinds import Choice, Secret, Text, UsageError, nearest
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
+RESERVED_HEADERS = frozenset({
+    "host", "content-length", "content-type", "content-encoding", "transfer-encoding", "connection", "keep-alive",
+    "te", "trailer", "upgrade", "expect", "accept-encoding", "user-agent", "cookie", "proxy-authorization",
+    "proxy-connection", "idempotency-key", "x-webhook-timestamp",
+})  # fmt: skip
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]{0,127})\}", re.ASCII)
+_SIGNATURE_HEADERS = {"sha256": "X-Signature-256", "sha512": "X-Signature-512"}
+_SECRETS = {"none": None, "bearer": "token", "api_key": "key", "hmac": "secret"}
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class WebhookAuth:
+    """How the operator's webhook knows that a push is ours.
+
+    Attributes:
+        type: none, bearer (`Authorization: Bearer`), api_key (a header of its own) or hmac (a signature).
+        secret: the token, the key, or the secret of the signature.
+        header: the header of the key or of the signature; empty chooses X-API-Key or X-Signature-256 (-512).
+        algorithm: of the signature.
+    """
+
+    type: Literal["none", "bearer", "api_key", "hmac"] = "none"
+    secret: str = field(default="", repr=False)
+    header: str = ""
+    algorithm: Literal["sha256", "sha512"] = "sha256"
+
+    def __post_init__(self) -> None:
+        if self.type != "none" and not self.secret:
+            raise UsageError(f"webhook auth of type {self.type} needs its secret")
+        if self.header and (not HEADER_NAME.fullmatch(self.header) or self.header.lower() in RESERVED_HEADERS):
+            raise UsageError(f"webhook auth: {self.header!r:.80} cannot be the header")
+
+    @property
+    def header_name(self) -> str:
+        """The header that carries the key or the signature."""
+        return self.header or ("X-API-Key" if self.type == "api_key" else _SIGNATURE_HEADERS[self.algorithm])
+
+    def headers(self, timestamp: str, body: bytes) -> dict[str, str]:
+        """What a push of `body` at `timestamp` carries; empty without authentication."""
+        if self.type == "none":
+            return {}
+        if self.type == "bearer":
+            return {"Authorization": f"Bearer {self.secret}"}
+        return {self.header_name: self.secret if self.type == "api_key" else sign(self, timestamp, body)}
+
+
+def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
+    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed."""
+    signed = timestamp.encode("ascii") + b"." + body
+    return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
+
+
+def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
+    """The `auth` section of a webhook.
+
+    Raises:
+        UsageError: an unknown key, a wrong value, a variable that is not set.
+    """
+    if not isinstance(section, Mapping):
+        raise UsageError("webhook auth must be a mapping with a type")
+    kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS), {}).check(section.get("type")))
+    secret = _SECRETS[kind]
+    known = ["type"] + ([secret] if secret else [])
+    known += {"api_key": ["header"], "hmac": ["algorithm", "header"]}.get(kind, [])
+    for key in section:
+        if key not in known:
+            raise UsageError(f"webhook auth of type {kind}: unknown key {key!r:.60}{nearest(str(key), known)}")
+    values: dict[str, Any] = {"type": kind}
+    if secret and secret in section:
+        values["secret"] = webhook_secret(f"auth {secret}", section[secret], variables)
+    if "header" in section:
+        values["header"] = checked("webhook auth header", lambda: Text(64).check(section["header"]))
+    if "algorithm" in section:
+        choice = Choice(tuple(_SIGNATURE_HEADERS), {})
+        values["algorithm"] = checked("webhook auth algorithm", lambda: choice.check(section["algorithm"]))
+    return WebhookAuth(**values)
+
+
+def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
+    """A secret of the `webhook` section, its variables filled in.
+
+    Raises:
+        UsageError: no text, an empty or too long one, a variable that is not set.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"webhook {name} must be a text")
+    missing = next((found for found in _VARIABLE.findall(value) if not variables.get(found)), None)
+    if missing is not None:
+        raise UsageError(f"webhook {name} names the variable {missing}, which is not set")
+    text = _VARIABLE.sub(lambda match: variables[match[1]], value)
+    return checked(f"webhook {name}", lambda: Secret().check(text))
+
+
+def checked(name: str, check: Callable[[], Value]) -> Value:
+    """What `check` says, its refusal beginning with the setting's name.
+
+    Raises:
+        UsageError: the value is wrong.
+    """
+    try:
+        return check()
+    except ValueError as error:
+        raise UsageError(f"{name} {error}") from None
