@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +94,12 @@ def test_import_contracts() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b0 broken\b", done.stdout)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports in functions and for types count; the error names the circle."""
+    graph = grimp.build_graph(*(f"candle_vllm.{package}" for package in PACKAGES), cache_dir=None)
+    TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
 
 
 def tracked() -> list[Path]:

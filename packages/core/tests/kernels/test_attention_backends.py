@@ -19,8 +19,11 @@ import torch
 import torch.nn.attention.varlen as varlen
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, backends, flash_attn, reference, torch_flash
-from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, choose
+from candle_vllm.core.kernels.attention import backend as contract
+from candle_vllm.core.kernels.attention import flash_attn, reference, torch_flash
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
+from candle_vllm.core.kernels.attention.backends import choose
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 HOPPER = AttentionNeeds(capability=(9, 0), dtype=torch.bfloat16, head_dim=128, block_size=256)
 PACKAGES = {"triton": False, "flash_attn.cute": False, "flash_attn_2_cuda": False, "flash_attn_interface": False}
@@ -34,7 +37,7 @@ def change(**fields) -> AttentionNeeds:
 def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """Which packages this machine has; a test changes it."""
     found = dict(PACKAGES)
-    for module in (backends, flash_attn, torch_flash):
+    for module in (contract, flash_attn, torch_flash):
         monkeypatch.setattr(module, "installed", found.__getitem__)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.8.3.post1")
     return found

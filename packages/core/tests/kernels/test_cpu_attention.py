@@ -20,12 +20,12 @@ pytest.importorskip("numba")
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, supported, value_cache_shape
 from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Isa, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam

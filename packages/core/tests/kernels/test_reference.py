@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.activation import activation
-from candle_vllm.core.kernels.attention import AttentionRows, paged_attention
+from candle_vllm.core.kernels.attention import paged_attention
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.embedding import embedding
 from candle_vllm.core.kernels.kv_write import kv_write
 from candle_vllm.core.kernels.layer_norm import layer_norm

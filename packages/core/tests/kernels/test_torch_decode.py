@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from candle_vllm.core.kernels.attention import AttentionRows, paged_attention, reference, torch_decode
+from candle_vllm.core.kernels.attention import paged_attention, reference, torch_decode
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 6, 2, 16
 CONTEXTS, QUERIES = (1, 21, 8, 40, 130, 9, 16, 63), (1, 1, 1, 7, 1, 9, 1, 1)

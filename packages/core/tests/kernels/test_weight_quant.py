@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from candle_vllm.core.kernels.weight_quant import SIMPLE, TYPES, quantiser, reference
+from candle_vllm.core.kernels.weight_quant import quantiser, reference
+from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.loading.gguf import open_gguf
 
 KINDS = [GGMLQuantizationType[name] for name in TYPES]

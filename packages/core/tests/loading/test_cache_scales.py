@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import EngineConfig, InvalidFileError
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import KvCacheDType
-from candle_vllm.core.kernels.attention import AttentionRows, reference
+from candle_vllm.core.kernels.attention import reference
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.kv_write import reference as kv_write
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.models.family import Decoder

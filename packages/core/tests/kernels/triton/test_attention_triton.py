@@ -10,15 +10,10 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention import (
-    AttentionRows,
-    DeviceRows,
-    reference,
-    triton_decode,
-    triton_items,
-    triton_prefill,
-)
-from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, choose
+from candle_vllm.core.kernels.attention import reference, triton_decode, triton_items, triton_prefill
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
+from candle_vllm.core.kernels.attention.backends import choose
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.torch_flash import CopiedFlash
 from candle_vllm.core.kernels.attention.triton import paged_attention
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from candle_vllm.core.kernels.rotary_write import HeadNorms, reference, rotary_write, triton
+from candle_vllm.core.kernels.rms_norm import HeadNorms
+from candle_vllm.core.kernels.rotary_write import reference, rotary_write, triton
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Staging, aligned, copy
-from candle_vllm.core.kernels.sampling import Control, asks
+from candle_vllm.core.kernels.sampling import asks
+from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.sampling.sampler import controls as controls_of
 from candle_vllm.core.sampling.state import SamplingState
 

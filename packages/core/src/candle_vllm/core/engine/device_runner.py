@@ -22,7 +22,7 @@ import torch
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS
-from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput

@@ -13,7 +13,7 @@ import torch
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.request import PoolingRequest
 from candle_vllm.core.engine.sequence import Run, Tokens
-from candle_vllm.core.kernels.attention import AttentionRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder, Encoder
 from candle_vllm.core.sampling.sampler import Drawn, Sampler

@@ -13,8 +13,8 @@ import torch
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import StepwiseRunner
-from candle_vllm.core.kernels.attention import AttentionRows
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows, paged_attention
+from candle_vllm.core.kernels.attention import paged_attention
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.kernels.rotary_write import HeadNorms, rotary_write
+from candle_vllm.core.kernels.rms_norm import HeadNorms
+from candle_vllm.core.kernels.rotary_write import rotary_write
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import TensorPart

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
-from candle_vllm.core.kernels.sampling import DeviceEdits
+from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.state import SamplingState
 
 _FIRST_ROWS = 8

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
-from candle_vllm.core.kernels.sampling import DeviceEdits
+from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
 from candle_vllm.core.sampling.sampler import Drawn, LogprobRow, SampledToken, sampled_token
 from candle_vllm.core.sampling.state import SamplingState

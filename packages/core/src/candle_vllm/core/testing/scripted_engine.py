@@ -6,10 +6,12 @@ contract (`TokenOutput`), and remembers what it was asked.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
@@ -25,7 +27,7 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
-from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, ScriptedStream
+from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up_logprobs
 from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
 from candle_vllm.core.text.chat_conventions import ChatConventions
 
@@ -266,6 +268,67 @@ class ScriptedEngine(ScriptedVectors):
         self._live.discard(request_id)
         if aborted:
             self.aborted.append(request_id)
+
+
+class ScriptedStream:
+    """The pieces of one request, its sequences in turn; closing it early aborts."""
+
+    def __init__(
+        self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
+    ) -> None:
+        self.request = request
+        self._engine = engine
+        self._waiting = deque(sequences)
+        self._given = 0
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        if self._ended or not self._waiting:
+            self._end(aborted=False)
+            raise StopAsyncIteration
+        try:
+            await asyncio.sleep(0)  # as the real one, it lets the loop go on between pieces
+        except asyncio.CancelledError:
+            self._end(aborted=True)
+            raise
+        piece = self._next_piece()
+        self._given += 1
+        self._engine.note_piece(piece)
+        if not self._waiting:
+            self._end(aborted=False)
+        return piece
+
+    async def aclose(self) -> None:
+        """Aborts the request unless it has finished."""
+        self._end(aborted=True)
+
+    def _next_piece(self) -> TokenOutput:
+        sequence = self._waiting.popleft()
+        if self._engine.fail_after is not None and self._given >= self._engine.fail_after:
+            failure = self._engine.failure
+            if isinstance(failure, Exception):
+                self._end(aborted=False)
+                raise failure
+            return sequence.failed(failure)
+        piece = sequence.next_piece(self._prompt_logprobs() if self._given == 0 else None)
+        if not piece.finished:
+            self._waiting.append(sequence)
+        return piece
+
+    def _prompt_logprobs(self) -> tuple[Any, ...] | None:
+        params, ids = self.request.params, self.request.prompt_token_ids
+        if params.prompt_logprobs is None:
+            return None
+        token_bytes = self._engine.tokenizer.token_bytes
+        return (None, *(made_up_logprobs(token, params.prompt_logprobs, token_bytes) for token in ids[1:]))
+
+    def _end(self, *, aborted: bool) -> None:
+        if not self._ended:
+            self._ended = True
+            self._engine.note_end(self.request.request_id, aborted=aborted)
 
 
 def _chatml(message: Mapping[str, Any]) -> str:

@@ -1,13 +1,11 @@
-"""What a `ScriptedEngine` says: its sequences and streams, by the contract of the real engine."""
+"""What a `ScriptedEngine` says: its sequences, by the contract of the real engine."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -17,9 +15,6 @@ from candle_vllm.core.engine.request import (
     TokenLogprob,
     TokenOutput,
 )
-
-if TYPE_CHECKING:
-    from candle_vllm.core.testing import ScriptedEngine
 
 TokenBytes = Callable[[int], bytes]
 
@@ -174,64 +169,3 @@ class ScriptedSequence:
             metrics=times if self._finish is not None else None,
             error=error,
         )
-
-
-class ScriptedStream:
-    """The pieces of one request, its sequences in turn; closing it early aborts."""
-
-    def __init__(
-        self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
-    ) -> None:
-        self.request = request
-        self._engine = engine
-        self._waiting = deque(sequences)
-        self._given = 0
-        self._ended = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if self._ended or not self._waiting:
-            self._end(aborted=False)
-            raise StopAsyncIteration
-        try:
-            await asyncio.sleep(0)  # as the real one, it lets the loop go on between pieces
-        except asyncio.CancelledError:
-            self._end(aborted=True)
-            raise
-        piece = self._next_piece()
-        self._given += 1
-        self._engine.note_piece(piece)
-        if not self._waiting:
-            self._end(aborted=False)
-        return piece
-
-    async def aclose(self) -> None:
-        """Aborts the request unless it has finished."""
-        self._end(aborted=True)
-
-    def _next_piece(self) -> TokenOutput:
-        sequence = self._waiting.popleft()
-        if self._engine.fail_after is not None and self._given >= self._engine.fail_after:
-            failure = self._engine.failure
-            if isinstance(failure, Exception):
-                self._end(aborted=False)
-                raise failure
-            return sequence.failed(failure)
-        piece = sequence.next_piece(self._prompt_logprobs() if self._given == 0 else None)
-        if not piece.finished:
-            self._waiting.append(sequence)
-        return piece
-
-    def _prompt_logprobs(self) -> tuple[Any, ...] | None:
-        params, ids = self.request.params, self.request.prompt_token_ids
-        if params.prompt_logprobs is None:
-            return None
-        token_bytes = self._engine.tokenizer.token_bytes
-        return (None, *(made_up_logprobs(token, params.prompt_logprobs, token_bytes) for token in ids[1:]))
-
-    def _end(self, *, aborted: bool) -> None:
-        if not self._ended:
-            self._ended = True
-            self._engine.note_end(self.request.request_id, aborted=aborted)

@@ -18,7 +18,7 @@ the time; from then on whoever comes gets it. There are four, told in these word
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -238,16 +238,3 @@ class Backend(Protocol):
     async def lapsed(self) -> list[Entry]:
         """Some entries that are worked on by somebody whose lease is over."""
         ...
-
-
-def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """What keeps a store at a place; not opened yet.
-
-    Args:
-        place: `memory`, `sqlite:///path` or `postgresql://user:password@host/database`.
-        bounds: how much it holds.
-        clock: seconds since 1970.
-    """
-    from candle_vllm.responses.store.sql import SqlBackend  # takes a while to import, and is needed late
-
-    return SqlBackend(place, bounds, clock)

@@ -1,11 +1,12 @@
-"""The operator's side of the store: where it is, how much it holds, and for how long."""
+"""The operator's side of the store: where it is and what keeps it, how much it holds, and for how long."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.store.backend import MEMORY, Bounds, Place
+from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Place
 
 SETTING = "responses_store"
 MAX_RECORDS = 100_000
@@ -69,3 +70,16 @@ class StoreOptions:
             spares_leased=True,
             advice="Send less, or let its operator raise --responses-max-mb.",
         )
+
+
+def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
+    """What keeps a store at a place; not opened yet.
+
+    Args:
+        place: `memory`, `sqlite:///path` or `postgresql://user:password@host/database`.
+        bounds: how much it holds.
+        clock: seconds since 1970.
+    """
+    from candle_vllm.responses.store.sql import SqlBackend  # takes a while to import, and is needed late
+
+    return SqlBackend(place, bounds, clock)

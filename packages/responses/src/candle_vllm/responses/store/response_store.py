@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.store.backend import Held, Order, backend_at
+from candle_vllm.responses.store.backend import Held, Order
 from candle_vllm.responses.store.entries import (
     ACTIVE,
     CONVERSATION,
@@ -29,7 +29,7 @@ from candle_vllm.responses.store.entries import (
     settled,
 )
 from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
-from candle_vllm.responses.store.options import MEMORY, StoreOptions
+from candle_vllm.responses.store.options import MEMORY, StoreOptions, backend_at
 
 LEASE_MS = 60_000  # of a response that is worked on
 TURN_MS = 20_000  # of who answers in a conversation: others wait for so long for a server that has died

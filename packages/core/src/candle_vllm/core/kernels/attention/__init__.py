@@ -22,83 +22,10 @@ arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-
 import torch
 
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.dispatch import on_gpu
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionRows:
-    """Where the tokens of one step belong.
-
-    Attributes:
-        query_start: R + 1 offsets into the step's tokens; sequence r has query_start[r]..query_start[r + 1].
-        context_lens: R lengths, in tokens, the new ones included.
-        block_tables: [R, most blocks] int64; a row's tail beyond its context is not read.
-    """
-
-    query_start: tuple[int, ...]
-    context_lens: tuple[int, ...]
-    block_tables: torch.Tensor
-
-    def on_device(self) -> DeviceRows:
-        """The same numbers beside the block tables. Leading sequences of one token count as decodes."""
-        counts = [end - start for start, end in itertools.pairwise(self.query_start)]
-        decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
-        device = self.block_tables.device
-        starts, contexts = (torch.tensor(x, dtype=torch.int32) for x in (self.query_start, self.context_lens))
-        return DeviceRows(
-            starts.to(device),
-            contexts.to(device),
-            self.block_tables,
-            decodes,
-            most_tokens=max(counts, default=0),
-            most_context=max(self.context_lens, default=0),
-            host=self,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceRows:
-    """Where the tokens of one step belong, as tensors that may be rewritten between replays of a captured step.
-
-    Attributes:
-        query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1].
-        context_lens: [R] int32 or int64, in tokens, the new ones included.
-        block_tables: [R, most blocks] int32 or int64; a row's tail beyond its context is not read.
-        decodes: how many leading sequences are computed by the kernel for one new token each: token r is theirs. The
-            others may have any number of tokens.
-        most_tokens: no sequence has more tokens in this step, nor in any that a captured one is replayed for; None
-            where only the shapes bound them.
-        most_context: the same of contexts.
-        host: the same numbers on the host; None where they are not known there, and for a step that is captured.
-        decoding: [1] int32, at most `decodes`: how many leading sequences are computed by the kernel for one new token
-            each, where only the device knows it; `decodes` then is the most of them that a launch is made for. None
-            where `decodes` says it. For backends that are `mixed` alone, see `backends`.
-        lists: what kernels make of these numbers once a step, for the calls of all layers. An object is thus of one
-            step, or of one captured step, and its tensors are rewritten between replays alone.
-    """
-
-    query_start: torch.Tensor
-    context_lens: torch.Tensor
-    block_tables: torch.Tensor
-    decodes: int
-    most_tokens: int | None = None
-    most_context: int | None = None
-    host: AttentionRows | None = None
-    decoding: torch.Tensor | None = None
-    lists: dict[tuple[int, ...], torch.Tensor] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    def on_host(self) -> AttentionRows:
-        """The same numbers as tuples. Waits for the device where `host` is None."""
-        if self.host is not None:
-            return self.host
-        return AttentionRows(tuple(self.query_start.tolist()), tuple(self.context_lens.tolist()), self.block_tables)
 
 
 def paged_attention(

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from candle_vllm.core.kernels.attention import DeviceRows
-from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, installed
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed
+from candle_vllm.core.kernels.attention.rows import DeviceRows
 
 PAGE_OF_2 = 256  # tokens of a page are a multiple of this in FlashAttention 2
 _FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules that tell the packages apart

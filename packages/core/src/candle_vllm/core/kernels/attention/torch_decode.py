@@ -15,7 +15,7 @@ import torch
 from candle_vllm.core.kernels.attention import reference
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention import AttentionRows
+    from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 MOST = 1 << 22
 """Numbers of keys that are gathered at a time, so that long contexts take little memory."""

@@ -22,9 +22,9 @@ import torch
 from torch.nn import functional
 from torch.torch_version import TorchVersion
 
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
-from candle_vllm.core.kernels.attention.backends import AttentionNeeds, Backend, installed, triton_refusal
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, triton_refusal
 from candle_vllm.core.kernels.attention.flash_attn import PAGE_OF_2, PagedFlash, Part
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _COPIED = 1 << 16  # most positions copied together, unless one sequence has more: 256 MiB at 8 heads of 128 in bf16
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.attention import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.latent_attention import reference
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.attention.backends import SETTING, AttentionNeeds, Backend, choose
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
+from candle_vllm.core.kernels.attention.backends import SETTING, choose
 
 MOST_DIM = 640
 """Numbers of a cache row that the kernels have registers for: 512 of the latent vector, 128 that rotate."""

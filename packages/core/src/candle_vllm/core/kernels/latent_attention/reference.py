@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention import AttentionRows
+    from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
 

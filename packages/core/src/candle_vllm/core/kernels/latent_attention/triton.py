@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.attention import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.attention.triton import check_decoding
 from candle_vllm.core.kernels.latent_attention.triton_decode import decode
 from candle_vllm.core.kernels.latent_attention.triton_prefill import prefill

@@ -8,11 +8,21 @@ bits whatever the other rows are. Source: Zhang and Sennrich, 2019, arXiv:1910.0
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import reference
+
+
+class HeadNorms(NamedTuple):
+    """Weights [D] in fp32 of the norms of query and key heads, and their eps."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
 
 
 def rms_norm(x: Value, weight: torch.Tensor, eps: float) -> Value:

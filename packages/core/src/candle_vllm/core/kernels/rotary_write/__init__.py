@@ -12,22 +12,12 @@ Without tables nothing is rotated: norms and the cache write follow each other, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.kv_write import kv_write
-from candle_vllm.core.kernels.rms_norm import rms_norm
+from candle_vllm.core.kernels.rms_norm import HeadNorms, rms_norm
 from candle_vllm.core.kernels.rotary_write import reference
-
-
-class HeadNorms(NamedTuple):
-    """Weights [D] in fp32 of the norms of query and key heads, and their eps."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    eps: float
 
 
 def rotary_write(

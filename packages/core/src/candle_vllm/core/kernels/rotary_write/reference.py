@@ -11,7 +11,7 @@ from candle_vllm.core.kernels.rms_norm.reference import rms_norm
 from candle_vllm.core.kernels.rotary.reference import rotary
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.rotary_write import HeadNorms
+    from candle_vllm.core.kernels.rms_norm import HeadNorms
 
 
 def rotary_write(

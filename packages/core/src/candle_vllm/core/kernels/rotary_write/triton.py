@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.kv_write.triton import for_cache
-from candle_vllm.core.kernels.rotary_write import HeadNorms
+from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
 _PAIRS = 256  # of a program; not measured yet

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
-from candle_vllm.core.kernels.sampling import Adjustment, Standing
+from candle_vllm.core.kernels.sampling.contract import Adjustment, Standing
 from candle_vllm.core.kernels.sampling.cpu_chunks import (
     CHUNK,
     GROUP,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.sampling import DeviceEdits
+from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = tl.constexpr(1024)  # entries or logits that a program has at a time; not measured yet

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.sampling import DeviceStanding
+from candle_vllm.core.kernels.sampling.contract import DeviceStanding
 from candle_vllm.core.kernels.sampling.triton_rows import (
     BLOCK,
     BUFFER,

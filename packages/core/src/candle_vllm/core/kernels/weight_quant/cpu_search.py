@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, LANES, SHIFTER, Emitter, vector
-from candle_vllm.core.kernels.weight_quant import LEAST_SPREAD, NOTHING, OFFSET_STEP, SCALE_STEP, SCALE_STEPS
+from candle_vllm.core.kernels.weight_quant.searches import LEAST_SPREAD, NOTHING, OFFSET_STEP, SCALE_STEP, SCALE_STEPS
 
 
 @intrinsic

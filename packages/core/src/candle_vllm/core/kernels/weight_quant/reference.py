@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from candle_vllm.core.kernels.weight_quant import (
+from candle_vllm.core.kernels.weight_quant.searches import (
     LARGEST,
     LEAST_SPREAD,
     NOTHING,

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels import weight_quant
+from candle_vllm.core.kernels.weight_quant.searches import LARGEST
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.tensors import load_plain
 
@@ -70,5 +71,5 @@ def quantise(raw: np.ndarray, stored: torch.dtype, columns: int, kind: GGMLQuant
     with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
         good = all(list(pool.map(job, starts)))
     if not good:
-        raise ValueError(f"a number is not finite, or beyond {weight_quant.LARGEST:,.0f}")
+        raise ValueError(f"a number is not finite, or beyond {LARGEST:,.0f}")
     return out

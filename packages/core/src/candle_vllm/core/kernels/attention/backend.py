@@ -1,0 +1,125 @@
+"""What an attention backend is, what a model asks of it, and what no FlashAttention serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Protocol
+
+import torch
+
+from candle_vllm.core.kernels.attention.rows import DeviceRows
+
+
+class Attend(Protocol):
+    """`paged_attention` of the package, for rows on the device."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        rows: DeviceRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionNeeds:
+    """What a model on a device asks of attention.
+
+    Attributes:
+        capability: the GPU's compute capability, (9, 0), or (8, 1) for AMD's; None on the CPU.
+        dtype: of queries, and of the cache but for float8.
+        head_dim: numbers of a head, the largest where layers differ.
+        block_size: tokens of a block.
+        windows: whether a layer has a sliding window.
+        soft_caps: whether a layer caps its scores.
+        sinks: whether a layer's heads have sinks.
+        fp8_cache: whether the cache is float8.
+        deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
+    """
+
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int
+    block_size: int
+    windows: bool = False
+    soft_caps: bool = False
+    sinks: bool = False
+    fp8_cache: bool = False
+    deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What computes attention.
+
+    Attributes:
+        name: as `EngineConfig.attention_backend` names it.
+        attend: the function that every layer calls.
+        capturable: whether a step in which every sequence counts among `DeviceRows.decodes` waits for nothing and can
+            be captured in a CUDA graph.
+        mixed: whether any step can be captured, prompts included, whose `DeviceRows.decoding` is given.
+        finite_cache: whether every number of the cache must be finite, also those that nothing was written to: a NaN
+            behind the end of a sequence would reach its result.
+        note: what the user should know about this choice; may be empty.
+    """
+
+    name: str
+    attend: Attend
+    capturable: bool
+    mixed: bool = False
+    finite_cache: bool = False
+    note: str = ""
+
+
+def flash_refusal(needs: AttentionNeeds) -> str | None:
+    """What no FlashAttention serves, as a sentence."""
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
+    if needs.sinks:
+        return "FlashAttention has no attention sinks"
+    if needs.fp8_cache:
+        return "FlashAttention does not read a float8 cache beside queries of another type"
+    if torch.version.hip is not None:
+        return "FlashAttention is used on NVIDIA GPUs alone"
+    if needs.capability is None or needs.capability < (8, 0):
+        return "FlashAttention needs compute capability 8.0"
+    if needs.head_dim > 256 or needs.head_dim % 8:
+        return f"FlashAttention needs heads of a multiple of 8 numbers up to 256, not {needs.head_dim}"
+    if needs.deterministic:
+        return "FlashAttention's results depend on the rest of the step, which 'deterministic' forbids"
+    return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; imports the packages around it, not the module."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a package around it is missing, or broken
+        return False
+
+
+def triton_refusal(needs: AttentionNeeds) -> str | None:
+    """What the kernels of this package do not serve, as a sentence."""
+    if not installed("triton"):
+        return "the package triton is not installed"
+    if needs.capability is None or needs.capability < (7, 5):
+        return "the Triton kernels need compute capability 7.5"
+    if needs.dtype == torch.bfloat16 and needs.capability < (8, 0):
+        return "bf16 needs compute capability 8.0"
+    if needs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels compute f16, bf16 and f32, not {needs.dtype}"
+    if needs.head_dim > 256:
+        return f"the Triton kernels need heads of at most 256 numbers, not {needs.head_dim}"
+    if needs.block_size < 16:
+        return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
+    if needs.fp8_cache and needs.capability < (8, 9):
+        return "a float8 cache needs an NVIDIA GPU of compute capability 8.9"
+    return None

@@ -1,0 +1,102 @@
+"""What sampling is asked and answers: parameters of rows, where tokens stand, edits of logits."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class Control(enum.IntEnum):
+    """The columns of the rows' parameters, [R, 5] float64."""
+
+    TEMPERATURE = 0  # 0, or at least 1e-5
+    MIN_P = 1  # 0 where unused
+    TOP_K = 2  # 0 where unused, else below V
+    TOP_P = 3  # 1 where unused
+    UNIFORM = 4  # the row's random number in (0, 1)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one token of each row stands among the logits.
+
+    Attributes:
+        offsets: [R] float64; the logarithm of a token's probability is its logit less this.
+        ranks: [R] int64, 1 for the largest logit; among equals the lower id comes first.
+        top_ids: [R, most] int64, the ids of the largest logits, falling, the lower id first among equals; -1 behind the
+            number that was asked for and for logits of -inf.
+    """
+
+    offsets: NDArray[np.float64]
+    ranks: NDArray[np.int64]
+    top_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DeviceStanding:
+    """As `Standing`, in tensors on the logits' device. A row whose largest logit is not finite has no meaning.
+
+    Attributes:
+        offsets: [R] float64.
+        ranks: [R] int64.
+        logits: [R] float32, those of the tokens.
+        top_ids: [R, most] int64.
+        top_logits: [R, most] float32; -inf where there is no id.
+    """
+
+    offsets: torch.Tensor
+    ranks: torch.Tensor
+    logits: torch.Tensor
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DeviceEdits:
+    """What `Adjustment` says, for all rows, in contiguous tensors on the logits' device. None where no row has it.
+
+    Attributes:
+        bias_ids: [R, N] int32, different within a row, -1 where unused.
+        bias: [R, N] float32, added to the logits; -inf forbids a token.
+        mask_rows: [R] int32, the row's mask, or -1 for none.
+        masks: [M, ceil(V / 32)] int32, bit i % 32 of word i // 32 is 1 where token i is allowed.
+        count_rows: [R] int32, the row's counts, or -1 for none.
+        counts: [S, V] int32, 0 for a token that was not seen, else 1 and its occurrences in the output.
+        penalties: [R, 3] float64: repetition, frequency, presence; read where a row has counts.
+    """
+
+    bias_ids: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    mask_rows: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    count_rows: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    penalties: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What is done to a row of logits before a token is chosen, in this order. Ids are below V.
+
+    Attributes:
+        masked: whether `allowed` and `forbidden` are looked at. A row whose NaN or +inf is masked gets a NaN instead.
+        allowed: rising ids, all others become -inf; None for all.
+        forbidden: ids that become -inf.
+        bias_ids, bias: ids, and float32 numbers that are added to their logits.
+        seen_ids, counts: ids of the prompt or the output, and float32 occurrences in the output.
+        penalties: repetition (divides positive logits, multiplies the others), frequency (subtracted per occurrence),
+            presence (subtracted where there is one). The arithmetic is float64; a finite logit stays finite or -inf.
+    """
+
+    masked: bool
+    allowed: NDArray[np.int64] | None
+    forbidden: NDArray[np.int64]
+    bias_ids: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    seen_ids: NDArray[np.int64]
+    counts: NDArray[np.float32]
+    penalties: tuple[float, float, float]
