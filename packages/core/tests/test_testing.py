@@ -154,9 +154,11 @@ async def test_refusals_and_scripted_failures() -> None:
         engine.stream([])
     with pytest.raises(ChatTemplateError):
         engine.apply_chat_template([{"role": "user", "content": "x"}])
-    engine.stream("a", SamplingParams(max_tokens=1), request_id="twin")
+    first = engine.stream("a", SamplingParams(max_tokens=1), request_id="twin")
     with pytest.raises(InvalidParameterError, match="twin"):
         engine.stream("a", SamplingParams(max_tokens=1), request_id="twin")
+    del first  # as with the real engine, a stream that nobody holds is aborted
+    assert engine.aborted == ["twin"]
     with pytest.raises(CandleVllmError, match="broken"):
         await ScriptedEngine(fail_after=1, failure="broken").agenerate("a")
     with pytest.raises(OSError, match="gone"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,33 +14,39 @@ from candle_vllm.core.engine.request import (
     GenerationOutput,
     GenerationRequest,
     OutputCollector,
-    TokenOutput,
 )
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.testing import ScriptedEngine, ScriptedStream
+from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.model_metrics import EngineWatcher
 
 
-async def whole_answer(engine: Any, prompt: str | list[int], params: SamplingParams) -> GenerationOutput:
+async def whole_answer(
+    engine: Any, prompt: str | list[int], params: SamplingParams, **watched: Any
+) -> GenerationOutput:
     """The answer that the pieces of a stream add up to."""
     ids = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     collector = OutputCollector(GenerationRequest(request_id="whole", prompt=None, prompt_token_ids=ids, params=params))
-    async for piece in engine.stream(prompt, params):
+    async for piece in engine.stream(prompt, params, **watched):
         collector.add(piece)
     return collector.result()
 
 
-class PacedEngine(ScriptedEngine):
-    """Waits `pause` seconds before every piece, `first_pause` before the first; dies on request."""
+def watched(engine: Any, metrics: Metrics, name: str | None = None, **options: Any) -> EngineWatcher:
+    """The watcher of an engine, counted under its model's name or another."""
+    info = engine.model_info
+    return EngineWatcher(engine, metrics.model(name or info.name, info.max_model_len), **options)
 
-    def __init__(self, *args: Any, pause: float = 0.0, first_pause: float = 0.0, **options: Any) -> None:
+
+class PacedEngine(ScriptedEngine):
+    """Has blocks, dies on request, and says whether it was closed."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.pause = pause
-        self.first_pause = first_pause
         self.num_blocks = 1000
         self.alive = True
         self.closed = False
@@ -63,9 +68,6 @@ class PacedEngine(ScriptedEngine):
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(super().stats(), num_blocks=self.num_blocks)
 
-    def stream(self, *args: Any, **options: Any) -> Any:
-        return PacedStream(super().stream(*args, **options), self.pause, self.first_pause)
-
     def close(self) -> None:
         self.closed = True
 
@@ -74,26 +76,6 @@ class PacedEngine(ScriptedEngine):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class PacedStream:
-    def __init__(self, inner: ScriptedStream, pause: float, first_pause: float) -> None:
-        self.request = inner.request
-        self._inner = inner
-        self._pauses = [first_pause or pause]
-        self._pause = pause
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        pause = self._pauses.pop() if self._pauses else self._pause
-        if pause:
-            await asyncio.sleep(pause)
-        return await self._inner.__anext__()
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
 
 
 class FakeLoader:

@@ -1,4 +1,4 @@
-"""A small application with an observed engine, called directly or served on loopback."""
+"""A small application with a watched engine, called directly or served on loopback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from prometheus_client.parser import text_string_to_metric_families
-from server_fakes import PacedEngine
+from server_fakes import PacedEngine, watched
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,7 +26,6 @@ from candle_vllm.openai.embedding import parse_embedding_request
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.observed_engine import ObservedEngine
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.observing.request_record import FinishedRequest
 
@@ -59,15 +59,18 @@ class Noted:
     def __init__(self, engine: Any, *observers: Callable[[FinishedRequest], None], **options: Any) -> None:
         self.requests: list[FinishedRequest] = []
         self.metrics = Metrics((self.requests.append, *observers))
-        self.inner = engine
-        self.engine = ObservedEngine(engine, self.metrics, **options)
+        self.engine = engine
+        self.watcher = watched(engine, self.metrics, **options)
+        self.stream = partial(engine.stream, watcher=self.watcher)
+        self.aembed = partial(engine.aembed, watcher=self.watcher)
+        self.ascore = partial(engine.ascore, watcher=self.watcher)
 
     def samples(self) -> Samples:
         return Samples(render(self.metrics.registry)[0].decode())
 
     def app(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        adapter = OpenAIAdapter(self.engine)
+        adapter = OpenAIAdapter(self.engine, watcher=self.watcher)
 
         async def respond(request: Request, wire: Any, whole: Any, streamed: Any) -> Response:
             begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)

@@ -96,7 +96,7 @@ def test_events_are_counted() -> None:
 )
 async def test_the_format_is_negotiated(noted: Any, accept: str, kind: str) -> None:
     setup = noted()
-    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=3))
+    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=3), watcher=setup.watcher)
     data, content_type = render(setup.metrics.registry, accept)
     assert content_type.startswith(kind)
     assert data.endswith(b"# EOF\n") == content_type.startswith("application/openmetrics-text")

@@ -13,7 +13,7 @@ from server_fakes import whole_answer
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.observed_engine import ObservedEngine
+from candle_vllm.server.observing.model_metrics import EngineWatcher
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +33,22 @@ async def _until(condition: Callable[[], bool]) -> None:
 async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngine) -> None:
     metrics = Metrics()
     before = engine.stats()
-    observed = ObservedEngine(engine, metrics, model_name="toy")
+    watcher = EngineWatcher(engine, metrics.model("toy", 256))
 
     def reading() -> Any:
         return metrics.models()[0].read()
 
     params = SamplingParams(max_tokens=40, ignore_eos=True, n=2, temperature=0)
     prompt = list(range(10, 90))
-    first = await whole_answer(observed, prompt, params)
-    again = await whole_answer(observed, prompt, params)
+    first = await whole_answer(engine, prompt, params, watcher=watcher)
+    again = await whole_answer(engine, prompt, params, watcher=watcher)
     assert again.num_cached_tokens > 0
     assert reading().tokens.prompt_tokens == 160
     assert reading().tokens.completion_tokens == 160
     assert reading().tokens.cached_tokens == first.num_cached_tokens + again.num_cached_tokens
-    streams = [observed.stream(prompt, SamplingParams(max_tokens=150, ignore_eos=True)) for _ in range(4)]
+    streams = [
+        engine.stream(prompt, SamplingParams(max_tokens=150, ignore_eos=True), watcher=watcher) for _ in range(4)
+    ]
     read = [len((await anext(stream)).token_ids) for stream in streams]
     await _until(lambda: reading().engine.stats.num_running > 0)
     assert reading().engine.stats.num_free_blocks < reading().engine.stats.num_blocks
@@ -73,8 +75,8 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
 async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: InferenceEngine) -> None:
     metrics = Metrics()
     before = engine.stats().prompt_tokens
-    observed = ObservedEngine(engine, metrics, model_name="toy")
-    outputs = await observed.aembed([[1, 2, 3], [4, 5]])
+    watcher = EngineWatcher(engine, metrics.model("toy", 256))
+    outputs = await engine.aembed([[1, 2, 3], [4, 5]], watcher=watcher)
     assert len(outputs) == 2
     reading = metrics.models()[0].read()
     assert reading.tokens.prompt_tokens == reading.engine_sums["prompt_tokens"] - before == 5
@@ -84,10 +86,11 @@ async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: Infere
 async def test_closing_an_engine_aborts_and_leaves_its_counters(tmp_path: Any) -> None:
     metrics = Metrics()
     inner = InferenceEngine(str(write_toy_model(tmp_path)), device="cpu", max_model_len=256, kv_cache_memory=1 << 22)
-    observed = ObservedEngine(inner, metrics, model_name="toy")
-    stream = observed.stream([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True))
+    watcher = EngineWatcher(inner, metrics.model("toy", 256))
+    stream = inner.stream([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True), watcher=watcher)
     await anext(stream)
-    await asyncio.to_thread(observed.close)
+    watcher.close()
+    await asyncio.to_thread(inner.close)
     pieces = [piece async for piece in stream]
     assert pieces[-1].finish_reason == "abort"
     reading = metrics.models()[0].read()

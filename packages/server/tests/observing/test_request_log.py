@@ -97,13 +97,13 @@ def test_tracebacks_are_kept() -> None:
 
 async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixture) -> None:
     setup = noted(PacedEngine(fail_after=1, failure="no\nluck " * 200), RequestLog())
-    async for _ in setup.engine.stream("p", SamplingParams(max_tokens=5)):
+    async for _ in setup.stream("p", SamplingParams(max_tokens=5)):
         pass
     line = json.loads(JsonFormatter().format(log.records[0]))
     assert (line["status"], line["finish_reason"], len(line["error"])) == ("failed", "error", 500)
     assert len(TextFormatter().format(log.records[0]).splitlines()) == 1
     assert "route" not in line
-    stream = noted(None, RequestLog()).engine.stream("p", SamplingParams(max_tokens=5, n=2))
+    stream = noted(None, RequestLog()).stream("p", SamplingParams(max_tokens=5, n=2))
     await stream.aclose()
     line = json.loads(JsonFormatter().format(log.records[1]))
     assert (line["status"], line["finish_reason"]) == ("aborted", "abort,abort")
@@ -113,7 +113,7 @@ async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixt
 async def test_nothing_is_made_where_the_log_is_silent(noted: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, LOGGER)
     setup = noted(None, RequestLog(log_prompts=True))
-    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
+    await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2), watcher=setup.watcher)
     assert not caplog.records
     assert len(setup.requests) == 1
 

@@ -78,7 +78,7 @@ async def test_without_a_parent_a_trace_begins(noted: Any, tracing: Tracing, exp
     async with setup.client() as client:
         await client.post("/v1/completions", json={"prompt": "p"}, headers={"traceparent": "nonsense"})
         await client.post("/v1/embeddings", json={"input": ["a", "b"]})
-    await setup.engine.ascore([("a", "b")])
+    await setup.ascore([("a", "b")])
     tracing.close()
     spans = exporter.get_finished_spans()
     assert [span.name for span in spans] == ["text_completion scripted", "embeddings scripted", "score scripted"]
@@ -89,7 +89,7 @@ async def test_without_a_parent_a_trace_begins(noted: Any, tracing: Tracing, exp
 
 async def test_failures_are_errors(noted: Any, tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     setup = noted(PacedEngine(fail_after=1, failure="broken"), tracing)
-    async for _ in setup.engine.stream("p", SamplingParams(max_tokens=5)):
+    async for _ in setup.stream("p", SamplingParams(max_tokens=5)):
         pass
     tracing.close()
     (span,) = exporter.get_finished_spans()
@@ -121,7 +121,7 @@ async def test_a_collector_that_hangs_delays_no_request(
     setup = noted(PacedEngine("a"), tracing)
     start = time.monotonic()
     for _ in range(1500):  # more than the queue holds
-        async for _ in setup.engine.stream("p", SamplingParams(max_tokens=1)):
+        async for _ in setup.stream("p", SamplingParams(max_tokens=1)):
             pass
     assert time.monotonic() - start < 5
     assert setup.samples().sum("vllm:request_success_total", finished_reason="length") == 1500
@@ -148,7 +148,7 @@ async def test_spans_reach_a_collector_over_http(noted: Any) -> None:
         thread.start()
         tracing = otlp_tracing(f"http://127.0.0.1:{server.server_address[1]}")
         setup = noted(None, tracing)
-        await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
+        await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2), watcher=setup.watcher)
         tracing.close()
         server.shutdown()
         thread.join(5)
@@ -163,7 +163,7 @@ async def test_spans_reach_a_collector_over_http(noted: Any) -> None:
 async def test_a_collector_that_is_not_there_is_no_failure(noted: Any, caplog: pytest.LogCaptureFixture) -> None:
     tracing = otlp_tracing("http://127.0.0.1:9/v1/traces")
     setup = noted(None, tracing)
-    output = await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2))
+    output = await whole_answer(setup.engine, "p", SamplingParams(max_tokens=2), watcher=setup.watcher)
     assert len(output.token_ids) == 2
     start = time.monotonic()
     tracing.close()

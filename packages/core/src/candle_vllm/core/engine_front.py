@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import msgspec
@@ -28,6 +28,7 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.engine.stream import Inbox, TokenStream, raise_failure, run_all
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
@@ -81,6 +82,10 @@ class EngineFront(ABC):
     @abstractmethod
     def is_alive(self) -> bool:
         """False once the engine is closed or has failed for good."""
+
+    @abstractmethod
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once, when the engine dies without being told to; at once where it has."""
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now."""
@@ -217,15 +222,16 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> list[EmbeddingOutput]:
-        """`embed` in an event loop. Cancelling it aborts what has not been run."""
-        return await self._pooling().aembed(
-            inputs,
-            params,
-            request_id=request_id or uuid.uuid4().hex,
-            priority=priority,
-            add_special_tokens=add_special_tokens,
-        )
+        """`embed` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        request_id = request_id or uuid.uuid4().hex
+        with watched_pooling(watcher, RequestInfo(request_id, "embed", inputs, None, self.detokenize)) as answered:
+            outputs = await self._pooling().aembed(
+                inputs, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            )
+            answered(outputs)
+        return outputs
 
     def score(self, pairs: Sequence[Pair], *, use_tqdm: bool = True) -> list[ScoreOutput]:
         """How well the two texts of each pair belong together.
@@ -237,10 +243,19 @@ class EngineFront(ABC):
         return self._pooling().score(pairs, use_tqdm=use_tqdm)
 
     async def ascore(
-        self, pairs: Sequence[Pair], *, request_id: str | None = None, priority: int = 0
+        self,
+        pairs: Sequence[Pair],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        watcher: RequestWatcher | None = None,
     ) -> list[ScoreOutput]:
-        """`score` in an event loop. Cancelling it aborts what has not been run."""
-        return await self._pooling().ascore(pairs, request_id=request_id or uuid.uuid4().hex, priority=priority)
+        """`score` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        request_id = request_id or uuid.uuid4().hex
+        with watched_pooling(watcher, RequestInfo(request_id, "score", pairs, None, self.detokenize)) as answered:
+            outputs = await self._pooling().ascore(pairs, request_id=request_id, priority=priority)
+            answered(outputs)
+        return outputs
 
     # ---- pieces as they come -----------------------------------------------------------------------------------------
 
@@ -252,21 +267,26 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> TokenStream:
         """Submits a prompt and returns its pieces as an async iterator; call it inside an event loop.
 
         The request is checked and queued before this returns. Closing the iterator, cancelling its consumer or dropping
-        it aborts the request.
+        it aborts the request. `watcher` is told of it, and of each piece that the consumer gets.
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
         """
-        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
-        prepared = self._require()[0].prepare(request)
-        thread = self._running_thread()
-        inbox = Inbox(asyncio.get_running_loop())
-        thread.submit(prepared, inbox)
-        return TokenStream(request, lambda: thread.abort(request.request_id, inbox), inbox)
+        params = self.default_sampling_params if sampling_params is None else sampling_params
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
+        with watched_submit(watcher, info) as watch:
+            request = self._request(prompt, params, request_id, priority, add_special_tokens)
+            prepared = self._require()[0].prepare(request)
+            thread = self._running_thread()
+            inbox = Inbox(asyncio.get_running_loop())
+            thread.submit(prepared, inbox)
+        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox.take, watch)
 
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ class InferenceEngine(EngineFront):
     def is_alive(self) -> bool:
         """False once the engine is closed or has failed for good."""
         return self._engine is not None and (self._thread is None or self._thread.is_alive)
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Never calls: an engine in this process does not die by itself."""
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `EngineFront`."""

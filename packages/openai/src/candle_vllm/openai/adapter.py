@@ -18,6 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from candle_vllm.core.engine.request import ModelInfo
+from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
@@ -74,6 +75,7 @@ class OpenAIAdapter:
         allow_chat_template: bool = True,
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        watcher: RequestWatcher | None = None,
     ) -> None:
         """
         Args:
@@ -82,12 +84,14 @@ class OpenAIAdapter:
             allow_priority: whether requests may go before others; False where strangers send them.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None is the model's own.
+            watcher: told of every request that the engine is given.
 
         Raises:
             ConfigError: there is no format of that name, or the model's sampling defaults cannot be used.
         """
         info = engine.model_info
         self._engine = engine
+        self._watcher = watcher
         self._names = ServedNames(served_model_names or (info.name,))
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
@@ -98,7 +102,9 @@ class OpenAIAdapter:
             engine, self.planner, allow_priority=allow_priority, allow_chat_template=allow_chat_template
         )
         self._work = WorkerThreads()
-        self._embedding = EmbeddingAdapter(engine, served_model_names=self._names.all, allow_priority=allow_priority)
+        self._embedding = EmbeddingAdapter(
+            engine, served_model_names=self._names.all, allow_priority=allow_priority, watcher=watcher
+        )
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
     def models(self) -> ModelList:
@@ -250,7 +256,7 @@ class OpenAIAdapter:
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
-        return self._engine.stream(prompt, params, request_id=request_id, priority=priority)
+        return self._engine.stream(prompt, params, request_id=request_id, priority=priority, watcher=self._watcher)
 
     def _head(self, prefix: str, request_id: str | None, model: str) -> Head:
         return Head(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from msgspec import UNSET
 
 from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, ScoreOutput
+from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import (
     CandleVllmError,
     ConfigError,
@@ -56,10 +57,16 @@ class EmbeddingEngineLike(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> list[EmbeddingOutput]: ...
 
     async def ascore(
-        self, pairs: Sequence[tuple[str, str]], *, request_id: str | None = None, priority: int = 0
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        watcher: RequestWatcher | None = None,
     ) -> list[ScoreOutput]: ...
 
 
@@ -86,10 +93,16 @@ class EmbeddingAdapter:
     """
 
     def __init__(
-        self, engine: EmbeddingEngineLike, *, served_model_names: Sequence[str] = (), allow_priority: bool = True
+        self,
+        engine: EmbeddingEngineLike,
+        *,
+        served_model_names: Sequence[str] = (),
+        allow_priority: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> None:
         """Arguments as of `OpenAIAdapter`."""
         self._engine = engine
+        self._watcher = watcher
         self._names = ServedNames(served_model_names or (engine.model_info.name,))
         self._allow_priority = allow_priority
 
@@ -101,7 +114,9 @@ class EmbeddingAdapter:
         # Tokenizing many texts takes long enough to hold up every stream on the loop.
         texts = await asyncio.to_thread(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aembed(texts, params, request_id=request_id, priority=request.priority or 0)
+            outputs = await self._engine.aembed(
+                texts, params, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+            )
         encode = _base64 if request.encoding_format == "base64" else array.tolist
         data = [Embedding(index=index, embedding=encode(each.embedding)) for index, each in enumerate(outputs)]
         return EmbeddingList(
@@ -118,7 +133,9 @@ class EmbeddingAdapter:
         name, request_id = self._names.served(request.model), _request_id("score-", request)
         with _failures(request.blamed, request.blamed(0, 1)):
             await asyncio.to_thread(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
-            outputs = await self._engine.ascore(request.pairs, request_id=request_id, priority=request.priority or 0)
+            outputs = await self._engine.ascore(
+                request.pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+            )
         return ScoreList(
             id=request_id,
             created=int(time.time()),
@@ -135,7 +152,9 @@ class EmbeddingAdapter:
         pairs = [(request.query, text) for text in texts]
         with _failures(lambda number, side: f"documents.{number}" if side else "query", "documents.0"):
             await asyncio.to_thread(self._count_pairs, pairs, "documents")
-            outputs = await self._engine.ascore(pairs, request_id=request_id, priority=request.priority or 0)
+            outputs = await self._engine.ascore(
+                pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+            )
         order = sorted(range(len(outputs)), key=lambda index: -outputs[index].score)[: request.top_n or None]
         shown = request.return_documents is not False
         results = [

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
+from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
@@ -62,6 +63,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> TokenStream:
         """Validates and submits before it returns."""
         ...

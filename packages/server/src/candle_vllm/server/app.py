@@ -29,9 +29,9 @@ from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
+from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.responders import Responders
 from candle_vllm.server.routes import (

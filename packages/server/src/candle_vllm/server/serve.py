@@ -31,10 +31,10 @@ from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.models.switcher import Load, ManagerLimits
 from candle_vllm.server.observing.metrics import Observation
+from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration

@@ -283,6 +283,11 @@ class EmbeddingOutput(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]
     num_cached_tokens: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text."""
+        return len(self.prompt_token_ids)
+
 
 class ScoreOutput(msgspec.Struct, frozen=True, kw_only=True):
     """How well two texts belong together.

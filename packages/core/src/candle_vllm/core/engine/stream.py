@@ -7,7 +7,7 @@ import dataclasses
 import queue
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -21,6 +21,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.engine.thread import Delivery, EngineThread, Sink
+from candle_vllm.core.engine.watching import RequestWatch
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineOverloadedError,
@@ -61,13 +62,21 @@ class TokenStream(AsyncIterator[TokenOutput]):
     Args:
         request: the request it belongs to.
         abort: called when the consumer goes away early.
-        inbox: where the engine puts its pieces.
+        take: gives the next piece, or the error that ends the request.
+        watch: told of every piece on its way to the consumer, and of the end; None where nobody watches.
     """
 
-    def __init__(self, request: GenerationRequest, abort: Callable[[], None], inbox: Inbox) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        abort: Callable[[], None],
+        take: Callable[[], Awaitable[TokenOutput | Exception]],
+        watch: RequestWatch | None = None,
+    ) -> None:
         self.request = request
-        self._inbox = inbox
+        self._take = take
         self._abort = abort
+        self._watch = watch
         self._unfinished = request.params.n
         self._closed = False
 
@@ -78,14 +87,18 @@ class TokenStream(AsyncIterator[TokenOutput]):
         if self._unfinished == 0 or self._closed:
             raise StopAsyncIteration
         try:
-            item = await self._inbox.take()
+            item = await self._take()
         except asyncio.CancelledError:
             self._close()
             raise
-        if isinstance(item, CandleVllmError):
+        if isinstance(item, Exception):
             self._unfinished = 0
+            if self._watch is not None:
+                self._watch.fail(item)
             raise item
         self._unfinished -= item.finished
+        if self._watch is not None:
+            self._watch.take(item)
         return item
 
     async def aclose(self) -> None:
@@ -95,9 +108,14 @@ class TokenStream(AsyncIterator[TokenOutput]):
     def _close(self) -> None:
         if self._unfinished and not self._closed:
             self._closed = True
+            if self._watch is not None:
+                self._watch.close()
             self._abort()
 
     def __del__(self) -> None:
+        if self._watch is not None:
+            self._watch.drop()
+            self._watch = None
         self._close()
 
 

@@ -5,6 +5,6 @@ checkpoint of a few hundred kilobytes for the real engine.
 """
 
 from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
-from candle_vllm.core.testing.scripted_engine import ScriptedEngine, ScriptedStream, TemplateCall
+from candle_vllm.core.testing.scripted_engine import ScriptedEngine, TemplateCall
 
-__all__ = ["ByteTokenizer", "ScriptedEngine", "ScriptedStream", "TemplateCall"]
+__all__ = ["ByteTokenizer", "ScriptedEngine", "TemplateCall"]

@@ -11,7 +11,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
@@ -22,7 +22,9 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     TokenOutput,
 )
-from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.engine.stream import TokenStream, raise_failure
+from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
+from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -59,6 +61,7 @@ class ScriptedEngine(ScriptedVectors):
         special_tokens: names of more special tokens, which a script may have in its text.
         architecture: shown in `model_info`.
         tasks: what it does; without "generate" it is an embedding model, with "score" alone a cross-encoder.
+        pause, first_pause: seconds before every piece, and before the first one where that is another.
 
     Attributes:
         requests: every request taken, in order.
@@ -83,6 +86,8 @@ class ScriptedEngine(ScriptedVectors):
         special_tokens: Sequence[str] = (),
         architecture: str = "scripted",
         tasks: Sequence[str] = ("generate", "embed", "score"),
+        pause: float = 0.0,
+        first_pause: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokenizer = ByteTokenizer(special_tokens)
@@ -97,6 +102,8 @@ class ScriptedEngine(ScriptedVectors):
         self.fail_after = fail_after
         self.failure = failure
         self.num_cached_tokens = num_cached_tokens
+        self.pause = pause
+        self.first_pause = first_pause
         self._script = script
         self._default_sampling = dict(default_sampling or {})
         self._live: set[str] = set()
@@ -130,6 +137,9 @@ class ScriptedEngine(ScriptedVectors):
         """Always: it has nothing to die of."""
         return True
 
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Never calls."""
+
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Bytes as token ids."""
         return self.tokenizer.encode(text, add_special_tokens)
@@ -161,21 +171,26 @@ class ScriptedEngine(ScriptedVectors):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
-    ) -> ScriptedStream:
+        watcher: RequestWatcher | None = None,
+    ) -> TokenStream:
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
-        self._check_generates()
-        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
-        request = GenerationRequest(
-            request_id=request_id or uuid.uuid4().hex,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=ids,
-            params=sampling_params or SamplingParams(**self._default_sampling),
-            priority=priority,
-        )
-        self._check(request)
-        self.requests.append(request)
-        self._live.add(request.request_id)
-        return ScriptedStream(self, request, [self._sequence(request, index) for index in range(request.params.n)])
+        params = sampling_params or SamplingParams(**self._default_sampling)
+        request_id = request_id or uuid.uuid4().hex
+        with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
+            self._check_generates()
+            request = GenerationRequest(
+                request_id=request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
+                params=params,
+                priority=priority,
+            )
+            self._check(request)
+            self.requests.append(request)
+            self._live.add(request_id)
+            sequences = [self._sequence(request, index) for index in range(params.n)]
+        pieces = ScriptedPieces(self, request, sequences)
+        return TokenStream(request, pieces.abort, pieces.take, watch)
 
     async def agenerate(
         self,
@@ -193,8 +208,7 @@ class ScriptedEngine(ScriptedVectors):
         collector = OutputCollector(stream.request)
         try:
             async for piece in stream:
-                if piece.error is not None:
-                    raise CandleVllmError(piece.error)
+                raise_failure(piece)
                 collector.add(piece)
         finally:
             await stream.aclose()
@@ -270,65 +284,49 @@ class ScriptedEngine(ScriptedVectors):
             self.aborted.append(request_id)
 
 
-class ScriptedStream:
-    """The pieces of one request, its sequences in turn; closing it early aborts."""
+class ScriptedPieces:
+    """Makes the pieces of one request, its sequences in turn, as they are taken."""
 
     def __init__(
         self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
     ) -> None:
-        self.request = request
+        self._request = request
         self._engine = engine
         self._waiting = deque(sequences)
         self._given = 0
-        self._ended = False
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        if self._ended or not self._waiting:
-            self._end(aborted=False)
-            raise StopAsyncIteration
-        try:
-            await asyncio.sleep(0)  # as the real one, it lets the loop go on between pieces
-        except asyncio.CancelledError:
-            self._end(aborted=True)
-            raise
+    async def take(self) -> TokenOutput | Exception:
+        """The next piece, or the error that ends the request."""
+        pause = self._engine.pause
+        await asyncio.sleep(pause if self._given else self._engine.first_pause or pause)  # lets the loop go on at least
         piece = self._next_piece()
         self._given += 1
-        self._engine.note_piece(piece)
-        if not self._waiting:
-            self._end(aborted=False)
+        if isinstance(piece, TokenOutput):
+            self._engine.note_piece(piece)
+        if isinstance(piece, Exception) or not self._waiting:
+            self._engine.note_end(self._request.request_id, aborted=False)
         return piece
 
-    async def aclose(self) -> None:
-        """Aborts the request unless it has finished."""
-        self._end(aborted=True)
+    def abort(self) -> None:
+        """The caller has gone before the end."""
+        self._engine.note_end(self._request.request_id, aborted=True)
 
-    def _next_piece(self) -> TokenOutput:
+    def _next_piece(self) -> TokenOutput | Exception:
         sequence = self._waiting.popleft()
         if self._engine.fail_after is not None and self._given >= self._engine.fail_after:
             failure = self._engine.failure
-            if isinstance(failure, Exception):
-                self._end(aborted=False)
-                raise failure
-            return sequence.failed(failure)
+            return failure if isinstance(failure, Exception) else sequence.failed(failure)
         piece = sequence.next_piece(self._prompt_logprobs() if self._given == 0 else None)
         if not piece.finished:
             self._waiting.append(sequence)
         return piece
 
     def _prompt_logprobs(self) -> tuple[Any, ...] | None:
-        params, ids = self.request.params, self.request.prompt_token_ids
+        params, ids = self._request.params, self._request.prompt_token_ids
         if params.prompt_logprobs is None:
             return None
         token_bytes = self._engine.tokenizer.token_bytes
         return (None, *(made_up_logprobs(token, params.prompt_logprobs, token_bytes) for token in ids[1:]))
-
-    def _end(self, *, aborted: bool) -> None:
-        if not self._ended:
-            self._ended = True
-            self._engine.note_end(self.request.request_id, aborted=aborted)
 
 
 def _chatml(message: Mapping[str, Any]) -> str:

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from candle_vllm.core.engine.admission import check_pooling_request
 from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput
+from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
+from candle_vllm.core.text.prompts import Prompt, as_prompts
 
 SIZE = 16
 
@@ -18,7 +20,7 @@ SIZE = 16
 class PoolingCall(NamedTuple):
     """What one `aembed` or `ascore` was asked."""
 
-    inputs: list[str | list[int]] | list[tuple[str, str]]
+    inputs: list[Prompt] | list[tuple[str, str]]
     params: PoolingParams | None
     request_id: str | None
     priority: int
@@ -50,36 +52,55 @@ class ScriptedVectors:
         """Of the engine that this is a part of."""
         raise NotImplementedError
 
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Of the engine that this is a part of."""
+        raise NotImplementedError
+
     async def aembed(
         self,
-        inputs: str | Sequence[int] | Sequence[str | Sequence[int]],
+        inputs: Prompt | Sequence[Prompt],
         params: PoolingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> list[EmbeddingOutput]:
         """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
-        one = isinstance(inputs, str) or all(isinstance(token, int) for token in inputs)
-        items = [inputs] if one and inputs else list(inputs)
-        texts = [
-            self.tokenize(item, add_special_tokens) if isinstance(item, str) else list(item)  # type: ignore[arg-type]
-            for item in items
-        ]
-        self.pooling_calls.append(PoolingCall(items, params, request_id, priority))  # type: ignore[arg-type]
-        plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
-        for number, ids in enumerate(texts):
-            self._check_text(ids, number, len(texts))
-        self._fail()
-        return [
-            EmbeddingOutput(request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids))
-            for n, ids in enumerate(texts)
-        ]
+        info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize)
+        with watched_pooling(watcher, info) as answered:
+            items = as_prompts(inputs)
+            texts = [self.tokenize(item, add_special_tokens) if isinstance(item, str) else list(item) for item in items]
+            self.pooling_calls.append(PoolingCall(items, params, request_id, priority))
+            plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
+            for number, ids in enumerate(texts):
+                self._check_text(ids, number, len(texts))
+            self._fail()
+            made = [
+                EmbeddingOutput(
+                    request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids)
+                )
+                for n, ids in enumerate(texts)
+            ]
+            answered(made)
+        return made
 
     async def ascore(
-        self, pairs: Sequence[tuple[str, str]], *, request_id: str | None = None, priority: int = 0
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        watcher: RequestWatcher | None = None,
     ) -> list[ScoreOutput]:
         """The score of every pair."""
+        info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize)
+        with watched_pooling(watcher, info) as answered:
+            made = self._scores(pairs, request_id, priority)
+            answered(made)
+        return made
+
+    def _scores(self, pairs: Sequence[tuple[str, str]], request_id: str | None, priority: int) -> list[ScoreOutput]:
         self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority))
         made = []
         for number, pair in enumerate(pairs):

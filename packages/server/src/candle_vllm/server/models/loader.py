@@ -15,11 +15,10 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
-from candle_vllm.server.models.served_engine import ServedEngine
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.observed_engine import ObservedEngine
+from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.parts import engine_config
 
@@ -82,31 +81,29 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
         settings.max_queued_per_key,
         lambda reason: metrics.refused(name, reason),
     )
-    watched = ObservedEngine(engine, metrics, model_name=name, queued=lambda: admission.waiting)
+    watcher = EngineWatcher(engine, metrics.model(name, info.max_model_len), lambda: admission.waiting)
     try:
-        adapter = _adapter(watched, entry)
+        adapter = OpenAIAdapter(
+            engine,
+            served_model_names=entry.names,
+            allow_priority=settings.enable_request_priority,
+            allow_chat_template=settings.trust_request_chat_template,
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+            watcher=watcher,
+        )
     except BaseException:
-        watched.close()
+        watcher.close()
+        engine.close()
         raise
     return ServedModel(
         entry=entry,
-        engine=watched,
+        engine=engine,
+        watcher=watcher,
         adapter=adapter,
         messages=MessagesAdapter(adapter, sampling_defaults=settings.default_sampling),
         admission=admission,
         memory=info.weight_bytes + info.kv_cache_bytes,
-    )
-
-
-def _adapter(engine: ObservedEngine, entry: ModelEntry) -> OpenAIAdapter:
-    settings = entry.settings
-    return OpenAIAdapter(
-        engine,
-        served_model_names=entry.names,
-        allow_priority=settings.enable_request_priority,
-        allow_chat_template=settings.trust_request_chat_template,
-        tool_parser=settings.tool_parser,
-        reasoning_parser=settings.reasoning_parser,
     )
 
 

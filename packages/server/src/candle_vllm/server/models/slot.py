@@ -16,7 +16,7 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
-from candle_vllm.server.observing.observed_engine import ObservedEngine
+from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 
 MAX_DEATHS = 5  # of an engine within the manager's window, before it is not started again by itself
 
@@ -39,17 +39,24 @@ class ServedModel:
     Attributes:
         entry: of the catalogue.
         engine: the engine; the server closes it when the model is unloaded.
+        watcher: counts what it is asked.
         adapter, messages: OpenAI's and Anthropic's requests answered by it.
         admission: who may use it when.
         memory: bytes that it holds, weights and cache, for the next decision about room.
     """
 
     entry: ModelEntry
-    engine: ObservedEngine
+    engine: ServedEngine
+    watcher: EngineWatcher
     adapter: OpenAIAdapter
     messages: MessagesAdapter
     admission: Admission
     memory: int = 0
+
+    def close(self) -> None:
+        """Takes the model's gauges away and closes the engine. Closing twice is fine."""
+        self.watcher.close()
+        self.engine.close()
 
 
 @dataclass

@@ -296,4 +296,4 @@ def _forget_frames(error: BaseException | None) -> None:
 
 def _unload(model: ServedModel) -> None:
     gc.unfreeze()  # objects of the start were frozen, and would keep what they refer to for ever
-    model.engine.close()
+    model.close()

@@ -10,12 +10,14 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.engine.watching import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.server.models.served_engine import ServedEngine
+from candle_vllm.openai import EngineLike
 from candle_vllm.server.observing.request_context import NO_KEY, current_request
-from candle_vllm.server.observing.request_record import FinishedRequest, RequestInfo, RequestRecord
+from candle_vllm.server.observing.request_record import FinishedRequest, RequestRecord
 from candle_vllm.server.observing.series import (
     BETWEEN_PIECES,
     BETWEEN_PIECES_TOO,
@@ -32,18 +34,40 @@ Observer = Callable[[FinishedRequest], None]
 logger = logging.getLogger(__name__)
 
 
-class EngineGauges:
-    """One loaded engine.
+class ServedEngine(EngineLike, Protocol):
+    """What the server needs of an engine, beyond what the adapter does."""
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EngineWatcher:
+    """One loaded engine: what it is asked is counted under its model's name, and its gauges are shown until `close`.
 
     Args:
         engine: the engine itself.
-        queued: sequences that wait before it.
+        model: where it is counted.
+        queued: sequences that wait before it, read when the gauges are.
     """
 
-    def __init__(self, engine: ServedEngine, queued: Callable[[], int]) -> None:
+    def __init__(self, engine: ServedEngine, model: ModelMetrics, queued: Callable[[], int] = lambda: 0) -> None:
         self._engine = engine
+        self._model = model
         self._queued = queued
         self._last: EngineStats | None = None
+        model.attach(self)
+
+    def begin(self, info: RequestInfo) -> RequestRecord:
+        """A request that is being given to the engine."""
+        return self._model.begin(info)
+
+    def close(self) -> None:
+        """The engine is about to be closed: its gauges go, what it counted stays. Closing twice is fine."""
+        self._model.detach(self)
 
     def read(self) -> EngineReading:
         """The numbers of now; the last ones where the engine gives none any more."""
@@ -84,25 +108,25 @@ class ModelMetrics:
         self._finished: Counter[str] = Counter()
         buckets = token_buckets(max_model_len)
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
-        self._gauges: EngineGauges | None = None
+        self._engine: EngineWatcher | None = None
         self._past: Counter[str] = Counter()
         self.gap_bounds = self._histograms[BETWEEN_PIECES.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
 
-    def attach(self, gauges: EngineGauges) -> None:
+    def attach(self, engine: EngineWatcher) -> None:
         """The model is loaded: its gauges are shown from now on, in place of those of an engine before."""
         with self._lock:
-            before, self._gauges = self._gauges, gauges
+            before, self._engine = self._engine, engine
             if before is not None:
                 self._past += _sums(before.read())
 
-    def detach(self, gauges: EngineGauges) -> None:
+    def detach(self, engine: EngineWatcher) -> None:
         """The model is about to be unloaded: its gauges go, what its engine counted stays."""
         with self._lock:
-            if self._gauges is gauges:
-                self._gauges = None
-                self._past += _sums(gauges.read())
+            if self._engine is engine:
+                self._engine = None
+                self._past += _sums(engine.read())
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -123,12 +147,6 @@ class ModelMetrics:
         """A request's first token has come."""
         with self._lock:
             self._histograms[TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
-
-    def pooled(self, record: RequestRecord, prompt_tokens: int, reasons: Sequence[str]) -> None:
-        """A request for vectors or scores has ended, with a reason for each text or pair."""
-        record.prompt_tokens = prompt_tokens
-        record.reasons = list(reasons)
-        record.close()
 
     def settle(self) -> None:
         """Adds what has ended to the sums, and tells the observers."""
@@ -151,7 +169,7 @@ class ModelMetrics:
         """The numbers of now; may be called in any thread."""
         self.settle()
         with self._lock:
-            engine = None if self._gauges is None else self._gauges.read()
+            engine = None if self._engine is None else self._engine.read()
             tokens, histograms = self._tokens, {name: each.copy() for name, each in self._histograms.items()}
             for record in self._live:
                 tokens = tokens.plus(UsageCounts(0, record.prompt_tokens, record.cached_tokens, sum(record.tokens)))

@@ -9,37 +9,17 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.request import EmbeddingOutput, FinishReason, RequestMetrics, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.watching import RequestInfo
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, RequestAbortedError, RequestError
-from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 
-Operation = Literal["generate", "embed", "score"]
 COMPLETE = (FinishReason.STOP.value, FinishReason.LENGTH.value)
-
-
-@dataclass(frozen=True)
-class RequestInfo:
-    """A request as the engine was asked.
-
-    Attributes:
-        request_id: of the engine, as the client sees it in the answer.
-        operation: what was asked for.
-        params: of a generation.
-        prompt: the prompt's text up to a number of characters, made when it is wanted.
-        count: sequences, or texts to pool.
-    """
-
-    request_id: str
-    operation: Operation
-    params: SamplingParams | None
-    prompt: Callable[[int], str]
-    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,7 @@ class Counts(Protocol):
 
 
 class RequestRecord:
-    """Counts the pieces of one generation. It ends once, however often it is told to.
+    """Watches one request for the metrics. It ends once, however often it is told to.
 
     Args:
         model: where its counts go when it ends.
@@ -172,6 +152,11 @@ class RequestRecord:
             self.tokens[index] += count * self._counted
         if piece.finish_reason is not None:
             self._finish(piece)
+
+    def pooled(self, outputs: Sequence[EmbeddingOutput] | Sequence[ScoreOutput]) -> None:
+        """Vectors or scores go to the caller: every text or pair has ended well."""
+        self.prompt_tokens = sum(each.num_tokens for each in outputs)
+        self.close(FinishReason.STOP)
 
     def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
         """Ends what has not finished."""
