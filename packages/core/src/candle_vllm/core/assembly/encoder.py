@@ -1,18 +1,15 @@
-"""From resolved files to an encoder that is ready to run, or to a decoder where the files hold one.
-
-Stands where `loading/model.py` stands for decoders, and shares its parts: before step 1 of a request's life.
-"""
+"""From resolved files to an encoder that is ready to run, or to a decoder where the files hold one."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
-from candle_vllm.core.assembly.model import LoadedModel, collector_paused, load_model
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, collector_paused, fill, load_model, pooling_of
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -26,44 +23,25 @@ from candle_vllm.core.assembly.placement import DTYPES, device_dtype
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import fitting
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import EncoderConfig
-from candle_vllm.core.loading.pooling import longest_text, read_pooling
+from candle_vllm.core.loading.pooling import longest_text
 from candle_vllm.core.loading.source import ModelFiles
-from candle_vllm.core.loading.weights import check_weights, load_weights
+from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
-from candle_vllm.core.pooling import ModelPooling
-from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedEncoder:
-    """Everything that comes out of an encoder's files; names as in `LoadedModel`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedEncoder(Loaded):
+    """An encoder with its weights, and the tokens of the longest text."""
 
-    Attributes:
-        encoder: the model with its weights.
-        pooling: how its vectors are made; a cross-encoder has none.
-        max_model_len: longest text, in tokens.
-    """
-
-    name: str
     encoder: Encoder
-    placement: Placement
-    dtype: str
     config: EncoderConfig
-    tokenizer: Tokenizer
-    pooling: ModelPooling | None
     max_model_len: int
-    quantization: str | None
-    num_parameters: int
-    weight_bytes: int
-    template: None = None
-    eos_token_ids: tuple[int, ...] = ()
-    default_sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
 
 
 def load_any_model(
@@ -105,24 +83,16 @@ def _load_encoder(
     described = config_file(files)
     limit = _longest(config, files, model)
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
-    fields = None if files.config is None else Fields(read_json(files.config), files.config)
-    pooling = None if model.scores else read_pooling(files, opened.metadata, model.hidden_size, "mean", fields)
+    pooling = None if model.scores else pooling_of(files, opened.metadata, model.hidden_size, "mean")
     placement = Placement(device, device_dtype(config, device))
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, weight_bytes)
-
     with naming(described, checkpoint.path):
         check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
         with fitting(device, f"the weights of {files.name}", weight_bytes):
             encoder = family.build(model, placement)
-            load_weights(encoder, table, checkpoint, model, ignored=ignored, progress=report)
+            fill(encoder, table, ignored, model, checkpoint, progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
     return LoadedEncoder(
         name=files.name,

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,16 @@ from candle_vllm.core.devices import fitting
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
-from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens
-from candle_vllm.core.loading.weights import check_weights, load_weights, places
-from candle_vllm.core.models.family import Decoder, Family
+from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, places
+from candle_vllm.core.models.family import Decoder, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.pooling import ModelPooling
+from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -50,39 +50,45 @@ logger = logging.getLogger(__name__)
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """Everything that comes out of a model's files.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What comes out of any model's files, beside the model.
 
     Attributes:
         name: the model's name as its source gives it.
-        decoder: the model with its weights.
-        placement: where they are, and whether steps are recorded.
+        placement: where its weights are, and whether steps are recorded.
         dtype: the types that matrices are multiplied in, the most frequent first.
-        config: its configuration, the context cut to what was asked for.
+        config: its configuration.
         tokenizer: words to tokens.
         template: the chat template, where the model has one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
         default_sampling: sampling defaults of the model's generation config.
-        pooling: how vectors are made of its hidden states.
+        pooling: how vectors are made of its hidden states; a cross-encoder has none.
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
         weight_bytes: stored bytes.
     """
 
     name: str
-    decoder: Decoder
     placement: Placement
     dtype: str
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     tokenizer: Tokenizer
-    template: ChatTemplate | None
-    eos_token_ids: tuple[int, ...]
-    default_sampling: Mapping[str, float | int]
-    pooling: ModelPooling
+    template: ChatTemplate | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    default_sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    pooling: ModelPooling | None
     quantization: str | None
     num_parameters: int
     weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel(Loaded):
+    """A decoder with its weights; the context in `config` is cut to what was asked for."""
+
+    decoder: Decoder
+    config: ModelConfig
 
 
 @contextmanager
@@ -131,7 +137,7 @@ def load_model(
         default_sampling = _default_sampling(generation)
         tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
         template = _template(config, tokenizer, described)
-        pooling = _pooling(files, metadata, model_config.hidden_size)
+        pooling = pooling_of(files, metadata, model_config.hidden_size, "last")
         eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
         with naming(described, checkpoint.path):
             _check_weights(family, model_config, checkpoint)
@@ -140,7 +146,7 @@ def load_model(
             weight_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
             with fitting(device, f"the weights of {files.name}", memory_of(placement, stored)):
                 decoder = family.build(model_config, placement, checkpoint)
-                _fill(decoder, family, model_config, stored, progress)
+                fill(decoder, family.weights, family.ignored(model_config), model_config, stored, progress)
                 if config.kv_cache_dtype == "fp8":
                     give_cache_scales(decoder, opened.cache_scales, model_config, placement)
         loaded = LoadedModel(
@@ -190,13 +196,15 @@ def _as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpo
     return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes))
 
 
-def _fill(
-    decoder: Decoder,
-    family: Family,
-    config: ModelConfig,
+def fill(
+    model: Decoder | Encoder,
+    table: Sequence[WeightName],
+    ignored: Sequence[str],
+    config: ModelConfig | EncoderConfig,
     checkpoint: Checkpoint,
     progress: Callable[[int, int], object],
 ) -> None:
+    """Gives a model its weights; `progress` is called with bytes done and bytes in all."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def report(count: int) -> None:
@@ -204,14 +212,7 @@ def _fill(
         done += count
         progress(done, total)
 
-    load_weights(
-        decoder,
-        family.weights,
-        checkpoint,
-        config,
-        ignored=family.ignored(config),
-        progress=report,
-    )
+    load_weights(model, table, checkpoint, config, ignored=ignored, progress=report)
 
 
 def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
@@ -220,9 +221,10 @@ def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> Ch
         return ChatTemplate(source, tokenizer.special_tokens) if source else None
 
 
-def _pooling(files: ModelFiles, metadata: Mapping[str, Any], size: int) -> ModelPooling:
+def pooling_of(files: ModelFiles, metadata: Mapping[str, Any], size: int, kind: PoolingKind) -> ModelPooling:
+    """How vectors of `size` numbers are made, by `kind` where the files do not say it."""
     config = None if files.config is None else Fields(read_json(files.config), files.config)
-    return read_pooling(files, metadata, size, "last", config)
+    return read_pooling(files, metadata, size, kind, config)
 
 
 def _generation_config(files: ModelFiles) -> Fields:
