@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +14,17 @@ sys.path.append(str(Path(__file__).parent / "tests"))
 pytest_plugins = ["common_run", "slowest_tests"]
 # A job of a script ignores Ctrl+C, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Read when torch is imported, here and in what tests start. Toys are too small for two threads, and threads that spin
+# while they wait for each other took up to ten times the work's time from what runs beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+gc.disable()  # what collecting tests leaves behind stays: a quarter of its time would be spent on looking for garbage
+
+
+def pytest_collection_finish() -> None:
+    """Garbage of tests is looked for, but never among what was there before them."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
