@@ -14,8 +14,7 @@ from candle_vllm.responses.api.call_writers import custom_input
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.messages import encode_thoughts
-from candle_vllm.responses.api.tool_choice import PlannedTool
-from candle_vllm.responses.api.tool_plan import ToolPlan
+from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan
 from candle_vllm.responses.conversation import events as said
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage, StopReason
 from candle_vllm.responses.protocol.events import ErrorDetail

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.responses.api.call_results import DENIED, NOT_APPROVED, Placed
-from candle_vllm.responses.api.messages import Translated, encode_thoughts, translate
+from candle_vllm.responses.api.messages import encode_thoughts, translate
+from candle_vllm.responses.conversation.chat_form import chat_message
 from candle_vllm.responses.protocol.request import parse_responses_request
 
 ALL = TemplateHabits()
@@ -20,11 +22,20 @@ class Names:
         return f"{label}__{name}"
 
 
-def made(items: list[dict[str, Any]], instructions: str | None = None, habits: TemplateHabits = ALL) -> Translated:
+class Made(NamedTuple):
+    """What items become; the messages in OpenAI's form."""
+
+    messages: list[dict[str, Any]]
+    approved: Mapping[str, str]
+    listed: frozenset[str]
+
+
+def made(items: list[dict[str, Any]], instructions: str | None = None, habits: TemplateHabits = ALL) -> Made:
     wire = parse_responses_request({"input": items})
     assert isinstance(wire.input, list)
     placed = [Placed(item, f"input.{i}") for i, item in enumerate(wire.input)]
-    return translate(placed, instructions, Names(), habits)
+    translated = translate(placed, instructions, Names(), habits)
+    return Made(list(map(chat_message, translated.messages)), translated.approved, translated.listed)
 
 
 def user(text: str) -> dict[str, Any]:
@@ -184,6 +195,9 @@ def test_what_does_not_belong_together(items: list[dict[str, Any]], param: str) 
     assert str(refusal.value).startswith(param)
 
 
-def test_sources_name_the_items() -> None:
-    translated = made([user("x"), call("f", "1"), result("1"), user("y")], "be brief")
-    assert translated.sources == ["instructions", "input.0", "input.1", "input.1", "input.3"]
+def test_an_answer_with_too_many_calls_is_named_by_its_first_item() -> None:
+    several = [user("x"), *(call("f", str(i)) for i in range(129)), *(result(str(i)) for i in range(129))]
+    with pytest.raises(InvalidParameterError) as refusal:
+        made(several)
+    told = ("input.1", "input.1 must have at most 128 entries, not a list of 129")
+    assert (refusal.value.param, str(refusal.value)) == told

@@ -124,7 +124,7 @@ class Notes:
 
 def responder(engine: ScriptedEngine, **options: Any) -> Responder:
     adapter = OpenAIAdapter(engine, tool_parser="hermes", reasoning_parser="think")
-    return Responder(InProcessModel(adapter), count=adapter.count_chat_tokens, **options)
+    return Responder(InProcessModel(adapter), count=adapter.count_tokens, **options)
 
 
 def engine(script: Any = "Good day!", **options: Any) -> ScriptedEngine:

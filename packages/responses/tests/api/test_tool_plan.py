@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.task import Choice, ToolUse
 from candle_vllm.responses.api.mcp_source import OpenServer
 from candle_vllm.responses.api.shown_tools import shown_tools
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
@@ -44,14 +45,15 @@ def functions(plan: ToolPlan) -> dict[str, dict[str, Any]]:
 def test_what_the_model_is_shown() -> None:
     plan = planned(FUNCTION, NAMESPACE, CUSTOM, {"type": "web_search"}, SERVER)
     assert [*functions(plan)] == ["f", "n__g", "n__h", "c"]
-    assert plan.paths() == ["tools.4", "tools.4", "tools.0", "tools.1.tools.0", "tools.1.tools.1", "tools.2"]
+    shown = [plan.by_name[tool["function"]["name"]].path for tool in plan.shown()]
+    assert shown == ["tools.4", "tools.4", "tools.0", "tools.1.tools.0", "tools.1.tools.1", "tools.2"]
     assert functions(plan)["f"] == {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
     assert functions(plan)["n__g"]["description"] == "One of the tools of n: Nice."
     assert functions(plan)["c"]["parameters"]["required"] == ["input"]
     assert [one.name for one in plan.offered["s"]] == ["s__t", "s__u"]
     tools = [FUNCTION, NAMESPACE, CUSTOM, {"type": "web_search"}, SERVER]
-    shown = shown_tools(parse_responses_request({"input": "x", "tools": tools}))
-    assert [tool["type"] for tool in shown] == ["function", "namespace", "custom", "mcp"]
+    repeated = shown_tools(parse_responses_request({"input": "x", "tools": tools}))
+    assert [tool["type"] for tool in repeated] == ["function", "namespace", "custom", "mcp"]
     assert (plan.mcp_name("s", "t"), plan.mcp_name("other", "t")) == ("s__t", "other__t")
     assert plan.needs_approval("s__t")
 
@@ -102,33 +104,36 @@ def test_a_tool_that_cannot_be_offered_does_not_spoil_the_others() -> None:
     assert [one.name for one in plan.offered["s"]] == ["s__t"]
 
 
-def named(*names: str) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": {"name": name}} for name in names]
-
-
 @pytest.mark.parametrize(
-    ("choice", "chat"),
+    ("choice", "chosen"),
     [
-        (None, None),
-        ("auto", "auto"),
-        ("required", "required"),
-        ({"type": "function", "name": "f"}, named("f")[0]),
-        ({"type": "function", "name": "g"}, named("n__g")[0]),
-        ({"type": "function", "name": "n__g"}, named("n__g")[0]),
-        ({"type": "custom", "name": "h", "namespace": "n"}, named("n__h")[0]),
-        ({"type": "mcp", "server_label": "s", "name": "u"}, named("s__u")[0]),
-        ({"type": "mcp", "server_label": "s"}, {"mode": "required", "tools": named("s__t", "s__u")}),
+        (None, Choice()),
+        ("auto", Choice()),
+        ("required", Choice("required")),
+        ({"type": "function", "name": "f"}, Choice("required", named="f")),
+        ({"type": "function", "name": "g"}, Choice("required", named="n__g")),
+        ({"type": "function", "name": "n__g"}, Choice("required", named="n__g")),
+        ({"type": "custom", "name": "h", "namespace": "n"}, Choice("required", named="n__h")),
+        ({"type": "mcp", "server_label": "s", "name": "u"}, Choice("required", named="s__u")),
+        ({"type": "mcp", "server_label": "s"}, Choice("required", {"s__t", "s__u"})),
         (
             {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"},
                                                                 {"type": "mcp", "server_label": "s"}]},
-            {"mode": "auto", "tools": named("f", "s__t", "s__u")},
+            Choice("auto", {"f", "s__t", "s__u"}),
         ),
-        ({"type": "allowed_tools", "mode": "none", "tools": [{"type": "function", "name": "f"}]}, "none"),
+        ({"type": "allowed_tools", "mode": "none", "tools": [{"type": "function", "name": "f"}]}, Choice("none")),
     ],
 )  # fmt: skip
-def test_choices(choice: Any, chat: Any) -> None:
-    expected = {"type": "allowed_tools", "allowed_tools": chat} if isinstance(chat, dict) and "mode" in chat else chat
-    assert planned(FUNCTION, NAMESPACE, SERVER, choice=choice).choice == expected
+def test_choices(choice: Any, chosen: Choice) -> None:
+    plan = planned(FUNCTION, NAMESPACE, SERVER, choice=choice)
+    assert plan.choice == chosen
+    use = plan.use(plan.choice, parallel=True)
+    assert len(use.shown) == (0 if chosen.mode == "none" else 5)
+    every = {"s__t", "s__u", "f", "n__g", "n__h"}
+    allowed = {chosen.named} if chosen.named else chosen.names or every
+    assert {tool.name for tool in use.tools} == (set() if chosen.mode == "none" else set(allowed))
+    later = plan.use(plan.choice.freed(), parallel=True)
+    assert (later.mode, later.named) == ("none" if chosen.mode == "none" else "auto", None)
 
 
 def test_a_name_in_two_namespaces_must_be_told_apart() -> None:
@@ -136,10 +141,11 @@ def test_a_name_in_two_namespaces_must_be_told_apart() -> None:
     with pytest.raises(InvalidParameterError, match="several namespaces"):
         planned(NAMESPACE, other, choice={"type": "function", "name": "g"})
     choice = {"type": "function", "name": "g", "namespace": "m"}
-    assert planned(NAMESPACE, other, choice=choice).choice == named("m__g")[0]
+    assert planned(NAMESPACE, other, choice=choice).choice.named == "m__g"
 
 
 def test_a_choice_without_tools() -> None:
-    assert planned({"type": "web_search"}, choice="auto").choice is None
+    assert planned({"type": "web_search"}, choice="auto").use(Choice(), parallel=None) == ToolUse()
+    plan = planned(choice="required")
     with pytest.raises(InvalidParameterError, match="nothing to choose from"):
-        planned(choice="required")
+        plan.use(plan.choice, parallel=None)

@@ -19,7 +19,7 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
     RequestError,
 )
-from candle_vllm.responses import HttpModel
+from candle_vllm.responses import HttpModel, Responder
 from candle_vllm.responses.conversation import http_model
 from candle_vllm.responses.conversation.events import ReasoningDelta, TextDelta
 from candle_vllm.responses.conversation.http_errors import (
@@ -399,3 +399,57 @@ class TestConnections:
             pass
         with pytest.raises(CandleVllmError, match="cannot be reached"):
             await said(HttpModel(url, model="m"))
+
+
+async def test_a_task_as_a_chat_request() -> None:
+    """Who asks by tasks asks other servers, too; what a task leaves open is not sent."""
+    seen: list[httpx2.Request] = []
+    model = answering(sse(delta(content="Hello"), delta("stop")), seen=seen)
+    function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}
+    schema = {"type": "json_schema", "name": "a", "schema": {"type": "string"}}
+    called = [
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "ok"},
+    ]
+    try:
+        answering_items = Responder(model)
+        made = await answering_items.create({
+            "input": [{"role": "user", "content": "Hi"}, *called], "instructions": "Be brief.", "tools": [function],
+            "max_output_tokens": 9, "top_logprobs": 1, "reasoning": {"effort": "none"}, "text": {"format": schema},
+            "tool_choice": {"type": "function", "name": "f"}, "temperature": 0.5, "priority": 2,
+        })  # fmt: skip
+        await answering_items.create({"input": "Hi", "tools": [function], "parallel_tool_calls": False})
+    finally:
+        await model.aclose()
+    assert made.status == "completed"
+    full, plain = (json.loads(request.content) for request in seen)
+    streamed = {"model": "m", "stream": True, "stream_options": {"include_usage": True}}
+    shown = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": False}}]
+    assert full == {
+        **streamed,
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "ok"},
+        ],
+        "tools": shown,
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "max_completion_tokens": 9,
+        "temperature": 0.5,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "reasoning_effort": "none",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "string"}}},
+        "priority": 2,
+    }
+    assert plain == {
+        **streamed,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": shown,
+        "parallel_tool_calls": False,
+    }

@@ -13,6 +13,7 @@ from conversation_fakes import Bench, Gate, call_text, other_tasks, settled, use
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, PromptTooLongError, RequestAbortedError
 from candle_vllm.responses.conversation import turn_calls
+from candle_vllm.responses.conversation.chat_form import ChatTranscript
 from candle_vllm.responses.conversation.events import (
     ApprovalRequested,
     CallArgumentsDelta,
@@ -24,7 +25,6 @@ from candle_vllm.responses.conversation.events import (
     TurnFinished,
     TurnStarted,
 )
-from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress
 
@@ -420,7 +420,7 @@ class TestEnds:
             gate.open.set()
             calls = call_text("wait", number=1) + call_text("add", a=1, b=2) + call_text("nope")
             bench = Bench(calls, call_text("wait", number=2), "done", tools=[gate.wait, add], parallel_tools=1)
-            transcript = Transcript([user("go")])
+            transcript = ChatTranscript([user("go")])
             if way == "cancelled":
                 task = asyncio.create_task(bench.run(transcript))
                 for _ in range(step):

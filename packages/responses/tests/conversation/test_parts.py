@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.conversation import text_of
+from candle_vllm.openai.task import Call, Message, TextPart
 from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.chat_form import ChatTranscript
 from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.conversation.loop import RepeatWatch
 from candle_vllm.responses.conversation.options import ConversationOptions
-from candle_vllm.responses.conversation.transcript import LOST, Transcript
+from candle_vllm.responses.conversation.transcript import LOST
 from candle_vllm.responses.tools.tool import ToolCall, ToolOutput, ToolResult
 
 
@@ -40,43 +43,43 @@ def nested(levels: int) -> list[object]:
 
 class TestTranscript:
     def test_results_stand_in_the_order_of_the_calls(self) -> None:
-        transcript = Transcript([{"role": "user", "content": "x"}])
-        transcript.add_turn(assistant("a", "b"))
+        transcript = ChatTranscript([{"role": "user", "content": "x"}])
+        transcript.add_turn(Message(role="assistant", calls=(Call("a", "f", "{}"), Call("b", "f", "{}"))))
         transcript.add_result(result("b", "2"))
         assert [call.id for call in transcript.open_calls] == ["a"]
-        assert [message.get("content") for message in transcript.added] == [None, "2"]
+        assert list(map(text_of, transcript.added)) == ["", "2"]
         transcript.add_result(result("a", "1"))
-        assert [message.get("content") for message in transcript.added] == [None, "1", "2"]
-        transcript.add_turn({"role": "assistant", "content": "end"})
+        assert list(map(text_of, transcript.added)) == ["", "1", "2"]
+        transcript.add_turn(Message(role="assistant", parts=(TextPart("end"),)))
         assert [message["role"] for message in transcript.messages] == [
             "user", "assistant", "tool", "tool", "assistant",
         ]  # fmt: skip
 
     def test_calls_that_began_are_answered_and_the_others_stay_open(self) -> None:
-        transcript = Transcript([assistant("a", "b")])
+        transcript = ChatTranscript([assistant("a", "b")])
         transcript.begin(transcript.open_calls[0])
         transcript.settle()
-        assert [message["content"] for message in transcript.added] == [LOST]
+        assert list(map(text_of, transcript.added)) == [LOST]
         assert [call.id for call in transcript.open_calls] == ["b"]
 
     def test_tool_messages_that_were_given_close_calls(self) -> None:
-        assert [call.id for call in Transcript([assistant("a", "b"), tool("b")]).open_calls] == ["a"]
-        assert Transcript([assistant("a"), tool("a")]).open_calls == ()
-        assert Transcript([assistant("a"), {"role": "user", "content": "x"}]).open_calls == ()
-        assert Transcript([]).open_calls == ()
+        assert [call.id for call in ChatTranscript([assistant("a", "b"), tool("b")]).open_calls] == ["a"]
+        assert ChatTranscript([assistant("a"), tool("a")]).open_calls == ()
+        assert ChatTranscript([assistant("a"), {"role": "user", "content": "x"}]).open_calls == ()
+        assert ChatTranscript([]).open_calls == ()
 
     def test_nothing_was_added_to_what_was_given(self) -> None:
-        transcript = Transcript([assistant("a"), tool("a")])
+        transcript = ChatTranscript([assistant("a"), tool("a")])
         assert (transcript.grew, transcript.added) == (False, ())
 
     @pytest.mark.parametrize("call", [{}, 3, {"id": "a", "function": {"name": "f"}}, {"id": 1, "function": {}}])
     def test_calls_that_cannot_be_read(self, call: object) -> None:
         with pytest.raises(InvalidParameterError, match=r"messages\.0\.tool_calls must have"):
-            Transcript([{"role": "assistant", "tool_calls": [call]}])
+            ChatTranscript([{"role": "assistant", "tool_calls": [call]}])
 
     def test_ids_that_two_calls_have(self) -> None:
         with pytest.raises(InvalidParameterError, match="'a' is the id of two calls"):
-            Transcript([assistant("a", "a")])
+            ChatTranscript([assistant("a", "a")])
 
     @pytest.mark.parametrize(
         "content",
@@ -85,22 +88,22 @@ class TestTranscript:
     )
     def test_messages_that_are_no_json(self, content: object) -> None:
         with pytest.raises(InvalidParameterError, match=r"messages\.1 must be JSON") as caught:
-            Transcript([{"role": "user", "content": "x"}, {"role": "user", "content": content}])
+            ChatTranscript([{"role": "user", "content": "x"}, {"role": "user", "content": content}])
         assert caught.value.param == "messages.1"
 
     @pytest.mark.parametrize("messages", [None, "hello", {"role": "user"}, 3])
     def test_what_is_no_list(self, messages: Any) -> None:
         with pytest.raises(InvalidParameterError, match="messages must be a list"):
-            Transcript(messages)
+            ChatTranscript(messages)
 
     @pytest.mark.parametrize("call_id", [["a"], {}, 3])
     def test_answers_to_ids_that_are_no_text(self, call_id: object) -> None:
         with pytest.raises(InvalidParameterError, match="tool_call_id must be a text"):
-            Transcript([assistant("a"), {"role": "tool", "tool_call_id": call_id, "content": "x"}])
+            ChatTranscript([assistant("a"), {"role": "tool", "tool_call_id": call_id, "content": "x"}])
 
     def test_it_shares_nothing_with_its_caller(self) -> None:
         given = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-        transcript = Transcript([given])
+        transcript = ChatTranscript([given])
         transcript.messages[0]["content"].clear()
         given["content"] = "y"
         assert transcript.messages[0]["content"] == [{"type": "text", "text": "x"}]

@@ -8,13 +8,14 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from candle_vllm.core.errors import RequestError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 
@@ -96,16 +97,59 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
         return list(self.shown) or None
 
 
+class Choice(NamedTuple):
+    """The choice among the tools of a request.
+
+    Attributes:
+        mode: as in `ToolUse`.
+        names: of those that may be called; None is all.
+        named: the one that must be called, exactly once.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    names: Collection[str] | None = None
+    named: str | None = None
+
+    def freed(self) -> Choice:
+        """For later turns: a model that had to call something would never come to its answer."""
+        return self if self.mode == "none" else Choice(names=self.names)
+
+    def among(
+        self, functions: Sequence[ToolFunction], shown: Sequence[dict[str, Any]], *, parallel: bool | None
+    ) -> ToolUse:
+        """What a request with these tools says about them.
+
+        Where none may be called they are not shown either, so that the model does not write a call as text.
+
+        Raises:
+            InvalidParameterError: one must be called, and there is none.
+        """
+        if not functions and self.mode == "required":
+            raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
+        if not functions or self.mode == "none":
+            return ToolUse()
+        names = self.names if self.named is None else (self.named,)
+        return ToolUse(
+            tools=tuple(one for one in functions if names is None or one.name in names),
+            mode=self.mode,
+            parallel=parallel is not False and self.named is None,
+            named=self.named,
+            shown=tuple(shown),
+        )
+
+
 class Paths(NamedTuple):
     """How a request spells what a task has, for errors.
 
     Attributes:
         fields: names of ours and of the engine that the request spells otherwise.
         schemas: the path of each shown tool's schema.
+        words: what stands in texts for those of `fields` that no text may have, wherever they stand in it.
     """
 
     fields: Mapping[str, str]
     schemas: Sequence[str] = ()
+    words: Mapping[str, str] = {}
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -113,10 +157,14 @@ class Paths(NamedTuple):
         try:
             yield
         except RequestError as error:
-            name = error.param or ""
+            name, text = error.param or "", str(error)
             if name in self.fields:
                 error.param = self.fields[name]
-                error.args = (str(error).replace(f"{name}: ", f"{error.param}: ", 1), *error.args[1:])
+                if (word := self.words.get(name)) is None:
+                    text = text.replace(f"{name}: ", f"{error.param}: ", 1)
+                else:
+                    text = re.sub(rf"(?<![\w.]){name}(?!\w)", word, text, count=1)
+                error.args = (text, *error.args[1:])
             raise
 
 

@@ -6,10 +6,12 @@ What pydantic finds becomes one `InvalidParameterError` in plain words, with the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError, UnknownParameterError, UnsupportedParameterError
@@ -50,6 +52,17 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Reques
         return kind.model_validate(value)
     except ValidationError as error:
         raise to_request_error(error) from None
+
+
+@contextmanager
+def rules_below(path: str) -> Iterator[None]:
+    """Rules of wire types, kept outside of one: a refusal blames the fields below `path` ("" is the request)."""
+    try:
+        yield
+    except PydanticCustomError as refusal:
+        context = refusal.context or {}
+        field = ".".join(filter(None, (path, context["field"])))
+        raise _CLASSES.get(refusal.type, InvalidParameterError)(f"{field} {context['text']}", field) from None
 
 
 def to_request_error(error: ValidationError) -> InvalidParameterError:

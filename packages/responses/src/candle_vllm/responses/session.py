@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any, Self
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
+from candle_vllm.responses.conversation.chat_form import ChatMessage, ChatTranscript, check_is_list
 from candle_vllm.responses.conversation.chat_model import ModelSource, http_model, local_model
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions, ConversationResult
-from candle_vllm.responses.conversation.transcript import Message, Transcript, check_is_list
 from candle_vllm.responses.mcp.config import McpServers, server_configs
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.execution import call_directly
@@ -66,7 +66,7 @@ class ResponsesSession:
         self._loop: ConversationLoop | None = None  # while a conversation runs
         self._needs_context = bool(self._servers) or self._http is not None
         self._entered = self._closed = False
-        self._messages = Transcript(messages).messages
+        self._messages = ChatTranscript(messages).messages
         self._answers: dict[str, Approval] = {}
 
     async def __aenter__(self) -> Self:
@@ -101,14 +101,14 @@ class ResponsesSession:
                 ending.push_async_callback(self._loop.aclose)
 
     @property
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[ChatMessage]:
         """The transcript so far, a copy that can be written as JSON; a new session made with it goes on from here."""
         return copy.deepcopy(self._messages)
 
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
         """Calls of the last turn without a result: they run, or are asked about, when the conversation goes on."""
-        return Transcript(self._messages).open_calls
+        return ChatTranscript(self._messages).open_calls
 
     @property
     def fleet(self) -> McpFleet | None:
@@ -157,7 +157,7 @@ class ResponsesSession:
             CandleVllmError: the model failed.
         """
         check_is_list(messages)
-        transcript = Transcript([*self._messages, *messages])
+        transcript = ChatTranscript([*self._messages, *messages])
         self._check_ready(messages)
         loop = ConversationLoop(self._model, self._tools, options, auto_approve=self._is_auto_approved)
         answers = {call.id: self._answers.get(call.id) for call in transcript.open_calls}

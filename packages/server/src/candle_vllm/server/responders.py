@@ -51,7 +51,7 @@ class Responders:
         )
         return Responder(
             InProcessModel(adapter),
-            count=adapter.count_chat_tokens,
+            count=adapter.count_tokens,
             habits=habits,
             servers=self.servers,
             memory=self.kept,

@@ -13,9 +13,15 @@ from candle_vllm.openai.anthropic.request import CountTokensRequest, MessagesReq
 from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
-from candle_vllm.openai.task import Paths, Task, ToolUse
+from candle_vllm.openai.task import Choice, Paths, Task, ToolUse
 
 _FORM = "output_config.format.schema"
+_CHOICES = {
+    "auto": Choice(),
+    "any": Choice("required"),
+    "tool": Choice("required"),
+    "none": Choice("none"),
+}
 _PREFILL = "continue_final_message"  # how core's messages call an answer that is begun already
 
 
@@ -101,25 +107,12 @@ def _form(request: MessagesRequest | CountTokensRequest) -> StructuredOutputsPar
 
 def _tool_use(request: MessagesRequest | CountTokensRequest) -> ToolUse:
     tools = [tool for tool in request.tools or () if isinstance(tool, Tool)]
-    functions = {one.name: function_of(one.name, one.description, one.input_schema, one.strict) for one in tools}
-    choice = request.tool_choice
-    kind = "auto" if choice is None else choice.type
-    if not functions:
-        if kind not in ("auto", "none"):
-            raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
-        return ToolUse()
-    if kind == "none":
-        return ToolUse()
-    shown = tuple(tool.shown() for tool in tools)
-    if isinstance(choice, ToolNameChoice):
-        if choice.name not in functions:
-            text = unknown_tool(choice.name, functions)
-            raise InvalidParameterError(f"tool_choice.name {text}", "tool_choice.name")
-        only = (functions[choice.name],)
-        return ToolUse(tools=only, mode="required", parallel=False, named=choice.name, shown=shown)
-    return ToolUse(
-        tools=tuple(functions.values()),
-        mode="required" if kind == "any" else "auto",
-        parallel=not getattr(choice, "disable_parallel_tool_use", None),
-        shown=shown,
-    )
+    functions = [function_of(one.name, one.description, one.input_schema, one.strict) for one in tools]
+    given = request.tool_choice
+    choice = _CHOICES["auto" if given is None else given.type]
+    if isinstance(given, ToolNameChoice):
+        choice = choice._replace(named=given.name)
+        if functions and given.name not in (names := [function.name for function in functions]):
+            raise InvalidParameterError(f"tool_choice.name {unknown_tool(given.name, names)}", "tool_choice.name")
+    parallel = not getattr(given, "disable_parallel_tool_use", None)
+    return choice.among(functions, [tool.shown() for tool in tools], parallel=parallel)

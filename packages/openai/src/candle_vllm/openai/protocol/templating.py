@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -36,13 +37,7 @@ class TemplateFields(WireModel):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _template_names(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-        if kwargs is not None and len(kwargs) > MAX_TEMPLATE_KWARGS:
-            raise invalid("", f"must have at most {MAX_TEMPLATE_KWARGS} entries, not {len(kwargs)}")
-        for name in kwargs or ():
-            if not name.isidentifier() or len(name) > 64:
-                raise invalid("", f"names template variables; {name!r:.70} cannot be one")
-            if name in _TEMPLATE_ARGUMENTS:
-                raise invalid(name, "cannot be set here; it is a part of every call of the template")
+        check_variables(kwargs or {})
         return kwargs
 
     def template_kwargs(self) -> dict[str, Any]:
@@ -57,12 +52,28 @@ class TemplateFields(WireModel):
             if switch is not None:
                 _agree(kwargs, field, "thinking", switch)
                 _agree(kwargs, field, "enable_thinking", switch)
-        if self.reasoning_effort is not None:
-            _agree(kwargs, "reasoning_effort", "reasoning_effort", self.reasoning_effort)
-        if self.reasoning_effort == "none":
-            _agree(kwargs, "reasoning_effort", "thinking", False)
-            _agree(kwargs, "reasoning_effort", "enable_thinking", False)
+        set_effort(kwargs, self.reasoning_effort, "reasoning_effort")
         return kwargs
+
+
+def check_variables(kwargs: Mapping[str, Any]) -> None:
+    """Refuses what cannot be variables of a template; the paths begin below them."""
+    if len(kwargs) > MAX_TEMPLATE_KWARGS:
+        raise invalid("", f"must have at most {MAX_TEMPLATE_KWARGS} entries, not {len(kwargs)}")
+    for name in kwargs:
+        if not name.isidentifier() or len(name) > 64:
+            raise invalid("", f"names template variables; {name!r:.70} cannot be one")
+        if name in _TEMPLATE_ARGUMENTS:
+            raise invalid(name, "cannot be set here; it is a part of every call of the template")
+
+
+def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
+    """Adds how much the model is to think, which `field` asks for; raises where another variable contradicts it."""
+    if effort is not None:
+        _agree(kwargs, field, "reasoning_effort", effort)
+    if effort == "none":
+        _agree(kwargs, field, "thinking", False)
+        _agree(kwargs, field, "enable_thinking", False)
 
 
 def _agree(kwargs: dict[str, Any], field: str, name: str, value: Any) -> None:

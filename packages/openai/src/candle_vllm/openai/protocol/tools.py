@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec.structs import replace
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -31,7 +30,7 @@ from candle_vllm.openai.protocol.fields import (
     invalid,
     unsupported,
 )
-from candle_vllm.openai.task import ToolFunction, ToolUse
+from candle_vllm.openai.task import Choice, ToolFunction, ToolUse
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,))}
@@ -217,38 +216,29 @@ def check_tools(
 
 
 def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
-    """The three fields as one; raises the error that pydantic reports where they contradict each other.
+    """The three fields as one; raises the error that pydantic reports where they contradict each other."""
+    functions = [_function(tool) for tool in tools or ()]
+    if not functions and choice not in (None, "none", "auto"):
+        raise invalid("tool_choice", "needs tools: there is nothing to choose from")
+    chosen = read_choice(choice, [function.name for function in functions])
+    return chosen.among(functions, [tool.shown() for tool in tools or ()], parallel=parallel)
 
-    With `tool_choice: "none"` the tools are not shown either, so that the model does not write a call as text.
-    """
-    functions = {tool.function.name: _function(tool) for tool in tools or ()}
-    if not functions:
-        if choice not in (None, "none", "auto"):
-            raise invalid("tool_choice", "needs tools: there is nothing to choose from")
-        return ToolUse()
-    if choice == "none":
-        return ToolUse()
-    use = ToolUse(
-        tools=tuple(functions.values()),
-        mode="required" if choice == "required" else "auto",
-        parallel=parallel is not False,
-        shown=tuple(tool.shown() for tool in tools or ()),
-    )
+
+def read_choice(choice: ToolChoice | None, known: Collection[str]) -> Choice:
+    """The choice among tools of the names `known`; raises the error that pydantic reports where it names another."""
     if isinstance(choice, ToolReference):
-        named = _known(choice, functions, "tool_choice")
-        return replace(use, tools=(functions[named],), mode="required", parallel=False, named=named)
+        return Choice("required", named=_known(choice, known, "tool_choice"))
     if isinstance(choice, AllowedToolsChoice):
         place = "tool_choice.allowed_tools.tools"
-        names = {_known(one, functions, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
-        allowed = tuple(function for name, function in functions.items() if name in names)
-        return replace(use, tools=allowed, mode=choice.allowed_tools.mode)
-    return use
+        names = {_known(one, known, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
+        return Choice(choice.allowed_tools.mode, names)
+    return Choice(choice or "auto")
 
 
-def _known(reference: ToolReference, functions: Mapping[str, ToolFunction], place: str) -> str:
+def _known(reference: ToolReference, known: Collection[str], place: str) -> str:
     name = reference.function.name
-    if name not in functions:
-        raise invalid(f"{place}.function.name", unknown_tool(name, functions))
+    if name not in known:
+        raise invalid(f"{place}.function.name", unknown_tool(name, known))
     return name
 
 

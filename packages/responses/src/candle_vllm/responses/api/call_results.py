@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.task import Message
 from candle_vllm.responses.protocol.items import (
     CallOutputItem,
     CustomCallItem,
@@ -55,13 +56,13 @@ class CallResults:
             if request not in self.approved:
                 self.texts.setdefault(request, NOT_APPROVED)
 
-    def check_all(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    def check_all(self, messages: Sequence[Message]) -> None:
         """Refuses calls without results, and agreements to calls that are no longer at the end."""
         for call_id, path in self.call_paths.items():
             if call_id not in self.texts and call_id not in self.approved:
                 _refuse(path, f"{call_id!r:.80} has no output: send it as a function_call_output")
-        last = next((one for one in reversed(messages) if one["role"] != "tool"), {})
-        open_calls = {call["id"] for call in last.get("tool_calls") or ()}
+        last = next((one for one in reversed(messages) if one.role != "tool"), None)
+        open_calls = set() if last is None else {call.id for call in last.calls}
         for call_id, path in self.approved.items():
             if call_id not in open_calls:
                 _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")

@@ -1,4 +1,4 @@
-"""Input items -> chat messages, and where each message comes from.
+"""Input items -> the messages of a task.
 
 Items of one answer that stand next to each other become one assistant message. The result of a call stands right
 behind the message that made it, wherever it came. Items of the model's own tools (`mcp_call`) are calls with results.
@@ -10,9 +10,14 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from msgspec.structs import replace
+
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
+from candle_vllm.openai.task import Call, Message, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed
 from candle_vllm.responses.protocol.items import (
     CallOutputItem,
@@ -39,18 +44,16 @@ class ToolNames(Protocol):
 
 
 class Translated(NamedTuple):
-    """The conversation in OpenAI's chat form.
+    """The conversation of a request.
 
     Attributes:
-        messages: of the chat request.
-        sources: for each message the path of the item that it begins with.
+        messages: of its task.
         approved: ids of calls at the end that somebody has agreed to, with the paths of the agreements: they are to be
             run first.
         listed: labels of MCP servers whose tools the conversation has already.
     """
 
-    messages: list[dict[str, Any]]
-    sources: list[str]
+    messages: tuple[Message, ...]
     approved: Mapping[str, str]
     listed: frozenset[str]
 
@@ -72,7 +75,8 @@ def translate(
         habits: what the model's template takes.
 
     Raises:
-        InvalidParameterError: calls and results do not belong together; the item is named.
+        InvalidParameterError: calls and results do not belong together, or there are too many in one answer; the item
+            is named.
     """
     results = CallResults(items)
     body = _Body(names, habits, results)
@@ -80,9 +84,9 @@ def translate(
         body.head.append(instructions)
     for placed in items:
         body.add(placed)
-    messages, sources = body.finish()
+    messages = body.finish()
     results.check_all(messages)
-    return Translated(messages, sources, results.approved, frozenset(body.listed))
+    return Translated(messages, results.approved, frozenset(body.listed))
 
 
 class _Body:
@@ -94,8 +98,7 @@ class _Body:
         self._names = names
         self._habits = habits
         self._results = results
-        self._messages: list[dict[str, Any]] = []
-        self._sources: list[str] = []
+        self._messages: list[Message] = []
         self._answer: _Answer | None = None
 
     def add(self, placed: Placed) -> None:
@@ -123,13 +126,11 @@ class _Body:
         else:
             assert not isinstance(item, ItemReference)
 
-    def finish(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The messages, and where they come from."""
+    def finish(self) -> tuple[Message, ...]:
+        """The messages."""
         self._close()
         head = "\n".join(self.head)
-        if not head:
-            return self._messages, self._sources
-        return [{"role": "system", "content": head}, *self._messages], ["instructions", *self._sources]
+        return tuple([_said("system", head), *self._messages] if head else self._messages)
 
     def _message(self, item: MessageItem, path: str) -> None:
         text = text_of(item.content)
@@ -138,26 +139,26 @@ class _Body:
             return
         self._close()
         if item.role == "user":
-            self._say(text, path)
+            self._say(text)
         elif not self._messages:
             self.head += [text] if text else []
         elif self._habits.system_anywhere:
-            self._put({"role": "system", "content": text}, path)
+            self._messages.append(_said("system", text))
         else:
-            self._say(f"<system>\n{text}\n</system>", path)
+            self._say(f"<system>\n{text}\n</system>")
 
-    def _say(self, text: str, path: str) -> None:
+    def _say(self, text: str) -> None:
         """Adds what the user says; templates want the roles in turn."""
-        last = self._messages[-1] if self._messages else {}
-        behind_result = last.get("role") == "tool" and not self._habits.user_behind_results
-        if last.get("role") == "user" or behind_result:
-            last["content"] = "\n".join(filter(None, (last["content"], text)))
+        last = self._messages[-1] if self._messages else None
+        behind = ("user",) if self._habits.user_behind_results else ("user", "tool")
+        if last is not None and last.role in behind:
+            parts = tuple(part for part in (*last.parts, TextPart(text)) if part != TextPart(""))
+            self._messages[-1] = replace(last, parts=parts)
         else:
-            self._put({"role": "user", "content": text}, path)
+            self._messages.append(_said("user", text))
 
     def _call(self, path: str, call_id: str, name: str, arguments: str) -> None:
-        function = {"name": name, "arguments": arguments}
-        self._open(path).calls.append({"id": call_id, "type": "function", "function": function})
+        self._open(path).calls.append(Call(call_id, name, arguments))
 
     def _open(self, path: str, *, after_results: bool = False) -> _Answer:
         if self._answer is not None and self._answer.has_results and after_results:
@@ -170,14 +171,10 @@ class _Body:
         answer, self._answer = self._answer, None
         if answer is None:
             return
-        self._put(answer.message(), answer.path)
+        self._messages.append(answer.message())
         for call in answer.calls:
-            if (text := self._results.texts.get(call["id"])) is not None:
-                self._put({"role": "tool", "tool_call_id": call["id"], "content": text}, answer.path)
-
-    def _put(self, message: dict[str, Any], path: str) -> None:
-        self._messages.append(message)
-        self._sources.append(path)
+            if (text := self._results.texts.get(call.id)) is not None:
+                self._messages.append(Message(role="tool", parts=(TextPart(text),), call_id=call.id))
 
 
 class _Answer:
@@ -187,19 +184,22 @@ class _Answer:
         self.path = path
         self.texts: list[str] = []
         self.thoughts: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Call] = []
         self.has_results = False
 
-    def message(self) -> dict[str, Any]:
-        """In OpenAI's chat form."""
-        text, thoughts = "\n".join(filter(None, self.texts)), "\n".join(self.thoughts)
-        content = text if text or not (self.calls or thoughts) else None
-        message: dict[str, Any] = {"role": "assistant", "content": content}
-        if thoughts:
-            message["reasoning_content"] = thoughts
-        if self.calls:
-            message["tool_calls"] = self.calls
-        return message
+    def message(self) -> Message:
+        """As a task has it."""
+        if len(self.calls) > MAX_TOOL_CALLS:
+            raise InvalidParameterError(
+                f"{self.path} must have at most {MAX_TOOL_CALLS} entries, not a list of {len(self.calls)}", self.path
+            )
+        parts = tuple(map(TextPart, filter(None, self.texts)))
+        thoughts = "\n".join(self.thoughts) or None
+        return Message(role="assistant", parts=parts, thoughts=thoughts, calls=tuple(self.calls))
+
+
+def _said(role: Literal["system", "user"], text: str) -> Message:
+    return Message(role=role, parts=(TextPart(text),))
 
 
 def _flat(item: FunctionCallItem | CustomCallItem) -> str:

@@ -1,7 +1,4 @@
-"""Preparation: from a checked request to a chat request, with its history, its servers' tools, and what it must fit.
-
-What is wrong with the chat request is said of what the caller wrote.
-"""
+"""Preparation: from a checked request to a task, with its history, its servers' tools, and what it must fit."""
 
 from __future__ import annotations
 
@@ -10,19 +7,27 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
-from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.openai import parse_chat_request
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.anthropic.habits import TemplateHabits
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
+from candle_vllm.openai.protocol.structured import JsonObjectFormat
+from candle_vllm.openai.protocol.templating import check_variables, set_effort
+from candle_vllm.openai.protocol.tools import check_tools
+from candle_vllm.openai.task import Paths, Task, ToolUse
+from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.chat_fields import blame, chat_fields
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
-from candle_vllm.responses.api.turn_model import fewer
-from candle_vllm.responses.protocol.request import PromptFields, ResponsesRequest
+from candle_vllm.responses.api.turn_model import check_number, fewer
+from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
 from candle_vllm.responses.protocol.tools import McpTool
 
+_SAME_NAMES = (  # in a request and in `SamplingParams`
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "stop", "cache_salt",
+)  # fmt: skip
 MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own
 
 
@@ -32,28 +37,43 @@ class Prepared(NamedTuple):
     Attributes:
         request: as it came.
         plan: its tools.
-        made: its conversation as chat messages.
-        fields: of the chat request beside messages and tools.
+        made: its conversation.
+        defaults: of sampling values, for those that the request leaves open.
     """
 
     request: PromptFields
     plan: ToolPlan
     made: Translated
-    fields: dict[str, Any]
+    defaults: Mapping[str, Any]
 
-    def chat(self) -> dict[str, Any]:
-        """The chat request."""
-        tools = [definition.to_openai() for definition in self.plan.registry.definitions()]
-        tools += self.plan.client_tools
-        chat = {**self.fields, "messages": self.made.messages}
-        return {**chat, "tools": tools} if tools else chat
+    def task(self) -> Task:
+        """What is asked for; raises `RequestError`."""
+        request, made = self.request, self.made
+        sampled = isinstance(request, ResponsesRequest)
+        form, form_path = _form(request)
+        paths = self._paths(form_path, request.max_output_tokens if sampled else None)
+        # Nothing is left out of what is only counted.
+        kept = fewer(made.messages) if sampled and request.truncation == "auto" else made.messages
+        check_number(len(kept) + len(made.approved), paths)  # calls that are to be run first have results by then
+        return Task(
+            messages=made.messages,
+            paths=paths,
+            tools=_use(request, self.plan),
+            form=form,
+            sampling={**self.defaults, **_sampling(request)} if sampled else {},
+            model=request.model,
+            variables=_variables(request),
+            priority=(request.priority or 0) if sampled else 0,
+        )
 
-    def blame(self, error: RequestError) -> None:
-        """Makes an error about the chat request one about the request."""
-        blame(error, self.made.sources, self.plan.paths())
-        limit = getattr(self.request, "max_output_tokens", None)
-        if error.param == "max_output_tokens" and limit is None:
-            error.param = "input"  # there is no limit to lower
+    def _paths(self, form: str, limit: int | None) -> Paths:
+        own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
+        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
+        return Paths(
+            {**own, "prompt": "input", "structured_outputs": form, **to_lower},
+            [f"{self.plan.by_name[tool['function']['name']].path}.parameters" for tool in self.plan.shown()],
+            own,
+        )
 
 
 class Preparation:
@@ -101,8 +121,8 @@ class Preparation:
             request: its servers have been checked.
             items: history and input.
             stack: closes the servers.
-            check: check the chat request here, because somebody answers before the model sees it. That is done in any
-                case where tools run before the model is asked.
+            check: refuse here what cannot be a task, because somebody answers before the model is asked. That is done
+                in any case where tools run before that.
 
         Raises:
             RequestError: about what the caller wrote.
@@ -112,16 +132,12 @@ class Preparation:
         habits = await self._habits() if self._habits is not None else TemplateHabits()
         made = await asyncio.to_thread(translate, items, request.instructions, plan, habits)
         defaults = self._sampling_defaults if isinstance(request, ResponsesRequest) else {}
-        prepared = Prepared(request, plan, made, {**defaults, **chat_fields(request, plan.choice)})
         if request.truncation != "auto":
-            _check_length(prepared)
-        _check_agreements(prepared)
-        try:
-            if check or made.approved:
-                await asyncio.to_thread(_check, prepared)
-        except RequestError as error:
-            prepared.blame(error)
-            raise
+            _check_length(request, len(made.messages))
+        _check_agreements(plan, made)
+        prepared = Prepared(request, plan, made, defaults)
+        if check or made.approved:
+            await asyncio.to_thread(prepared.task)
         return prepared
 
     async def _open(self, request: PromptFields, stack: AsyncExitStack) -> dict[int, OpenServer]:
@@ -148,8 +164,43 @@ def _servers_of(request: PromptFields) -> dict[int, McpTool]:
     return {place: tool for place, tool in enumerate(request.tools or ()) if isinstance(tool, McpTool)}
 
 
-def _check_length(prepared: Prepared) -> None:
-    request, count = prepared.request, len(prepared.made.messages)
+def _use(request: PromptFields, plan: ToolPlan) -> ToolUse:
+    shown = plan.shown()
+    if len(shown) > MAX_TOOLS:
+        raise InvalidParameterError(f"tools must have at most {MAX_TOOLS} entries, not a list of {len(shown)}", "tools")
+    with rules_below("tools"):
+        check_tools((place, tool["function"]["name"], tool) for place, tool in enumerate(shown))
+    return plan.use(plan.choice, parallel=request.parallel_tool_calls)
+
+
+def _sampling(request: ResponsesRequest) -> dict[str, Any]:
+    given = {name: getattr(request, name) for name in _SAME_NAMES}
+    given["max_tokens"] = request.max_output_tokens
+    if request.wants_logprobs:
+        given["logprobs"] = request.top_logprobs or 0
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _form(request: PromptFields) -> tuple[StructuredOutputsParams | None, str]:
+    """The form of the answer, and what is to blame for it; a grammar of calls comes from the tools."""
+    form = None if request.text is None else request.text.format
+    if isinstance(form, JsonSchemaFormat):
+        return StructuredOutputsParams(json=form.json_schema), "text.format.schema"
+    if isinstance(form, JsonObjectFormat):
+        return StructuredOutputsParams(json_object=True), "text.format"
+    return None, "tools"
+
+
+def _variables(request: PromptFields) -> dict[str, Any]:
+    variables = dict(request.chat_template_kwargs or {})
+    with rules_below("chat_template_kwargs"):
+        check_variables(variables)
+    with rules_below(""):
+        set_effort(variables, request.reasoning and request.reasoning.effort, "reasoning.effort")
+    return variables
+
+
+def _check_length(request: PromptFields, count: int) -> None:
     if count > MAX_MESSAGES:
         field = "conversation" if request.conversation is not None else "input"
         field = "previous_response_id" if request.previous_response_id is not None else field
@@ -160,13 +211,11 @@ def _check_length(prepared: Prepared) -> None:
         )
 
 
-def _check_agreements(prepared: Prepared) -> None:
+def _check_agreements(plan: ToolPlan, made: Translated) -> None:
     """Somebody who has agreed to a call must hear where it cannot run; that its server is gone is told otherwise."""
-    plan, made = prepared.plan, prepared.made
     if not made.approved or any(server.error for server in plan.servers):
         return
-    calls = [call for message in made.messages for call in message.get("tool_calls") or ()]
-    names = {call["id"]: call["function"]["name"] for call in calls}
+    names = {call.id: call.name for message in made.messages for call in message.calls}
     for call_id, path in made.approved.items():
         if names[call_id] not in plan.by_name:
             raise InvalidParameterError(
@@ -174,12 +223,3 @@ def _check_agreements(prepared: Prepared) -> None:
                 "server among the tools as before",
                 path,
             )
-
-
-def _check(prepared: Prepared) -> None:
-    """Checks the chat request as a whole; calls that are to be run first are answered for that."""
-    chat = prepared.chat()
-    if prepared.request.truncation == "auto":  # the oldest are left out when the model is asked
-        chat["messages"] = fewer(chat["messages"])
-    waiting = [{"role": "tool", "tool_call_id": one, "content": ""} for one in sorted(prepared.made.approved)]
-    parse_chat_request({**chat, "messages": [*chat["messages"], *waiting]})

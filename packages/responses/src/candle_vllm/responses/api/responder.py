@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-from candle_vllm.core.errors import RequestError
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
 from candle_vllm.responses.api.memory import Memory, gather_items
+from candle_vllm.responses.api.messages import Translated
 from candle_vllm.responses.api.preparation import Preparation, Prepared, has_servers
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import stored_items
+from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel
-from candle_vllm.responses.conversation.events import ToolStarted
+from candle_vllm.responses.conversation.events import Event, ToolStarted
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
+from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.protocol.request import (
     InputTokensRequest,
     ResponsesRequest,
@@ -33,9 +38,9 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
-_LOOP_FIELDS = frozenset({"messages", "tools", "stream", "stream_options", "n"})
 
 
 class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +67,8 @@ class Responder:
     """Answers requests. Every method raises `RequestError` for a wrong request, and what its model raises.
 
     Args:
-        model: answers chat requests.
-        count: how many tokens the prompt of a chat request has; None where that cannot be told.
+        model: answers tasks.
+        count: how many tokens the prompt of a task has; None where that cannot be told.
         habits: what the model's template takes; None is everything.
         servers: where MCP servers come from; None is none.
         memory: keeps responses; None keeps nothing.
@@ -74,7 +79,7 @@ class Responder:
         self,
         model: ChatModel,
         *,
-        count: Callable[[Fields], Awaitable[int]] | None = None,
+        count: Callable[[Callable[[], Task]], Awaitable[int]] | None = None,
         habits: Callable[[], Awaitable[TemplateHabits]] | None = None,
         servers: McpSource | None = None,
         memory: Memory | None = None,
@@ -151,11 +156,11 @@ class Responder:
         async with AsyncExitStack() as stack:
             items = await gather_items(parsed, self._memory, owner)
             prepared = await self._preparation.prepare(parsed, items, stack, check=False)
-            try:
-                return InputTokens(input_tokens=await self._count(prepared.chat()))
-            except RequestError as error:
-                prepared.blame(error)
-                raise
+            task = await asyncio.to_thread(prepared.task)
+            if prepared.made.approved:  # what these calls will give is part of the prompt
+                missing = ", ".join(repr(call.id)[:80] for call in _open_calls(task, prepared.made)[:5])
+                raise InvalidParameterError(f"input leaves tool calls without a tool message: {missing}", "input")
+            return InputTokens(input_tokens=await self._count(lambda: task))
 
     def _is_stored(self, request: ResponsesRequest) -> bool:
         if self._memory is None:
@@ -191,36 +196,50 @@ class Responder:
             if server.label not in made.listed:
                 await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
-            loop = ConversationLoop(model, plan.registry, self._loop_options(request, prepared))
-            async with aclosing(
-                loop.run(made.messages, client_tools=plan.client_tools, approved=made.approved)
-            ) as events:
+            loop = ConversationLoop(model, plan.registry, self._loop_options(request, plan))
+            conversation = _conversation(loop, prepared, await asyncio.to_thread(prepared.task))
+            async with aclosing(conversation) as events:
                 async for event in events:
                     if isinstance(event, ToolStarted):
                         stream.begun()
                     await stream.put(writer.add(event))
         except TokensSpentError:
             await stream.put(writer.cut("max_output_tokens"))
-        except RequestError as error:
-            prepared.blame(error)
-            raise
         stream.begun()
         if keep is not None and self._memory is not None:
             answered = Answered(owner=keep, response=writer.response, input_items=stream.input_items)
             await self._memory.keep(answered)
         await stream.put(writer.conclude())
 
-    def _loop_options(self, request: ResponsesRequest, prepared: Prepared) -> ConversationOptions:
+    def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:
         options = self._options
         return ConversationOptions(
             max_turns=options.max_turns,
             max_tool_calls=request.max_tool_calls,
             timeout=options.timeout,
-            approval=prepared.plan.approval,
+            approval=plan.approval,
             parallel_tools=1 if request.parallel_tool_calls is False else 8,
             tool_timeout=options.tool_timeout,
-            request={name: value for name, value in prepared.fields.items() if name not in _LOOP_FIELDS},
         )
+
+
+def _conversation(loop: ConversationLoop, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
+    plan, made = prepared.plan, prepared.made
+    ids = {call.id for message in task.messages for call in message.calls}
+    transcript = Transcript(_open_calls(task, made), ids)
+    later = plan.use(plan.choice.freed(), parallel=prepared.request.parallel_tool_calls)
+
+    def ask(_: Sequence[ToolDefinition], *, first: bool) -> Task:
+        return replace(task, messages=(*task.messages, *transcript.added), tools=task.tools if first else later)
+
+    theirs = {name for name, tool in plan.by_name.items() if tool.kind != "mcp"}
+    return loop.converse(transcript, ask, theirs, approved=made.approved)
+
+
+def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
+    """Calls of the last answer without results, which somebody has agreed to."""
+    calls = (call for message in task.messages for call in message.calls if call.id in made.approved)
+    return [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
 
 
 def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:

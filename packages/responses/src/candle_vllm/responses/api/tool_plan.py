@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.protocol.tools import function_of
+from candle_vllm.openai.task import Choice, ToolUse
 from candle_vllm.responses.api.mcp_source import OpenServer
 from candle_vllm.responses.api.messages import CUSTOM_INPUT
-from candle_vllm.responses.api.tool_choice import Kind, PlannedTool, chat_choice
 from candle_vllm.responses.protocol.request import PromptFields
 from candle_vllm.responses.protocol.tools import (
+    AllowedToolsChoice,
     ApprovalFilter,
     CustomTool,
     FunctionTool,
     GrammarFormat,
     HostedTool,
     McpTool,
+    McpToolChoice,
+    NamedToolChoice,
     NamespaceTool,
+    ToolChoice,
     ToolFilter,
+    ToolReference,
 )
 from candle_vllm.responses.tools.approval import Rule
 from candle_vllm.responses.tools.names import tool_name
@@ -30,16 +38,37 @@ from candle_vllm.responses.tools.tool import ToolDefinition
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal["function", "custom", "mcp"]
+
+
+class PlannedTool(NamedTuple):
+    """A tool that the model may call.
+
+    Attributes:
+        kind: who runs it and in which form.
+        name: its own.
+        path: where the request has it.
+        namespace: of a function or a custom tool.
+        server: label of an MCP server.
+        parameters: path of its schema, for errors.
+    """
+
+    kind: Kind
+    name: str
+    path: str
+    namespace: str | None = None
+    server: str | None = None
+
 
 class ToolPlan(msgspec.Struct, kw_only=True):
     """The tools of one request.
 
     Attributes:
         by_name: each tool by the name that the model calls.
-        client_tools: in OpenAI's chat form: those that the caller runs.
+        client_tools: those that the caller runs, in the form that templates know.
         registry: those that run here.
         approval: for each that runs here, whether somebody must agree.
-        choice: `tool_choice` of the chat request; None where it has none.
+        choice: among them.
         servers: MCP servers of the request, with their tools or why there are none.
         offered: the tools of each of them that the model is shown, by its label.
     """
@@ -48,7 +77,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     client_tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
     registry: ToolRegistry = msgspec.field(default_factory=ToolRegistry)
     approval: dict[str, Rule] = msgspec.field(default_factory=dict)
-    choice: Any = None
+    choice: Choice = Choice()
     servers: Sequence[OpenServer] = ()
     offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
@@ -63,11 +92,16 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         """Whether somebody must agree before it runs."""
         return self.approval.get(name) == "always"
 
-    def paths(self) -> list[str]:
-        """Where the request has each tool, in the order of the chat request."""
-        served = [definition.name for definition in self.registry.definitions()]
-        client = [tool["function"]["name"] for tool in self.client_tools]
-        return [self.by_name[name].path for name in (*served, *client)]
+    def shown(self) -> list[dict[str, Any]]:
+        """All tools in the form that templates know: those that run here, then the caller's."""
+        return [definition.to_openai() for definition in self.registry.definitions()] + self.client_tools
+
+    def use(self, choice: Choice, *, parallel: bool | None) -> ToolUse:
+        """What a task says about the tools."""
+        shown = self.shown()
+        names = ("name", "description", "parameters", "strict")
+        functions = [function_of(*map(tool["function"].get, names)) for tool in shown]
+        return choice.among(functions, shown, parallel=parallel)
 
 
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
@@ -92,7 +126,7 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
                 _add_client_tool(plan, inner, f"{path}.tools.{number}", tool)
         else:
             _add_client_tool(plan, tool, path, None)
-    plan.choice = chat_choice(plan.by_name, request.tool_choice)
+    plan.choice = _choice(plan.by_name, request.tool_choice)
     return plan
 
 
@@ -191,3 +225,52 @@ def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
             return "always"
         return "never" if wish.never is not None and _matches(wish.never, definition) else "always"
     return wish or "always"
+
+
+# ---- the choice among them -------------------------------------------------------------------------------------------
+
+
+def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choice:
+    """The choice by the names that the model calls; raises `InvalidParameterError` where it names none of the tools."""
+    if choice is None or isinstance(choice, str):
+        return Choice(choice or "auto")
+    if isinstance(choice, AllowedToolsChoice):
+        if choice.mode == "none":
+            return Choice("none")
+        names = [name for i, one in enumerate(choice.tools) for name in _named(tools, one, f"tool_choice.tools.{i}")]
+        return Choice(choice.mode, frozenset(names))
+    names = _named(tools, choice, "tool_choice")
+    return Choice("required", named=names[0]) if len(names) == 1 else Choice("required", frozenset(names))
+
+
+def _named(tools: Mapping[str, PlannedTool], reference: ToolReference, path: str) -> list[str]:
+    """The names that the model calls for what a choice names."""
+    if isinstance(reference, McpToolChoice):
+        field, wanted = f"{path}.server_label", reference.server_label
+        found = [name for name, tool in tools.items() if tool.server == wanted]
+        if found and reference.name is not None:
+            field, wanted = f"{path}.name", reference.name
+            found = [name for name in found if tools[name].name == wanted]
+        known = [tool.server or "" for tool in tools.values()] if field.endswith("label") else []
+    else:
+        assert isinstance(reference, NamedToolChoice)
+        field, wanted = f"{path}.name", reference.name
+        found = [name for name, tool in tools.items() if _is_named(name, tool, reference)]
+        known = [tool.name for tool in tools.values()]
+    if not found:
+        near = difflib.get_close_matches(wanted, known, n=1)
+        advice = f"; did you mean {near[0]!r:.80}?" if near else ""
+        raise InvalidParameterError(f"{field} must name one of the request's tools, not {wanted!r:.80}{advice}", field)
+    if len(found) > 1 and not isinstance(reference, McpToolChoice):
+        raise UnsupportedParameterError(
+            f"{field} names tools of several namespaces: {', '.join(found)[:200]}; use one of these names", field
+        )
+    return found
+
+
+def _is_named(name: str, tool: PlannedTool, reference: NamedToolChoice) -> bool:
+    if tool.kind != reference.type:
+        return False
+    if reference.namespace is not None:
+        return (tool.namespace, tool.name) == (reference.namespace, reference.name)
+    return reference.name in (name, tool.name)

@@ -11,13 +11,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
-from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
+from msgspec.structs import replace
+
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.events import Event, Usage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
-from candle_vllm.responses.api.chat_fields import LIMIT
+from candle_vllm.openai.task import Message, Paths, Task
 from candle_vllm.responses.conversation.chat_model import ChatModel
 
-Message = Mapping[str, Any]
 _STEPS = 16  # how often a prompt is shortened at most; each try costs what a prompt's tokens cost
 
 
@@ -29,7 +30,7 @@ class TurnModel:
     """Answers the turns of one response.
 
     Args:
-        model: answers chat requests.
+        model: answers tasks.
         max_tokens: of all turns together, or None.
         truncate: whether old turns may be left out.
 
@@ -44,24 +45,26 @@ class TurnModel:
         self.entered = lambda: None
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+    async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
         """The events of one turn; raises `TokensSpentError` where there is no token left for it."""
+        assert isinstance(request, Task), "turns are asked for by tasks"
         if self._left is not None:
             if self._left < 1:
                 raise TokensSpentError("max_output_tokens were spent on earlier turns")
-            request = {**request, LIMIT: self._left}
+            request = replace(request, sampling={**request.sampling, "max_tokens": self._left})
         async with AsyncExitStack() as stack:
             events = await self._enter(stack, request)
             self.entered()
             yield self._counted(events)
 
-    async def _enter(self, stack: AsyncExitStack, request: Mapping[str, Any]) -> AsyncIterator[Event]:
-        units = _units(request["messages"]) if self._truncate else []
-        dropped = _least(units, len(request["messages"]) - MAX_MESSAGES)
+    async def _enter(self, stack: AsyncExitStack, task: Task) -> AsyncIterator[Event]:
+        units = _units(task.messages) if self._truncate else []
+        dropped = _least(units, len(task.messages) - MAX_MESSAGES)
         step = -(-len(units) // _STEPS)
         while True:
+            kept = replace(task, messages=_without(task.messages, units[:dropped])) if dropped else task
+            check_number(len(kept.messages), task.paths)
             try:
-                kept = {**request, "messages": _without(request["messages"], units[:dropped])} if dropped else request
                 return await stack.enter_async_context(self._model.stream(kept))
             except PromptTooLongError:
                 if dropped >= len(units):
@@ -75,8 +78,16 @@ class TurnModel:
             yield event
 
 
-def fewer(messages: Sequence[Message]) -> list[Message]:
-    """Without the oldest turns, where there are more messages than a chat request may have."""
+def check_number(count: int, paths: Paths) -> None:
+    """Raises `InvalidParameterError` for so many messages where a task may not have them."""
+    if not 0 < count <= MAX_MESSAGES:
+        field = paths.fields.get("messages", "messages")
+        told = f"have at most {MAX_MESSAGES} entries, not a list of {count}" if count else "not be empty"
+        raise InvalidParameterError(f"{field} must {told}", field)
+
+
+def fewer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Without the oldest turns, where there are more messages than a task may have."""
     units = _units(messages)
     return _without(messages, units[: _least(units, len(messages) - MAX_MESSAGES)])
 
@@ -86,8 +97,8 @@ def _units(messages: Sequence[Message]) -> list[range]:
 
     System messages stay.
     """
-    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    first = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    starts = [place for place, message in enumerate(messages) if message.role == "user"]
+    first = next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))
     if starts and first < starts[0]:
         starts.insert(0, first)
     return [range(start, end) for start, end in pairwise(starts)]
@@ -103,6 +114,6 @@ def _least(units: Sequence[range], too_many: int) -> int:
     return len(units)
 
 
-def _without(messages: Sequence[Message], units: Sequence[range]) -> list[Message]:
+def _without(messages: Sequence[Message], units: Sequence[range]) -> tuple[Message, ...]:
     left_out = {place for unit in units for place in unit}
-    return [one for place, one in enumerate(messages) if place not in left_out or one["role"] == "system"]
+    return tuple(one for place, one in enumerate(messages) if place not in left_out or one.role == "system")

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai import EngineLike, OpenAIAdapter
 from candle_vllm.openai.events import Event
+from candle_vllm.openai.task import Task
 
 if TYPE_CHECKING:
     from candle_vllm.responses.conversation.http_model import HttpModel
 
 
 class ChatModel(Protocol):
-    """Answers chat requests in events."""
+    """Answers tasks in events."""
 
-    def stream(self, request: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What happens while one request in OpenAI's form is answered; see `candle_vllm.openai.events`.
+    def stream(self, request: Task | Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens while one request is answered; see `candle_vllm.openai.events`.
+
+        A library's user says in OpenAI's form what is asked for; that is passed on as it is to where it is read.
 
         Leaving the context before the end aborts the request.
 
@@ -35,9 +38,12 @@ class InProcessModel:
         self._adapter = adapter
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+    async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
         """See `ChatModel`."""
-        events = await self._adapter.chat_events({**request, "stream": True})
+        if isinstance(request, Task):
+            events = await self._adapter.answer(lambda: request)
+        else:
+            events = await self._adapter.chat_events({**request, "stream": True})
         try:
             yield events
         finally:

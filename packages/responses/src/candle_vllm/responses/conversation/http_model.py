@@ -13,6 +13,8 @@ import httpx2
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
 from candle_vllm.openai.events import Event
+from candle_vllm.openai.task import Task
+from candle_vllm.responses.conversation.chat_form import chat_request
 from candle_vllm.responses.conversation.http_chunks import ChunkReader
 from candle_vllm.responses.conversation.http_errors import ModelServerError, error_of, shown
 
@@ -69,7 +71,7 @@ class HttpModel:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
+    async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
         """The events of the answer; leaving the context closes the connection, by which servers stop their work.
 
         Raises:
@@ -78,10 +80,11 @@ class HttpModel:
             ModelServerError: anything else, before the first event or among them.
         """
         self._check_open()
-        if self._model is None and "model" not in request:
+        fields = chat_request(request) if isinstance(request, Task) else request
+        if self._model is None and "model" not in fields:
             self._model = await self._first_model()
             self._check_open()
-        body = {"model": self._model, **request, "stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self._model, **fields, "stream": True, "stream_options": {"include_usage": True}}
         headers = {"content-type": "application/json"}
         try:
             async with self._client.stream(

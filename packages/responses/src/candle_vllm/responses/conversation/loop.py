@@ -9,10 +9,12 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from candle_vllm.core.errors import InvalidParameterError, RequestAbortedError
+from candle_vllm.core.errors import RequestAbortedError
+from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.chat_form import ChatTranscript, chat_message, client_names
 from candle_vllm.responses.conversation.chat_model import ChatModel
 from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
@@ -29,6 +31,13 @@ from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition, ToolResult
 
 CUT = "The answer was cut at its token limit, so this call may be incomplete. It did not run."
+
+
+class Ask(Protocol):
+    """Says what the model is asked next, with the tools that run here."""
+
+    def __call__(self, tools: Sequence[ToolDefinition], /, *, first: bool) -> Task | Mapping[str, Any]: ...
+
 
 _Round = tuple[tuple[str, str, str, str], ...]
 
@@ -85,9 +94,9 @@ class ConversationLoop:
         self._auto_approve = auto_approve
         self._running: set[asyncio.Task[None]] = set()
 
-    async def run(
+    def run(
         self,
-        messages: Sequence[Mapping[str, Any]] | Transcript,
+        messages: Sequence[Mapping[str, Any]] | ChatTranscript,
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
         approved: Collection[str] = (),
@@ -102,7 +111,7 @@ class ConversationLoop:
         before it returns (`contextlib.aclosing` closes it in time).
 
         Args:
-            messages: in OpenAI's form; a `Transcript` grows as the conversation does, also where it is cut off.
+            messages: in OpenAI's form; a `ChatTranscript` grows as the conversation does, also where it is cut off.
             client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last.
             approved, denied: ids of calls without results that may run, or may not.
 
@@ -110,13 +119,33 @@ class ConversationLoop:
             RequestError: a message, tool or option is wrong, or the conversation is too long.
             CandleVllmError: the model failed. Running tools have been ended.
         """
-        transcript = messages if isinstance(messages, Transcript) else Transcript(messages)
+        transcript = messages if isinstance(messages, ChatTranscript) else ChatTranscript(messages)
+        ask = partial(transcript.request, self._options.request, client_tools)
+        names = client_names(client_tools, self._tools)
+        return self.converse(transcript, ask, names, approved=approved, denied=denied)
+
+    async def converse(
+        self,
+        transcript: Transcript,
+        ask: Ask,
+        names: Collection[str] = (),
+        *,
+        approved: Collection[str] = (),
+        denied: Collection[str] = (),
+    ) -> AsyncGenerator[Event, None]:
+        """The same, whatever the messages are written in.
+
+        Args:
+            transcript: grows as the conversation does, also where it is cut off.
+            ask: what the model is asked next.
+            names: of tools that the caller runs.
+            approved, denied: as in `run`.
+        """
         decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
         decisions.check(transcript)
         channel: EventChannel[Event] = EventChannel()
-        names = _client_names(client_tools, self._tools)
         calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel)
-        conversation = _Conversation(self._model, self._options, client_tools, transcript, calls, channel)
+        conversation = _Conversation(self._model, self._options, ask, transcript, calls, channel)
         task = asyncio.create_task(conversation.run(), name="conversation")
         task.add_done_callback(partial(_close, channel))
         self._running.add(task)
@@ -142,14 +171,14 @@ class _Conversation:
         self,
         model: ChatModel,
         options: ConversationOptions,
-        client_tools: Sequence[Mapping[str, Any]],
+        ask: Ask,
         transcript: Transcript,
         calls: TurnCalls,
         channel: EventChannel[Event],
     ) -> None:
         self._model = model
         self._options = options
-        self._client_tools = client_tools
+        self._ask = ask
         self._transcript = transcript
         self._calls = calls
         self._channel = channel
@@ -178,7 +207,8 @@ class _Conversation:
             pending=self._transcript.open_calls,
             usage=self._usage,
         )
-        await self._channel.send(ConversationFinished(result=result, messages=self._transcript.added))
+        added = tuple(map(chat_message, self._transcript.added))
+        await self._channel.send(ConversationFinished(result=result, messages=added))
 
     async def _take_turns(self) -> StopReason:
         reason = await self._run_calls()
@@ -206,7 +236,8 @@ class _Conversation:
     async def _take_turn(self) -> TurnFinished:
         reader = TurnReader(self._turns + 1, self._transcript.call_ids)
         await self._channel.send(TurnStarted(number=self._turns + 1))
-        async with self._model.stream(self._request()) as answer:
+        request = self._ask([*self._calls.definitions().values()], first=not self._turns)
+        async with self._model.stream(request) as answer:
             async for one in answer:
                 for event in reader.read(one):
                     await self._channel.send(event)
@@ -214,25 +245,9 @@ class _Conversation:
         self._turns += 1
         self._usage += turn.usage
         self._words = turn.message["content"] or ""
-        self._transcript.add_turn(turn.message)
+        self._transcript.add_turn(reader.message())
         await self._channel.send(turn)
         return turn
-
-    def _request(self) -> dict[str, Any]:
-        tools = [one.to_openai() for one in self._calls.definitions().values()]
-        request: dict[str, Any] = {**self._options.request, "messages": self._transcript.messages}
-        if tools or self._client_tools:
-            request["tools"] = [*tools, *map(dict, self._client_tools)]
-        if self._turns and "tool_choice" in request:
-            request["tool_choice"] = _free_choice(request["tool_choice"])
-        return request
-
-
-def _free_choice(choice: Any) -> Any:
-    """The choice for later turns: a model that had to call something would never come to its answer."""
-    if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
-        return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
-    return "none" if choice == "none" else "auto"
 
 
 def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:
@@ -240,20 +255,3 @@ def _close(channel: EventChannel[Event], task: asyncio.Task[None]) -> None:
         channel.close(RequestAbortedError("The conversation was cancelled."))
     else:
         channel.close(task.exception())
-
-
-def _client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
-    """Names of the caller's tools; one of ours with such a name would never be called."""
-    names: set[str] = set()
-    for number, tool in enumerate(client_tools):
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str):
-            raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
-        if tools.find(name) is not None:
-            raise InvalidParameterError(
-                f"tools.{number}.function.name {name!r:.80} is the name of a tool that runs here: rename one of them",
-                f"tools.{number}.function.name",
-            )
-        names.add(name)
-    return frozenset(names)

@@ -14,6 +14,8 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import events as answer
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOL_CALLS
+from candle_vllm.openai.task import Call, Message, TextPart
+from candle_vllm.responses.conversation.chat_form import chat_message
 from candle_vllm.responses.conversation.events import (
     CallArgumentsDelta,
     CallStarted,
@@ -28,7 +30,7 @@ MAX_CHARS = 16 << 20  # of one turn: text, thoughts and arguments together
 _UNNAMED = "unnamed"
 
 
-class _Call:
+class _Growing:
     def __init__(self, call_id: str, name: str) -> None:
         self.id = call_id
         self.name = name
@@ -48,7 +50,7 @@ class TurnReader:
         self._used = set(used_ids)
         self._text: list[str] = []
         self._thoughts: list[str] = []
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _Growing] = {}
         self._size = 0
         self._cut = False
         self._usage = ConversationUsage()
@@ -66,7 +68,7 @@ class TurnReader:
         reason = "tool_calls" if self._calls else "stop"
         return TurnFinished(
             number=self._number,
-            message=self._message(),
+            message=chat_message(self.message()),
             finish_reason="length" if self._cut else reason,
             usage=self._usage,
         )
@@ -95,7 +97,7 @@ class TurnReader:
         if len(self._calls) >= MAX_TOOL_CALLS:
             raise CandleVllmError(f"The model asked for more than {MAX_TOOL_CALLS} calls in one turn.")
         usable = 0 < len(event.id) <= MAX_NAME and event.id not in self._used
-        call = _Call(event.id if usable else f"call_{uuid.uuid4().hex}", event.name[:MAX_NAME] or _UNNAMED)
+        call = _Growing(event.id if usable else f"call_{uuid.uuid4().hex}", event.name[:MAX_NAME] or _UNNAMED)
         self._used.add(call.id)
         self._calls[event.call] = call
         return CallStarted(index=event.call, call_id=call.id, name=call.name)
@@ -106,23 +108,15 @@ class TurnReader:
             raise CandleVllmError(f"The model's answer has more than {MAX_CHARS} characters.")
         parts.append(text)
 
-    def _message(self) -> dict[str, Any]:
-        text, thoughts = "".join(self._text), "".join(self._thoughts)
-        message: dict[str, Any] = {"role": "assistant", "content": text}
-        if thoughts:
-            message["reasoning_content"] = thoughts
-        if self._calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": "".join(call.arguments)},
-                }
-                for _, call in sorted(self._calls.items())
-            ]
-        if not text and (thoughts or self._calls):
-            message["content"] = None
-        return message
+    def message(self) -> Message:
+        """The message so far, for a task."""
+        calls = (call for _, call in sorted(self._calls.items()))
+        return Message(
+            role="assistant",
+            parts=(TextPart("".join(self._text)),),
+            thoughts="".join(self._thoughts) or None,
+            calls=tuple(Call(call.id, call.name, "".join(call.arguments)) for call in calls),
+        )
 
 
 def _entries(logprobs: Sequence[PositionLogprobs] | None) -> tuple[Any, ...]:

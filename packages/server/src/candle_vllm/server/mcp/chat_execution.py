@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from msgspec import UNSET
+from msgspec.structs import replace
 from starlette.types import Scope
 
 from candle_vllm.core.errors import PromptTooLongError
@@ -21,17 +22,21 @@ from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompleti
 from candle_vllm.openai.events import Begun, Head
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
+from candle_vllm.openai.protocol.tools import function_of, read_choice
+from candle_vllm.openai.requests import read_chat
+from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel
 from candle_vllm.responses.conversation.events import CallStarted, Event, ReasoningDelta, TextDelta, TurnFinished
-from candle_vllm.responses.conversation.loop import ConversationLoop
-from candle_vllm.responses.conversation.options import OWN_FIELDS, ConversationOptions
+from candle_vllm.responses.conversation.loop import Ask, ConversationLoop
+from candle_vllm.responses.conversation.options import ConversationOptions
+from candle_vllm.responses.conversation.transcript import Transcript
+from candle_vllm.responses.tools.tool import ToolDefinition
 from candle_vllm.server.mcp.execution_state import CONTEXT, ExecutionState
 from candle_vllm.server.mcp.service import McpService, Offer
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.observing.request_context import begin_generation
 
-_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})  # of all turns together
 _BETWEEN_TURNS = "\n\n"
 
 
@@ -55,11 +60,12 @@ class WatchedTurns:
         self.entered = asyncio.Event()
 
     @asynccontextmanager
-    async def stream(self, request: Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
+    async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
         """The events of one turn. Turns after the first have ids and times of their own."""
+        assert isinstance(request, Task), "turns are asked for by tasks"
         self._turns += 1
         if self._turns > 1:
-            request = {name: value for name, value in request.items() if name != "request_id"}
+            request = replace(request, request_id=None)
             begin_generation(self._scope)
         async with self._model.stream(request) as events:
             self.entered.set()
@@ -80,7 +86,6 @@ class Execution:
         offer: those that the model is shown.
         model: answers the turns.
         wire: the request, checked.
-        payload: the same as it was sent.
         scope: of the HTTP request.
 
     Attributes:
@@ -94,16 +99,12 @@ class Execution:
         offer: Offer,
         model: ServedModel,
         wire: ChatCompletionRequest,
-        payload: Mapping[str, Any],
         scope: Scope,
     ) -> None:
         adapter, options = model.adapter, service.options
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
         self.state = ExecutionState(service.registry, reasons=adapter.planner.choice.reasoning is not None)
         self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit), scope)
-        request = {name: value for name, value in payload.items() if name not in OWN_FIELDS | _LIMITS}
-        defaults = model.entry.settings.default_sampling
-        absent = {name: value for name, value in defaults.items() if request.get(name) is None}
         loop = ConversationLoop(
             self.turns,
             service.registry,
@@ -113,11 +114,11 @@ class Execution:
                 max_tool_calls=options.max_tool_calls,
                 approval="always",
                 parallel_tools=1 if wire.parallel_tool_calls is False else 8,
-                request=request | absent,
             ),
             auto_approve=service.auto_approves,
         )
-        self._events = loop.run(payload["messages"])
+        transcript, ask = _asked(wire, model.entry.settings.default_sampling, limit)
+        self._events = loop.converse(transcript, ask)
         self._next: asyncio.Task[Event] | None = None
 
     async def start(self) -> None:
@@ -161,6 +162,28 @@ class Execution:
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
         await self._events.aclose()
+
+
+def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int | None) -> tuple[Transcript, Ask]:
+    """What the model is asked, turn by turn; `limit` is told of as each turn has it."""
+    task = read_chat(wire)
+    names = {} if limit is None else {"max_tokens": "max_completion_tokens"}
+    task = replace(
+        task,
+        sampling={**defaults, **task.sampling},
+        paths=task.paths._replace(fields={**task.paths.fields, **names}),
+    )
+    transcript = Transcript((), {call.id for message in task.messages for call in message.calls})
+
+    def ask(tools: Sequence[ToolDefinition], *, first: bool) -> Task:
+        functions = [function_of(tool.name, tool.description, tool.parameters, None) for tool in tools]
+        choice = read_choice(wire.tool_choice, [tool.name for tool in tools])
+        use = (choice if first else choice.freed()).among(
+            functions, [tool.to_openai() for tool in tools], parallel=wire.parallel_tool_calls
+        )
+        return replace(task, messages=(*task.messages, *transcript.added), tools=use)
+
+    return transcript, ask
 
 
 async def _next(events: Any) -> Event:

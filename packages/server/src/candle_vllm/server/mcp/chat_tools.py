@@ -68,7 +68,7 @@ async def _answer(
     if service.options.execute:
         if request.app.state.mailbox is not None:
             refuse_headers(request.scope["headers"], _NOT_TOGETHER)
-        chat = _Executed(offer, service, with_tools, request)
+        chat = _Executed(offer, service, request)
         api = replace(api, kept=None)
     api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
     return await answer_parsed(request, api, wire, deadline)
@@ -127,16 +127,15 @@ class _Injected:
 class _Executed(_Injected):
     """A chat request that was given tools, whose calls run here."""
 
-    def __init__(self, offer: Offer, service: McpService, payload: Mapping[str, Any], request: Request) -> None:
+    def __init__(self, offer: Offer, service: McpService, request: Request) -> None:
         super().__init__(offer, service)
-        self._payload = payload
         self._request = request
 
     async def _whole(self, plain: _Whole, model: ServedModel, wire: ChatCompletionRequest) -> Any:  # noqa: ARG002
         from candle_vllm.server.mcp.chat_execution import Execution, executed
 
         _check_executable(wire)
-        return await executed(Execution(self._service, self._offer, model, wire, self._payload, self._request.scope))
+        return await executed(Execution(self._service, self._offer, model, wire, self._request.scope))
 
     async def _streamed(
         self, plain: _Streamed, model: ServedModel, wire: ChatCompletionRequest  # noqa: ARG002
@@ -144,7 +143,7 @@ class _Executed(_Injected):
         from candle_vllm.server.mcp.chat_execution import ExecutedStream, Execution
 
         _check_executable(wire)
-        execution = Execution(self._service, self._offer, model, wire, self._payload, self._request.scope)
+        execution = Execution(self._service, self._offer, model, wire, self._request.scope)
         await execution.start()
         return ExecutedStream(execution, include_usage=wire.include_usage)
 

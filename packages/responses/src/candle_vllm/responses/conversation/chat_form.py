@@ -1,0 +1,222 @@
+"""OpenAI's chat form: messages that a library's user gives and gets, requests to other servers, tasks written so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse
+from candle_vllm.responses.conversation.transcript import Transcript
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
+
+ChatMessage = dict[str, Any]
+
+
+class ChatTranscript(Transcript):
+    """A conversation whose messages somebody gave in OpenAI's form; they stay as they are.
+
+    Args:
+        messages: what was said before; copied.
+
+    Raises:
+        InvalidParameterError: something is no message or no JSON, or the calls of the last turn cannot be read.
+    """
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
+        check_is_list(messages)
+        self._given = [_checked_message(message, place) for place, message in enumerate(messages)]
+        calls = [call for message in self._given for call in _calls_of(message) if isinstance(call, Mapping)]
+        super().__init__(_last_calls(self._given), {call["id"] for call in calls if isinstance(call.get("id"), str)})
+
+    @property
+    def messages(self) -> list[ChatMessage]:
+        """All of them, a copy."""
+        return [*_copied(self._given), *map(chat_message, self.added)]
+
+    def request(
+        self, fields: Mapping[str, Any], client_tools: Sequence[Mapping[str, Any]], tools: Sequence[ToolDefinition],
+        *, first: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The chat request of the next turn: `fields` with the messages and the tools."""
+        request: dict[str, Any] = {**fields, "messages": self.messages}
+        if tools or client_tools:
+            request["tools"] = [*(one.to_openai() for one in tools), *map(dict, client_tools)]
+        if not first and "tool_choice" in request:
+            request["tool_choice"] = _free_choice(request["tool_choice"])
+        return request
+
+
+def chat_message(message: Message) -> ChatMessage:
+    """A message of a task in OpenAI's form; the content is null where there are thoughts or calls alone."""
+    content = _content(message.parts)
+    written: ChatMessage = {"role": message.role, "content": content}
+    if message.thoughts:
+        written["reasoning_content"] = message.thoughts
+    if message.calls:
+        written["tool_calls"] = list(map(_chat_call, message.calls))
+    if message.call_id is not None:
+        written = {"role": message.role, "tool_call_id": message.call_id, "content": content}
+    if message.name is not None:
+        written["name"] = message.name
+    if not content and (message.thoughts or message.calls):
+        written["content"] = None
+    return written
+
+
+def chat_request(task: Task) -> dict[str, Any]:
+    """A task as the body of a chat request, for other servers; what it leaves open is not in it."""
+    variables = dict(task.variables)
+    effort = variables.pop("reasoning_effort", None)
+    if effort == "none":  # by which a server knows that these are off
+        variables = {name: value for name, value in variables.items() if name not in ("thinking", "enable_thinking")}
+    sampling = dict(task.sampling)
+    logprobs = sampling.pop("logprobs", None)
+    use = task.tools
+    fields = {
+        "model": task.model,
+        "messages": list(map(chat_message, task.messages)),
+        "tools": use.as_template(),
+        "tool_choice": _choice(use),
+        "parallel_tool_calls": None if use.parallel or use.named is not None else False,
+        **_form(task.form),
+        "reasoning_effort": effort,
+        "chat_template_kwargs": variables or None,
+        "max_completion_tokens": sampling.pop("max_tokens", None),
+        **sampling,
+        "logprobs": None if logprobs is None else True,
+        "top_logprobs": logprobs,
+        "priority": task.priority or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _form(form: StructuredOutputsParams | None) -> dict[str, Any]:
+    if form is None:
+        return {}
+    if isinstance(form.json, Mapping):
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.json}}}
+    if form.json_object:
+        return {"response_format": {"type": "json_object"}}
+    return {"structured_outputs": {form.kind: getattr(form, form.kind)}}
+
+
+def _choice(use: ToolUse) -> Any:
+    names = [{"type": "function", "function": {"name": tool.name}} for tool in use.tools]
+    if use.named is not None:
+        return names[0]
+    if len(use.tools) < len(use.shown):
+        return {"type": "allowed_tools", "allowed_tools": {"mode": use.mode, "tools": names}}
+    return "required" if use.mode == "required" else None
+
+
+def _content(parts: Sequence[Part]) -> Any:
+    """The text of a message; a list where there is more than text."""
+    if all(isinstance(part, TextPart) for part in parts):
+        return "\n".join(part.text for part in parts if isinstance(part, TextPart))
+    return list(map(_chat_part, parts))
+
+
+def _chat_part(part: Part) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    image = {"url": part.source} if part.detail is None else {"url": part.source, "detail": part.detail}
+    return {"type": "image_url", "image_url": image}
+
+
+def _chat_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _free_choice(choice: Any) -> Any:
+    """The choice for later turns: a model that had to call something would never come to its answer."""
+    if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
+        return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
+    return "none" if choice == "none" else "auto"
+
+
+def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
+    """Names of the caller's tools; one of ours with such a name would never be called."""
+    names: set[str] = set()
+    for number, tool in enumerate(client_tools):
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise InvalidParameterError(f"tools.{number}.function.name must be a text", f"tools.{number}.function.name")
+        if tools.find(name) is not None:
+            raise InvalidParameterError(
+                f"tools.{number}.function.name {name!r:.80} is the name of a tool that runs here: rename one of them",
+                f"tools.{number}.function.name",
+            )
+        names.add(name)
+    return frozenset(names)
+
+
+def check_is_list(messages: object) -> None:
+    """Raises `InvalidParameterError` for what cannot be a list of messages."""
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise InvalidParameterError(
+            f"messages must be a list of objects with a role and content, not a {type(messages).__name__}", "messages"
+        )
+
+
+def _checked_message(message: Any, place: int) -> ChatMessage:
+    """A copy of what somebody gave as a message."""
+    where = f"messages.{place}"
+    if not isinstance(message, Mapping):
+        raise InvalidParameterError(
+            f"{where} must be an object with a role and content, not a {type(message).__name__}", where
+        )
+    try:
+        text = json.dumps(dict(message), ensure_ascii=False, allow_nan=False)
+        text.encode()  # half of a surrogate pair is no text
+        checked = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"{where} must be JSON: {error!s:.200}", where) from None
+    call_id = checked.get("tool_call_id")
+    if call_id is not None and not isinstance(call_id, str):
+        raise InvalidParameterError(f"{where}.tool_call_id must be a text", f"{where}.tool_call_id")
+    return checked
+
+
+def _copied(value: Any) -> Any:
+    """A copy of JSON; several times faster than `copy.deepcopy`, and it is made in every turn."""
+    return json.loads(json.dumps(value, ensure_ascii=False))
+
+
+def _last_calls(messages: Sequence[ChatMessage]) -> tuple[ToolCall, ...]:
+    """The calls of the last assistant message that no tool message behind it answers, if only such follow it."""
+    answered: set[object] = set()
+    for place in range(len(messages) - 1, -1, -1):
+        message = messages[place]
+        if message.get("role") != "tool":
+            calls = _calls_of(message) if message.get("role") == "assistant" else ()
+            read = [_call(call, place) for call in calls]
+            ids = [call.id for call in read]
+            if len(set(ids)) < len(ids):
+                twice = next(one for one in ids if ids.count(one) > 1)
+                where = f"messages.{place}.tool_calls"
+                raise InvalidParameterError(f"{where}: {twice!r:.80} is the id of two calls", where)
+            return tuple(call for call in read if call.id not in answered)
+        answered.add(message.get("tool_call_id"))
+    return ()
+
+
+def _calls_of(message: ChatMessage) -> Sequence[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else ()
+
+
+def _call(call: Any, place: int) -> ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not all(
+        isinstance(text, str) for text in (call.get("id"), function.get("name"), function.get("arguments"))
+    ):
+        raise InvalidParameterError(
+            f"messages.{place}.tool_calls must have an id and a function with a name and arguments, which are texts",
+            f"messages.{place}.tool_calls",
+        )
+    return ToolCall(id=call["id"], name=function["name"], arguments=function["arguments"])
