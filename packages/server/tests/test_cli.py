@@ -21,8 +21,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, parts
-from candle_vllm.server.settings.kinds import UsageError
-from candle_vllm.server.settings.options import COMMANDS
+from candle_vllm.server.settings.options import COMMANDS, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
 

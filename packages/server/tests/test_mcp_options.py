@@ -12,7 +12,7 @@ from candle_vllm.server import Settings
 from candle_vllm.server.cli import main
 from candle_vllm.server.mcp.options import mcp_options, split_arguments
 from candle_vllm.server.settings.command_line import parse
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 TESTS = str(Path(__file__).parent)
 SCRIPT = """

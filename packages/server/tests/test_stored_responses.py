@@ -21,7 +21,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.commands.config import HIDDEN, effective
 from candle_vllm.server.settings.configuration import load_configuration
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import Source
 
 KEYS = ("first-key", "second-key")

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 KEYS = ("first-key", "second-key")
 APP = create_app(PacedEngine(), Settings())

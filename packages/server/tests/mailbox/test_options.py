@@ -8,7 +8,7 @@ import pytest
 
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions, webhook_options
 from candle_vllm.server.mailbox.signing import WebhookAuth
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 VARIABLES = {"TOKEN": "t0ken", "EMPTY": ""}
 

@@ -19,7 +19,7 @@ from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.models.turns import take_turn
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 NAMES = ("a", "b", "c")
 

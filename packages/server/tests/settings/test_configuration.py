@@ -11,7 +11,7 @@ import pytest
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration, load_settings
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import Source
 
 MODELS = """

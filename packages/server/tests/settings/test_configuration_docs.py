@@ -9,9 +9,9 @@ from typing import Any
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.config import SETTINGS
+from candle_vllm.core.setting_kinds import Integer, Number
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import load_settings
-from candle_vllm.server.settings.kinds import Integer, Number
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import SAMPLING
 from candle_vllm.server.settings.sources import Source, read_dotenv

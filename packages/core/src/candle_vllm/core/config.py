@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.setting_kinds import (
+    Boolean,
+    Choice,
+    Device,
+    EngineKind,
+    FilePath,
+    Integer,
+    Number,
+    QuantisedType,
+    Text,
+)
 
 DType = Literal["auto", "f32", "bf16", "f16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -24,117 +34,6 @@ ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k",
 def cache_folder() -> Path:
     """Where compiled kernels and the like are kept: candle-vllm in the user's cache folder. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm"
-
-
-# ---- what a setting may hold -----------------------------------------------------------------------------------------
-
-
-class Limits(Protocol):
-    """What the values of one sort of setting are."""
-
-    def taken(self, value: Any) -> Any:
-        """The value as the engine has it; a ValueError whose text says of the value what it is not."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A text."""
-
-    def taken(self, value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"is not a text but a {type(value).__name__}")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Device(Text):
-    """auto, cpu, cuda or cuda:N."""
-
-    def taken(self, value: Any) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", super().taken(value)):
-            raise ValueError("is not one of auto, cpu, cuda, cuda:N")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class OneOf(Text):
-    """One of a few names."""
-
-    names: tuple[str, ...]
-
-    def taken(self, value: Any) -> str:
-        if super().taken(value) not in self.names:
-            raise ValueError(f"is not one of {', '.join(self.names)}")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantisedType(OneOf):
-    """The name of a type to quantise to, however it is spelled; the mixtures of llama.cpp (q4_k_m) are no types."""
-
-    def taken(self, value: Any) -> str:
-        name = Text.taken(self, value).strip().lower()
-        if name in self.names or (name := name.replace("_k", "k")) in self.names:
-            return name
-        main = re.sub("_[sml]$", "", name)
-        hint = f"; {value!r:.60} is a mixture of types, mostly {main}" if main in self.names else ""
-        raise ValueError(f"is not one of {', '.join(self.names)}{hint}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """A path, which may be given as a text."""
-
-    def taken(self, value: Any) -> Path:
-        if not isinstance(value, (str, Path)) or value == "":
-            raise ValueError("is not a folder")
-        return Path(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Switch:
-    """True or False."""
-
-    def taken(self, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError("is neither True nor False")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A whole number from `low` to `high`."""
-
-    low: int
-    high: int
-    power_of_two: bool = False
-
-    def taken(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
-            raise ValueError(f"is not a whole number between {self.low} and {self.high}")
-        if self.power_of_two and value & (value - 1):
-            raise ValueError("is not a power of two: try 32")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Real:
-    """A number above `low` and below `high`, or up to it where it is `closed`; `said` tells a user so."""
-
-    low: float
-    high: float
-    said: str
-    closed: bool = False
-
-    def taken(self, value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not (self.low < value < self.high or (self.closed and value == self.high)):
-            raise ValueError(f"is not a number {self.said}")
-        return float(value)
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,46 +76,48 @@ class EngineConfig:
     revision: Annotated[str | None, Text(), "branch, tag or commit on Hugging Face"] = None
     hf_token: Annotated[str | None, Text(), "access token for Hugging Face"] = dataclasses.field(
         default=None, repr=False)
-    download_dir: Annotated[Path | None, Folder(), "where downloads are kept"] = None
-    offline: Annotated[bool, Switch(), "never use the network to find the model"] = False
-    tokenizer: Annotated[Path | None, Folder(), "folder with the tokenizer.json to use instead"] = None
+    download_dir: Annotated[Path | None, FilePath(), "where downloads are kept"] = None
+    offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
+    tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES)] = None
-    load_format: Annotated[LoadFormat, OneOf(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
+    load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files"] = "auto"
     device: Annotated[str, Device(), "auto, cpu, cuda or cuda:N"] = "auto"
-    dtype: Annotated[DType, OneOf(get_args(DType)), "type of plain matrices: auto (each one's own; on a GPU bf16, or "
+    dtype: Annotated[DType, Choice(get_args(DType)), "type of plain matrices: auto (each one's own; on a GPU bf16, or "
                      "f16 where it has none), f32, bf16 or f16"] = "auto"
-    enforce_eager: Annotated[bool, Switch(), "decode the weights and run the layers one by one, on a GPU without CUDA "
+    enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers one by one, on a GPU without CUDA "
                              "graphs: slow, for comparison"] = False
-    attention_backend: Annotated[AttentionBackend, OneOf(get_args(AttentionBackend)),
+    attention_backend: Annotated[AttentionBackend, Choice(get_args(AttentionBackend)),
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch"] = "auto"
-    kv_cache_dtype: Annotated[KvCacheDType, OneOf(get_args(KvCacheDType)), "type of keys and values: auto (that of "
+    kv_cache_dtype: Annotated[KvCacheDType, Choice(get_args(KvCacheDType)), "type of keys and values: auto (that of "
                               "activations), or fp8 on a GPU, scaled as the checkpoint says, else by 1"] = "auto"
-    cuda_graphs: Annotated[bool, Switch(), "capture decoding steps as CUDA graphs (on unless disabled)"] = True
-    max_cudagraph_capture_size: Annotated[int, Whole(0, 16384), "on a GPU, capture steps with prompts of up to so many "
-                                          "tokens, too; 0 for none"] = 0
-    deterministic: Annotated[bool, Switch(),
+    cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)"] = True
+    max_cudagraph_capture_size: Annotated[int, Integer(0, 16384), "on a GPU, capture steps with prompts of up to so "
+                                          "many tokens, too; 0 for none"] = 0
+    deterministic: Annotated[bool, Boolean(),
                              "on a GPU, make seeded answers independent of what else is in the batch"] = False
-    yarn_scaling_factor: Annotated[float | None, Real(1, 1024, "above 1 and at most 1024: try 4.0", closed=True),
+    yarn_scaling_factor: Annotated[float | None,
+                                   Number(1, 1024, open_low=True, said="above 1 and at most 1024: try 4.0"),
                                    "stretch the context of a model without rotary scaling by YaRN, to this many times "
                                    "its own"] = None
-    max_model_len: Annotated[int | None, Whole(1, 1 << 24), "longest prompt plus answer, in tokens"] = None
-    max_num_seqs: Annotated[int | None, Whole(1, 4096),
+    max_model_len: Annotated[int | None, Integer(1, 1 << 24), "longest prompt plus answer, in tokens"] = None
+    max_num_seqs: Annotated[int | None, Integer(1, 4096),
                             "most sequences in one step: 64 on the CPU, 256 on a GPU"] = None
-    max_num_batched_tokens: Annotated[int | None, Whole(1, 1 << 20),
+    max_num_batched_tokens: Annotated[int | None, Integer(1, 1 << 20),
                                       "most tokens in one step, prompts included: 512 on the CPU, 8192 on a GPU"] = None
-    block_size: Annotated[int, Whole(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
-    kv_cache_memory: Annotated[int | None, Whole(1 << 10, 1 << 50), "bytes for the KV cache"] = None
-    kv_fraction: Annotated[float | None, Real(0, 1, "between 0 and 1: try 0.4"), "share of the memory left after "
-                           "loading that the KV cache takes: 0.4 on the CPU, 0.9 on a GPU"] = None
-    enable_prefix_caching: Annotated[bool, Switch(),
+    block_size: Annotated[int, Integer(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
+    kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache"] = None
+    kv_fraction: Annotated[float | None, Number(0, 1, open_low=True, open_high=True, said="between 0 and 1: try 0.4"),
+                           "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a "
+                           "GPU"] = None
+    enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
-    max_queued_requests: Annotated[int, Whole(1, 1 << 20),
+    max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
-    threads: Annotated[int | None, Whole(1, 1024), "CPU threads; without it, one per physical core"] = None
-    seed: Annotated[int | None, Whole(-(1 << 63), (1 << 64) - 1),
+    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per physical core"] = None
+    seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
                     "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on
 
@@ -228,7 +129,7 @@ class EngineConfig:
             if value is None and each.default is None:
                 continue
             try:
-                object.__setattr__(self, each.name, each.limits.taken(value))
+                object.__setattr__(self, each.name, each.kind.taken(value))
             except ValueError as error:
                 shown = "" if each.secret else f" {_shown(value)}"
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
@@ -241,7 +142,7 @@ class Setting(NamedTuple):
 
     name: str
     default: Any
-    limits: Limits
+    kind: EngineKind
     help: str
     secret: bool
 

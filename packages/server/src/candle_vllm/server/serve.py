@@ -38,7 +38,7 @@ from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.kinds import Secret
 from candle_vllm.server.settings.options import GROUPS, Option
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.events import Text, Thought
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine

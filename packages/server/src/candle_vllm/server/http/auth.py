@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
 from candle_vllm.server.http.paths import route_path
-from candle_vllm.server.settings.kinds import Secret, UsageError
+from candle_vllm.server.settings.options import UsageError
 
 PUBLIC_PATHS = frozenset({"/health"})
 MANAGEMENT_PATHS = frozenset(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Number, Text
 from candle_vllm.server.mailbox.signing import (
     HEADER_NAME,
     RESERVED_HEADERS,
@@ -19,7 +20,7 @@ from candle_vllm.server.mailbox.signing import (
     webhook_secret,
 )
 from candle_vllm.server.mailbox.targets import check_pattern, parse_target
-from candle_vllm.server.settings.kinds import Boolean, Integer, Kind, Number, Text, UsageError, nearest
+from candle_vllm.server.settings.options import UsageError, known_keys
 
 HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?", re.ASCII)
 MAX_HEADERS = 16
@@ -141,11 +142,9 @@ def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) ->
     Raises:
         UsageError: an unknown key, a wrong value, a variable that is not set.
     """
-    known = [each.name for each in fields(WebhookOptions)]
+    known_keys(section, [each.name for each in fields(WebhookOptions)], "webhook")
     values: dict[str, Any] = {}
     for key, value in section.items():
-        if key not in known:
-            raise UsageError(f"webhook: unknown key {key!r:.60}{nearest(str(key), known)}")
         if key in _FIELDS:
             values[key] = checked(f"webhook {key}", lambda kind=_FIELDS[key], value=value: kind.check(value))
     if "${" in str(values.get("url", "")):

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from candle_vllm.server.settings.kinds import Choice, Secret, Text, UsageError, nearest
+from candle_vllm.core.setting_kinds import Choice, Secret, Text
+from candle_vllm.server.settings.options import UsageError, known_keys
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", re.ASCII)
 RESERVED_HEADERS = frozenset({
@@ -78,20 +79,18 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
     """
     if not isinstance(section, Mapping):
         raise UsageError("webhook auth must be a mapping with a type")
-    kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS), {}).check(section.get("type")))
+    kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
     secret = _SECRETS[kind]
     known = ["type"] + ([secret] if secret else [])
     known += {"api_key": ["header"], "hmac": ["algorithm", "header"]}.get(kind, [])
-    for key in section:
-        if key not in known:
-            raise UsageError(f"webhook auth of type {kind}: unknown key {key!r:.60}{nearest(str(key), known)}")
+    known_keys(section, known, f"webhook auth of type {kind}")
     values: dict[str, Any] = {"type": kind}
     if secret and secret in section:
         values["secret"] = webhook_secret(f"auth {secret}", section[secret], variables)
     if "header" in section:
         values["header"] = checked("webhook auth header", lambda: Text(64).check(section["header"]))
     if "algorithm" in section:
-        choice = Choice(tuple(_SIGNATURE_HEADERS), {})
+        choice = Choice(tuple(_SIGNATURE_HEADERS))
         values["algorithm"] = checked("webhook auth algorithm", lambda: choice.check(section["algorithm"]))
     return WebhookAuth(**values)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from candle_vllm.responses.mcp.config import load_mcp_config
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 DEFAULT = "default"  # the label of the server of --mcp-command, as in candle-vllm
 

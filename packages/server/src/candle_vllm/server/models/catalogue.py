@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.kinds import UsageError
+from candle_vllm.server.settings.options import UsageError
 
 ANY_MODEL = "default"  # the name that always means the default
 _LISTED = 20  # names in a message

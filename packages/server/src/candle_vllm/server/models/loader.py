@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
@@ -32,7 +33,6 @@ WORKSPACE = 256 * MIB  # what steps take besides weights and cache
 LEAST_CACHE = 256 * MIB  # a KV cache below this serves nobody
 CACHE_SHARE = 0.4  # of what is left beside other models
 BESIDE_CAPACITY = 8  # one sequence more in the engine for so many in a step
-MAX_UNFINISHED = 1024  # sequences of one model, as in `EngineConfig`
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
     admission = Admission(
         # Those that run in a step, and a few that wait in the engine itself, so that no step has a place free.
         info.max_num_seqs + -(-info.max_num_seqs // BESIDE_CAPACITY),
-        settings.max_queued_requests or MAX_UNFINISHED,
+        settings.max_queued_requests or SETTINGS["max_queued_requests"].default,
         settings.max_queued_per_key,
         lambda reason: metrics.refused(name, reason),
     )

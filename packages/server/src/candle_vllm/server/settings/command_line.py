@@ -1,4 +1,4 @@
-"""The command line's grammar, made from the table in `flags.py`.
+"""The command line's grammar, made from the table in `table.py`.
 
 Read before step 1 of a request's life. argparse splits the line; the values are converted by the same kinds as
 those of the environment and of models.yaml, so that every source refuses the same things in the same words.
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from candle_vllm.server.settings.kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, UsageError, nearest
-from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, switch
+from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
+from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
 from candle_vllm.server.settings.sources import Source, convert
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
 

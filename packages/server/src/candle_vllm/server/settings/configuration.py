@@ -16,9 +16,8 @@ from typing import Any
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.address import split_host
-from candle_vllm.server.settings.kinds import UsageError
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
+from candle_vllm.server.settings.options import UsageError, split_host
 from candle_vllm.server.settings.parts import demo_model, mailbox_options
 from candle_vllm.server.settings.sources import Source, environment_source, merge, read_dotenv
 

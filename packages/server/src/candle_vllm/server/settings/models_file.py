@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.server.settings.kinds import FilePath, Text, UsageError, known_keys, mapping, nearest
-from candle_vllm.server.settings.options import Option
+from candle_vllm.core.setting_kinds import FilePath, Text, nearest
+from candle_vllm.server.settings.options import Option, UsageError, known_keys, mapping
 from candle_vllm.server.settings.sources import Source, convert, read_small
 from candle_vllm.server.settings.table import OPTIONS
 

@@ -1,4 +1,6 @@
-"""What a setting is: its name, flags, kind and help; those of the engine are told in the table of `EngineConfig`.
+"""What a setting is: its name, flags, kind and help, how a wrong one is refused, and the forms of `--host`.
+
+The engine's are told in the table of `EngineConfig`.
 
 Read before step 1 of a request's life.
 """
@@ -6,11 +8,14 @@ Read before step 1 of a request's life.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
 
-from candle_vllm.core import config as core
-from candle_vllm.server.settings.kinds import Boolean, Choice, Device, FilePath, Integer, Kind, Number, Text
+from candle_vllm.core.config import SETTINGS
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, nearest
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -114,27 +119,82 @@ def engine(
     """
 
     def told(field: str, default: Any) -> Option:
-        setting = core.SETTINGS[name or field]
-        kind = dataclasses.replace(_kind(setting.limits), **(reading or {}))
+        setting = SETTINGS[name or field]
+        kind = dataclasses.replace(cast(Any, setting.kind), **(reading or {}))
         given = {"in_yaml": True, "engine": setting.name, **others}
         return own(group, kind, (text or setting.help) + more, metavar, **given)(field, default)
 
     return told
 
 
-def _kind(limits: core.Limits) -> Any:
-    """How what the engine takes is read from a text."""
-    match limits:
-        case core.Whole():
-            return Integer(limits.low, limits.high)
-        case core.Real():
-            return Number(limits.low, limits.high, open_low=True, open_high=not limits.closed)
-        case core.OneOf():
-            return Choice(limits.names, {})
-        case core.Device():
-            return Device()
-        case core.Switch():
-            return Boolean()
-        case core.Folder():
-            return FilePath()
-    return Text()
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ConfigError):
+    """A command line, environment variable or settings file that cannot be understood."""
+
+
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """A section of a settings file; UsageError where it is none."""
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must be a mapping of keys to values")
+    return value
+
+
+def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """UsageError for the first key that is not known, with the nearest one that is."""
+    for key in keys:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
+
+
+# ---- where the server listens ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """A TCP address, or the path of a Unix socket."""
+
+    host: str
+    port: int
+    unix_path: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """The address for people; a server that listens everywhere is reached at 127.0.0.1."""
+        if self.unix_path is not None:
+            return f"unix://{self.unix_path}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def parse_address(host: str, port: int) -> Address:
+    """Reads the forms of `--host`; a port inside `host` wins over `port`."""
+    if host.startswith("unix://"):
+        path = Path(host.removeprefix("unix://"))
+        if not path.is_absolute() or len(str(path).encode()) > 100:
+            raise UsageError(f"host {host!r} must be unix:///absolute/path of at most 100 bytes")
+        return Address("", 0, path)
+    name, inner = split_host(host)
+    return Address(name, port if inner is None else inner)
+
+
+def split_host(host: str) -> tuple[str, int | None]:
+    """Host name or address, and the port that stands in it, if any."""
+    match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
+    if match is None or match["scheme"] not in (None, "tcp", "http"):
+        hint = ": HTTPS needs a reverse proxy in front" if host.startswith("https:") else ""
+        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path{hint}")
+    rest = match["rest"]
+    if re.fullmatch(r"[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(%\w+)?", rest):
+        return rest, None  # an IPv6 address without brackets
+    match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+(?:%\w+)?)\]|(?P<name>[\w.-]+))(?::(?P<port>.*))?", rest, re.ASCII)
+    if match is None:
+        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path")
+    name = match["v6"] or match["name"]
+    if match["port"] is None:
+        return name, None
+    try:
+        return name, Integer(0, 65535, units=False).from_text(match["port"])
+    except ValueError as error:
+        raise UsageError(f"the port in host {host!r} {error}") from None

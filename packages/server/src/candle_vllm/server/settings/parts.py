@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.kinds import UsageError, known_keys, mapping
+from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.server.settings.kinds import Kind, UsageError, nearest
-from candle_vllm.server.settings.options import ENV_PREFIX
+from candle_vllm.core.setting_kinds import Kind, nearest
+from candle_vllm.server.settings.options import ENV_PREFIX, UsageError
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
 _MAX_FILE = 1 << 20  # bytes of .env and models.yaml

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, Number, Secret, Text
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
-from candle_vllm.server.settings.address import Address, parse_address
-from candle_vllm.server.settings.kinds import Boolean, Choice, FilePath, Integer, Number, Secret, Text, UsageError
 from candle_vllm.server.settings.options import (
     COMMAND_GROUPS,
     COMMANDS,
@@ -31,9 +30,12 @@ from candle_vllm.server.settings.options import (
     RESPONSES,
     SAMPLING,
     TOOLS,
+    Address,
     Option,
+    UsageError,
     engine,
     own,
+    parse_address,
 )  # fmt: skip
 
 _SERVE = ("serve", "config")  # bench sizes the batch itself, and one conversation has no batch
@@ -217,7 +219,7 @@ class Settings:
         Boolean(), "write the beginning of prompts to the request log as well (needs --log-requests)",
         commands=_SERVE)] = False
     log_format: Annotated[str, own(LOGGING,
-        Choice(("text", "json"), {}), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
+        Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
         "candle-vllm-server[telemetry]", "URL", commands=_SERVE)] = None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.server.settings.kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Number, Secret, Text
+from candle_vllm.core.setting_kinds import Boolean, Choice, Device, FilePath, FreeText, Integer, Number, Secret, Text
 
 
 @pytest.mark.parametrize(

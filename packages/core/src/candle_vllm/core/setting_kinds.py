@@ -1,8 +1,8 @@
-"""What a setting may hold: each kind turns text into a value and checks a value that is already typed.
+"""What a setting may hold: one class for each sort of value, for the engine's settings and for a server's.
 
-Used before step 1 of a request's life, by the command line, the environment, `.env` and models.yaml alike. Every
-refusal is a `ValueError` that says what is allowed; the caller puts the name of the setting before it. Nothing
-here imports the engine, so that a mistyped flag is reported at once.
+Programs pass typed values to `EngineConfig`, which reads them by `taken`; people write texts on command lines, in
+environments and in files, which are read by `from_text`, or by `check` where a file has typed values. Every refusal is
+a `ValueError`: that of `taken` goes on after a name and a value, those of the others after a name alone.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
-
-from candle_vllm.core.errors import ConfigError
 
 _UNITS = {
     "": 1,
@@ -25,32 +23,16 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"([+-]?\d{1,20}(?:\.\d{1,20})?)([kmgtKMGT]?)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})?", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _MAX_TEXT = 4096
 _MAX_FREE_TEXT = 1 << 20
-
-
-class UsageError(ConfigError):
-    """A command line, environment variable or settings file that cannot be understood."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the known name that is closest, or an empty text."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """A section of a settings file; UsageError where it is none."""
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping of keys to values")
-    return value
-
-
-def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """UsageError for the first key that is not known, with the nearest one that is."""
-    for key in keys:
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
 
 
 class Kind(Protocol):
@@ -65,11 +47,24 @@ class Kind(Protocol):
         ...
 
 
+class EngineKind(Kind, Protocol):
+    """A kind that the engine has settings of."""
+
+    def taken(self, value: Any) -> Any:
+        """The value as the engine has it; a ValueError whose text says of the value what it is not."""
+        ...
+
+
 @dataclass(frozen=True)
 class Text:
-    """A text that is not empty, without control characters."""
+    """A text; where people write it, one that is not empty, without control characters."""
 
     most: int = _MAX_TEXT
+
+    def taken(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"is not a text but a {type(value).__name__}")
+        return value
 
     def from_text(self, text: str) -> str:
         return self.check(text)
@@ -121,7 +116,12 @@ class Secret:
 
 @dataclass(frozen=True)
 class FilePath:
-    """A path of this machine; `~` is the home folder."""
+    """A path of this machine; where people write it, `~` is the home folder."""
+
+    def taken(self, value: Any) -> Path:
+        if not isinstance(value, (str, Path)) or value == "":
+            raise ValueError("is not a folder")
+        return Path(value)
 
     def from_text(self, text: str) -> Path:
         return self.check(Path(Text().from_text(text)))
@@ -139,6 +139,14 @@ class Integer:
     low: int
     high: int
     units: bool = True
+    power_of_two: bool = False
+
+    def taken(self, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
+            raise ValueError(f"is not a whole number between {self.low} and {self.high}")
+        if self.power_of_two and value & (value - 1):
+            raise ValueError("is not a power of two: try 32")
+        return value
 
     def from_text(self, text: str) -> int:
         match = _SIZE.fullmatch(text.strip())
@@ -162,12 +170,18 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range; `open_low` and `open_high` leave the ends out."""
+    """A number in a range; `open_low` and `open_high` leave the ends out, and `said` tells a program so."""
 
     low: float
     high: float
     open_low: bool = False
     open_high: bool = False
+    said: str = ""
+
+    def taken(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or self._outside(value):
+            raise ValueError(f"is not a number {self.said}")
+        return float(value)
 
     def from_text(self, text: str) -> float:
         if _NUMBER.fullmatch(text.strip()) is None:
@@ -177,33 +191,31 @@ class Number:
     def check(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"must be a number, not {value!r:.60}")
-        outside = not self.low <= value <= self.high
-        if outside or (self.open_low and value == self.low) or (self.open_high and value == self.high):
+        if self._outside(value):
             low = "above" if self.open_low else "at least"
             high = "below" if self.open_high else "at most"
             raise ValueError(f"must be {low} {self.low:g} and {high} {self.high:g}, not {value:g}")
         assert math.isfinite(value)
         return float(value)
 
+    def _outside(self, value: float) -> bool:
+        at_end = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+        return at_end or not self.low <= value <= self.high
+
 
 @dataclass(frozen=True)
 class Boolean:
     """true or false."""
 
+    def taken(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("is neither True nor False")
+        return value
+
     def from_text(self, text: str) -> bool:
-        known = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
-        if text.strip().lower() not in known:
+        if text.strip().lower() not in _SWITCHES:
             raise ValueError(f"must be true or false, not {text!r:.60}")
-        return known[text.strip().lower()]
+        return _SWITCHES[text.strip().lower()]
 
     def check(self, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -216,7 +228,12 @@ class Choice:
     """One of a few names; `aliases` are other spellings of them."""
 
     names: tuple[str, ...]
-    aliases: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def taken(self, value: Any) -> str:
+        if Text().taken(value) not in self.names:
+            raise ValueError(f"is not one of {', '.join(self.names)}")
+        return value
 
     def from_text(self, text: str) -> str:
         return self.check(self.aliases.get(text.strip().lower(), text.strip().lower()))
@@ -229,14 +246,32 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class QuantisedType(Choice):
+    """The name of a type to quantise to, however it is spelled; the mixtures of llama.cpp (q4_k_m) are no types."""
+
+    def taken(self, value: Any) -> str:
+        name = Text().taken(value).strip().lower()
+        if name in self.names or (name := name.replace("_k", "k")) in self.names:
+            return name
+        main = re.sub("_[sml]$", "", name)
+        hint = f"; {value!r:.60} is a mixture of types, mostly {main}" if main in self.names else ""
+        raise ValueError(f"is not one of {', '.join(self.names)}{hint}")
+
+
+@dataclass(frozen=True)
 class Device:
     """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device."""
+
+    def taken(self, value: Any) -> str:
+        if not _DEVICE.fullmatch(Text().taken(value)):
+            raise ValueError("is not one of auto, cpu, cuda, cuda:N")
+        return value
 
     def from_text(self, text: str) -> str:
         text = text.strip().lower()
         return self.check(f"cuda:{int(text)}" if re.fullmatch(r"\d{1,3}", text, re.ASCII) else text)
 
     def check(self, value: Any) -> str:
-        if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII) is None:
+        if not isinstance(value, str) or _DEVICE.fullmatch(value) is None:
             raise ValueError(f"must be one device, auto, cpu, cuda or cuda:N, not {value!r:.60}")
         return value
