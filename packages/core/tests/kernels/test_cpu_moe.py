@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
+from moe_layer import Biases, moe, route
 
 pytest.importorskip("numba")
 
@@ -18,7 +19,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
-from candle_vllm.core.kernels.moe import Activation, Biases, RecordedExperts, Routing, moe, reference, route
+from candle_vllm.core.kernels.moe import Activation, Routing, reference
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.kernels.plain_linear import PlainKind
@@ -127,10 +128,6 @@ class Problem:
                 total[t] += weight * (result[0] if self.biases is None else result[0] + self.biases[1][e])
         return total
 
-    @property
-    def recorded(self) -> RecordedExperts:
-        return RecordedExperts(*self.matrices, self.activation, self.biases)
-
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=["1 thread", "2 threads", "3 threads"])
 def team(request: pytest.FixtureRequest) -> Iterator[ThreadTeam]:
@@ -158,7 +155,9 @@ class Plan:
         x = self._value(self.x)
         logits = x.linear([problem.router], None)
         beside = [self._value(self.shared) if shared else None, self._value(self.gate) if gate else None]
-        mixed = x.experts(logits, routing, problem.recorded, *beside)
+        pairs, (first, second) = logits.route(routing), problem.biases or (None, None)
+        inner = x.expert_linear(problem.matrices[:2], pairs, first, problem.activation)
+        mixed = inner.expert_linear(problem.matrices[2:], pairs, second, None).combine(*beside)
         if onto:
             total = self._value(self.out) + mixed
         else:

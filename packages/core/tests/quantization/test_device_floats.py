@@ -16,6 +16,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise
+from candle_vllm.core.kernels.matrices import TensorMatrix
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
 from candle_vllm.core.layers.parameters import MatrixPart, Placement
@@ -115,8 +116,7 @@ def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
     parts["q.weight"].fill(stored)
     parts["k.weight"].fill(stored.select(np.arange(24, 48)))
     layer.finish()
-    assert layer.product is not None
-    (piece,) = layer.product.pieces
+    (piece,) = layer.matrices
     weight = torch.cat([written.weight, written.weight[24:]])
     assert_means(piece.data, weight, name)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
@@ -130,10 +130,10 @@ def test_experts_are_kept(name: str, tmp_path: Path) -> None:
     for part in experts.parts().values():
         part.fill(stored)
     experts.finish()
-    assert experts._joined is not None
-    for matrix, count in zip(experts._joined, (4, 2), strict=True):
-        assert isinstance(matrix, GroupMatrix)
-        assert_means(matrix, written.weight.repeat(count, 1), name)
+    for layer, count in ((experts.gate_up, 4), (experts.down, 2)):
+        (matrix,) = layer.matrices
+        assert isinstance(matrix.data, GroupMatrix)
+        assert_means(matrix.data, written.weight.repeat(count, 1), name)
 
 
 def test_experts_of_several_kinds_are_decoded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,9 +145,8 @@ def test_experts_of_several_kinds_are_decoded(tmp_path: Path, caplog: pytest.Log
     for place, part in experts.parts().items():
         part.fill(found["fp8 channel" if place.startswith("down.0") else "fp8 blocks of 32"][0])
     experts.finish()
-    assert experts._joined is not None
-    gate_up, down = experts._joined
-    assert isinstance(gate_up, GroupMatrix)
-    assert isinstance(down, torch.Tensor)
-    assert torch.equal(down, torch.stack([found[name][1].weight for name in found]))
+    (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
+    assert isinstance(gate_up.data, GroupMatrix)
+    assert isinstance(down, TensorMatrix)
+    assert torch.equal(down.data, torch.cat([found[name][1].weight for name in found]))
     assert "experts of several types (e4m3 in 32s, e4m3 in 96s) are decoded" in caplog.text

@@ -331,7 +331,8 @@ def test_experts_of_small_floats(name: str, tmp_path: Path) -> None:
     folder, decoded = quantise_model(plain, tmp_path, WRITERS[name])
     loaded = load(folder)
     for layer in loaded.decoder.layers:  # type: ignore[attr-defined]
-        matrices = layer.mlp.experts.pieces
+        experts = layer.mlp.experts
+        matrices = experts.gate_up.pieces | experts.down.pieces
         assert len(matrices) == 12
         assert all(isinstance(matrix, ScaledMatrix) for matrix in matrices.values())
         (router,) = layer.mlp.router.scores.pieces.values()

@@ -11,20 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
+from moe_layer import Biases, Experts, moe
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
-from candle_vllm.core.kernels.moe import (
-    Activation,
-    Biases,
-    Experts,
-    MoeSizes,
-    reference,
-    triton,
-    triton_route,
-    triton_sort,
-)
+from candle_vllm.core.kernels.matrices import TensorMatrix
+from candle_vllm.core.kernels.moe import Activation, Pairs, reference, triton, triton_route, triton_sort
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, Floats, ScaledCodes
@@ -107,7 +100,7 @@ def test_pairs_in_the_order_of_experts(
     ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     if tokens > 1:
         ids[ids == 1] = 2  # an expert that nobody asks for
-    blocks = triton_sort.sort_pairs(ids.to(device), MoeSizes(tokens, experts, top_k, 8, 8), block)
+    blocks = triton_sort.sort_pairs(Pairs(torch.empty(ids.shape), ids.to(device), experts), block)
     order, table = blocks.order.cpu(), blocks.table.cpu()
     flat, place, at = ids.flatten(), 0, 0
     for expert in range(experts):
@@ -124,7 +117,7 @@ def test_pairs_in_the_order_of_experts(
 def test_there_are_blocks_for_the_worst_case(device: torch.device) -> None:
     """One pair more than whole blocks for every expert."""
     ids = torch.tensor([0] * 17 + [1] * 17 + [2] * 1, dtype=torch.int32)[:, None]
-    blocks = triton_sort.sort_pairs(ids.to(device), MoeSizes(35, 3, 1, 8, 8), 16)
+    blocks = triton_sort.sort_pairs(Pairs(torch.empty(ids.shape), ids.to(device), 3), 16)
     assert blocks.table[0].tolist() == [0, 0, 1, 1, 2]
 
 
@@ -149,9 +142,8 @@ def run(
     biases: Biases | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels give, and the reference."""
-    sizes = MoeSizes.of(x, gate_up, down, weights, experts, biases)
-    arguments = (x, gate_up, down, weights, experts, sizes, activation, biases)
-    return triton.moe(*arguments), reference.moe(*arguments)
+    arguments = (x, gate_up, down, weights, experts, activation, biases)
+    return moe(*arguments), moe(*arguments, by_reference=True)
 
 
 @pytest.mark.one_of_each
@@ -240,7 +232,7 @@ def test_few_pairs_may_be_computed_as_many_are(device: torch.device) -> None:
     x, gate_up, down, weights, experts = problem(40, 5, 2, 64, 24, torch.bfloat16, device)
     whole = run(x, gate_up, down, weights, experts)[0]
     arguments = (x[:1], gate_up, down, weights[:1], experts[:1])
-    part = triton.moe(*arguments, MoeSizes.of(*arguments), "silu", invariant=True)
+    part = moe(*arguments, invariant=True)
     assert torch.equal(part, whole[:1])
 
 
@@ -358,7 +350,7 @@ def test_a_row_of_small_floats_does_not_depend_on_the_others(tokens: int, device
     assert torch.equal(run(other, gate_up, down, weights, elsewhere)[0][0], whole[0])
     if tokens == 40:
         arguments = (x[:1], gate_up, down, weights[:1], experts[:1])
-        assert torch.equal(triton.moe(*arguments, MoeSizes.of(*arguments), "silu", invariant=True), whole[:1])
+        assert torch.equal(moe(*arguments, invariant=True), whole[:1])
 
 
 def test_no_tokens(device: torch.device) -> None:
@@ -370,10 +362,10 @@ def test_no_tokens(device: torch.device) -> None:
 def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
     x, gate_up, down, weights, experts = problem(3, 4, 2, 64, 32, torch.bfloat16, device)
     for wrong in (
-        (x.float(), gate_up.float(), down.float(), weights, experts),
+        (x.float(), gate_up, down, weights, experts),
         (x, gate_up.half(), down, weights, experts),
         (x.T.contiguous().T, gate_up, down, weights, experts),
-        (x, gate_up.transpose(1, 2).contiguous().transpose(1, 2), down, weights, experts),
+        (x, TensorMatrix(gate_up.flatten(0, 1).T.contiguous().T), down, weights, experts),
         (x, gate_up, down, weights, experts.T.contiguous().T),
     ):
         with pytest.raises(AssertionError):
@@ -388,8 +380,7 @@ def test_a_graph_replays_with_other_experts(device: torch.device) -> None:
         run(x, gate_up, down, weights, experts)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            sizes = MoeSizes.of(x, gate_up, down, weights, experts)
-            out = triton.moe(x, gate_up, down, weights, experts, sizes, "silu")
+            out = moe(x, gate_up, down, weights, experts)
         experts.copy_(experts.flip(0).sub(1))  # other experts, some of them none
         graph.replay()
-        assert ratio(out, reference.moe(x, gate_up, down, weights, experts, sizes, "silu")) < TOLERANCE
+        assert ratio(out, moe(x, gate_up, down, weights, experts, by_reference=True)) < TOLERANCE

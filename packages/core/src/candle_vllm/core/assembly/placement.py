@@ -142,7 +142,7 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
-    if placement.stacked:
+    if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * placement.dtype.itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
         return tensor.nbytes * 22 // 17 if tensor.type_name == "MXFP4" else tensor.nbytes  # as blocks of Q5_0

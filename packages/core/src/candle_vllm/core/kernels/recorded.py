@@ -7,7 +7,6 @@ on the way, is the business of `kernels/cpu_runtime/values.py`.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,21 +29,8 @@ if TYPE_CHECKING:
     Matrix: TypeAlias = PackedMatrix | PlainMatrix | ScaledMatrix
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordedExperts:
-    """What recorded steps need of the experts: a matrix of each in each list.
-
-    Attributes:
-        gate, up: [F, E] each.
-        down: [E, F] each.
-        activation, biases: see `kernels/moe`; biases in fp32.
-    """
-
-    gate: Sequence[Matrix]
-    up: Sequence[Matrix]
-    down: Sequence[Matrix]
-    activation: moe.Activation
-    biases: moe.Biases | None
+RecordedPairs: TypeAlias = Any
+"""What `Recorded.route` gives: the pairs of a step's tokens and their experts."""
 
 
 class Recorded(ABC):
@@ -99,15 +85,18 @@ class Recorded(ABC):
         """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side."""
 
     @abstractmethod
-    def experts(
+    def route(self, routing: moe.Routing) -> RecordedPairs:
+        """See `kernels/moe`; this value is the logits."""
+
+    @abstractmethod
+    def expert_linear(
         self,
-        logits: Recorded,
-        routing: moe.Routing,
-        experts: RecordedExperts,
-        shared: Recorded | None = None,
-        gate: Recorded | None = None,
-    ) -> Recorded:
-        """See `kernels/moe`; `shared` is added, times the sigmoid of gate [T, 1] where there is one."""
+        matrices: Sequence[Sequence[Matrix]],
+        pairs: RecordedPairs,
+        bias: torch.Tensor | None,
+        activation: moe.Activation | None,
+    ) -> RecordedRows:
+        """See `kernels/moe`; a matrix of every expert in each list, whose results stand side by side."""
 
     @abstractmethod
     def attend(
@@ -129,14 +118,34 @@ class Recorded(ABC):
         """See `kernels/latent_attention/layout.py`; this value is the queries [T, H * (nope + R)], kv [T, L + R]."""
 
     @abstractmethod
-    def logits(
-        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
-    ) -> Recorded:
-        """Scores of the rows whose successor is wanted, a bias added, then as `kernels/scale_cap` says."""
+    def wanted(self) -> Recorded:
+        """The rows whose successor is wanted, for a product alone."""
+
+    @abstractmethod
+    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+        """The step's scores, of a product of wanted rows: a bias is added, then as `kernels/scale_cap` says."""
 
     @abstractmethod
     def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
         """What some rows were when a step ran last: a copy [len(wanted), width]. Of what the layers gave last only."""
+
+
+class RecordedRows(ABC):
+    """A row for each pair of a token and one of its experts, while a step is recorded."""
+
+    @abstractmethod
+    def expert_linear(
+        self,
+        matrices: Sequence[Sequence[Matrix]],
+        pairs: RecordedPairs,
+        bias: torch.Tensor | None,
+        activation: moe.Activation | None,
+    ) -> RecordedRows:
+        """See `Recorded.expert_linear`."""
+
+    @abstractmethod
+    def combine(self, shared: Recorded | None, gate: Recorded | None) -> Recorded:
+        """See `kernels/moe`."""
 
 
 class RecordedTokens(ABC):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.layers.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
+from candle_vllm.core.kernels.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -49,11 +49,11 @@ class RecordedBackend:
         rows, columns = stored.shape
         return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
 
-    def blocks(self, stored: StoredTensor, blocks: Blocks) -> tuple[Matrix, str | None]:
+    def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[Matrix, str | None]:
         """See `Backend.blocks`."""
         from candle_vllm.core.kernels import packed_linear
 
-        rows, columns = stored.shape
+        blocks, (rows, columns) = read(), stored.shape
         matrix = packed_linear.pack(blocks.raw, blocks.type, rows, columns, self.memory)
         return dataclasses.replace(matrix, order=blocks.order), None
 
@@ -67,7 +67,7 @@ class RecordedBackend:
             return self._decoded(stored, "no blocks of GGUF hold them exactly")
         if found.order is not None and not self.groups:
             return self._decoded(stored, "no blocks of GGUF hold them exactly in the order of their inputs")
-        return self.blocks(stored, found)
+        return self.blocks(stored, lambda: found)
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:
         """See `Backend.floats`."""
@@ -94,34 +94,73 @@ class RecordedBackend:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceBackend:
-    """The kernels of a GPU; on the CPU their references in torch, for tests.
+class PlainBackend:
+    """Plain numbers, whatever is stored: for the kernels of a GPU, or for torch.
 
     Attributes:
         device: where matrices go.
         dtype: of plain ones, and of activations.
-        groups: whether the layer multiplies whole numbers in groups; else they come in blocks, or decoded.
-        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
     """
 
     device: torch.device
     dtype: torch.dtype
-    groups: bool
-    floats_kept: bool
 
     def plain(self, stored: StoredTensor) -> tuple[DeviceMatrix, str | None]:
         """See `Backend.plain`."""
-        return self._decoded(stored, None)
+        return self.decoded(stored, None)
 
-    def blocks(self, stored: StoredTensor, blocks: Blocks) -> tuple[DeviceMatrix, str | None]:
+    def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.blocks`."""
+        del read
+        return self.plain(stored)
+
+    def codes(
+        self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
+    ) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.codes`."""
+        del read, blocks
+        return self.plain(stored)
+
+    def floats(
+        self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]
+    ) -> tuple[DeviceMatrix, str | None]:
+        """See `Backend.floats`."""
+        del span, read
+        return self.plain(stored)
+
+    def decoded(self, stored: StoredTensor, why: str | None) -> tuple[DeviceMatrix, str | None]:
+        """The numbers as a matrix."""
+        return TensorMatrix(self.numbers(stored)), why
+
+    def numbers(self, stored: StoredTensor) -> torch.Tensor:
+        """A tensor of any shape; plain numbers are converted where they go, so that a GPU does it."""
+        there = stored.dtype is not None and self.device.type != "cpu"
+        values = stored.load(None if there else self.dtype).to(self.device).to(self.dtype)
+        check_range(stored, values)
+        return values
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceBackend(PlainBackend):
+    """The kernels of a GPU; on the CPU their references in torch, for tests.
+
+    Attributes:
+        groups: whether the layer multiplies whole numbers in groups; else they come in blocks, or decoded.
+        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
+    """
+
+    groups: bool
+    floats_kept: bool
+
+    def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[DeviceMatrix, str | None]:
         """See `Backend.blocks`."""
         from candle_vllm.core.kernels import gguf_linear
 
-        rows, columns = stored.shape
+        blocks, (rows, columns) = read(), stored.shape
         try:
             return BlockMatrix(gguf_linear.pack(blocks.raw, blocks.type, rows, columns, self.device)), None
         except UnsupportedModelError as error:
-            return self._decoded(stored, str(error))
+            return self.decoded(stored, str(error))
 
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
@@ -136,8 +175,8 @@ class DeviceBackend:
                 return CodeMatrix(matrix), None
         found = blocks()
         if found is None or found.order is not None:
-            return self._decoded(stored, "no kernel multiplies such groups on a GPU")
-        return self.blocks(stored, found)
+            return self.decoded(stored, "no kernel multiplies such groups on a GPU")
+        return self.blocks(stored, lambda: found)
 
     def floats(
         self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]
@@ -147,23 +186,18 @@ class DeviceBackend:
         from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
         if not self.floats_kept:
-            return self._decoded(stored, "such a layer has no kernel for small floats on a GPU")
+            return self.decoded(stored, "such a layer has no kernel for small floats on a GPU")
         if capability(self.device) < TENSOR_CORES:
-            return self._decoded(stored, "small floats have no kernel below compute capability 8.0")
+            return self.decoded(stored, "small floats have no kernel below compute capability 8.0")
         try:
             group_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
             found = read()
             if self.dtype == torch.float16 and found.largest > torch.finfo(torch.float16).max:
                 # many rows meet them in that type
-                return self._decoded(stored, "weights may be beyond the range of f16")
+                return self.decoded(stored, "weights may be beyond the range of f16")
             return CodeMatrix(group_linear.pack_floats(found, self.device)), None
         except UnsupportedModelError as error:
-            return self._decoded(stored, str(error))
-
-    def _decoded(self, stored: StoredTensor, why: str | None) -> tuple[DeviceMatrix, str | None]:
-        values = stored.load(self.dtype)
-        check_range(stored, values)
-        return TensorMatrix(values.to(self.device)), why
+            return self.decoded(stored, str(error))
 
 
 def check_range(stored: StoredTensor, values: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
-from candle_vllm.core.layers.matrices import Piece, TensorMatrix
-from candle_vllm.core.layers.parameters import MatrixPart, Placement, TensorPart
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import Placement, TensorPart
 from candle_vllm.core.loading.weights import Part
 
 
@@ -36,36 +36,33 @@ class Embedding:
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        self.shape = (vocab_size, size)
         self.scale, self.logit_scale, self.softcap = scale, logit_scale, softcap
         self.bias = torch.empty(vocab_size, device=placement.device, dtype=torch.float32) if bias else None
-        self._placement = placement
-        self.pieces: dict[str, Piece] = {}
-        if placement.stacked:
-            table = torch.empty(self.shape, device=placement.device, dtype=placement.dtype)
-            self.pieces["weight"] = TensorMatrix(table)
+        self._dtype = placement.dtype
+        self.table = Linear(size, vocab_size, placement, kept=False)
 
     def __call__(self, token_ids: Value) -> Value:
+        (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
-            return token_ids.embedding(self.pieces["weight"], self.scale)
-        rows = self.pieces["weight"].take(token_ids, self._placement.dtype)
+            return token_ids.embedding(matrix, self.scale)
+        rows = matrix.take(token_ids, self._dtype)
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 
     def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
         """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""
         if isinstance(hidden, Recorded):
-            options = {"bias": self.bias, "scale": self.logit_scale, "cap": self.softcap}
-            return hidden.logits(self.pieces["weight"], **options)
-        scores = self.pieces["weight"].multiply(hidden, invariant=self._placement.invariant)
+            return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)
+        scores = self.table(hidden)
         scores = scores.float() if out is None else out.copy_(scores)
         if self.bias is not None:
             scores += self.bias
         return scale_cap_(scores, self.logit_scale, self.softcap)
 
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.table.finish()
+
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        if self._placement.stacked:
-            found: dict[str, Part] = {"weight": TensorPart(self.pieces["weight"].data)}
-        else:
-            found = {"weight": MatrixPart(self.pieces, "weight", self.shape, self._placement.backend())}
+        found = self.table.parts()
         return found if self.bias is None else {**found, "bias": TensorPart(self.bias)}

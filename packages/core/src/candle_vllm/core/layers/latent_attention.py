@@ -11,8 +11,9 @@ from candle_vllm.core.kernels.latent_attention import head_linear, latent_attent
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.backends import PlainBackend
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement, TensorPart, naming_tensor
+from candle_vllm.core.layers.parameters import Placement, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.weights import Part
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 class HeadMatrices:
     """A matrix [O, I] for every head, in plain numbers; part "weight" [H, O, I].
 
-    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others.
+    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others. They are no linear layer
+    of the model's but a cached row's images that meet queries and results instead: attention's own products.
     """
 
     def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement) -> None:
-        self._shape = (heads, outputs, inputs)
+        self.shape = (heads, outputs, inputs)
         self._placement = placement
-        self.matrices: list[PlainMatrix] = []
-        device, dtype = placement.device, placement.dtype
-        self._weight = None if placement.recorded else torch.empty(self._shape, device=device, dtype=dtype)
+        self.matrices: list[PlainMatrix] = []  # of recorded steps
+        self._weight: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H, I] -> [T, H, O]."""
@@ -42,47 +43,28 @@ class HeadMatrices:
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        if self._weight is not None:
-            return {"weight": (TensorPart if self._placement.stacked else _DecodedPart)(self._weight)}
-        return {"weight": _HeadsPart(self.matrices, self._shape, self._placement)}
-
-
-class _DecodedPart(TensorPart):
-    """A plain tensor."""
+        return {"weight": self}
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Decodes the tensor and copies it."""
-        super().fill(stored)
-        return _why_decoded(stored)
-
-
-class _HeadsPart:
-    """The matrices of recorded steps, laid out anew."""
-
-    def __init__(self, matrices: list[PlainMatrix], shape: tuple[int, int, int], placement: Placement) -> None:
-        self._matrices, self._placement = matrices, placement
-        self._shape = shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape that the stored tensor must have."""
-        return self._shape
-
-    def fill(self, stored: StoredTensor) -> str | None:
-        """Packs every head's matrix."""
+        """See `Part.fill`: every head's matrix for recorded steps, else all of them as one tensor."""
+        placement = self._placement
+        why = "matrices of single heads are plain numbers" if _source(stored).dtype is None else None
+        if not placement.recorded:
+            self._weight = PlainBackend(placement.device, placement.dtype).numbers(stored)
+            return why if placement.keeps_quantised else None
         from candle_vllm.core.kernels import plain_linear
 
-        kind, memory = self._placement.plain_kind, self._placement.weight_memory
+        kind, memory = placement.plain_kind, placement.weight_memory
         if stored.dtype is None or _source(stored).dtype is None:
             dtype = torch.bfloat16 if kind is None else torch.float32  # a narrower kind checks its range
             raw = stored.load(dtype).view(torch.uint8).numpy()
         else:
             dtype, raw = stored.dtype, stored.raw()
-        heads, outputs, inputs = self._shape
+        heads, outputs, inputs = self.shape
         with naming_tensor(stored):
             for head in raw.reshape(heads, -1):
-                self._matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
-        return _why_decoded(stored)
+                self.matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
+        return why
 
 
 def _source(stored: StoredTensor) -> StoredTensor:
@@ -90,10 +72,6 @@ def _source(stored: StoredTensor) -> StoredTensor:
     while isinstance(stored, Viewed):
         stored = stored.source
     return stored
-
-
-def _why_decoded(stored: StoredTensor) -> str | None:
-    return "matrices of single heads are plain numbers" if _source(stored).dtype is None else None
 
 
 class LatentAttention:

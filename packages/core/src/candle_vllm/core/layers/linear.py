@@ -1,26 +1,41 @@
-"""Linear layers. Several stored matrices that read the same input are one product (q, k, v; gate, up)."""
+"""Linear layers: the one place where a layer's products happen, on every backend and however steps are run.
+
+Several stored matrices that read the same input are one product (q, k, v; gate, up). A layer's experts are one `Linear`
+for each of their matrices, and the head is one too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.layers.matrices import Piece, Product, TensorMatrix
+from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece, TensorMatrix, joined, multiply
+from candle_vllm.core.kernels.moe import Activation, expert_linear
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import MatrixPart, Placement, TensorPart
 from candle_vllm.core.loading.weights import Part
 
+logger = logging.getLogger(__name__)
+
 
 class Linear:
-    """y [T, O] = x [T, I] W^T + b.
+    """y [T, O] = x [T, I] W^T + b; of experts, W is [X, O, I], b is [X, O], and y has a row for each pair.
 
     Args:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
-        bias: whether there is one.
+        bias: whether there is one; that of experts is fp32.
         placement: where the weights live.
         kept: whether small floats, and whole numbers in an order of their own, may stay what they are.
+        experts: X, whose parts are "{name}.{e}.weight"; 0 where every token meets the same matrix.
+
+    Attributes:
+        pieces: the matrices as they were filled, by the beginnings of their parts' names.
     """
 
     def __init__(
@@ -31,49 +46,68 @@ class Linear:
         *,
         bias: bool = False,
         kept: bool = True,
+        experts: int = 0,
     ) -> None:
         sizes = {"": out_features} if isinstance(out_features, int) else dict(out_features)
+        self._placement, self._kept, self._experts = placement, kept, experts
         self.in_features = in_features
-        self._rows: dict[str, slice] = {}
-        end = 0
-        for name, size in sizes.items():
-            prefix = f"{name}." if name else ""
-            self._rows[prefix] = slice(end, end + size)
-            end += size
-        self._placement, self._kept = placement, kept
-        device, dtype = placement.device, placement.dtype
-        self.pieces: dict[str, Piece] = {}  # outside recorded steps, until `product` has joined them
-        self.weight = torch.empty(end, in_features, device=device, dtype=dtype) if placement.stacked else None
-        self.bias = torch.empty(end, device=device, dtype=dtype) if bias else None
-        self.product: Product | None = None
+        ends = list(itertools.accumulate(sizes.values()))
+        rows = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
+        self._places: dict[str, tuple[Any, slice]]  # of each part in the bias
+        if experts:
+            self._places = {f"{name}.{e}.": (e, rows[name]) for e in range(experts) for name in sizes}
+        else:
+            self._places = {f"{name}." if name else "": (..., rows[name]) for name in sizes}
+        shape, dtype = ((experts, ends[-1]), torch.float32) if experts else ((ends[-1],), placement.dtype)
+        self.bias = torch.empty(shape, device=placement.device, dtype=dtype) if bias else None
+        self.pieces: dict[str, Piece] = {}
 
-    def __call__(self, x: Value) -> Value:
-        if isinstance(x, Recorded):
-            return x.linear([self.pieces[name] for name in self._rows], self.bias)
-        if self.product is None:
-            self.finish()
-        assert self.product is not None
-        return self.product(x)
+    def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
+        """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
+
+        A result comes about in this order, whoever joins in:
+
+        1. y = x W^T. Kernels may quantise what they read of x, for themselves.
+        2. An adapter adds its product s (x A^T) B^T to y, of x as it came in here.
+        3. Where W has a part of the inputs only, as a shard, y is summed over the shards.
+        4. The bias is added, once; the activation follows.
+
+        Nothing stands at 2 and 3 yet, so the kernels of 1 do 4 while they have the sums.
+        """
+        invariant = self._placement.invariant
+        if pairs is None:
+            return multiply(x, self.matrices, self.bias, invariant=invariant)
+        return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant)
+
+    @cached_property
+    def matrices(self) -> list[Any]:
+        """What is multiplied: outside recorded steps what can be one matrix becomes one, and `pieces` is emptied."""
+        pieces = [self.pieces[name] for name in self._places]
+        if self._placement.recorded:
+            each = len(pieces) // max(1, self._experts)
+            return [pieces[n::each] for n in range(each)] if self._experts else pieces
+        self.pieces.clear()
+        return [self._one(pieces)] if self._experts else joined(pieces)
 
     def finish(self) -> None:
-        """See `Finishes`: on a GPU the parts become one product."""
-        if not self._placement.recorded:
-            if self.weight is not None:
-                pieces = [TensorMatrix(self.weight)]
-            else:
-                pieces = [self.pieces.pop(name) for name in self._rows]
-            self.product = Product(pieces, self.bias, invariant=self._placement.invariant)
+        """See `Finishes`."""
+        assert self.matrices
+
+    def _one(self, pieces: Sequence[DeviceMatrix]) -> DeviceMatrix:
+        """Experts are one matrix: of all rows as they are where all are stored alike, else of plain numbers."""
+        kinds = {piece.kind for piece in pieces}
+        if len(kinds) > 1:
+            logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
+            pieces = [TensorMatrix(piece.decoded(self._placement.dtype)) for piece in pieces]
+        return pieces[0].joined(pieces)
 
     def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
+        """Every part that must be loaded; a shard's would have fewer rows or columns, and cut what they are given."""
+        backend = self._placement.backend(groups=self._kept and not self._experts, floats=self._kept)
         found: dict[str, Part] = {}
-        for prefix, rows in self._rows.items():
+        for prefix, (expert, rows) in self._places.items():
             shape = (rows.stop - rows.start, self.in_features)
-            if self.weight is not None:
-                found[prefix + "weight"] = TensorPart(self.weight[rows])
-            else:
-                backend = self._placement.backend(groups=self._kept, floats=self._kept)
-                found[prefix + "weight"] = MatrixPart(self.pieces, prefix, shape, backend)
+            found[prefix + "weight"] = MatrixPart(self.pieces, prefix, shape, backend)
             if self.bias is not None:
-                found[prefix + "bias"] = TensorPart(self.bias[rows])
+                found[prefix + "bias"] = TensorPart(self.bias[expert][rows])
         return found

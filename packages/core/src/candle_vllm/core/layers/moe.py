@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,22 +13,17 @@ from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.kernels.moe import (
     MOST_EXPERTS,
     Activation,
-    Experts,
-    RecordedExperts,
     Routing,
     Scoring,
-    moe,
+    combine,
     route,
 )
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.matrices import DeviceMatrix, Piece, TensorMatrix
 from candle_vllm.core.layers.mlp import GatedMLP
-from candle_vllm.core.layers.parameters import MatrixPart, Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorPart
 from candle_vllm.core.loading.weights import Part
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,83 +95,30 @@ class ExpertMLPs:
     """The experts' gated feed-forward layers. Parts: gate.{e}.weight [F, E], up.{e}.weight, down.{e}.weight [E, F]."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        self._mixture, self._placement = mixture, placement
-        count, inner = mixture.experts, mixture.inner_size
-        self._shapes = {"gate": (inner, hidden_size), "up": (inner, hidden_size), "down": (hidden_size, inner)}
-        self.pieces: dict[str, Piece] = {}  # outside recorded steps, until `finish` has joined them
-        self._joined: tuple[Experts, Experts] | None = None
-        device, dtype = placement.device, placement.dtype
-        if placement.stacked:
-            gate_up = torch.empty(count, 2 * inner, hidden_size, device=device, dtype=dtype)
-            self._joined = gate_up, torch.empty(count, hidden_size, inner, device=device, dtype=dtype)
-        self.biases = None
-        if mixture.expert_bias:
-            shapes = (count, 2 * inner), (count, hidden_size)
-            self.biases = torch.empty(shapes[0], device=device), torch.empty(shapes[1], device=device)
+        inner, options = mixture.inner_size, {"bias": mixture.expert_bias, "experts": mixture.experts}
+        self._activation: Activation = mixture.activation
+        self.gate_up = Linear(hidden_size, {"gate": inner, "up": inner}, placement, **options)
+        self.down = Linear(inner, {"down": hidden_size}, placement, **options)
 
-    def __call__(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Weighted results [T, E]; see `kernels/moe`."""
-        if self._joined is None:
-            self.finish()
-        assert self._joined is not None
-        options = {"activation": self._mixture.activation, "invariant": self._placement.invariant}
-        return moe(x, *self._joined, weights, experts, biases=self.biases, **options)
-
-    def recorded(self) -> RecordedExperts:
-        """The same for recorded steps."""
-        gate, up, down = (
-            [self.pieces[f"{name}.{e}"] for e in range(self._mixture.experts)] for name in ("gate", "up", "down")
-        )
-        return RecordedExperts(gate, up, down, self._mixture.activation, self.biases)
+    def __call__(self, x: Value, pairs: Any) -> Any:
+        """What the experts make of x [T, E], a row for each of the pairs; see `kernels/moe`."""
+        return self.down(self.gate_up(x, pairs, self._activation), pairs)
 
     def finish(self) -> None:
-        """See `Finishes`: on a GPU the parts become two matrices of all experts."""
-        if self.pieces and not self._placement.recorded:
-            gate_up = [self.pieces.pop(f"{name}.{e}") for e in range(self._mixture.experts) for name in ("gate", "up")]
-            down = [self.pieces.pop(f"down.{e}") for e in range(self._mixture.experts)]
-            self._joined = self._join(gate_up), self._join(down)
-
-    def _join(self, pieces: Sequence[DeviceMatrix]) -> Experts:
-        """One matrix of all rows where all are quantised alike, else plain numbers."""
-        kinds = {piece.kind for piece in pieces}
-        if len(kinds) == 1 and kinds != {TensorMatrix.kind}:
-            return pieces[0].joined(pieces).data
-        if len(kinds) > 1:
-            logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
-        plain = [piece.decoded(self._placement.dtype) for piece in pieces]
-        return torch.stack(plain).view(self._mixture.experts, -1, plain[0].shape[1])
+        """See `Finishes`."""
+        self.gate_up.finish()
+        self.down.finish()
 
     def parts(self) -> Mapping[str, Part]:
         """Every part that must be loaded."""
-        found: dict[str, Part] = {}
-        for e in range(self._mixture.experts):
-            for name, shape in self._shapes.items():
-                found[f"{name}.{e}.weight"] = self._part(name, e, shape)
-                if self.biases is not None:
-                    found[f"{name}.{e}.bias"] = TensorPart(self._rows(self.biases, name, e))
-        return found
-
-    def _part(self, name: str, expert: int, shape: tuple[int, int]) -> Part:
-        if not self._placement.stacked:
-            return MatrixPart(self.pieces, f"{name}.{expert}", shape, self._placement.backend(floats=True))
-        assert self._joined is not None
-        gate_up, down = self._joined
-        assert isinstance(gate_up, torch.Tensor)
-        assert isinstance(down, torch.Tensor)
-        return TensorPart(self._rows((gate_up, down), name, expert))
-
-    def _rows(self, tensors: tuple[torch.Tensor, torch.Tensor], name: str, expert: int) -> torch.Tensor:
-        """What belongs to a part in the tensors of gate and up, and of down."""
-        if name == "down":
-            return tensors[1][expert]
-        return tensors[0][expert].chunk(2)[name == "up"]
+        return {**self.gate_up.parts(), **self.down.parts()}
 
 
 class SparseMLP:
     """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        self._mixture = mixture
+        self._mixture, self._dtype = mixture, placement.dtype
         self.router = Router(hidden_size, mixture, placement)
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
@@ -186,23 +128,8 @@ class SparseMLP:
         logits = self.router(x)
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
-        if isinstance(x, Recorded):
-            return x.experts(logits, self._routing(), self.experts.recorded(), shared, gate)
-        routing = self._routing()
-        weights, experts = route(
-            logits,
-            routing.top_k,
-            scoring=routing.scoring,
-            renormalise=routing.renormalise,
-            bias=routing.bias,
-            groups=routing.groups,
-            top_groups=routing.top_groups,
-            scale=routing.scale,
-        )
-        y = self.experts(x, weights, experts)
-        if shared is None:
-            return y
-        return y + (shared if gate is None else torch.sigmoid(gate.float()).to(y.dtype) * shared)
+        pairs = route(logits, self._routing())
+        return combine(self.experts(x, pairs), pairs, self._dtype, shared, gate)
 
     def _routing(self) -> Routing:
         mixture = self._mixture

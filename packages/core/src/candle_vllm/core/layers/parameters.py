@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.layers.backends import DeviceBackend, RecordedBackend, check_range
-from candle_vllm.core.layers.matrices import Piece
+from candle_vllm.core.kernels.matrices import Piece
+from candle_vllm.core.layers.backends import DeviceBackend, PlainBackend, RecordedBackend, check_range
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Placement:
         weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
             the layers run op by op in torch.
         plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
-        keeps_quantised: quantised matrices stay as they are stored, in the layouts of the GPU's kernels, and each part
-            of a layer is held by itself until all are loaded.
+        keeps_quantised: where steps are not recorded, quantised matrices stay as they are stored, in the layouts of
+            the GPU's kernels; else they become plain numbers of `dtype`.
         invariant: a token's numbers do not depend on what else is in the step, at some cost.
     """
 
@@ -49,13 +49,8 @@ class Placement:
         """Matrices keep their types, and steps are recorded."""
         return self.weight_memory is not None
 
-    @property
-    def stacked(self) -> bool:
-        """A layer's matrices are parts of one tensor of `dtype` from the start."""
-        return not (self.recorded or self.keeps_quantised)
-
     def backend(self, *, groups: bool = False, floats: bool = False) -> Backend[Packed]:
-        """What packs matrices that are not parts of a tensor.
+        """What packs a layer's matrices.
 
         Args:
             groups: the layer multiplies whole numbers in groups, and brings its input to an order of the matrix's own.
@@ -63,6 +58,8 @@ class Placement:
         """
         if self.weight_memory is not None:
             return RecordedBackend(self.weight_memory, self.plain_kind, groups, floats)
+        if not self.keeps_quantised:
+            return PlainBackend(self.device, self.dtype)
         return DeviceBackend(self.device, self.dtype, groups, floats)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -46,14 +47,14 @@ class Loadable(Protocol):
 
 @runtime_checkable
 class Finishes(Protocol):
-    """A layer that has something to do once it is filled, rather than when it first runs."""
+    """A layer that has something to do once it is filled."""
 
     def finish(self) -> None:
         """Every part is filled."""
         ...
 
 
-_Job = tuple[StoredTensor, Part]  # what, and where to
+_Job = tuple[StoredTensor, Part, str]  # what, where to, and the layer's path
 
 
 class Counted(Protocol):
@@ -190,17 +191,22 @@ def load_weights(
     jobs = _match(model, table, checkpoint, config, ignored)
 
     def run(job: _Job) -> str | None:
-        stored, place = job
+        stored, place, _ = job
         why = place.fill(stored)
         stored.release()
         return why
 
     decoded: dict[str, list[StoredTensor]] = {}
+    left = Counter(path for _, _, path in jobs)
     with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
-        for (stored, _), why in zip(jobs, pool.map(run, jobs)):
+        for (stored, _, path), why in zip(jobs, pool.map(run, jobs)):
             progress(stored.nbytes)
             if why is not None:
                 decoded.setdefault(why, []).append(stored)
+            left[path] -= 1
+            layer = layer_at(model, path)
+            if not left[path] and isinstance(layer, Finishes):
+                layer.finish()  # before the next is filled, which takes the memory of what this lets go of
     for why, tensors in decoded.items():
         logger.warning(
             "%s: %d quantised tensors (%s ...) are decoded, which takes more memory: %s",
@@ -209,10 +215,6 @@ def load_weights(
             tensors[0].name,
             why,
         )
-    for path in dict.fromkeys(line.target.split(":")[0] for line in expand(table, config)):
-        layer = layer_at(model, path)
-        if isinstance(layer, Finishes):
-            layer.finish()
 
 
 def _match(
@@ -222,7 +224,7 @@ def _match(
     config: Counted,
     ignored: Sequence[str],
 ) -> list[_Job]:
-    """What goes where; a `WeightsError` where the names or the shapes differ."""
+    """What goes where, layer by layer; a `WeightsError` where the names or the shapes differ."""
     jobs: list[_Job] = []
     missing: list[str] = []
     misshapen: list[str] = []
@@ -245,12 +247,13 @@ def _match(
             misshapen.append(
                 f"tensor {name} has shape {list(stored.shape)}; the model's config asks for {list(place.shape)}"
             )
-        jobs.append((stored, place))
+        jobs.append((stored, place, path))
     rest = (name for name, tensor in checkpoint.tensors.items() if name not in used and not isinstance(tensor, Spare))
     unexpected = [name for name in rest if not _matches(name, ignored)]
     if missing or unexpected or misshapen:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(list(dict.fromkeys(missing)), unexpected, misshapen)}")
-    return jobs
+    order = {path: number for number, path in enumerate(known)}
+    return sorted(jobs, key=lambda job: order[job[2]])
 
 
 def expand(table: Iterable[WeightName], config: Counted, format: str = "safetensors") -> Iterator[Line]:

@@ -40,7 +40,7 @@ class Backend(Protocol[Packed]):
         """Of numbers that are stored one by one."""
         ...
 
-    def blocks(self, stored: StoredTensor, blocks: Blocks) -> Packed:
+    def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> Packed:
         """Of blocks of a ggml type, whose columns may have an order of their own."""
         ...
 
@@ -151,7 +151,7 @@ class StoredTensor(ABC):
         """A matrix [N, K] as a backend multiplies it; errors as `Backend`."""
         if self.dtype is not None:
             return backend.plain(self)
-        return backend.blocks(self, Blocks(GGMLQuantizationType[self.type_name], self.raw()))
+        return backend.blocks(self, lambda: Blocks(GGMLQuantizationType[self.type_name], self.raw()))
 
     @abstractmethod
     def release(self) -> None:

@@ -32,10 +32,9 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.layer_norm import reference as layer_norm_reference
-from candle_vllm.core.kernels.moe import RecordedExperts, Routing
-from candle_vllm.core.kernels.moe.plan import Results, record_experts, record_sum
+from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
-from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens
+from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
 from candle_vllm.core.kernels.rms_norm import reference as rms_norm_reference
 from candle_vllm.core.kernels.rms_norm.cpu import (
     HeadNormArguments,
@@ -48,6 +47,8 @@ from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_ca
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
+    from candle_vllm.core.kernels.moe.arguments import Routing
     from candle_vllm.core.kernels.recorded import Matrix
 
 
@@ -177,15 +178,17 @@ class _Value(Recorded):
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias)
 
-    def experts(
+    def route(self, routing: Routing) -> Pairs:
+        return record_route(self.recorder, (self.address, self.buffer.stride), self.width, routing)
+
+    def expert_linear(
         self,
-        logits: Recorded,
-        routing: Routing,
-        experts: RecordedExperts,
-        shared: Recorded | None = None,
-        gate: Recorded | None = None,
-    ) -> Recorded:
-        return _Prepared(self, Prologue.NONE, self.width).experts(logits, routing, experts, shared, gate)
+        matrices: Sequence[Sequence[Matrix]],
+        pairs: Pairs,
+        bias: torch.Tensor | None,
+        activation: GatedActivation | None,
+    ) -> RecordedRows:
+        return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation)
 
     def attend(
         self,
@@ -220,10 +223,12 @@ class _Value(Recorded):
         record_latent(self.recorder, q, k, parts, cache, out, scale=scale)
         return _Value(self.recorder, result, 0, result.width)
 
-    def logits(
-        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
-    ) -> Recorded:
-        return _Prepared(self, Prologue.NONE, self.width).logits(matrix, bias=bias, scale=scale, cap=cap)
+    def wanted(self) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).wanted()
+
+    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+        del bias, scale, cap
+        raise AssertionError("logits are a product of wanted rows")
 
     def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
         whole = self.buffer.array.reshape(-1, self.buffer.stride)
@@ -252,6 +257,7 @@ class _Prepared(_Wrapper):
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
         self._forms: dict[Form, Inputs] = {}
+        self._picked, self._rows_from = 0, StepNumber.TOKENS
 
     def inputs(self, forms: Iterable[Form]) -> Mapping[Form, Inputs]:
         """The input in these forms."""
@@ -262,21 +268,19 @@ class _Prepared(_Wrapper):
 
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
         forms = self.inputs(map(input_form, matrices))
-        return _Product(self.recorder, [(matrix, forms[input_form(matrix)]) for matrix in matrices], bias)
+        factors = [(matrix, forms[input_form(matrix)]) for matrix in matrices]
+        return _Product(self.recorder, factors, bias, self._rows_from)
 
-    def experts(
+    def expert_linear(
         self,
-        logits: Recorded,
-        routing: Routing,
-        experts: RecordedExperts,
-        shared: Recorded | None = None,
-        gate: Recorded | None = None,
-    ) -> Recorded:
-        assert isinstance(logits, _Value)
-        scores = (logits.address, logits.buffer.stride)
-        return _Mixture(
-            self.recorder, record_experts(self.recorder, self.inputs, scores, routing, experts), shared, gate
-        )
+        matrices: Sequence[Sequence[Matrix]],
+        pairs: Pairs,
+        bias: torch.Tensor | None,
+        activation: GatedActivation | None,
+    ) -> RecordedRows:
+        inputs = self.inputs(input_form(matrix) for of_experts in matrices for matrix in of_experts)
+        made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
+        return _PairRows(self.recorder, made, activation)
 
     def onto(self, target: Buffer) -> None:
         """Adds the norm to the rows of `target`."""
@@ -293,27 +297,10 @@ class _Prepared(_Wrapper):
         )
         self.recorder.add(norm_onto_operation(self._prologue is Prologue.LAYER_NORM), arguments)
 
-    def logits(
-        self, matrix: Matrix, *, bias: torch.Tensor | None = None, scale: float = 1.0, cap: float | None = None
-    ) -> Recorded:
-        recorder = self.recorder
-        stride = row_stride(matrix.rows)
-        recorder.logits = aligned(recorder.limits.logit_rows * stride, np.float32).reshape(-1, stride)[:, : matrix.rows]
-        picked = self._from(address_of(recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS)
-        multiply(
-            recorder,
-            matrix,
-            make_inputs(recorder, input_form(matrix), picked),
-            out=address_of(recorder.logits),
-            out_stride=stride,
-            bias=0 if bias is None else recorder.keep(bias),
-            rows_from=StepNumber.LOGIT_ROWS,
-        )
-        if scale != 1 or cap is not None:
-            x, counted = address_of(recorder.logits), StepNumber.LOGIT_ROWS
-            row = scale_cap_arguments(x=x, stride=stride, columns=matrix.rows, scale=scale, cap=cap, rows_from=counted)
-            recorder.add(scale_cap_operation(cap is not None), row)
-        return self
+    def wanted(self) -> Recorded:
+        picked = _Prepared(self.source, self._prologue, self.width, self._weight, self._eps)
+        picked._picked, picked._rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
+        return picked
 
     def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
         assert self._prologue is Prologue.NONE or self._prologue.norm, "no model ends with an activation"
@@ -325,7 +312,7 @@ class _Prepared(_Wrapper):
             return layer_norm_reference.layer_norm(found, weight, bias, self._eps)
         return rms_norm_reference.rms_norm(found, self._weight, self._eps)
 
-    def _from(self, picked: int = 0, rows_from: StepNumber = StepNumber.TOKENS) -> Source:
+    def _from(self) -> Source:
         return Source(
             x=self.source.address,
             stride=self.source.buffer.stride,
@@ -333,8 +320,8 @@ class _Prepared(_Wrapper):
             prologue=self._prologue,
             weight=0 if self._weight is None else self.recorder.keep(self._weight),
             eps=self._eps,
-            picked=picked,
-            rows_from=rows_from,
+            picked=self._picked,
+            rows_from=self._rows_from,
         )
 
 
@@ -366,9 +353,29 @@ class _Pending(_Value):
 class _Product(_Pending):
     """The result of matrices side by side."""
 
-    def __init__(self, recorder: Recorder, factors: list[tuple[Matrix, Inputs]], bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        factors: list[tuple[Matrix, Inputs]],
+        bias: torch.Tensor | None,
+        rows_from: StepNumber = StepNumber.TOKENS,
+    ) -> None:
         super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
-        self._factors, self._bias = factors, bias
+        self._factors, self._bias, self._rows_from = factors, bias, rows_from
+
+    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+        assert self._rows_from is StepNumber.LOGIT_ROWS
+        assert self._bias is None
+        recorder, columns, stride = self.recorder, self.width, row_stride(self.width)
+        made = aligned(recorder.limits.logit_rows * stride, np.float32)
+        recorder.logits = made.reshape(-1, stride)[:, :columns]
+        self._bias = bias
+        self.emit(Buffer(made, columns, stride), accumulate=False)
+        if scale != 1 or cap is not None:
+            x, counted = address_of(made), self._rows_from
+            row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=scale, cap=cap, rows_from=counted)
+            recorder.add(scale_cap_operation(cap is not None), row)
+        return self
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
@@ -383,9 +390,45 @@ class _Product(_Pending):
                 column=column,
                 bias=bias and bias + 4 * column,
                 accumulate=accumulate,
+                rows_from=self._rows_from,
                 barrier=number == len(self._factors),
             )
             column += matrix.rows
+
+
+class _PairRows(RecordedRows):
+    """What experts' matrices made; with an activation, gate and up that meet where the next matrices read them."""
+
+    def __init__(self, recorder: Recorder, results: Results, activation: GatedActivation | None) -> None:
+        self._recorder, self._results = recorder, results
+        self._activation: GatedActivation | None = activation
+
+    def expert_linear(
+        self,
+        matrices: Sequence[Sequence[Matrix]],
+        pairs: Pairs,
+        bias: torch.Tensor | None,
+        activation: GatedActivation | None,
+    ) -> RecordedRows:
+        assert self._activation is not None
+        recorder, made = self._recorder, self._results
+        source = Source(
+            x=address_of(made.rows),
+            stride=made.stride,
+            columns=made.width // 2,
+            prologue=PROLOGUES[self._activation],
+            rows_from=StepNumber.PAIRS,
+        )
+        forms = list(dict.fromkeys(input_form(matrix) for of_experts in matrices for matrix in of_experts))
+        inputs = {
+            form: make_inputs(recorder, form, source, copies=pairs.top_k, barrier=form is forms[-1]) for form in forms
+        }
+        every = recorder.row_numbers(pairs.top_k)
+        return _PairRows(recorder, record_products(recorder, matrices, inputs, pairs, bias, every), activation)
+
+    def combine(self, shared: Recorded | None, gate: Recorded | None) -> Recorded:
+        assert self._activation is None
+        return _Mixture(self._recorder, self._results, shared, gate)
 
 
 class _Mixture(_Pending):

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.linear.split import split_blocks
 from candle_vllm.core.kernels.linear.triton_merge import merge
-from candle_vllm.core.kernels.linear.triton_products import Operand, plain
+from candle_vllm.core.kernels.linear.triton_products import Operand, plain, plain_operand
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, TENSOR_CORES, Build, capability, cdiv, stages
 
 
@@ -256,8 +256,7 @@ def linear(
     assert bias is None or bias.dtype == x.dtype
     tile = _tile(len(x), x.dtype, capability(x.device), _aligned(x, weight))
     many = cdiv(len(weight), tile.rows) * cdiv(len(x), tile.tokens) >= CUT.enough
-    columns = weight.shape[1]
-    operand = Operand((weight, None, None, None), len(weight), columns, weight.stride(0), columns, tile.columns)
+    operand = plain_operand(weight, *weight.shape, weight.stride(0), tile.columns)
     return launch(x, operand, bias, out, plain, tile, CUT if invariant or not many else None)
 
 
@@ -315,7 +314,7 @@ def _build(
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     aligned = columns % 16 == 0
     tile = _tile(tokens, kind, capability, aligned)
-    operand = Operand((f"*{dtype}", None, None, None), 1, columns, columns, columns, tile.columns)
+    operand = plain_operand(f"*{dtype}", 1, columns, columns, tile.columns)
     label = f"{dtype}-{columns}"
     return build(operand, plain, tile, dtype, label, (capability,), form=form, bias=bias, aligned=aligned)
 

@@ -89,6 +89,11 @@ class Operand(NamedTuple):
         return self.columns % (self.form if isinstance(self.form, int) else self.form.parts * 32) != 0
 
 
+def plain_operand(weight: Any, rows: int, columns: int, pitch: int, at_a_time: int) -> Operand:
+    """A plain matrix, or its type; see `Operand`."""
+    return Operand((weight, None, None, None), rows, columns, pitch, columns, at_a_time)
+
+
 @triton.jit
 def plain(
     x_at,  # beginnings of rows of x, pointers [1, T]

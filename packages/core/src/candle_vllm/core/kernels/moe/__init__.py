@@ -10,113 +10,127 @@ the sum of its two highest. NaN counts as lower than every number. The weights a
 by their sum where asked, times `scale`. The experts of a token differ and stand in the order in which they were chosen.
 Source: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
 
-`moe`: x [T, E], gate_up [X, 2F, E] (the gate's rows, then up's) and down [X, E, F], bfloat16 or float16, or each a
-`GgufMatrix`, or a `GroupMatrix` of floats, whose rows are the experts' behind each other; or all of it float32; weights
-[T, k] fp32, experts [T, k] int32. y[t], in new memory, is the sum over j, with e = experts[t, j], of
+`expert_linear`: a product with a matrix of every expert, [X * N, K], the experts' rows behind each other: a
+`DeviceMatrix` of bfloat16 or float16, of GGUF's blocks, or of small floats in groups; or all of it float32. With an
+activation the matrix has an expert's gate and then its up, [X, 2 N, K], x [T, K] is a row for each token, and what
+comes of it is, for each of its pairs and with e the pair's expert,
 
-    weights[t, j] * (down[e] (act(gate[e] x[t]) * (up[e] x[t])))
+    act(gate[e] x[t]) * (up[e] x[t])
 
-`biases` are added to each of the three products. gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate
-at most 7 and up within [-7, 7], in the place of act(gate) * up.
-The experts of a token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that
-fill up a batch need none. Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y.
-Results are added in the order of j. With up to `FEW` pairs of token and expert the kernels are others than with more,
-and with GGUF's numbers they round as `kernels/gguf_linear` does, with small floats as `kernels/group_linear`. On
-either side of that, y[t] depends on nothing but token t's own row, weights and experts; with `invariant=True` on both
-sides alike, to the bit.
+gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], in the place of
+act(gate) * up. Without an activation x is such a result, and so is down[e] x. A bias [X, N] (or [X, 2 N]) is added to
+the products. In which order the results [T * k, N] lie is known to these functions alone, and what belongs to no expert
+is undefined.
+
+`combine`: y[t], in new memory, is the sum over j of weights[t, j] times the jth result of token t. The experts of a
+token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: the rows that fill up a batch
+need none.
+
+Sums are fp32; what is rounded to x's dtype is act(gate) * up, an expert's result, and y. Results are added in the order
+of j. With up to `FEW` pairs of token and expert the kernels are others than with more, and with GGUF's numbers they
+round as `kernels/gguf_linear` does, with small floats as `kernels/group_linear`. On either side of that, y[t] depends
+on nothing but token t's own row, weights and experts; with `invariant=True` on both sides alike, to the bit.
 
 float32 has no kernels: on a GPU every expert is multiplied with every token in torch, which is slow.
 
 Nothing here waits for the GPU, and what is launched depends on shapes alone, so that a graph may capture it. Tensors on
-the CPU are computed by `reference.py`.
+the CPU are computed by `reference.py`, in fp32 up to y.
 """
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 
 from candle_vllm.core.kernels.dispatch import on_gpu
+from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe import reference
-from candle_vllm.core.kernels.moe.arguments import (
-    FEW,
-    MOST_EXPERTS,
-    Activation,
-    Biases,
-    Experts,
-    MoeSizes,
-    Routing,
-    Scoring,
-)
-from candle_vllm.core.kernels.recorded import RecordedExperts
+from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Pairs, Routing, Scoring
+from candle_vllm.core.kernels.recorded import Recorded, RecordedPairs, RecordedRows, Value
 
 __all__ = [
     "FEW",
     "MOST_EXPERTS",
     "Activation",
-    "Biases",
-    "Experts",
-    "MoeSizes",
-    "RecordedExperts",
+    "Pairs",
     "Routing",
     "Scoring",
-    "moe",
+    "combine",
+    "expert_linear",
     "route",
 ]
 
 
-def route(
-    logits: torch.Tensor,
-    top_k: int,
-    *,
-    scoring: Scoring = "softmax",
-    renormalise: bool = True,
-    bias: torch.Tensor | None = None,
-    groups: int = 1,
-    top_groups: int = 1,
-    scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights [T, k] fp32, experts [T, k] int32) for logits [T, X], X up to `MOST_EXPERTS`.
-
-    Args:
-        bias: [X] fp32; takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
-        groups: of X / groups experts each; `top_groups` of them are candidates.
-    """
+def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
+    """The pairs of logits [T, X], X up to `MOST_EXPERTS`."""
+    if isinstance(logits, Recorded):
+        return logits.route(routing)
     assert logits.dim() == 2
-    experts = logits.shape[1]
+    experts, top_k, bias = logits.shape[1], routing.top_k, routing.bias
+    groups, top_groups = routing.groups, routing.top_groups
     assert 0 < experts <= MOST_EXPERTS, f"{experts} experts; at most {MOST_EXPERTS} are supported"
     assert experts % groups == 0
     assert 0 < top_groups <= groups
     assert 0 < top_k <= experts // groups * top_groups, "more experts are asked for than are candidates"
     assert bias is None or bias.shape == (experts,)
     assert bias is None or groups == 1 or experts // groups > 1, "the worth of a group is the sum of two"
-    assert scoring in ("softmax", "sigmoid")
+    assert routing.scoring in get_args(Scoring)
+    choose = reference.route
     if on_gpu(logits):
         from candle_vllm.core.kernels.moe import triton_route
 
-        return triton_route.route(logits, top_k, scoring, renormalise, bias, (groups, top_groups), scale)
-    return reference.route(logits, top_k, scoring, renormalise, bias, (groups, top_groups), scale)
+        choose = triton_route.route
+    found = choose(logits, top_k, routing.scoring, routing.renormalise, bias, (groups, top_groups), routing.scale)
+    return Pairs(*found, experts)
 
 
-def moe(
-    x: torch.Tensor,
-    gate_up: Experts,
-    down: Experts,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
+def expert_linear(
+    x: torch.Tensor | Recorded | RecordedRows,
+    matrices: Sequence[Any],
+    pairs: Any,
+    bias: torch.Tensor | None = None,
     *,
-    biases: Biases | None = None,
-    activation: Activation = "silu",
+    activation: Activation | None = None,
     invariant: bool = False,
-) -> torch.Tensor:
-    """The experts' weighted results [T, E]; see above. `invariant`: few pairs are computed as many are."""
-    sizes = MoeSizes.of(x, gate_up, down, weights, experts, biases)
-    assert activation in get_args(Activation)
-    if on_gpu(x) and x.dtype == torch.float32:
-        return reference.every_expert(x, gate_up, down, weights, experts, sizes, activation, biases)
-    if on_gpu(x):
+) -> Any:
+    """The experts' results, a row for each pair; see above.
+
+    Args:
+        matrices: one; in recorded steps lists of a matrix of every expert, gate's and then up's.
+        pairs: what `route` gave.
+        invariant: few pairs are computed as many are.
+    """
+    assert activation is None or activation in get_args(Activation)
+    if isinstance(x, (Recorded, RecordedRows)):
+        return x.expert_linear(matrices, pairs, bias, activation)
+    matrix: DeviceMatrix
+    (matrix,) = matrices
+    height = matrix.rows // pairs.count
+    assert matrix.rows == height * pairs.count
+    assert activation is None or height % 2 == 0
+    assert x.shape == (pairs.number if activation is None else pairs.tokens, matrix.columns)
+    assert bias is None or bias.shape == (pairs.count, height)
+    if on_gpu(x) and x.dtype != torch.float32:
         from candle_vllm.core.kernels.moe import triton
 
-        return triton.moe(x, gate_up, down, weights, experts, sizes, activation, biases, invariant)
-    return reference.moe(x, gate_up, down, weights, experts, sizes, activation, biases)
+        return triton.expert_linear(x, matrix, pairs, bias, activation, invariant)
+    return reference.expert_linear(x, matrix, pairs, bias, activation, waits=not on_gpu(x))
+
+
+def combine(
+    results: Any, pairs: Any, dtype: torch.dtype, shared: Value | None = None, gate: Value | None = None
+) -> Value:
+    """The weighted sums [T, N] in dtype; `shared` is added, times the sigmoid of gate [T, 1] where there is one."""
+    if isinstance(results, RecordedRows):
+        return results.combine(shared, gate)
+    if on_gpu(results) and results.dtype != torch.float32:
+        from candle_vllm.core.kernels.moe import triton
+
+        y = triton.combine(results, pairs)
+    else:
+        y = reference.combine(results, pairs).to(dtype)
+    if shared is None:
+        return y
+    return y + (shared if gate is None else torch.sigmoid(gate.float()).to(y.dtype) * shared)

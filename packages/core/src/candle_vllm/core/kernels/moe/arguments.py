@@ -1,14 +1,15 @@
-"""What a mixture of experts is given: kinds of arguments, and the sizes that they share; inside step 6."""
+"""What a mixture of experts is given: kinds of arguments, and pairs of tokens and experts; inside step 6."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.moe.triton_sort import Blocks
 
 FEW = 64
 """Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
@@ -18,12 +19,6 @@ MOST_EXPERTS = 512
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid"]
-Experts: TypeAlias = torch.Tensor | GgufMatrix | GroupMatrix
-"""One matrix of every expert: [X, rows, columns], or a quantised matrix of X * rows rows."""
-
-
-Biases: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Of gate and up [X, 2F], and of down [X, E]."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +28,7 @@ class Routing:
     Attributes:
         top_k: k.
         scoring, renormalise, scale: how logits become weights.
-        bias: [X] fp32 or None.
+        bias: [X] fp32 or None; takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
         groups, top_groups: of experts, and how many of the groups are candidates.
     """
 
@@ -46,64 +41,46 @@ class Routing:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
-class MoeSizes:
-    """Sizes.
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of a token and one of its experts; pair t * k + j is token t's jth.
 
     Attributes:
-        tokens: T.
-        experts: X.
-        top_k: k, experts of a token.
-        hidden: E.
-        inner: F.
+        weights: [T, k] fp32.
+        experts: [T, k] int32; those of a token differ, and a number outside 0 to X - 1 stands for none.
+        count: X.
     """
 
-    tokens: int
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
+    weights: torch.Tensor
+    experts: torch.Tensor
+    count: int
+
+    def __post_init__(self) -> None:
+        assert self.experts.dim() == 2
+        assert self.weights.shape == self.experts.shape
+        assert self.experts.dtype == torch.int32
+        assert self.weights.dtype == torch.float32
+        assert 0 < self.count <= MOST_EXPERTS
 
     @property
-    def pairs(self) -> int:
-        """Pairs of a token and one of its experts; pair t * k + j is token t's jth."""
-        return self.tokens * self.top_k
+    def tokens(self) -> int:
+        """T."""
+        return self.experts.shape[0]
 
     @property
-    def few(self) -> bool:
-        """Whether there are few pairs."""
-        return self.pairs <= FEW
+    def top_k(self) -> int:
+        """k."""
+        return self.experts.shape[1]
 
-    @staticmethod
-    def of(
-        x: torch.Tensor,
-        gate_up: Experts,
-        down: Experts,
-        weights: torch.Tensor,
-        experts: torch.Tensor,
-        biases: Biases | None = None,
-    ) -> MoeSizes:
-        """Reads them; what does not fit together is our own mistake."""
-        assert x.dim() == 2
-        assert experts.dim() == 2
-        assert weights.shape == experts.shape
-        assert len(experts) == len(x)
-        assert experts.dtype == torch.int32
-        assert weights.dtype == torch.float32
-        tokens, hidden = x.shape
-        if not isinstance(down, torch.Tensor):
-            assert down.rows % hidden == 0
-            count, inner = down.rows // hidden, down.columns
-        else:
-            count, inner = down.shape[0], down.shape[2]
-            assert down.shape == (count, hidden, inner)
-        if not isinstance(gate_up, torch.Tensor):
-            assert gate_up.rows == count * 2 * inner
-            assert gate_up.columns == hidden
-        else:
-            assert gate_up.shape == (count, 2 * inner, hidden)
-        assert 0 < count <= MOST_EXPERTS
-        if biases is not None:
-            assert biases[0].shape == (count, 2 * inner)
-            assert biases[1].shape == (count, hidden)
-        return MoeSizes(tokens, count, experts.shape[1], hidden, inner)
+    @property
+    def number(self) -> int:
+        """T * k."""
+        return self.experts.numel()
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The pairs in the order of their experts, in blocks, for the GPU's kernels; sorted when first wanted."""
+        from candle_vllm.core.kernels.moe.triton_experts import block_tokens
+        from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
+
+        return sort_pairs(self, block_tokens(self))

@@ -6,7 +6,7 @@ token the chosen experts' matrices are the only ones that are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.cpu_runtime.matrices import (
-    Form,
-    Inputs,
-    Source,
-    input_form,
-    linear_call,
-    make_inputs,
-)
+from candle_vllm.core.kernels.cpu_runtime.matrices import Form, Inputs, input_form, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.moe import cpu
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing
@@ -30,11 +23,12 @@ if TYPE_CHECKING:
     import torch
 
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
-    from candle_vllm.core.kernels.recorded import Matrix, RecordedExperts
+    from candle_vllm.core.kernels.recorded import Matrix
 
-_PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType(
+PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType(
     {"silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI}
 )
+"""How the down matrices' input is made of what gate and up gave."""
 
 
 @dataclass(frozen=True)
@@ -58,44 +52,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Results:
-    """What the experts made: float32 [T * k, E], a row for each place, `stride` floats apart."""
+    """What experts' matrices made: float32 [T * k, width], a row for each place, `stride` floats apart."""
 
     pairs: Pairs
     rows: np.ndarray
     stride: int
     width: int
-
-
-def record_experts(
-    recorder: Recorder,
-    inputs: Callable[[Sequence[Form]], Mapping[Form, Inputs]],
-    logits: tuple[int, int],
-    routing: Routing,
-    experts: RecordedExperts,
-) -> Results:
-    """Records everything up to the experts' results.
-
-    Args:
-        recorder: of the plan.
-        inputs: makes the layer's input in some forms, each once.
-        logits: address and stride of float32 [T, X].
-        routing, experts: of the layer.
-    """
-    count, top_k = len(experts.down), routing.top_k
-    pairs = _record_pairs(recorder, logits, count, routing)
-    inner, hidden = experts.down[0].columns, experts.down[0].rows
-    made = inputs([input_form(matrix) for matrix in (*experts.gate, *experts.up)])
-    between, stride = recorder.rows(2 * inner, top_k)
-    biases = (None, None) if experts.biases is None else experts.biases
-    _record_products(recorder, (experts.gate, experts.up), made, pairs, (between, stride), biases[0], pairs.token_of)
-    x, prologue = address_of(between), _PROLOGUES[experts.activation]
-    source = Source(x=x, stride=stride, columns=inner, prologue=prologue, rows_from=StepNumber.PAIRS)
-    forms = list(dict.fromkeys(map(input_form, experts.down)))
-    gated = {form: make_inputs(recorder, form, source, copies=top_k, barrier=form is forms[-1]) for form in forms}
-    results, stride = recorder.rows(hidden, top_k)
-    every = recorder.row_numbers(top_k)
-    _record_products(recorder, (experts.down,), gated, pairs, (results, stride), biases[1], every)
-    return Results(pairs, results, stride, hidden)
 
 
 def record_sum(
@@ -127,8 +89,8 @@ def record_sum(
     recorder.add(cpu.combine_operation(), arguments)
 
 
-def _record_pairs(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
-    """Chooses and sorts."""
+def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
+    """Records choosing and sorting, of logits float32 [T, X] by their address and stride."""
     top_k = routing.top_k
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
@@ -155,17 +117,24 @@ def _record_pairs(recorder: Recorder, logits: tuple[int, int], count: int, routi
     return pairs
 
 
-def _record_products(
+def record_products(
     recorder: Recorder,
-    matrices: tuple[Sequence[Matrix], ...],
+    matrices: Sequence[Sequence[Matrix]],
     inputs: Mapping[Form, Inputs],
     pairs: Pairs,
-    out: tuple[np.ndarray, int],
     bias: torch.Tensor | None,
     picked: np.ndarray,
-) -> None:
-    """Every expert's matrices times the rows of its places; those of an expert stand side by side in the result."""
-    count = len(matrices[0])
+) -> Results:
+    """Records every expert's matrices times the rows of its places; an expert's stand side by side in the result.
+
+    Args:
+        matrices: a matrix of every expert in each list.
+        inputs: the rows, in the forms that the matrices read.
+        bias: [X, width] or None.
+        picked: which row each place reads.
+    """
+    count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
+    rows, stride = recorder.rows(width, pairs.top_k)
     table = np.zeros((count, len(matrices), cpu.ENTRY), np.int64)
     at_bias = 0 if bias is None else recorder.keep(bias.float())
     for x in range(count):
@@ -176,10 +145,10 @@ def _record_products(
                 recorder,
                 matrix,
                 inputs[input_form(matrix)],
-                out=address_of(out[0]),
-                out_stride=out[1],
+                out=address_of(rows),
+                out_stride=stride,
                 column=column,
-                bias=at_bias and at_bias + 4 * (x * bias.shape[1] + column),  # pyright: ignore[reportOptionalMemberAccess]
+                bias=at_bias and at_bias + 4 * (x * width + column),
                 rows_from=StepNumber.PAIRS,
             )
             table[x, m] = plan_row(operation, 0, arguments)
@@ -192,3 +161,4 @@ def _record_products(
         picked=address_of(picked),
     )
     recorder.add(cpu.experts_operation(), arguments)
+    return Results(pairs, rows, stride, width)

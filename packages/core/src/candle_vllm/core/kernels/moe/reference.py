@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
-from candle_vllm.core.kernels.gguf_linear.reference import dequantise
-from candle_vllm.core.kernels.group_linear import reference as group_linear
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
-from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes, Scoring
+from candle_vllm.core.kernels.matrices import DeviceMatrix
+from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, Scoring
 
 # Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum.
 LEAST_SUM = 1e-20
@@ -52,56 +49,52 @@ def _best(values: torch.Tensor, candidate: torch.Tensor, count: int) -> torch.Te
     return order[:, :count]
 
 
-def moe(
+def expert_linear(
     x: torch.Tensor,
-    gate_up: Experts,
-    down: Experts,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
-    sizes: MoeSizes,
-    activation: Activation,
-    biases: Biases | None = None,
+    matrix: DeviceMatrix,
+    pairs: Pairs,
+    bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+    *,
+    waits: bool = True,
 ) -> torch.Tensor:
-    """See the contract in the package; fp32 throughout, rounded once."""
-    wide = x.float()
-    total = torch.zeros_like(wide)
-    results = torch.zeros(*experts.shape, sizes.hidden, device=x.device)
-    for expert in experts.unique().tolist():
-        if not 0 <= expert < sizes.experts:
+    """See the contract in the package: fp32, in the order of the pairs.
+
+    Without `waits` nothing looks at which experts are asked, so that nothing waits for a GPU: every one is multiplied
+    with every token.
+    """
+    rows, wide = x.float(), matrix.decoded(torch.float32).unflatten(0, (pairs.count, -1))
+    if activation is None:
+        rows = rows.unflatten(0, pairs.experts.shape)
+    width = wide.shape[1] if activation is None else wide.shape[1] // 2
+    out = torch.zeros(*pairs.experts.shape, width, device=x.device)
+    for expert in pairs.experts.unique().tolist() if waits else range(pairs.count):
+        if not 0 <= expert < pairs.count:
             continue
-        token, slot = (experts == expert).nonzero(as_tuple=True)
-        both = wide[token] @ _matrix(gate_up, expert, sizes.experts).T
-        gate, up = (both if biases is None else both + biases[0][expert].float()).chunk(2, -1)
-        result = gated(gate, up, activation) @ _matrix(down, expert, sizes.experts).T
-        results[token, slot] = result if biases is None else result + biases[1][expert].float()
-    for slot in range(sizes.top_k):
-        inside = (experts[:, slot] >= 0) & (experts[:, slot] < sizes.experts)
-        total += torch.where(inside, weights[:, slot], 0.0)[:, None] * results[:, slot]
-    return total.to(x.dtype)
+        asked = pairs.experts == expert
+        token, slot = asked.nonzero(as_tuple=True) if waits else (slice(None), None)
+        if activation is not None:
+            own = rows[token]
+        else:  # the experts of a token differ: it has one row at most for each
+            own = rows[token, slot] if waits else torch.where(asked[..., None], rows, 0.0).sum(1)
+        y = own @ wide[expert].float().T
+        y = y if bias is None else y + bias[expert].float()
+        y = y if activation is None else gated(*y.chunk(2, -1), activation)
+        if waits:
+            out[token, slot] = y
+        else:
+            out = torch.where(asked[..., None], y[:, None], out)
+    return out.flatten(0, 1)
 
 
-def every_expert(
-    x: torch.Tensor,
-    gate_up: Experts,
-    down: Experts,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
-    sizes: MoeSizes,
-    activation: Activation,
-    biases: Biases | None = None,
-) -> torch.Tensor:
-    """The same without a look at which experts are asked, so that nothing waits for a GPU; added by their numbers."""
-    wide = x.float()
-    total = torch.zeros_like(wide)
-    for expert in range(sizes.experts):
-        both = wide @ _matrix(gate_up, expert, sizes.experts).T
-        gate, up = (both if biases is None else both + biases[0][expert].float()).chunk(2, -1)
-        result = gated(gate, up, activation) @ _matrix(down, expert, sizes.experts).T
-        result = result if biases is None else result + biases[1][expert].float()
-        asked = experts == expert
-        weight = torch.where(asked, weights, 0.0).sum(1, keepdim=True)
-        total += torch.where(asked.any(1, keepdim=True), weight * result, 0.0)
-    return total.to(x.dtype)
+def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """See the contract in the package: fp32."""
+    results = results.unflatten(0, pairs.experts.shape)
+    total = torch.zeros(pairs.tokens, results.shape[2], device=results.device)
+    for slot in range(pairs.top_k):
+        inside = (pairs.experts[:, slot] >= 0) & (pairs.experts[:, slot] < pairs.count)
+        total += torch.where(inside, pairs.weights[:, slot], 0.0)[:, None] * results[:, slot]
+    return total
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -112,12 +105,3 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-def _matrix(experts: Experts, expert: int, count: int) -> torch.Tensor:
-    """One expert's matrix in fp32."""
-    if isinstance(experts, GroupMatrix):
-        return group_linear.dequantise(experts).unflatten(0, (count, -1))[expert]
-    if isinstance(experts, GgufMatrix):
-        return dequantise(experts).unflatten(0, (count, -1))[expert]
-    return experts[expert].float()

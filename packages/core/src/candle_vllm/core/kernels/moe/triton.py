@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.moe.arguments import Activation, Biases, Experts, MoeSizes
-from candle_vllm.core.kernels.moe.triton_experts import block_tokens, few, many
-from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
+from candle_vllm.core.kernels.matrices import DeviceMatrix
+from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs
+from candle_vllm.core.kernels.moe.triton_experts import product
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = 1024  # numbers of a program of the sum; not measured yet
@@ -46,41 +46,37 @@ def sum_kernel(
     tl.store(y + token * E + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-def moe(
+def expert_linear(
     x: torch.Tensor,
-    gate_up: Experts,
-    down: Experts,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
-    sizes: MoeSizes,
-    activation: Activation,
-    biases: Biases | None = None,
-    invariant: bool = False,
+    matrix: DeviceMatrix,
+    pairs: Pairs,
+    bias: torch.Tensor | None,
+    activation: Activation | None,
+    invariant: bool,
 ) -> torch.Tensor:
-    """See the contract in the package."""
+    """See the contract in the package; of few pairs the results lie as these, of many in the experts' order first."""
     assert x.dtype in (torch.bfloat16, torch.float16)
-    assert x.stride(1) == 1 or sizes.hidden == 1, "the numbers of a row lie behind each other"
-    assert experts.is_contiguous()
+    assert x.stride(1) == 1 or x.shape[1] == 1, "the numbers of a row lie behind each other"
+    assert pairs.experts.is_contiguous()
+    assert pairs.experts.device == x.device
+    rows = matrix.rows // pairs.count // (1 if activation is None else 2)
+    out = torch.empty((pairs.number, rows), dtype=x.dtype, device=x.device)
+    if pairs.tokens:
+        few = pairs.number <= FEW and not invariant
+        product(x, matrix, bias, pairs, None if few else pairs.blocks, out, activation)
+    return out
+
+
+def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """See the contract in the package."""
+    weights, experts, width = pairs.weights, pairs.experts, results.shape[1]
     assert weights.is_contiguous()
-    assert experts.device == weights.device == x.device
-    y = torch.empty((sizes.tokens, sizes.hidden), dtype=x.dtype, device=x.device)
-    if not sizes.tokens:
-        return y
-    inner = torch.empty((sizes.pairs, sizes.inner), dtype=x.dtype, device=x.device)
-    results = torch.empty((sizes.pairs, sizes.hidden), dtype=x.dtype, device=x.device)
-    first, second = (None, None) if biases is None else biases
-    products = ((x, gate_up, first, inner, activation), (inner, down, second, results, None))
-    if sizes.few and not invariant:
-        for source, matrix, bias, out, gate in products:
-            few(source, matrix, bias, experts, out, sizes, gate)
-    else:
-        block = block_tokens(sizes)
-        blocks = sort_pairs(experts, sizes, block)
-        for source, matrix, bias, out, gate in products:
-            many(source, matrix, bias, blocks, out, sizes, gate)
-    grid = (sizes.tokens, cdiv(sizes.hidden, _PART))
-    constants = {"TOP": sizes.top_k, "BLOCK": _PART}
-    sum_kernel[grid](results, weights, experts, y, sizes.experts, sizes.hidden, **constants, num_warps=4, **OPTIONS)
+    assert weights.device == results.device
+    y = torch.empty((pairs.tokens, width), dtype=results.dtype, device=results.device)
+    if pairs.tokens:
+        constants = {"TOP": pairs.top_k, "BLOCK": _PART}
+        grid = (pairs.tokens, cdiv(width, _PART))
+        sum_kernel[grid](results, weights, experts, y, pairs.count, width, **constants, num_warps=4, **OPTIONS)
     return y
 
 

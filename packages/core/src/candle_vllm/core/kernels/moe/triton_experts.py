@@ -17,19 +17,19 @@ rounded to x's dtype first.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear import triton_codes as gguf
-from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
 from candle_vllm.core.kernels.group_linear import triton_codes as group
-from candle_vllm.core.kernels.group_linear.layout import GroupMatrix, Numbers
+from candle_vllm.core.kernels.group_linear.layout import Numbers
 from candle_vllm.core.kernels.linear.triton import Tile, tile_for, tile_of
-from candle_vllm.core.kernels.linear.triton_products import Operand, exact, plain, rounded
-from candle_vllm.core.kernels.moe.arguments import Activation, Experts, MoeSizes
+from candle_vllm.core.kernels.linear.triton_products import Operand, exact, plain, plain_operand, rounded
+from candle_vllm.core.kernels.matrices import DeviceMatrix, Stored
+from candle_vllm.core.kernels.moe.arguments import Activation, Pairs
 from candle_vllm.core.kernels.moe.triton_sort import Blocks
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.triton_build import (
@@ -42,9 +42,6 @@ from candle_vllm.core.kernels.triton_build import (
     next_power_of_2,
     stages,
 )
-
-Stored: TypeAlias = Literal["plain", "gguf", "floats"]
-"""How experts are stored: as they are, in GGUF's blocks, or as small floats in groups."""
 
 
 class Tiles(NamedTuple):
@@ -256,103 +253,62 @@ def many_kernel(
     store_tile(out, total, tile, place if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
-def few(
+def product(
     x: torch.Tensor,
-    matrix: Experts,
+    matrix: DeviceMatrix,
     bias: torch.Tensor | None,
-    experts: torch.Tensor,
+    pairs: Pairs,
+    blocks: Blocks | None,
     out: torch.Tensor,
-    sizes: MoeSizes,
-    gate: str | None,
+    gate: Activation | None,
 ) -> None:
-    """out [pairs, N] from x [T, K] where `gate` names an activation, else from x [pairs, K]."""
-    stored = _stored(x, matrix, bias)
-    tile = tile_for(sizes.tokens, _tiles(stored, capability(x.device)).few)
-    operand, rows = _operand(matrix, tile), out.shape[1]
-    few_kernel[(cdiv(rows, _height(tile, gate)), sizes.pairs)](
-        x,
-        *operand.planes,
-        bias,
-        experts,
-        out,
-        sizes.tokens,
-        sizes.experts,
-        rows,
-        operand.columns,
-        operand.pitch,
-        x.stride(0),
-        operand.steps,
-        SLOTS=next_power_of_2(sizes.top_k),
-        **_constants(operand, plain if stored == "plain" else exact, tile, sizes.top_k, gate),
-        num_warps=tile.warps,
-        num_stages=stages(tile.stages),
-        **OPTIONS,
-    )
+    """Fills out [T * k, N] by one launch.
 
-
-def many(
-    x: torch.Tensor,
-    matrix: Experts,
-    bias: torch.Tensor | None,
-    blocks: Blocks,
-    out: torch.Tensor,
-    sizes: MoeSizes,
-    gate: str | None,
-) -> None:
-    """out [places, N] from x [T, K] where `gate` names an activation, else out [pairs, N] from x [places, K]."""
-    stored = _stored(x, matrix, bias)
-    tile = tile_for(blocks.most, _tiles(stored, capability(x.device)).many)
-    operand, rows = _operand(matrix, tile), out.shape[1]
-    many_kernel[(blocks.count * cdiv(rows, _height(tile, gate)),)](
-        x,
-        *operand.planes,
-        bias,
-        blocks.order,
-        blocks.table,
-        out,
-        blocks.count,
-        sizes.experts,
-        rows,
-        operand.columns,
-        operand.pitch,
-        x.stride(0),
-        operand.steps,
-        TOGETHER=TOGETHER,
-        **_constants(operand, plain if stored == "plain" else rounded, tile, sizes.top_k, gate),
-        num_warps=tile.warps,
-        num_stages=stages(tile.stages),
-        **OPTIONS,
-    )
-
-
-def block_tokens(sizes: MoeSizes) -> int:
-    """Tokens of a tile where there are many pairs: about as many as an expert has. Not measured yet."""
-    return tile_for(sizes.pairs // sizes.experts, PLAIN.many).tokens
-
-
-def _stored(x: torch.Tensor, matrix: Experts, bias: torch.Tensor | None) -> Stored:
-    """What the experts are, and whether the kernels read these tensors."""
+    Args:
+        x: [T, K] where `gate` names an activation, else what this wrote before.
+        blocks: None where there are few pairs; else `out` has a row for each place in their order where `gate` names
+            an activation, and then one for each pair.
+    """
     assert bias is None or (bias.is_contiguous() and bias.device == x.device)
-    assert matrix.device == x.device
-    if isinstance(matrix, GgufMatrix):
-        return "gguf"
-    if isinstance(matrix, GroupMatrix):
-        assert matrix.numbers != "int", "experts of whole numbers come in GGUF's blocks"
-        assert matrix.order is None
-        return "floats"
-    assert matrix.is_contiguous()
-    assert matrix.dtype == x.dtype
-    return "plain"
+    stored, device = matrix.stored, x.device
+    assert stored != "codes", "experts of whole numbers come in GGUF's blocks"
+    tiles = _tiles(stored, capability(device))
+    tile = tile_for(pairs.tokens, tiles.few) if blocks is None else tile_for(blocks.most, tiles.many)
+    operand, rows = matrix.operand(tile.columns), out.shape[1]
+    assert operand.planes[0].device == device
+    assert operand.planes[0].is_contiguous()
+    assert stored != "plain" or operand.planes[0].dtype == x.dtype
+    row_tiles = cdiv(rows, tile.rows if gate is None else tile.rows // 2)
+    if blocks is None:
+        launch, where, counted = few_kernel[(row_tiles, pairs.number)], (pairs.experts,), pairs.tokens
+        extra = {"SLOTS": next_power_of_2(pairs.top_k)}
+    else:
+        launch, where, counted = many_kernel[(blocks.count * row_tiles,)], (blocks.order, blocks.table), blocks.count
+        extra = {"TOGETHER": TOGETHER}
+    launch(
+        x,
+        *operand.planes,
+        bias,
+        *where,
+        out,
+        counted,
+        pairs.count,
+        rows,
+        operand.columns,
+        operand.pitch,
+        x.stride(0),
+        operand.steps,
+        **extra,
+        **_constants(operand, _arithmetic(stored, few=blocks is None), tile, pairs.top_k, gate),
+        num_warps=tile.warps,
+        num_stages=stages(tile.stages),
+        **OPTIONS,
+    )
 
 
-def _operand(matrix: Experts, tile: Tile) -> Operand:
-    if isinstance(matrix, GgufMatrix):
-        return gguf.operand(matrix)
-    return group.operand(matrix) if isinstance(matrix, GroupMatrix) else _plain(matrix, *matrix.shape[1:], tile)
-
-
-def _plain(weight: Any, rows: int, columns: int, tile: Tile) -> Operand:
-    return Operand((weight, None, None, None), rows, columns, columns, columns, tile.columns)
+def block_tokens(pairs: Pairs) -> int:
+    """Tokens of a tile where there are many pairs: about as many as an expert has. Not measured yet."""
+    return tile_for(pairs.number // pairs.count, PLAIN.many).tokens
 
 
 def _tiles(stored: Stored, capability: int) -> Tiles:
@@ -363,6 +319,11 @@ def _tiles(stored: Stored, capability: int) -> Tiles:
     if stored == "gguf":
         return GGUF
     return PLAIN if capability in _SERVERS else PLAIN_OTHERS
+
+
+def _arithmetic(stored: Stored, *, few: bool) -> Any:
+    """The device function of the product."""
+    return plain if stored == "plain" else exact if few else rounded
 
 
 def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: str | None) -> dict[str, Any]:
@@ -376,11 +337,6 @@ def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: str
         "TOKENS": tile.tokens,
         "ROWS": tile.rows,
     }
-
-
-def _height(tile: Tile, gate: str | None) -> int:
-    """Rows of the result that a tile makes."""
-    return tile.rows if gate is None else tile.rows // 2
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -403,7 +359,7 @@ def _build(
     tile = tile_for(tokens, tiles.few if kernel is few_kernel else tiles.many)
     label = f"{dtype}-{columns}"
     if kind == "plain":
-        operand = _plain(f"*{dtype}", 1, columns, tile)
+        operand = plain_operand(f"*{dtype}", 1, columns, columns, tile.columns)
     elif isinstance(kind, PackedKind):
         operand, label = gguf.planned(kind, columns), kind.name
     else:
@@ -411,7 +367,7 @@ def _build(
             group.planned(4 if kind == "e2m1" else 8, group_size, False, columns, kind),
             f"{kind}-{group_size}",
         )
-    product = plain if stored == "plain" else exact if kernel is few_kernel else rounded
+    arithmetic = _arithmetic(stored, few=kernel is few_kernel)
     extra = {"SLOTS": 8} if kernel is few_kernel else {"TOGETHER": TOGETHER}
     types = dict.fromkeys(("T", "X", "N", "K", "pitch", "x_stride", "steps", "blocks"), "i32")
     types |= dict.fromkeys(("experts", "order", "table"), "*i32") | dict.fromkeys(("x", "out"), f"*{dtype}")
@@ -423,7 +379,7 @@ def _build(
     return Build(
         kernel,
         {name: types[name] for name in kernel.arg_names if name in types and name not in missing},
-        {**_constants(operand, product, tile, 8, gate), **extra, **missing},
+        {**_constants(operand, arithmetic, tile, 8, gate), **extra, **missing},
         num_warps=tile.warps,
         num_stages=tile.stages,
         aligned=tuple(name for name in sizes if name not in missing),

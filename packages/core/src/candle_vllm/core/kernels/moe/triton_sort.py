@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.moe.arguments import MoeSizes
+from candle_vllm.core.kernels.moe.arguments import Pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 # Not measured yet.
@@ -130,10 +130,11 @@ def place_kernel(
         tl.store(table + 2 * blocks + block, tl.minimum(left, BLOCK), mask=inside)
 
 
-def sort_pairs(experts: torch.Tensor, sizes: MoeSizes, block: int) -> Blocks:
-    """Sorts experts [T, k], contiguous, into blocks of up to `block` pairs."""
+def sort_pairs(given: Pairs, block: int) -> Blocks:
+    """Sorts pairs, whose experts [T, k] are contiguous, into blocks of up to `block` pairs."""
+    experts, pairs, count = given.experts, given.number, given.count
     assert experts.is_contiguous()
-    pairs, count, device = sizes.pairs, sizes.experts, experts.device
+    device = experts.device
     chunks = cdiv(pairs, _CHUNK)
     most = min(pairs, (pairs + count * (block - 1)) // block)
     order = torch.empty((pairs,), dtype=torch.int32, device=device)

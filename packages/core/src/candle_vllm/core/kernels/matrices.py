@@ -1,6 +1,6 @@
-"""Matrices of a backend outside recorded steps, and one product with several that a checkpoint stores side by side.
+"""Matrices of a backend, and the product of an input with several that a checkpoint stores side by side.
 
-Recorded steps multiply the matrices of `kernels/recorded.py` in the same way: several that read one input at once.
+Recorded steps multiply the matrices of `recorded.py`; outside them a `DeviceMatrix` knows its own kernels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -19,23 +19,33 @@ from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise as dequantise_groups
 from candle_vllm.core.kernels.linear import linear
+from candle_vllm.core.kernels.recorded import Recorded, Value
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.linear.triton_products import Operand
 
 Piece: TypeAlias = Any
 """A matrix of a layer: a `kernels.recorded.Matrix` where steps are recorded, else a `DeviceMatrix`."""
 
+Stored: TypeAlias = Literal["plain", "gguf", "floats", "codes"]
+"""How numbers are stored: as they are, in GGUF's blocks, as small floats in groups, as whole numbers in groups."""
+
 
 class DeviceMatrix(ABC):
-    """A matrix [N, K] on a device.
+    """A matrix [N, K] on a device; the experts' of a layer are one, whose rows stand behind each other.
 
     Attributes:
         data: as its kernels read it.
-        rows: N.
-        kind: how its numbers are kept, in words.
+        rows, columns: N and K.
+        stored: how its numbers are.
+        kind: the same in words.
         form: matrices of one input whose forms are equal can be one.
     """
 
     data: Any
     rows: int
+    columns: int
+    stored: Stored
     kind: str
     form: Hashable
     _linear: ClassVar[Callable[..., torch.Tensor]]
@@ -44,6 +54,10 @@ class DeviceMatrix(ABC):
     @abstractmethod
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers [N, K]; plain ones stay what they are."""
+
+    @abstractmethod
+    def operand(self, columns: int) -> Operand:
+        """The matrix as a launch of the GPU's kernels passes it; `columns` of a plain one are multiplied at a time."""
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows [T, K] of ids [T]; those of plain numbers stay what they are."""
@@ -67,17 +81,23 @@ class DeviceMatrix(ABC):
 class TensorMatrix(DeviceMatrix):
     """Plain numbers."""
 
-    kind = "plain"
+    stored, kind = "plain", "plain"
     _linear, _stack = staticmethod(linear), staticmethod(torch.cat)
 
     def __init__(self, data: torch.Tensor) -> None:
         super().__init__(data)
-        self.rows, self.form = len(data), data.dtype
+        (self.rows, self.columns), self.form = data.shape, data.dtype
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.decoded`."""
         del dtype
         return self.data
+
+    def operand(self, columns: int) -> Operand:
+        """See `DeviceMatrix.operand`."""
+        from candle_vllm.core.kernels.linear.triton_products import plain_operand
+
+        return plain_operand(self.data, self.rows, self.columns, self.data.stride(0), columns)
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.take`."""
@@ -88,15 +108,23 @@ class TensorMatrix(DeviceMatrix):
 class BlockMatrix(DeviceMatrix):
     """Blocks of a GGUF type."""
 
+    stored = "gguf"
     _linear, _stack = staticmethod(gguf_linear.linear), staticmethod(gguf_linear.stack)
 
     def __init__(self, data: GgufMatrix) -> None:
         super().__init__(data)
-        self.rows, self.kind, self.form = data.rows, data.kind.name, data.kind
+        self.rows, self.columns, self.kind, self.form = data.rows, data.columns, data.kind.name, data.kind
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.decoded`."""
         return dequantise(self.data).to(dtype)
+
+    def operand(self, columns: int) -> Operand:
+        """See `DeviceMatrix.operand`."""
+        from candle_vllm.core.kernels.gguf_linear.triton_codes import operand
+
+        del columns
+        return operand(self.data)
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.take`."""
@@ -110,36 +138,40 @@ class CodeMatrix(DeviceMatrix):
 
     def __init__(self, data: GroupMatrix) -> None:
         super().__init__(data)
-        self.rows, self.kind = data.rows, f"{data.numbers} in {data.group}s"
+        self.rows, self.columns = data.rows, data.columns
+        self.stored, self.kind = "codes" if data.numbers == "int" else "floats", f"{data.numbers} in {data.group}s"
         self.form = data.form if data.order is None else id(data)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.decoded`."""
         return dequantise_groups(self.data).to(dtype)
 
+    def operand(self, columns: int) -> Operand:
+        """See `DeviceMatrix.operand`."""
+        from candle_vllm.core.kernels.group_linear.triton_codes import operand
 
-class Product:
-    """y [T, O] = x [T, I] W^T + b, where W is matrices above each other, each plain or quantised.
+        del columns
+        return operand(self.data)
 
-    Neighbours of one form become one matrix, so that they take one launch.
 
-    Args:
-        matrices: [O1, I], [O2, I], ...; what is joined is copied, and the parts are let go of.
-        bias: [O] or None.
-        invariant: see the kernels' contracts.
+def joined(matrices: Sequence[DeviceMatrix]) -> list[DeviceMatrix]:
+    """Matrices of one input, above each other; neighbours of one form become one, so that they take one launch."""
+    groups = (list(group) for _, group in itertools.groupby(matrices, lambda matrix: matrix.form))
+    return [group[0].joined(group) for group in groups]
+
+
+def multiply(x: Value, matrices: Sequence[Piece], bias: torch.Tensor | None, *, invariant: bool) -> Value:
+    """x [T, K] to x W^T + bias [T, N], where W is matrices above each other; see the kernels' contracts.
+
+    The bias is added by the kernels, while they have the sums.
     """
-
-    def __init__(self, matrices: Sequence[DeviceMatrix], bias: torch.Tensor | None, *, invariant: bool) -> None:
-        groups = (list(group) for _, group in itertools.groupby(matrices, lambda matrix: matrix.form))
-        self.pieces = [group[0].joined(group) for group in groups]
-        self._sizes = [piece.rows for piece in self.pieces]
-        self._biases = [None] * len(self._sizes) if bias is None else list(bias.split(self._sizes))
-        self._invariant = invariant
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(self.pieces) == 1:
-            return self.pieces[0].multiply(x, self._biases[0], invariant=self._invariant)
-        out = torch.empty(len(x), sum(self._sizes), dtype=x.dtype, device=x.device)
-        for piece, bias, place in zip(self.pieces, self._biases, out.split(self._sizes, 1)):
-            piece.multiply(x, bias, out=place, invariant=self._invariant)
-        return out
+    if isinstance(x, Recorded):
+        return x.linear(matrices, bias)
+    if len(matrices) == 1:
+        return matrices[0].multiply(x, bias, invariant=invariant)
+    sizes = [matrix.rows for matrix in matrices]
+    out = torch.empty(len(x), sum(sizes), dtype=x.dtype, device=x.device)
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    for matrix, own, place in zip(matrices, biases, out.split(sizes, 1)):
+        matrix.multiply(x, own, out=place, invariant=invariant)
+    return out
