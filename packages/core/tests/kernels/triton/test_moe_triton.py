@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GgmlType
-from moe_layer import Biases, Experts, moe
+from moe_layer import Biases, Experts, matrix_of, moe
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
@@ -362,7 +362,6 @@ def test_no_tokens(device: torch.device) -> None:
 def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
     x, gate_up, down, weights, experts = problem(3, 4, 2, 64, 32, torch.bfloat16, device)
     for wrong in (
-        (x.float(), gate_up, down, weights, experts),
         (x, gate_up.half(), down, weights, experts),
         (x.T.contiguous().T, gate_up, down, weights, experts),
         (x, TensorMatrix(gate_up.flatten(0, 1).T.contiguous().T), down, weights, experts),
@@ -370,6 +369,10 @@ def test_what_the_kernels_do_not_read_is_refused(device: torch.device) -> None:
     ):
         with pytest.raises(AssertionError):
             run(*wrong)
+    with pytest.raises(AssertionError):
+        triton.expert_linear(
+            x.float(), matrix_of(gate_up.float()), Pairs(weights, experts, 4), None, "silu", invariant=False
+        )
 
 
 def test_a_graph_replays_with_other_experts(device: torch.device) -> None:
