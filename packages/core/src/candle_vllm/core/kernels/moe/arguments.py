@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.moe.triton_sort import Blocks
 
 FEW = 64
 """Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
@@ -41,7 +37,7 @@ class Routing:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Pairs:
     """Pairs of a token and one of its experts; pair t * k + j is token t's jth.
 
@@ -49,11 +45,13 @@ class Pairs:
         weights: [T, k] fp32.
         experts: [T, k] int32; those of a token differ, and a number outside 0 to X - 1 stands for none.
         count: X.
+        blocks: the pairs in the order of their experts, which the GPU's kernels make when they first want it.
     """
 
     weights: torch.Tensor
     experts: torch.Tensor
     count: int
+    blocks: Any = None
 
     def __post_init__(self) -> None:
         assert self.experts.dim() == 2
@@ -76,11 +74,3 @@ class Pairs:
     def number(self) -> int:
         """T * k."""
         return self.experts.numel()
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        """The pairs in the order of their experts, in blocks, for the GPU's kernels; sorted when first wanted."""
-        from candle_vllm.core.kernels.moe.triton_experts import block_tokens
-        from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
-
-        return sort_pairs(self, block_tokens(self))

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import FEW, Activation, Pairs
-from candle_vllm.core.kernels.moe.triton_experts import product
+from candle_vllm.core.kernels.moe.triton_experts import block_tokens, product
+from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = 1024  # numbers of a program of the sum; not measured yet
@@ -63,6 +64,8 @@ def expert_linear(
     out = torch.empty((pairs.number, rows), dtype=x.dtype, device=x.device)
     if pairs.tokens:
         few = pairs.number <= FEW and not invariant
+        if not few and pairs.blocks is None:
+            pairs.blocks = sort_pairs(pairs, block_tokens(pairs))
         product(x, matrix, bias, pairs, None if few else pairs.blocks, out, activation)
     return out
 
