@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from candle_vllm.openai import (
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader, TokenCounts
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.events import Head
+from candle_vllm.openai.task import Paths
 
 OWN = ("id", "created", "object")  # differ between a stream and a whole answer, or between two requests
 
@@ -150,17 +150,29 @@ def test_errors_and_aborts_of_the_engine_are_raised() -> None:
 
 def test_a_dead_end_of_the_request_is_the_requests_fault() -> None:
     text = "no token may be chosen: together, allowed_token_ids and bad_words forbid every token"
+    failed = TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text, error_kind="request")
     with pytest.raises(RequestError, match="no token may be chosen") as caught:
-        reader().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text))
+        reader().add(0, failed)
     answer = to_error(caught.value)
     assert (answer.status, answer.body.error.code, answer.body.error.message) == (400, "invalid_request", text)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("request", RequestError), ("engine", GenerationFailedError)])
-def test_the_engine_says_whose_fault_an_error_is(kind: str, expected: type[Exception]) -> None:
-    failed: Any = SimpleNamespace(finish_reason=FinishReason.ERROR, error="no token may be chosen", error_kind=kind)
-    with pytest.raises(expected):
-        reader().add(0, failed)
+def test_the_engine_says_whose_fault_an_error_is() -> None:
+    text = "no token may be chosen"
+    with pytest.raises(GenerationFailedError, match=text):
+        reader().add(0, TokenOutput(request_id="r", finish_reason=FinishReason.ERROR, error=text, error_kind="engine"))
+
+
+def test_the_request_names_the_parameter_at_fault() -> None:
+    names = {"structured_outputs": "response_format"}
+    for param, told in (("structured_outputs", "response_format"), ("allowed_token_ids", "allowed_token_ids")):
+        failed = TokenOutput(
+            request_id="r", finish_reason=FinishReason.ERROR, error=f"{param}: no", error_kind="request",
+            error_param=param,
+        )  # fmt: skip
+        with pytest.raises(RequestError) as caught:
+            AnswerReader(HEAD, AnswerPlan(), paths=Paths(names)).add(0, failed)
+        assert (caught.value.param, str(caught.value)) == (told, f"{told}: no")
 
 
 def test_cached_tokens_are_those_of_the_first_sequence() -> None:

@@ -261,7 +261,8 @@ def test_priority_needs_a_flag(start) -> None:
 
 
 def test_a_request_that_leaves_no_token_is_its_own_fault(start) -> None:
-    running = start(PacedEngine(fail_after=0, failure="no token may be chosen: bad_words forbids them all"))
+    text = "no token may be chosen: bad_words forbids them all"
+    running = start(PacedEngine(fail_after=0, failure=text, failure_kind="request"))
     with running.http() as client:
         whole = client.post("/v1/chat/completions", json=CHAT)
         events = _events(client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text)

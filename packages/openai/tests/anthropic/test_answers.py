@@ -284,7 +284,7 @@ async def test_closing_aborts() -> None:
 
 
 async def test_failures_in_mid_stream() -> None:
-    engine = ScriptedEngine("hello", fail_after=2, failure="no token may be chosen: x")
+    engine = ScriptedEngine("hello", fail_after=2, failure="no token may be chosen: x", failure_kind="request")
     with pytest.raises(RequestError):
         await events(engine)
     with pytest.raises(GenerationFailedError) as caught:

@@ -41,7 +41,7 @@ from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
 from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat
+from candle_vllm.openai.requests import completion_paths, parse_chat_request, parse_completion_request, read_chat
 from candle_vllm.openai.served_names import ServedNames
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
@@ -216,7 +216,7 @@ class OpenAIAdapter:
             head,
             prepared.answers,
             sequences=task.choices,
-            form=task.paths.fields["structured_outputs"],
+            paths=task.paths,
             tell_ids=task.tell_ids,
             tell_counts=task.tell_counts,
             echo=task.echo,
@@ -243,7 +243,7 @@ class OpenAIAdapter:
             AnswerPlan(),
             sequences=request.sequences,
             prompts=len(prompts),
-            form=request.structured_field,
+            paths=completion_paths(request),
             tell_ids=bool(request.return_token_ids),
             tell_counts=request.continuous_usage,
             awaits_prompt=bool(request.echo) and request.logprobs is not None,

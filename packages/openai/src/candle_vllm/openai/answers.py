@@ -13,9 +13,7 @@ from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, 
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
-
-_FORM, _IDS = "structured_outputs", "allowed_token_ids"  # how core's messages about these begin
-_DEAD_END = "no token may be chosen"  # how the sampler's message begins
+from candle_vllm.openai.task import Paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +199,7 @@ class AnswerReader:
         plan: how choices are read.
         sequences: of each prompt.
         prompts: how many there are.
-        form: the request's name for what core calls `structured_outputs`.
+        paths: the request's names.
         tell_ids: events say the ids of their tokens.
         tell_counts: `Usage` goes before every piece.
         echo: what every choice begins with.
@@ -216,7 +214,7 @@ class AnswerReader:
         *,
         sequences: int = 1,
         prompts: int = 1,
-        form: str | None = None,
+        paths: Paths | None = None,
         tell_ids: bool = False,
         tell_counts: bool = False,
         echo: str = "",
@@ -224,7 +222,7 @@ class AnswerReader:
         scored_only: bool = False,
     ) -> None:
         self._head = head
-        self._form = form
+        self._paths = paths or Paths({})
         self._sequences = sequences
         self._tell_counts = tell_counts
         self._echo = echo
@@ -245,7 +243,7 @@ class AnswerReader:
             RequestError: the request left the engine no token to choose.
             GenerationFailedError, RequestAbortedError: the engine gave the sequence up.
         """
-        _check_piece(piece, self._form)
+        _check_piece(piece, self._paths)
         if not self._awaits_prompt:
             return self._read(prompt, piece)
         if piece.prompt_logprobs is not None:
@@ -284,20 +282,12 @@ class AnswerReader:
         return self._counts.usage(final=final, reasoning=reasoning)
 
 
-def _check_piece(piece: TokenOutput, form: str | None) -> None:
+def _check_piece(piece: TokenOutput, paths: Paths) -> None:
     """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame."""
     if piece.finish_reason is FinishReason.ERROR:
-        if _is_the_requests_fault(piece):
-            message = piece.error or "the request cannot be continued"
-            if form is not None and message.startswith(_FORM):
-                raise RequestError(message.replace(_FORM, form, 1), form)
-            raise RequestError(message, _IDS if message.startswith(_IDS) else None)
+        if piece.error_kind == "request":
+            with paths.blamed():
+                raise RequestError(piece.error or "the request cannot be continued", piece.error_param)
         raise GenerationFailedError(piece.error or "the engine gave no reason")
     if piece.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")
-
-
-def _is_the_requests_fault(piece: TokenOutput) -> bool:
-    """True for a dead end: what the request allows and forbids leaves no token to choose."""
-    kind: str | None = getattr(piece, "error_kind", None)
-    return kind == "request" if kind is not None else (piece.error or "").startswith(_DEAD_END)

@@ -284,5 +284,5 @@ class Engine:
 def _failed(live: Live, error: Exception) -> TokenOutput:
     """The last piece of a sequence that failed."""
     if isinstance(error, RequestError):
-        return live.end(FinishReason.ERROR, str(error), "request")
-    return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}", "engine")
+        return live.end(FinishReason.ERROR, error)
+    return live.end(FinishReason.ERROR, f"the engine failed on this request: {type(error).__name__}: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.detokenizer import Detokenizer
@@ -61,10 +62,8 @@ class Live(ABC):
             RequestError: the rows cannot be what was asked for.
         """
 
-    def end(
-        self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
-    ) -> TokenOutput:
-        """The last piece of a sequence that ends without a token of its own."""
+    def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
+        """The last piece of a sequence that ends without a token of its own; a text is a failure of the engine."""
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,
@@ -72,8 +71,7 @@ class Live(ABC):
             num_prompt_tokens=self.sequence.num_prompt_tokens,
             num_cached_tokens=self.sequence.num_cached_tokens or 0,
             metrics=self._metrics(),
-            error=error,
-            error_kind=kind,
+            **_told(failure),
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -83,6 +81,13 @@ class Live(ABC):
             first_token_time=self.first_token_time,
             finished_time=time.monotonic(),
         )
+
+
+def _told(failure: RequestError | str | None) -> dict[str, Any]:
+    """What a piece says of a failure, and whose it is."""
+    if isinstance(failure, RequestError):
+        return {"error": str(failure), "error_kind": "request", "error_param": failure.param}
+    return {} if failure is None else {"error": failure, "error_kind": "engine"}
 
 
 class LiveSequence(Live):
@@ -165,22 +170,18 @@ class LiveSequence(Live):
         return piece
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
-        """The last piece where no token could be drawn; the message begins with the field to blame."""
-        assert sampled.error is not None
+        """The last piece where no token could be drawn."""
         grammar = self.state.grammar
-        if grammar is not None and grammar.failure is not None:
-            return self.end(FinishReason.ERROR, str(grammar.failure), "request")
-        if not sampled.by_request:
-            return self.end(FinishReason.ERROR, sampled.error, "engine")
-        field = "allowed_token_ids" if grammar is None else "structured_outputs"
-        return self.end(FinishReason.ERROR, f"{field}: {sampled.error}", "request")
+        failure = None if grammar is None else grammar.failure
+        if failure is None and sampled.by_request:
+            field = "allowed_token_ids" if grammar is None else "structured_outputs"
+            failure = RequestError(f"{field}: {sampled.error}", field)
+        return self.end(FinishReason.ERROR, failure or sampled.error)
 
-    def end(
-        self, reason: FinishReason, error: str | None = None, kind: Literal["request", "engine"] | None = None
-    ) -> TokenOutput:
+    def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
         """See `Live`; text that was held back comes with it."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
-        return msgspec.structs.replace(piece, error=error, error_kind=kind)
+        return msgspec.structs.replace(piece, **_told(failure))
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """See `Live`: log-probabilities of the prompt, where they are asked for."""

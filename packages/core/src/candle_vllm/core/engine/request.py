@@ -138,6 +138,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
         metrics: set on the last piece.
         error: the message when `finish_reason` is ERROR.
         error_kind: "request" when the request's own parameters led to the error, "engine" otherwise.
+        error_param: the parameter to blame, where it is one.
         pooled: on the only piece of a `PoolingRequest`: its vector, or its score alone; float32.
     """
 
@@ -155,6 +156,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     metrics: RequestMetrics | None = None
     error: str | None = None
     error_kind: Literal["request", "engine"] | None = None
+    error_param: str | None = None
     pooled: Numbers | None = None
 
     @property

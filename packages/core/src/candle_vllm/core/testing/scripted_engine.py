@@ -11,7 +11,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
@@ -56,6 +56,7 @@ class ScriptedEngine(ScriptedVectors):
         submit_error: raised by `stream`, as a full queue or a dead engine would.
         fail_after: after this many pieces of a request, `failure` happens.
         failure: an exception is raised by the stream; a text ends every sequence with `FinishReason.ERROR`.
+        failure_kind: whose fault such a text is.
         num_cached_tokens: what every answer reports.
         chat_template: what `chat_conventions` shows; the engine renders ChatML whatever it is.
         special_tokens: names of more special tokens, which a script may have in its text.
@@ -81,6 +82,7 @@ class ScriptedEngine(ScriptedVectors):
         submit_error: Exception | None = None,
         fail_after: int | None = None,
         failure: Exception | str = "scripted failure",
+        failure_kind: Literal["request", "engine"] = "engine",
         num_cached_tokens: int = 0,
         chat_template: str | None = None,
         special_tokens: Sequence[str] = (),
@@ -101,6 +103,7 @@ class ScriptedEngine(ScriptedVectors):
         self.submit_error = submit_error
         self.fail_after = fail_after
         self.failure = failure
+        self.failure_kind: Literal["request", "engine"] = failure_kind
         self.num_cached_tokens = num_cached_tokens
         self.pause = pause
         self.first_pause = first_pause
@@ -315,7 +318,7 @@ class ScriptedPieces:
         sequence = self._waiting.popleft()
         if self._engine.fail_after is not None and self._given >= self._engine.fail_after:
             failure = self._engine.failure
-            return failure if isinstance(failure, Exception) else sequence.failed(failure)
+            return failure if isinstance(failure, Exception) else sequence.failed(failure, self._engine.failure_kind)
         piece = sequence.next_piece(self._prompt_logprobs() if self._given == 0 else None)
         if not piece.finished:
             self._waiting.append(sequence)

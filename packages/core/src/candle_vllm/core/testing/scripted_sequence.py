@@ -6,6 +6,9 @@ import codecs
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Literal
+
+from msgspec.structs import replace
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -83,10 +86,10 @@ class ScriptedSequence:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def failed(self, message: str) -> TokenOutput:
+    def failed(self, message: str, kind: Literal["request", "engine"]) -> TokenOutput:
         """The last piece of a sequence that the engine gives up."""
         self._finish = FinishReason.ERROR
-        return self._output(error=message)
+        return replace(self._output(), error=message, error_kind=kind)
 
     def _next_step(self) -> Sequence[int]:
         if self._steps:
@@ -149,7 +152,6 @@ class ScriptedSequence:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[PositionLogprobs, ...] | None = None,
         prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None,
-        error: str | None = None,
     ) -> TokenOutput:
         arrival = self._request.arrival_time
         special, self._special = tuple(self._special), []
@@ -167,5 +169,4 @@ class ScriptedSequence:
             num_prompt_tokens=len(self._request.prompt_token_ids),
             num_cached_tokens=self._num_cached,
             metrics=times if self._finish is not None else None,
-            error=error,
         )
