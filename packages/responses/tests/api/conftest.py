@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.protocol.response import ConversationOut, MessageOut, OutputText, Response
 from candle_vllm.responses.store.options import StoreOptions
 

@@ -12,12 +12,12 @@ import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.outliving import EncodedEvent, Pieces, Work
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.entries import NotStoredError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
 
 Make = Callable[..., Answered]

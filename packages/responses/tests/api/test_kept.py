@@ -12,14 +12,13 @@ from pydantic import TypeAdapter
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api import conversation_turns
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.conversation_turns import ConversationTurns
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
-from candle_vllm.responses.api.item_lists import PageRequest, page_of
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.stored_items import stored_items
+from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.stored_items import PageRequest, page_of, stored_items
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.store.errors import (
+from candle_vllm.responses.store.entries import (
     ConversationBusyError,
     NotStoredError,
     StoreLimitError,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.responses.api.call_results import DENIED, NOT_APPROVED, Placed
 from candle_vllm.responses.api.messages import encode_thoughts, translate
 from candle_vllm.responses.conversation.chat_form import chat_message

@@ -22,11 +22,11 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_bytes
-from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
+from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail

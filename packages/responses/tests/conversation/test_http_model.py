@@ -22,7 +22,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.responses import HttpModel, Responder
 from candle_vllm.responses.conversation import http_model
 from candle_vllm.responses.conversation.events import ReasoningDelta, TextDelta
-from candle_vllm.responses.conversation.http_errors import (
+from candle_vllm.responses.conversation.http_model import (
     ModelServerBusyError,
     ModelServerError,
     ModelServerRequestError,

@@ -11,9 +11,8 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.task import Call, Message, TextPart
-from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript
-from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.conversation.loop import RepeatWatch
 from candle_vllm.responses.conversation.options import ConversationOptions
 from candle_vllm.responses.conversation.transcript import LOST

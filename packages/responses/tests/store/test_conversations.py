@@ -10,7 +10,7 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Held
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
+from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError
 from candle_vllm.responses.store.response_store import ResponseStore
 
 

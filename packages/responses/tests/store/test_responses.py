@@ -15,8 +15,7 @@ from sqlalchemy import delete, func, select, update
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.database import connect_to
-from candle_vllm.responses.store.entries import RESPONSE, Entry
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.responses.store.entries import RESPONSE, Entry, NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.response_store import LEASE_MS, ResponseStore
 from candle_vllm.responses.store.tables import VERSION, tables_of

@@ -6,7 +6,7 @@ from wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, not_served, 
 
 from candle_vllm.openai.protocol.embeddings import EMBEDDING_REFUSED_FIELDS
 from candle_vllm.openai.protocol.pooling import POOLING_REFUSED_FIELDS
-from candle_vllm.openai.protocol.rerank import RerankRequest
+from candle_vllm.openai.protocol.score import RerankRequest
 from candle_vllm.openai.protocol.tokenizing import MAX_DETOKENIZED
 
 POOLING = [

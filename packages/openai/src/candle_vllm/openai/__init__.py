@@ -4,6 +4,8 @@ from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.errors import (
+    ErrorBody,
+    ErrorEnvelope,
     ErrorResponse,
     GenerationFailedError,
     InvalidBodyError,
@@ -16,11 +18,9 @@ from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
-from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
 from candle_vllm.openai.protocol.fields import ADVISORY_FIELDS, REFUSED_FIELDS
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
-from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
-from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
+from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, to_sampling_params
 from candle_vllm.openai.streams import ChunkStream

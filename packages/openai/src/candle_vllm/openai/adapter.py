@@ -38,15 +38,13 @@ from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
-from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
-from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
+from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from candle_vllm.openai.requests import completion_paths, parse_chat_request, parse_completion_request, read_chat
-from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
-from candle_vllm.openai.worker_threads import WorkerThreads
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 

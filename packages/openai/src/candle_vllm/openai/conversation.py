@@ -1,17 +1,19 @@
-"""Messages of a task -> the dictionaries that chat templates expect, in transformers' form (step 3)."""
+"""Messages of a task -> the dictionaries that chat templates expect (step 3), and what a template takes of them."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from candle_vllm.core.errors import RequestError
 from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
 from candle_vllm.openai.formats.template_needs import TemplateNeeds
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.task import Call, Message, TextPart
+from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
 
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
@@ -92,3 +94,61 @@ def short_id(given: str) -> str:
     if _SHORT_ID.fullmatch(given):
         return given
     return hashlib.blake2s(given.encode(), digest_size=8).hexdigest()[:9]
+
+
+_ANSWER = Message(role="assistant", parts=(TextPart("Yes."),))
+_CALLED = [
+    Message(role="assistant", calls=(Call("abcdefghi", "f", "{}"),)),
+    Message(role="tool", parts=(TextPart("1"),), call_id="abcdefghi"),
+]
+
+
+Count = Callable[[Callable[[], Task]], Awaitable[int]]
+
+
+class TemplateHabits(NamedTuple):
+    """What a template takes.
+
+    Attributes:
+        system_anywhere: system messages behind others; where not, they become text of the user's turn, in tags.
+        user_behind_results: user messages right behind tool results; where not, their text is added to the last result.
+    """
+
+    system_anywhere: bool = True
+    user_behind_results: bool = True
+
+
+async def template_habits(count: Count) -> TemplateHabits:
+    """Renders small conversations; `count` tells how many tokens the prompt of a task has."""
+
+    def said(text: str) -> list[Message]:
+        return [_user("Hi"), *_CALLED, _user(text)]
+
+    def instructed(place: int, text: str) -> list[Message]:
+        first, late, last = (_system(text if number == place else "b") for number in range(3))
+        return [first, _user("Hi"), late, _ANSWER, _user("So?"), last]
+
+    # Some templates write the last of several system messages only, so each of them is tried.
+    anywhere = [await _writes(count, functools.partial(instructed, place)) for place in range(3)]
+    return TemplateHabits(all(anywhere), await _writes(count, said))
+
+
+def _user(text: str) -> Message:
+    return Message(role="user", parts=(TextPart(text),))
+
+
+def _system(text: str) -> Message:
+    return Message(role="system", parts=(TextPart(text),))
+
+
+async def _writes(count: Count, conversation: Callable[[str], Sequence[Message]]) -> bool:
+    """Whether the template takes the conversation, and what is said in it makes a difference to the prompt's length."""
+
+    def task(text: str) -> Task:
+        return Task(messages=tuple(conversation(text)), paths=Paths({}))
+
+    try:
+        short = await count(lambda: task("a"))
+        return await count(lambda: task("a b c d e f g h")) > short
+    except RequestError:
+        return False

@@ -35,9 +35,8 @@ from candle_vllm.openai.errors import (
 )
 from candle_vllm.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest
 from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
-from candle_vllm.openai.protocol.rerank import Ranked, RankedText, Ranking, RerankRequest
-from candle_vllm.openai.protocol.score import Score, ScoreList, ScoreRequest
-from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
+from candle_vllm.openai.serving import ServedNames
 from candle_vllm.openai.validation import parse_body
 
 

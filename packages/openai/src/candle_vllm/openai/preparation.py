@@ -1,7 +1,7 @@
 """Steps 2 and 3 of a request: checked fields -> prompt tokens, sampling parameters, and how answers are read.
 
 Rendering a template, tokenizing a long prompt and compiling a grammar take long enough to hold up every other stream
-of an event loop: call these in other threads (`worker_threads`).
+of an event loop: call these in other threads (`WorkerThreads`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from candle_vllm.openai.adapter import Fields, OpenAIAdapter
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
-from candle_vllm.openai.protocol.rerank import Ranking, RerankRequest
-from candle_vllm.openai.protocol.score import ScoreList, ScoreRequest
+from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.streams import ChunkStream
 
 T = TypeVar("T")

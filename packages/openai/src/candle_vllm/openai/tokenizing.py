@@ -23,9 +23,8 @@ from candle_vllm.openai.protocol.tokenizing import (
     TokenizeTextRequest,
 )
 from candle_vllm.openai.requests import parse_chat_request, read_chat
-from candle_vllm.openai.served_names import ServedNames
+from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.openai.worker_threads import WorkerThreads
 
 _PLAIN = "a"  # a text whose tokens are whole characters
 

@@ -11,18 +11,18 @@ from fastapi import Request
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import EncodedEvent
 from candle_vllm.responses.api.response_stream import error_detail
+from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.protocol.events import ErrorOccurred
 from candle_vllm.responses.protocol.request import INCLUDABLE
-from candle_vllm.responses.store.entries import is_id
-from candle_vllm.responses.store.errors import (
+from candle_vllm.responses.store.entries import (
     ConversationBusyError,
     NotStoredError,
     StoreLimitError,
     StoreUnavailableError,
+    is_id,
 )
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.sse import EventStream, named_event

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from candle_vllm.openai import OpenAIAdapter
-from candle_vllm.openai.anthropic.habits import TemplateHabits, template_habits
+from candle_vllm.openai.conversation import TemplateHabits, template_habits
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
@@ -40,7 +40,7 @@ class Responders:
 
         async def habits() -> TemplateHabits:
             if adapter not in self._habits:
-                self._habits[adapter] = await template_habits(adapter)
+                self._habits[adapter] = await template_habits(adapter.count_tokens)
             return self._habits[adapter]
 
         options = ResponderOptions(

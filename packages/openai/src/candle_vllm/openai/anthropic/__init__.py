@@ -3,12 +3,10 @@
 from candle_vllm.openai.anthropic.adapter import MessagesAdapter, MessageStream
 from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
 from candle_vllm.openai.anthropic.errors import ErrorBody, ErrorResponse, anthropic_error, to_anthropic_error
-from candle_vllm.openai.anthropic.fields import (
+from candle_vllm.openai.anthropic.request import (
     ADVISORY_MESSAGES_FIELDS,
     REFUSED_COUNT_FIELDS,
     REFUSED_MESSAGES_FIELDS,
-)
-from candle_vllm.openai.anthropic.request import (
     CountTokensRequest,
     MessagesRequest,
     parse_count_tokens_request,

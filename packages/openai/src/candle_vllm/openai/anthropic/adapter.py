@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.anthropic.answers import Message, MessageEvent, TokenCount
-from candle_vllm.openai.anthropic.habits import TemplateHabits, template_habits
 from candle_vllm.openai.anthropic.request import (
     CountTokensRequest,
     MessagesRequest,
@@ -26,6 +25,7 @@ from candle_vllm.openai.anthropic.request import (
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
 from candle_vllm.openai.anthropic.tasks import Reading, read_messages
 from candle_vllm.openai.anthropic.turns import needs_habits
+from candle_vllm.openai.conversation import TemplateHabits, template_habits
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 
@@ -87,7 +87,7 @@ class MessagesAdapter:
     async def _read(self, request: MessagesRequest | CountTokensRequest) -> Reading:
         """Not in the event loop: conversations may be long."""
         if self._habits is None and needs_habits(request.messages):
-            self._habits = await template_habits(self._adapter)
+            self._habits = await template_habits(self._adapter.count_tokens)
         habits = self._habits or TemplateHabits()
         return await asyncio.to_thread(read_messages, request, habits, self._sampling_defaults)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.anthropic.request import CountTokensRequest, MessagesRequest, ThinkingOff
 from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
 from candle_vllm.openai.task import Choice, Paths, Task, ToolUse
 

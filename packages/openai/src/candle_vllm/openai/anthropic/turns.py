@@ -20,8 +20,8 @@ from candle_vllm.openai.anthropic.blocks import (
     ToolUseBlock,
     UserContent,
 )
-from candle_vllm.openai.anthropic.habits import TemplateHabits
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, SystemMessage, UserMessage
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, TextPart
 from candle_vllm.openai.task import Message as TaskMessage

@@ -19,8 +19,7 @@ from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.responses.api.outliving import EncodedEvent, Failure, Pieces, Work, close
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response
-from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, settled
-from candle_vllm.responses.store.errors import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
 from candle_vllm.responses.store.response_store import ResponseStore
 from candle_vllm.responses.store.upkeep import Upkeep
 

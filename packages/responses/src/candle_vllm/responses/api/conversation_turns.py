@@ -13,8 +13,7 @@ from functools import partial
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.backend import Held
-from candle_vllm.responses.store.entries import new_id
-from candle_vllm.responses.store.errors import ConversationBusyError
+from candle_vllm.responses.store.entries import ConversationBusyError, new_id
 from candle_vllm.responses.store.response_store import ResponseStore
 from candle_vllm.responses.store.upkeep import Upkeep
 

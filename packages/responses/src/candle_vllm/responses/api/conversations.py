@@ -8,9 +8,8 @@ import msgspec
 from pydantic import Field
 
 from candle_vllm.openai.protocol.fields import WireModel
-from candle_vllm.responses.api.item_lists import ItemList, PageRequest, item_list
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.stored_items import stored_item
+from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_item
 from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.store.entries import Entry, Item, new_id

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
-from candle_vllm.responses.api.item_writers import new_id
-from candle_vllm.responses.api.output_log import OutputLog
+from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import TurnItems
 from candle_vllm.responses.conversation import events as said

@@ -1,10 +1,10 @@
-"""Output items while they grow: each writes its own events, from `output_item.added` to `output_item.done`."""
+"""Output items while they grow: each writes its own events, into the one log of a response."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.api.messages import encode_thoughts
@@ -114,3 +114,55 @@ class ReasoningWriter(ItemWriter):
         text = "".join(self._text)
         self._emit(wire.ReasoningTextDone, content_index=0, text=text)
         self._emit(wire.ContentPartDone, content_index=0, part=ReasoningText(text=text))
+
+
+_Writer = TypeVar("_Writer", bound=ItemWriter)
+
+
+class OutputLog:
+    """Events and output of one response, in order."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._new: list[wire.StreamEvent] = []
+        self._output: list[OutputItem | ItemWriter] = []
+
+    @property
+    def next_place(self) -> int:
+        """The place of the next item."""
+        return len(self._output)
+
+    @property
+    def items(self) -> tuple[OutputItem, ...]:
+        """Those that are complete."""
+        return tuple(item for item in self._output if not isinstance(item, ItemWriter))
+
+    def emit(self, kind: type[wire.StreamEvent], **fields: Any) -> None:
+        """Adds an event with the next number."""
+        self._new.append(kind(sequence_number=self._number, **fields))
+        self._number += 1
+
+    def take(self) -> list[wire.StreamEvent]:
+        """The events since the last time."""
+        new, self._new = self._new, []
+        return new
+
+    def begin(self, writer: _Writer) -> _Writer:
+        """Gives a new item its place, and tells that it begins."""
+        self._output.append(writer)
+        writer.begin()
+        return writer
+
+    def settle(self, writer: ItemWriter) -> None:
+        """An item has ended, and stays as it is."""
+        assert writer.final is not None
+        self._output[writer.index] = writer.final
+
+    def add(self, begun: OutputItem, ended: OutputItem, *between: type[wire.StreamEvent], **fields: Any) -> None:
+        """An item that is there all at once: as it begins, events of its own with these fields, and as it ends."""
+        place = self.next_place
+        self.emit(wire.OutputItemAdded, output_index=place, item=begun)
+        for kind in between:
+            self.emit(kind, output_index=place, **fields)
+        self.emit(wire.OutputItemDone, output_index=place, item=ended)
+        self._output.append(ended)

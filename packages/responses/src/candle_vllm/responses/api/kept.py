@@ -12,15 +12,14 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.responses.api.answered import Answered, entry_of
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversation_turns import ConversationTurns, turn_in_store
-from candle_vllm.responses.api.item_lists import ItemList, PageRequest, page_of
+from candle_vllm.responses.api.memory import Answered, entry_of
 from candle_vllm.responses.api.outliving import EncodedEvent
+from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.protocol.events import StreamEvent
 from candle_vllm.responses.protocol.response import ResponseDeleted
-from candle_vllm.responses.store.entries import Entry, items_of
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.responses.store.entries import Entry, NotStoredError, StoreLimitError, StoreUnavailableError, items_of
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.responses.store.response_store import ResponseStore
 from candle_vllm.responses.store.upkeep import Upkeep

@@ -1,4 +1,4 @@
-"""What the Responses API needs of a store, and the history that a request refers to."""
+"""What the Responses API needs of a store, what it gives it, and the history that a request refers to."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.validation import to_request_error
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.protocol.items import InputItem, ItemReference
 from candle_vllm.responses.protocol.request import PromptFields
+from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.entries import RESPONSE, Entry
 
 
 class Memory(Protocol):
@@ -100,3 +103,34 @@ def _checked(item: Mapping[str, Any], field: str) -> InputItem:
     except ValidationError as error:
         wrong = to_request_error(error)
         raise InvalidParameterError(f"{field} has an item that cannot be read: {wrong}", field) from None
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """A response that is to be kept.
+
+    Attributes:
+        owner: whose it is; "" where there are no API keys.
+        response: as the client gets it.
+        input_items: of the request alone, without its history, each with an id.
+    """
+
+    owner: str
+    response: Response
+    input_items: Sequence[Mapping[str, Any]]
+
+
+def entry_of(answered: Answered) -> Entry:
+    """A response as the store has it."""
+    made = answered.response
+    conversation = made.conversation.id if made.conversation is not None else None
+    return Entry(
+        kind=RESPONSE,
+        owner=answered.owner,
+        id=made.id,
+        created=made.created_at * 1000,
+        status=made.status,
+        follows=made.previous_response_id,
+        about={"background": bool(made.background), "conversation": conversation},
+        body=to_json_bytes(made),
+        given=msgspec.json.encode(answered.input_items),
+    )

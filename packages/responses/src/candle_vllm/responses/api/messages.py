@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, Message, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
 from candle_vllm.openai.protocol.templating import check_variables, set_effort

@@ -11,15 +11,14 @@ import msgspec
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.anthropic.habits import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
-from candle_vllm.responses.api.answered import Answered
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
-from candle_vllm.responses.api.memory import Memory, gather_items
+from candle_vllm.responses.api.memory import Answered, Memory, gather_items
 from candle_vllm.responses.api.messages import Translated
 from candle_vllm.responses.api.preparation import Preparation, Prepared, has_servers
 from candle_vllm.responses.api.response_stream import ResponseStream

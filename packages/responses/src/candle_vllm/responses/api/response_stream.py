@@ -17,7 +17,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.openai import to_error
 from candle_vllm.responses.api.event_writer import EventWriter
-from candle_vllm.responses.conversation.ending import end_task
+from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
 

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
-from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, ReasoningWriter, new_id
-from candle_vllm.responses.api.output_log import OutputLog
+from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, OutputLog, ReasoningWriter, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult

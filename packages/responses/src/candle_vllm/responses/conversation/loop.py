@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.task import Task
-from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript, chat_message, client_names
 from candle_vllm.responses.conversation.chat_model import ChatModel
-from candle_vllm.responses.conversation.ending import end_task
 from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
 from candle_vllm.responses.conversation.options import (
     ConversationOptions,

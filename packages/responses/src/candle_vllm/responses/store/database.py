@@ -25,7 +25,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.backend import MEMORY, Place
-from candle_vllm.responses.store.errors import StoreUnavailableError
+from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
 
 WAIT_SECONDS = 20.0  # that a call waits for its result

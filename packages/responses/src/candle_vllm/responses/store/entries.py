@@ -1,4 +1,4 @@
-"""What a store keeps: entries and their parts, and what responses make of them."""
+"""What a store keeps: entries and their parts, and what responses make of them; what it refuses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,35 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.store.errors import StoreLimitError
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
+
+
+class NotStoredError(RequestError):
+    """The caller has no such response, conversation or item, whether or not somebody else has one."""
+
+    def __init__(self, what: str, name: str, param: str) -> None:
+        super().__init__(f"{what} with id {name!r:.80} was not found.", param)
+
+
+class StoreLimitError(RequestError):
+    """What is to be kept is more than the store may hold."""
+
+
+class ConversationBusyError(RequestError):
+    """Too many responses wait for their turn in one conversation."""
+
+
+class StoreUnavailableError(CandleVllmError):
+    """A store does not answer in time, or too many calls wait for it; the cause has the details.
+
+    Attributes:
+        setting: the setting that says where the store is.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
 
 MAX_ID = 256  # characters of an id
 OVERHEAD = 512  # bytes that an entry or a part takes beside its contents, about

@@ -22,13 +22,14 @@ from candle_vllm.responses.store.entries import (
     STOPPED,
     Entry,
     Item,
+    NotStoredError,
     Part,
+    StoreLimitError,
     is_id,
     items_of,
     parts_of,
     settled,
 )
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions, backend_at
 
 LEASE_MS = 60_000  # of a response that is worked on

@@ -9,8 +9,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Bounds, Place
-from candle_vllm.responses.store.entries import ACTIVE, Part
-from candle_vllm.responses.store.errors import StoreLimitError
+from candle_vllm.responses.store.entries import ACTIVE, Part, StoreLimitError
 from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # in one statement

@@ -13,8 +13,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.responses.store.backend import Bounds, Held, Order, Place
 from candle_vllm.responses.store.database import Database
-from candle_vllm.responses.store.entries import ACTIVE, MAX_ID, OVERHEAD, Entry, Part
-from candle_vllm.responses.store.errors import NotStoredError, StoreLimitError
+from candle_vllm.responses.store.entries import ACTIVE, MAX_ID, OVERHEAD, Entry, NotStoredError, Part, StoreLimitError
 from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
 from candle_vllm.responses.store.tables import tables_of
 

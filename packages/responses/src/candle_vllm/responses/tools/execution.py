@@ -22,7 +22,7 @@ import msgspec
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.responses.conversation.ending import end_task
+from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.tools.approval import Approval, ApprovalPolicy, decide
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import (

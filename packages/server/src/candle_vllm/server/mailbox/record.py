@@ -13,8 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.openai import to_error, to_json_bytes
-from candle_vllm.openai.errors import GenerationFailedError
-from candle_vllm.openai.protocol.errors import ErrorBody, ErrorEnvelope
+from candle_vllm.openai.errors import ErrorBody, ErrorEnvelope, GenerationFailedError
 from candle_vllm.server.http.errors import HttpError
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from candle_vllm.responses.store.errors import StoreUnavailableError
+from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.mailbox.delivery import Deliverer
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions

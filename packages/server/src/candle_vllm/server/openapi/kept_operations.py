@@ -12,7 +12,7 @@ from candle_vllm.responses.api.conversations import (
     ConversationUpdateRequest,
     ItemsCreateRequest,
 )
-from candle_vllm.responses.api.item_lists import DEFAULT_LIMIT, MAX_LIMIT, AnyItem, ItemList
+from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, AnyItem, ItemList
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.responses.api.answered import Answered
+from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference

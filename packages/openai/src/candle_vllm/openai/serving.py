@@ -1,13 +1,39 @@
-"""Threads for what would hold up an event loop: some for prompts, others for grammars, which may take seconds."""
+"""What adapters of one engine share: the names of its model, and threads beside the event loop.
+
+Threads are for what would hold up an event loop: some for prompts, others for grammars, which may take seconds.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.openai.errors import ModelNotServedError
+
+ANY_MODEL = "default"  # the name that always means the served model
+
+
+class ServedNames:
+    """One name or more; the first is used where a request names none.
+
+    Attributes:
+        all: the names.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.all = tuple(names)
+
+    def served(self, name: str | None) -> str:
+        """The name to answer with; raises `ModelNotServedError`."""
+        if name is not None and name in self.all:
+            return name
+        if name is None or name == ANY_MODEL:
+            return self.all[0]
+        raise ModelNotServedError(f"The model {name!r} is not served here; served are: {', '.join(self.all)}.", "model")
+
 
 T = TypeVar("T")
 
