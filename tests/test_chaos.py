@@ -25,7 +25,7 @@ from chaos.siege import MODELS, Scale, Siege, ask, operator
 from live_server import ServerProcess, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from candle_vllm.server.settings.parts import demo_model
+from candle_vllm.server.settings.derived import demo_model
 
 pytestmark = [
     pytest.mark.timeout(1800),

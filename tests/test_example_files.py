@@ -8,7 +8,7 @@ import httpx
 import yaml
 from live_server import ServerProcess
 
-from candle_vllm.server.settings.parts import demo_model
+from candle_vllm.server.settings.derived import demo_model
 
 ROOT = Path(__file__).parents[1]
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}

@@ -11,7 +11,7 @@ import pytest
 from live_server import serving
 
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.server.settings.parts import demo_model
+from candle_vllm.server.settings.derived import demo_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -18,7 +18,7 @@ from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses import ConversationFinished, ConversationOptions, McpServerConfig, ResponsesSession
 from candle_vllm.responses.conversation.events import CallArgumentsDelta, ToolFinished, TurnFinished
-from candle_vllm.server.settings.parts import demo_model
+from candle_vllm.server.settings.derived import demo_model
 
 SERVER = """
 import anyio

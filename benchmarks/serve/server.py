@@ -30,7 +30,7 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import ModelLoader, local_engine, remote_engine
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.parts import demo_model
+from candle_vllm.server.settings.derived import demo_model
 
 
 class Library:

@@ -22,7 +22,7 @@ from candle_vllm.server import Settings, create_app
 from candle_vllm.server.commands.config import HIDDEN, effective
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.sources import Source
+from candle_vllm.server.settings.sources import SettingsSource
 
 KEYS = ("first-key", "second-key")
 WORDS = "one two three four"
@@ -342,6 +342,6 @@ def test_ids_of_other_forms_are_not_found(running: Running, client: openai.OpenA
 @pytest.mark.parametrize(("url", "shown"), [(None, "memory"), ("postgresql://u:hunter2@h/d", HIDDEN)])
 def test_the_default_is_shown_and_a_url_is_not(tmp_path: Path, url: str | None, shown: str) -> None:
     variables = {} if url is None else {"CANDLE_VLLM_RESPONSES_STORE": url}
-    configuration = load_configuration(Source("the command line"), variables, folder=tmp_path, home=tmp_path)
+    configuration = load_configuration(SettingsSource("the command line"), variables, folder=tmp_path, home=tmp_path)
     values = {each.option.name: each.value for each in effective(configuration)}
     assert values["responses_store"] == shown

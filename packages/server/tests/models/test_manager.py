@@ -14,10 +14,9 @@ from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import serve_engine
-from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
-from candle_vllm.server.models.turns import take_turn
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.settings.options import UsageError
 

@@ -12,7 +12,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration, load_settings
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.sources import Source
+from candle_vllm.server.settings.sources import SettingsSource
 
 MODELS = """
 default_model: small
@@ -288,7 +288,7 @@ def test_settings_made_in_python_are_checked_too() -> None:
 def test_models_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "models.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
-        load_settings(Source("the command line"), {}, folder=tmp_path, home=tmp_path)
+        load_settings(SettingsSource("the command line"), {}, folder=tmp_path, home=tmp_path)
 
 
 def test_candle_vllm_s_limits_and_mailbox_are_read(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_candle_vllm_s_limits_and_mailbox_are_read(tmp_path: Path) -> None:
         "  pool: {max_queue_depth: 5}\n  limits: {max_queue_depth: 7, timeout_secs: 30}\n"
         "  mailbox: {backend: memory, retention_secs: 9}\n"
     )
-    made = load_configuration(Source("the command line"), {}, folder=tmp_path, home=tmp_path)
+    made = load_configuration(SettingsSource("the command line"), {}, folder=tmp_path, home=tmp_path)
     assert (made.settings.max_queued_requests, made.settings.request_timeout) == (7, 30)
     assert made.settings.idle_unload_secs == 60
     assert made.mailbox is not None

@@ -14,7 +14,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import load_settings
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import SAMPLING
-from candle_vllm.server.settings.sources import Source, read_dotenv
+from candle_vllm.server.settings.sources import SettingsSource, read_dotenv
 from candle_vllm.server.settings.table import OPTIONS
 
 ROOT = Path(__file__).parents[4]
@@ -74,7 +74,7 @@ def test_example_env_lists_every_variable_and_each_value_is_accepted(tmp_path: P
         beside = {"HF_TOKEN": "x"}
         if line.startswith(("CANDLE_VLLM_MAILBOX_", "CANDLE_VLLM_WEBHOOK_")):
             beside["CANDLE_VLLM_MAILBOX"] = "sqlite"  # without it they would set nothing, and are refused
-        load_settings(Source("the command line"), beside, folder=tmp_path, home=tmp_path)
+        load_settings(SettingsSource("the command line"), beside, folder=tmp_path, home=tmp_path)
 
 
 def test_example_models_file_is_accepted() -> None:

@@ -10,7 +10,7 @@ import pytest
 from wrong_requests.rows import Route, Row, changed
 
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.parts import demo_model, load_engine
+from candle_vllm.server.settings.derived import demo_model, load_engine
 
 CONTEXT = 512
 FAR = 1 << 30  # a token id beyond every vocabulary

@@ -39,7 +39,7 @@ from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
-class TextParts(Protocol):
+class Texts(Protocol):
     """What turns texts into tokens and conversations into texts."""
 
     @property
@@ -303,7 +303,7 @@ class EngineFront(ABC):
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _require(self) -> tuple[StepEngine, TextParts]:
+    def _require(self) -> tuple[StepEngine, Texts]:
         """The engine and its texts; raises `EngineDeadError` once it is closed."""
 
     @abstractmethod

@@ -21,8 +21,8 @@ from candle_vllm.server.http.body import read_body, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
+from candle_vllm.server.models.manager import Turn, take_turn
 from candle_vllm.server.models.slot import ServedModel
-from candle_vllm.server.models.turns import Turn, take_turn
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.settings import Settings
 

@@ -17,13 +17,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.server import health
 from candle_vllm.server.drain import CutOffMiddleware
 from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
-from candle_vllm.server.http.head_requests import HeadMiddleware
 from candle_vllm.server.http.request_id import RequestIdMiddleware
+from candle_vllm.server.http.routing import HeadMiddleware
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -33,16 +32,15 @@ from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
-from candle_vllm.server.responders import Responders
 from candle_vllm.server.routes import (
     conversations,
     docs,
     embeddings,
     generation,
     messages,
-    metrics,
     models,
     responses,
+    status,
     stored_responses,
     tokenizing,
 )
@@ -50,7 +48,7 @@ from candle_vllm.server.routes import mailbox as mailbox_routes
 from candle_vllm.server.routes import mcp as mcp_routes
 from candle_vllm.server.routes.webui import public_paths, web_ui_router
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.parts import store_options
+from candle_vllm.server.settings.derived import store_options
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -58,7 +56,7 @@ if TYPE_CHECKING:
 
 _MODULES = (
     generation, messages, responses, stored_responses, conversations, embeddings, tokenizing, models, mailbox_routes,
-    mcp_routes, metrics, health, docs,
+    mcp_routes, status, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 
@@ -101,7 +99,7 @@ def create_app(
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called
         app.state.metrics.watch_mcp_servers(mcp.states)
-    app.state.responders = Responders(app.state.kept, response_servers(mcp, settings))
+    app.state.responders = responses.Responders(app.state.kept, response_servers(mcp, settings))
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.stopping = lambda: False
     app.state.failure = None  # why it could not start

@@ -25,7 +25,7 @@ from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Failure, Pieces, Work
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
-from candle_vllm.server.models.turns import Turn
+from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
 
 if TYPE_CHECKING:

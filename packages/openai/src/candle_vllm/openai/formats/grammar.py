@@ -19,7 +19,7 @@ from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.grammars.json_bodies import begun_objects, json_calls, named_json
 from candle_vllm.openai.formats.grammars.literals import begun_calls, gemma, pythonic
 from candle_vllm.openai.formats.grammars.messages import harmony, harmony_answer, headed, headed_answer
-from candle_vllm.openai.formats.grammars.schemas import Tool
+from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.tagged import nested, tagged
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
@@ -38,7 +38,7 @@ _WORD = re.compile(r"[\w :]+")  # marks that text may hold without meaning a cal
 
 def tool_grammar(
     form: ToolFormat,
-    tools: Sequence[Tool],
+    tools: Sequence[FunctionShape],
     *,
     mode: Literal["required", "auto"],
     parallel: bool,
@@ -88,7 +88,7 @@ def tool_grammar(
 
 def answer_grammar(
     form: ToolFormat | None,
-    tools: Sequence[Tool],
+    tools: Sequence[FunctionShape],
     *,
     parallel: bool,
     reasoning: ReasoningFormat | None,
@@ -142,7 +142,7 @@ def _message(flow: Any, context: Context, *, required: bool) -> str:
     return _block(flow, context).rest
 
 
-def _one_call(flow: Harmony, context: Context) -> Callable[[Tool], Block]:
+def _one_call(flow: Harmony, context: Context) -> Callable[[FunctionShape], Block]:
     """Writes a call of one tool as the body of a message has it."""
     return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
 

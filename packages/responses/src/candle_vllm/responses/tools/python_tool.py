@@ -55,10 +55,10 @@ def function_tool(
     Raises:
         InvalidParameterError: it cannot be a tool; the message says why.
     """
-    return FunctionTool(function, name=name, description=description, timeout=timeout)
+    return PythonTool(function, name=name, description=description, timeout=timeout)
 
 
-class FunctionTool:
+class PythonTool:
     """A Python function that a model may call; `function_tool` makes it.
 
     Attributes:

@@ -35,8 +35,8 @@ from candle_vllm.responses.tools.names import SEPARATOR, matches
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.commands.terminal import Display, Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.parts import load_engine
 
 EXIT_UNFINISHED = 1
 

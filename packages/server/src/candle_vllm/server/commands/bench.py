@@ -30,8 +30,8 @@ from typing import Any
 
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.parts import load_engine
 
 _PROBE_TOKENS = 8  # length of the request that start_s is measured with
 

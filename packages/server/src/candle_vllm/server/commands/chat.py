@@ -14,7 +14,7 @@ from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import RequestError
 from candle_vllm.server.commands.terminal import Display, Message, answer_pieces
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.parts import load_engine
+from candle_vllm.server.settings.derived import load_engine
 
 _HELP = "/reset starts over, /exit ends; Ctrl+C stops an answer"
 

@@ -14,8 +14,8 @@ from typing import Any
 from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation, read_stdin
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.parts import load_engine
 
 DEFAULT_MAX_TOKENS = 256
 

@@ -14,8 +14,8 @@ from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.memory import physical_cores
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.parts import engine_config
 
 
 def quantize(

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
-from candle_vllm.server.http.paths import route_path
+from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.settings.options import UsageError
 
 PUBLIC_PATHS = frozenset({"/health"})

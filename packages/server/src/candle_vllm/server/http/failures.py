@@ -17,7 +17,7 @@ from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestAbo
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.server.http.errors import ClientGone, HttpError
-from candle_vllm.server.http.paths import route_path
+from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.http.sse import data_event, named_event
 from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.observing.request_context import current_request

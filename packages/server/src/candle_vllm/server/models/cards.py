@@ -1,14 +1,18 @@
-"""What is said of the models: cards for clients, and the state of each for operators (step 1 of a request's life)."""
+"""What is said of the models, for clients and operators, and the bodies that name one (step 1 of a request's life)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
+from pydantic import model_validator
 
 from candle_vllm.openai import ModelCard
+from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
 
@@ -152,3 +156,35 @@ def anthropic_list(listed: Sequence[LoadedCard | UnloadedCard]) -> dict[str, obj
     """All cards as Anthropic's API lists them, in one page."""
     data = [anthropic_card(card) for card in listed]
     return {"data": data, "has_more": False, "first_id": listed[0].id, "last_id": listed[-1].id}
+
+
+# ---- bodies of `/v1/models/load`, `/unload` and `/select` ------------------------------------------------------------
+
+
+class ModelRequest(WireModel):
+    """Which model.
+
+    Attributes:
+        model, model_id: one of the served names; one field or the other (`model_id` is candle-vllm's).
+    """
+
+    model: Name | None = None
+    model_id: Name | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelRequest:
+        if (self.model is None) == (self.model_id is None):
+            raise invalid("model", "is needed: the name of a model (or model_id, not both)")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The model."""
+        name = self.model or self.model_id
+        assert name is not None
+        return name
+
+
+def parse_model_request(body: bytes | Mapping[str, Any]) -> ModelRequest:
+    """Checks a body; raises `RequestError` naming the field."""
+    return parse_body(ModelRequest, body)

@@ -21,7 +21,7 @@ from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.parts import engine_config
+from candle_vllm.server.settings.derived import engine_config
 
 if TYPE_CHECKING:
     import torch

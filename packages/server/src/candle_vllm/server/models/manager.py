@@ -1,7 +1,8 @@
-"""The model manager: who asks for a model gets it, once it is loaded.
+"""The model manager: who asks for a model gets it, once it is loaded, and a turn in it, once there is a place.
 
 Step 1 of a request's life, behind the name in `model`. Everyone who wants the same model waits for the same load, and
-hears of its failure. The switcher makes the changes.
+hears of its failure. The switcher makes the changes. A turn is one request's claim on a model; it is released when the
+answer is complete, or the client has gone.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.admission import Place, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
@@ -210,3 +213,50 @@ class ModelManager:
     def _idle(self, slot: ModelSlot) -> None:
         if self._switcher is not None:
             self._switcher.idle(slot)
+
+
+@dataclass
+class Turn:
+    """The right to use a model now; `release` gives it back, once."""
+
+    lease: Lease
+    place: Place
+
+    @property
+    def model(self) -> ServedModel:
+        """The model."""
+        return self.lease.model
+
+    def release(self) -> None:
+        """The request is over."""
+        self.place.leave()
+        self.lease.release()
+
+
+async def take_turn(
+    manager: ModelManager, name: str | None, key: str, *, sequences: int = 1, priority: int = 0
+) -> Turn:
+    """Waits for a model and for a place in it. Cancelling it gives the wait up.
+
+    Args:
+        manager: knows the models.
+        name: what the request calls its model.
+        key: whose request it is; "" without API keys.
+        sequences: how many it makes.
+        priority: lower ones go first, where the operator lets requests go before others.
+
+    Raises:
+        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire` and `Admission.enter`.
+    """
+    while True:
+        lease = await manager.acquire(name)
+        try:
+            allowed = lease.model.entry.settings.enable_request_priority
+            place = await lease.model.admission.enter(key, sequences, priority if allowed else 0)
+        except RetiredError:  # its engine has died, or had to go: it is waited for again
+            lease.release()
+        except BaseException:
+            lease.release()
+            raise
+        else:
+            return Turn(lease, place)

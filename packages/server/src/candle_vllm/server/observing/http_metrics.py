@@ -23,7 +23,7 @@ NO_STATUS = "none"
 
 
 class HttpMetricsMiddleware:
-    """Counts requests and their times, and puts the `RequestContext` where the observed engine finds it."""
+    """Counts requests and their times, and puts the `RequestContext` where who watches an engine finds it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app

@@ -45,8 +45,7 @@ from candle_vllm.responses.protocol.response import InputTokens, Response
 from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.mailbox.record import Record, RecordList
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpServerInfo, McpToolInfo
-from candle_vllm.server.models.cards import LoadedCard, ManagerStatus, SlotStatus, UnloadedCard
-from candle_vllm.server.models.requests import ModelRequest
+from candle_vllm.server.models.cards import LoadedCard, ManagerStatus, ModelRequest, SlotStatus, UnloadedCard
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation

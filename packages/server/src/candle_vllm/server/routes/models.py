@@ -13,9 +13,15 @@ from starlette.responses import Response
 
 from candle_vllm.server.answering import parsed
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.models.cards import anthropic_card, anthropic_list, cards, slot_status, status
+from candle_vllm.server.models.cards import (
+    anthropic_card,
+    anthropic_list,
+    cards,
+    parse_model_request,
+    slot_status,
+    status,
+)
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.models.requests import parse_model_request
 
 router = APIRouter()
 

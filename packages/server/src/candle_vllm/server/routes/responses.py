@@ -1,17 +1,20 @@
 """`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
 
-Responses that are kept are fetched by the routes of `stored_responses`.
+Responses that are kept are fetched by the routes of `stored_responses`. `Responders` makes who answers in the name of
+each model.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai import OpenAIAdapter, to_json_bytes
+from candle_vllm.openai.conversation import TemplateHabits, template_habits
 from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
@@ -41,10 +44,55 @@ from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.mcp.access import check_origin
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.responders import Responders
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.api.kept import KeptResponses
+    from candle_vllm.responses.api.mcp_source import McpSource
+    from candle_vllm.responses.api.responder import Responder
 
 router = APIRouter()
 JSON = "application/json"
+
+
+class Responders:
+    """Makes a responder for a request. What a model's template takes is found out once, when a request needs it.
+
+    Args:
+        kept: keeps responses; None keeps nothing.
+        servers: where MCP servers of requests come from; None is none.
+    """
+
+    def __init__(self, kept: KeptResponses | None, servers: McpSource | None = None) -> None:
+        self.kept = kept
+        self.servers = servers
+        self._habits: WeakKeyDictionary[OpenAIAdapter, TemplateHabits] = WeakKeyDictionary()
+
+    def of(self, model: ServedModel) -> Responder:
+        """Who answers with this model."""
+        from candle_vllm.responses.api.responder import Responder, ResponderOptions
+        from candle_vllm.responses.conversation.chat_model import InProcessModel
+
+        adapter, settings = model.adapter, model.entry.settings
+
+        async def habits() -> TemplateHabits:
+            if adapter not in self._habits:
+                self._habits[adapter] = await template_habits(adapter.count_tokens)
+            return self._habits[adapter]
+
+        options = ResponderOptions(
+            model=model.entry.names[0],
+            sampling_defaults=settings.default_sampling,
+            model_defaults=model.engine.model_info.default_sampling,
+            timeout=settings.request_timeout,
+        )
+        return Responder(
+            InProcessModel(adapter),
+            count=adapter.count_tokens,
+            habits=habits,
+            servers=self.servers,
+            memory=self.kept,
+            options=options,
+        )
 
 
 @router.post("/v1/responses")

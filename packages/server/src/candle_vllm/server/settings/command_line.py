@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
 from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
-from candle_vllm.server.settings.sources import Source, convert
+from candle_vllm.server.settings.sources import SettingsSource, convert
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
 
 _EPILOG = """\
@@ -107,7 +107,7 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     return argv[0], list(argv[1:])
 
 
-def parse(command: str, argv: Sequence[str]) -> tuple[Source, dict[str, Any]]:
+def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, Any]]:
     """Settings given on the command line, and the command's own values (`prompt`, `max_tokens`, ...).
 
     Raises:
@@ -129,7 +129,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Source, dict[str, Any]]:
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
     if command in _TEXTS:
         own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS[command])
-    return Source("the command line", settings, spelled), own
+    return SettingsSource("the command line", settings, spelled), own
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:

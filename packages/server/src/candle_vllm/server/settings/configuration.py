@@ -16,10 +16,10 @@ from typing import Any
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
 from candle_vllm.server.settings.options import UsageError, split_host
-from candle_vllm.server.settings.parts import demo_model, mailbox_options
-from candle_vllm.server.settings.sources import Source, environment_source, merge, read_dotenv
+from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
 
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}
@@ -40,12 +40,14 @@ class Configuration:
 
     settings: Settings
     catalogue: Catalogue
-    sources: tuple[Source, ...]
+    sources: tuple[SettingsSource, ...]
     models_file: Path | None = None
     mailbox: MailboxOptions | None = None
 
 
-def load_configuration(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Configuration:
+def load_configuration(
+    command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path
+) -> Configuration:
     """Merges all sources.
 
     Args:
@@ -69,7 +71,7 @@ def load_configuration(command_line: Source, environ: Mapping[str, str], *, fold
     name = _started(models_file, merged)
     lower = [] if models_file is None else [models_file.globals]
 
-    def settings_of(sources: Sequence[Source]) -> Settings:
+    def settings_of(sources: Sequence[SettingsSource]) -> Settings:
         values = merge(sources)
         _settle_port(values, sources)
         values["hf_token"] = _token(values, variables, folder)
@@ -97,7 +99,7 @@ def load_configuration(command_line: Source, environ: Mapping[str, str], *, fold
     return Configuration(settings, catalogue, tuple(sources), models_file and models_file.path, mailbox)
 
 
-def load_settings(command_line: Source, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
+def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
     """The settings alone, for a process that runs one model; arguments and errors as `load_configuration`."""
     return load_configuration(command_line, environ, folder=folder, home=home).settings
 
@@ -118,11 +120,11 @@ def _started(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> str |
     return name if name in models_file.models else None
 
 
-def _without(source: Source, names: frozenset[str]) -> Source:
+def _without(source: SettingsSource, names: frozenset[str]) -> SettingsSource:
     return dataclasses.replace(source, values={key: value for key, value in source.values.items() if key not in names})
 
 
-def _settle_port(merged: dict[str, Any], sources: Sequence[Source]) -> None:
+def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> None:
     """Of a port inside `host` and a `port`, the one from the stronger source counts."""
     if "host" not in merged or "port" not in merged or merged["host"].startswith("unix:"):
         return

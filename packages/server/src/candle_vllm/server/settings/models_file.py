@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
 from candle_vllm.server.settings.options import Option, UsageError, known_keys, mapping
-from candle_vllm.server.settings.sources import Source, convert, read_small
+from candle_vllm.server.settings.sources import SettingsSource, convert, read_small
 from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class ModelsFile:
     """
 
     path: Path
-    models: Mapping[str, Source]
+    models: Mapping[str, SettingsSource]
     default_model: str | None
-    globals: Source
+    globals: SettingsSource
     mailbox: Mapping[str, Any] | None = None
 
 
@@ -87,7 +87,7 @@ def read_models_file(path: Path) -> ModelsFile:
     entries = content.get("models")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: models must be a list with at least one model")
-    models: dict[str, Source] = {}
+    models: dict[str, SettingsSource] = {}
     for number, entry in enumerate(entries, 1):
         name, source = _model_entry(mapping(entry, f"{path}: model {number}"), path, number)
         if name in models:
@@ -99,7 +99,7 @@ def read_models_file(path: Path) -> ModelsFile:
     return ModelsFile(path, models, default, _globals(content, path), _mailbox(content, path))
 
 
-def _globals(content: Mapping[str, Any], path: Path) -> Source:
+def _globals(content: Mapping[str, Any], path: Path) -> SettingsSource:
     """What is not of one model: keys of the top, and candle-vllm's limits."""
     given = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
@@ -112,7 +112,7 @@ def _globals(content: Mapping[str, Any], path: Path) -> Source:
         for option in OPTIONS
         if option.name in given
     }
-    return Source(str(path), values, {name: name for name in values})
+    return SettingsSource(str(path), values, {name: name for name in values})
 
 
 def _mailbox(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
@@ -143,7 +143,7 @@ def _unique_loader() -> type[yaml.SafeLoader]:
     return UniqueLoader
 
 
-def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str, Source]:
+def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str, SettingsSource]:
     name = convert(Text(512), entry.get("name"), f"{path}: name of model {number}")
     if name == "default":
         raise UsageError(f"{path}: model {number} cannot be called 'default', which always means default_model")
@@ -164,7 +164,7 @@ def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str
         option = _yaml_option(key, title)
         values[option.name] = _yaml_value(option, value, f"{title}: {key}", path.parent)
         given_as[option.name] = key
-    return name, Source(title, values, given_as)
+    return name, SettingsSource(title, values, given_as)
 
 
 def _yaml_option(key: Any, title: str) -> Option:

@@ -1,7 +1,7 @@
 """Sources of settings: what one gives, the environment and `.env`, and which source decides where several speak.
 
-Read before step 1 of a request's life. Every source becomes a `Source`: typed values by setting name. A name that
-is not in the table is an error with the nearest one that is.
+Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. A name
+that is not in the table is an error with the nearest one that is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_
 
 
 @dataclass(frozen=True)
-class Source:
+class SettingsSource:
     """Values that one source gives.
 
     Attributes:
@@ -47,7 +47,7 @@ def convert(kind: Kind, value: Any, spelled: str) -> Any:
         raise UsageError(f"{spelled} {error}") from None
 
 
-def environment_source(variables: Mapping[str, str], title: str) -> Source:
+def environment_source(variables: Mapping[str, str], title: str) -> SettingsSource:
     """The `CANDLE_VLLM_*` variables; other variables are none of our business."""
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def environment_source(variables: Mapping[str, str], title: str) -> Source:
         converted = [convert(option.kind, part, spelled) for part in parts]
         values[option.name] = tuple(converted) if option.repeat else converted[0]
         given_as[option.name] = name
-    return Source(title, values, given_as)
+    return SettingsSource(title, values, given_as)
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
@@ -104,14 +104,14 @@ def read_small(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text") from None
 
 
-def merge(sources: Sequence[Source]) -> dict[str, Any]:
+def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
     """One value per setting, from the first source that has it; of rival settings, only the first source's."""
     return {name: source.values[name] for name, source in origins(sources).items()}
 
 
-def origins(sources: Sequence[Source]) -> dict[str, Source]:
+def origins(sources: Sequence[SettingsSource]) -> dict[str, SettingsSource]:
     """The source that decides on each setting that anybody gives."""
-    deciding: dict[str, Source] = {}
+    deciding: dict[str, SettingsSource] = {}
     taken: set[str] = set()
     for source in sources:
         rivals: dict[str, str] = {}

@@ -27,7 +27,7 @@ _FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules that tell the pa
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class SequenceGroup:
     """Neighbouring sequences of a step as FlashAttention wants them: int32 throughout.
 
     Attributes:
@@ -58,7 +58,7 @@ class Call(Protocol):
         q: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
-        part: Part,
+        part: SequenceGroup,
         *,
         scale: float,
         window: int | None,
@@ -139,7 +139,7 @@ class PagedFlash:
         return out
 
 
-def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[Part | None, Part | None]:
+def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup | None, SequenceGroup | None]:
     """The first `decodes` sequences and the others, None where there are none. By shapes and `decodes` alone."""
     n = rows.decodes
     contexts, tables = rows.context_lens.to(torch.int32), rows.block_tables.to(torch.int32)
@@ -149,12 +149,12 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[Part | None, 
     if n:
         # Not `query_start`, which says something else where fillers stand behind the sequences of a captured step.
         starts = torch.arange(n + 1, dtype=torch.int32, device=contexts.device)
-        decodes = Part(starts, contexts[:n], tables[:n], 1, most_context, True)
+        decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:
         most = tokens - n if rows.most_tokens is None else min(rows.most_tokens, tokens - n)
         # FlashAttention 2 takes 1 as a sign that there are as many rows of queries as sequences.
         starts = rows.query_start[n:].to(torch.int32)
-        others = Part(starts, contexts[n:], tables[n:], max(most, 2), most_context, False)
+        others = SequenceGroup(starts, contexts[n:], tables[n:], max(most, 2), most_context, False)
     return decodes, others
 
 
@@ -169,7 +169,7 @@ class CallOf2:
         q: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
-        part: Part,
+        part: SequenceGroup,
         *,
         scale: float,
         window: int | None,
@@ -203,7 +203,7 @@ class CallOf4:
         q: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
-        part: Part,
+        part: SequenceGroup,
         *,
         scale: float,
         window: int | None,

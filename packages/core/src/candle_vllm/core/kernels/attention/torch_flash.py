@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.torch_version import TorchVersion
 
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, triton_refusal
-from candle_vllm.core.kernels.attention.flash_attn import PAGE_OF_2, PagedFlash, Part
+from candle_vllm.core.kernels.attention.flash_attn import PAGE_OF_2, PagedFlash, SequenceGroup
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _COPIED = 1 << 16  # most positions copied together, unless one sequence has more: 256 MiB at 8 heads of 128 in bf16
@@ -97,7 +97,7 @@ class PagedCall:
         q: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
-        part: Part,
+        part: SequenceGroup,
         *,
         scale: float,
         window: int | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from candle_vllm.openai.formats.grammars.schemas import Tool
+from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.named_calls import NamedJson
@@ -89,7 +89,7 @@ def named_json(body: NamedJson, context: Context) -> Block:
     fence = sequence(f'"{_FENCE}json"', SPACE) if body.fenced else ""
     end = sequence(sequence(SPACE, f'"{_FENCE}"') if body.fenced else "", *map(mark, body.closers[:1]))
 
-    def call(tool: Tool) -> str:
+    def call(tool: FunctionShape) -> str:
         head = quoted(f"{tool.name}:") + " " + _NUMBER if body.counted else quoted(tool.name)
         return sequence(head, middle, fence, context.json(tool))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from candle_vllm.openai.formats.gemma import Gemma
-from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Tool, entries
+from candle_vllm.openai.formats.grammars.schemas import Branch, FunctionShape, Root, entries
 from candle_vllm.openai.formats.grammars.texts import json_value, scalar, string_body
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.pythonic import Pythonic
@@ -188,11 +188,11 @@ def begun_calls(context: Context) -> tuple[str, str]:
     return writer.rule(sequence(head, writer.rule(" | ".join(begun)), again, '"]"')), head
 
 
-def _call(context: Context, tool: Tool) -> str:
+def _call(context: Context, tool: FunctionShape) -> str:
     return sequence(quoted(f"{tool.name}("), _arguments(context, tool))
 
 
-def _arguments(context: Context, tool: Tool) -> str:
+def _arguments(context: Context, tool: FunctionShape) -> str:
     writer, root = context.writer, context.root(tool)
     for key in root.schema.get("properties", {}):
         if not re.fullmatch(r"[A-Za-z_]\w{0,255}", key) or keyword.iskeyword(key):
@@ -253,7 +253,7 @@ def gemma(body: Gemma, context: Context) -> Block:
     writer = context.writer
     notation = _gemma_notation(writer, body.quote)
 
-    def call(tool: Tool) -> str:
+    def call(tool: FunctionShape) -> str:
         root = context.root(tool)
         inside = Values(writer, root, notation).items(root.schema, notation.key, notation.free_key)
         return sequence(quoted(tool.name + "{"), inside, '"}"')

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from candle_vllm.openai.formats.channels import Harmony, Headed
-from candle_vllm.openai.formats.grammars.schemas import Tool
+from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
 
 _THOUGHTS = "{0,8}"  # parts of reasoning before calls that must come
@@ -14,7 +14,7 @@ _ROLE = '"assistant"'
 _CHANNELS = '("analysis" | "commentary" | "final")'
 
 
-def harmony(flow: Harmony, context: Context, write: Callable[[Tool], Block], *, required: bool) -> str:
+def harmony(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block], *, required: bool) -> str:
     """A message whose prompt ends with the role of its first part."""
     writer, mark = context.writer, context.writer.mark
     calls = _calls(flow, context, write)
@@ -32,7 +32,7 @@ def harmony(flow: Harmony, context: Context, write: Callable[[Tool], Block], *, 
     return f"{lead}* ({calls} | {begun} ({text} | {ends}))"
 
 
-def harmony_answer(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+def harmony_answer(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
     """Thoughts, and then an answer that has a form, or calls."""
     mark = context.writer.mark
     if flow.channel:
@@ -44,7 +44,7 @@ def harmony_answer(flow: Harmony, context: Context, write: Callable[[Tool], Bloc
     return sequence(_thoughts(flow, context), context.writer.rule(" | ".join([answer, *calls])))
 
 
-def _calls(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+def _calls(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
     writer, mark = context.writer, context.writer.mark
     call = _named(flow, context) if flow.body is None else _written(flow, context, write)
     between = mark(flow.ends[-1] if flow.channel else flow.ends[0])
@@ -83,7 +83,7 @@ def _named(flow: Harmony, context: Context) -> str:
     return writer.rule(f'{mark(flow.channel)} "commentary" {to} {channel} | {to} {role}')
 
 
-def _written(flow: Harmony, context: Context, write: Callable[[Tool], Block]) -> str:
+def _written(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
     """A header with the function's name, and a call as another format writes it."""
     writer = context.writer
     parts = []

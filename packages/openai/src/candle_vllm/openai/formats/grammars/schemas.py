@@ -29,7 +29,7 @@ _MOST_STEPS = 64  # references and alternatives inside each other
 _MOST_BRANCHES = 256
 
 
-class Tool(Protocol):
+class FunctionShape(Protocol):
     """What is to be known of a function."""
 
     @property
@@ -67,7 +67,7 @@ class Root:
         InvalidParameterError: the schema is wrong, or constrained decoding does not support it.
     """
 
-    def __init__(self, tool: Tool, schema: Schema) -> None:
+    def __init__(self, tool: FunctionShape, schema: Schema) -> None:
         self.tool = tool
         try:
             self.schema: dict[str, Any] = checked_schema(copy.deepcopy(dict(schema)))

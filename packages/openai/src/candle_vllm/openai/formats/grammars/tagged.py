@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from candle_vllm.openai.formats.grammars.schemas import TYPES, Branch, Root, Schema, Tool, entries
+from candle_vllm.openai.formats.grammars.schemas import TYPES, Branch, FunctionShape, Root, Schema, entries
 from candle_vllm.openai.formats.grammars.texts import Guard, edged, json_value, scalar, string_body
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.nested import Nested
@@ -32,7 +32,7 @@ def tagged(body: Tagged, context: Context) -> Block:
 class _TaggedCall:
     """One tool."""
 
-    def __init__(self, body: Tagged, context: Context, tool: Tool) -> None:
+    def __init__(self, body: Tagged, context: Context, tool: FunctionShape) -> None:
         self._body = body
         self._writer: Writer = context.writer
         self._root: Root = context.root(tool)
@@ -170,7 +170,7 @@ def nested(body: Nested, context: Context) -> Block:
 class _NestedCall:
     """One tool."""
 
-    def __init__(self, body: Nested, context: Context, tool: Tool) -> None:
+    def __init__(self, body: Nested, context: Context, tool: FunctionShape) -> None:
         self._body = body
         self._writer: Writer = context.writer
         self._root: Root = context.root(tool)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.formats.grammars.schemas import OBJECT, Root, Tool
+from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.output import NAME
 
@@ -161,15 +161,15 @@ class Context:
 
     writer: Writer
     form: ToolFormat
-    tools: Sequence[Tool]
+    tools: Sequence[FunctionShape]
     loose: Collection[str]
     many: bool
 
-    def root(self, tool: Tool) -> Root:
+    def root(self, tool: FunctionShape) -> Root:
         """The schema that the arguments of a tool must follow."""
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters)
 
-    def json(self, tool: Tool) -> str:
+    def json(self, tool: FunctionShape) -> str:
         """The arguments of a tool as JSON."""
         root = self.root(tool)
         schema: dict[str, Any] = root.self_contained(root.schema)

@@ -1,19 +1,38 @@
-"""Whether the server can answer: `/health`, `/ready` and `/version`.
+"""Whether the server can answer, and what it has done so far: `/health`, `/ready`, `/metrics` and their like.
 
-Outside the ten steps: asked by load balancers and people. `/health` needs no key and says nothing but its status.
+Outside the ten steps: asked by load balancers, Prometheus and people. `/health` needs no key and says nothing but its
+status.
 """
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
+import msgspec
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
+from candle_vllm.server.observing.exposition import render
 
 router = APIRouter()
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Every count, as Prometheus reads it."""
+    accept = request.headers.get("accept", "")
+    data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, accept)
+    return Response(data, headers={"content-type": kind})
+
+
+@router.get("/v1/usage")
+async def usage(request: Request) -> Response:
+    """Requests that have ended and their tokens, by model and API key, since the start."""
+    rows = await asyncio.to_thread(request.app.state.metrics.usage)
+    return Response(msgspec.json.encode({"object": "list", "data": rows}), media_type="application/json")
 
 
 @router.get("/health")
