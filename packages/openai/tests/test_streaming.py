@@ -25,7 +25,7 @@ from candle_vllm.openai import (
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader, TokenCounts
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.events import Head
-from candle_vllm.openai.task import Paths
+from candle_vllm.openai.task import Paths, Task
 
 OWN = ("id", "created", "object")  # differ between a stream and a whole answer, or between two requests
 
@@ -137,8 +137,11 @@ async def test_answers_do_not_depend_on_the_cuts(script: list[bytes], options: d
 HEAD = Head("id", 1, "m", "fp")
 
 
+ECHOED_TWICE = Task(paths=Paths({}), prompts=("pq",), choices=2, echo_prompts=True, sampling={"logprobs": 1})
+
+
 def reader() -> AnswerReader:
-    return AnswerReader(HEAD, AnswerPlan())
+    return AnswerReader(HEAD, AnswerPlan(), Task(paths=Paths({})))
 
 
 def test_errors_and_aborts_of_the_engine_are_raised() -> None:
@@ -171,7 +174,7 @@ def test_the_request_names_the_parameter_at_fault() -> None:
             error_param=param,
         )  # fmt: skip
         with pytest.raises(RequestError) as caught:
-            AnswerReader(HEAD, AnswerPlan(), paths=Paths(names)).add(0, failed)
+            AnswerReader(HEAD, AnswerPlan(), Task(paths=Paths(names))).add(0, failed)
         assert (caught.value.param, str(caught.value)) == (told, f"{told}: no")
 
 
@@ -202,7 +205,7 @@ def test_times_are_of_the_slowest_prompt() -> None:
 def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None:
     request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2})
     made = CompletionWriter(request, [EchoedPrompt("pq", "p", (112, 113))], whole=True)
-    pieces = AnswerReader(HEAD, AnswerPlan(), sequences=2, awaits_prompt=True)
+    pieces = AnswerReader(HEAD, AnswerPlan(), ECHOED_TWICE)
     entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
     end = {"request_id": "r", "token_ids": (113,), "logprobs": (entry,), "finish_reason": FinishReason.LENGTH}
     early = pieces.add(0, TokenOutput(index=1, text="one", **end))
@@ -216,7 +219,7 @@ def test_sequences_that_come_before_the_prompts_logprobs_wait_for_them() -> None
 def test_the_logprobs_of_an_echoed_prompt_are_made_once() -> None:
     request = parse_completion_request({"prompt": "pq", "echo": True, "logprobs": 0, "n": 2, "stream": True})
     made = CompletionWriter(request, [EchoedPrompt("pq", "p", (112, 113))])
-    pieces = AnswerReader(HEAD, AnswerPlan(), sequences=2, awaits_prompt=True)
+    pieces = AnswerReader(HEAD, AnswerPlan(), ECHOED_TWICE)
     entry = made_up_logprobs(113, 0, lambda token: bytes([token]))
     first = made.write(pieces.add(0, TokenOutput(request_id="r", index=0, prompt_logprobs=(None, entry))))
     other = made.write(pieces.add(0, TokenOutput(request_id="r", index=1)))

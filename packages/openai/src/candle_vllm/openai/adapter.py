@@ -40,7 +40,7 @@ from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingReque
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
-from candle_vllm.openai.requests import completion_paths, parse_chat_request, parse_completion_request, read_chat
+from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
@@ -210,43 +210,25 @@ class OpenAIAdapter:
         head = self._head("chatcmpl-", task.request_id, model)
         with task.paths.blamed():
             source = self._submit(prepared.prompt, prepared.params, head.id, task.priority, "messages")
-        reader = AnswerReader(
-            head,
-            prepared.answers,
-            sequences=task.choices,
-            paths=task.paths,
-            tell_ids=task.tell_ids,
-            tell_counts=task.tell_counts,
-            echo=task.echo,
-        )
-        return AnswerStream([source], reader)
+        return AnswerStream([source], AnswerReader(head, prepared.answers, task))
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
         request = given if isinstance(given, CompletionRequest) else parse_completion_request(given)
-        head = self._head("cmpl-", request.request_id, self._names.served(request.model))
-        prompts, params = await self._work.prepare(self._preparation.completion, request)
-        if params.structured_outputs is not None:
-            await self._work.compile(self._preparation.check_form, request, params.structured_outputs)
+        task = read_completion(request)
+        head = self._head("cmpl-", task.request_id, self._names.served(task.model))
+        prompts, params = await self._work.prepare(self._preparation.prompts, task)
+        if task.form is not None:
+            await self._work.compile(self._preparation.check_form, task)
         sources: list[TokenStream] = []
         try:
             for number, prompt in enumerate(prompts):
                 request_id = head.id if len(prompts) == 1 else f"{head.id}-{number}"
-                sources.append(self._submit(prompt.token_ids, params, request_id, request.priority or 0, "prompt"))
+                sources.append(self._submit(prompt.token_ids, params, request_id, task.priority, "prompt"))
         except BaseException:
             for source in sources:
                 await source.aclose()
             raise
-        reader = AnswerReader(
-            head,
-            AnswerPlan(),
-            sequences=request.sequences,
-            prompts=len(prompts),
-            paths=completion_paths(request),
-            tell_ids=bool(request.return_token_ids),
-            tell_counts=request.continuous_usage,
-            awaits_prompt=bool(request.echo) and request.logprobs is not None,
-            scored_only=request.max_tokens == 0,
-        )
+        reader = AnswerReader(head, AnswerPlan(), task)
         return ChunkStream(AnswerStream(sources, reader), CompletionWriter(request, prompts, whole=whole))
 
     def _submit(

@@ -13,7 +13,7 @@ from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, 
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.task import Paths
+from candle_vllm.openai.task import Paths, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,39 +197,21 @@ class AnswerReader:
     Args:
         head: of the answer.
         plan: how choices are read.
-        sequences: of each prompt.
-        prompts: how many there are.
-        paths: the request's names.
-        tell_ids: events say the ids of their tokens.
-        tell_counts: `Usage` goes before every piece.
-        echo: what every choice begins with.
-        awaits_prompt: choices wait for their prompt's log-probabilities, which its sequence 0 brings.
-        scored_only: the engine must make a token, which is not part of the answer.
+        task: what is answered.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        plan: AnswerPlan,
-        *,
-        sequences: int = 1,
-        prompts: int = 1,
-        paths: Paths | None = None,
-        tell_ids: bool = False,
-        tell_counts: bool = False,
-        echo: str = "",
-        awaits_prompt: bool = False,
-        scored_only: bool = False,
-    ) -> None:
+    def __init__(self, head: Head, plan: AnswerPlan, task: Task) -> None:
         self._head = head
-        self._paths = paths or Paths({})
-        self._sequences = sequences
-        self._tell_counts = tell_counts
-        self._echo = echo
-        self._awaits_prompt = awaits_prompt
-        self._scored_only = scored_only
+        self._paths = task.paths
+        self._sequences = task.choices
+        self._tell_counts = task.tell_counts
+        self._echo = task.echo
+        # Choices wait for their prompt's log-probabilities, which its sequence 0 brings.
+        self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
+        self._scored_only = task.scored_only  # the engine must make a token, which is not part of the answer
         self._may_reason = plan.may_reason
-        self._readers = [ChoiceReader(plan, choice, tell_ids=tell_ids) for choice in range(prompts * sequences)]
+        count = max(len(task.prompts), 1) * task.choices
+        self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
         self._counts = TokenCounts()
         self._begun: set[int] = set()
         self._unfinished = len(self._readers)

@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError, UnsupportedModelError
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
@@ -21,9 +20,8 @@ from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
-from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
-from candle_vllm.openai.requests import completion_paths, to_sampling_params
+from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.task import Task
 
 _MOST_TRIED = 64  # tools that are tried one by one
@@ -45,8 +43,8 @@ class PreparedChat(NamedTuple):
     text: str
 
 
-class PreparedCompletion(NamedTuple):
-    """A completion request, ready to be submitted."""
+class PreparedPrompts(NamedTuple):
+    """A task of prompts, ready to be submitted."""
 
     prompts: list[EchoedPrompt]
     params: SamplingParams
@@ -74,9 +72,8 @@ class Preparation:
     def chat(self, task: Task) -> PreparedChat:
         """Raises `RequestError`, which blames the fields of the request."""
         with task.paths.blamed():
-            self._check(task.priority, task.sampling.get("allowed_token_ids"))
-            form = {} if task.form is None else {"structured_outputs": task.form}
-            params = SamplingParams(**{"max_tokens": None, **self._defaults, **task.sampling, **form})
+            self._check(task)
+            params = sampling_params(task, self._defaults)
             text = self._render(task)
             answers, structured = self._planned(task, text)
             # Templates write the special tokens themselves.
@@ -147,27 +144,29 @@ class Preparation:
                 found.add(tool.name)
         return frozenset(found)
 
-    def completion(self, request: CompletionRequest) -> PreparedCompletion:
+    def prompts(self, task: Task) -> PreparedPrompts:
         """Raises `RequestError`, which blames the fields of the request."""
-        with completion_paths(request).blamed():
-            self._check(request.priority, request.allowed_token_ids)
-            params = to_sampling_params(request, self._defaults)
-            prompts = [self._completion_prompt(request, prompt) for prompt in request.prompts]
+        with task.paths.blamed():
+            self._check(task)
+            params = sampling_params(task, self._defaults)
+            prompts = [self._prompt(task, prompt) for prompt in task.prompts]
             tokens = sum(len(prompt.token_ids) for prompt in prompts)
-            _check_prompt_logprobs("prompt_logprobs", request.prompt_logprobs, tokens)
-            if request.echo:
-                _check_prompt_logprobs("logprobs", request.logprobs, tokens, request.sequences)
-            return PreparedCompletion(prompts, params)
+            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), tokens)
+            if task.echo_prompts:
+                _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
+            return PreparedPrompts(prompts, params)
 
-    def check_form(self, request: CompletionRequest, form: StructuredOutputsParams) -> None:
-        """Compiles the form of a completion's texts; it may take seconds. Raises `RequestError`."""
-        with completion_paths(request).blamed():
-            self._engine.check_structured_outputs(form)
+    def check_form(self, task: Task) -> None:
+        """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`."""
+        with task.paths.blamed():
+            if task.form is not None:
+                self._engine.check_structured_outputs(task.form)
 
-    def _check(self, priority: int | None, allowed: Sequence[int] | None) -> None:
+    def _check(self, task: Task) -> None:
         """The rules that depend on the model and on this adapter."""
-        if priority and not self._allow_priority:
+        if task.priority and not self._allow_priority:
             raise no_priority()
+        allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")
         vocabulary = self._engine.model_info.vocab_size
         if allowed is not None and len(allowed) > vocabulary:
             raise InvalidParameterError(
@@ -201,14 +200,15 @@ class Preparation:
         except UnsupportedModelError as error:
             raise InvalidParameterError(f"chat_template cannot be used: {error}", "chat_template") from None
 
-    def _completion_prompt(self, request: CompletionRequest, prompt: str | list[int]) -> EchoedPrompt:
-        engine, special = self._engine, request.add_special_tokens is not False
+    def _prompt(self, task: Task, prompt: str | Sequence[int]) -> EchoedPrompt:
+        engine, special = self._engine, task.add_special_tokens
         ids = engine.tokenize(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
         self._check_known(ids)
         text = first = ""
-        if request.echo:
+        if task.echo_prompts:
             text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False)
-            first = engine.detokenize(ids[:1], skip_special_tokens=False) if request.logprobs is not None else ""
+            scored = task.sampling.get("logprobs") is not None
+            first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
 
     def _check_known(self, ids: Sequence[int]) -> None:

@@ -82,22 +82,45 @@ def read_chat(request: ChatCompletionRequest) -> Task:
     )
 
 
-def completion_paths(request: CompletionRequest) -> Paths:
-    """How a completion request spells what the engine blames."""
-    return Paths({"structured_outputs": _form_path(request, "tools")})
+def read_completion(request: CompletionRequest) -> Task:
+    """What a checked completion request asks for."""
+    return Task(
+        prompts=tuple(request.prompts),
+        paths=Paths({"structured_outputs": _form_path(request, "tools")}),
+        form=request.structured(),
+        sampling=_given(request),
+        choices=request.sequences,
+        model=request.model,
+        add_special_tokens=request.add_special_tokens is not False,
+        echo_prompts=bool(request.echo),
+        scored_only=request.max_tokens == 0,
+        tell_ids=bool(request.return_token_ids),
+        tell_counts=request.continuous_usage,
+        priority=request.priority or 0,
+        request_id=request.request_id,
+    )
 
 
 def to_sampling_params(
     request: ChatCompletionRequest | CompletionRequest, defaults: Mapping[str, Any]
 ) -> SamplingParams:
-    """How the tokens of `request` are chosen.
+    """How the tokens of `request` are chosen; see `sampling_params`."""
+    task = read_chat(request) if isinstance(request, ChatCompletionRequest) else read_completion(request)
+    return sampling_params(task, defaults)
+
+
+def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
+    """How the tokens of a task's answers are chosen.
 
     `defaults` are the model's own values by field name. Raises `InvalidParameterError`.
     """
-    ours = {"max_tokens": None if isinstance(request, ChatCompletionRequest) else COMPLETION_MAX_TOKENS}
-    form = request.structured()
-    given = _given(request) if form is None else {**_given(request), "structured_outputs": form}
-    return SamplingParams(**{**ours, **defaults, **given})
+    given: dict[str, Any] = {"max_tokens": COMPLETION_MAX_TOKENS if task.prompts else None, **defaults, **task.sampling}
+    if task.echo_prompts:  # an echo with log-probabilities shows those of the prompt too
+        asked = [given[name] for name in ("prompt_logprobs", "logprobs") if given[name] is not None]
+        given["prompt_logprobs"] = max(asked, default=None)
+    if task.form is not None:
+        given["structured_outputs"] = task.form
+    return SamplingParams(**given)
 
 
 def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
@@ -108,11 +131,10 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
     if isinstance(request, ChatCompletionRequest):
         limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
-        given["prompt_logprobs"] = request.prompt_logprobs
     else:
         limit = None if request.max_tokens is None else max(request.max_tokens, 1)
         given["logprobs"] = request.logprobs
-        given["prompt_logprobs"] = _prompt_logprobs(request)
+    given["prompt_logprobs"] = request.prompt_logprobs
     if limit is not None:
         given["max_tokens"] = limit
     return given
@@ -141,9 +163,3 @@ def _message(message: WireMessage) -> Message:
         call_id=message.tool_call_id if isinstance(message, ToolMessage) else None,
         name=message.name,
     )
-
-
-def _prompt_logprobs(request: CompletionRequest) -> int | None:
-    """How many to ask for: an echo with logprobs shows those of the prompt too."""
-    asked = [request.prompt_logprobs, request.logprobs if request.echo else None]
-    return max((count for count in asked if count is not None), default=None)

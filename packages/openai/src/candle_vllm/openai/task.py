@@ -169,10 +169,11 @@ class Paths(NamedTuple):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation to continue.
+    """A conversation to continue, or prompts.
 
     Attributes:
-        messages: at least one.
+        messages: at least one; or none where there are `prompts`.
+        prompts: texts, or ids of tokens, that answers continue as they are.
         tools: those that may be called, and the choice among them.
         form: what the content of an answer must look like; None is any text.
         sampling: values that the request gives, by names of `SamplingParams`.
@@ -186,14 +187,17 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         add_special_tokens: around what the template writes.
         show_thoughts: they are part of the answer.
         echo: what every choice begins with.
+        echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
+        scored_only: nothing is added to the prompts.
         tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
         priority: lower runs first.
         request_id: given by the caller.
         paths: the request's names.
     """
 
-    messages: tuple[Message, ...]
     paths: Paths
+    messages: tuple[Message, ...] = ()
+    prompts: tuple[str | Sequence[int], ...] = ()
     tools: ToolUse = ToolUse()
     form: StructuredOutputsParams | None = None
     sampling: Mapping[str, Any] = {}
@@ -207,6 +211,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool = False
     show_thoughts: bool = True
     echo: str = ""
+    echo_prompts: bool = False
+    scored_only: bool = False
     tell_ids: bool = False
     tell_counts: bool = False
     priority: int = 0
