@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import openai
+from waiting import wait_for
 
 from candle_vllm.server import Settings
 from candle_vllm.server.app import ServedEngine, create_app
@@ -19,14 +19,6 @@ from candle_vllm.server.serve import bind, make_server
 
 COMMAND = Path(sys.executable).with_name("candle-vllm")
 PATIENCE = 120  # seconds; a busy machine is slow to import torch
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Polls until `condition` holds; fails after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def clean_environment(home: Path) -> dict[str, str]:

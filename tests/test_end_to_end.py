@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import ServerProcess, openai_client, run_command, wait_for
+from live_server import ServerProcess, openai_client, run_command
+from waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine is many times slower than an idle one
 

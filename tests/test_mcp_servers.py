@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mcp_servers import everything_over_http, npm_server, python_server
+from waiting import until
 
 from candle_vllm.responses.mcp.fleet import McpFleet
 from candle_vllm.responses.mcp.link import McpLink
@@ -26,13 +24,6 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
 def said(output: ToolOutput) -> str:
     return "\n".join(part.text or "" for part in output.content)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 async def test_time() -> None:

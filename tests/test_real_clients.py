@@ -17,9 +17,10 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from live_server import ServerProcess, openai_client, wait_for
+from live_server import ServerProcess, openai_client
 from pydantic import BaseModel, ConfigDict, Field
 from scripted_server import ScriptedServer
+from waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine is many times slower than an idle one
 

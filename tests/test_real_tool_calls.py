@@ -14,7 +14,6 @@ from real_models import qwen_coder
 from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
 
-PROMPTS = 100
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -43,7 +42,7 @@ THINGS = ("paint the fence", "fix the build", "write to Ann", "read a book", "le
 
 @pytest.fixture(scope="module")
 def adapter() -> Iterator[OpenAIAdapter]:
-    with InferenceEngine(str(qwen_coder()), max_model_len=2048) as engine:
+    with InferenceEngine(str(qwen_coder()), max_model_len=2048, threads=1) as engine:
         yield OpenAIAdapter(engine)
 
 
@@ -53,7 +52,7 @@ def request(number: int) -> dict[str, Any]:
         "messages": [{"role": "user", "content": wish}],
         "tools": TOOLS,
         "tool_choice": {"type": "function", "function": {"name": "add_task"}},
-        "temperature": 0.0 if number % 2 else 1.0,
+        "temperature": 0.0 if number // len(THINGS) % 2 else 1.0,
         "seed": number,
         "max_completion_tokens": 200,
     }
@@ -82,9 +81,13 @@ async def streamed(adapter: OpenAIAdapter, number: int) -> tuple[str, str, str]:
 
 @pytest.mark.peer
 @pytest.mark.timeout(600)
-async def test_named_strict_calls_are_always_valid(adapter: OpenAIAdapter) -> None:
-    wholes = await asyncio.gather(*(whole(adapter, number) for number in range(PROMPTS)))
-    streams = await asyncio.gather(*(streamed(adapter, number) for number in range(PROMPTS)))
+@pytest.mark.parametrize(
+    "numbers", [range(2 * len(THINGS)), pytest.param(range(100), marks=pytest.mark.every_case)], ids=["once", "often"]
+)
+async def test_named_strict_calls_are_always_valid(adapter: OpenAIAdapter, numbers: range) -> None:
+    """Each thing greedily and by lot."""
+    wholes = await asyncio.gather(*(whole(adapter, number) for number in numbers))
+    streams = await asyncio.gather(*(streamed(adapter, number) for number in numbers))
     check = jsonschema.Draft202012Validator(SCHEMA)
     for one, other in zip(wholes, streams, strict=True):
         assert one == other

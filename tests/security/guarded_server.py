@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import httpx
-from live_server import wait_for
+from waiting import wait_for
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings

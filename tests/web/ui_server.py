@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from live_server import wait_for
+from waiting import wait_for
 
 sys.path.append(str(Path(__file__).parents[2] / "packages" / "server" / "tests"))
 

@@ -49,8 +49,8 @@ def start_mcp() -> Iterator[Callable[..., Running]]:
             running = Running(engine, Settings(port=0, shutdown_timeout=1, **settings), mailbox, service)
             stack.callback(running.stop)
             if settled:
-                running.wait_for(lambda: "connecting" not in service.states() and "closed" not in service.states(), 20)
-                running.wait_for(lambda: len(service.registry) or "ready" not in service.states(), 5)
+                running.wait_for(lambda: "connecting" not in service.states() and "closed" not in service.states())
+                running.wait_for(lambda: len(service.registry) or "ready" not in service.states())
             return running
 
         yield start_mcp

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 from server_fakes import PacedEngine
+from waiting import wait_for
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.mailbox.service import Mailbox
@@ -57,9 +56,4 @@ class Running:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
-    @staticmethod
-    def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.005)
+    wait_for = staticmethod(wait_for)

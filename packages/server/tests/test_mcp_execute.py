@@ -249,7 +249,7 @@ def test_a_server_that_has_died_is_a_result_that_the_model_sees(start_mcp: Start
     assert answer.choices[0].mcp_calls[0]["status"] == "unavailable"
     with running.http() as client:
         assert client.get("/ready").status_code == 200
-        running.wait_for(lambda: client.get("/v1/mcp/servers").json()["data"][0]["reconnects"] == 1, 15)
+        running.wait_for(lambda: client.get("/v1/mcp/servers").json()["data"][0]["reconnects"] == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jsonschema_rs
 import pytest
 from mcp_fakes import HttpMcpServer, Seen, stdio_config
 from server_fakes import PacedEngine
+from waiting import wait_for
 from wrong_requests.rows import GONE, LONG, Route, Row, changed
 
 from candle_vllm.server.app import create_app
@@ -247,13 +247,13 @@ def test_calls_are_bounded_and_end_with_their_clients(
     threads = [threading.Thread(target=leave) for _ in range(2)]
     for thread in threads:
         thread.start()
-    until(lambda: seen.begun == 2)
+    wait_for(lambda: seen.begun == 2)
     refused = client.post("/v1/mcp/call", json=CALL)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     for thread in threads:
         thread.join()
-    until(lambda: seen.cancelled == 2)
-    until(lambda: client.post("/v1/mcp/call", json=CALL).status_code == 200)
+    wait_for(lambda: seen.cancelled == 2)
+    wait_for(lambda: client.post("/v1/mcp/call", json=CALL).status_code == 200)
 
 
 def test_a_call_ends_with_the_time_of_the_request(start_mcp: Start, web: HttpMcpServer, seen: Seen) -> None:
@@ -261,7 +261,7 @@ def test_a_call_ends_with_the_time_of_the_request(start_mcp: Start, web: HttpMcp
     with running.http(headers=KEY) as client:
         answer = client.post("/v1/mcp/call", json={"name": "web__slow", "arguments": {"seconds": 60}, "approved": True})
         assert answer.status_code == 504
-    until(lambda: seen.cancelled == 1)
+    wait_for(lambda: seen.cancelled == 1)
 
 
 def test_a_call_ends_with_the_time_of_the_tool(start_mcp: Start, web: HttpMcpServer) -> None:
@@ -271,10 +271,3 @@ def test_a_call_ends_with_the_time_of_the_tool(start_mcp: Start, web: HttpMcpSer
         assert answer.json()["status"] == "timed_out"
         assert "0.5 seconds" in answer.json()["text"]
         assert 'server="web",status="timed_out"} 1.0' in client.get("/metrics").text
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)

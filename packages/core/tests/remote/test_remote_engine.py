@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import until
 
 from candle_vllm.core import (
     ChatTemplateError,
@@ -64,13 +65,6 @@ def remote(toy_model: Path) -> Iterator[RemoteEngine]:
 def comparable(output: Any) -> Any:
     """An output without what differs from run to run."""
     return output.outputs, output.prompt, output.prompt_token_ids, output.prompt_logprobs
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 def at_rest(stats: EngineStats) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import until
 
 from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
@@ -65,12 +66,6 @@ async def status(kept: KeptResponses, name: str = "resp_1") -> str:
     body = msgspec.json.decode(await kept.retrieve("a", name))
     assert (await (await kept.store()).get("a", name)).status == body["status"]
     return body["status"]
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, answered: Make) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import PATIENCE
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.server_config import McpServerConfig
@@ -20,7 +21,7 @@ sys.path.append(str(HERE))  # for http_apps; --import-mode=importlib does not
 
 
 def make_config(name: str = "test", **fields: Any) -> McpServerConfig:
-    return McpServerConfig(name=name, **({"timeout": 10.0, "connect_timeout": 10.0} | fields))
+    return McpServerConfig(name=name, **({"timeout": PATIENCE, "connect_timeout": PATIENCE} | fields))
 
 
 @pytest.fixture

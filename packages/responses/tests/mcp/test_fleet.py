@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from http_apps import Seen, scripted_app
+from waiting import until
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.mcp.fleet import McpFleet
@@ -20,13 +20,6 @@ from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolUnavailableError
 
 Scripted = Callable[..., Any]
-
-
-async def until(condition: Callable[[], Any], seconds: float = 8.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 def double(number: int) -> int:

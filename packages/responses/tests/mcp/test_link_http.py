@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from http_apps import Seen, good_server, legacy_only, moved, scripted_app
 from mcp.server.transport_security import TransportSecuritySettings
+from waiting import until
 
 from candle_vllm.responses.mcp import http, supervisor
 from candle_vllm.responses.mcp.link import McpLink
@@ -52,13 +52,6 @@ def good(serve: Serve, seen: Seen, era: str) -> Any:
         return app if era == ERAS[0] else legacy_only(app)
 
     return serve(app)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 8.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 def said(output: ToolOutput) -> str:

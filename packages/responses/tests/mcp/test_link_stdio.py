@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from candle_vllm.responses.mcp import supervisor
 from candle_vllm.responses.mcp.link import McpLink
@@ -24,14 +25,6 @@ from candle_vllm.responses.tools.tool import (
 )
 
 Scripted = Callable[..., Any]
-
-
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    """Waits for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 def said(output: ToolOutput) -> str:
@@ -198,7 +191,7 @@ async def test_grandchildren_end_after_a_close_and_after_a_crash(scripted: Scrip
     async with McpLink(scripted("children-exit")) as link:
         with pytest.raises(ToolUnavailableError):
             await link.call("echo", {})
-        await until(lambda: link.reconnects == 1, 10)
+        await until(lambda: link.reconnects == 1)
         assert len(notes.alive) == 2
     assert not notes.alive
 

@@ -196,7 +196,7 @@ def test_a_second_signal_does_not_wait_for_what_is_kept(tmp_path: Path) -> None:
         time.sleep(0.5)
         assert running.engine.aborted == []
         running.server.handle_exit(15, None)
-        running.wait_for(lambda: running.engine.aborted, 3)
+        running.wait_for(lambda: running.engine.aborted)
     with _server(tmp_path) as running, running.http() as client:
         assert _record(client, "chatcmpl-s")["status"] == "internal_error"
 

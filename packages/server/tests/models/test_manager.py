@@ -7,6 +7,7 @@ import time
 
 import pytest
 from server_fakes import FakeLoader, PacedEngine
+from waiting import until
 
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
 from candle_vllm.openai import ModelNotServedError
@@ -150,8 +151,7 @@ async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     for failure in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(failure, HttpError)
         assert failure.code == "model_not_ready"
-    await asyncio.sleep(0.3)
-    assert manager.slots["a"].state is ModelState.READY
+    await until(lambda: manager.slots["a"].state is ModelState.READY)
     assert manager.slots["a"].in_flight == 0
 
 
@@ -173,8 +173,7 @@ async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back() -> None:
     await asyncio.sleep(0.15)
     assert manager.slots["a"].state is ModelState.READY  # in use
     lease.release()
-    await asyncio.sleep(0.2)
-    assert manager.slots["a"].state is ModelState.UNLOADED
+    await until(lambda: manager.slots["a"].state is ModelState.UNLOADED)
     assert loader.engines[0].closed
     (await manager.acquire("a")).release()
     assert loader.loads == ["a", "a"]
@@ -205,15 +204,22 @@ async def test_an_engine_that_dies_comes_back_by_itself() -> None:
     assert loader.loads == ["a", "a"]
 
 
+async def _die_until_it_stays_dead(manager: ModelManager, loader: FakeLoader) -> None:
+    for loads in range(2, 7):
+        assert manager.is_healthy
+        loader.engines[-1].die()
+        await until(lambda n=loads: len(loader.loads) == n and manager.slots["a"].state is ModelState.READY)
+    assert manager.is_healthy
+    loader.engines[-1].die()
+    await until(lambda: manager.slots["a"].state is ModelState.FAILED)
+
+
 async def test_an_engine_that_dies_again_and_again_waits_for_a_request() -> None:
     loader = FakeLoader()
     manager = _manager(loader)
     (await manager.acquire("a")).release()
-    for _ in range(6):
-        loader.engines[-1].die()
-        await asyncio.sleep(0.05)
+    await _die_until_it_stays_dead(manager, loader)
     assert loader.loads == ["a"] * 6
-    assert manager.slots["a"].state is ModelState.FAILED
     (await manager.acquire("a")).release()
 
 
@@ -310,8 +316,7 @@ async def test_an_engine_that_is_made_while_the_server_ends_is_closed() -> None:
     await manager.close()
     with pytest.raises(HttpError, match="shutting down"):
         await task
-    await asyncio.sleep(0.3)
-    assert [engine.closed for engine in loader.engines] == [True]
+    await until(lambda: [engine.closed for engine in loader.engines] == [True])
 
 
 async def test_a_model_that_nobody_waits_for_any_more_is_not_loaded() -> None:
@@ -335,11 +340,10 @@ async def test_a_choice_counts_once_it_is_loaded_and_never_when_it_fails() -> No
     (await manager.acquire(None)).release()
     manager.select("b")
     assert manager.active == "a"
-    await asyncio.sleep(0.1)
-    assert manager.active == "b"
+    await until(lambda: manager.active == "b")
     manager.select("c")
-    await asyncio.sleep(0.1)
-    assert (manager.active, manager.switch_requested_at) == ("b", None)
+    await until(lambda: manager.switch_requested_at is None)
+    assert manager.active == "b"
 
 
 async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
@@ -350,18 +354,14 @@ async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
     (await manager.acquire("a")).release()
     assert timer is not None
     assert manager.slots["a"].timer is timer
-    await asyncio.sleep(0.35)
-    assert manager.slots["a"].state is ModelState.UNLOADED
+    await until(lambda: manager.slots["a"].state is ModelState.UNLOADED)
 
 
 async def test_a_server_whose_engine_stays_dead_is_not_healthy() -> None:
     loader = FakeLoader()
     manager = _manager(loader)
     (await manager.acquire("a")).release()
-    for _ in range(6):
-        assert manager.is_healthy
-        loader.engines[-1].die()
-        await asyncio.sleep(0.05)
+    await _die_until_it_stays_dead(manager, loader)
     assert not manager.is_healthy
     (await manager.acquire("a")).release()
     assert manager.is_healthy

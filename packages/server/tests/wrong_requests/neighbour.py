@@ -1,6 +1,7 @@
-"""A client of its own process that reads a stream and notes when each piece came, until its input ends.
+"""A client of its own process that reads a stream and tells when each piece came, until its input ends.
 
-Prints the times of the pieces (`time.monotonic()`, which is the machine's), one to a line. For `test_neighbours.py`.
+Prints a line for each piece: its time (`time.monotonic()`, which is the machine's) and the server's processor time by
+then. For `test_neighbours.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import sys
 import threading
 import time
 
+import psutil
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODY = json.dumps({"messages": MESSAGES, "stream": True, "ignore_eos": True}).encode()
 
 
-def main(port: int) -> None:
+def main(port: int, server: psutil.Process) -> None:
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -24,14 +27,11 @@ def main(port: int) -> None:
             + f"Content-Length: {len(BODY)}\r\n\r\n".encode()
             + BODY
         )
-        times: list[float] = []
         while not over.is_set() and connection.recv(1 << 16):
-            times.append(time.monotonic())
-            if len(times) == 1:
-                sys.stdout.write("begun\n")
-                sys.stdout.flush()
-    sys.stdout.write("".join(f"{moment}\n" for moment in times))
+            used = server.cpu_times()
+            sys.stdout.write(f"{time.monotonic()} {used.user + used.system}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), psutil.Process(int(sys.argv[2])))

@@ -1,0 +1,25 @@
+"""Waiting for what must come true, as long as a busy machine may take: a test that fails by time alone is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+PATIENCE = 60.0  # seconds; an idle machine needs a few hundredths
+
+
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Polls until `condition` holds; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """The same, while the event loop goes on."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.005)
