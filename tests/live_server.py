@@ -83,6 +83,7 @@ class ServerProcess:
 
     def __init__(self, folder: Path, *flags: str, command: Sequence[str | Path] = (COMMAND,)) -> None:
         self.banner: list[str] = []
+        self._told = False
         with (folder / "server.log").open("w") as log:
             self._process = subprocess.Popen(
                 [*command, "--p", "0", *flags],
@@ -113,11 +114,13 @@ class ServerProcess:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def terminate(self) -> None:
-        """Sends SIGTERM."""
-        self._process.terminate()
+        """Sends SIGTERM, once: a second one may meet a process that no longer handles it."""
+        if not self._told:
+            self._told = True
+            self._process.terminate()
 
     def stop(self) -> int:
-        """Sends SIGTERM and gives the exit status; a server that hangs is killed, which is status -9."""
+        """Sends SIGTERM, if it has none yet, and gives the exit status; a server that hangs is killed: status -9."""
         self.terminate()
         try:
             return self._process.wait(PATIENCE)
