@@ -398,7 +398,7 @@ def test_what_the_sweeps_set_exists(load: Load) -> None:
             with settings.tried({f"{name}.{path}": 1}):
                 pass
     launched = {name for name, paths in modules.items() if any("_kernel.num_warps" in path for path in paths)}
-    assert {"attention.triton_decode", "linear.triton_merge", "sampling.triton_edit", "moe.triton_sort"} <= launched
+    assert {"attention.triton_decode", "linear.triton", "sampling.triton_edit", "moe.triton_sort"} <= launched
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------

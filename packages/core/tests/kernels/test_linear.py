@@ -10,7 +10,6 @@ from gguf import GGMLQuantizationType as GgmlType
 from candle_vllm.core.kernels import gguf_linear
 from candle_vllm.core.kernels.dispatch import interpreted
 from candle_vllm.core.kernels.linear import linear
-from candle_vllm.core.kernels.linear.split import MOST_SPLITS, split_blocks
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's kernels take the place of the reference")
 
@@ -59,13 +58,3 @@ def test_what_cannot_be_written_to_is_refused() -> None:
             linear(x, weight, out=bad)
         with pytest.raises(AssertionError):
             gguf_linear.linear(x, matrix(5), out=bad)
-
-
-@pytest.mark.parametrize(("blocks", "tiles"), [(64, 64), (64, 96), (224, 64), (64, 448), (48, 16), (1, 1), (3, 9)])
-def test_sums_are_cut_into_whole_blocks(blocks: int, tiles: int) -> None:
-    each = split_blocks(blocks, tiles, 264, 4)
-    splits = -(-blocks // each)
-    assert min(4, blocks) <= each <= blocks
-    assert splits <= MOST_SPLITS
-    assert (splits - 1) * each < blocks
-    assert splits == 1 or tiles * splits <= 264

@@ -12,9 +12,9 @@ import torch
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import triton_items
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
+from candle_vllm.core.kernels.attention.backends import choose_latent
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.latent_attention import head_linear, reference, triton_decode, triton_prefill
-from candle_vllm.core.kernels.latent_attention.backend import choose_latent
 from candle_vllm.core.kernels.latent_attention.triton import latent_attention
 from candle_vllm.core.kernels.latent_attention.triton_heads import head_linear as heads_on_gpu
 from candle_vllm.core.kernels.latent_attention.triton_write import latent_write

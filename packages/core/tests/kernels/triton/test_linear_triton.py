@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from candle_vllm.core.kernels.linear import linear, reference, triton, triton_merge
+from candle_vllm.core.kernels.linear import linear, reference, triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 DTYPES = list(TOLERANCE)
@@ -190,7 +190,7 @@ def test_merging(splits: int, device: torch.device) -> None:
     partial = numbers(splits * 3, 259, torch.float32, device).contiguous().view(splits, 3, 259)
     bias = numbers(1, 259, torch.float16, device)[0].contiguous()
     out = torch.full((3, 300), torch.nan, dtype=torch.float16, device=device)
-    triton_merge.merge(partial, bias, out[:, 20:279])
+    triton.merge(partial, bias, out[:, 20:279])
     wanted = torch.zeros(3, 259, device=device)
     for part in partial:
         wanted += part
@@ -202,3 +202,13 @@ def test_merging(splits: int, device: torch.device) -> None:
 def test_reference_is_what_is_compared_with(device: torch.device) -> None:
     x, weight = numbers(5, 40, torch.float32, device), numbers(7, 40, torch.float32, device, 1)
     assert ratio(reference.linear(x, weight), exact(x, weight)) < 1e-5
+
+
+@pytest.mark.parametrize(("blocks", "tiles"), [(64, 64), (64, 96), (224, 64), (64, 448), (48, 16), (1, 1), (3, 9)])
+def test_sums_are_cut_into_whole_blocks(blocks: int, tiles: int) -> None:
+    each = triton.split_blocks(blocks, tiles, 264, 4)
+    splits = -(-blocks // each)
+    assert min(4, blocks) <= each <= blocks
+    assert splits <= triton.MOST_SPLITS
+    assert (splits - 1) * each < blocks
+    assert splits == 1 or tiles * splits <= 264

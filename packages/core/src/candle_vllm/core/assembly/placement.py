@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 
 import torch
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError
@@ -23,7 +22,6 @@ from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.quantization.stored import FloatSource, QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -152,14 +150,14 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
     """Whether no kernel has the tensor's scales; tables, and experts of mixed types, may be decoded besides."""
-    if not isinstance(tensor, QuantisedTensor) or tensor.span is None:
+    if tensor.span is None:
         return False
     unit = PART if placement.keeps_quantised else LEAST_SPAN
     return tensor.span < tensor.shape[-1] and tensor.span % unit != 0
 
 
 def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
-    if isinstance(tensor, QuantisedTensor) and isinstance(tensor.source, FloatSource):
+    if tensor.span is not None:
         return "bf16"
     if tensor.dtype is None:
         return "int8"
@@ -169,7 +167,7 @@ def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
 def _has_kernel(matrix: StoredTensor) -> bool:
     """Whether the compiled kernels multiply a matrix: plain ones of any shape, quantised ones of whole blocks."""
     columns = matrix.shape[-1]  # those of all experts may be one tensor
-    if matrix.dtype is not None or isinstance(matrix, QuantisedTensor):
+    if matrix.block_type is None:
         return columns <= MAX_COLUMNS
-    layout = LAYOUTS[packed_kind(GGMLQuantizationType[matrix.type_name])]
+    layout = LAYOUTS[packed_kind(matrix.block_type)]
     return columns % (GROUP * layout.groups) == 0 and columns <= MAX_PACKED_COLUMNS

@@ -16,7 +16,6 @@ from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
 
@@ -112,7 +111,7 @@ def _bytes(plan: PlannedTensor) -> np.ndarray:
             raise WeightsError(f"{stored.path}: tensor {stored.name} has numbers beyond float16: choose bf16 or f32")
         return values.contiguous().view(torch.uint8).numpy().reshape(rows, -1)
     if stored.dtype is None:
-        return mxfp4_blocks(stored) if isinstance(stored, QuantisedTensor) else stored.raw()
+        return mxfp4_blocks(stored) if stored.block_type is None else stored.raw()
     try:
         return quantise(stored.raw(), stored.dtype, stored.shape[-1], plan.kind)
     except ValueError as error:

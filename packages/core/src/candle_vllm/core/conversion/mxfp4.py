@@ -10,11 +10,11 @@ import numpy as np
 
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.quantization.fp4 import MIDDLE, MX_GROUP
+from candle_vllm.core.quantization.scaled_codes import E2M1
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_NUMBERS = (0, 1, 2, 3, 4, 6, 8, 12)  # twice what the codes 0 to 7 mean; 8 to 15 are their negatives
-_BIAS = 128  # of the exponent that belongs to twice the numbers
+_BIAS = 128  # of the exponent that belongs to twice the numbers of e2m1
 
 
 def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
@@ -30,9 +30,8 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
     if not np.isfinite(found.scales).all():
         raise WeightsError(f"{stored.path}: tensor {stored.name} has a scale that is not a number")
     table = np.zeros(2 * MIDDLE, np.uint8)
-    for code, number in enumerate(_NUMBERS):
-        table[MIDDLE - number] = code + 8
-        table[MIDDLE + number] = code  # behind the other, so that 0 is 0
+    for code in reversed(range(len(E2M1))):  # of the two that are 0, the first is last
+        table[MIDDLE + int(2 * E2M1[code])] = code
     codes = table[found.codes].reshape(*found.scales.shape, MX_GROUP)
     half = MX_GROUP // 2
     out = np.empty((*found.scales.shape, 1 + half), np.uint8)

@@ -18,9 +18,8 @@ from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
-from candle_vllm.core.kernels.attention.backends import choose
+from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
-from candle_vllm.core.kernels.latent_attention.backend import choose_latent
 from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
 

@@ -20,7 +20,7 @@ import torch
 
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.scaled_codes import ScaledCodes
+from candle_vllm.core.quantization.scaled_codes import E2M1, ScaledCodes
 from candle_vllm.core.quantization.stored import CodeSource, FloatSource, Parts, QuantisedTensor, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -31,9 +31,7 @@ MIDDLE = 16
 
 def _codes(packed: np.ndarray) -> np.ndarray:
     """Bytes [R, K / 2] as twice their numbers plus 16: uint8 [R, K]."""
-    positive = [0, 1, 2, 3, 4, 6, 8, 12]
-    table = np.array([MIDDLE + x for x in positive] + [MIDDLE - x for x in positive], np.uint8)
-    return table[nibbles(packed)]
+    return (2 * np.array(E2M1) + MIDDLE).astype(np.uint8)[nibbles(packed)]
 
 
 class Mxfp4Source(CodeSource):

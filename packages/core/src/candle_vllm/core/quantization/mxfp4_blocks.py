@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from candle_vllm.core.quantization.scaled_codes import E2M1
+
 BLOCK, Q5_0_BLOCK = 17, 22
 """Bytes."""
 
-_NUMBERS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 _SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
 
 
@@ -27,7 +28,8 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
     empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
         return None
-    fives = _NUMBERS[np.concatenate([codes & 15, codes >> 4], axis=1)].astype(np.uint8) + np.uint8(16)
+    numbers = (2 * np.array(E2M1) + 16).astype(np.uint8)
+    fives = numbers[np.concatenate([codes & 15, codes >> 4], axis=1)]
     out = np.empty((len(blocks), Q5_0_BLOCK), np.uint8)
     scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0))
     out[:, :2] = scales.astype(np.float16)[:, None].view(np.uint8)

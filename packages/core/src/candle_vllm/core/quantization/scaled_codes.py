@@ -28,7 +28,9 @@ FLOAT_DTYPES = MappingProxyType({"e4m3": torch.float8_e4m3fn, "e5m2": torch.floa
 """Torch's types of floats of 8 bits."""
 
 _LARGEST = MappingProxyType({"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6 * 448.0})
-_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+E2M1 = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+"""The number of each code of e2m1; 8 is -0."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class ScaledCodes:
         """The weights, float32 [R, K], each product of float and scale rounded once."""
         if self.numbers == "e2m1":
             assert self.groups is not None
-            values = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)[nibbles(self.codes)]
+            values = np.array(E2M1, np.float32)[nibbles(self.codes)]
             values *= np.repeat(_widened(self.groups, "e4m3"), GROUP, axis=1)  # exact: 6 significant bits at most
         else:
             values = _widened(self.codes, self.numbers)

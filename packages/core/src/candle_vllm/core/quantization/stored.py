@@ -38,10 +38,12 @@ class Source(ABC):
     Attributes:
         parts: the stored tensors.
         align: rows are read from a multiple of this on, and to one (or to the end).
+        span: columns that share a scale of small floats, K where a row has one; None where they are none.
     """
 
     parts: tuple[StoredTensor, ...]
     align: int = 1
+    span: int | None = None
 
     @abstractmethod
     def decode(self, first: int, last: int) -> np.ndarray:
@@ -85,11 +87,7 @@ class CodeSource(Source):
 
 
 class FloatSource(Source):
-    """A source of small floats with scales.
-
-    Attributes:
-        span: columns that share a scale; K where a row has one.
-    """
+    """A source of small floats with scales."""
 
     span: int
 
@@ -233,8 +231,13 @@ class QuantisedTensor(StoredTensor):
 
     @property
     def span(self) -> int | None:
-        """Columns that share a scale of small floats; None where the format has others."""
-        return self.source.span if isinstance(self.source, FloatSource) else None
+        """See `StoredTensor.span`."""
+        return self.source.span
+
+    @property
+    def block_type(self) -> None:
+        """See `StoredTensor.block_type`."""
+        return None
 
     def release(self) -> None:
         """See `StoredTensor.release`."""

@@ -100,6 +100,16 @@ class StoredTensor(ABC):
         return self._unit[0]
 
     @property
+    def block_type(self) -> GGMLQuantizationType | None:
+        """The ggml type of whose blocks its bytes are; None of numbers one by one, and of what several tensors mean."""
+        return None if self.dtype is not None else GGMLQuantizationType[self.type_name]
+
+    @property
+    def span(self) -> int | None:
+        """Columns that share a scale of small floats; None where other things are stored."""
+        return None
+
+    @property
     def _unit(self) -> tuple[int, int]:
         """Numbers that are stored together, and their bytes."""
         if self.dtype is not None:

@@ -102,3 +102,37 @@ def _advice(refused: str, needs: AttentionNeeds) -> str:
 _MAKERS: Mapping[str, Callable[[AttentionNeeds], Backend | str]] = MappingProxyType(
     {"triton": _triton, "torch_flash": _torch_flash, "flash_attn": _flash_attn, "torch": _torch}
 )
+
+
+MOST_LATENT = 640
+"""Numbers of a row of a latent cache that the kernels have registers for: 512 of the vector, 128 that rotate."""
+
+
+def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
+    """The same for latent attention, whose layers do not call what is chosen: they have one function.
+
+    `needs.head_dim` is the size of a cache row.
+
+    Raises:
+        ConfigError: it cannot serve these needs.
+    """
+    if name not in ("auto", "triton"):
+        raise ConfigError(
+            f"{SETTING} {name!r:.80} cannot serve this model, whose latent attention has kernels of its own: "
+            "leave it out",
+            SETTING,
+        )
+    if needs.fp8_cache:
+        raise ConfigError(
+            "--kv-cache-dtype fp8 cannot be had with latent attention, whose cache is small already: leave it out",
+            "kv_cache_dtype",
+        )
+    if needs.capability is not None and needs.capability < (8, 0):
+        raise ConfigError("latent attention needs compute capability 8.0 on a GPU: run this model on the CPU", SETTING)
+    if needs.head_dim > MOST_LATENT:
+        raise ConfigError(
+            f"the Triton kernels need latent rows of at most {MOST_LATENT} numbers, not {needs.head_dim}: run this "
+            "model on the CPU",
+            SETTING,
+        )
+    return choose("triton", dataclasses.replace(needs, head_dim=64))

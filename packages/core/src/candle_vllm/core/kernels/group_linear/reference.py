@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
-from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, GROUP
+from candle_vllm.core.quantization.scaled_codes import E2M1, FLOAT_DTYPES, GROUP
 
 
 def linear(
@@ -37,8 +37,7 @@ def _floats(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
     """Codes [N, K] as the floats that they are, those of e2m1 times their inner scale."""
     if matrix.inner is None:
         return codes.to(torch.uint8).view(FLOAT_DTYPES[matrix.numbers]).float()
-    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
-    values = torch.cat([positive, -positive])[codes.long()]
+    values = torch.tensor(E2M1, device=codes.device)[codes.long()]
     inner = matrix.inner.transpose(0, 1).reshape(matrix.rows, -1).contiguous()
     shared = inner.view(torch.uint8).view(torch.float8_e4m3fn).float()
     return values * shared.repeat_interleave(GROUP, 1)[:, : matrix.columns]

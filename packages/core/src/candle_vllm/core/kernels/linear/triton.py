@@ -4,7 +4,8 @@ One kernel for any number of rows of x and every way in which a matrix is stored
 one of `triton_products.py`. The matrix's rows are the tall side of the product and tokens the wide side, so that a
 decoding batch fills the tensor cores' instruction as well as it can be, and the matrix is read once. K is cut into
 stretches by the matrix's shape alone, which are added to 0 in their order, in fp32: by one program that makes them all
-(FOLD), where there are tokens enough to fill the GPU, else by `triton_merge.py`.
+(FOLD), where there are tokens enough to fill the GPU, else by a second launch,
+which adds as such a program does: 0, and then one stretch after the other.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 wherever it stands in the tile and however wide the tile is. That is relied upon, for instructions of one family and one
@@ -27,8 +28,6 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.linear.split import split_blocks
-from candle_vllm.core.kernels.linear.triton_merge import merge
 from candle_vllm.core.kernels.linear.triton_products import Operand, plain, plain_operand
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, TENSOR_CORES, Build, capability, cdiv, stages
 
@@ -146,6 +145,66 @@ def linear_kernel(
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     place = out + token[None, :].to(tl.int64) * out_stride + row64[:, None]
     tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & asked[None, :])
+
+
+_MERGED = 256  # outputs of a program that merges; not measured yet
+
+
+@triton.jit(do_not_specialize=["T"])
+def merge_kernel(
+    partial,  # [SPLITS, T, N] fp32
+    bias,  # [N]
+    out,  # [T, N], rows contiguous
+    T,
+    N,
+    out_stride,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.program_id(1).to(tl.int64)
+    inside = column < N
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + (token + tl.cast(split, tl.int64) * T) * N + column, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def merge(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [T, N] = the sum of partial [S, T, N] over S, plus bias, rounded once. T is at most 65,535."""
+    splits, tokens, width = partial.shape
+    merge_kernel[(cdiv(width, _MERGED), tokens)](
+        partial,
+        bias,
+        out,
+        tokens,
+        width,
+        out.stride(0),
+        SPLITS=splits,
+        BIAS=bias is not None,
+        COLUMNS=_MERGED,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+MOST_SPLITS = 32
+
+
+def split_blocks(blocks: int, tiles: int, programs: int, least: int) -> int:
+    """Blocks of a stretch.
+
+    Args:
+        blocks: of K.
+        tiles: of the matrix's rows.
+        programs: how many are wanted where there is one tile of activations.
+        least: blocks that make a program worth its start.
+    """
+    splits = min(max(programs // tiles, 1), MOST_SPLITS)
+    return min(max(-(-blocks // splits), least), blocks)
 
 
 def launch(
@@ -319,6 +378,17 @@ def _build(
     return build(operand, plain, tile, dtype, label, (capability,), form=form, bias=bias, aligned=aligned)
 
 
+def _merge_build(dtype: str, splits: int, bias: bool) -> Build:
+    arguments = {"partial": "*fp32", "out": f"*{dtype}", "T": "i32", "N": "i32", "out_stride": "i32"}
+    return Build(
+        merge_kernel,
+        arguments | ({"bias": f"*{dtype}"} if bias else {}),
+        {"SPLITS": splits, "BIAS": bias, "COLUMNS": _MERGED} | ({} if bias else {"bias": None}),
+        aligned=("N", "out_stride"),
+        label=f"{dtype}-{splits}",
+    )
+
+
 AOT = (
     *(_build("bf16", tokens, target, "split") for tokens in (16, 32, 64, 128) for target in CAPABILITIES),
     *(_build("bf16", tokens, target, bias=True) for tokens in (16, 128) for target in CAPABILITIES),
@@ -327,4 +397,7 @@ AOT = (
     *(_build("fp16", tokens, 90, "fold", columns=1023) for tokens in (16, 128)),
     *(_build("fp32", tokens, target, "fold", bias=True) for tokens in (16, 64) for target in CAPABILITIES),
     _build("fp32", 16, 90, "split"),
+    _merge_build("bf16", 5, False),
+    _merge_build("fp16", 32, True),
+    _merge_build("fp32", 2, True),
 )
