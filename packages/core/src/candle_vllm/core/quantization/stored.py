@@ -38,12 +38,10 @@ class Source(ABC):
     Attributes:
         parts: the stored tensors.
         align: rows are read from a multiple of this on, and to one (or to the end).
-        span: columns that share a scale of small floats, K where a row has one; None where they are none.
     """
 
     parts: tuple[StoredTensor, ...]
     align: int = 1
-    span: int | None = None
 
     @abstractmethod
     def decode(self, first: int, last: int) -> np.ndarray:
@@ -52,6 +50,10 @@ class Source(ABC):
     @abstractmethod
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """The tensor's rows as a backend multiplies them."""
+
+    def scale_span(self) -> int | None:
+        """Columns that share a scale of small floats; None where they are none."""
+        return None
 
     @abstractmethod
     def columns(self, first: int, last: int) -> Source:
@@ -87,7 +89,11 @@ class CodeSource(Source):
 
 
 class FloatSource(Source):
-    """A source of small floats with scales."""
+    """A source of small floats with scales.
+
+    Attributes:
+        span: columns that share a scale; K where a row has one.
+    """
 
     span: int
 
@@ -102,6 +108,10 @@ class FloatSource(Source):
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `Source.pack_for`."""
         return backend.floats(tensor, self.span, tensor.scaled)
+
+    def scale_span(self) -> int:
+        """See `Source.scale_span`."""
+        return self.span
 
     def columns(self, first: int, last: int) -> Source:
         """See `Source.columns`."""
@@ -232,7 +242,7 @@ class QuantisedTensor(StoredTensor):
     @property
     def span(self) -> int | None:
         """See `StoredTensor.span`."""
-        return self.source.span
+        return self.source.scale_span()
 
     @property
     def block_type(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -23,13 +24,17 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, embeddin
 from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import cpu as plain
-from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
 from candle_vllm.core.kernels.scaled_linear import cpu as scaled
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.recorded import Matrix
+
+
+_KERNELS: Mapping[type, Any] = MappingProxyType({PackedMatrix: packed, PlainMatrix: plain, ScaledMatrix: scaled})
+"""The operations of each kind of matrix, under the same names."""
 
 
 class InputForm(enum.Enum):
@@ -159,23 +164,14 @@ def multiply(
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
     """A linear operation and its arguments, for `Recorder.add`; `how` as for `tiles.linear_arguments`."""
     recorder.keep_matrix(matrix)
-    if isinstance(matrix, PackedMatrix):
-        arguments = packed.linear_arguments(matrix, **inputs.arguments, **how)
-        return packed.linear_operation(matrix.kind, recorder.isa), arguments
-    if isinstance(matrix, ScaledMatrix):
-        arguments = scaled.linear_arguments(matrix, **inputs.arguments, **how)
-        return scaled.linear_operation(matrix.kind, recorder.isa), arguments
-    arguments = plain.linear_arguments(matrix, **inputs.arguments, **how)
-    return plain.linear_operation(matrix.kind, recorder.isa), arguments
+    kernels = _KERNELS[type(matrix)]
+    arguments = kernels.linear_arguments(matrix, **inputs.arguments, **how)
+    return kernels.linear_operation(matrix.kind, recorder.isa), arguments
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Records the reading of a table's rows; see `embedding_arguments`."""
-    assert not isinstance(matrix, ScaledMatrix), "a table's small floats are decoded when it is loaded"
+    assert not isinstance(input_form(matrix), Ordered), "a table's rows are read in the order in which they lie"
     recorder.keep_matrix(matrix)
-    if isinstance(matrix, PackedMatrix):
-        assert matrix.order is None, "a table's rows are read in the order in which they lie"
-        operation = packed.embedding_rows_operation(matrix.kind)
-    else:
-        operation = plain.embedding_rows_operation(matrix.kind)
+    operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # small floats are decoded at load
     recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

@@ -107,6 +107,36 @@ def finished(
 
 
 @triton.jit
+def expert_tile(
+    x_at,  # beginnings of rows of x, pointers [1, TOKENS]
+    planes,  # see `Operand`
+    bias,
+    tile,
+    expert,
+    asked,
+    X,
+    N,
+    K,
+    pitch,
+    steps,
+    PRODUCT: tl.constexpr,
+    FORM: tl.constexpr,
+    PADDED: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A finished tile of an expert's matrix, for the rows of x that are `asked` for."""
+    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
+    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
+    total = PRODUCT(
+        x_at, planes, row, inside, asked, height, K, pitch, 0, steps, steps, FORM, PADDED, False, ROWS, TOKENS
+    )
+    return finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
+
+
+@triton.jit
 def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
     """Writes a finished tile [HEIGHT, TOKENS] to the columns of the rows `target` of out [.., N]."""
     row = tile * HEIGHT + tl.arange(0, HEIGHT)
@@ -170,28 +200,12 @@ def few_kernel(
     asked = pair >= 0
     pair = pair.to(tl.int64)
     tile = tl.program_id(0)
-    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
-    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
     source = tl.arange(0, TOKENS).to(tl.int64) if GATED else pair
-    total = PRODUCT(
-        x + source[None, :] * x_stride,
-        (low, high, scales, supers),
-        row,
-        inside,
-        asked,
-        height,
-        K,
-        pitch,
-        0,
-        steps,
-        steps,
-        FORM,
-        PADDED,
-        False,
-        ROWS,
-        TOKENS,
+    planes = (low, high, scales, supers)
+    x_at = x + source[None, :] * x_stride
+    total = expert_tile(
+        x_at, planes, bias, tile, expert, asked, X, N, K, pitch, steps, PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS
     )
-    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
@@ -229,27 +243,11 @@ def many_kernel(
         return
     asked, place, pair = block_pairs(order, table, block, blocks, TOKENS)
     source = pair // TOP if GATED else place
-    row, inside = tile_rows(tile, expert, N, GATED, ROWS)
-    height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
-    total = PRODUCT(
-        x + source[None, :] * x_stride,
-        (low, high, scales, supers),
-        row,
-        inside,
-        asked,
-        height,
-        K,
-        pitch,
-        0,
-        steps,
-        steps,
-        FORM,
-        PADDED,
-        False,
-        ROWS,
-        TOKENS,
+    planes = (low, high, scales, supers)
+    x_at = x + source[None, :] * x_stride
+    total = expert_tile(
+        x_at, planes, bias, tile, expert, asked, X, N, K, pitch, steps, PRODUCT, FORM, PADDED, GATED, ACT, ROWS, TOKENS
     )
-    total = finished(total, bias, row, inside, GATED, ACT, ROWS, TOKENS)
     store_tile(out, total, tile, place if GATED else pair, asked, N, ROWS // 2 if GATED else ROWS)
 
 
