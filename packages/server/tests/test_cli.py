@@ -20,7 +20,7 @@ from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
-from candle_vllm.server.settings import Settings, parts
+from candle_vllm.server.settings import Settings, derived
 from candle_vllm.server.settings.options import COMMANDS, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -114,9 +114,9 @@ def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_demo_model_the_message_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr(derived, "DEMO_PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match="pass --m with a Hugging Face id"):
-        parts.model_source(Settings())
+        derived.model_source(Settings())
 
 
 def test_engine_config_gets_what_was_given_and_keeps_its_own_defaults(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_engine_config_gets_what_was_given_and_keeps_its_own_defaults(tmp_path: 
     settings = Settings(
         model="m", mem=2, prefill_chunk_size=128, dtype="bf16", chat_template=tmp_path / "t.jinja", threads=3, seed=4
     )
-    assert parts.engine_config(settings) == EngineConfig(
+    assert derived.engine_config(settings) == EngineConfig(
         model="m",
         kv_cache_memory=2 << 20,
         max_num_batched_tokens=128,
@@ -135,7 +135,7 @@ def test_engine_config_gets_what_was_given_and_keeps_its_own_defaults(tmp_path: 
         threads=3,
         seed=4,
     )
-    assert parts.engine_config(Settings(model="m")) == EngineConfig(model="m")
+    assert derived.engine_config(Settings(model="m")) == EngineConfig(model="m")
 
 
 @pytest.fixture
