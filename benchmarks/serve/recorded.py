@@ -3,11 +3,12 @@
     python benchmarks/serve/recorded.py record BEFORE.jsonl [--checkout FOLDER]
     python benchmarks/serve/recorded.py compare BEFORE.jsonl AFTER.jsonl
 
-`record` starts two servers of the checkout, each with its own environment's Python: one with the demo model, and one
-whose answers are a script (calls of tools, thoughts). It sends every request below, whole and streamed, all rows of
-wrong requests that the tests know, reads the pages that answer GET, runs the command's `--help` and `config`, and
-writes a line of JSON for each: request, status, headers that mean something, and the body. Ids, times and addresses
-are replaced by their kind, each id by the number of its first place in the answer, so that references stay.
+`record` starts three servers of the checkout, each with its own environment's Python: one with the demo model, one
+whose answers are a script (calls of tools, thoughts), and one with a script and the tools of an MCP server. It sends
+every request below, whole and streamed, all rows of wrong requests that the tests know, reads the pages that answer
+GET, runs the command's `--help` and `config`, and writes a line of JSON for each: request, status, headers that mean
+something, and the body. Ids, times and addresses are replaced by their kind, each id by the number of its first place
+in the answer, so that references stay.
 
 `compare` prints what differs; its exit status is the number of differences, at most 100. The servers' seed makes
 texts repeat, on one machine: two machines may round otherwise.
@@ -25,13 +26,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-from recorded_requests import OTHERS, PAGES, SCRIPT, right
+from recorded_requests import MCP_SCRIPT, OTHERS, PAGES, SCRIPT, acting, right
 
 HERE = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0
@@ -42,7 +44,7 @@ IDS = re.compile(
 )
 HEX = re.compile(r"\b[0-9a-f]{32}\b|\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 TIMES = re.compile(
-    r'"(created|(?:created|completed|started|finished|updated|expires|loaded|last_used)(?:_at)?|(?:uptime|load|idle)\w*|\w+_time_costs)"'
+    r'"(created|(?:created|completed|started|finished|updated|expires|loaded|last_used)(?:_at)?|(?:uptime|load|idle)\w*|\w+_time_costs|seconds)"'
     r": ?[0-9.]+"
 )
 DATED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d[0-9.:+Z]*")
@@ -142,6 +144,15 @@ def recorded(client: httpx.Client, method: str, path: str, body: Any = None) -> 
     return {"status": answer.status_code, "headers": kept, "body": shown(path, answer.text)}
 
 
+def ready(client: httpx.Client) -> None:
+    """Waits until the MCP server of a server is connected."""
+    end = time.monotonic() + PATIENCE
+    while client.get("/v1/mcp/servers").json()["data"][0]["state"] != "ready":
+        if time.monotonic() > end:
+            raise RuntimeError("the MCP server did not come up")
+        time.sleep(0.05)
+
+
 def streamed(path: str, body: Any) -> dict[str, Any] | None:
     """The same request as a stream; None where there is none."""
     if not isinstance(body, dict) or "stream" in body or not path.endswith(("completions", "messages", "responses")):
@@ -160,15 +171,16 @@ def record(checkout: Path, out: Path) -> int:
         lines.append(json.dumps({"request": [who, method, path, body], **answer}, ensure_ascii=False))
 
     with tempfile.TemporaryDirectory() as home:
-        folders = [Path(home, name) for name in ("model", "script")]
+        folders = [Path(home, name) for name in ("model", "script", "mcp")]
         for folder in folders:
             folder.mkdir()
-        options = {
-            "answers": SCRIPT,
-            "engine": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"},
-            "isolated": False,
-        }
-        (folders[1] / "script.json").write_text(json.dumps(options))
+        options = {"engine": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}, "isolated": False}
+        for folder, answers in zip(folders[1:], (SCRIPT, MCP_SCRIPT)):
+            (folder / "script.json").write_text(json.dumps({"answers": answers, **options}))
+        program = str(checkout / "packages/responses/tests/mcp/scripted_stdio.py")
+        words = {"command": str(python(checkout)), "args": ["-S", program, "plain"], "auto_approve": ["echo"]}
+        (folders[2] / "mcp.json").write_text(json.dumps({"mcpServers": {"words": words}}))
+        scripted = str(checkout / "tests/scripted_program.py")
         served = ("-m", "candle_vllm.server.cli", "--mem", "128", "--seed", "1")
         parsers = ("--served-model-name", "default", "--tool-parser", "hermes", "--reasoning-parser", "think")
         for words in (
@@ -187,17 +199,24 @@ def record(checkout: Path, out: Path) -> int:
             keep("command", " ".join(words), "", None, {"status": done.returncode, "headers": {}, "body": text})
         with (
             server(checkout, folders[0], *served, "--served-model-name", "default") as model,
-            server(checkout, folders[1], str(checkout / "tests/scripted_program.py"), *parsers) as script,
+            server(checkout, folders[1], scripted, *parsers) as script,
+            server(checkout, folders[2], scripted, *parsers, "--mcp-execute", "--api-key", "key") as mcp,
             httpx.Client(base_url=model, timeout=LONGEST, trust_env=False) as to_model,
             httpx.Client(base_url=script, timeout=LONGEST, trust_env=False) as to_script,
+            httpx.Client(
+                base_url=mcp, timeout=LONGEST, trust_env=False, headers={"authorization": "Bearer key"}
+            ) as to_mcp,
         ):
-            clients = {"model": to_model, "script": to_script}
+            clients = {"model": to_model, "script": to_script, "mcp": to_mcp}
+            ready(to_mcp)
+            for page in ("/v1/mcp/servers", "/v1/mcp/tools"):
+                keep("mcp", "GET", page, None, recorded(to_mcp, "GET", page))
             for page in PAGES:
                 for method in ("GET", "DELETE"):
                     keep("model", method, page, None, recorded(to_model, method, page))
             for path, body in OTHERS:
                 keep("model", "POST", path, body, recorded(to_model, "POST", path, body))
-            for who, path, body in (*right(), *wrong(checkout)):
+            for who, path, body in (*right(), *acting(), *wrong(checkout)):
                 keep(who, "POST", path, body, recorded(clients[who], "POST", path, body))
                 if (more := streamed(path, body)) is not None:
                     keep(who, "POST", path, more, recorded(clients[who], "POST", path, more))

@@ -310,3 +310,46 @@ def right() -> Iterator[tuple[str, str, dict[str, Any]]]:
             },
         )
         yield "script", "/v1/responses", {"input": said, "tools": FLAT}
+
+
+# What the scripted model says to a server with an MCP server of its own, whose tool `echo` is approved; results first.
+ECHO = '<tool_call>\n{"name": "words__echo", "arguments": {"text": "%s"}}\n</tool_call>'
+MCP_SCRIPT = {
+    "first result": "It said the first.",
+    "third result": ["<think>Enough", ".</think>\n\n", "Both ", "are done."],
+    "is not of type": "My mistake.",
+    "words__nothing": "There is no such tool.",
+    "alpha": ECHO % "first result",
+    "bravo": "Two.\n" + ECHO % "second" + "\n" + ECHO % "third result",
+    "charlie": "<think>I ask.</think>" + ECHO % "first result",
+    "delta": '<tool_call>\n{"name": "words__echo", "arguments": {"text": 5}}\n</tool_call>',
+    "echo again": ECHO % "and again",
+    "foxtrot": '<tool_call>\n{"name": "words__say_more", "arguments": {"text": "x"}}\n</tool_call>',
+    "golf": '<tool_call>\n{"name": "words__nothing", "arguments": {}}\n</tool_call>',
+    "hotel": "No tool is needed.",
+}
+MCP_WORDS = ("alpha", "bravo", "charlie", "delta", "echo again", "foxtrot", "golf", "hotel")
+
+
+def acting() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Requests to the server with tools of an MCP server: executed, named, narrowed, beside the request's own."""
+    named = {"type": "mcp", "server_label": "words"}
+    for word in MCP_WORDS:
+        said = f"{word}, please"
+        messages = [{"role": "user", "content": said}]
+        yield "mcp", "/v1/chat/completions", {"messages": messages}
+        yield "mcp", "/v1/chat/completions", {"messages": messages, "tools": TOOLS}
+        yield "mcp", "/v1/messages", {"model": "default", "max_tokens": 99, "messages": messages}
+        yield "mcp", "/v1/responses", {"input": said, "tools": [named | {"require_approval": "never"}]}
+        yield "mcp", "/v1/responses", {"input": said, "tools": [named | {"allowed_tools": ["echo"]}, *FLAT]}
+    yield "mcp", "/v1/responses", {"input": "alpha", "tools": [named | {"server_label": "none"}]}
+    yield "mcp", "/v1/responses", {"input": "alpha", "tools": [named | {"allowed_tools": ["nothing"]}]}
+    yield "mcp", "/v1/chat/completions", {"messages": [{"role": "user", "content": "alpha"}], "tool_choice": "none"}
+    for call in (
+        {"name": "words__echo", "arguments": {"text": "a"}, "approved": True},
+        {"name": "words__echo", "arguments": {"text": "a"}},
+        {"name": "words__echo", "arguments": {"text": 5}, "approved": True},
+        {"name": "words__nothing", "arguments": {}, "approved": True},
+        {"name": "words__echo", "approved": True, "timeout": -1},
+    ):
+        yield "mcp", "/v1/mcp/call", call
