@@ -20,9 +20,9 @@ from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
 from candle_vllm.responses.api.memory import Answered, Memory, gather_items
 from candle_vllm.responses.api.messages import Translated
-from candle_vllm.responses.api.preparation import Preparation, Prepared, has_servers
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import stored_items
+from candle_vllm.responses.api.task_making import Prepared, TaskMaker, has_servers
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel
@@ -88,7 +88,7 @@ class Responder:
         self._count = count
         self._memory = memory
         self._options = options or ResponderOptions()
-        self._preparation = Preparation(servers or NoServers(), habits, self._options.sampling_defaults)
+        self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults)
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """The whole response; what `create_stream` would tell in its last event. Cancelling it ends the response.
@@ -126,7 +126,7 @@ class Responder:
         if parsed.background and not at_once:
             message = "background is not supported: nobody here works on responses without their client"
             raise UnsupportedParameterError(message, "background")
-        self._preparation.check_servers(parsed)
+        self._task_maker.check_servers(parsed)
         late = at_once and (parsed.conversation_id is not None or has_servers(parsed))
         async with AsyncExitStack() as stack:
             if late:
@@ -151,10 +151,10 @@ class Responder:
         parsed = request if isinstance(request, InputTokensRequest) else parse_input_tokens_request(request)
         if self._count is None:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
-        self._preparation.check_servers(parsed)
+        self._task_maker.check_servers(parsed)
         async with AsyncExitStack() as stack:
             items = await gather_items(parsed, self._memory, owner)
-            prepared = await self._preparation.prepare(parsed, items, stack, check=False)
+            prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
             task = await asyncio.to_thread(prepared.task)
             if prepared.made.approved:  # what these calls will give is part of the prompt
                 missing = ", ".join(repr(call.id)[:80] for call in _open_calls(task, prepared.made)[:5])
@@ -176,7 +176,7 @@ class Responder:
         if request.conversation_id is not None and self._memory is not None:
             await stack.enter_async_context(self._memory.turn(owner, request.conversation_id))
         items = await gather_items(request, self._memory, owner)
-        return await self._preparation.prepare(request, items, stack, check=check), items
+        return await self._task_maker.prepare(request, items, stack, check=check), items
 
     async def _answer(
         self,

@@ -1,4 +1,4 @@
-"""Preparation: from a checked request to a task, with its history, its servers' tools, and what it must fit."""
+"""TaskMaker: from a checked request to a task, with its history, its servers' tools, and what it must fit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Prepared(NamedTuple):
         )
 
 
-class Preparation:
+class TaskMaker:
     """Prepares requests.
 
     Args:

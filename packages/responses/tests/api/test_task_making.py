@@ -13,7 +13,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.task import Task, ToolUse
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.mcp_source import NoServers
-from candle_vllm.responses.api.preparation import Preparation
+from candle_vllm.responses.api.task_making import TaskMaker
 from candle_vllm.responses.protocol.request import parse_responses_request
 
 FUNCTION = {"type": "function", "name": "f"}
@@ -34,9 +34,9 @@ async def task(defaults: Mapping[str, Any] | None = None, **fields: Any) -> Task
     wire = parse_responses_request({"input": [{"role": "user", "content": "x"}], **fields})
     assert isinstance(wire.input, list)
     placed = [Placed(item, f"input.{number}") for number, item in enumerate(wire.input)]
-    preparation = Preparation(NoServers(), None, defaults or {})
+    task_maker = TaskMaker(NoServers(), None, defaults or {})
     async with AsyncExitStack() as stack:
-        return (await preparation.prepare(wire, placed, stack, check=True)).task()
+        return (await task_maker.prepare(wire, placed, stack, check=True)).task()
 
 
 async def test_fields() -> None:
