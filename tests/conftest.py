@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 sys.path.append(str(Path(__file__).parent))  # for live_server; --import-mode=importlib does not
+
+from live_server import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,14 @@ def calling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """`candle-vllm` without a model, as on a fresh machine: it serves the demo model, with one thread.
+
+    Two that wait for each other lose most of their speed when a core is busy.
+    """
+    process = ServerProcess(tmp_path_factory.mktemp("demo"), "--threads", "1")
+    yield process
+    assert process.stop() == 0

@@ -24,16 +24,10 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """`candle-vllm` without a model, as on a fresh machine: it serves the demo model."""
-    process = ServerProcess(tmp_path_factory.mktemp("server"), *ONE_THREAD)
-    try:
-        with httpx.Client(base_url=process.url, trust_env=False) as client:
-            wait_for(lambda: _healthy(client))
-        yield process
-    finally:
-        status = process.stop()
-    assert status == 0
+def server(demo_server: ServerProcess) -> ServerProcess:
+    with httpx.Client(base_url=demo_server.url, trust_env=False) as client:
+        wait_for(lambda: _healthy(client))
+    return demo_server
 
 
 def _healthy(client: httpx.Client) -> bool:

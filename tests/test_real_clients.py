@@ -61,11 +61,9 @@ def anthropic_client(url: str, **options: Any) -> Iterator[anthropic.Anthropic]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server with the demo model."""
-    process = ServerProcess(tmp_path_factory.mktemp("demo"), "--threads", "1")
-    yield process.url
-    assert process.stop() == 0
+def demo(demo_server: ServerProcess) -> str:
+    """URL of the server with the demo model."""
+    return demo_server.url
 
 
 @pytest.fixture(scope="module")
