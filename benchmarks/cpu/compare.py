@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.memory import physical_cores
+from candle_vllm.core.threads import physical_cores
 
 COLUMNS = ("prefill_1024", "decode_128", "decode_1024", "decode_7000", "batch32")
 Row = dict[str, float]

@@ -76,7 +76,7 @@ class Weights:
     def plain(self, rows: int, columns: int) -> PlainMatrix:
         """In float32."""
         numbers = self._random.standard_normal((rows, columns)).astype(np.float32) / columns**0.5
-        return plain_linear.pack(numbers.view(np.uint8).reshape(-1), torch.float32, rows, columns, memory=self._memory)
+        return plain_linear.pack(numbers.view(np.uint8).reshape(-1), "F32", rows, columns, memory=self._memory)
 
 
 class Stack:

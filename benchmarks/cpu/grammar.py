@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.processors import mask_flags, mask_row
+from candle_vllm.core.sampling.processors import mask_row
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 

@@ -38,7 +38,7 @@ def teams() -> Iterator[dict[int, ThreadTeam]]:
 
 def packed(weight: torch.Tensor, kind: PlainKind) -> tuple[PlainMatrix, ...]:
     raw = weight.to(kind.dtype).contiguous().view(torch.uint8).numpy().reshape(len(weight), -1)
-    return tuple(pack(row, kind.dtype, *weight.shape[1:], kind=kind) for row in raw)
+    return tuple(pack(row, kind.name, *weight.shape[1:], kind=kind) for row in raw)
 
 
 class Recorded:

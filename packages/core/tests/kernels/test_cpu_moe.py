@@ -62,7 +62,7 @@ def packed(kind: str, weights: torch.Tensor) -> Matrix:
         return scaled_linear.pack(floats(kind, weights))
     if kind in SINGLE:
         plain = weights.to(PlainKind[kind].dtype).contiguous()
-        return plain_linear.pack(plain.view(torch.uint8).numpy().reshape(-1), plain.dtype, rows, columns)
+        return plain_linear.pack(plain.view(torch.uint8).numpy().reshape(-1), kind, rows, columns)
     type_ = GGMLQuantizationType[kind]
     return packed_linear.pack(quants.quantize(weights.numpy(), type_).reshape(-1), type_, rows, columns)
 

@@ -115,7 +115,7 @@ def test_columns_in_another_order() -> None:
     """Activation order: the groups of a file's columns lie anyhow, and x is brought to the matrix's order."""
     codes, scales, zeros = numbers(12, 96, 32, 4)
     group_of = torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32
-    found = GroupCodes(codes.numpy(), scales.float().numpy(), zeros.numpy(), 4, torch.float16, group_of.numpy())
+    found = GroupCodes(codes.numpy(), scales.float().numpy(), zeros.numpy(), 4, "F16", group_of.numpy())
     matrix = from_codes(found, "cpu")
     assert matrix is not None
     assert matrix.order is not None
@@ -129,9 +129,9 @@ def test_columns_in_another_order() -> None:
 def test_codes_that_no_kernel_multiplies_are_none() -> None:
     codes, scales, zeros = (part.numpy() for part in numbers(4, 96, 32, 4))
     wide = scales.astype("float32")
-    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float16), "cpu") is not None
-    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float32), "cpu") is None
-    assert from_codes(GroupCodes(codes, wide, zeros, 5, torch.float16), "cpu") is None
-    assert from_codes(GroupCodes(codes[:, :48], wide, zeros, 4, torch.float16), "cpu") is None
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, "F16"), "cpu") is not None
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, "F32"), "cpu") is None
+    assert from_codes(GroupCodes(codes, wide, zeros, 5, "F16"), "cpu") is None
+    assert from_codes(GroupCodes(codes[:, :48], wide, zeros, 4, "F16"), "cpu") is None
     uneven = (torch.arange(96) // 40).numpy()
-    assert from_codes(GroupCodes(codes, wide, zeros, 4, torch.float16, uneven), "cpu") is None
+    assert from_codes(GroupCodes(codes, wide, zeros, 4, "F16", uneven), "cpu") is None

@@ -8,7 +8,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -112,7 +111,7 @@ def multiply(
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (17, 768), (63, 512)])
 def test_packing_keeps_every_number(kind, rows, columns):
     raw = random_bytes(kind, rows, columns)
-    wanted = ggml.dequantize(raw, GgmlType[kind.name], (rows, columns)).numpy()
+    wanted = ggml.dequantize(raw, GgmlType[kind.name], (rows, columns))
     matrix = pack(raw, GgmlType[kind.name], rows, columns)
     assert np.array_equal(dequantise(matrix), wanted)
     assert address_of(matrix.data) % 64 == 0
@@ -145,7 +144,7 @@ def test_chunks_are_packed_alike(monkeypatch):
         "candle_vllm.core.kernels.packed_linear.pack"
     )  # the package has a `pack` of its own
     monkeypatch.setattr(module, "CHUNK", 256 * 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(module, "loading_threads", lambda: 3)
     assert np.array_equal(pack(raw, GgmlType.Q5_K, 63, 256).data, whole.data)
 
 
@@ -156,7 +155,7 @@ def test_other_types_become_eight_bits(name, caplog):
     raw = np.random.default_rng(3).integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
     start = {"TQ1_0": width - 2, "TQ2_0": width - 2}.get(name, 0)
     raw[:, :, start : start + 2] = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
-    wanted = ggml.dequantize(raw.reshape(-1), ggml_type, (rows, columns)).numpy()
+    wanted = ggml.dequantize(raw.reshape(-1), ggml_type, (rows, columns))
     with caplog.at_level("INFO"):
         matrix = pack(raw.reshape(-1), ggml_type, rows, columns)
     assert matrix.kind is packed_kind(ggml_type) is PackedKind.Q8_0
@@ -170,7 +169,7 @@ def test_tiny_and_zero_groups_survive_eight_bits():
     raw = np.full((16, 2, 18), 0x77, np.uint8)  # code 7 is -10 scales
     raw[:, 0, :2] = 0  # a scale of zero
     raw[:, 1, :2] = np.frombuffer(np.float16(3e-7).tobytes(), np.uint8)
-    wanted = ggml.dequantize(raw.reshape(-1), GgmlType.IQ4_NL, (16, 64)).numpy()
+    wanted = ggml.dequantize(raw.reshape(-1), GgmlType.IQ4_NL, (16, 64))
     assert wanted.any()
     off = np.abs(dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 16, 64)) - wanted)
     assert off.max() < 2**-24  # the smallest scale there is

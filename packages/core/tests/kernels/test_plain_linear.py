@@ -13,6 +13,7 @@ import torch
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, plain_kind, reference, unpack
+from candle_vllm.core.kernels.torch_numbers import NAMES
 
 pytest.importorskip("numba")
 
@@ -43,7 +44,7 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 
 @functools.cache
 def packed(kind: PlainKind, rows: int, columns: int) -> PlainMatrix:
-    return pack(raw(stored(kind, rows, columns)), kind.dtype, rows, columns)
+    return pack(raw(stored(kind, rows, columns)), kind.name, rows, columns)
 
 
 @functools.cache
@@ -95,8 +96,8 @@ def multiply(
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 31), (63, 512)])
 def test_the_layout_keeps_every_number(kind, rows, columns):
     tensor = stored(kind, rows, columns)
-    matrix = pack(raw(tensor), kind.dtype, rows, columns)
-    assert matrix.kind is plain_kind(kind.dtype) is kind
+    matrix = pack(raw(tensor), kind.name, rows, columns)
+    assert matrix.kind is plain_kind(kind.name) is kind
     assert np.array_equal(unpack(matrix), tensor.float().numpy())
     assert address_of(matrix.data) % 64 == 0
     assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + 7) * kind.dtype.itemsize
@@ -105,21 +106,21 @@ def test_the_layout_keeps_every_number(kind, rows, columns):
 def test_unaligned_bytes():
     tensor = stored(PlainKind.F32, 5, 7)
     shifted = np.concatenate([np.zeros(3, np.uint8), raw(tensor)])[3:]
-    assert np.array_equal(unpack(pack(shifted, torch.float32, 5, 7)), tensor.numpy())
+    assert np.array_equal(unpack(pack(shifted, "F32", 5, 7)), tensor.numpy())
 
 
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_numbers_are_converted_on_request(kind, dtype):
     tensor = torch.randn(18, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
-    matrix = pack(raw(tensor), dtype, 18, 33, kind)
+    matrix = pack(raw(tensor), NAMES[dtype], 18, 33, kind)
     assert np.array_equal(unpack(matrix), tensor.to(kind.dtype).float().numpy())
 
 
 def test_what_has_no_kind_becomes_f32():
-    assert plain_kind(torch.float64) is plain_kind(torch.int8) is PlainKind.F32
+    assert plain_kind("F64") is plain_kind("I8") is PlainKind.F32
     tensor = torch.arange(-12, 12, dtype=torch.int8).view(4, 6)
-    assert np.array_equal(unpack(pack(raw(tensor), torch.int8, 4, 6)), tensor.float().numpy())
+    assert np.array_equal(unpack(pack(raw(tensor), "I8", 4, 6)), tensor.float().numpy())
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e6])
@@ -127,15 +128,15 @@ def test_a_number_beyond_f16_is_refused(value):
     tensor = stored(PlainKind.F32, 17, 9)
     tensor[16, 3] = value
     with pytest.raises(UnsupportedModelError, match="beyond the range of F16, which ends at 65504"):
-        pack(raw(tensor), torch.float32, 17, 9, PlainKind.F16)
+        pack(raw(tensor), "F32", 17, 9, PlainKind.F16)
     tensor[16, 3] = 65519.0  # rounds to the largest
     tensor[0, 0] = float("inf")  # was infinite before
-    assert unpack(pack(raw(tensor), torch.float32, 17, 9, PlainKind.F16))[16, 3] == 65504
+    assert unpack(pack(raw(tensor), "F32", 17, 9, PlainKind.F16))[16, 3] == 65504
 
 
 def test_subnormal_halves_are_exact(lone_thread):
     tensor = torch.full((16, 4), 2.0**-24, dtype=torch.float16)
-    result = multiply(lone_thread, pack(raw(tensor), torch.float16, 16, 4), np.ones((1, 4), np.float32))
+    result = multiply(lone_thread, pack(raw(tensor), "F16", 16, 4), np.ones((1, 4), np.float32))
     assert (result == 2.0**-22).all()
 
 
@@ -146,16 +147,16 @@ def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
         "candle_vllm.core.kernels.plain_linear.pack"
     )  # the package has a `pack` of its own
     monkeypatch.setattr(module, "CHUNK", 257 * 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    shared = [pack(raw(tensor), torch.float16, 63, 257, memory=memory) for _ in range(3)]
+    monkeypatch.setattr(module, "loading_threads", lambda: 3)
+    shared = [pack(raw(tensor), "F16", 63, 257, memory=memory) for _ in range(3)]
     assert all(np.array_equal(matrix.data, whole.data) for matrix in shared)
 
 
 def test_shapes_that_have_no_kernel():
     with pytest.raises(UnsupportedModelError, match=r"65,536"):
-        pack(np.zeros(2 << 17, np.uint8), torch.float16, 1, 1 << 17)
+        pack(np.zeros(2 << 17, np.uint8), "F16", 1, 1 << 17)
     with pytest.raises(ValueError, match="54 bytes"):
-        pack(np.zeros(54, np.uint8), torch.float16, 2, 14)
+        pack(np.zeros(54, np.uint8), "F16", 2, 14)
 
 
 # ---- multiplying -----------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def test_only_bf16_depends_on_the_instructions(lone_thread):
 @each_kind
 def test_a_tile_has_the_same_bits_in_any_matrix(kind, lone_thread):
     tensor, x = stored(kind, 48, 96), activations(9, 96)
-    whole = multiply(lone_thread, pack(raw(tensor), kind.dtype, 48, 96), x)
-    part = multiply(lone_thread, pack(raw(tensor[5:22]), kind.dtype, 17, 96), x)
+    whole = multiply(lone_thread, pack(raw(tensor), kind.name, 48, 96), x)
+    part = multiply(lone_thread, pack(raw(tensor[5:22]), kind.name, 17, 96), x)
     assert same_bits(part, whole[:, 5:22].copy())
 
 

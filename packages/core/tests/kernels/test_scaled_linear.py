@@ -14,7 +14,8 @@ import torch
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix, pack, reference, unpack
-from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, GROUP, ScaledCodes
+from candle_vllm.core.kernels.torch_numbers import DTYPES
+from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, GROUP, ScaledCodes
 
 pytest.importorskip("numba")
 
@@ -54,7 +55,7 @@ def codes(kind: ScaledKind, rows: int, columns: int, span: int | None = None, se
         return ScaledCodes("e2m1", packed, scales, span, groups.view(torch.uint8).numpy())
     numbers = "e4m3" if kind is ScaledKind.E4M3 else "e5m2"
     weights = torch.from_numpy(random.standard_normal((rows, columns)) * random.uniform(0.001, 90, (rows, 1)))
-    return ScaledCodes(numbers, weights.to(FLOAT_DTYPES[numbers]).view(torch.uint8).numpy(), scales, span)
+    return ScaledCodes(numbers, weights.to(DTYPES[FLOAT_NAMES[numbers]]).view(torch.uint8).numpy(), scales, span)
 
 
 @functools.cache
@@ -138,7 +139,7 @@ def test_matrices_share_memory_and_chunks_are_alike(monkeypatch):
     whole = pack(found)
     module = importlib.import_module("candle_vllm.core.kernels.scaled_linear.pack")  # the package has a `pack` too
     monkeypatch.setattr(module, "CHUNK", 272 * 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(module, "loading_threads", lambda: 3)
     shared = [pack(found, memory) for _ in range(3)]
     assert all(np.array_equal(matrix.data, whole.data) for matrix in shared)
 
@@ -175,7 +176,7 @@ def each_code(kind: ScaledKind) -> tuple[ScaledCodes, np.ndarray]:
     everything[places, places] = places
     numbers = "e4m3" if kind is ScaledKind.E4M3 else "e5m2"
     found = ScaledCodes(numbers, everything, np.ones((256, 1), np.float32), 256)
-    return found, torch.arange(256, dtype=torch.uint8).view(FLOAT_DTYPES[numbers]).float().numpy()
+    return found, torch.arange(256, dtype=torch.uint8).view(DTYPES[FLOAT_NAMES[numbers]]).float().numpy()
 
 
 @pytest.mark.parametrize("kind", [ScaledKind.E4M3, ScaledKind.E5M2], ids=lambda kind: kind.name)
@@ -299,7 +300,7 @@ def test_sums_within_a_span_are_those_of_bfloat16_weights(rows, lone_thread):
     found = codes(ScaledKind.E4M3, 37, 256)
     found = dataclasses.replace(found, scales=np.ones_like(found.scales))
     weights = torch.from_numpy(found.dequantise()).bfloat16()
-    plain = pack_plain(weights.view(torch.uint8).numpy().reshape(-1), torch.bfloat16, 37, 256)
+    plain = pack_plain(weights.view(torch.uint8).numpy().reshape(-1), "BF16", 37, 256)
     x = activations(20, 256)[:rows]
     inputs, out = bfloat16_rows(x), np.full((rows, 37), np.nan, np.float32)
     arguments = plain_cpu.linear_arguments(

@@ -124,7 +124,7 @@ def demo_matrix() -> np.ndarray:
     assert spec is not None, "the demo dependency group is not installed"
     assert spec.submodule_search_locations
     with open_gguf(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf") as checkpoint:
-        return checkpoint.tensors["blk.10.ffn_up.weight"].load().numpy().reshape(-1, 256)
+        return checkpoint.tensors["blk.10.ffn_up.weight"].load().reshape(-1, 256)
 
 
 def test_without_numba_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,13 +128,13 @@ def test_prepare_keeps_larger_tables() -> None:
 class _Stored:
     """As much of a stored tensor as a plain part reads."""
 
-    name = "rope_freqs.weight"
+    name, dtype, shape = "rope_freqs.weight", "F32", (8,)
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values
 
-    def load(self, _: torch.dtype) -> torch.Tensor:
-        return self._values
+    def raw(self) -> np.ndarray:
+        return self._values.view(torch.uint8).numpy()
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, 1e-45])

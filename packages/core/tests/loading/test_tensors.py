@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError
-from candle_vllm.core.loading.safetensors import DTYPES
+from candle_vllm.core.kernels import torch_numbers
+from candle_vllm.core.kernels.torch_numbers import DTYPES, load_plain, tensor_of
 from candle_vllm.core.loading.tensors import MappedFile
-from candle_vllm.core.quantization import tensors
-from candle_vllm.core.quantization.tensors import load_plain
+from candle_vllm.core.quantization import plain
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 
 
 def test_a_mapped_file_gives_views(tmp_path: Path) -> None:
@@ -51,21 +52,36 @@ def test_a_file_that_cannot_be_mapped(tmp_path: Path) -> None:
         MappedFile(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("stored", DTYPES.values(), ids=DTYPES.keys())
-def test_every_dtype_loads_as_itself_and_as_float32(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "COPY_CHUNK", 5)
-    raw = np.random.default_rng(0).integers(0, 2 if stored == torch.bool else 256, 12 * stored.itemsize, dtype=np.uint8)
+WANTED = [name for name in ELEMENTS if not name.startswith("F8")]
+
+
+@pytest.mark.parametrize("stored", ELEMENTS)
+@pytest.mark.parametrize("read", ["numpy", "torch"])
+def test_every_type_loads_as_itself_and_as_what_torch_makes_of_it(
+    stored: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "_CHUNK", 5)
+    monkeypatch.setattr(torch_numbers, "COPY_CHUNK", 5)
+    size = 4096 * ELEMENTS[stored].itemsize
+    raw = np.random.default_rng(0).integers(0, 2 if stored == "BOOL" else 256, size, dtype=np.uint8)
     raw.flags.writeable = False
-    own = load_plain(raw, stored, (3, 4), stored)
-    assert own.dtype == stored
-    assert own.view(torch.uint8).numpy().tobytes() == raw.tobytes()
-    floats = load_plain(raw, stored, (3, 4), torch.float32)
-    assert floats.shape == (3, 4)
-    assert torch.equal(floats.nan_to_num(7), own.to(torch.float32).nan_to_num(7))
+    own = read_plain(raw, stored, (64, 64), stored)
+    assert own.dtype == ELEMENTS[stored]
+    assert own.tobytes() == raw.tobytes()
+    for name in WANTED if ELEMENTS[stored].kind != "f" else ("F64", "F32", "F16", "BF16"):
+        wanted = tensor_of(own, stored).to(DTYPES[name])
+        if read == "numpy":
+            found = tensor_of(read_plain(raw, stored, (64, 64), name), name)
+        else:
+            found = load_plain(raw, stored, (64, 64), DTYPES[name])
+        if not wanted.is_floating_point() and stored in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0"):
+            continue  # floats as whole numbers mean nothing beyond their range
+        assert torch.equal(found.double().nan_to_num(7, -1, -2), wanted.double().nan_to_num(7, -1, -2)), name
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 4)])
 def test_small_shapes(shape: tuple[int, ...]) -> None:
-    count = int(np.prod(shape))
-    loaded = load_plain(np.ones(2 * count, np.uint8), torch.float16, shape, torch.float32)
-    assert loaded.shape == shape
+    raw = np.ones(2 * int(np.prod(shape)), np.uint8)
+    for name in ("F32", "BF16"):
+        assert read_plain(raw, "F16", shape, name).shape == shape
+        assert load_plain(raw, "F16", shape, DTYPES[name]).shape == shape

@@ -24,6 +24,8 @@ from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.reference import dequantise
+from candle_vllm.core.kernels.torch_numbers import NAMES
+from candle_vllm.core.kernels.weight_quant import rows
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, quantise
 from candle_vllm.core.layers.parameters import MatrixPart, Placement
 from candle_vllm.core.loading.safetensors import open_safetensors
@@ -94,10 +96,10 @@ def test_what_becomes_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         }  # fmt: skip
         stored = found.tensors["a:weight"]
         kind = GGMLQuantizationType.Q4_K
-        wanted = quantise(weights["a"].float().view(torch.uint8).numpy(), torch.float32, 256, kind)
+        wanted = quantise(weights["a"].float().view(torch.uint8).numpy(), "F32", 256, kind)
         assert np.array_equal(stored.raw(), wanted)
         assert stored.nbytes == wanted.size
-        assert torch.equal(stored.load(torch.float32), ggml.dequantize(wanted, kind, (64, 256)))
+        assert np.array_equal(stored.load(), ggml.dequantize(wanted, kind, (64, 256)))
     assert [record.message for record in caplog.records] == [
         "isq q4k: 2 matrices as Q6_K (embedding and head)",
         "isq q4k: 1 matrices as Q4_K",
@@ -121,21 +123,17 @@ def test_views_come_before_quantisation(tmp_path: Path) -> None:
         for e in range(3):
             for i, name in enumerate(("gate", "up")):
                 plain = fused[e].T.contiguous()[32 * i : 32 * (i + 1)]
-                wanted = quantise(plain.view(torch.uint8).numpy(), torch.float32, 256, GGMLQuantizationType.Q5_K)
+                wanted = quantise(plain.view(torch.uint8).numpy(), "F32", 256, GGMLQuantizationType.Q5_K)
                 assert np.array_equal(found.tensors[f"mlp:{name}.{e}.weight"].raw(), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_threads_and_dtypes_make_the_same_blocks(dtype: torch.dtype) -> None:
+def test_threads_and_dtypes_make_the_same_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(700, 768).to(dtype)
     kind = GGMLQuantizationType.Q4_K
-    wanted = quantise(x.float().view(torch.uint8).numpy(), torch.float32, 768, kind)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert np.array_equal(quantise(x.view(torch.uint8).numpy(), dtype, 768, kind), wanted)
-    finally:
-        torch.set_num_threads(before)
+    wanted = quantise(x.float().view(torch.uint8).numpy(), "F32", 768, kind)
+    monkeypatch.setattr(rows, "loading_threads", lambda: 3)
+    assert np.array_equal(quantise(x.view(torch.uint8).numpy(), NAMES[dtype], 768, kind), wanted)
 
 
 def test_gpus_keep_the_blocks(tmp_path: Path) -> None:
@@ -147,7 +145,7 @@ def test_gpus_keep_the_blocks(tmp_path: Path) -> None:
     with open_safetensors(tmp_path) as checkpoint:
         found = quantised_in_situ("q4k", [WeightName("a:weight", "a", None)], checkpoint, Counts(num_experts=0))
         MatrixPart(matrices, "a", (64, 256), placement.backend()).fill(found.tensors["a:weight"])
-        wanted = found.tensors["a:weight"].load(torch.float32)
+        wanted = torch.from_numpy(found.tensors["a:weight"].load())
     assert isinstance(matrices["a"].data, GgufMatrix)
     assert torch.allclose(dequantise(matrices["a"].data), wanted, atol=0.0, rtol=1e-6)
 
@@ -194,8 +192,9 @@ def test_encoders_are_refused(tmp_path: Path) -> None:
 MEASURE = """
 import json, resource, sys, torch
 from pathlib import Path
-torch.set_num_threads(2)
 from candle_vllm.core import EngineConfig
+from candle_vllm.core.threads import LOADING_THREADS
+LOADING_THREADS.set(2)
 from candle_vllm.core.assembly.model import load_model
 def load(folder, isq):
     return load_model(EngineConfig(model=folder, isq=isq), torch.device("cpu"), lambda *_: None)

@@ -15,11 +15,13 @@ from gguf import quants
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.group_linear import from_codes, reference
+from candle_vllm.core.kernels.torch_numbers import DTYPES, load_tensor, tensor_of
 from candle_vllm.core.loading import views
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization import stored as stored_module
 from candle_vllm.core.quantization.stored import QuantisedTensor
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 BLOCKS = {
     "gptq": "Q4_0",
@@ -42,6 +44,10 @@ BLOCKS = {
     "mxfp4": "Q5_0",
 }
 """The ggml type that holds a format's numbers exactly."""
+
+
+def loaded(stored: StoredTensor, name: str = "F32") -> torch.Tensor:
+    return tensor_of(stored.load(name), name)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,11 +76,12 @@ def test_every_number_is_exact(
     assert found.shape == (rows, columns)
     assert found.dtype is None
     assert found.nbytes == sum(part.nbytes for part in written.parts.values())
-    assert torch.equal(found.load(), written.weight)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(found.load(dtype), written.weight.to(dtype))
+    assert torch.equal(loaded(found), written.weight)
+    for name in ("BF16", "F16"):
+        assert torch.equal(loaded(found, name), written.weight.to(DTYPES[name]))
+        assert torch.equal(load_tensor(found, DTYPES[name]), written.weight.to(DTYPES[name]))
     found.release()
-    assert torch.equal(found.load(None), written.weight)
+    assert torch.equal(torch.from_numpy(found.load(None)), written.weight)
     assert float((written.weight - numbers(rows, columns)).abs().max()) < 0.05, "the test's own writer rounds badly"
 
 
@@ -117,16 +124,16 @@ def test_rows_may_be_picked(name: str, tmp_path: Path) -> None:
     for first, last in ((0, 64), (3, 4), (5, 43)):
         part = found.rows(first, last)
         assert part.shape == (last - first, 96)
-        assert torch.equal(part.load(), written.weight[first:last])
+        assert torch.equal(loaded(part), written.weight[first:last])
     odd = views.every_other(1)(found.rows(6, 60), None)
     assert isinstance(odd, QuantisedTensor)
-    assert torch.equal(odd.load(), written.weight[6:60][1::2])
+    assert torch.equal(loaded(odd), written.weight[6:60][1::2])
     if (blocks := odd.blocks()) is not None:
         meant = written.weight[6:60][1::2].numpy()
         meant = meant if blocks.order is None else meant[:, blocks.order]
         assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), meant)
     mixed = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found.select(mixed.numpy()).load(), written.weight[mixed])
+    assert torch.equal(loaded(found.select(mixed.numpy())), written.weight[mixed])
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -138,15 +145,15 @@ def test_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
     for first, last in ((0, 480), (0, 480 // 2 // step * step or 480), (480 // 2 // step * step, 480)):
         part = found.columns(first, last)
         assert part.shape == (64, last - first)
-        assert torch.equal(part.load(), written.weight[:, first:last])
+        assert torch.equal(loaded(part), written.weight[:, first:last])
         few = part.rows(5, 43)
-        assert torch.equal(few.load(), written.weight[5:43, first:last])
+        assert torch.equal(loaded(few), written.weight[5:43, first:last])
         assert isinstance(few, QuantisedTensor)
         if (blocks := few.blocks()) is not None:
-            meant = few.load() if blocks.order is None else few.load()[:, blocks.order]
+            meant = loaded(few) if blocks.order is None else loaded(few)[:, blocks.order]
             assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), meant.numpy())
         if few.span is not None:
-            assert np.allclose(few.scaled().dequantise(), few.load().numpy(), rtol=2**-22, atol=0)
+            assert np.allclose(few.scaled().dequantise(), few.load(), rtol=2**-22, atol=0)
     if step > 1:
         with pytest.raises(WeightsError, match=rf"cannot be cut at columns 1 and 480: {step} are stored together"):
             found.columns(1, 480)
@@ -158,8 +165,8 @@ def test_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
 def test_marlin_is_unpacked(rows: int, columns: int, group: int, tmp_path: Path) -> None:
     written = marlin(numbers(rows, columns), group=group)
     found = open_layer(written, tmp_path)
-    assert torch.equal(found.load(), written.weight)
-    assert torch.equal(found.rows(7, 33).load(), written.weight[7:33])
+    assert torch.equal(loaded(found), written.weight)
+    assert torch.equal(loaded(found.rows(7, 33)), written.weight[7:33])
 
 
 def test_experts_of_mxfp4(tmp_path: Path) -> None:
@@ -168,11 +175,11 @@ def test_experts_of_mxfp4(tmp_path: Path) -> None:
     found = open_layer(written, tmp_path, "mlp.experts.gate_up_proj")
     assert found.name == "mlp.experts.gate_up_proj"
     assert found.shape == (3, 12, 64)
-    assert torch.equal(found.load(), written.weight)
+    assert torch.equal(loaded(found), written.weight)
     expert = views.entry(found, 2)
     gate = views.every_other(0)(expert, None)
     assert isinstance(gate, QuantisedTensor)
-    assert torch.equal(gate.load(), written.weight[2, ::2])
+    assert torch.equal(loaded(gate), written.weight[2, ::2])
     blocks = gate.blocks()
     assert blocks is not None
     assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight[2, ::2].numpy())
@@ -190,9 +197,9 @@ def test_mxfp4_beyond_float16(tmp_path: Path) -> None:
     scales[1, 1], blocks[1, 16:] = 90, 0x11
     tiny = open_layer(written, tmp_path)
     assert tiny.blocks() is None
-    assert torch.equal(tiny.load()[1, 32:], torch.full((32,), 0.5 * 2.0**-37))
+    assert torch.equal(loaded(tiny)[1, 32:], torch.full((32,), 0.5 * 2.0**-37))
     scales[1, 1] = 255
-    assert open_layer(written, tmp_path).load()[1, 32:].isnan().all()
+    assert np.isnan(open_layer(written, tmp_path).load()[1, 32:]).all()
 
 
 def test_bf16_scales_that_float16_lacks_are_not_rounded(tmp_path: Path) -> None:
@@ -214,8 +221,8 @@ def test_act_order_that_leaves_runs_of_inputs_together_has_blocks(tmp_path: Path
     blocks = found.blocks()
     assert blocks is not None
     assert blocks.order is None
-    assert torch.equal(found.load()[:, columns], written.weight)
-    assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), found.load().numpy())
+    assert torch.equal(loaded(found)[:, columns], written.weight)
+    assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), found.load())
 
 
 def test_groups_that_are_cut_off(tmp_path: Path) -> None:
@@ -224,7 +231,7 @@ def test_groups_that_are_cut_off(tmp_path: Path) -> None:
         written = gptq(numbers(16, 96), group=64) if name == "gptq" else ct_packed(numbers(16, 96), group=64)
         written.parts.pop(".g_idx", None)
         found = open_layer(written, tmp_path)
-        assert torch.equal(found.load(), written.weight)
+        assert torch.equal(loaded(found), written.weight)
         blocks = found.blocks()
         assert blocks is not None
         assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), written.weight.numpy())
@@ -234,21 +241,21 @@ def test_groups_that_are_cut_off(tmp_path: Path) -> None:
 def test_rows_that_are_no_whole_words(columns: int, tmp_path: Path) -> None:
     written = ct_packed(numbers(13, columns), group=-1, symmetric=False)
     found = open_layer(written, tmp_path)
-    assert torch.equal(found.load(), written.weight)
+    assert torch.equal(loaded(found), written.weight)
     assert found.blocks() is None
 
 
 def test_gptq_without_g_idx(tmp_path: Path) -> None:
     written = gptq(numbers(16, 96))
     del written.parts[".g_idx"]
-    assert torch.equal(open_layer(written, tmp_path).load(), written.weight)
+    assert torch.equal(loaded(open_layer(written, tmp_path)), written.weight)
 
 
 def test_layers_may_have_bits_and_groups_of_their_own(tmp_path: Path) -> None:
     """GPTQModel's `dynamic`; the pattern is not run."""
     dynamic = {r"+:.*\.down": {"bits": 8, "group_size": 16}, r"-:(a+)+$": {}}
     written = gptq(numbers(16, 96), bits=8, group=16)
-    assert torch.equal(open_layer(written, tmp_path, bits=4, group_size=32, dynamic=dynamic).load(), written.weight)
+    assert torch.equal(loaded(open_layer(written, tmp_path, bits=4, group_size=32, dynamic=dynamic)), written.weight)
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq asymmetric", "gptq 8 bits", "awq"])
@@ -258,7 +265,7 @@ def test_auto_round_stores_as_others_do(name: str, tmp_path: Path) -> None:
     own = {"other": {"bits": 8}, "lm_head": {"bits": 16, "data_type": "float"}}
     config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": layout, "extra_config": own}
     found = open_layer(Written(written.parts, written.weight, config), tmp_path)
-    assert torch.equal(found.load(), written.weight)
+    assert torch.equal(loaded(found), written.weight)
 
 
 def test_zeros_of_the_first_version_wrap(tmp_path: Path) -> None:
@@ -266,7 +273,7 @@ def test_zeros_of_the_first_version_wrap(tmp_path: Path) -> None:
     weight = numbers(8, 32).abs()
     written = gptq(weight, symmetric=False)
     assert int(written.parts[".qzeros"][0, 0]) == -1
-    assert torch.equal(open_layer(written, tmp_path).load(), written.weight)
+    assert torch.equal(loaded(open_layer(written, tmp_path)), written.weight)
 
 
 @pytest.mark.parametrize("where", ["config", "nested", "beside"])
@@ -282,7 +289,7 @@ def test_modelopt_says_so_in_either_file(where: str, tmp_path: Path) -> None:
         config = {}
     found = read_quantised(open_safetensors(file), config, tmp_path / "config.json")
     assert set(found.tensors) == {"odd", "l.weight"}
-    assert torch.equal(found.tensors["l.weight"].load(), written.weight)
+    assert torch.equal(loaded(found.tensors["l.weight"]), written.weight)
 
 
 @pytest.mark.parametrize(("file", "name"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
@@ -293,7 +300,7 @@ def test_older_writers_left_the_settings_beside(file: str, name: str, tmp_path: 
     parts = {f"l{end}": part for end, part in written.parts.items()}
     checkpoint = open_safetensors(write_safetensors(tmp_path / "model.safetensors", parts))
     found = read_quantised(checkpoint, {}, tmp_path / "config.json").tensors
-    assert torch.equal(found["l.weight"].load(), written.weight)
+    assert torch.equal(loaded(found["l.weight"]), written.weight)
 
 
 def test_biases_of_zeros_are_spare(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from candle_vllm.core import SamplingParams, StructuredOutputsParams
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.sampling.device_edits import apply_in_torch, mask_flags
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.processors import apply_in_torch, apply_processors, mask_flags, mask_row
+from candle_vllm.core.sampling.processors import apply_processors, mask_row
 from candle_vllm.core.sampling.state import SamplingState
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.sampling import reference
+from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.processors import apply_in_torch, apply_processors
+from candle_vllm.core.sampling.processors import apply_processors
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.sampling.state import SamplingState
 

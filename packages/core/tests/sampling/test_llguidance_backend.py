@@ -13,9 +13,9 @@ import pytest
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling import llguidance_backend
+from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
-from candle_vllm.core.sampling.processors import mask_flags
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 SmallVocabulary = Any  # see conftest.py

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from candle_vllm.core.sampling.device_edits import penalised
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.processors import apply_processors, penalised
+from candle_vllm.core.sampling.processors import apply_processors
 from candle_vllm.core.sampling.state import SamplingState
 
 INF = math.inf

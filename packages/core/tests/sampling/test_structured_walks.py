@@ -11,8 +11,8 @@ import jsonschema
 import numpy as np
 import pytest
 
+from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.processors import mask_flags
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 SEEDS = 12

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final, TypeAlias
 
 import torch
 
@@ -19,8 +20,13 @@ logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
 
+Device: TypeAlias = torch.device
+"""Where an engine computes."""
 
-def choose_device(wanted: str) -> torch.device:
+CPU: Final = Device("cpu")
+
+
+def choose_device(wanted: str) -> Device:
     """The device for a setting: "auto", "cpu", "cuda" or "cuda:N".
 
     "auto" is the first GPU, or the CPU where there is none that can be used; a GPU that is there and cannot be used is
@@ -30,7 +36,7 @@ def choose_device(wanted: str) -> torch.device:
         ConfigError: the GPU that was asked for cannot be used.
     """
     if wanted == "cpu":
-        return torch.device("cpu")
+        return CPU
     index = int(wanted.partition(":")[2] or 0)
     obstacle = gpu_obstacle(index)
     if obstacle is None:
@@ -41,7 +47,7 @@ def choose_device(wanted: str) -> torch.device:
         )
     if _has_gpu():
         logger.warning("computing on the CPU: %s", obstacle)
-    return torch.device("cpu")
+    return CPU
 
 
 def gpu_obstacle(index: int) -> str | None:
@@ -70,8 +76,18 @@ def gpu_obstacle(index: int) -> str | None:
     return _no_compiler() or _taken(index)
 
 
+def use_threads(count: int) -> None:
+    """How many threads torch computes on in this process."""
+    torch.set_num_threads(count)
+
+
+def gpu_memory(device: Device) -> int:
+    """Bytes that are free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
 @contextmanager
-def fitting(device: torch.device, what: str, size: int) -> Iterator[None]:
+def fitting(device: Device, what: str, size: int) -> Iterator[None]:
     """Names what did not fit where a GPU's memory ran out.
 
     Args:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.config import ModelConfig
 
@@ -121,6 +122,11 @@ def _shrunk_context(
     )
 
 
+def free_memory(device: Device) -> int:
+    """Bytes that are free on a device."""
+    return available_memory() if device.type == "cpu" else gpu_memory(device)
+
+
 def available_memory() -> int:
     """Bytes of main memory that this process may still take: the machine's, or its control group's if that is less."""
     return min(_machine_memory(), _group_memory())
@@ -146,15 +152,3 @@ def _group_memory() -> int:
         except (OSError, ValueError):
             continue  # no such group, or "max"
     return 1 << 62
-
-
-def physical_cores() -> int:
-    """Physical cores among the CPUs that this process may use; two hyper-threads count as one."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in usable:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))

@@ -10,7 +10,8 @@ import torch
 
 from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats, reference, triton
 from candle_vllm.core.kernels.linear import triton as launches
-from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, Floats, ScaledCodes
+from candle_vllm.core.kernels.torch_numbers import DTYPES
+from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of NaN
 TOLERANCE = 5e-3
@@ -40,7 +41,7 @@ def packed(rows: int, columns: int, span: int, numbers: Floats, device: torch.de
         codes = torch.randint(0, 256, (rows, columns // 2), generator=random, dtype=torch.uint8)
         groups = torch.randint(0x30, 0x7E, (rows, columns // 16), generator=random, dtype=torch.uint8).numpy()
     else:
-        dtype = FLOAT_DTYPES[numbers]
+        dtype = DTYPES[FLOAT_NAMES[numbers]]
         codes = (values / values.abs().max() * torch.finfo(dtype).max).to(dtype).view(torch.uint8)
     return pack_floats(ScaledCodes(numbers, codes.numpy(), scales.numpy(), span, groups), device)
 
@@ -80,7 +81,7 @@ def test_few_and_many_rows(columns: int, span: int, dtype: torch.dtype, numbers:
 
 
 @pytest.mark.one_of_each
-@pytest.mark.parametrize("numbers", FLOAT_DTYPES)
+@pytest.mark.parametrize("numbers", FLOAT_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_code_of_8_bits_is_exact(numbers: Floats, dtype: torch.dtype, device: torch.device) -> None:
     """A row for each code, with which a 1 and a 0 meet: the result is the number itself, or NaN, or infinite."""
@@ -89,7 +90,7 @@ def test_every_code_of_8_bits_is_exact(numbers: Floats, dtype: torch.dtype, devi
     matrix = pack_floats(ScaledCodes(numbers, codes.numpy(), np.ones((256, 1), np.float32), 64), device)
     x = torch.zeros(2, 64, dtype=dtype, device=device)
     x[:, 33], x[:, 2] = 1, 1
-    values = codes[:, 33].contiguous().view(FLOAT_DTYPES[numbers]).float()
+    values = codes[:, 33].contiguous().view(DTYPES[FLOAT_NAMES[numbers]]).float()
     for multiply in KERNELS:
         got = multiply(x, matrix)[0].cpu()
         assert torch.equal(got.float().nan_to_num(7.7), values.nan_to_num(7.7))

@@ -19,8 +19,9 @@ from candle_vllm.core.kernels.group_linear import GroupMatrix, pack_floats
 from candle_vllm.core.kernels.matrices import TensorMatrix
 from candle_vllm.core.kernels.moe import Activation, Pairs, reference, triton, triton_route, triton_sort
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.scaled_codes import FLOAT_DTYPES, Floats, ScaledCodes
+from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 
 TOLERANCE = 5e-3
 
@@ -311,7 +312,7 @@ def float_experts(
         codes = torch.randint(0, 256, (shape[0], columns // 2), generator=source, dtype=torch.uint8)
         groups = torch.randint(0x40, 0x58, (shape[0], columns // 16), generator=source, dtype=torch.uint8).numpy()
     else:
-        codes = (random(*shape, seed=seed) * 30).to(FLOAT_DTYPES[numbers]).view(torch.uint8)
+        codes = (random(*shape, seed=seed) * 30).to(DTYPES[FLOAT_NAMES[numbers]]).view(torch.uint8)
     return pack_floats(ScaledCodes(numbers, codes.numpy(), scales.numpy(), span, groups), x.device)
 
 

@@ -94,7 +94,7 @@ def test_the_layout_keeps_every_number(kind: PackedKind, device: torch.device) -
     for columns in widths(kind):
         raw = random_bytes(kind, 9, columns)
         matrix = pack(raw, GgmlType[kind.name], 9, columns, device)
-        wanted = ggml.dequantize(raw, GgmlType[kind.name], (9, columns))
+        wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType[kind.name], (9, columns)))
         assert torch.equal(reference.dequantise(matrix).cpu(), wanted)
 
 
@@ -117,7 +117,7 @@ def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> N
     raw = np.random.default_rng(0).integers(0, 256, (3, 64 // size, width), dtype=np.uint8)
     raw[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
     assert gguf_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
-    wanted = ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64))
+    wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64)))
     got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 3, 64, device)).cpu()
     assert float((got - wanted).abs().max()) <= 0.004 * float(wanted.abs().max())
 

@@ -13,8 +13,8 @@ from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.sampling import reference, triton, triton_draw, triton_rows, triton_stand
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
+from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.processors import apply_in_torch
 from candle_vllm.core.sampling.state import SamplingState
 
 # NumPy, in which Triton's interpreter computes, warns where the kernels mean to get inf or NaN.

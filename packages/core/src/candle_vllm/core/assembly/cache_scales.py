@@ -14,8 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.attention import PagedAttention
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -59,9 +57,8 @@ def give_cache_scales(
         # Layers behind the last one predict further tokens, and are not loaded.
         attend = layer_at(decoder, f"layers.{layer}.attention.attend") if layer < config.num_layers else None
         if isinstance(attend, PagedAttention):
-            pair = (values.get("k", values.get("v")), values.get("v", values.get("k")))
-            k, v = (torch.tensor([value], dtype=torch.float32, device=placement.device) for value in pair)
-            attend.cache_scales = (k, v)
+            either = next(iter(values.values()))
+            attend.scale_cache(values.get("k", either), values.get("v", either), placement.device)
             given += 1
     if given:
         logger.info("%d layers scale their cache as the checkpoint says", given)
@@ -70,7 +67,7 @@ def give_cache_scales(
 def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, float]]:
     """Layer, "k" or "v", and the scale; what an older name says comes last."""
     for name, tensor in sorted(scales.items(), key=lambda item: item[0].endswith((".output_scale", ".kv_scale"))):
-        value = tensor.load(torch.float32).flatten().tolist() if math.prod(tensor.shape) == 1 else []
+        value = tensor.load().flatten().tolist() if math.prod(tensor.shape) == 1 else []
         if not value or not math.isfinite(value[0]) or value[0] <= 0:
             said = f"it is {value[0]}" if value else f"it has shape {list(tensor.shape)}"
             raise InvalidFileError(

@@ -23,23 +23,19 @@ import torch
 
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.loading.weights import Part, expand, layer_at
-from candle_vllm.core.memory import available_memory
+from candle_vllm.core.memory import free_memory
 from candle_vllm.core.models.registry import family_from_hf
+from candle_vllm.core.quantization.plain import ELEMENTS
 
 STD = 0.02
 """Standard deviation of the numbers in a matrix, as models are initialised."""
 
-DTYPES = MappingProxyType(
-    {
-        "float32": ("F32", torch.float32),
-        "bfloat16": ("BF16", torch.bfloat16),
-        "float16": ("F16", torch.float16),
-    }
-)
-"""What config.json may call the type of its weights: the safetensors name and torch's."""
+_NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16"})
+"""What config.json may call the type of its weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,20 +48,19 @@ class DummyTensor(FileTensor):
 
     device: torch.device
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`; the result is on `device`, rounded to the stored type first."""
-        values = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def tensor(self) -> torch.Tensor:
+        """See `MadeByTorch`."""
+        values = torch.empty(self.shape, dtype=DTYPES[self.type_name], device=self.device)
         if len(self.shape) > 1:
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
             values.normal_(0.0, STD, generator=generator)
         else:
             values.fill_(0.0 if self.name.endswith("bias") else 1.0)
-        return values.to(dtype or self.dtype)
+        return values
 
     def raw(self) -> np.ndarray:
         """See `StoredTensor.raw`; in memory of its own."""
-        data = self.load(None).cpu().view(torch.uint8).numpy()
-        return data.reshape(math.prod(self.shape[:-1]), -1)
+        return self.tensor().cpu().view(torch.uint8).numpy().reshape(math.prod(self.shape[:-1]), -1)
 
     def release(self) -> None:
         """There is no file to let go of."""
@@ -85,7 +80,7 @@ def open_dummy(config: Path, device: torch.device) -> Checkpoint:
             more than the device's free memory; or the config asks for quantised weights.
     """
     values = read_json(config)
-    type_name, dtype = _dtype(Fields(values, config))
+    type_name = _type_name(Fields(values, config))
     for key in ("quantization_config", "compression_config"):
         if values.get(key):
             raise UnsupportedModelError(
@@ -95,7 +90,7 @@ def open_dummy(config: Path, device: torch.device) -> Checkpoint:
     file = MappedFile(config)
     try:
         tensors = {
-            name: DummyTensor(name, shape, type_name, dtype, math.prod(shape) * dtype.itemsize, file, 0, device)
+            name: DummyTensor(name, shape, type_name, math.prod(shape) * ELEMENTS[type_name].itemsize, file, 0, device)
             for name, shape in _shapes(config)
         }
         _check_memory(config, sum(tensor.nbytes for tensor in tensors.values()), device)
@@ -122,15 +117,15 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield line.first if uses[line.first] == 1 else line.target, known[where][part].shape
 
 
-def _dtype(fields: Fields) -> tuple[str, torch.dtype]:
+def _type_name(fields: Fields) -> str:
     """The type of the weights; configs of transformers 5 call it dtype, older ones torch_dtype."""
     key = "dtype" if "dtype" in fields else "torch_dtype"
-    return DTYPES[fields.choice(key, "bfloat16", *DTYPES)]
+    return _NAMES[fields.choice(key, "bfloat16", *_NAMES)]
 
 
 def _check_memory(config: Path, needed: int, device: torch.device) -> None:
     """A config may claim any size, and no file bounds it."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     if needed > free:
         raise ModelLoadError(
             f"{config}: the model's weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: "

@@ -7,8 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import torch
-
 from candle_vllm.core.assembly.model import Loaded, LoadedModel, collector_paused, fill, load_model, pooling_of
 from candle_vllm.core.assembly.opening import (
     Opened,
@@ -21,7 +19,7 @@ from candle_vllm.core.assembly.opening import (
 )
 from candle_vllm.core.assembly.placement import DTYPES, device_dtype
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import fitting
+from candle_vllm.core.devices import Device, fitting
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
@@ -45,7 +43,7 @@ class LoadedEncoder(Loaded):
 
 
 def load_any_model(
-    config: EngineConfig, device: torch.device, progress: Callable[[int, int], object]
+    config: EngineConfig, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | LoadedEncoder:
     """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`."""
     files = model_files(config)
@@ -72,7 +70,7 @@ def load_any_model(
 @collector_paused()
 def _load_encoder(
     config: EngineConfig,
-    device: torch.device,
+    device: Device,
     progress: Callable[[int, int], object],
     opened: Opened,
     family: EncoderFamily,

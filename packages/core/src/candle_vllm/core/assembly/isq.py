@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import ConfigError, WeightsError
@@ -55,10 +54,6 @@ class InSitu(Viewed):
             raise WeightsError(
                 f"{self.path}: tensor {self.name} cannot be quantised: {error}; load it without --isq"
             ) from error
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`: the quantised numbers."""
-        return ggml.dequantize(self.raw(), self.kind, self.shape, dtype or torch.float32)
 
 
 def quantised_in_situ(
@@ -132,7 +127,7 @@ def in_situ(stored: StoredTensor, kind: GGMLQuantizationType) -> InSitu:
     """A plain tensor as one of blocks."""
     size, width = ggml.block_layout(kind)
     nbytes = math.prod(stored.shape) // size * width
-    return InSitu(stored.name, stored.shape, kind.name, None, nbytes, stored, kind)
+    return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind)
 
 
 def stays_plain(target: str, stored: StoredTensor) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 from candle_vllm.core.assembly.isq import quantised_in_situ
@@ -26,7 +25,7 @@ from candle_vllm.core.assembly.opening import (
 )
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, memory_of
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import fitting
+from candle_vllm.core.devices import Device, fitting
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
@@ -106,7 +105,7 @@ def collector_paused() -> Iterator[None]:
 @collector_paused()
 def load_model(
     config: EngineConfig,
-    device: torch.device,
+    device: Device,
     progress: Callable[[int, int], object],
     opened: Opened | None = None,
 ) -> LoadedModel:
@@ -161,7 +160,7 @@ def load_model(
             default_sampling=default_sampling,
             pooling=pooling,
             quantization=stored_types(stored),
-            num_parameters=sum(_numel(tensor.shape) for tensor in checkpoint.tensors.values()),
+            num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
             weight_bytes=weight_bytes,
         )
     seconds = time.perf_counter() - started
@@ -246,7 +245,3 @@ def _default_sampling(generation: Fields) -> dict[str, float | int]:
     except InvalidParameterError as error:
         raise InvalidFileError(f"{generation.path}: {error}; correct the file or take the key out") from error
     return values
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

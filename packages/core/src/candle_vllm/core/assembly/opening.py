@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from candle_vllm.core.assembly.cache_scales import split_cache_scales
 from candle_vllm.core.assembly.dummy import open_dummy
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.gguf import open_gguf
@@ -68,7 +68,7 @@ def naming(source: object, *others: object) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def open_model(files: ModelFiles, device: torch.device) -> Opened:
+def open_model(files: ModelFiles, device: Device) -> Opened:
     """Opens what `model_files` found; errors as `load_model`."""
     with naming(config_file(files)):
         if files.format == "gguf":

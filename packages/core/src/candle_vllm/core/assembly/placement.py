@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def choose_placement(
         return dataclasses.replace(in_torch, keeps_quantised=quantised)
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
-        wanted = DTYPES.get(config.dtype)
-        return Placement(device, torch.float32, WeightMemory(), None if wanted is None else plain_kind(wanted))
+        wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
+        return Placement(device, torch.float32, WeightMemory(), wanted)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return in_torch
 
@@ -144,8 +145,10 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
         return tensor.numel * placement.dtype.itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
         return tensor.nbytes * 22 // 17 if tensor.type_name == "MXFP4" else tensor.nbytes  # as blocks of Q5_0
-    dtype = placement.dtype if placement.keeps_quantised else tensor.dtype or torch.bfloat16
-    return tensor.numel * (dtype if placement.plain_kind is None else placement.plain_kind.dtype).itemsize
+    if placement.keeps_quantised:
+        return tensor.numel * placement.dtype.itemsize
+    kind = placement.plain_kind
+    return tensor.numel * ELEMENTS[(tensor.dtype or "BF16") if kind is None else kind.name].itemsize
 
 
 def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from candle_vllm.core.conversion.gguf_metadata import pooling_keys
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
@@ -90,4 +90,4 @@ def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
 def _values(config: EncoderConfig) -> Mapping[str, Any]:
     """Numbers as float32 holds them."""
     values = dataclasses.asdict(config)
-    return {name: torch.tensor(v).item() if isinstance(v, float) else v for name, v in values.items()}
+    return {name: float(np.float32(v)) if isinstance(v, float) else v for name, v in values.items()}

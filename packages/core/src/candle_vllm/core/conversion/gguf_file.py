@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
@@ -104,12 +103,11 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 def _bytes(plan: PlannedTensor) -> np.ndarray:
     """The tensor's data, uint8 [rows, bytes per row]."""
     stored, rows = plan.stored, max(1, plan.stored.numel // plan.stored.shape[-1])
-    plain = ggml.PLAIN_TYPES.get(plan.kind)
-    if plain is not None:
-        values = stored.load(plain)
-        if plain == torch.float16 and not values.isfinite().all():
+    if plan.kind in ggml.PLAIN_TYPES:
+        values = stored.load(plan.kind.name)
+        if plan.kind.name == "F16" and not np.isfinite(values).all():
             raise WeightsError(f"{stored.path}: tensor {stored.name} has numbers beyond float16: choose bf16 or f32")
-        return values.contiguous().view(torch.uint8).numpy().reshape(rows, -1)
+        return values.reshape(rows, -1).view(np.uint8)
     if stored.dtype is None:
         return mxfp4_blocks(stored) if stored.block_type is None else stored.raw()
     try:

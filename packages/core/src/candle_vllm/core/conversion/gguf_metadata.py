@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
+import numpy as np
 
 from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
@@ -70,14 +70,14 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
     return keys
 
 
-def rope_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
+def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """By what each frequency is divided, [R/2], where GGUF has tensors for it: Llama 3's scaling, longrope's two."""
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
         return {DIVISORS: plain / _frequencies(config.rope, config)}
     if config.rope.kind == "longrope":
         kinds = {"short": config.rope.short_factor, "long": config.rope.long_factor}
-        return {f"rope_factors_{kind}.weight": torch.tensor(factors) for kind, factors in kinds.items()}
+        return {f"rope_factors_{kind}.weight": np.array(factors, np.float32) for kind, factors in kinds.items()}
     return {}
 
 
@@ -121,13 +121,13 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
         )
 
 
-def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: torch.Tensor | None) -> bool:
+def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarray | None) -> bool:
     ours, theirs = getattr(config, name), getattr(found, name, None)
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         read = _frequencies(theirs, found)
         read = read / divisors if divisors is not None and name == "rope" else read
         alike = all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(_scales(config, ours), _scales(found, theirs)))
-        return alike and torch.allclose(_frequencies(ours, config), read, rtol=1e-5)
+        return alike and np.allclose(_frequencies(ours, config), read, rtol=1e-5)
     return _alike(ours, theirs, 1e-2 if name in _ROUGH else 1e-6)
 
 
@@ -147,5 +147,5 @@ def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
     return ours == theirs
 
 
-def _frequencies(rope: RopeConfig, config: ModelConfig) -> torch.Tensor:
-    return inverse_frequencies(rope, config.max_position)
+def _frequencies(rope: RopeConfig, config: ModelConfig) -> np.ndarray:
+    return inverse_frequencies(rope, config.max_position).numpy()

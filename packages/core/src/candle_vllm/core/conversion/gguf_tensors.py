@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Line, WeightName, expand
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
@@ -43,11 +43,6 @@ class Made(StoredTensor):
         """See `StoredTensor.path`."""
         return self.source
 
-    def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`."""
-        values = self.load(None).contiguous().view(torch.uint8).numpy()
-        return values.reshape(max(1, math.prod(self.shape[:-1])), -1)
-
     def release(self) -> None:
         """See `StoredTensor.release`."""
 
@@ -60,11 +55,11 @@ class Constant(Made):
         values: the numbers.
     """
 
-    values: torch.Tensor
+    values: np.ndarray
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`."""
-        return self.values.to(dtype or self.values.dtype)
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`."""
+        return _rows_of_bytes(self.values, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -75,14 +70,13 @@ class _Assembled(Made):
         pieces: the numbers of the rows, and what they hold.
     """
 
-    pieces: tuple[tuple[torch.Tensor, StoredTensor], ...]
+    pieces: tuple[tuple[np.ndarray, StoredTensor], ...]
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        out = torch.empty(self.shape, dtype=dtype or self.dtype)
-        rows = out.view(sum(len(order) for order, _ in self.pieces), -1)
+    def raw(self) -> np.ndarray:
+        rows = np.empty(self.shape, ELEMENTS[self.type_name]).reshape(sum(order.size for order, _ in self.pieces), -1)
         for order, stored in self.pieces:
-            rows[order] = stored.load(out.dtype).view(len(order), -1)
-        return out
+            rows[order] = stored.load(self.type_name).reshape(order.size, -1)
+        return _rows_of_bytes(rows, self.shape)
 
     def release(self) -> None:
         for _, stored in self.pieces:
@@ -95,16 +89,20 @@ class _AssembledBlocks(_Assembled):
 
     def raw(self) -> np.ndarray:
         """Blocks, uint8 [rows, bytes per row]."""
-        blocks = [(order.numpy(), mxfp4_blocks(stored)) for order, stored in self.pieces]
+        blocks = [(order, mxfp4_blocks(stored)) for order, stored in self.pieces]
         out = np.empty((sum(len(order) for order, _ in blocks), blocks[0][1].shape[1]), np.uint8)
         for order, rows in blocks:
             out[order] = rows
         return out
 
 
-def constant(name: str, values: torch.Tensor, source: Path) -> StoredTensor:
+def _rows_of_bytes(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(max(1, math.prod(shape[:-1])), -1).view(np.uint8)
+
+
+def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
     """A float32 tensor of given numbers."""
-    return Constant(name, tuple(values.shape), "F32", torch.float32, 4 * values.numel(), source, values.float())
+    return Constant(name, values.shape, "F32", 4 * values.size, source, values.astype(np.float32))
 
 
 def gguf_tensors(
@@ -160,9 +158,9 @@ def _joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
     rows = sum(stored.shape[0] for _, stored in pieces)
     shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
     orders = [_rows_of(line, shape, stored, config) for line, stored in pieces]
-    if sorted(torch.cat(orders).tolist()) != list(range(rows)):
+    if sorted(np.concatenate(orders).tolist()) != list(range(rows)):
         raise UnsupportedModelError(f"{first.path}: {first.name} cannot be put into GGUF's tensor {name}")
-    if len(pieces) == 1 and not experts and torch.equal(orders[0], torch.arange(rows)):
+    if len(pieces) == 1 and not experts and np.array_equal(orders[0], np.arange(rows)):
         return first
     return _assembled(name, shape, list(zip(orders, (stored for _, stored in pieces))))
 
@@ -171,22 +169,22 @@ def _stacked(name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
     """Tensors of one shape as the entries of one: the norms of a layer's heads."""
     assert len({part.shape for part in parts}) == 1, name
     each = math.prod(parts[0].shape[:-1])
-    orders = torch.arange(len(parts) * each).view(len(parts), each)
+    orders = np.arange(len(parts) * each).reshape(len(parts), each)
     return _assembled(name, (len(parts), *parts[0].shape), list(zip(orders, parts)))
 
 
-def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[torch.Tensor, StoredTensor]]) -> StoredTensor:
+def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[np.ndarray, StoredTensor]]) -> StoredTensor:
     first, dtypes = pieces[0][1], {stored.dtype for _, stored in pieces}
     if dtypes == {None}:  # only MXFP4 comes here: see `write.py`
         nbytes = sum(stored.nbytes for _, stored in pieces)
-        return _AssembledBlocks(name, shape, first.type_name, None, nbytes, first.path, tuple(pieces))
-    dtype = first.dtype if len(dtypes) == 1 and first.dtype is not None else torch.float32
-    return _Assembled(name, shape, str(dtype), dtype, math.prod(shape) * dtype.itemsize, first.path, tuple(pieces))
+        return _AssembledBlocks(name, shape, first.type_name, nbytes, first.path, tuple(pieces))
+    dtype = first.dtype if len(dtypes) == 1 and first.dtype is not None else "F32"
+    return _Assembled(name, shape, dtype, math.prod(shape) * ELEMENTS[dtype].itemsize, first.path, tuple(pieces))
 
 
-def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> torch.Tensor:
+def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> np.ndarray:
     """Which rows of a file's tensor of `shape` a line takes, in its order."""
     count = len(shape) - len(stored.shape) + 1  # dimensions that number rows
-    numbers = torch.arange(math.prod(shape[:count])).view(*shape[:count], *[1] * (len(shape) - count))
-    probe = Constant(line.first, tuple(numbers.shape), "I64", torch.int64, 8 * numbers.numel(), stored.path, numbers)
-    return line.look(probe, line.first, config).load(torch.int64).reshape(-1)
+    numbers = np.arange(math.prod(shape[:count])).reshape(*shape[:count], *[1] * (len(shape) - count))
+    probe = Constant(line.first, numbers.shape, "I64", numbers.nbytes, stored.path, numbers)
+    return line.look(probe, line.first, config).load("I64").reshape(-1)

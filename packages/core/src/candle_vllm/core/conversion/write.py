@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, chosen_type, stays_plain
@@ -21,6 +20,7 @@ from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write
 from candle_vllm.core.conversion.gguf_metadata import check_description, describe, pooling_keys, rope_tensors
 from candle_vllm.core.conversion.gguf_tensors import constant, gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
+from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
@@ -37,7 +37,6 @@ from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_STORED = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "position_embd.weight", "token_types.weight")
 _TEMPLATE = "tokenizer.chat_template"
@@ -91,7 +90,7 @@ def write_gguf(
             "repository with the plain weights",
             "model",
         )
-    with open_model(files, torch.device("cpu")).checkpoint as checkpoint, naming(config_file(files)):
+    with open_model(files, CPU).checkpoint as checkpoint, naming(config_file(files)):
         _check_plain(config, checkpoint)
         plans, metadata = _plan(config, files, checkpoint)
         total = sum(plan.nbytes for plan in plans)
@@ -207,7 +206,7 @@ def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) ->
     if chosen is not None:
         return chosen
     wanted = "auto" if config.isq is not None else config.dtype
-    return GGMLQuantizationType[_PLAIN.get(wanted, _STORED.get(stored.dtype, "F32"))]
+    return GGMLQuantizationType[_PLAIN.get(wanted, stored.dtype if stored.dtype in ("F16", "BF16") else "F32")]
 
 
 def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]) -> dict[str, Any]:

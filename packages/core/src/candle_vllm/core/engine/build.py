@@ -6,11 +6,10 @@ import dataclasses
 import logging
 from types import MappingProxyType
 
-import torch
-
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import use_threads
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, EncoderRunner, ModelRunner
@@ -18,8 +17,9 @@ from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPrepa
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.memory import CachePlan, Room, available_memory, physical_cores, plan_cache
+from candle_vllm.core.memory import CachePlan, Room, available_memory, plan_cache
 from candle_vllm.core.sampling.sampler import Sampler
+from candle_vllm.core.threads import physical_cores
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _build_on_cpu(
         return eager, plan
     from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 
-    torch.set_num_threads(1)  # torch's own pool would take the cores from the kernels' threads
+    use_threads(1)  # torch's own pool would take the cores from the kernels' threads
     limits = StepLimits(
         tokens=budget,
         sequences=sequences,

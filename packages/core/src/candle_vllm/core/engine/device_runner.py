@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
@@ -68,6 +69,7 @@ class DeviceRunner:
     """
 
     overlaps = True
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(
         self,
@@ -138,13 +140,13 @@ class DeviceRunner:
         self._stream.mark().wait()
         return scores[0]
 
-    def hidden(self, rows: Ints) -> torch.Tensor:
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`. Waits for the step."""
         found: list[torch.Tensor] = []
         wanted = Sent(self._stream, rows)
-        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float()))
+        self._stream.run(lambda: found.append(self._hidden[wanted.there()].float().sum(0, dtype=torch.float64)))
         self._stream.mark().wait()
-        return found[0]
+        return found[0].cpu().numpy()
 
     def close(self) -> None:
         """Waits for what was launched, and lets go of caches and graphs."""

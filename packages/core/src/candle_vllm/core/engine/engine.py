@@ -13,7 +13,6 @@ from collections.abc import Sequence as Seq
 from typing import cast
 
 import msgspec
-import torch
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import Live, LiveSequence
@@ -143,7 +142,7 @@ class Engine:
             if any(state.reads_tokens for state in states):
                 pieces += self._land()
             launched = self.runner.draw(states)
-        except torch.AcceleratorError:  # nothing that is on the device can be trusted
+        except self.runner.fatal:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
@@ -163,7 +162,7 @@ class Engine:
             return []
         try:
             drawn = flight.launched.tokens()
-        except torch.AcceleratorError:
+        except self.runner.fatal:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(flight.batch.runs))
@@ -253,7 +252,7 @@ class Engine:
             live.scheduled(now)
             try:
                 live.read_rows(run, offset, self.runner)
-            except torch.AcceleratorError:
+            except self.runner.fatal:
                 raise
             except Exception as error:
                 if not isinstance(error, RequestError):

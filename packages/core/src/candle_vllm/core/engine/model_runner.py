@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.request import PoolingRequest
@@ -34,6 +35,9 @@ class ModelRunner(Protocol):
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before are taken."""
 
+    fatal: tuple[type[Exception], ...]
+    """Errors after which nothing that is on the device can be trusted."""
+
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """Starts the model's part of a step: its keys and values will be in the cache when it is over.
 
@@ -57,11 +61,8 @@ class ModelRunner(Protocol):
         """Logits [len(rows), V] of any rows of the last step; at most `MAX_SCORED_ROWS`. Overwrites earlier logits."""
         ...
 
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """Hidden states [len(rows), E] in fp32 of any rows of the last step, behind the last norm.
-
-        At most `MAX_HIDDEN_ROWS`; in memory of their own.
-        """
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """The sum [E] of the hidden states, in fp32, of any rows of the last step; at most `MAX_HIDDEN_ROWS`."""
         ...
 
     def close(self) -> None:
@@ -88,6 +89,7 @@ class StepwiseRunner(ABC):
     """A `ModelRunner` that has finished what it starts when it returns; the sampler gets its logits."""
 
     overlaps = False
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(self) -> None:
         self._sampler = Sampler()
@@ -118,7 +120,11 @@ class StepwiseRunner(ABC):
 
     @abstractmethod
     def hidden(self, rows: Ints) -> torch.Tensor:
+        """Hidden states [len(rows), E] in fp32 of rows of the last step, behind the last norm."""
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
+        return self.hidden(rows).sum(0, dtype=torch.float64).cpu().numpy()
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """See `ModelRunner`."""
@@ -166,7 +172,7 @@ class EagerRunner(StepwiseRunner):
 
     @torch.inference_mode()
     def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`."""
+        """See `StepwiseRunner`."""
         return self._hidden[torch.from_numpy(rows).to(self.device)].float()
 
 
@@ -205,7 +211,7 @@ class EncoderRunner(StepwiseRunner):
 
     @torch.inference_mode()
     def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`."""
+        """See `StepwiseRunner`."""
         return self._hidden[torch.from_numpy(rows).to(self.device)].float()
 
 

@@ -11,7 +11,7 @@ from array import array
 
 import msgspec
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.live import Live
 from candle_vllm.core.engine.model_runner import MAX_HIDDEN_ROWS, ModelRunner
@@ -43,7 +43,7 @@ class PooledText(Live):
         wanted = self.pooler.wanted(run.start, run.start + run.count)
         for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
             rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)
-            self.pooler.add(runner.hidden(rows))
+            self.pooler.add(runner.hidden_sum(rows), len(rows))
 
     def finish(self) -> TokenOutput:
         """The only piece, once the text's last token has been run.
@@ -67,7 +67,7 @@ class Pooler:
         self.num_positions = num_positions
         self._next = num_positions - 1 if plan.pooling == "last" else 0
         self._end = 1 if plan.pooling == "cls" else num_positions
-        self._sum: torch.Tensor | None = None
+        self._sum: NDArray[np.float64] | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -80,11 +80,10 @@ class Pooler:
         assert not missing or missing.start == self._next, "a position that counts was left out"
         return missing
 
-    def add(self, hidden: torch.Tensor) -> None:
-        """Takes the hidden states [P, E] of the next P positions."""
-        total = hidden.sum(0, dtype=torch.float64).cpu()
+    def add(self, total: NDArray[np.float64], positions: int) -> None:
+        """Takes the sum [E] of the hidden states of the next positions."""
         self._sum = total if self._sum is None else self._sum + total
-        self._next += len(hidden)
+        self._next += positions
 
     def vector(self) -> array[float]:
         """The vector, float32.
@@ -97,19 +96,20 @@ class Pooler:
         pooled = self._sum / (self.num_positions if self.plan.pooling == "mean" else 1)
         pooled = pooled[: self.plan.dimensions]
         if self.plan.normalize:
-            pooled = pooled / pooled.norm().clamp_min(_SMALLEST_NORM)
+            pooled = pooled / max(np.linalg.norm(pooled), _SMALLEST_NORM)
         return as_array(pooled)
 
 
-def as_array(values: torch.Tensor) -> array[float]:
-    """A vector as float32 numbers that need no torch.
+def as_array(values: NDArray[np.float64]) -> array[float]:
+    """A vector as float32 numbers that need no numpy.
 
     Raises:
         CandleVllmError: one of them is not finite.
     """
-    numbers = values.to("cpu", torch.float32)
-    if not bool(numbers.isfinite().all()):
+    with np.errstate(over="ignore"):
+        numbers = values.astype(np.float32)
+    if not np.isfinite(numbers).all():
         raise CandleVllmError("the model gave numbers that are not finite (NaN or infinite): its weights are damaged")
     made = array("f")
-    made.frombytes(numbers.contiguous().numpy().tobytes())
+    made.frombytes(numbers.tobytes())
     return made

@@ -73,7 +73,7 @@ class RecordedRunner(StepwiseRunner):
         return self._with_rows(rows, self._head, self._head_rows)
 
     def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`."""
+        """See `StepwiseRunner`."""
         return self._hidden.rows(rows)
 
     def close(self) -> None:

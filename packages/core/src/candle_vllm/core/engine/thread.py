@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
-from candle_vllm.core.thread_stacks import deep_stacks
+from candle_vllm.core.threads import deep_stacks
 
 logger = logging.getLogger(__name__)
 

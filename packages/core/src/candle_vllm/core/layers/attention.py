@@ -83,6 +83,11 @@ class PagedAttention:
         self.sinks = sinks
         self.cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def scale_cache(self, keys: float, values: float, device: torch.device) -> None:
+        """Gives the layer scales of its own."""
+        k, v = (torch.tensor([scale], dtype=torch.float32, device=device) for scale in (keys, values))
+        self.cache_scales = (k, v)
+
     def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
         caches = (step.key_caches[self.layer], step.value_caches[self.layer])
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}

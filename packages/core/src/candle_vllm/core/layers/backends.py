@@ -9,10 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
+from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -86,10 +88,8 @@ class RecordedBackend:
         from candle_vllm.core.kernels import plain_linear
 
         rows, columns = stored.shape
-        dtype = (
-            torch.bfloat16 if self.kind is None else torch.float32
-        )  # float16 is checked for numbers beyond its range
-        raw = stored.load(dtype).view(torch.uint8).numpy()
+        dtype = "BF16" if self.kind is None else "F32"  # float16 is checked for numbers beyond its range
+        raw = stored.load(dtype).reshape(-1).view(np.uint8)
         return plain_linear.pack(raw, dtype, rows, columns, self.kind, self.memory), why
 
 
@@ -135,7 +135,7 @@ class PlainBackend:
     def numbers(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor of any shape; plain numbers are converted where they go, so that a GPU does it."""
         there = stored.dtype is not None and self.device.type != "cpu"
-        values = stored.load(None if there else self.dtype).to(self.device).to(self.dtype)
+        values = load_tensor(stored, None if there else self.dtype).to(self.device).to(self.dtype)
         check_range(stored, values)
         return values
 
@@ -206,7 +206,7 @@ def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
     Raises:
         UnsupportedModelError: the message names the tensor and the flag.
     """
-    if values.dtype != torch.float16 or stored.dtype == torch.float16:
+    if values.dtype != torch.float16 or stored.dtype == "F16":
         return
     # In pieces, for looking takes half as much memory again.
     if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
@@ -37,7 +35,7 @@ class Embedding:
         softcap: float | None = None,
     ) -> None:
         self.scale, self.logit_scale, self.softcap = scale, logit_scale, softcap
-        self.bias = torch.empty(vocab_size, device=placement.device, dtype=torch.float32) if bias else None
+        self.bias = placement.empty(vocab_size) if bias else None
         self._dtype = placement.dtype
         self.table = Linear(size, vocab_size, placement, kept=False)
 
@@ -48,7 +46,7 @@ class Embedding:
         rows = matrix.take(token_ids, self._dtype)
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 
-    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
+    def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
@@ -56,8 +57,8 @@ class HeadMatrices:
 
         kind, memory = placement.plain_kind, placement.weight_memory
         if stored.dtype is None or _source(stored).dtype is None:
-            dtype = torch.bfloat16 if kind is None else torch.float32  # a narrower kind checks its range
-            raw = stored.load(dtype).view(torch.uint8).numpy()
+            dtype = "BF16" if kind is None else "F32"  # a narrower kind checks its range
+            raw = stored.load(dtype).reshape(-1).view(np.uint8)
         else:
             dtype, raw = stored.dtype, stored.raw()
         heads, outputs, inputs = self.shape

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.parameters import Placement, TensorPart
@@ -20,8 +18,8 @@ class LayerNorm:
 
     def __init__(self, size: int, eps: float, placement: Placement, *, bias: bool = True) -> None:
         self.eps = eps
-        self.weight = torch.empty(size, device=placement.device, dtype=torch.float32)
-        self.bias = torch.empty(size, device=placement.device, dtype=torch.float32) if bias else None
+        self.weight = placement.empty(size)
+        self.bias = placement.empty(size) if bias else None
 
     def __call__(self, x: Value) -> Value:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -45,7 +43,7 @@ class HeadLayerNorm:
 
     def __init__(self, heads: int, size: int, eps: float, placement: Placement, *, rows: bool = False) -> None:
         self.eps = eps
-        self.weight = torch.empty(heads, size, device=placement.device, dtype=torch.float32)
+        self.weight = placement.empty(heads, size)
         self._rows = rows
 
     def __call__(self, x: Value) -> Value:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
 from candle_vllm.core.layers.parameters import Placement, TensorPart
@@ -21,7 +19,7 @@ class RMSNorm:
 
     def __init__(self, size: int, eps: float, placement: Placement) -> None:
         self.eps = eps
-        self.weight = torch.empty(size, device=placement.device, dtype=torch.float32)
+        self.weight = placement.empty(size)
 
     def __call__(self, x: Value) -> Value:
         return rms_norm(x, self.weight, self.eps)

@@ -11,6 +11,7 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.matrices import Piece
+from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.layers.backends import DeviceBackend, PlainBackend, RecordedBackend, check_range
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
 
@@ -49,6 +50,10 @@ class Placement:
         """Matrices keep their types, and steps are recorded."""
         return self.weight_memory is not None
 
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Memory for a tensor that stays plain: norms and biases are fp32."""
+        return torch.empty(shape, device=self.device, dtype=torch.float32)
+
     def backend(self, *, groups: bool = False, floats: bool = False) -> Backend[Packed]:
         """What packs a layer's matrices.
 
@@ -80,7 +85,7 @@ class TensorPart:
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
-        values = stored.load(torch.float32 if self._tensor.device.type == "cpu" else None)
+        values = load_tensor(stored, torch.float32 if self._tensor.device.type == "cpu" else None)
         self._tensor.copy_(values.to(self._tensor.device))
         check_range(stored, self._tensor)
 

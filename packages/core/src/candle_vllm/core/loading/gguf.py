@@ -15,12 +15,10 @@ from __future__ import annotations
 import math
 import re
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
@@ -54,28 +52,6 @@ _NUMBERS = MappingProxyType(
 _SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, rank, one dimension, type, offset
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GgufTensor(FileTensor):
-    """A tensor of a GGUF file.
-
-    Attributes:
-        ggml_type: how its elements are stored.
-    """
-
-    ggml_type: GGMLQuantizationType
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`; a quantised type is computed in float32, and None means float32 for it.
-
-        Raises:
-            UnsupportedModelError: nothing decodes the type.
-        """
-        try:
-            return ggml.dequantize(self.raw(), self.ggml_type, self.shape, dtype or self.dtype or torch.float32)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{self.file.path}: tensor {self.name!r}: {error}") from error
 
 
 class _Header:
@@ -285,7 +261,7 @@ def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...
 
 def _place_tensor(
     header: _Header, name: str, shape: tuple[int, ...], ggml_type: GGMLQuantizationType, data_start: int, offset: int
-) -> GgufTensor:
+) -> FileTensor:
     size, width = ggml.block_layout(ggml_type)
     if shape[-1] % size:
         raise header.error(
@@ -297,8 +273,7 @@ def _place_tensor(
             f"tensor {name!r} takes bytes {start} to {start + nbytes} and would pass the file's end at byte "
             f"{header.file.size}; the file is damaged or its download is incomplete"
         )
-    plain = ggml.PLAIN_TYPES.get(ggml_type)
-    return GgufTensor(name, shape, ggml_type.name, plain, nbytes, header.file, start, ggml_type)
+    return FileTensor(name, shape, ggml_type.name, nbytes, header.file, start)
 
 
 def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
@@ -392,4 +367,4 @@ def _merge(parts: list[GgufFile]) -> dict[str, FileTensor]:
     return tensors
 
 
-__all__ = ["GgufFile", "GgufTensor", "MetadataValue", "open_gguf", "split_names"]
+__all__ = ["GgufFile", "MetadataValue", "open_gguf", "split_names"]

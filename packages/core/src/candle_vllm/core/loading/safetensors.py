@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import msgspec
-import torch
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
-from candle_vllm.core.quantization.tensors import load_plain
+from candle_vllm.core.quantization.plain import ELEMENTS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,28 +27,6 @@ MAX_DIMENSIONS = 16
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = 1024
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
-"""The dtypes that are read; those of less than a byte are not."""
-
 
 class _Entry(msgspec.Struct, frozen=True):
     dtype: str
@@ -61,16 +36,6 @@ class _Entry(msgspec.Struct, frozen=True):
 
 class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SafetensorsTensor(FileTensor):
-    """A tensor of a safetensors file; `dtype` is always set."""
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`."""
-        assert self.dtype is not None
-        return load_plain(self.raw(), self.dtype, self.shape, dtype or self.dtype)
 
 
 def open_safetensors(source: Path | str) -> Checkpoint:
@@ -191,13 +156,13 @@ def _decode_header(path: Path, header: bytes) -> tuple[dict[str, _Entry], dict[s
     return entries, notes or {}
 
 
-def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -> SafetensorsTensor:
+def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -> FileTensor:
     what = f"{file.path}: tensor {name!r:.200}"
     if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
         raise InvalidFileError(f"{what} has a name of {len(name)} characters, allowed are 1 to {MAX_NAME_BYTES} bytes")
-    dtype = DTYPES.get(entry.dtype)
+    dtype = ELEMENTS.get(entry.dtype)
     if dtype is None:
-        raise UnsupportedModelError(f"{what} has the dtype {entry.dtype!r:.60}; read are {', '.join(DTYPES)}")
+        raise UnsupportedModelError(f"{what} has the dtype {entry.dtype!r:.60}; read are {', '.join(ELEMENTS)}")
     too_many = len(entry.shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in entry.shape) > MAX_ELEMENTS
     if too_many or min(entry.shape, default=0) < 0:
         raise InvalidFileError(
@@ -215,7 +180,7 @@ def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -
             f"{what} has the shape {entry.shape} of {entry.dtype}, which takes {math.prod(entry.shape)} x "
             f"{dtype.itemsize} bytes, but the data offsets {begin} to {end}"
         )
-    return SafetensorsTensor(name, tuple(entry.shape), entry.dtype, dtype, end - begin, file, data_start + begin)
+    return FileTensor(name, tuple(entry.shape), entry.dtype, end - begin, file, data_start + begin)
 
 
 def _check_coverage(file: MappedFile, data_start: int, tensors: Mapping[str, FileTensor]) -> None:

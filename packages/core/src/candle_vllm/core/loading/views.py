@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
@@ -29,13 +29,13 @@ class Spare(Viewed):
     def raw(self) -> np.ndarray:
         return self.source.raw()
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+    def load(self, dtype: str | None = "F32") -> np.ndarray:
         return self.source.load(dtype)
 
 
 def spare(stored: StoredTensor) -> Spare:
     """Marks a tensor as one that adds nothing."""
-    return Spare(stored.name, stored.shape, stored.type_name, stored.dtype, stored.nbytes, stored)
+    return Spare(stored.name, stored.shape, stored.type_name, stored.nbytes, stored)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -115,29 +115,36 @@ def half_split(heads: str) -> View:
 class _Computed(Viewed):
     """Plain numbers that a function makes of another tensor's."""
 
-    compute: Callable[[torch.Tensor], torch.Tensor]
+    compute: Callable[[np.ndarray], np.ndarray]
 
     def raw(self) -> np.ndarray:
-        data = self.load(None).reshape(max(1, math.prod(self.shape[:-1])), -1)
-        return data.view(torch.uint8).numpy()
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        made = self.compute(self.source.load(self.dtype))
+        made = self.compute(self.source.load(self.type_name))
         assert made.shape == self.shape
-        return made.to(dtype or self.dtype).contiguous()
+        return np.ascontiguousarray(made).view(np.uint8).reshape(max(1, math.prod(self.shape[:-1])), -1)
 
 
-def computed(stored: StoredTensor, shape: tuple[int, ...], compute: Callable[[torch.Tensor], torch.Tensor]) -> Viewed:
-    """A tensor of `shape` that `compute` makes; of a quantised one the decoded numbers, in fp32."""
-    dtype, name = (torch.float32, "F32") if stored.dtype is None else (stored.dtype, stored.type_name)
-    return _Computed(stored.name, shape, name, dtype, math.prod(shape) * dtype.itemsize, stored, compute)
+def computed(
+    stored: StoredTensor,
+    shape: tuple[int, ...],
+    compute: Callable[[np.ndarray], np.ndarray],
+    type_name: str | None = None,
+) -> Viewed:
+    """A tensor that `compute` makes of the stored numbers, which are given to it as `StoredTensor.load` has them.
+
+    Args:
+        stored: the numbers; quantised ones are decoded.
+        shape: of the result.
+        compute: changes no number's type.
+        type_name: of the numbers; None keeps the stored one, F32 for a quantised tensor.
+    """
+    name = type_name or stored.dtype or "F32"
+    return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
 
 
 def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
     """Numbers plus 1, in fp32: norms that Hugging Face stores as the distance from 1 (Gemma)."""
     del config
-    wide = computed(stored, stored.shape, lambda values: values.float() + 1)
-    return dataclasses.replace(wide, dtype=torch.float32, type_name="F32", nbytes=4 * stored.numel)
+    return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
 
 def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -148,7 +155,7 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
     if stored.dtype is None:
         raise UnsupportedModelError(f"{stored.path}: {stored.type_name} tensor {stored.name} cannot be transposed")
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
-    return computed(stored, shape, lambda values: values.transpose(-1, -2))
+    return computed(stored, shape, lambda values: values.swapaxes(-1, -2))
 
 
 def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -156,7 +163,7 @@ def as_row(stored: StoredTensor, config: Any) -> StoredTensor:
     del config
     if len(stored.shape) != 1:
         return stored
-    return computed(stored, (1, *stored.shape), lambda values: values.unsqueeze(0))
+    return computed(stored, (1, *stored.shape), lambda values: values[None])
 
 
 def chain(*views: View) -> View:

@@ -18,6 +18,7 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import Spare, View, entry
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.threads import LOADING_THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,8 @@ def load_weights(
 
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # one dequantises while the other copies
+    # One dequantises while the other copies.
+    with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(LOADING_THREADS.get(),)) as pool:
         for (stored, _, path), why in zip(jobs, pool.map(run, jobs)):
             progress(stored.nbytes)
             if why is not None:

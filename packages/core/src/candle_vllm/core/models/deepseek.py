@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
@@ -129,8 +128,8 @@ def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
     if stored.shape != (sizes.heads * each, sizes.latent):
         return stored
 
-    def keys(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.view(sizes.heads, each, sizes.latent)[:, : sizes.nope].transpose(1, 2)
+    def keys(matrix: np.ndarray) -> np.ndarray:
+        return matrix.reshape(sizes.heads, each, sizes.latent)[:, : sizes.nope].swapaxes(1, 2)
 
     return computed(stored, (sizes.heads, sizes.latent, sizes.nope), keys)
 
@@ -142,8 +141,8 @@ def _value_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTenso
     if stored.shape != (sizes.heads * each, sizes.latent):
         return stored
 
-    def values(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.view(sizes.heads, each, sizes.latent)[:, sizes.nope :]
+    def values(matrix: np.ndarray) -> np.ndarray:
+        return matrix.reshape(sizes.heads, each, sizes.latent)[:, sizes.nope :]
 
     return computed(stored, (sizes.heads, sizes.value, sizes.latent), values)
 

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
@@ -33,7 +31,7 @@ class Decoder(Protocol):
         """Token ids [T] to hidden states [T, E]."""
         ...
 
-    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
+    def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Hidden states [T, E] to scores [T, V] in fp32; into `out` where it is given."""
         ...
 
@@ -43,13 +41,11 @@ class Encoder(Protocol):
 
     config: EncoderConfig
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor, lengths: Sequence[int]
-    ) -> torch.Tensor:
+    def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Token ids [T] of texts behind each other to hidden states [T, E] in fp32."""
         ...
 
-    def scores(self, first: torch.Tensor) -> torch.Tensor:
+    def scores(self, first: Value) -> Value:
         """Hidden states [R, E] of the texts' first tokens to scores [R] in fp32; of a cross-encoder."""
         ...
 

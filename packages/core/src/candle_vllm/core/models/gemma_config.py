@@ -6,15 +6,14 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
-
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.quantization.plain import rounded
 
-_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, whose scale of scores is another and is not in GGUF files."""
 
@@ -87,11 +86,10 @@ def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
     if not scalar > 0:
         raise InvalidFileError(f"{fields.path}: query_pre_attn_scalar is {scalar}; it must be above 0")
     stored = fields.get("dtype", str, fields.get("torch_dtype", str, "float32"))
-    factor = torch.tensor(math.sqrt(shared["hidden_size"]), dtype=_ROUNDED.get(stored, torch.float64))
     return shared | {
         "head_dim": fields.count("head_dim"),
         "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
-        "embedding_scale": factor.item(),
+        "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), _ROUNDED.get(stored, "F64")),
         "query_scale": scalar**-0.5,
         "final_softcap": fields.get("final_logit_softcapping", float, None),
         "attention_bias": fields.get("attention_bias", bool, False),

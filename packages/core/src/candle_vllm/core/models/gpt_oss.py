@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
@@ -110,7 +108,7 @@ class Attention:
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.attention_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.attention_bias)
-        sinks, window = torch.empty(heads, device=placement.device), config.sliding_windows[layer]
+        sinks, window = placement.empty(heads), config.sliding_windows[layer]
         self.attend = PagedAttention(layer, dim, rotary, window=window, sinks=sinks)
 
     def __call__(self, x: Value, step: StepInput) -> Value:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
@@ -41,6 +39,6 @@ class DecoderStack:
             x, residual = layer(x, residual, step)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Value, out: torch.Tensor | None = None) -> Value:
+    def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32."""
         return (self.embed if self.head is None else self.head).logits(hidden, out)

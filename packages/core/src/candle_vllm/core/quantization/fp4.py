@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
@@ -52,7 +51,7 @@ class Mxfp4Source(CodeSource):
         exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
         scales = np.ldexp(np.float32(1), exponents - 128).astype(np.float32)
         scales[exponents == 255] = np.nan
-        return GroupCodes(_codes(packed), scales, None, 5, torch.float32)
+        return GroupCodes(_codes(packed), scales, None, 5, "F32")
 
 
 class Nvfp4Source(FloatSource):
@@ -80,10 +79,7 @@ class Nvfp4Source(FloatSource):
 
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `Source.decode`: the two scales meet first, as the format says."""
-        dtype = self._scales.dtype
-        assert dtype is not None
-        stored = torch.from_numpy(self._scales.raw()[first:last].copy())
-        scales = stored.view(dtype).to(torch.float32).numpy()
+        scales = self._scales.rows(first, last).load()
         whole = scale_numbers(self._whole).reshape(-1)[0]
         with np.errstate(all="ignore"):  # a scale of 0 or NaN is the file's business, and no reason to warn
             scales = scales / whole if self._divided else scales * whole

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
-import torch
 
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import FLOATS, FloatSource, Parts, QuantisedTensor, floats
@@ -48,7 +47,7 @@ class Fp8Source(FloatSource):
 
 def scale_numbers(part: StoredTensor) -> np.ndarray:
     """Stored scales as float32, whole."""
-    return part.load(torch.float32).numpy() if part.type_name.startswith("F8") else floats(part)
+    return part.load() if part.type_name.startswith("F8") else floats(part)
 
 
 def fp8_tensor(parts: Parts, block: tuple[int, int] | None) -> QuantisedTensor:

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.quantization.tensors import convert, load_plain
+from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
+from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
 """Elements per round: what a round touches stays in the cache."""
@@ -28,18 +28,7 @@ CHUNK = 1 << 18
 THREAD_ELEMENTS = 1 << 19
 """Elements that are worth a thread of their own."""
 
-PLAIN_TYPES: Mapping[GGMLQuantizationType, torch.dtype] = MappingProxyType(
-    {
-        GGMLQuantizationType.F32: torch.float32,
-        GGMLQuantizationType.F16: torch.float16,
-        GGMLQuantizationType.BF16: torch.bfloat16,
-        GGMLQuantizationType.F64: torch.float64,
-        GGMLQuantizationType.I8: torch.int8,
-        GGMLQuantizationType.I16: torch.int16,
-        GGMLQuantizationType.I32: torch.int32,
-        GGMLQuantizationType.I64: torch.int64,
-    }
-)
+PLAIN_TYPES = frozenset(kind for kind in GGMLQuantizationType if kind.name in ELEMENTS)
 """Types whose elements are stored one by one."""
 
 
@@ -53,8 +42,8 @@ def block_layout(ggml_type: GGMLQuantizationType) -> tuple[int, int]:
 
 
 def dequantize(
-    raw: np.ndarray, ggml_type: GGMLQuantizationType, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+    raw: np.ndarray, ggml_type: GGMLQuantizationType, shape: tuple[int, ...], wanted: str = "F32"
+) -> np.ndarray:
     """Decodes a tensor.
 
     Peak memory is the result and a few MB of scratch.
@@ -63,45 +52,46 @@ def dequantize(
         raw: its bytes, uint8, contiguous; any shape, need not be aligned.
         ggml_type: how they are stored.
         shape: torch order; the innermost dimension is a whole number of blocks.
-        dtype: of the result; float32 is exact, a narrower one is rounded from it.
+        wanted: the result's type, see `plain.ELEMENTS`; F32 is exact, a narrower one is rounded from it.
 
     Raises:
         UnsupportedModelError: nothing decodes this type.
     """
-    plain = PLAIN_TYPES.get(ggml_type)
-    if plain is not None:
-        return load_plain(raw, plain, shape, dtype)
+    if ggml_type in PLAIN_TYPES:
+        return read_plain(raw, ggml_type.name, shape, wanted)
     decode = _DECODERS.get(ggml_type) or _library_decoder(ggml_type)
     size, width = block_layout(ggml_type)
-    out = torch.empty(shape, dtype=dtype)
-    blocks, values = raw.reshape(-1, width), out.view(-1, size)
+    out = np.empty(shape, ELEMENTS[wanted])
+    blocks, values = raw.reshape(-1, width), out.reshape(-1, size)
     assert len(blocks) == len(values), (blocks.shape, shape)
 
-    workers = min(torch.get_num_threads(), out.numel() // THREAD_ELEMENTS)
+    workers = min(loading_threads(), out.size // THREAD_ELEMENTS)
     if workers < 2:
-        _decode_blocks(decode, blocks, values)
+        _decode_blocks(decode, blocks, values, wanted)
         return out
     share = -(-len(blocks) // workers)
     starts = range(0, len(blocks), share)
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_decode_blocks, decode, blocks[at : at + share], values[at : at + share]) for at in starts]
+        jobs = [
+            pool.submit(_decode_blocks, decode, blocks[at : at + share], values[at : at + share], wanted)
+            for at in starts
+        ]
     for job in jobs:
         job.result()
     return out
 
 
-def _decode_blocks(decode: Decoder, blocks: np.ndarray, values: torch.Tensor) -> None:
-    """Decodes blocks uint8 [N, bytes per block] into values [N, elements per block] of any dtype, chunk by chunk."""
+def _decode_blocks(decode: Decoder, blocks: np.ndarray, values: np.ndarray, wanted: str) -> None:
+    """Decodes blocks uint8 [N, bytes per block] into values [N, elements per block] of any type, chunk by chunk."""
     step = min(CHUNK // values.shape[1], len(blocks))
-    exact = values.dtype == torch.float32
-    scratch = None if exact else torch.empty(step, values.shape[1])
+    scratch = None if wanted == "F32" else np.empty((step, values.shape[1]), np.float32)
     for first in range(0, len(blocks), step):
         part = values[first : first + step]
         floats = part if scratch is None else scratch[: len(part)]
         with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
-            decode(blocks[first : first + step], floats.numpy())
+            decode(blocks[first : first + step], floats)
         if scratch is not None:
-            convert(floats.view(-1), part.view(-1))
+            convert(floats.reshape(-1), "F32", part.reshape(-1), wanted)
 
 
 def check_decodable(ggml_type: GGMLQuantizationType) -> None:

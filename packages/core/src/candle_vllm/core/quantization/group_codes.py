@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 BLOCK = 32
@@ -41,7 +40,7 @@ class GroupCodes:
         scales: float32 [R, G].
         zeros: the codes of weight 0, int32 [R, G]; None for the middle, 2^(bits - 1).
         bits: 4, 5 or 8.
-        scale_dtype: the type that the scales are stored in.
+        scale_dtype: the type that the scales are stored in, one of `plain.ELEMENTS`.
         group_of: the group of each column, int64 [K]; None for G groups of K / G neighbours.
     """
 
@@ -49,7 +48,7 @@ class GroupCodes:
     scales: np.ndarray
     zeros: np.ndarray | None
     bits: int
-    scale_dtype: torch.dtype
+    scale_dtype: str
     group_of: np.ndarray | None = None
 
     @property

@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 
 from candle_vllm.core.quantization.group_codes import nibbles
+from candle_vllm.core.quantization.plain import read_plain
 
 Floats: TypeAlias = Literal["e4m3", "e5m2", "e2m1"]
 """What codes are: floats of 8 bits, or of 4 with a scale e4m3 for each group."""
@@ -24,8 +24,8 @@ Floats: TypeAlias = Literal["e4m3", "e5m2", "e2m1"]
 GROUP = 16
 """Weights of e2m1 that share a scale of 8 bits."""
 
-FLOAT_DTYPES = MappingProxyType({"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2})
-"""Torch's types of floats of 8 bits."""
+FLOAT_NAMES = MappingProxyType({"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"})
+"""Floats of 8 bits among `plain.ELEMENTS`."""
 
 _LARGEST = MappingProxyType({"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6 * 448.0})
 
@@ -100,4 +100,4 @@ class ScaledCodes:
 
 def _widened(codes: np.ndarray, numbers: Literal["e4m3", "e5m2"]) -> np.ndarray:
     """Bits of floats as float32, in memory of their own."""
-    return torch.from_numpy(codes.copy()).view(FLOAT_DTYPES[numbers]).to(torch.float32).numpy()
+    return read_plain(np.ascontiguousarray(codes), FLOAT_NAMES[numbers], codes.shape, "F32")

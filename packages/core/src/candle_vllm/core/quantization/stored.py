@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+from candle_vllm.core.quantization.plain import ELEMENTS, convert
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
+from candle_vllm.core.threads import loading_threads
 
 Found = TypeVar("Found", np.ndarray, GroupCodes, ScaledCodes)
 
@@ -188,15 +189,16 @@ class QuantisedTensor(StoredTensor):
         source = self.source.columns(first, last)
         return dataclasses.replace(self, shape=(*self.shape[:-1], last - first), nbytes=nbytes, source=source)
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """See `StoredTensor.load`; None means float32. Float32 is exact, a narrower type is rounded from it."""
-        out = torch.empty(self._rows, self.shape[-1], dtype=dtype or torch.float32)
+    def load(self, dtype: str | None = "F32") -> np.ndarray:
+        """See `StoredTensor.load`."""
+        wanted = dtype or "F32"
+        out = np.empty((self._rows, self.shape[-1]), ELEMENTS[wanted])
 
         def job(first: int, last: int) -> None:
-            out[first:last] = torch.from_numpy(self._run(self.source.decode, first, last))
+            convert(self._run(self.source.decode, first, last).reshape(-1), "F32", out[first:last].reshape(-1), wanted)
 
         self._in_chunks(job)
-        return out.view(self.shape)
+        return out.reshape(self.shape)
 
     def raw(self) -> np.ndarray:
         """The rows in blocks of the ggml type that `blocks` says, their columns in the order of the weights.
@@ -274,7 +276,7 @@ class QuantisedTensor(StoredTensor):
         step = max(1, CHUNK // max(1, self.shape[-1]))
         step = -(-step // self.source.align) * self.source.align
         starts = range(0, self._rows, step)
-        with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
+        with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
             jobs = [pool.submit(job, first, min(first + step, self._rows)) for first in starts]
         for running in jobs:
             running.result()
@@ -328,7 +330,7 @@ class Parts:
         """The logical tensor of the parts that were taken."""
         source.parts = tuple(self.taken)
         nbytes = sum(part.nbytes for part in self.taken)
-        return QuantisedTensor(name or f"{self.layer}.weight", shape, type_name, None, nbytes, source)
+        return QuantisedTensor(name or f"{self.layer}.weight", shape, type_name, nbytes, source)
 
 
 def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:

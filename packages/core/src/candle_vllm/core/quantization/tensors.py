@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 
 Packed = TypeVar("Packed", covariant=True)
-
-COPY_CHUNK = 1 << 18
-"""Elements that are converted at a time: the scratch stays in the cache, and small beside the result."""
-
-SERIAL_ELEMENTS = 1 << 15
-"""Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
 
 
 class Backend(Protocol[Packed]):
@@ -62,16 +57,19 @@ class StoredTensor(ABC):
     Attributes:
         name: as the file has it, or the name under which a family's table looks for it.
         shape: torch order, outermost first: a linear weight is [out, in]. () for a single number.
-        type_name: how it is stored: "Q4_1", "F32", "BF16", "F16", "I8", ...
-        dtype: the torch dtype of the stored elements; None for a type stored in quantised blocks or codes.
+        type_name: how it is stored: "Q4_1", "F32", "BF16", "F16", "I8", ..., see `dtype`.
         nbytes: bytes that are stored for it.
     """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
-    dtype: torch.dtype | None
     nbytes: int
+
+    @property
+    def dtype(self) -> str | None:
+        """The type of elements that are stored one by one, one of `ELEMENTS`; None for quantised blocks or codes."""
+        return self.type_name if self.type_name in ELEMENTS else None
 
     @property
     def numel(self) -> int:
@@ -90,9 +88,22 @@ class StoredTensor(ABC):
         A row is one run along the innermost dimension; the outer dimensions are flattened.
         """
 
-    @abstractmethod
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        """The values in `dtype`, contiguous, in memory of their own; None keeps the stored dtype."""
+    def load(self, dtype: str | None = "F32") -> np.ndarray:
+        """The values, contiguous, in memory of their own.
+
+        Args:
+            dtype: their type, one of `ELEMENTS`; None keeps that of elements that are stored one by one. Others are
+                computed in float32, and rounded where a narrower type is asked for.
+
+        Raises:
+            UnsupportedModelError: nothing decodes the stored type.
+        """
+        if self.dtype is not None:
+            return read_plain(self.raw(), self.dtype, self.shape, dtype or self.dtype)
+        try:
+            return ggml.dequantize(self.raw(), GGMLQuantizationType[self.type_name], self.shape, dtype or "F32")
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.path}: tensor {self.name!r}: {error}") from error
 
     @property
     def column_step(self) -> int:
@@ -113,14 +124,14 @@ class StoredTensor(ABC):
     def _unit(self) -> tuple[int, int]:
         """Numbers that are stored together, and their bytes."""
         if self.dtype is not None:
-            return 1, self.dtype.itemsize
+            return 1, ELEMENTS[self.dtype].itemsize
         return GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
 
     def select(self, order: np.ndarray) -> StoredTensor:
         """Entries of the outermost dimension by their numbers, int64 [R']."""
         nbytes = self.nbytes // max(1, self.shape[0]) * len(order)
         shape = (len(order), *self.shape[1:])
-        return _Rows(self.name, shape, self.type_name, self.dtype, nbytes, self, order)
+        return _Rows(self.name, shape, self.type_name, nbytes, self, order)
 
     def rows(self, first: int, last: int) -> StoredTensor:
         """Entries `first` to `last` - 1 of the outermost dimension.
@@ -140,7 +151,7 @@ class StoredTensor(ABC):
         self._check_columns(first, last)
         nbytes = self.nbytes * (last - first) // self.shape[-1]
         shape = (*self.shape[:-1], last - first)
-        return _Columns(self.name, shape, self.type_name, self.dtype, nbytes, self, first)
+        return _Columns(self.name, shape, self.type_name, nbytes, self, first)
 
     def _check_cut(self, what: str, first: int, last: int, size: tuple[int, ...]) -> None:
         if not size or not 0 <= first < last <= size[0]:
@@ -186,9 +197,6 @@ class Viewed(StoredTensor):
     @abstractmethod
     def raw(self) -> np.ndarray: ...
 
-    @abstractmethod
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor: ...
-
     def release(self) -> None:
         """See `StoredTensor.release`; what other views of the same tensor still need is read again."""
         self.source.release()
@@ -204,9 +212,6 @@ class _Rows(Viewed):
         data = self.source.raw()
         return data.reshape(self.source.shape[0], -1)[self.index].reshape(max(1, math.prod(self.shape[:-1])), -1)
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        return self.source.load(dtype)[torch.from_numpy(self.index)].reshape(self.shape)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns(Viewed):
@@ -218,40 +223,3 @@ class _Columns(Viewed):
         size, width = self._unit
         start, stop = (column // size * width for column in (self.first, self.first + self.shape[-1]))
         return np.ascontiguousarray(self.source.raw()[:, start:stop])
-
-    def load(self, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-        return self.source.load(dtype)[..., self.first : self.first + self.shape[-1]].contiguous()
-
-
-def load_plain(raw: np.ndarray, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Copies unquantised elements out of a file, converting them where the dtypes differ.
-
-    Args:
-        raw: the bytes, uint8, contiguous; need not be aligned.
-        stored: dtype of the elements in the file.
-        shape: of the result.
-        dtype: of the result; a narrower one rounds as torch does.
-    """
-    out = torch.empty(shape, dtype=dtype)
-    flat, data = out.view(-1), raw.reshape(-1)
-    if dtype == stored:
-        flat.view(torch.uint8).numpy()[:] = data
-        return out
-    scratch = torch.empty(min(COPY_CHUNK, flat.numel()), dtype=stored)
-    scratch_bytes = scratch.view(torch.uint8).numpy()
-    for first in range(0, flat.numel(), COPY_CHUNK):
-        part = flat[first : first + COPY_CHUNK]
-        count, start = part.numel() * stored.itemsize, first * stored.itemsize
-        scratch_bytes[:count] = data[start : start + count]
-        convert(scratch[: part.numel()], part)
-    return out
-
-
-def convert(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies a flat tensor into one of another dtype, on the calling thread alone.
-
-    In pieces so small that torch does not share them among threads: meeting at a barrier each time costs more than
-    it gains, on a busy machine a hundred times as much.
-    """
-    for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
-        part.copy_(piece)

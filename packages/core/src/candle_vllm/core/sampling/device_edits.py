@@ -1,4 +1,4 @@
-"""What a batch's states ask to be done to its logits, as tensors for a GPU's kernels (step 7 of ten).
+"""What a batch's states ask to be done to its logits (step 7 of ten): tensors for a GPU's kernels, or at once in torch.
 
 Bias and forbidden tokens are short lists, made anew for each step. Allowed tokens, and those that a grammar leaves, are
 a bit for each of the vocabulary.
@@ -126,3 +126,94 @@ def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[n
     for row, (ids, values) in enumerate(rows):
         all_ids[row, : len(ids)], all_values[row, : len(ids)] = ids, values
     return all_ids, all_values
+
+
+# ---- at once ---------------------------------------------------------------------------------------------------------
+# Entries are addressed by their place in the flattened [R * V]; N entries over all rows.
+
+_INF = float("inf")
+
+
+def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
+    """[V] whether each token is allowed."""
+    return np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
+
+
+def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
+    """As `apply_processors`, on any device: rows and ids are gathered over the batch."""
+    masked = [row for row, state in enumerate(states) if state.masks_tokens]
+    if masked:
+        broken = ~(logits[masked].amax(1) < _INF)
+        _mask(logits, states, masked)
+        logits[masked, 0] = torch.where(broken, float("nan"), logits[masked, 0])
+    biased = [row for row, state in enumerate(states) if len(state.bias_ids)]
+    if biased:
+        places = _places(logits, biased, [states[row].bias_ids for row in biased])
+        values = torch.from_numpy(np.concatenate([states[row].bias_values for row in biased])).to(logits.device)
+        logits.view(-1)[places] += values
+    counted = [row for row, state in enumerate(states) if state.counts is not None]
+    if counted:
+        _penalise(logits, states, counted)
+
+
+def _mask(logits: torch.Tensor, states: Sequence[SamplingState], rows: list[int]) -> None:
+    flat = logits.view(-1)
+    for row in rows:
+        if states[row].grammar is not None and (bits := states[row].mask_bits()) is not None:
+            flags = torch.from_numpy(mask_flags(bits, logits.shape[1])).to(logits.device)
+            logits[row].masked_fill_(~flags, -_INF)
+    allowed = [(row, ids) for row in rows if (ids := states[row].allowed) is not None]
+    if allowed:
+        places = _places(logits, [row for row, _ in allowed], [ids for _, ids in allowed])
+        kept = flat[places]
+        logits[[row for row, _ in allowed]] = -_INF
+        flat[places] = kept
+    forbidden = [states[row].forbidden_ids() for row in rows]
+    if any(map(len, forbidden)):
+        flat[_places(logits, rows, forbidden)] = -_INF
+
+
+def _penalise(logits: torch.Tensor, states: Sequence[SamplingState], rows: list[int]) -> None:
+    counts = [tracked for row in rows if (tracked := states[row].counts) is not None]
+    lengths = [len(tracked.ids) for tracked in counts]
+    places = _places(logits, rows, [tracked.ids for tracked in counts])
+    if not len(places):
+        return
+    params = [states[row].params for row in rows]
+    table = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params])
+    per_entry = torch.from_numpy(np.repeat(table, lengths, axis=0)).to(logits.device)
+    occurrences = torch.from_numpy(np.concatenate([tracked.counts for tracked in counts])).to(logits.device)
+    flat = logits.view(-1)
+    flat[places] = penalised(flat[places], occurrences, *per_entry.unbind(1))
+
+
+def penalised(
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> torch.Tensor:
+    """Logits of seen tokens after the three penalties.
+
+    Args:
+        logits: [N] float32, of tokens in the prompt or the output.
+        counts: [N] float32, occurrences in the output; 0 for a token of the prompt only.
+        repetition: [N] float64 above 0: divides positive logits, multiplies the others (Keskar et al., CTRL, 2019).
+        frequency: [N] float64, subtracted per occurrence.
+        presence: [N] float64, subtracted once where `counts` is above 0.
+
+    Returns:
+        [N] float32. The arithmetic is float64. A finite logit stays below +inf, because a repetition penalty close
+        to 0 would make it the only candidate of a row that is then undefined; -inf stays -inf.
+    """
+    wide = logits.double()
+    scaled = torch.where(wide > 0, wide / repetition, wide * repetition)
+    result = scaled - frequency * counts - presence * (counts > 0)
+    return torch.where(wide < _INF, result.clamp(max=torch.finfo(torch.float32).max), wide).float()
+
+
+def _places(logits: torch.Tensor, rows: Sequence[int], ids: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+    """[N] int64: where the entries (row, id) stand in the flattened logits."""
+    starts = np.repeat(np.array(rows, np.int64) * logits.shape[1], [len(part) for part in ids])
+    return torch.from_numpy(starts + np.concatenate(ids)).to(logits.device)

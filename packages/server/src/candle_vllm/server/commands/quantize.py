@@ -8,11 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.memory import physical_cores
+from candle_vllm.core.threads import LOADING_THREADS
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
@@ -29,7 +27,7 @@ def quantize(
     if out is None:
         raise UsageError("--out FILE.gguf is missing: it names the file to write")
     changes = {"dtype": dtype} if dtype is not None else {}
-    torch.set_num_threads(threads or settings.threads or physical_cores())
+    LOADING_THREADS.set(threads or settings.threads)
     with progress_bar("writing") as progress:
         written = write_gguf(engine_config(settings, **changes), out, overwrite=force, progress=progress)
     types = ", ".join(f"{kind} x {count}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1]))

@@ -24,8 +24,6 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
 
 if TYPE_CHECKING:
-    import torch
-
     from candle_vllm.core import EngineConfig
 
 MIB = 1 << 20
@@ -123,14 +121,13 @@ def remote_engine(config: EngineConfig) -> ServedEngine:
 
 def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     """Raises what can be known of a model before room is made for it, without reading its weights."""
-    import torch
-
     from candle_vllm.core.assembly.opening import model_files, open_model
-    from candle_vllm.core.devices import choose_device
+    from candle_vllm.core.devices import CPU, choose_device
+    from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     files = model_files(config)
-    with open_model(files, torch.device("cpu")).checkpoint:
+    with open_model(files, CPU).checkpoint:
         pass
     if not beside:
         return
@@ -138,23 +135,12 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     need = weights + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE)
     device = choose_device(config.device)
     on_gpu = device.type == "cuda"  # where caches take their memory at once
-    most = _free(device) + sum(each.memory if on_gpu else each.engine.model_info.weight_bytes for each in beside)
+    most = free_memory(device) + sum(each.memory if on_gpu else each.engine.model_info.weight_bytes for each in beside)
     if need > most:
         raise ConfigError(
             f"{settings.model} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model: "
             "take a smaller --mem, or a model with fewer bits"
         )
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    from candle_vllm.core.memory import available_memory
-
-    if device.type == "cpu":
-        return available_memory()
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:
@@ -168,12 +154,13 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     """
     from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.devices import choose_device
+    from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     device = choose_device(config.device)
     weights = sum(path.stat().st_size for path in model_files(config).weights)
     promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
-    free = _free(device) - promised
+    free = free_memory(device) - promised
     cache = config.kv_cache_memory or LEAST_CACHE
     need = weights + WORKSPACE + cache
     if need > free:

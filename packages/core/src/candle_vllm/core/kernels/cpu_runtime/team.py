@@ -34,7 +34,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     sem_wait,
     store_release,
 )
-from candle_vllm.core.thread_stacks import deep_stacks
+from candle_vllm.core.threads import deep_stacks
 
 logger = logging.getLogger(__name__)
 

@@ -80,7 +80,7 @@ def pack(
         if kind.name == ggml_type.name:
             parts = take_apart(_on_device(part, device), kind)
         else:
-            parts = from_floats(ggml.dequantize(part, ggml_type, (len(part), columns)).to(device))
+            parts = from_floats(torch.from_numpy(ggml.dequantize(part, ggml_type, (len(part), columns))).to(device))
         _store(parts, planes, found, slice(first, first + step))
     return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import PART, WORDS, GroupMatrix
+from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
@@ -60,12 +61,12 @@ def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | N
         order = np.argsort(found.group_of, kind="stable")
         codes = codes[:, order]
     group = found.columns // groups
-    if found.bits not in (4, 8) or found.scale_dtype not in (torch.float16, torch.bfloat16):
+    if found.bits not in (4, 8) or found.scale_dtype not in ("F16", "BF16"):
         return None
     if group != found.columns and group % PART:
         return None
     scales, zeros = (
-        owned(found.scales).to(found.scale_dtype),
+        owned(found.scales).to(DTYPES[found.scale_dtype]),
         None if found.zeros is None else owned(found.zeros),
     )
     matrix = pack(owned(codes), scales, zeros, found.bits, device)

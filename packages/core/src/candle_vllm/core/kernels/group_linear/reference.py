@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.group_linear.layout import GroupMatrix
-from candle_vllm.core.quantization.scaled_codes import E2M1, FLOAT_DTYPES, GROUP
+from candle_vllm.core.kernels.torch_numbers import DTYPES
+from candle_vllm.core.quantization.scaled_codes import E2M1, FLOAT_NAMES, GROUP
 
 
 def linear(
@@ -36,7 +37,7 @@ def dequantise(matrix: GroupMatrix) -> torch.Tensor:
 def _floats(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
     """Codes [N, K] as the floats that they are, those of e2m1 times their inner scale."""
     if matrix.inner is None:
-        return codes.to(torch.uint8).view(FLOAT_DTYPES[matrix.numbers]).float()
+        return codes.to(torch.uint8).view(DTYPES[FLOAT_NAMES[matrix.numbers]]).float()
     values = torch.tensor(E2M1, device=codes.device)[codes.long()]
     inner = matrix.inner.transpose(0, 1).reshape(matrix.rows, -1).contiguous()
     shared = inner.view(torch.uint8).view(torch.float8_e4m3fn).float()

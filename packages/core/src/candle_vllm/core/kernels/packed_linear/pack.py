@@ -10,7 +10,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -26,6 +25,7 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 from candle_vllm.core.kernels.packed_linear.split import Parts, from_floats, split
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
+from candle_vllm.core.threads import loading_threads
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ def pack(
         if kind.name == ggml_type.name:
             found = split(parts, kind)
         else:
-            found = from_floats(ggml.dequantize(parts, ggml_type, (len(parts), columns)).numpy())
+            found = from_floats(ggml.dequantize(parts, ggml_type, (len(parts), columns)))
         _store(found, layout, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), tiles // step))) as pool:
+    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
         jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
         for running in jobs:
             running.result()

@@ -14,22 +14,22 @@ import torch
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
-from candle_vllm.core.quantization.tensors import load_plain
+from candle_vllm.core.kernels.torch_numbers import load_plain
+from candle_vllm.core.quantization.plain import ELEMENTS
+from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""
 
-_KINDS = {kind.dtype: kind for kind in PlainKind}
 
-
-def plain_kind(stored: torch.dtype) -> PlainKind:
+def plain_kind(stored: str) -> PlainKind:
     """The kind that keeps the numbers of a stored type: its own, or F32 for a type without one (F64 is rounded)."""
-    return _KINDS.get(stored, PlainKind.F32)
+    return PlainKind.__members__.get(stored, PlainKind.F32)
 
 
 def pack(
     raw: np.ndarray,
-    stored: torch.dtype,
+    stored: str,
     rows: int,
     columns: int,
     kind: PlainKind | None = None,
@@ -39,7 +39,7 @@ def pack(
 
     Args:
         raw: the numbers' bytes, uint8, contiguous; need not be aligned.
-        stored: their type.
+        stored: their type, one of `plain.ELEMENTS`.
         rows: N; the rows stay in their order.
         columns: K, at most 65,536.
         kind: what they become, rounded to nearest; None is `plain_kind(stored)`.
@@ -54,28 +54,28 @@ def pack(
         raise UnsupportedModelError(
             f"a matrix of {rows} x {columns} has no kernel: its rows must be 1 to {MAX_COLUMNS:,} weights long"
         )
-    if raw.dtype != np.uint8 or raw.size != rows * columns * stored.itemsize:
+    if raw.dtype != np.uint8 or raw.size != rows * columns * ELEMENTS[stored].itemsize:
         raise ValueError(f"{raw.size} bytes given for a {stored} matrix of {rows} x {columns}")
     tiles, steps = -(-rows // ROWS), kind.steps(columns)
     data = (memory or WeightMemory(0)).take(tiles * steps * kind.step_bytes).reshape(tiles, -1)
-    source = raw.reshape(rows, columns * stored.itemsize)
+    source = raw.reshape(rows, columns * ELEMENTS[stored].itemsize)
 
     def job(first: int, last: int) -> None:
         numbers = _converted(source[first * ROWS : last * ROWS], stored, columns, kind)
         _store(numbers, kind, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), tiles // step))) as pool:
+    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
         jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
         for running in jobs:
             running.result()
     return PlainMatrix(rows, columns, kind, data)
 
 
-def _converted(raw: np.ndarray, stored: torch.dtype, columns: int, kind: PlainKind) -> np.ndarray:
+def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> np.ndarray:
     """Stored rows as the bits of `kind`, uint16 or uint32 [rows, columns]."""
     bits, shape = np.uint16 if kind.dtype.itemsize == 2 else np.uint32, (len(raw), columns)
-    if stored == kind.dtype:
+    if stored == kind.name:
         return np.ascontiguousarray(raw).view(bits).reshape(shape)
     numbers = load_plain(raw, stored, shape, kind.dtype).view(torch.uint8).numpy().view(bits)
     infinite = {PlainKind.F16: 0x7C00, PlainKind.BF16: 0x7F80, PlainKind.F32: 0x7F800000}[kind]

@@ -13,6 +13,7 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, MOST_SPAN, ROWS, ScaledKind, ScaledMatrix
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
+from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
 """Spans of FP8 are multiples of so many columns; NVFP4 has one of all."""
@@ -44,7 +45,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
         _store(codes.take(slice(first * ROWS, last * ROWS)), matrix, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), tiles // step))) as pool:
+    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
         jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
         for running in jobs:
             running.result()

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels import weight_quant
 from candle_vllm.core.kernels.weight_quant.searches import LARGEST
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.tensors import load_plain
+from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
 """Weights per round: what a round touches stays in the cache."""
@@ -29,8 +29,8 @@ ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
 )
 """The types that can be made, by the names that users give them."""
 
-SOURCES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Dtypes of plain weights."""
+SOURCES = ("F32", "BF16", "F16", "F64")
+"""Types of plain weights."""
 
 
 def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
@@ -41,12 +41,12 @@ def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationTy
     return None
 
 
-def quantise(raw: np.ndarray, stored: torch.dtype, columns: int, kind: GGMLQuantizationType) -> np.ndarray:
+def quantise(raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationType) -> np.ndarray:
     """Quantises rows; beside the result it takes a few MB.
 
     Args:
         raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
-        stored: their dtype, one of `SOURCES`.
+        stored: their type, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
 
@@ -64,11 +64,11 @@ def quantise(raw: np.ndarray, stored: torch.dtype, columns: int, kind: GGMLQuant
 
     def job(first: int) -> bool:
         part = raw[first : first + step]
-        values = load_plain(np.ascontiguousarray(part), stored, (len(part), columns), torch.float32)
-        return run(values.numpy().reshape(-1, size), out[first : first + step].reshape(-1, width))
+        values = read_plain(np.ascontiguousarray(part), stored, (len(part), columns), "F32")
+        return run(values.reshape(-1, size), out[first : first + step].reshape(-1, width))
 
     starts = range(0, rows, step)
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as pool:
+    with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
         good = all(list(pool.map(job, starts)))
     if not good:
         raise ValueError(f"a number is not finite, or beyond {LARGEST:,.0f}")

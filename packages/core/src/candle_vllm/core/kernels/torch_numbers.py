@@ -1,0 +1,110 @@
+"""Stored numbers as torch has them: the types by their names, tensors over the same memory, conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+"""Torch's types by the names in `quantization/plain.py`."""
+
+NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+
+COPY_CHUNK = 1 << 18
+"""Elements that are converted at a time: the scratch stays in the cache, and small beside the result."""
+
+SERIAL_ELEMENTS = 1 << 15
+"""Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
+
+
+def tensor_of(values: np.ndarray, name: str) -> torch.Tensor:
+    """A contiguous array of numbers of a type as a tensor over the same memory."""
+    return torch.from_numpy(values.reshape(-1).view(np.uint8)).view(DTYPES[name]).view(values.shape)
+
+
+@runtime_checkable
+class MadeByTorch(Protocol):
+    """A stored tensor whose numbers are made on a device, in their stored type."""
+
+    def tensor(self) -> torch.Tensor:
+        """The numbers, there."""
+        ...
+
+
+def load_tensor(stored: StoredTensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+    """The values of a stored tensor, contiguous, in memory of their own; None keeps the stored type.
+
+    Raises:
+        UnsupportedModelError: nothing decodes the stored type.
+    """
+    if isinstance(stored, MadeByTorch):
+        made = stored.tensor()
+        return made if dtype is None else made.to(dtype)
+    if stored.dtype is None and dtype == torch.float16:  # which numpy makes ten times slower than torch
+        values = torch.from_numpy(stored.load())
+        out = torch.empty(stored.shape, dtype=dtype)
+        convert(values.view(-1), out.view(-1))
+        return out
+    if stored.dtype is None or dtype is None:
+        name = stored.dtype or "F32" if dtype is None else NAMES[dtype]
+        return tensor_of(stored.load(name), name)
+    return load_plain(stored.raw(), stored.dtype, stored.shape, dtype)
+
+
+def load_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Copies unquantised elements out of a file, converting them where the dtypes differ.
+
+    Args:
+        raw: the bytes, uint8, contiguous; need not be aligned.
+        stored: type of the elements in the file, one of `plain.ELEMENTS`.
+        shape: of the result.
+        dtype: of the result; a narrower one rounds as torch does.
+    """
+    out = torch.empty(shape, dtype=dtype)
+    flat, data = out.view(-1), raw.reshape(-1)
+    if dtype == DTYPES[stored]:
+        flat.view(torch.uint8).numpy()[:] = data
+        return out
+    scratch = torch.empty(min(COPY_CHUNK, flat.numel()), dtype=DTYPES[stored])
+    scratch_bytes = scratch.view(torch.uint8).numpy()
+    for first in range(0, flat.numel(), COPY_CHUNK):
+        part = flat[first : first + COPY_CHUNK]
+        count, start = part.numel() * scratch.itemsize, first * scratch.itemsize
+        scratch_bytes[:count] = data[start : start + count]
+        convert(scratch[: part.numel()], part)
+    return out
+
+
+def convert(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies a flat tensor into one of another dtype, on the calling thread alone.
+
+    In pieces so small that torch does not share them among threads: meeting at a barrier each time costs more than
+    it gains, on a busy machine a hundred times as much.
+    """
+    for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
+        part.copy_(piece)

@@ -1,0 +1,111 @@
+"""Numbers that are stored one by one: their types, as numpy holds them, and the way from one type to another.
+
+Stands before step 1 of a request's life. A type goes by the name that safetensors files and GGUF files give it. Numpy
+has no bfloat16 and no floats of 8 bits: of these an array holds the bits, and the name beside it says what they are.
+Source: OCP 8-bit Floating Point Specification (e4m3, e5m2) and OCP Microscaling Formats 1.0 (e8m0), 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
+import numpy as np
+
+ELEMENTS: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        name: np.dtype(kind)
+        for name, kind in (
+            ("F64", "<f8"), ("F32", "<f4"), ("F16", "<f2"), ("BF16", "<u2"),
+            ("F8_E4M3", "u1"), ("F8_E5M2", "u1"), ("F8_E8M0", "u1"),
+            ("I64", "<i8"), ("I32", "<i4"), ("I16", "<i2"), ("I8", "i1"),
+            ("U64", "<u8"), ("U32", "<u4"), ("U16", "<u2"), ("U8", "u1"), ("BOOL", "?"),
+        )
+    }
+)  # fmt: skip
+"""What an array of each type has for elements."""
+
+_CHUNK = 1 << 15
+"""Elements that are converted at a time: what a round touches stays in the cache."""
+
+
+def read_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], wanted: str) -> np.ndarray:
+    """Copies elements out of a file, converting them where the types differ.
+
+    Args:
+        raw: the bytes, uint8, contiguous; need not be aligned.
+        stored: type of the elements in the file.
+        shape: of the result.
+        wanted: type of the result, which has memory of its own.
+    """
+    out = np.empty(shape, ELEMENTS[wanted])
+    flat, data = out.reshape(-1), raw.reshape(-1)
+    if wanted == stored:
+        flat.view(np.uint8)[:] = data
+        return out
+    scratch = np.empty(min(_CHUNK, flat.size), ELEMENTS[stored])
+    for first in range(0, flat.size, _CHUNK):
+        part = scratch[: flat.size - first]
+        start = first * scratch.itemsize
+        part.view(np.uint8)[:] = data[start : start + part.nbytes]
+        convert(part, stored, flat[first : first + _CHUNK], wanted)
+    return out
+
+
+def rounded(value: float, name: str) -> float:
+    """A number as a type of floats holds it."""
+    held = read_plain(np.array([value]).view(np.uint8), "F64", (1,), name)
+    return read_plain(held.view(np.uint8), name, (1,), "F64").item()
+
+
+def convert(values: np.ndarray, stored: str, out: np.ndarray, wanted: str) -> None:
+    """Writes flat numbers of one type as another; what is narrower is rounded, to nearest, ties to even."""
+    with np.errstate(all="ignore"):  # what is beyond a type becomes infinite, and a NaN is the file's business
+        if wanted == "BF16":
+            _to_bf16(values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32"), out)
+        elif stored == "BF16" and wanted == "F32":
+            bits = out.view(np.uint32)
+            bits[:] = values
+            np.left_shift(bits, 16, out=bits)
+        elif stored == "BF16":
+            out[:] = read_plain(values.view(np.uint8), stored, values.shape, "F32")
+        elif stored.startswith("F8"):
+            out[:] = _small_floats(stored)[values]
+        elif stored == "F64" and wanted == "F16":
+            out[:] = values.astype(np.float32)
+        else:
+            np.copyto(out, values, casting="unsafe")
+
+
+def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
+    scratch = np.empty(min(_CHUNK, values.size), np.uint32)
+    for first in range(0, values.size, _CHUNK):
+        part = values[first : first + _CHUNK]
+        rounded, bits = scratch[: part.size], part.view(np.uint32)
+        np.right_shift(bits, 16, out=rounded)
+        np.bitwise_and(rounded, 1, out=rounded)
+        np.add(rounded, 0x7FFF, out=rounded)
+        np.add(rounded, bits, out=rounded)
+        target = out[first : first + _CHUNK]
+        target[:] = rounded.view(np.uint16)[1::2]
+        if math.isnan(part.max(initial=0)):  # its bits may have passed the sign
+            target[np.isnan(part)] = 0x7FC0
+
+
+@cache
+def _small_floats(name: str) -> np.ndarray:
+    """What the bytes of a type of 8 bits mean, float32 [256], not to be written to."""
+    codes = np.arange(256)
+    if name == "F8_E5M2":
+        found = (codes << 8).astype(np.uint16).view(np.float16).astype(np.float32)
+    elif name == "F8_E8M0":
+        found = np.ldexp(np.float32(1), codes - 127).astype(np.float32)
+        found[255] = np.nan
+    else:
+        exponents, mantissas = codes >> 3 & 15, codes & 7
+        found = np.ldexp(np.where(exponents > 0, 8 + mantissas, mantissas), np.maximum(exponents, 1) - 10)
+        found = np.where(codes & 127 == 127, np.nan, np.where(codes < 128, found, -found)).astype(np.float32)
+    found.flags.writeable = False
+    return found
