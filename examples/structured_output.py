@@ -7,6 +7,7 @@ MODEL is a Hugging Face id, a folder or a .gguf file.
 
 import json
 import sys
+from typing import Any
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
 
@@ -24,7 +25,7 @@ PERSON = {
 def main(model: str) -> None:
     with InferenceEngine(model) as engine:
 
-        def ask(prompt: str, **form: object) -> str:
+        def ask(prompt: str, **form: Any) -> str:
             # The form is checked when the request is made; what cannot be guaranteed is an InvalidParameterError.
             params = SamplingParams(max_tokens=100, seed=1, structured_outputs=StructuredOutputsParams(**form))
             return engine.generate([prompt], params, use_tqdm=False)[0].text

@@ -38,6 +38,7 @@ from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names
 from candle_vllm.openai.json_body import to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.task import Paths, Task
 
 SAMPLES = Path(__file__).parents[2] / "packages/openai/tests/formats/samples.py"
 MOST_US = 20.0
@@ -180,7 +181,7 @@ def chunks_of(plan: AnswerPlan, pieces: Sequence[str]) -> Iterator[ChatCompletio
     """The chunks of an answer whose tokens have these texts."""
     body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "stream": True}
     writer = ChatWriter(ChatCompletionRequest.model_validate(body), [1], calls=bool(plan.tools), whole=True)
-    reader = AnswerReader(Head("chatcmpl-0", 1, "m", "fp"), plan)
+    reader = AnswerReader(Head("chatcmpl-0", 1, "m", "fp"), plan, Task(paths=Paths({})))
     for number, piece in enumerate(pieces, 1):
         reason = FinishReason.STOP if number == len(pieces) else None
         output = TokenOutput(request_id="r", text=piece, token_ids=(number,), finish_reason=reason)

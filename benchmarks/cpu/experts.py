@@ -24,7 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.moe import RecordedExperts, Routing
+from candle_vllm.core.kernels.moe import Routing, combine, expert_linear, route
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import PlainMatrix
 from candle_vllm.core.quantization import ggml
@@ -93,10 +93,11 @@ class Stack:
             normed = x.rms_norm(torch.ones(hidden), 1e-6)
             if sparse:
                 shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
-                matrices = [[weights.packed(*shape) for _ in range(options.experts)] for shape in shapes]
-                self.active_bytes += top_k * sum(of_experts[0].nbytes for of_experts in matrices)
-                logits = normed.linear([weights.plain(options.experts, hidden)], None)
-                y = normed.experts(logits, Routing(top_k=top_k), RecordedExperts(*matrices, "silu", None))
+                gate, up, down = ([weights.packed(*shape) for _ in range(options.experts)] for shape in shapes)
+                self.active_bytes += top_k * sum(of_experts[0].nbytes for of_experts in (gate, up, down))
+                pairs = route(normed.linear([weights.plain(options.experts, hidden)], None), Routing(top_k=top_k))
+                inner_rows = expert_linear(normed, [gate, up], pairs, activation="silu")
+                y = combine(expert_linear(inner_rows, [down], pairs), pairs, torch.float32)
             else:
                 gate, up = (weights.packed(inner * top_k, hidden) for _ in range(2))
                 y = normed.linear([gate, up], None).silu_mul().linear([weights.packed(hidden, inner * top_k)], None)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -182,14 +183,16 @@ def main() -> None:
     parser.add_argument("--stops", action="store_true")
     options = parser.parse_args()
     longest = -(-(options.prompt + options.steps + 64) // BLOCK) * BLOCK
-    drawing = {"temperature": 0.8, "top_p": 0.9, "seed": 1} if options.sampled else {"temperature": 0.0}
+    drawing: dict[str, Any] = {"temperature": 0.0}
+    if options.sampled:
+        drawing = {"temperature": 0.8, "top_p": 0.9, "seed": 1}
     stop = ["</never>"] if options.stops else None
     params = SamplingParams(**drawing, stop=stop, max_tokens=longest - options.prompt, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
         for batch in options.batches:
             engine = idle_engine(Path(folder), max(options.batches), longest)
             found = host_seconds(engine, batch, options.prompt, options.steps, params)
-            figures = {"ms_step": 1e3 * statistics.median(found), "ms_step_least": 1e3 * min(found)}
+            figures: dict[str, Any] = {"ms_step": 1e3 * statistics.median(found), "ms_step_least": 1e3 * min(found)}
             report("host", "cpu", batch=batch, sampled=options.sampled, stops=options.stops, **figures)
 
 

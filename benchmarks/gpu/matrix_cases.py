@@ -188,7 +188,7 @@ def moe_cases(plan: Plan) -> Iterator[Planned]:
 
 
 def _route(plan: Plan, sizes: tuple[int, int, int, int], tokens: int) -> Case:
-    from candle_vllm.core.kernels.moe import route
+    from candle_vllm.core.kernels.moe import Routing, route
 
     experts, chosen = sizes[:2]
     logits = plan.normal(tokens, experts, dtype=torch.float32)
@@ -197,11 +197,16 @@ def _route(plan: Plan, sizes: tuple[int, int, int, int], tokens: int) -> Case:
         weights, numbers = logits.softmax(1).topk(chosen, dim=1)
         return weights / weights.sum(1, keepdim=True), numbers
 
-    return Case([functools.partial(route, logits, chosen)], wanted, tokens * (4 * experts + 8 * chosen), tolerance=1e-5)
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = route(logits, Routing(top_k=chosen))
+        return pairs.weights, pairs.experts
+
+    return Case([run], wanted, tokens * (4 * experts + 8 * chosen), tolerance=1e-5)
 
 
 def _moe(plan: Plan, sizes: tuple[int, int, int, int], tokens: int) -> Case:
-    from candle_vllm.core.kernels.moe import moe
+    from candle_vllm.core.kernels.matrices import TensorMatrix
+    from candle_vllm.core.kernels.moe import Pairs, combine, expert_linear
 
     count, chosen, hidden, inner = sizes
     x = plan.normal(tokens, hidden)
@@ -218,9 +223,16 @@ def _moe(plan: Plan, sizes: tuple[int, int, int, int], tokens: int) -> Case:
             y.index_add_(0, at, rows * weights[at, slot, None])
         return y
 
+    matrices = [TensorMatrix(data.flatten(0, 1)) for data in (gate_up, down)]
+
+    def run() -> torch.Tensor:
+        pairs = Pairs(weights, experts, count)
+        inner_rows = expert_linear(x, matrices[:1], pairs, activation="silu")
+        return combine(expert_linear(inner_rows, matrices[1:], pairs), pairs, x.dtype)
+
     touched = len(experts.unique())
     return Case(
-        [functools.partial(moe, x, gate_up, down, weights, experts)],
+        [run],
         wanted,
         6 * touched * hidden * inner + 4 * tokens * hidden,
         6 * tokens * chosen * hidden * inner,

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -26,6 +25,7 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.engine.stream import Inbox, TokenStream
 from candle_vllm.core.engine.thread import EngineThread
+from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
 
@@ -144,17 +144,21 @@ class PacedEngine(ScriptedEngine):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
-    ) -> Any:
+        watcher: RequestWatcher | None = None,
+    ) -> TokenStream:
         """As `InferenceEngine.stream`."""
-        request = GenerationRequest(
-            request_id=request_id or uuid.uuid4().hex,
-            prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
-            params=sampling_params or SamplingParams(),
-            priority=priority,
-        )
-        inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
-        thread.submit(self._paced.prepare(request), inbox)
-        return TokenStream(request, lambda: thread.abort(request.request_id, inbox), inbox)
+        params = sampling_params or SamplingParams()
+        request_id = request_id or uuid.uuid4().hex
+        with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
+            request = GenerationRequest(
+                request_id=request_id,
+                prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
+                params=params,
+                priority=priority,
+            )
+            inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
+            thread.submit(self._paced.prepare(request), inbox)
+        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox.take, watch)
 
     def stats(self) -> EngineStats:
         return self._paced.stats()

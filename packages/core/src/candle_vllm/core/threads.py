@@ -33,12 +33,16 @@ def loading_threads() -> int:
     return LOADING_THREADS.get() or physical_cores()
 
 
-@cache
 def physical_cores() -> int:
-    """Physical cores among the CPUs that this process may use; two hyper-threads count as one."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    """Physical cores among the CPUs that this thread may use; two hyper-threads count as one."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return _cores_of(frozenset(usable))
+
+
+@cache
+def _cores_of(cpus: frozenset[int]) -> int:
     cores = set()
-    for cpu in usable:
+    for cpu in cpus:
         try:
             cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
