@@ -233,6 +233,7 @@ def test_packed_weights_keep_the_perplexity() -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.every_case
 def test_qwen_coder_equals_transformers() -> None:
     """Four types of quantised matrices, biases on q, k and v, and a vocabulary three times as large."""
     path = qwen_coder()
