@@ -120,7 +120,8 @@ def test_no_download_hosts_and_no_paths_of_a_machine() -> None:
     assert not found
 
 
-def test_the_type_checker_is_given_every_package() -> None:
+def test_the_type_checker_is_given_every_package_and_the_benchmarks() -> None:
     """A pattern that matches nothing is no error to it."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert settings["tool"]["pyright"]["include"] == [f"packages/{package}/src" for package in PACKAGES]
+    sources = [f"packages/{package}/src" for package in PACKAGES]
+    assert settings["tool"]["pyright"]["include"] == ["benchmarks", *sources]

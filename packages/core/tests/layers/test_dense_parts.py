@@ -37,7 +37,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.sampling.params import SamplingParams
 
@@ -232,9 +232,9 @@ def stored(name: str, shape: tuple[int, ...], quantised: bool) -> InMemory:
     return InMemory(name, shape, "F32", data.nbytes, data.view(np.uint8))
 
 
-def parts_of(thing: object, path: str = "") -> Iterator[tuple[str, Part]]:
+def parts_of(thing: object, path: str = "") -> Iterator[tuple[str, Parameter]]:
     if hasattr(thing, "parts"):
-        yield from ((f"{path}:{name}", part) for name, part in thing.parts().items())  # type: ignore[attr-defined]
+        yield from ((f"{path}:{name}", part) for name, part in thing.parameters().items())  # type: ignore[attr-defined]
     for key, value in vars(thing).items():
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             if type(item).__module__.startswith(("candle_vllm.core.layers", __name__)):
@@ -353,9 +353,9 @@ def test_parts_cost_operations_only_where_they_are() -> None:
 def test_the_form_of_head_norms_that_checkpoints_cut_by_heads() -> None:
     placement = Placement(CPU, torch.float32)
     whole, cut = (HeadLayerNorm(3, 8, 1e-5, placement, rows=rows) for rows in (False, True))
-    assert whole.parts()["weight"].shape == (3, 8)
+    assert whole.parameters()["weight"].shape == (3, 8)
     values = torch.arange(24.0).view(3, 8)
     for head, name in enumerate(("0.weight", "1.weight", "2.weight")):
         row = values[head]
-        cut.parts()[name].fill(InMemory("n", (8,), "F32", 32, row.numpy().view(np.uint8)))
+        cut.parameters()[name].fill(InMemory("n", (8,), "F32", 32, row.numpy().view(np.uint8)))
     assert torch.equal(cut.weight, values)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.layers.parameters import Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary, attention_scale, inverse_frequencies
 from candle_vllm.core.loading.rope import RopeConfig
 
@@ -139,8 +139,8 @@ class _Stored:
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN, 1e-45])
 def test_divisors_are_checked_as_they_come(bad: float) -> None:
-    part = Rotary(RopeConfig(dim=16), 512, CPU, factors=True).parts()["factors"]
-    assert isinstance(part, TensorPart)
+    part = Rotary(RopeConfig(dim=16), 512, CPU, factors=True).parameters()["factors"]
+    assert isinstance(part, TensorParameter)
     part.fill(_Stored(torch.full((8,), 2.0)))  # type: ignore[arg-type]
     values = torch.ones(8)
     values[3] = bad

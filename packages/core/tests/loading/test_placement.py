@@ -18,7 +18,7 @@ from candle_vllm.core.assembly.encoder import open_model
 from candle_vllm.core.assembly.model import model_files
 from candle_vllm.core.assembly.placement import choose_placement, device_dtype
 from candle_vllm.core.kernels import triton_build
-from candle_vllm.core.layers.parameters import MatrixPart, Placement
+from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
 GPU = torch.device("cuda", 0)
@@ -127,7 +127,7 @@ def test_plain_weights_beside_quantised_ones_are_looked_at_too(tmp_path: Path) -
     rows, columns = stored.shape
     for dtype in (torch.bfloat16, torch.float16):
         placement = Placement(torch.device("cpu"), dtype, keeps_quantised=True)
-        part = MatrixPart(found, "m", (rows, columns), placement.backend())
+        part = MatrixParameter(found, "m", (rows, columns), placement.backend())
         if dtype == torch.bfloat16:
             assert part.fill(stored) is None
             continue

@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.group_linear.reference import dequantise
 from candle_vllm.core.kernels.matrices import TensorMatrix
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, Mixture
-from candle_vllm.core.layers.parameters import MatrixPart, Placement
+from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -43,7 +43,7 @@ def filled(stored: StoredTensor, *, floats: bool = True, why: str | None = None,
     """A matrix on the device, and that it is there as it is stored, or why not."""
     matrices: dict[str, Any] = {}
     rows, columns = stored.shape
-    said = MatrixPart(matrices, "m", (rows, columns), device.backend(floats=floats)).fill(stored)
+    said = MatrixParameter(matrices, "m", (rows, columns), device.backend(floats=floats)).fill(stored)
     assert said is None if why is None else said is not None and why in said
     return matrices["m"].data
 
@@ -112,7 +112,7 @@ def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
     """And are multiplied in one launch."""
     stored, written = stored_layer(name, tmp_path)
     layer = Linear(96, {"q": 48, "k": 24}, DEVICE)
-    parts = layer.parts()
+    parts = layer.parameters()
     parts["q.weight"].fill(stored)
     parts["k.weight"].fill(stored.select(np.arange(24, 48)))
     layer.finish()
@@ -127,7 +127,7 @@ def test_matrices_of_one_input_are_one(name: str, tmp_path: Path) -> None:
 def test_experts_are_kept(name: str, tmp_path: Path) -> None:
     stored, written = stored_layer(name, tmp_path, 96, 96)
     experts = ExpertMLPs(96, Mixture(experts=2, top_k=1, inner_size=96), DEVICE)
-    for part in experts.parts().values():
+    for part in experts.parameters().values():
         part.fill(stored)
     experts.finish()
     for layer, count in ((experts.gate_up, 4), (experts.down, 2)):
@@ -142,7 +142,7 @@ def test_experts_of_several_kinds_are_decoded(tmp_path: Path, caplog: pytest.Log
         (tmp_path / name).mkdir()
         found[name] = stored_layer(name, tmp_path / name, 96, 96)
     experts = ExpertMLPs(96, Mixture(experts=2, top_k=1, inner_size=96), DEVICE)
-    for place, part in experts.parts().items():
+    for place, part in experts.parameters().items():
         part.fill(found["fp8 channel" if place.startswith("down.0") else "fp8 blocks of 32"][0])
     experts.finish()
     (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices

@@ -27,7 +27,7 @@ from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.weight_quant import rows
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, quantise
-from candle_vllm.core.layers.parameters import MatrixPart, Placement
+from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part, transposed
 from candle_vllm.core.loading.weights import WeightName
@@ -144,7 +144,7 @@ def test_gpus_keep_the_blocks(tmp_path: Path) -> None:
     matrices: dict[str, Any] = {}
     with open_safetensors(tmp_path) as checkpoint:
         found = quantised_in_situ("q4k", [WeightName("a:weight", "a", None)], checkpoint, Counts(num_experts=0))
-        MatrixPart(matrices, "a", (64, 256), placement.backend()).fill(found.tensors["a:weight"])
+        MatrixParameter(matrices, "a", (64, 256), placement.backend()).fill(found.tensors["a:weight"])
         wanted = torch.from_numpy(found.tensors["a:weight"].load())
     assert isinstance(matrices["a"].data, GgufMatrix)
     assert torch.allclose(dequantise(matrices["a"].data), wanted, atol=0.0, rtol=1e-6)

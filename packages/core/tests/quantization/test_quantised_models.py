@@ -38,7 +38,7 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedMo
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
-from candle_vllm.core.layers.parameters import MatrixPart, Placement
+from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 
@@ -304,13 +304,13 @@ def test_a_layer_without_an_order_of_its_own_decodes(tmp_path: Path) -> None:
         matrices: dict[str, Any] = {}
         recorded = Placement(CPU, torch.float32, WeightMemory())
         for name, ordered in (("plain", False), ("ordered", True)):
-            part = MatrixPart(matrices, name, (16, 64), recorded.backend(groups=ordered))
+            part = MatrixParameter(matrices, name, (16, 64), recorded.backend(groups=ordered))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == ordered
             assert why is None or why.endswith("hold them exactly in the order of their inputs")
         device = Placement(CPU, torch.float32, keeps_quantised=True)
         for name, groups in (("decoded", False), ("groups", True)):
-            part = MatrixPart(matrices, name, (16, 64), device.backend(groups=groups))
+            part = MatrixParameter(matrices, name, (16, 64), device.backend(groups=groups))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == groups
     assert [type(matrix).__name__ for matrix in matrices.values()] == [

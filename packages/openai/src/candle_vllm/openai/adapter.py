@@ -33,7 +33,7 @@ from candle_vllm.openai.embedding import (
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
 from candle_vllm.openai.planning import AnswerPlanner
-from candle_vllm.openai.preparation import Preparation, PreparedChat
+from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
@@ -96,7 +96,7 @@ class OpenAIAdapter:
         self.planner = AnswerPlanner(
             engine.chat_conventions, info.architecture, tool_parser=tool_parser, reasoning_parser=reasoning_parser
         )
-        self._preparation = Preparation(
+        self._preparation = TaskPreparation(
             engine, self.planner, allow_priority=allow_priority, allow_chat_template=allow_chat_template
         )
         self._work = WorkerThreads()

@@ -182,12 +182,12 @@ class _Indexed(Protocol):
     def index(self) -> int: ...
 
 
-Part = TypeVar("Part", bound=_Indexed)
+ChoicePart = TypeVar("ChoicePart", bound=_Indexed)
 
 
-def by_choice(chunks: Iterable[Sequence[Part]]) -> list[tuple[int, list[Part]]]:
+def by_choice(chunks: Iterable[Sequence[ChoicePart]]) -> list[tuple[int, list[ChoicePart]]]:
     """The parts of each choice, in order of the choices' numbers."""
-    choices: dict[int, list[Part]] = {}
+    choices: dict[int, list[ChoicePart]] = {}
     for parts in chunks:
         for part in parts:
             choices.setdefault(part.index, []).append(part)

@@ -50,7 +50,7 @@ class PreparedPrompts(NamedTuple):
     params: SamplingParams
 
 
-class Preparation:
+class TaskPreparation:
     """Prepares requests for one engine.
 
     Args:

@@ -12,7 +12,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.preparation import Preparation
+from candle_vllm.openai.preparation import TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
@@ -58,7 +58,9 @@ class TokenizingAdapter:
         work: threads for long texts.
     """
 
-    def __init__(self, engine: EngineLike, preparation: Preparation, names: ServedNames, work: WorkerThreads) -> None:
+    def __init__(
+        self, engine: EngineLike, preparation: TaskPreparation, names: ServedNames, work: WorkerThreads
+    ) -> None:
         self._engine = engine
         self._preparation = preparation
         self._names = names

@@ -26,7 +26,7 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
-from candle_vllm.core.loading.weights import Part, expand, layer_at
+from candle_vllm.core.loading.weights import Parameter, expand, layer_at
 from candle_vllm.core.memory import free_memory
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.quantization.plain import ELEMENTS
@@ -107,12 +107,12 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     model = family.build(config, SHAPES, nothing)
     lines = [line for line in expand(family.weights, config) if line.names]
     uses = Counter(line.first for line in lines)
-    known: dict[str, Mapping[str, Part]] = {}
+    known: dict[str, Mapping[str, Parameter]] = {}
     for line in lines:
         where, part = line.target.split(":")
         if where not in known:
             layer = layer_at(model, where)
-            known[where] = layer.parts() if layer is not None else {}
+            known[where] = layer.parameters() if layer is not None else {}
         if part in known[where]:
             yield line.first if uses[line.first] == 1 else line.target, known[where][part].shape
 

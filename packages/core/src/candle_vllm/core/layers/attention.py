@@ -15,9 +15,9 @@ from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import rotary_write
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import TensorPart
+from candle_vllm.core.layers.parameters import TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.loading.weights import Parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +108,6 @@ class PagedAttention:
             q = self.rotary.scaled(q, step.positions)
         return step.attend(q, *caches, step.rows, cache_scales=scales, **scores)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        return {} if self.sinks is None else {"sinks": TensorPart(self.sinks)}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {} if self.sinks is None else {"sinks": TensorParameter(self.sinks)}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.parameters import Placement, TensorPart
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.loading.weights import Parameter
 
 
 class Embedding:
@@ -60,7 +60,7 @@ class Embedding:
         """See `Finishes`."""
         self.table.finish()
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        found = self.table.parts()
-        return found if self.bias is None else {**found, "bias": TensorPart(self.bias)}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        found = self.table.parameters()
+        return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}

@@ -17,7 +17,7 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class HeadMatrices:
         assert self._weight is not None
         return head_linear(x, self._weight, invariant=self._placement.invariant)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
         return {"weight": self}
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """See `Part.fill`: every head's matrix for recorded steps, else all of them as one tensor."""
+        """See `Parameter.fill`: every head's matrix for recorded steps, else all of them as one tensor."""
         placement = self._placement
         why = "matrices of single heads are plain numbers" if _source(stored).dtype is None else None
         if not placement.recorded:

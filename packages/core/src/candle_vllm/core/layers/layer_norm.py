@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from candle_vllm.core.kernels.layer_norm import layer_norm
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.layers.parameters import Placement, TensorPart
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.loading.weights import Parameter
 
 
 class LayerNorm:
@@ -29,10 +29,10 @@ class LayerNorm:
         total = x if residual is None else residual + x
         return self(total), total
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        found: dict[str, Part] = {"weight": TensorPart(self.weight)}
-        return found if self.bias is None else {**found, "bias": TensorPart(self.bias)}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        found: dict[str, Parameter] = {"weight": TensorParameter(self.weight)}
+        return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}
 
 
 class HeadLayerNorm:
@@ -49,8 +49,8 @@ class HeadLayerNorm:
     def __call__(self, x: Value) -> Value:
         return layer_norm(x, self.weight, None, self.eps)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
         if not self._rows:
-            return {"weight": TensorPart(self.weight)}
-        return {f"{head}.weight": TensorPart(row) for head, row in enumerate(self.weight)}
+            return {"weight": TensorParameter(self.weight)}
+        return {f"{head}.weight": TensorParameter(row) for head, row in enumerate(self.weight)}

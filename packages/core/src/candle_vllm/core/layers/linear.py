@@ -17,8 +17,8 @@ import torch
 from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece, TensorMatrix, joined, multiply
 from candle_vllm.core.kernels.moe import Activation, expert_linear
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.layers.parameters import MatrixPart, Placement, TensorPart
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.layers.parameters import MatrixParameter, Placement, TensorParameter
+from candle_vllm.core.loading.weights import Parameter
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,13 @@ class Linear:
             pieces = [TensorMatrix(piece.decoded(self._placement.dtype)) for piece in pieces]
         return pieces[0].joined(pieces)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded; a shard's would have fewer rows or columns, and cut what they are given."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded; a shard's has fewer rows or columns, and cuts what it is given."""
         backend = self._placement.backend(groups=self._kept and not self._experts, floats=self._kept)
-        found: dict[str, Part] = {}
+        found: dict[str, Parameter] = {}
         for prefix, (expert, rows) in self._places.items():
             shape = (rows.stop - rows.start, self.in_features)
-            found[prefix + "weight"] = MatrixPart(self.pieces, prefix, shape, backend)
+            found[prefix + "weight"] = MatrixParameter(self.pieces, prefix, shape, backend)
             if self.bias is not None:
-                found[prefix + "bias"] = TensorPart(self.bias[expert][rows])
+                found[prefix + "bias"] = TensorParameter(self.bias[expert][rows])
         return found

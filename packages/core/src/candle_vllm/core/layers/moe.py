@@ -22,8 +22,8 @@ from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
-from candle_vllm.core.layers.parameters import Placement, TensorPart
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.loading.weights import Parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,10 @@ class Router:
     def __call__(self, x: Value) -> Value:
         return self.scores(x if isinstance(x, Recorded) else x.float())
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        parts = self.scores.parts()
-        return parts if self.correction is None else {**parts, "correction": TensorPart(self.correction)}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        parts = self.scores.parameters()
+        return parts if self.correction is None else {**parts, "correction": TensorParameter(self.correction)}
 
 
 class ExpertMLPs:
@@ -109,9 +109,9 @@ class ExpertMLPs:
         self.gate_up.finish()
         self.down.finish()
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        return {**self.gate_up.parts(), **self.down.parts()}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {**self.gate_up.parameters(), **self.down.parameters()}
 
 
 class SparseMLP:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
-from candle_vllm.core.layers.parameters import Placement, TensorPart
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.loading.weights import Parameter
 
 
 class RMSNorm:
@@ -30,6 +30,6 @@ class RMSNorm:
             return self(x), x
         return add_rms_norm(x, residual, self.weight, self.eps)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
-        return {"weight": TensorPart(self.weight)}
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"weight": TensorParameter(self.weight)}

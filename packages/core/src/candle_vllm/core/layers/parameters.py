@@ -72,7 +72,7 @@ SHAPES = Placement(torch.device("meta"), torch.float32)
 """Where a model has shapes and no memory."""
 
 
-class TensorPart:
+class TensorParameter:
     """A plain tensor that stored numbers are copied into."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ class TensorPart:
         check_range(stored, self._tensor)
 
 
-class MatrixPart:
+class MatrixParameter:
     """A matrix as its backend keeps it, put under `name` of `pieces`.
 
     Args:

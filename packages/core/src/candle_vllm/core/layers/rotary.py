@@ -11,9 +11,9 @@ from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.position_scale import position_scale
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary_pair
-from candle_vllm.core.layers.parameters import Placement, TensorPart
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.weights import Part
+from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -82,14 +82,14 @@ class Rotary:
         """Both rotated: q [T, H, D], k [T, K, D]."""
         return rotary_pair(q, k, positions, *self.tables)
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
         if self._factors is None:
             return {}
         return {"factors": _Factors(self._factors, self._frequencies, self.max_position)}
 
 
-class _Factors(TensorPart):
+class _Factors(TensorParameter):
     """Divisors of the frequencies, checked as they come."""
 
     def __init__(self, factors: torch.Tensor, frequencies: torch.Tensor, max_position: int) -> None:

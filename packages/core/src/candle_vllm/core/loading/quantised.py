@@ -3,7 +3,7 @@
 Stands before step 1 of a request's life. What the parts mean is in `quantization/`, a file for each format. Which
 layers are quantised is seen from what is stored, so that lists of exceptions in a config hold without being read, and a
 layer's own bits or groups (GPTQModel's `dynamic`, several `config_groups`) are taken where its parts fit them. No
-pattern of a config is ever run. Parts that are not used stay in the checkpoint, where the loader names them.
+pattern of a config is ever run. LayerTensors that are not used stay in the checkpoint, where the loader names them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.core.loading.quantised_layers import METHODS, is_dense
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import spare
 from candle_vllm.core.quantization.fp8 import NUMBERS
-from candle_vllm.core.quantization.stored import Parts
+from candle_vllm.core.quantization.stored import LayerTensors
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def _names(parts: Parts) -> set[str]:
+def _names(parts: LayerTensors) -> set[str]:
     return {part.name for part in parts.taken}
 
 

@@ -19,9 +19,9 @@ from candle_vllm.core.quantization.fp4 import mxfp4_experts, nvfp4_tensor
 from candle_vllm.core.quantization.fp8 import NUMBERS, fp8_tensor
 from candle_vllm.core.quantization.gptq import GptqScheme, gptq_tensor
 from candle_vllm.core.quantization.marlin import marlin_tensor
-from candle_vllm.core.quantization.stored import FLOATS, Parts, QuantisedTensor
+from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
 
-Found: TypeAlias = Iterator[tuple[Parts, QuantisedTensor]]
+Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]
 
 
 def _layers(checkpoint: Checkpoint, *ends: str) -> Iterator[str]:
@@ -34,8 +34,8 @@ def _layers(checkpoint: Checkpoint, *ends: str) -> Iterator[str]:
             yield layer
 
 
-def _parts(checkpoint: Checkpoint, layer: str) -> Parts:
-    return Parts(checkpoint.tensors, layer, checkpoint.path)
+def _parts(checkpoint: Checkpoint, layer: str) -> LayerTensors:
+    return LayerTensors(checkpoint.tensors, layer, checkpoint.path)
 
 
 # ---- the methods -----------------------------------------------------------------------------------------------------
@@ -92,7 +92,9 @@ def _gptq_bits(fields: Fields, default: int | None) -> int:
     return bits
 
 
-def _first_fitting(checkpoint: Checkpoint, layer: str, schemes: Sequence[GptqScheme]) -> tuple[Parts, QuantisedTensor]:
+def _first_fitting(
+    checkpoint: Checkpoint, layer: str, schemes: Sequence[GptqScheme]
+) -> tuple[LayerTensors, QuantisedTensor]:
     """A layer by the first scheme that its parts fit; what is wrong by the first one, where they fit none."""
     errors: list[InvalidFileError] = []
     for scheme in schemes:

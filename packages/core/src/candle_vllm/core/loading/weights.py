@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _SHOWN = 64  # names of one kind listed in an error message
 
 
-class Part(Protocol):
+class Parameter(Protocol):
     """A place for one stored tensor."""
 
     @property
@@ -39,10 +39,10 @@ class Part(Protocol):
 
 
 class Loadable(Protocol):
-    """A layer whose weights come in named parts ("weight", "bias", "q.weight", ...)."""
+    """A layer whose weights come in named parameters ("weight", "bias", "q.weight", ...)."""
 
-    def parts(self) -> Mapping[str, Part]:
-        """Every part that must be loaded."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
         ...
 
 
@@ -51,11 +51,11 @@ class Finishes(Protocol):
     """A layer that has something to do once it is filled."""
 
     def finish(self) -> None:
-        """Every part is filled."""
+        """Every parameter is filled."""
         ...
 
 
-_Job = tuple[StoredTensor, Part, str]  # what, where to, and the layer's path
+_Job = tuple[StoredTensor, Parameter, str]  # what, where to, and the layer's path
 
 
 class Counted(Protocol):
@@ -231,12 +231,12 @@ def _match(
     missing: list[str] = []
     misshapen: list[str] = []
     used: set[str] = set()
-    known: dict[str, Mapping[str, Part]] = {}
+    known: dict[str, Mapping[str, Parameter]] = {}
     for line in expand(table, config, checkpoint.format):
         path, part = line.target.split(":")
         if path not in known:
             layer = layer_at(model, path)
-            known[path] = layer.parts() if layer is not None else {}
+            known[path] = layer.parameters() if layer is not None else {}
         if not line.names or part not in known[path]:
             continue
         name = line.find(checkpoint.tensors)
@@ -279,13 +279,13 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
 
 def places(model: object) -> Callable[[str], bool]:
     """Whether the model has the part that a line's target names; tables have lines that only some models need."""
-    known: dict[str, Mapping[str, Part]] = {}
+    known: dict[str, Mapping[str, Parameter]] = {}
 
     def has(target: str) -> bool:
         path, part = target.split(":")
         if path not in known:
             layer = layer_at(model, path)
-            known[path] = layer.parts() if layer is not None else {}
+            known[path] = layer.parameters() if layer is not None else {}
         return part in known[path]
 
     return has

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 BITS = 4
@@ -53,7 +53,7 @@ def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
     return codes.reshape(-1, words.shape[1])
 
 
-def awq_tensor(parts: Parts, group: int) -> QuantisedTensor:
+def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     """The weight of a layer with `qweight`.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 
 from candle_vllm.core.quantization.gptq import column_groups
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -80,7 +80,7 @@ def _by_row(found: np.ndarray, rows: int) -> np.ndarray:
     return np.broadcast_to(table, (rows, table.shape[1]))
 
 
-def packed_ints(parts: Parts, bits: int, group: int) -> QuantisedTensor:
+def packed_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
     """The weight of a layer whose codes are packed in int32.
 
     Args:
@@ -103,7 +103,7 @@ def packed_ints(parts: Parts, bits: int, group: int) -> QuantisedTensor:
     return _tensor(parts, packed, (rows, columns), bits, group)
 
 
-def plain_ints(parts: Parts, bits: int, group: int) -> QuantisedTensor:
+def plain_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
     """The same of int8, however many of its bits are used."""
     weight = parts.get(".weight", "I8")
     if len(weight.shape) != 2 or 0 in weight.shape:
@@ -112,7 +112,9 @@ def plain_ints(parts: Parts, bits: int, group: int) -> QuantisedTensor:
     return dataclasses.replace(found, type_name=f"INT{bits}")
 
 
-def _tensor(parts: Parts, stored: StoredTensor, shape: tuple[int, int], bits: int, group: int) -> QuantisedTensor:
+def _tensor(
+    parts: LayerTensors, stored: StoredTensor, shape: tuple[int, int], bits: int, group: int
+) -> QuantisedTensor:
     """Checks scales, zeros and groups, and makes the tensor."""
     rows, columns = shape
     groups = 1 if group < 0 else -(-columns // group)

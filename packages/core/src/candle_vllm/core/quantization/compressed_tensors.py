@@ -17,7 +17,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.quantization.compressed_ints import packed_ints, plain_ints
 from candle_vllm.core.quantization.fp4 import mxfp4_tensor, nvfp4_tensor
 from candle_vllm.core.quantization.fp8 import fp8_tensor
-from candle_vllm.core.quantization.stored import Parts, QuantisedTensor
+from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, DENSE = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense"
@@ -118,7 +118,7 @@ def block_shape(fields: Fields, key: str) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def ct_tensor(parts: Callable[[], Parts], schemes: list[CtScheme]) -> tuple[Parts, QuantisedTensor]:
+def ct_tensor(parts: Callable[[], LayerTensors], schemes: list[CtScheme]) -> tuple[LayerTensors, QuantisedTensor]:
     """The weight of a layer that is stored quantised, by the first scheme that its parts fit.
 
     Args:
@@ -144,11 +144,11 @@ def ct_tensor(parts: Callable[[], Parts], schemes: list[CtScheme]) -> tuple[Part
     raise errors[1 if schemes else 0]
 
 
-def _naive(parts: Parts, scheme: CtScheme) -> QuantisedTensor:
+def _naive(parts: LayerTensors, scheme: CtScheme) -> QuantisedTensor:
     return fp8_tensor(parts, scheme.block) if scheme.kind == "float" else plain_ints(parts, scheme.bits, scheme.group)
 
 
-_READERS: Mapping[str, Callable[[Parts, CtScheme], QuantisedTensor]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[LayerTensors, CtScheme], QuantisedTensor]] = MappingProxyType(
     {
         PACKED: lambda parts, scheme: packed_ints(parts, scheme.bits, scheme.group),
         INT: _naive,

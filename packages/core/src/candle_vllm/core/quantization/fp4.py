@@ -20,7 +20,7 @@ import numpy as np
 from candle_vllm.core.quantization.fp8 import scale_numbers
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
 from candle_vllm.core.quantization.scaled_codes import E2M1, ScaledCodes
-from candle_vllm.core.quantization.stored import CodeSource, FloatSource, Parts, QuantisedTensor, numbers
+from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 MX_GROUP, NV_GROUP = 32, 16
@@ -78,7 +78,7 @@ class Nvfp4Source(FloatSource):
         return ScaledCodes("e2m1", self._packed.raw()[first:last], scales, columns, self._scales.raw()[first:last])
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`: the two scales meet first, as the format says."""
+        """See `WeightSource.decode`: the two scales meet first, as the format says."""
         scales = self._scales.rows(first, last).load()
         whole = scale_numbers(self._whole).reshape(-1)[0]
         with np.errstate(all="ignore"):  # a scale of 0 or NaN is the file's business, and no reason to warn
@@ -90,7 +90,7 @@ class Nvfp4Source(FloatSource):
         return values
 
 
-def mxfp4_experts(parts: Parts) -> QuantisedTensor:
+def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
     """gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] as one tensor [X, R, K], rows being outputs.
 
     Raises:
@@ -105,14 +105,14 @@ def mxfp4_experts(parts: Parts) -> QuantisedTensor:
     return parts.tensor("MXFP4", shape, Mxfp4Source(blocks, scales), parts.layer)
 
 
-def mxfp4_tensor(parts: Parts) -> QuantisedTensor:
+def mxfp4_tensor(parts: LayerTensors) -> QuantisedTensor:
     """compressed-tensors' `weight_packed` [N, K / 2] and `weight_scale` [N, K / 32]; errors as `mxfp4_experts`."""
     packed, scales = parts.get(".weight_packed", "U8"), parts.get(".weight_scale", "U8", "F8_E8M0")
     rows, columns = _matrix(parts, packed, scales, MX_GROUP)
     return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
 
 
-def nvfp4_tensor(parts: Parts, *, divided: bool) -> QuantisedTensor:
+def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
     """A matrix of NVFP4; errors as `mxfp4_experts`.
 
     Args:
@@ -128,7 +128,7 @@ def nvfp4_tensor(parts: Parts, *, divided: bool) -> QuantisedTensor:
     return parts.tensor("NVFP4", (rows, columns), Nvfp4Source(packed, scales, whole, divided))
 
 
-def _matrix(parts: Parts, packed: StoredTensor, scales: StoredTensor, group: int) -> tuple[int, int]:
+def _matrix(parts: LayerTensors, packed: StoredTensor, scales: StoredTensor, group: int) -> tuple[int, int]:
     if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] * 2 % group:
         raise parts.shape_error(packed, "[outputs, inputs / 2]", f"rows are whole groups of {group} weights")
     rows, columns = packed.shape[0], packed.shape[1] * 2

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
-from candle_vllm.core.quantization.stored import FLOATS, FloatSource, Parts, QuantisedTensor, floats
+from candle_vllm.core.quantization.stored import FLOATS, FloatSource, LayerTensors, QuantisedTensor, floats
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 NUMBERS = ("F8_E4M3", "F8_E5M2")
@@ -50,7 +50,7 @@ def scale_numbers(part: StoredTensor) -> np.ndarray:
     return part.load() if part.type_name.startswith("F8") else floats(part)
 
 
-def fp8_tensor(parts: Parts, block: tuple[int, int] | None) -> QuantisedTensor:
+def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
     """The weight of a layer whose `weight` is FP8.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.quantization.group_codes import GroupCodes, fields
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -74,7 +74,7 @@ class GptqSource(CodeSource):
         return GroupCodes(codes, scales, None if middle else zeros.astype(np.int32), bits, dtype, self._group_of)
 
 
-def gptq_tensor(parts: Parts, scheme: GptqScheme) -> QuantisedTensor:
+def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
     """The weight of a layer with `qweight`.
 
     Raises:
@@ -100,7 +100,7 @@ def gptq_tensor(parts: Parts, scheme: GptqScheme) -> QuantisedTensor:
     return parts.tensor(f"GPTQ-{bits}", (rows, columns), source)
 
 
-def column_groups(parts: Parts, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
+def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
     """The stored group of each column, int64 [K]; None where they are G groups of neighbours.
 
     Raises:

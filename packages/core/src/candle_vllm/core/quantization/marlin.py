@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.stored import FLOATS, CodeSource, Parts, QuantisedTensor, floats, numbers
+from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensors, QuantisedTensor, floats, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 TILE = 16
@@ -69,7 +69,7 @@ class MarlinSource(CodeSource):
         return GroupCodes(codes, np.ascontiguousarray(scales.T), None, 4, dtype)
 
 
-def marlin_tensor(parts: Parts, group: int) -> QuantisedTensor:
+def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
     """The weight of a layer with `B`.
 
     Args:

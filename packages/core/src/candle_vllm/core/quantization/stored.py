@@ -1,8 +1,8 @@
 """One logical tensor for the parts that a quantised safetensors format stores of a matrix.
 
-Stands before step 1 of a request's life. A format reads runs of rows of its parts (`Source`); a `QuantisedTensor` is a
-matrix, or several of the same shape, whose rows the views of `loading/views.py` may pick. Nothing is read before it is
-asked for, and then in chunks of rows.
+Stands before step 1 of a request's life. A format reads runs of rows of its parts (`WeightSource`); a `QuantisedTensor`
+is a matrix, or several of the same shape, whose rows the views of `loading/views.py` may pick. Nothing is read before
+it is asked for, and then in chunks of rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""
 
 
-class Source(ABC):
+class WeightSource(ABC):
     """The parts of one matrix [R, K] in a format's own layout.
 
     Attributes:
@@ -57,7 +57,7 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def columns(self, first: int, last: int) -> Source:
+    def columns(self, first: int, last: int) -> WeightSource:
         """Columns first to last - 1 of every row."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Source(ABC):
         """Columns can be cut at multiples of this; some rows are read."""
 
 
-class CodeSource(Source):
+class CodeSource(WeightSource):
     """A source of whole numbers in groups."""
 
     @abstractmethod
@@ -73,23 +73,23 @@ class CodeSource(Source):
         """Rows first to last - 1."""
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`."""
+        """See `WeightSource.decode`."""
         return self.codes(first, last).dequantise()
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `Source.pack_for`."""
+        """See `WeightSource.pack_for`."""
         return backend.codes(tensor, tensor.group_codes, tensor.blocks)
 
-    def columns(self, first: int, last: int) -> Source:
-        """See `Source.columns`."""
+    def columns(self, first: int, last: int) -> WeightSource:
+        """See `WeightSource.columns`."""
         return _CodeColumns(self, first, last)
 
     def column_step(self) -> int:
-        """See `Source.column_step`."""
+        """See `WeightSource.column_step`."""
         return self.codes(0, self.align).column_step
 
 
-class FloatSource(Source):
+class FloatSource(WeightSource):
     """A source of small floats with scales.
 
     Attributes:
@@ -103,23 +103,23 @@ class FloatSource(Source):
         """Rows first to last - 1."""
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`."""
+        """See `WeightSource.decode`."""
         return self.floats(first, last).dequantise()
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `Source.pack_for`."""
+        """See `WeightSource.pack_for`."""
         return backend.floats(tensor, self.span, tensor.scaled)
 
     def scale_span(self) -> int:
-        """See `Source.scale_span`."""
+        """See `WeightSource.scale_span`."""
         return self.span
 
-    def columns(self, first: int, last: int) -> Source:
-        """See `Source.columns`."""
+    def columns(self, first: int, last: int) -> WeightSource:
+        """See `WeightSource.columns`."""
         return _FloatColumns(self, first, last)
 
     def column_step(self) -> int:
-        """See `Source.column_step`."""
+        """See `WeightSource.column_step`."""
         return self.floats(0, self.align).column_step
 
 
@@ -147,7 +147,7 @@ class _FloatColumns(FloatSource):
         return self._source.floats(first, last).cut(self._first, self._last)
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `Source.decode`: the scales meet as they do in the whole."""
+        """See `WeightSource.decode`: the scales meet as they do in the whole."""
         return self._source.decode(first, last)[:, self._first : self._last]
 
 
@@ -160,7 +160,7 @@ class QuantisedTensor(StoredTensor):
         index: numbers of the source's rows, int64; None for all.
     """
 
-    source: Source
+    source: WeightSource
     index: np.ndarray | None = None
 
     @property
@@ -282,7 +282,7 @@ class QuantisedTensor(StoredTensor):
             running.result()
 
 
-class Parts:
+class LayerTensors:
     """The stored tensors of one layer, taken by name; each is checked, and what is not taken stays in the checkpoint.
 
     Args:
@@ -325,7 +325,7 @@ class Parts:
         )
 
     def tensor(
-        self, type_name: str, shape: tuple[int, ...], source: Source, name: str | None = None
+        self, type_name: str, shape: tuple[int, ...], source: WeightSource, name: str | None = None
     ) -> QuantisedTensor:
         """The logical tensor of the parts that were taken."""
         source.parts = tuple(self.taken)

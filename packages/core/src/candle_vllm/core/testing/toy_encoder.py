@@ -86,7 +86,7 @@ def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[st
         layer = layer_at(model, path)
         if layer is None:
             continue
-        shape = layer.parts()[part].shape
+        shape = layer.parameters()[part].shape
         values = torch.randn(shape, generator=generator)
         spread, centre = (1.5 * shape[1] ** -0.5, 0.0) if len(shape) == 2 else (0.1, float("norm:w" in line.target))
         made[line.first] = centre + spread * values

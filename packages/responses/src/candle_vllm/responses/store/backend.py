@@ -22,7 +22,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from candle_vllm.responses.store.entries import Entry, Part
+from candle_vllm.responses.store.entries import Entry, EntryItem
 
 MEMORY = "memory"
 
@@ -107,7 +107,7 @@ class Backend(Protocol):
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
-    async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[Part] = ()) -> int:
+    async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
         """Keeps an entry in the place of one with its owner and id; how many others had to make room.
 
         One that is being worked on is completed where it stands in lists; another is deleted before.
@@ -179,14 +179,16 @@ class Backend(Protocol):
         """Deletes what has expired; how many."""
         ...
 
-    async def find(self, owner: str, names: Sequence[str]) -> tuple[list[Part], list[Entry]]:
+    async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
         """The parts with these ids, and the entries that have something with these names in them."""
         ...
 
     # ---- parts -------------------------------------------------------------------------------------------------------
     # NotStoredError where the entry is not there
 
-    async def append(self, kind: str, owner: str, name: str, parts: Sequence[Part], *, skip_known: bool = False) -> int:
+    async def append(
+        self, kind: str, owner: str, name: str, parts: Sequence[EntryItem], *, skip_known: bool = False
+    ) -> int:
         """Adds parts at the end, all or none; how many entries had to make room.
 
         With `skip_known`, those that are there already stay where they are; otherwise they are refused.
@@ -199,11 +201,11 @@ class Backend(Protocol):
 
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
-    ) -> list[Part] | None:
+    ) -> list[EntryItem] | None:
         """At most `limit` parts behind `after`; None when that is none of them. Who reads all of them uses them now."""
         ...
 
-    async def part(self, kind: str, owner: str, name: str, part: str) -> Part | None:
+    async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
         """One part."""
         ...
 

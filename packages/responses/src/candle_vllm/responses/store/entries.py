@@ -100,7 +100,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.body) + len(self.given) + OVERHEAD
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
+class EntryItem(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an entry: an item of a conversation, as JSON with its id."""
 
     id: str
@@ -127,7 +127,7 @@ def is_id(text: str) -> bool:
     return 0 < len(text) <= MAX_ID and text.isascii() and text.isprintable()
 
 
-def parts_of(items: Iterable[Item], max_size: int) -> list[Part]:
+def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
     """Checked items as parts; those without an id get one.
 
     Raises:
@@ -145,7 +145,7 @@ def parts_of(items: Iterable[Item], max_size: int) -> list[Part]:
                 f"items.{index} has {len(body)} bytes as JSON; at most {max_size} are kept of one item.",
                 f"items.{index}",
             )
-        made.append(Part(id=name, body=body))
+        made.append(EntryItem(id=name, body=body))
     return made
 
 

@@ -21,9 +21,9 @@ from candle_vllm.responses.store.entries import (
     RESPONSE,
     STOPPED,
     Entry,
+    EntryItem,
     Item,
     NotStoredError,
-    Part,
     StoreLimitError,
     is_id,
     items_of,
@@ -189,7 +189,9 @@ class ResponseStore:
         if not await self.backend.delete(CONVERSATION, owner, _known("Conversation", name)):
             raise NotStoredError("Conversation", name, "conversation_id")
 
-    async def append(self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False) -> list[Part]:
+    async def append(
+        self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False
+    ) -> list[EntryItem]:
         """Adds items at the end of a conversation, all or none; those without an id get one.
 
         Args:
@@ -210,7 +212,7 @@ class ResponseStore:
 
     async def page(
         self, owner: str, name: str, *, limit: int, order: Order, after: str | None = None
-    ) -> tuple[list[Part], bool]:
+    ) -> tuple[list[EntryItem], bool]:
         """Some items, and whether there are more behind them; InvalidParameterError where `after` is none of them."""
         if after is not None and not is_id(after):
             raise InvalidParameterError(f"after must be the id of an item, not {after!r:.80}", "after")
@@ -227,7 +229,7 @@ class ResponseStore:
         found = await self.backend.parts(CONVERSATION, owner, _known("Conversation", name)) or []
         return await asyncio.to_thread(lambda: [msgspec.json.decode(item.body) for item in found])
 
-    async def item(self, owner: str, name: str, item_id: str) -> Part:
+    async def item(self, owner: str, name: str, item_id: str) -> EntryItem:
         """One item."""
         name, item_id = _known("Conversation", name), _known("Conversation item", item_id)
         found = await self.backend.part(CONVERSATION, owner, name, item_id)
@@ -290,7 +292,7 @@ def _names(response: bytes, given: bytes = b"[]") -> set[str]:
     return {item["id"] for item in items_of(response, given) if isinstance(item.get("id"), str)}
 
 
-def _found(wanted: set[str], parts: Sequence[Part], entries: Sequence[Entry]) -> dict[str, Item]:
+def _found(wanted: set[str], parts: Sequence[EntryItem], entries: Sequence[Entry]) -> dict[str, Item]:
     found: dict[str, Item] = {part.id: msgspec.json.decode(part.body) for part in parts}
     for entry in entries:
         found |= {item["id"]: item for item in items_of(entry.body, entry.given) if item.get("id") in wanted}

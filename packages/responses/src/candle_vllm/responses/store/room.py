@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Bounds, Place
-from candle_vllm.responses.store.entries import ACTIVE, Part, StoreLimitError
+from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreLimitError
 from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # in one statement
@@ -79,7 +79,7 @@ class Room:
                 self._connection.execute(delete(belonging).where(belonging.c.entry.in_(numbers)))
             self._connection.execute(delete(self._entries).where(self._entries.c.number.in_(numbers)))
 
-    def append(self, number: int, owner: str, more: Sequence[Part], *, skip_known: bool) -> int:
+    def append(self, number: int, owner: str, more: Sequence[EntryItem], *, skip_known: bool) -> int:
         """Adds parts to a row; how many other entries had to make room. As `Backend.append`."""
         parts, bounds = self._parts, self._bounds
         there = self._known(number, more)
@@ -136,7 +136,7 @@ class Room:
             return other
         return and_(other, not_(self._entries.c.status.in_(ACTIVE)), or_(lease.is_(None), lease <= self._now))
 
-    def _known(self, number: int, more: Sequence[Part]) -> set[str]:
+    def _known(self, number: int, more: Sequence[EntryItem]) -> set[str]:
         """The ids of these parts that the row has already."""
         found: set[str] = set()
         for start in range(0, len(more), NAMES_AT_ONCE):
@@ -146,7 +146,7 @@ class Room:
         return found
 
 
-def _refuse_twins(more: Sequence[Part], there: set[str]) -> None:
+def _refuse_twins(more: Sequence[EntryItem], there: set[str]) -> None:
     seen = set(there)
     for index, each in enumerate(more):
         if each.id in seen:

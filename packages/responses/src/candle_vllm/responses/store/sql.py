@@ -13,7 +13,15 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.responses.store.backend import Bounds, Held, Order, Place
 from candle_vllm.responses.store.database import Database
-from candle_vllm.responses.store.entries import ACTIVE, MAX_ID, OVERHEAD, Entry, NotStoredError, Part, StoreLimitError
+from candle_vllm.responses.store.entries import (
+    ACTIVE,
+    MAX_ID,
+    OVERHEAD,
+    Entry,
+    EntryItem,
+    NotStoredError,
+    StoreLimitError,
+)
 from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
 from candle_vllm.responses.store.tables import tables_of
 
@@ -73,7 +81,9 @@ class SqlBackend:
     # ---- entries -----------------------------------------------------------------------------------------------------
 
     @_transaction
-    def put(self, connection: Connection, entry: Entry, names: Collection[str] = (), parts: Sequence[Part] = ()) -> int:
+    def put(
+        self, connection: Connection, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()
+    ) -> int:
         self._check_size(entry.kind, entry.size)
         entries, room = self._entries, self._room(connection)
         same = and_(entries.c.owner == entry.owner, entries.c.id == entry.id)
@@ -206,14 +216,14 @@ class SqlBackend:
         return len(numbers)
 
     @_transaction
-    def find(self, connection: Connection, owner: str, names: Sequence[str]) -> tuple[list[Part], list[Entry]]:
-        parts: list[Part] = []
+    def find(self, connection: Connection, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
+        parts: list[EntryItem] = []
         found: dict[int, Entry] = {}
         for start in range(0, len(names), NAMES_AT_ONCE):
             some = names[start : start + NAMES_AT_ONCE]
             joined = select(self._parts.c.id, self._parts.c.body).join(self._entries)
             rows = connection.execute(joined.where(self._parts.c.id.in_(some), self._entries.c.owner == owner))
-            parts += [Part(id=row.id, body=bytes(row.body)) for row in rows]
+            parts += [EntryItem(id=row.id, body=bytes(row.body)) for row in rows]
             holding = select(self._names.c.entry).where(self._names.c.name.in_(some)).distinct()
             where = and_(self._entries.c.owner == owner, self._alive, self._entries.c.number.in_(holding))
             found |= {row.number: _entry(row) for row in connection.execute(select(self._entries).where(where))}
@@ -228,7 +238,7 @@ class SqlBackend:
         kind: str,
         owner: str,
         name: str,
-        parts: Sequence[Part],
+        parts: Sequence[EntryItem],
         *,
         skip_known: bool = False,
     ) -> int:
@@ -245,7 +255,7 @@ class SqlBackend:
         limit: int | None = None,
         order: Order = "asc",
         after: str | None = None,
-    ) -> list[Part] | None:
+    ) -> list[EntryItem] | None:
         number, parts = self._find(connection, kind, owner, name), self._parts
         query = select(parts.c.id, parts.c.body).where(parts.c.entry == number)
         if after is not None:
@@ -257,14 +267,14 @@ class SqlBackend:
         if limit is None:
             connection.execute(update(self._entries).where(self._entries.c.number == number).values(used=self.now))
         query = query.order_by(parts.c.number if order == "asc" else parts.c.number.desc()).limit(limit)
-        return [Part(id=row.id, body=bytes(row.body)) for row in connection.execute(query)]
+        return [EntryItem(id=row.id, body=bytes(row.body)) for row in connection.execute(query)]
 
     @_transaction
-    def part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> Part | None:
+    def part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
         number = self._find(connection, kind, owner, name)
         query = select(self._parts.c.body).where(self._parts.c.entry == number, self._parts.c.id == part)
         body = connection.execute(query).scalar_one_or_none()
-        return None if body is None else Part(id=part, body=bytes(body))
+        return None if body is None else EntryItem(id=part, body=bytes(body))
 
     @_transaction
     def delete_part(self, connection: Connection, kind: str, owner: str, name: str, part: str) -> bool:

@@ -69,7 +69,7 @@ def input_form(matrix: Matrix) -> Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class InputRows:
     """What an input is made from.
 
     Attributes:
@@ -98,7 +98,7 @@ class Inputs:
     arrays: tuple[np.ndarray, ...]
 
 
-def make_inputs(recorder: Recorder, form: Form, source: Source, *, copies: int = 1, barrier: bool = True) -> Inputs:
+def make_inputs(recorder: Recorder, form: Form, source: InputRows, *, copies: int = 1, barrier: bool = True) -> Inputs:
     """Records the making of an input, which has up to `copies` rows for each token."""
     if isinstance(form, Ordered):
         return _ordered_inputs(recorder, form, source, copies=copies, barrier=barrier)
@@ -117,7 +117,7 @@ def make_inputs(recorder: Recorder, form: Form, source: Source, *, copies: int =
     return Inputs({"x": address_of(out), "x_bytes": wanted.bytes * row_elements(columns)}, (out,))
 
 
-def _ordered_inputs(recorder: Recorder, form: Ordered, source: Source, *, copies: int, barrier: bool) -> Inputs:
+def _ordered_inputs(recorder: Recorder, form: Ordered, source: InputRows, *, copies: int, barrier: bool) -> Inputs:
     """What is computed on the way comes first, then the order, then the groups."""
     columns, arrays = source.columns, ()
     x, stride, picked = source.x, source.stride, source.picked
@@ -137,7 +137,7 @@ def _ordered_inputs(recorder: Recorder, form: Ordered, source: Source, *, copies
         rows_from=source.rows_from,
     )
     recorder.add(order_operation(), arguments)
-    ordered = Source(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
+    ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
     made = make_inputs(recorder, InputForm.GROUPS, ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
 

@@ -22,8 +22,8 @@ from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
 from candle_vllm.core.kernels.cpu_runtime.matrices import (
     Form,
+    InputRows,
     Inputs,
-    Source,
     input_form,
     make_inputs,
     multiply,
@@ -312,8 +312,8 @@ class _Prepared(_Wrapper):
             return layer_norm_reference.layer_norm(found, weight, bias, self._eps)
         return rms_norm_reference.rms_norm(found, self._weight, self._eps)
 
-    def _from(self) -> Source:
-        return Source(
+    def _from(self) -> InputRows:
+        return InputRows(
             x=self.source.address,
             stride=self.source.buffer.stride,
             columns=self.width,
@@ -412,7 +412,7 @@ class _PairRows(RecordedRows):
     ) -> RecordedRows:
         assert self._activation is not None
         recorder, made = self._recorder, self._results
-        source = Source(
+        source = InputRows(
             x=address_of(made.rows),
             stride=made.stride,
             columns=made.width // 2,

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 
 
-class Parts(NamedTuple):
+class BlockCodes(NamedTuple):
     """What some rows are made of.
 
     Attributes:
@@ -31,12 +31,12 @@ class Parts(NamedTuple):
     small: torch.Tensor | None = None
 
 
-def take_apart(blocks: torch.Tensor, kind: PackedKind) -> Parts:
+def take_apart(blocks: torch.Tensor, kind: PackedKind) -> BlockCodes:
     """Blocks of the kind's own ggml type: uint8 [R, B, W]."""
     return _PARTS[kind](blocks)
 
 
-def from_floats(weights: torch.Tensor) -> Parts:
+def from_floats(weights: torch.Tensor) -> BlockCodes:
     """Rounds float32 [R, K] to 8 bits with a float16 scale for each 32, large enough for its largest weight."""
     groups = weights.reshape(len(weights), -1, 32)
     largest = groups.abs().amax(2)
@@ -47,7 +47,7 @@ def from_floats(weights: torch.Tensor) -> Parts:
     scale = torch.where(short, (scale.view(torch.int16) + 1).view(torch.float16), scale)  # the next float16
     exact = scale.float()[:, :, None]
     codes = torch.where(exact > 0, groups / exact, 0.0).round().to(torch.int16) + 128
-    return Parts(codes.to(torch.uint8).reshape(weights.shape), scale.view(torch.int16))
+    return BlockCodes(codes.to(torch.uint8).reshape(weights.shape), scale.view(torch.int16))
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -71,41 +71,41 @@ def _single_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return _fields(blocks, start, start + 4, 1, 1)
 
 
-def _simple(codes: torch.Tensor, blocks: torch.Tensor, minimum: bool = False) -> Parts:
-    return Parts(codes.flatten(1), _half(blocks, 0), _half(blocks, 2) if minimum else None)
+def _simple(codes: torch.Tensor, blocks: torch.Tensor, minimum: bool = False) -> BlockCodes:
+    return BlockCodes(codes.flatten(1), _half(blocks, 0), _half(blocks, 2) if minimum else None)
 
 
-def _q4_0(blocks: torch.Tensor) -> Parts:
+def _q4_0(blocks: torch.Tensor) -> BlockCodes:
     return _simple(_fields(blocks, 2, 18, 16, 4), blocks)
 
 
-def _q4_1(blocks: torch.Tensor) -> Parts:
+def _q4_1(blocks: torch.Tensor) -> BlockCodes:
     return _simple(_fields(blocks, 4, 20, 16, 4), blocks, minimum=True)
 
 
-def _q5_0(blocks: torch.Tensor) -> Parts:
+def _q5_0(blocks: torch.Tensor) -> BlockCodes:
     return _simple(_fields(blocks, 6, 22, 16, 4) | _single_bits(blocks, 2) << 4, blocks)
 
 
-def _q5_1(blocks: torch.Tensor) -> Parts:
+def _q5_1(blocks: torch.Tensor) -> BlockCodes:
     return _simple(_fields(blocks, 8, 24, 16, 4) | _single_bits(blocks, 4) << 4, blocks, minimum=True)
 
 
-def _q8_0(blocks: torch.Tensor) -> Parts:
+def _q8_0(blocks: torch.Tensor) -> BlockCodes:
     return _simple(blocks[:, :, 2:] ^ 128, blocks)
 
 
-def _q2_k(blocks: torch.Tensor) -> Parts:
+def _q2_k(blocks: torch.Tensor) -> BlockCodes:
     """16 bytes of scale (low nibble) and minimum (high), 64 of 2-bit numbers, d, dmin."""
     codes = _fields(blocks, 16, 80, 32, 2)
-    return Parts(codes.flatten(1), _half(blocks, 80), _negated(_half(blocks, 82)), blocks[:, :, :16])
+    return BlockCodes(codes.flatten(1), _half(blocks, 80), _negated(_half(blocks, 82)), blocks[:, :, :16])
 
 
-def _q3_k(blocks: torch.Tensor) -> Parts:
+def _q3_k(blocks: torch.Tensor) -> BlockCodes:
     """32 bytes of high bits, 64 of low 2-bit numbers, 12 of 6-bit scales, d."""
     codes = _fields(blocks, 32, 96, 32, 2) | _fields(blocks, 0, 32, 32, 1) << 2
     small = (_fields(blocks, 96, 104, 8, 4) | _fields(blocks, 104, 108, 4, 2) << 4) - 32  # wraps: a signed byte
-    return Parts(codes.flatten(1), _half(blocks, 108), None, small)
+    return BlockCodes(codes.flatten(1), _half(blocks, 108), None, small)
 
 
 def _six_bit_scales(blocks: torch.Tensor) -> torch.Tensor:
@@ -116,25 +116,25 @@ def _six_bit_scales(blocks: torch.Tensor) -> torch.Tensor:
     return torch.cat([scales[0], minima[0], scales[1], minima[1]], 2)
 
 
-def _q4_k(blocks: torch.Tensor) -> Parts:
+def _q4_k(blocks: torch.Tensor) -> BlockCodes:
     """d, dmin, 12 bytes of scales, 128 of nibbles: 32 bytes hold two groups."""
     codes = _fields(blocks, 16, 144, 32, 4)
-    return Parts(codes.flatten(1), _half(blocks, 0), _negated(_half(blocks, 2)), _six_bit_scales(blocks))
+    return BlockCodes(codes.flatten(1), _half(blocks, 0), _negated(_half(blocks, 2)), _six_bit_scales(blocks))
 
 
-def _q5_k(blocks: torch.Tensor) -> Parts:
+def _q5_k(blocks: torch.Tensor) -> BlockCodes:
     """As Q4_K, with 32 bytes of fifth bits before the nibbles: bit i of each belongs to group i."""
     codes = _fields(blocks, 48, 176, 32, 4) | _fields(blocks, 16, 48, 32, 1) << 4
-    return Parts(codes.flatten(1), _half(blocks, 0), _negated(_half(blocks, 2)), _six_bit_scales(blocks))
+    return BlockCodes(codes.flatten(1), _half(blocks, 0), _negated(_half(blocks, 2)), _six_bit_scales(blocks))
 
 
-def _q6_k(blocks: torch.Tensor) -> Parts:
+def _q6_k(blocks: torch.Tensor) -> BlockCodes:
     """128 bytes of low nibbles, 64 of high 2-bit fields, 16 int8 scales, d."""
     codes = _fields(blocks, 0, 128, 64, 4) | _fields(blocks, 128, 192, 32, 2) << 4
-    return Parts(codes.flatten(1), _half(blocks, 208), None, blocks[:, :, 192:208])
+    return BlockCodes(codes.flatten(1), _half(blocks, 208), None, blocks[:, :, 192:208])
 
 
-_PARTS: Mapping[PackedKind, Callable[[torch.Tensor], Parts]] = MappingProxyType(
+_PARTS: Mapping[PackedKind, Callable[[torch.Tensor], BlockCodes]] = MappingProxyType(
     {
         PackedKind.Q4_0: _q4_0,
         PackedKind.Q4_1: _q4_1,

@@ -34,7 +34,7 @@ from types import MappingProxyType
 
 import torch
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, Layout, PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout
 
 WORDS = 16
 """Elements of a row in a step of a plane of codes."""
@@ -58,7 +58,7 @@ class Planes:
 
     low: int
     high: int
-    layout: Layout
+    layout: TileLayout
 
     @property
     def groups(self) -> int:
@@ -97,7 +97,7 @@ class Planes:
         }
 
 
-def _planes(layout: Layout) -> Planes:
+def _planes(layout: TileLayout) -> Planes:
     low = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}[layout.bits]
     return Planes(low, layout.bits - low, layout)
 

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.gguf_linear.blocks import Parts, from_floats, take_apart
+from candle_vllm.core.kernels.gguf_linear.blocks import BlockCodes, from_floats, take_apart
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
@@ -90,7 +90,7 @@ def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(part.copy()).to(device)
 
 
-def _store(parts: Parts, planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
+def _store(parts: BlockCodes, planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
     """Writes the parts of some rows to their place in the planes."""
     codes = _arranged(parts.codes, planes)
     for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
@@ -135,7 +135,7 @@ def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
     return torch.stack([low, torch.zeros_like(low) if high is None else high], -1).view(torch.int32)[..., 0]
 
 
-def _scale_words(parts: Parts, planes: Planes) -> torch.Tensor:
+def _scale_words(parts: BlockCodes, planes: Planes) -> torch.Tensor:
     """int32 [R, steps, words]."""
     if parts.small is not None:
         return parts.small.reshape(len(parts.small), -1, 8).contiguous().view(torch.int32)

@@ -213,7 +213,7 @@ class GgufCodec(Codec):
 
     Attributes:
         count: words of a row in a step of `scales`.
-        nested, minimum, zero: as in `packed_linear.layout.Layout`.
+        nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
     """
 
     count: int

@@ -32,9 +32,9 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     LAYOUTS,
     ROWS,
     VECTOR_BYTES,
-    Layout,
     PackedKind,
     PackedMatrix,
+    TileLayout,
 )
 
 _CACHED_BYTES = 384 << 10
@@ -58,7 +58,7 @@ def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: in
     return e.b.and_(words, _words(e, ((1 << bits) - 1) << target, lanes))
 
 
-def _quad(e: Emitter, codes: Any, layout: Layout, quad: int, lanes: int = ROWS) -> Any:
+def _quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int = ROWS) -> Any:
     """Quad `quad` of the group whose codes begin at `codes`: 4 unsigned bytes in each lane."""
     bits, kind = layout.bits, vector(I32, lanes)
 
@@ -78,7 +78,7 @@ def _quad(e: Emitter, codes: Any, layout: Layout, quad: int, lanes: int = ROWS) 
     return low if high is None else e.b.or_(low, high)
 
 
-def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None) -> tuple[list[Any], list[Any]]:
+def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> tuple[list[Any], list[Any]]:
     """Scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
     lanes = ROWS if lane is None else 1
     scale, minimum = _floats(e, block, layout, lane)
@@ -108,7 +108,7 @@ def _scales(e: Emitter, block: Any, group: Any, layout: Layout, lane: Any = None
     return [times(scale, numbers) for numbers in low], [times(minimum, numbers) for numbers in high]
 
 
-def _floats(e: Emitter, block: Any, layout: Layout, lane: Any = None) -> tuple[Any, Any]:
+def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tuple[Any, Any]:
     """The float16 numbers of a block, widened: scales, and minima or None."""
     lanes = ROWS if lane is None else 1
     at = block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(2)))
@@ -117,7 +117,7 @@ def _floats(e: Emitter, block: Any, layout: Layout, lane: Any = None) -> tuple[A
     return found[0], found[1] if layout.minimum else None
 
 
-def _pairs(e: Emitter, block: Any, group: Any, layout: Layout) -> tuple[Any, Any]:
+def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any, Any]:
     """Sub-scales and sub-minima of a group of a paired kind, of both halves: 16-bit pairs as <16 x i32>."""
     at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
     small = e.b.zext(e.load(at, vector(I8, 2 * ROWS), layout.floats_bytes), vector(I16, 2 * ROWS))
@@ -135,7 +135,7 @@ def _paired(e: Emitter, low: Any, high: Any) -> Any:
     )
 
 
-def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any, Any, Any]:
+def _block_of(e: Emitter, weights: Any, group: Any, layout: TileLayout) -> tuple[Any, Any, Any]:
     """Address of the block that holds group `group` of a row, the group's number in it, and its codes' address."""
     if not layout.nested:
         block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
@@ -149,17 +149,17 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: Layout) -> tuple[Any
 # ---- the panel of activations ----------------------------------------------------------------------------------------
 
 
-def _panel_sums(layout: Layout) -> int:
+def _panel_sums(layout: TileLayout) -> int:
     """Numbers per row and group in a panel that say what the sums are."""
     return 1 if layout.width == GROUP or layout.paired else 2
 
 
-def _record_bytes(layout: Layout, block: int) -> int:
+def _record_bytes(layout: TileLayout, block: int) -> int:
     """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
 
-def _sums(e: Emitter, x: Any, layout: Layout, isa: Isa) -> list[Any]:
+def _sums(e: Emitter, x: Any, layout: TileLayout, isa: Isa) -> list[Any]:
     """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
 
     Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
@@ -218,7 +218,7 @@ def _fill_row(
 
 
 def _add_group(
-    e: Emitter, layout: Layout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+    e: Emitter, layout: TileLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
 ) -> list[Any]:
     """Adds one group's share to the totals of the rows; `weights` is what `_block_of` returns."""
     if layout.paired:
@@ -253,7 +253,7 @@ def _add_group(
 
 
 def _add_paired(
-    e: Emitter, layout: Layout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+    e: Emitter, layout: TileLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
 ) -> list[Any]:
     """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
     head, number, codes = weights

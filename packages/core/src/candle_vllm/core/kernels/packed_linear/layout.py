@@ -60,7 +60,7 @@ class PackedKind(enum.IntEnum):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TileLayout:
     """Facts of a kind.
 
     Attributes:
@@ -115,18 +115,18 @@ class Layout:
         return columns // (GROUP * self.groups) * self.block_bytes
 
 
-LAYOUTS: Mapping[PackedKind, Layout] = MappingProxyType(
+LAYOUTS: Mapping[PackedKind, TileLayout] = MappingProxyType(
     {
-        PackedKind.Q4_0: Layout(4),
-        PackedKind.Q4_1: Layout(4, minimum=True),
-        PackedKind.Q5_0: Layout(5),
-        PackedKind.Q5_1: Layout(5, minimum=True),
-        PackedKind.Q8_0: Layout(8),
-        PackedKind.Q2_K: Layout(2, width=16, minimum=True, nested=True),
-        PackedKind.Q3_K: Layout(3, width=16, nested=True),
-        PackedKind.Q4_K: Layout(4, minimum=True, nested=True),
-        PackedKind.Q5_K: Layout(5, minimum=True, nested=True),
-        PackedKind.Q6_K: Layout(6, width=16, nested=True),
+        PackedKind.Q4_0: TileLayout(4),
+        PackedKind.Q4_1: TileLayout(4, minimum=True),
+        PackedKind.Q5_0: TileLayout(5),
+        PackedKind.Q5_1: TileLayout(5, minimum=True),
+        PackedKind.Q8_0: TileLayout(8),
+        PackedKind.Q2_K: TileLayout(2, width=16, minimum=True, nested=True),
+        PackedKind.Q3_K: TileLayout(3, width=16, nested=True),
+        PackedKind.Q4_K: TileLayout(4, minimum=True, nested=True),
+        PackedKind.Q5_K: TileLayout(5, minimum=True, nested=True),
+        PackedKind.Q6_K: TileLayout(6, width=16, nested=True),
     }
 )
 
@@ -151,7 +151,7 @@ class PackedMatrix:
     order: np.ndarray | None = None
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TileLayout:
         """Facts of the kind."""
         return LAYOUTS[self.kind]
 

@@ -18,11 +18,11 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
     ROWS,
-    Layout,
     PackedKind,
     PackedMatrix,
+    TileLayout,
 )
-from candle_vllm.core.kernels.packed_linear.split import Parts, from_floats, split
+from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, from_floats, split
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 from candle_vllm.core.threads import loading_threads
@@ -107,7 +107,7 @@ def pack(
     return PackedMatrix(rows, columns, kind, data)
 
 
-def _store(parts: Parts, layout: Layout, tiles: np.ndarray) -> None:
+def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:
     """Writes the parts of a chunk to its tiles, uint8 [tiles, bytes]."""
     groups, vectors, count, _ = parts.codes.shape
     shape = (len(tiles), count, layout.block_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, VECTOR_BYTES, Layout, PackedMatrix
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, VECTOR_BYTES, PackedMatrix, TileLayout
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     return np.ascontiguousarray(tiles.reshape(-1, matrix.columns)[: matrix.rows])
 
 
-def _numbers(codes: np.ndarray, layout: Layout) -> np.ndarray:
+def _numbers(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
     """Codes of groups, uint8 [..., bytes] -> [..., 8 quads, 16 rows, 4]."""
     vectors = codes.reshape(*codes.shape[:-1], -1, VECTOR_BYTES)
     if layout.bits == 8:
@@ -61,7 +61,7 @@ def _pairs(vectors: np.ndarray) -> np.ndarray:
     return np.stack(fields, axis=-2)
 
 
-def _scales(blocks: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray | None]:
+def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndarray | None]:
     """Scales, and minima where there are any, float32 [tiles, blocks, groups, halves, 16 rows]."""
     floats = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes]).view(np.float16).astype(np.float32)
     floats = floats.reshape(*blocks.shape[:2], 1, 1, -1, ROWS)

@@ -17,7 +17,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind
 
 
-class Parts(NamedTuple):
+class ChunkCodes(NamedTuple):
     """What a chunk is made of; `small` are the sub-scales of K-quants."""
 
     codes: np.ndarray  # uint32 [G, vectors, B, R]
@@ -25,12 +25,12 @@ class Parts(NamedTuple):
     small: list[np.ndarray]  # uint32 [B, R] each: 4 sub-scales
 
 
-def split(blocks: np.ndarray, kind: PackedKind) -> Parts:
+def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
     """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]."""
     return _SPLITTERS[kind](_planes(blocks, front=not LAYOUTS[kind].nested))
 
 
-def from_floats(weights: np.ndarray) -> Parts:
+def from_floats(weights: np.ndarray) -> ChunkCodes:
     """Rounds float32 [R, K] to 8 bits with a float16 scale for each group, large enough for its largest weight."""
     groups = weights.reshape(len(weights), -1, GROUP)
     largest = np.abs(groups).max(axis=2)
@@ -42,7 +42,7 @@ def from_floats(weights: np.ndarray) -> Parts:
     exact = scale.astype(np.float32)
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     codes = (np.rint(groups * inverse[:, :, None]).astype(np.int16) + 128).astype(np.uint8)
-    return Parts(codes.view(np.uint32).transpose(2, 1, 0)[None], [scale.view(np.uint16).T], [])
+    return ChunkCodes(codes.view(np.uint32).transpose(2, 1, 0)[None], [scale.view(np.uint16).T], [])
 
 
 def _planes(blocks: np.ndarray, front: bool) -> np.ndarray:
@@ -113,12 +113,12 @@ def _negated(half: np.ndarray) -> np.ndarray:
 # ---- the types -------------------------------------------------------------------------------------------------------
 
 
-def _q4_0(planes: np.ndarray) -> Parts:
-    return Parts(planes[None, 1:], [_high(planes[0])], [])
+def _q4_0(planes: np.ndarray) -> ChunkCodes:
+    return ChunkCodes(planes[None, 1:], [_high(planes[0])], [])
 
 
-def _q4_1(planes: np.ndarray) -> Parts:
-    return Parts(planes[None, 1:], [_low(planes[0]), _high(planes[0])], [])
+def _q4_1(planes: np.ndarray) -> ChunkCodes:
+    return ChunkCodes(planes[None, 1:], [_low(planes[0]), _high(planes[0])], [])
 
 
 def _with_fifth(planes: np.ndarray) -> np.ndarray:
@@ -126,32 +126,32 @@ def _with_fifth(planes: np.ndarray) -> np.ndarray:
     return np.concatenate([_bits_in_order(planes[1])[None], planes[2:]])[None]
 
 
-def _q5_0(planes: np.ndarray) -> Parts:
-    return Parts(_with_fifth(planes), [_high(planes[0])], [])
+def _q5_0(planes: np.ndarray) -> ChunkCodes:
+    return ChunkCodes(_with_fifth(planes), [_high(planes[0])], [])
 
 
-def _q5_1(planes: np.ndarray) -> Parts:
-    return Parts(_with_fifth(planes), [_low(planes[0]), _high(planes[0])], [])
+def _q5_1(planes: np.ndarray) -> ChunkCodes:
+    return ChunkCodes(_with_fifth(planes), [_low(planes[0]), _high(planes[0])], [])
 
 
-def _q8_0(planes: np.ndarray) -> Parts:
-    return Parts(planes[None, 1:] ^ _each(0x80), [_high(planes[0])], [])
+def _q8_0(planes: np.ndarray) -> ChunkCodes:
+    return ChunkCodes(planes[None, 1:] ^ _each(0x80), [_high(planes[0])], [])
 
 
 def _empty_codes(planes: np.ndarray, vectors: int) -> np.ndarray:
     return np.empty((8, vectors, *planes.shape[1:]), np.uint32)
 
 
-def _q2_k(planes: np.ndarray) -> Parts:
+def _q2_k(planes: np.ndarray) -> ChunkCodes:
     """16 bytes of scale and minimum, 64 of pairs (32 bytes hold a quad of four groups), d, dmin."""
     codes = _empty_codes(planes, 2)
     pairs = planes[4:20].reshape(2, 8, *planes.shape[1:])
     for field in range(4):
         codes[field::4] = _pair_vectors(pairs, field)
-    return Parts(codes, [_low(planes[20]), _negated(_high(planes[20]))], list(planes[:4]))
+    return ChunkCodes(codes, [_low(planes[20]), _negated(_high(planes[20]))], list(planes[:4]))
 
 
-def _q3_k(planes: np.ndarray) -> Parts:
+def _q3_k(planes: np.ndarray) -> ChunkCodes:
     """32 bytes of high bits, 64 of pairs, 12 of 6-bit scales, d."""
     codes = _empty_codes(planes, 3)
     pairs = planes[8:24].reshape(2, 8, *planes.shape[1:])
@@ -164,7 +164,7 @@ def _q3_k(planes: np.ndarray) -> Parts:
     for index, low in enumerate((first, second, first >> 4, second >> 4)):
         scale = (low & _each(15)) | (top >> np.uint32(2 * index) & _each(3)) << 4
         small.append(np.subtract(scale.view(np.uint8), 32).view(np.uint32))
-    return Parts(codes, [_low(planes[27])], small)
+    return ChunkCodes(codes, [_low(planes[27])], small)
 
 
 def _six_bit_scales(planes: np.ndarray) -> list[np.ndarray]:
@@ -186,23 +186,23 @@ def _nibbles_k(planes: np.ndarray, codes: np.ndarray) -> None:
     codes[1::2, -4:] = _nibble_vectors(words, high=True)
 
 
-def _q4_k(planes: np.ndarray) -> Parts:
+def _q4_k(planes: np.ndarray) -> ChunkCodes:
     """d, dmin, 12 bytes of scales, the nibbles."""
     codes = _empty_codes(planes, 4)
     _nibbles_k(planes[4:36], codes)
-    return Parts(codes, [_low(planes[0]), _negated(_high(planes[0]))], _six_bit_scales(planes))
+    return ChunkCodes(codes, [_low(planes[0]), _negated(_high(planes[0]))], _six_bit_scales(planes))
 
 
-def _q5_k(planes: np.ndarray) -> Parts:
+def _q5_k(planes: np.ndarray) -> ChunkCodes:
     """d, dmin, 12 bytes of scales, 32 of fifth bits (bit i: group i), the nibbles."""
     codes = _empty_codes(planes, 5)
     _nibbles_k(planes[12:44], codes)
     for group in range(8):
         codes[group, 0] = _bit_vector(planes[4:12], group)
-    return Parts(codes, [_low(planes[0]), _negated(_high(planes[0]))], _six_bit_scales(planes))
+    return ChunkCodes(codes, [_low(planes[0]), _negated(_high(planes[0]))], _six_bit_scales(planes))
 
 
-def _q6_k(planes: np.ndarray) -> Parts:
+def _q6_k(planes: np.ndarray) -> ChunkCodes:
     """Twice 64 bytes of nibbles, twice 32 of pairs (field i: group i of the half), 16 scales, d."""
     codes = _empty_codes(planes, 6)
     nibbles = planes[:32].reshape(2, 2, 8, *planes.shape[1:])  # half, group & 1
@@ -212,10 +212,10 @@ def _q6_k(planes: np.ndarray) -> Parts:
         codes[half * 4 + 2 : half * 4 + 4, 2:] = _nibble_vectors(nibbles[half], high=True)
     for field in range(4):
         codes[field::4, :2] = _pair_vectors(pairs, field)
-    return Parts(codes, [_low(planes[52])], list(planes[48:52]))
+    return ChunkCodes(codes, [_low(planes[52])], list(planes[48:52]))
 
 
-_SPLITTERS: Mapping[PackedKind, Callable[[np.ndarray], Parts]] = MappingProxyType(
+_SPLITTERS: Mapping[PackedKind, Callable[[np.ndarray], ChunkCodes]] = MappingProxyType(
     {
         PackedKind.Q4_0: _q4_0,
         PackedKind.Q4_1: _q4_1,
