@@ -232,19 +232,19 @@ def stored(name: str, shape: tuple[int, ...], quantised: bool) -> InMemory:
     return InMemory(name, shape, "F32", data.nbytes, data.view(np.uint8))
 
 
-def parts_of(thing: object, path: str = "") -> Iterator[tuple[str, Parameter]]:
-    if hasattr(thing, "parts"):
+def parameters_of(thing: object, path: str = "") -> Iterator[tuple[str, Parameter]]:
+    if hasattr(thing, "parameters"):
         yield from ((f"{path}:{name}", part) for name, part in thing.parameters().items())  # type: ignore[attr-defined]
     for key, value in vars(thing).items():
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             if type(item).__module__.startswith(("candle_vllm.core.layers", __name__)):
-                yield from parts_of(item, f"{path}.{key}{number}")
+                yield from parameters_of(item, f"{path}.{key}{number}")
 
 
 def filled(variant: Variant, placement: Placement, *, quantised: bool = False) -> Model:
     model = Model(variant, placement)
     names = set()
-    for name, part in parts_of(model):
+    for name, part in parameters_of(model):
         part.fill(stored(name, part.shape, quantised))
         names.add(name.rpartition(".")[2].rpartition(":")[2])
     assert {"weight"} <= names
