@@ -142,10 +142,6 @@ class OpenAIAdapter:
         """
         return self._submitted(await self._ready(read))
 
-    async def count_chat_tokens(self, request: ChatCompletionRequest | Fields) -> int:
-        """Tokens of the prompt that an answer would begin with. The request is checked and nothing is generated."""
-        return await self.count_tokens(partial(read_chat, _checked_chat(request)))
-
     async def count_tokens(self, read: Callable[[], Task]) -> int:
         """Tokens of the prompt that `answer` would begin with; nothing is generated."""
         return len((await self._ready(read)).prepared.prompt)

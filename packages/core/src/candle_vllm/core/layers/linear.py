@@ -32,10 +32,10 @@ class Linear:
         bias: whether there is one; that of experts is fp32.
         placement: where the weights live.
         kept: whether small floats, and whole numbers in an order of their own, may stay what they are.
-        experts: X, whose parts are "{name}.{e}.weight"; 0 where every token meets the same matrix.
+        experts: X, whose parameters are "{name}.{e}.weight"; 0 where every token meets the same matrix.
 
     Attributes:
-        pieces: the matrices as they were filled, by the beginnings of their parts' names.
+        pieces: the matrices as they were filled, by the beginnings of their parameters' names.
     """
 
     def __init__(

@@ -87,8 +87,8 @@ class Router:
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
-        parts = self.scores.parameters()
-        return parts if self.correction is None else {**parts, "correction": TensorParameter(self.correction)}
+        found = self.scores.parameters()
+        return found if self.correction is None else {**found, "correction": TensorParameter(self.correction)}
 
 
 class ExpertMLPs:

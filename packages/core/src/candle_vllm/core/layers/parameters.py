@@ -1,4 +1,4 @@
-"""What every layer with weights has in common: named parts that the loader fills from stored tensors."""
+"""What every layer with weights has in common: named parameters that the loader fills from stored tensors."""
 
 from __future__ import annotations
 

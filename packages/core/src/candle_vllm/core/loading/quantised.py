@@ -3,7 +3,7 @@
 Stands before step 1 of a request's life. What the parts mean is in `quantization/`, a file for each format. Which
 layers are quantised is seen from what is stored, so that lists of exceptions in a config hold without being read, and a
 layer's own bits or groups (GPTQModel's `dynamic`, several `config_groups`) are taken where its parts fit them. No
-pattern of a config is ever run. LayerTensors that are not used stay in the checkpoint, where the loader names them.
+pattern of a config is ever run. Parts that are not used stay in the checkpoint, where the loader names them.
 """
 
 from __future__ import annotations

@@ -50,7 +50,6 @@ class PlannedTool(NamedTuple):
         path: where the request has it.
         namespace: of a function or a custom tool.
         server: label of an MCP server.
-        parameters: path of its schema, for errors.
     """
 
     kind: Kind

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -98,7 +98,15 @@ class Inputs:
     arrays: tuple[np.ndarray, ...]
 
 
-def make_inputs(recorder: Recorder, form: Form, source: InputRows, *, copies: int = 1, barrier: bool = True) -> Inputs:
+def make_forms(recorder: Recorder, forms: Sequence[Form], source: InputRows, *, copies: int = 1) -> dict[Form, Inputs]:
+    """Records the making of an input in several forms, all different, behind which threads meet once."""
+    return {
+        form: _make_inputs(recorder, form, source, copies=copies, barrier=place == len(forms))
+        for place, form in enumerate(forms, 1)
+    }
+
+
+def _make_inputs(recorder: Recorder, form: Form, source: InputRows, *, copies: int = 1, barrier: bool = True) -> Inputs:
     """Records the making of an input, which has up to `copies` rows for each token."""
     if isinstance(form, Ordered):
         return _ordered_inputs(recorder, form, source, copies=copies, barrier=barrier)
@@ -122,7 +130,7 @@ def _ordered_inputs(recorder: Recorder, form: Ordered, source: InputRows, *, cop
     columns, arrays = source.columns, ()
     x, stride, picked = source.x, source.stride, source.picked
     if source.prologue is not Prologue.NONE:
-        made = make_inputs(recorder, InputForm.F32, source, copies=copies)
+        made = _make_inputs(recorder, InputForm.F32, source, copies=copies)
         x, stride, picked, arrays = made.arguments["x"], row_elements(columns), 0, made.arrays
     rows = recorder.memory(copies * columns)
     order = recorder.keep_array(np.frombuffer(form.order, np.int64))
@@ -138,7 +146,7 @@ def _ordered_inputs(recorder: Recorder, form: Ordered, source: InputRows, *, cop
     )
     recorder.add(order_operation(), arguments)
     ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
-    made = make_inputs(recorder, InputForm.GROUPS, ordered, copies=copies, barrier=barrier)
+    made = _make_inputs(recorder, InputForm.GROUPS, ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
 
 

@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.cpu_runtime.matrices import (
     InputRows,
     Inputs,
     input_form,
-    make_inputs,
+    make_forms,
     multiply,
     read_rows,
 )
@@ -262,8 +262,8 @@ class _Prepared(_Wrapper):
     def inputs(self, forms: Iterable[Form]) -> Mapping[Form, Inputs]:
         """The input in these forms."""
         new = [form for form in dict.fromkeys(forms) if form not in self._forms]
-        for form in new:
-            self._forms[form] = make_inputs(self.recorder, form, self._from(), barrier=form is new[-1])
+        if new:
+            self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
 
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
@@ -420,9 +420,7 @@ class _PairRows(RecordedRows):
             rows_from=StepNumber.PAIRS,
         )
         forms = list(dict.fromkeys(input_form(matrix) for of_experts in matrices for matrix in of_experts))
-        inputs = {
-            form: make_inputs(recorder, form, source, copies=pairs.top_k, barrier=form is forms[-1]) for form in forms
-        }
+        inputs = make_forms(recorder, forms, source, copies=pairs.top_k)
         every = recorder.row_numbers(pairs.top_k)
         return _PairRows(recorder, record_products(recorder, matrices, inputs, pairs, bias, every), activation)
 
