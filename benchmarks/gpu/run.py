@@ -58,6 +58,7 @@ def _engine(name: str, seconds: float, *arguments: str) -> Part:
 
 
 _8B, _06B = ("--model", "llama-3.1-8b"), ("--model", "qwen3-0.6b")
+_PAGES = ("--set", "EngineConfig.block_size=256")  # which FlashAttention 2 wants
 _SHORT = ("--batches", "1", "64", "--prompts", "8192", "--serve")
 
 PARTS = (
@@ -70,8 +71,8 @@ PARTS = (
     _engine("8B bf16, deterministic", 40, *_8B, "--deterministic", *_SHORT),
     _engine("8B bf16, no CUDA graphs", 40, *_8B, "--no-cuda-graphs", *_SHORT),
     Part("kernels", "linear, norms, gates, cache", ("kernels.py", "--only", "linear", "small"), 60),
-    _engine("8B bf16, torch_flash", 40, *_8B, "--attention-backend", "torch_flash", *_SHORT),
-    _engine("8B bf16, flash_attn", 40, *_8B, "--attention-backend", "flash_attn", *_SHORT),
+    _engine("8B bf16, torch_flash", 40, *_8B, "--attention-backend", "torch_flash", *_PAGES, *_SHORT),
+    _engine("8B bf16, flash_attn", 40, *_8B, "--attention-backend", "flash_attn", *_PAGES, *_SHORT),
     Part("kernels", "sampling, experts, groups", ("kernels.py", "--only", "sampling", "moe", "group"), 60),
     Part("start", "start of the 8B Q4_K_M", ("start.py", *_8B, "--gguf", "--starts", "1"), 40),
     Part("peer", "transformers 0.6B", ("transformers_peer.py", *_06B), 45),

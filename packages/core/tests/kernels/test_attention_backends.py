@@ -205,23 +205,11 @@ def check_integers(*tensors: torch.Tensor) -> None:
         assert tensor.stride(-1) == 1
 
 
-def varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):  # fmt: skip  # noqa: E501
-    check_integers(cu_seq_q, cu_seq_k)
-    starts, ends = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert (starts[0], starts[-1], ends[0], ends[-1]) == (0, len(query), 0, len(key))
-    contexts = [b - a for a, b in itertools.pairwise(ends)]
-    check_bounds(starts, contexts, max_q, max_k)
-    options = {"causal": False, "left": window_size[0], "right": window_size[1], "scale": scale, "softcap": 0.0}
-    slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
-    return sequences(query, starts, contexts, lambda row, _: (key[slices[row]], value[slices[row]]), **options)
-
-
 def varlen_of_2_15(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip  # noqa: E501
     assert enable_gqa == (query.shape[1] != key.shape[-2])
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
-    if block_table is None:
-        return varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    assert block_table is not None
     assert seqused_k is not None
     check_integers(cu_seq_q, seqused_k, block_table)
     contexts, starts = seqused_k.tolist(), cu_seq_q.tolist()
@@ -269,7 +257,7 @@ def pretend(name: str, function: Callable, monkeypatch: pytest.MonkeyPatch) -> N
 
 # ---- what they are told ----------------------------------------------------------------------------------------------
 
-KINDS = ("torch 2.11", "torch 2.15", "torch 2.15, small blocks", "torch 2.15 with 3", "flash-attn", "flash-attn-4")
+KINDS = ("torch 2.15", "torch 2.15 with 3", "flash-attn", "flash-attn-4")
 
 
 @pytest.fixture(params=KINDS)
@@ -281,13 +269,10 @@ def backend(
 ) -> Backend:
     kind: str = request.param
     if kind.startswith("torch"):
-        function = varlen_of_2_11 if "2.11" in kind else varlen_of_2_15
-        monkeypatch.setattr(varlen, "varlen_attn", function)
-        size = 64 if "small" in kind else 256
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_of_2_15)
         monkeypatch.setattr(torch_flash, "_generation", lambda _: 3 if kind.endswith("3") else 2)
         monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
-        made = choose("torch_flash", change(block_size=64 if kind.endswith("3") else size))
-        assert isinstance(made.attend, torch_flash.CopiedFlash) == (kind in (KINDS[0], KINDS[2]))
+        made = choose("torch_flash", change(block_size=64 if kind.endswith("3") else 256))
     elif kind == "flash-attn":
         packages["flash_attn_2_cuda"] = True
         pretend("flash_attn", package_2, monkeypatch)
@@ -297,7 +282,7 @@ def backend(
         pretend("flash_attn.cute", package_4, monkeypatch)
         made = choose("flash_attn", change(block_size=64))
     assert made.capturable
-    assert made.finite_cache == (kind in (KINDS[3], KINDS[5]))
+    assert made.finite_cache == (kind in (KINDS[1], KINDS[3]))
     return made
 
 
@@ -379,33 +364,13 @@ def test_prompts_that_are_one_token_long(backend: Backend) -> None:
     check(backend, step, rows, reference.paged_attention(*step, scale=0.3))
 
 
-def test_contexts_are_copied_in_groups(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def counted(query, key, *others, scale=None, window_size=(-1, -1)):
-        calls.append(len(key))
-        return varlen_of_2_11(query, key, *others, scale=scale, window_size=window_size)
-
-    counted.__signature__ = inspect.signature(varlen_of_2_11)  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(varlen, "varlen_attn", counted)
-    monkeypatch.setattr(torch_flash, "_COPIED", 100)
-    made = choose("torch_flash", HOPPER)
-    step = make_step((5, 300, 60, 30, 20, 70), (1, 20, 60, 2, 3, 1), 4, 2)
-    rows = step.rows.on_device()
-    check(made, step, rows, reference.paged_attention(*step, scale=0.3))
-    assert calls == [300, 60 + 30, 20 + 70]
-    calls.clear()
-    check(made, step, rows, reference.paged_attention(*step, scale=0.3, window=10), window=10)
-    assert calls == [29 + 60 + 11, 12 + 10]
-
-
 @pytest.mark.parametrize(
     ("capability", "found", "generation"),
     [
         ((8, 0), {"flash_attn_interface", "flash_attn.cute"}, 2),
         ((9, 0), set(), 2),
         ((9, 0), {"flash_attn_interface", "flash_attn.cute"}, 3),
-        ((9, 0), {"flash_attn.cute"}, 4),
+        ((9, 0), {"flash_attn.cute"}, 2),
         ((10, 0), {"flash_attn_interface", "flash_attn.cute"}, 4),
     ],
 )
@@ -422,13 +387,22 @@ def test_newer_generations_are_activated_where_their_package_is(
     monkeypatch.setattr(torch, "__version__", "2.15.0+cu132")
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_of_2_15)
-    made = choose("torch_flash", change(capability=capability, block_size=64))
+    made = choose("torch_flash", change(capability=capability, block_size=64 if generation > 2 else 256))
     assert active == ([f"FA{generation}"] if generation > 2 else [])
-    paged = generation == 3 or (generation == 4 and capability[0] == 10)
-    assert isinstance(made.attend, torch_flash.CopiedFlash) != paged
     assert f"FlashAttention {generation}" in made.note
     monkeypatch.setattr(torch, "__version__", "2.14.1")
-    assert "FlashAttention 2" in choose("torch_flash", change(capability=capability, block_size=64)).note
+    assert "FlashAttention 2" in choose("torch_flash", change(capability=capability, block_size=256)).note
+
+
+def test_the_flash_attention_of_torch_needs_its_pages(
+    packages: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_of_2_15)
+    with pytest.raises(ConfigError, match=r"multiples of 256 tokens, and block_size is 64; set --block-size 256"):
+        choose("torch_flash", change(block_size=64))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, starts, ends, max_q, max_k, **_: q)
+    with pytest.raises(ConfigError, match=r"torch 2\.13 is needed, whose FlashAttention reads pages"):
+        choose("torch_flash", HOPPER)
 
 
 def test_a_generation_that_cannot_be_activated_is_refused(
@@ -450,22 +424,21 @@ def test_the_reference_takes_rows_from_the_device() -> None:
     check(made, step, rows, reference.paged_attention(*step, scale=0.3, softcap=3.0), softcap=3.0)
 
 
-def test_the_stand_ins_have_the_arguments_of_this_torch() -> None:
-    ours = varlen_of_2_15 if "block_table" in inspect.signature(varlen.varlen_attn).parameters else varlen_of_2_11
-    assert list(inspect.signature(ours).parameters) == list(inspect.signature(varlen.varlen_attn).parameters)
+def test_the_stand_in_has_the_arguments_of_this_torch() -> None:
+    ours, theirs = (list(inspect.signature(of).parameters) for of in (varlen_of_2_15, varlen.varlen_attn))
+    if "block_table" not in theirs:
+        pytest.skip("this torch's FlashAttention reads no pages")
+    assert ours == theirs
 
 
 @torch.inference_mode()
 def test_this_torch_takes_the_arguments() -> None:
     """The real function, on tensors without numbers."""
+    if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("this torch's FlashAttention reads no pages")
     q = torch.empty(45, 4, 64, dtype=torch.bfloat16, device="meta")
     caches = [torch.empty(9, 256, 2, 64, dtype=torch.bfloat16, device="meta") for _ in range(2)]
     host = AttentionRows((0, 1, 2, 42, 45), (1, 300, 40, 290), torch.empty(4, 2, dtype=torch.int64, device="meta"))
-    names = inspect.signature(varlen.varlen_attn).parameters
-    rows = dataclasses.replace(host.on_device(), decodes=0)
-    copied = torch_flash.CopiedFlash(varlen.varlen_attn, "enable_gqa" in names)
-    assert copied(q, *caches, rows, scale=0.125, window=9).shape == q.shape
-    if "block_table" in names:
-        for generation in (2, 3):
-            paged = flash_attn.PagedFlash(torch_flash.PagedCall(varlen.varlen_attn, generation))
-            assert paged(q, *caches, host.on_device(), scale=0.125, window=None).shape == q.shape
+    for generation in (2, 3):
+        paged = flash_attn.PagedFlash(torch_flash.PagedCall(varlen.varlen_attn, generation))
+        assert paged(q, *caches, host.on_device(), scale=0.125, window=None).shape == q.shape

@@ -14,7 +14,6 @@ from candle_vllm.core.kernels.attention import reference, triton_decode, triton_
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
 from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
-from candle_vllm.core.kernels.attention.torch_flash import CopiedFlash
 from candle_vllm.core.kernels.attention.triton import paged_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -498,27 +497,3 @@ def test_every_backend_in_a_captured_step(device: torch.device, name: str, size:
         wanted = reference.paged_attention(step.q[:used], step.key_cache, step.value_cache, host, **options)
         assert error(captured[:used], wanted) < TOLERANCE[torch.bfloat16]
         assert torch.equal(captured[used:], torch.zeros_like(captured[used:]))
-
-
-def test_single_tokens_beside_copied_prompts(device: torch.device) -> None:
-    """The Triton kernel is given the first sequences alone, and the copies hold what the others see."""
-
-    def varlen(q, k, v, starts, key_starts, longest, most, *, scale, window_size):
-        blocks = torch.zeros(len(starts) - 1, 1, dtype=torch.int64)
-        out = torch.full_like(q, math.nan)
-        for row in range(len(starts) - 1):
-            keys = slice(int(key_starts[row]), int(key_starts[row + 1]))
-            tokens = slice(int(starts[row]), int(starts[row + 1]))
-            alone = AttentionRows((0, tokens.stop - tokens.start), (keys.stop - keys.start,), blocks[:1].to(q.device))
-            window = None if window_size[0] < 0 else window_size[0] + 1
-            out[tokens] = reference.paged_attention(
-                q[tokens], k[None, keys], v[None, keys], alone, scale=scale, window=window
-            )
-        return out
-
-    step = make_step(device, (20, 60, 40, 45, 17), (1, 1, 40, 4, 1), heads=4, kv_heads=2, dim=16, dtype=torch.float16)
-    for window in (None, 9):
-        options = {"scale": 0.25, "window": window}
-        wanted = reference.paged_attention(step.q, step.key_cache, step.value_cache, step.rows, **options)
-        got = CopiedFlash(varlen, False)(step.q, step.key_cache, step.value_cache, step.rows.on_device(), **options)
-        assert error(got, wanted) < TOLERANCE[torch.float16]

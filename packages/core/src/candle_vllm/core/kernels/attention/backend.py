@@ -98,6 +98,17 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
     return None
 
 
+PAGE_OF_2 = 256
+"""Tokens of a page are a multiple of this in FlashAttention 2."""
+
+
+def page_refusal(needs: AttentionNeeds) -> str | None:
+    """Why FlashAttention 2 cannot read these blocks as its pages, as the end of a sentence."""
+    if needs.block_size % PAGE_OF_2:
+        return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
+    return None
+
+
 def installed(module: str) -> bool:
     """Whether a module can be found; imports the packages around it, not the module."""
     try:

@@ -1,7 +1,7 @@
 """What computes attention, chosen once at start (inside step 6 of a request's life).
 
     triton       the kernels of this package; what "auto" is on a GPU
-    torch_flash  the FlashAttention that torch carries
+    torch_flash  the FlashAttention that torch carries from 2.13 on, without a package to build
     flash_attn   the packages flash-attn and flash-attn-4
     torch        the reference: any device, slow
 
@@ -19,7 +19,13 @@ import torch
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import reference
-from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, flash_refusal, triton_refusal
+from candle_vllm.core.kernels.attention.backend import (
+    PAGE_OF_2,
+    AttentionNeeds,
+    Backend,
+    flash_refusal,
+    triton_refusal,
+)
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 
 SETTING = "attention_backend"
@@ -90,8 +96,11 @@ def _attend_by_reference(
 
 def _advice(refused: str, needs: AttentionNeeds) -> str:
     """A value that works, or that none does."""
-    if needs.block_size < 16 and triton_refusal(dataclasses.replace(needs, block_size=16)) is None:
-        return "set --block-size 16 or more"
+    for size in (16, PAGE_OF_2):
+        if needs.block_size < size and isinstance(
+            _MAKERS[refused](dataclasses.replace(needs, block_size=size)), Backend
+        ):
+            return f"set --block-size {size}"
     if refused != "triton" and triton_refusal(needs) is None:
         return f"set {SETTING} to 'triton'"
     if refused != "torch" and isinstance(_torch(needs), Backend):

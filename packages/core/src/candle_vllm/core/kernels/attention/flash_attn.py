@@ -19,10 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed
+from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, page_refusal
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 
-PAGE_OF_2 = 256  # tokens of a page are a multiple of this in FlashAttention 2
 _FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules that tell the packages apart
 
 
@@ -96,8 +95,8 @@ def _refusal_of_4(needs: AttentionNeeds) -> str | None:
 def _refusal_of_2(needs: AttentionNeeds) -> str | None:
     if not installed(_TWO):
         return "it is not installed"
-    if needs.block_size % PAGE_OF_2:
-        return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
+    if (refusal := page_refusal(needs)) is not None:
+        return refusal
     version = importlib.metadata.version("flash-attn")
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 6):
         return f"version 2.6 is needed, and {version} is installed"
