@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -40,6 +41,8 @@ COPY_CHUNK = 1 << 18
 
 SERIAL_ELEMENTS = 1 << 15
 """Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
+
+_LOOKED_AT = 1 << 26  # numbers at a time, where their range is checked
 
 
 def tensor_of(values: np.ndarray, name: str) -> torch.Tensor:
@@ -108,3 +111,19 @@ def convert(source: torch.Tensor, target: torch.Tensor) -> None:
     """
     for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
         part.copy_(piece)
+
+
+def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
+    """Refuses weights that float16 cannot hold: where it became their type, they would be infinite.
+
+    Raises:
+        UnsupportedModelError: the message names the tensor and the flag.
+    """
+    if values.dtype != torch.float16 or stored.dtype == "F16":
+        return
+    # In pieces, for looking takes half as much memory again.
+    if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
+        raise UnsupportedModelError(
+            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "
+            "--dtype bf16, or f32, or --device cpu where the GPU has neither for this model"
+        )

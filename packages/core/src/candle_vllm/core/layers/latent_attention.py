@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from candle_vllm.core.kernels.backends import PlainBackend
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.layers.backends import PlainBackend
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary

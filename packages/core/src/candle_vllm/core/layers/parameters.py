@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.backends import DeviceBackend, PlainBackend, RecordedBackend
 from candle_vllm.core.kernels.matrices import Piece
-from candle_vllm.core.kernels.torch_numbers import load_tensor
-from candle_vllm.core.layers.backends import DeviceBackend, PlainBackend, RecordedBackend, check_range
+from candle_vllm.core.kernels.torch_numbers import check_range, load_tensor
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
 
 if TYPE_CHECKING:

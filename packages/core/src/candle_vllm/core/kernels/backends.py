@@ -14,7 +14,7 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
-from candle_vllm.core.kernels.torch_numbers import load_tensor
+from candle_vllm.core.kernels.torch_numbers import check_range, load_tensor
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
     from candle_vllm.core.kernels.recorded import Matrix
-
-_LOOKED_AT = 1 << 26  # numbers at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +196,3 @@ class DeviceBackend(PlainBackend):
             return CodeMatrix(group_linear.pack_floats(found, self.device)), None
         except UnsupportedModelError as error:
             return self.decoded(stored, str(error))
-
-
-def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
-    """Refuses weights that float16 cannot hold: where it became their type, they would be infinite.
-
-    Raises:
-        UnsupportedModelError: the message names the tensor and the flag.
-    """
-    if values.dtype != torch.float16 or stored.dtype == "F16":
-        return
-    # In pieces, for looking takes half as much memory again.
-    if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
-        raise UnsupportedModelError(
-            f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "
-            "--dtype bf16, or f32, or --device cpu where the GPU has neither for this model"
-        )
