@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.protocol.response import ConversationOut, MessageOut, OutputText, Response
 from candle_vllm.responses.store.options import StoreOptions
 
@@ -23,13 +23,20 @@ async def kept() -> AsyncIterator[KeptResponses]:
     await made.close()
 
 
+@pytest_asyncio.fixture
+async def background(kept: KeptResponses) -> AsyncIterator[Background]:
+    made = Background(kept)
+    yield made
+    await made.close()
+
+
 @pytest.fixture
-def answered() -> Callable[..., Answered]:
-    """A response of owner "a" with one message in and one out: `answered("resp_1", status="queued")`."""
+def answered() -> Callable[..., Response]:
+    """A response with one message: `answered("resp_1", status="queued")`."""
 
     def answered(
         name: str = "resp_1", text: str = "Hello!", conversation: str | None = None, **fields: Any
-    ) -> Answered:
+    ) -> Response:
         status = fields.setdefault("status", "completed")
         said = MessageOut(id=f"msg_out_{name}", status="completed", content=(OutputText(text=text),))
         values: dict[str, Any] = {
@@ -41,8 +48,6 @@ def answered() -> Callable[..., Answered]:
             "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_logprobs": 0, "store": True, "background": False,
             "metadata": {}, "safety_identifier": None, "prompt_cache_key": None, "user": None, **fields,
         }  # fmt: skip
-        given = {"id": f"msg_in_{name}", "type": "message", "role": "user", "status": "completed",
-                 "content": [{"type": "input_text", "text": "Hi"}]}  # fmt: skip
-        return Answered(owner="a", response=Response(**values), input_items=[given])
+        return Response(**values)
 
     return answered

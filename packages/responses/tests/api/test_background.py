@@ -13,15 +13,17 @@ from waiting import until
 
 from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
+from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.memory import entry_of
 from candle_vllm.responses.api.outliving import EncodedEvent, Pieces, Work
 from candle_vllm.responses.protocol import events as wire
-from candle_vllm.responses.store.entries import NotStoredError, StoreUnavailableError
+from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.entries import Entry, NotStoredError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
 
-Make = Callable[..., Answered]
+Make = Callable[..., Response]
 
 
 class Answer:
@@ -41,7 +43,7 @@ class Answer:
 
         def lifecycle(kind: Any, status: str, **fields: Any) -> Any:
             made = self._make(self._name, status=status, background=True, **self._more, **fields)
-            return kind(sequence_number=next(numbers), response=made.response)
+            return kind(sequence_number=next(numbers), response=made)
 
         try:
             yield lifecycle(wire.ResponseCreated, "queued")
@@ -58,39 +60,48 @@ class Answer:
             self.closed = True
 
 
-async def begin(kept: KeptResponses, answer: Answer, seconds: float = 10.0) -> AsyncIterator[EncodedEvent]:
-    return await kept.begin(answer.queued, answer.events(), seconds)
+def entry(response: Response) -> Entry:
+    """As it is kept, with one item in."""
+    given = {"id": f"msg_in_{response.id}", "type": "message", "role": "user", "status": "completed",
+             "content": [{"type": "input_text", "text": "Hi"}]}  # fmt: skip
+    return entry_of("a", response, [given])
+
+
+async def begin(background: Background, answer: Answer, seconds: float = 10.0) -> AsyncIterator[EncodedEvent]:
+    return await background.begin(entry(answer.queued), answer.events(), seconds)
 
 
 async def status(kept: KeptResponses, name: str = "resp_1") -> str:
-    body = msgspec.json.decode(await kept.retrieve("a", name))
-    assert (await (await kept.store()).get("a", name)).status == body["status"]
-    return body["status"]
+    found = await kept.get("a", name)
+    assert found.status == msgspec.json.decode(found.body)["status"]
+    return found.status
 
 
-async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, answered: Make) -> None:
+async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, background: Background, answered: Make) -> None:
     answer = Answer(answered)
-    await begin(kept, answer)
-    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    await begin(background, answer)
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
     assert await status(kept) == "in_progress"
-    assert kept.background.busy
+    assert background.busy
     answer.gate.set()
-    await until(lambda: not kept.background.busy)
+    await until(lambda: not background.busy)
     assert await status(kept) == "completed"
-    assert b"a b c d" in await kept.retrieve("a", "resp_1")
+    assert b"a b c d" in (await kept.get("a", "resp_1")).body
     assert answer.closed
-    assert [item["id"] for item in await kept.response_items("resp_1", "a")] == ["msg_in_resp_1", "msg_out_resp_1"]
+    assert [item["id"] for item in await kept.history("a", "resp_1")] == ["msg_in_resp_1", "msg_out_resp_1"]
 
 
-async def test_readers_read_along_leave_and_come_back(kept: KeptResponses, answered: Make) -> None:
+async def test_readers_read_along_leave_and_come_back(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
     answer = Answer(answered)
-    first = await begin(kept, answer)
+    first = await begin(background, answer)
     assert (await anext(first)).name == "response.created"
     await first.aclose()
-    second = await kept.stream("a", "resp_1", 0)
+    second = await background.stream("a", "resp_1", 0)
     assert [(await anext(second)).number for _ in range(2)] == [1, 2]
     waiting = asyncio.create_task(_all(second))
-    others = [asyncio.create_task(_all(await kept.stream("a", "resp_1"))) for _ in range(3)]
+    others = [asyncio.create_task(_all(await background.stream("a", "resp_1"))) for _ in range(3)]
     await asyncio.sleep(0.02)
     answer.gate.set()
     assert [event.number for event in await waiting] == [3, 4, 5, 6]
@@ -101,24 +112,24 @@ async def test_readers_read_along_leave_and_come_back(kept: KeptResponses, answe
             data = msgspec.json.decode(event.data)
             assert (data["type"], data["sequence_number"]) == (event.name, event.number)
     assert await status(kept) == "completed", "who has seen the end must find it in the store"
-    await until(lambda: not kept.background.busy)
-    assert [event.number for event in await _all(await kept.stream("a", "resp_1", 4))] == [5, 6]
+    await until(lambda: not background.busy)
+    assert [event.number for event in await _all(await background.stream("a", "resp_1", 4))] == [5, 6]
     with pytest.raises(InvalidParameterError, match="the last one so far is 6"):
-        await kept.stream("a", "resp_1", 7)
+        await background.stream("a", "resp_1", 7)
 
 
 async def _all(events: AsyncIterator[EncodedEvent]) -> list[EncodedEvent]:
     return [event async for event in events]
 
 
-async def test_a_cancelled_one_stops(kept: KeptResponses, answered: Make) -> None:
+async def test_a_cancelled_one_stops(kept: KeptResponses, background: Background, answered: Make) -> None:
     answer = Answer(answered)
-    reader = asyncio.create_task(_all(await begin(kept, answer)))
-    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    reader = asyncio.create_task(_all(await begin(background, answer)))
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
     for _ in range(2):
-        assert msgspec.json.decode(await kept.cancel("a", "resp_1"))["status"] == "cancelled"
+        assert msgspec.json.decode(await background.cancel("a", "resp_1"))["status"] == "cancelled"
         assert answer.closed
-        assert not kept.background.busy
+        assert not background.busy
     assert len(await reader) == 3
     assert await status(kept) == "cancelled"
     answer.gate.set()
@@ -126,53 +137,57 @@ async def test_a_cancelled_one_stops(kept: KeptResponses, answered: Make) -> Non
     assert await status(kept) == "cancelled"
 
 
-async def test_only_background_responses_are_cancelled_or_streamed(kept: KeptResponses, answered: Make) -> None:
-    await kept.keep(answered())
+async def test_only_background_responses_are_cancelled_or_streamed(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
+    await kept.keep(entry(answered()))
     with pytest.raises(InvalidParameterError, match="background: true can be cancelled"):
-        await kept.cancel("a", "resp_1")
+        await background.cancel("a", "resp_1")
     with pytest.raises(InvalidParameterError, match="background: true") as error:
-        await kept.stream("a", "resp_1")
+        await background.stream("a", "resp_1")
     assert error.value.param == "stream"
-    for work in (kept.cancel("b", "resp_1"), kept.stream("b", "resp_1"), kept.delete("b", "resp_1")):
+    for work in (background.cancel("b", "resp_1"), background.stream("b", "resp_1"), background.delete("b", "resp_1")):
         with pytest.raises(NotStoredError):
             await work
 
 
-async def test_a_finished_one_stays_as_it_is_when_it_is_cancelled(kept: KeptResponses, answered: Make) -> None:
-    await begin(kept, Answer(answered, open_gate=True))
-    await until(lambda: not kept.background.busy)
-    assert msgspec.json.decode(await kept.cancel("a", "resp_1"))["status"] == "completed"
+async def test_a_finished_one_stays_as_it_is_when_it_is_cancelled(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
+    await begin(background, Answer(answered, open_gate=True))
+    await until(lambda: not background.busy)
+    assert msgspec.json.decode(await background.cancel("a", "resp_1"))["status"] == "completed"
 
 
 async def test_one_that_is_deleted_in_mid_run_is_ended_and_does_not_come_back(
-    kept: KeptResponses, answered: Make
+    kept: KeptResponses, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
-    await begin(kept, answer)
-    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
-    assert (await kept.delete("a", "resp_1")).deleted
+    await begin(background, answer)
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
+    assert (await background.delete("a", "resp_1")).deleted
     assert answer.closed
-    assert not kept.background.busy
+    assert not background.busy
     with pytest.raises(NotStoredError):
-        await kept.retrieve("a", "resp_1")
-    assert kept.background.events("a", "resp_1") is None
+        await kept.get("a", "resp_1")
+    assert background.events("a", "resp_1") is None
 
 
 async def test_one_that_was_deleted_behind_its_back_ends_with_its_next_word(
-    kept: KeptResponses, answered: Make
+    kept: KeptResponses, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
-    await begin(kept, answer)
-    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
-    await (await kept.store()).delete("a", "resp_1")
+    await begin(background, answer)
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
+    await kept.delete("a", "resp_1")
     answer.gate.set()
-    await until(lambda: not kept.background.busy)
+    await until(lambda: not background.busy)
     with pytest.raises(NotStoredError):
-        await kept.retrieve("a", "resp_1")
+        await kept.get("a", "resp_1")
 
 
-async def test_a_failure_is_told_and_kept(kept: KeptResponses, answered: Make, caplog) -> None:
-    events = await _all(await begin(kept, Answer(answered, open_gate=True, fail=ValueError("a secret path"))))
+async def test_a_failure_is_told_and_kept(kept: KeptResponses, background: Background, answered: Make, caplog) -> None:
+    events = await _all(await begin(background, Answer(answered, open_gate=True, fail=ValueError("a secret path"))))
     assert [event.number for event in events] == list(range(7))
     last = msgspec.json.decode(events[-1].data)
     assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
@@ -182,86 +197,90 @@ async def test_a_failure_is_told_and_kept(kept: KeptResponses, answered: Make, c
     caplog.clear()
 
 
-async def test_one_that_takes_too_long_fails(kept: KeptResponses, answered: Make) -> None:
+async def test_one_that_takes_too_long_fails(kept: KeptResponses, background: Background, answered: Make) -> None:
     answer = Answer(answered)
-    events = await _all(await begin(kept, answer, seconds=0.05))
+    events = await _all(await begin(background, answer, seconds=0.05))
     assert msgspec.json.decode(events[-1].data)["response"]["error"]["message"] == module.TOO_LONG
     assert await status(kept) == "failed"
     assert answer.closed
 
 
-async def test_events_that_end_without_a_result_are_a_failure(kept: KeptResponses, answered: Make) -> None:
+async def test_events_that_end_without_a_result_are_a_failure(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
     async def nothing() -> AsyncIterator[wire.StreamEvent]:
         return
         yield
 
-    events = await _all(await kept.begin(answered(status="queued", background=True), nothing(), 10))
+    events = await _all(await background.begin(entry(answered(status="queued", background=True)), nothing(), 10))
     assert [event.name for event in events] == ["response.failed"]
     assert await status(kept) == "failed"
 
 
 async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp_path: Path) -> None:
     options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
-    first = KeptResponses(options)
+    kept = KeptResponses(options)
+    first = Background(kept)
     answer = Answer(answered)
     events = asyncio.create_task(_all(await begin(first, answer)))
-    await until(lambda: first.background.events("a", "resp_1").next_number == 3)
+    await until(lambda: first.events("a", "resp_1").next_number == 3)
     await first.close()
+    await kept.close()
     assert msgspec.json.decode((await events)[-1].data)["response"]["status"] == "failed"
     assert answer.closed
     with pytest.raises((EngineOverloadedError, StoreUnavailableError)):
         await begin(first, Answer(answered, "resp_2"))
     second = KeptResponses(options)
     assert await status(second) == "failed"
-    body = msgspec.json.decode(await second.retrieve("a", "resp_1"))
+    body = msgspec.json.decode((await second.get("a", "resp_1")).body)
     assert "stopped" in body["error"]["message"]
     with pytest.raises(InvalidParameterError, match="not kept any more; it is failed"):
-        await second.stream("a", "resp_1")
+        await Background(second).stream("a", "resp_1")
     await second.close()
 
 
 async def test_another_server_cancels(answered: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RENEW_SECONDS", 0.02)
     options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
-    first, second = KeptResponses(options), KeptResponses(options)
+    stores = KeptResponses(options), KeptResponses(options)
+    first, second = (Background(each) for each in stores)
     answer = Answer(answered)
     await begin(first, answer)
-    await until(lambda: first.background.events("a", "resp_1").next_number == 3)
+    await until(lambda: first.events("a", "resp_1").next_number == 3)
     await second.cancel("a", "resp_1")
-    await until(lambda: not first.background.busy)
+    await until(lambda: not first.busy)
     assert answer.closed
-    assert await status(first) == "cancelled"
-    for each in (first, second):
+    assert await status(stores[0]) == "cancelled"
+    for each in (first, second, *stores):
         await each.close()
 
 
-async def test_too_many_are_refused_and_leave_nothing(answered: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Background.__init__, "__defaults__", (4,))
-    kept = KeptResponses(StoreOptions())
+async def test_too_many_are_refused_and_leave_nothing(kept: KeptResponses, answered: Make) -> None:
+    background = Background(kept, max_running=4)
     answers = [Answer(answered, f"resp_{number}") for number in range(3)]
     for answer in answers[:2]:
-        await begin(kept, answer)
+        await begin(background, answer)
     events = answers[2].events()
     await anext(events)
     with pytest.raises(EngineOverloadedError, match="at most 2 of a key and 4 of all"):
-        await kept.begin(answers[2].queued, events, 10)
+        await background.begin(entry(answers[2].queued), events, 10)
     assert answers[2].closed
     with pytest.raises(NotStoredError):
-        await kept.retrieve("a", "resp_2")
+        await kept.get("a", "resp_2")
     answers[0].gate.set()
-    await until(lambda: len(kept.background._running) == 1)
-    await begin(kept, answers[2])
-    await kept.close()
+    await until(lambda: len(background._running) == 1)
+    await begin(background, answers[2])
+    await background.close()
 
 
 async def test_a_store_that_is_gone_at_the_end_fails_the_response(
-    kept: KeptResponses, answered: Make, monkeypatch: pytest.MonkeyPatch, caplog
+    kept: KeptResponses, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     answer = Answer(answered)
-    events = await begin(kept, answer)
-    await until(lambda: kept.background.events("a", "resp_1").next_number == 3)
+    events = await begin(background, answer)
+    await until(lambda: background.events("a", "resp_1").next_number == 3)
 
-    async def gone(*_: Any) -> bool:
+    async def gone(*_: Any, **__: Any) -> bool:
         raise StoreUnavailableError("gone")
 
     monkeypatch.setattr(await kept.store(), "change", gone)
@@ -275,80 +294,87 @@ async def test_a_store_that_is_gone_at_the_end_fails_the_response(
 
 async def test_a_result_that_is_too_large_is_a_failure(answered: Make, caplog) -> None:
     kept = KeptResponses(StoreOptions(max_record_bytes=3000))
+    background = Background(kept)
     answer = Answer(answered, open_gate=True, metadata={"k": "x" * 500})
     answer._more["text"] = "x"
 
     async def events() -> AsyncIterator[wire.StreamEvent]:
-        yield wire.ResponseCreated(sequence_number=0, response=answer.queued.response)
+        yield wire.ResponseCreated(sequence_number=0, response=answer.queued)
         large = answered(status="completed", background=True, text="x" * 4000)
-        yield wire.ResponseCompleted(sequence_number=1, response=large.response)
+        yield wire.ResponseCompleted(sequence_number=1, response=large)
 
-    seen = await _all(await kept.begin(answer.queued, events(), 10))
+    seen = await _all(await background.begin(entry(answer.queued), events(), 10))
     assert [event.name for event in seen] == ["response.created", "response.failed"]
     assert "at most 3000" in msgspec.json.decode(seen[-1].data)["response"]["error"]["message"]
     assert await status(kept) == "failed"
+    await background.close()
     await kept.close()
     caplog.clear()
 
 
-async def test_the_end_is_added_to_its_conversation(kept: KeptResponses, answered: Make) -> None:
-    store = await kept.store()
-    await store.create_conversation("a", "conv_1")
-    events = await begin(kept, Answer(answered, open_gate=True, conversation="conv_1"))
+async def test_the_end_is_added_to_its_conversation(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
+    name = (await Conversations(kept).create("a", ConversationCreateRequest())).id
+    events = await begin(background, Answer(answered, open_gate=True, conversation=name))
     async for event in events:
         if event.name == "response.completed":
-            names = [item["id"] for item in await kept.conversation_items("conv_1", "a")]
-            assert names == ["msg_in_resp_1", "msg_out_resp_1"]
-    await kept.keep(answered(background=True, conversation="conv_1"))  # whoever answers may keep it as well
-    assert len(await kept.conversation_items("conv_1", "a")) == 2
+            ids = [item["id"] for item in await kept.conversation_items("a", name)]
+            assert ids == ["msg_in_resp_1", "msg_out_resp_1"]
+    await kept.keep(entry(answered(background=True, conversation=name)))  # whoever answers may keep it as well
+    assert len(await kept.conversation_items("a", name)) == 2
 
 
-async def test_a_failure_adds_nothing_to_its_conversation(kept: KeptResponses, answered: Make) -> None:
+async def test_a_failure_adds_nothing_to_its_conversation(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
     conversation = (await Conversations(kept).create("a", ConversationCreateRequest())).id
     queued = answered("resp_1", status="queued", background=True, conversation=conversation)
 
     async def events() -> AsyncIterator[wire.StreamEvent]:
-        yield wire.ResponseCreated(sequence_number=0, response=queued.response)
-        said = answered("resp_1", conversation=conversation).response
+        yield wire.ResponseCreated(sequence_number=0, response=queued)
+        said = answered("resp_1", conversation=conversation)
         yield wire.ResponseFailed(sequence_number=1, response=msgspec.structs.replace(said, status="failed"))
 
-    await kept.begin(queued, events(), 10.0)
-    await until(lambda: not kept.background.busy)
+    await background.begin(entry(queued), events(), 10.0)
+    await until(lambda: not background.busy)
     assert await status(kept) == "failed"
-    assert await kept.conversation_items(conversation, "a") == []
+    assert await kept.conversation_items("a", conversation) == []
 
 
-async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(kept: KeptResponses, answered: Make) -> None:
+async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
+    kept: KeptResponses, background: Background, answered: Make
+) -> None:
     answer = Answer(answered)
-    await begin(kept, answer)  # its task has not run yet
-    await asyncio.gather(kept.cancel("a", "resp_1"), kept.background.stop("a", "resp_1"))
-    assert (kept.background.busy, await status(kept)) == (False, "cancelled")
+    await begin(background, answer)  # its task has not run yet
+    await asyncio.gather(background.cancel("a", "resp_1"), background.stop("a", "resp_1"))
+    assert (background.busy, await status(kept)) == (False, "cancelled")
 
 
 async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_another_server(
-    kept: KeptResponses, answered: Make
+    kept: KeptResponses, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered, open_gate=True)
 
     async def events() -> AsyncIterator[wire.StreamEvent]:
         async for event in answer.events():
             if isinstance(event, wire.ResponseCompleted):
-                await kept.keep(Answered(owner="a", response=event.response, input_items=answer.queued.input_items))
+                await kept.keep(entry(event.response))
             yield event
 
-    seen = await _all(await kept.begin(answer.queued, events(), 10))
+    seen = await _all(await background.begin(entry(answer.queued), events(), 10))
     assert seen[-1].name == "response.completed"
     assert await status(kept) == "completed"
 
 
 async def test_events_are_kept_for_a_bounded_number_of_responses(
-    kept: KeptResponses, answered: Make, monkeypatch: pytest.MonkeyPatch
+    kept: KeptResponses, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ENDED", 2)
     for number in range(4):
-        await _all(await begin(kept, Answer(answered, f"resp_{number}", open_gate=True)))
-    await until(lambda: not kept.background.busy)
-    there = [kept.background.events("a", f"resp_{number}") is not None for number in range(4)]
+        await _all(await begin(background, Answer(answered, f"resp_{number}", open_gate=True)))
+    await until(lambda: not background.busy)
+    there = [background.events("a", f"resp_{number}") is not None for number in range(4)]
     assert there == [False, False, True, True]
 
 

@@ -11,12 +11,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.api import kept as kept_responses
+from candle_vllm.responses.api import turns as conversation_turns
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
-from candle_vllm.responses.api.kept import ConversationTurns, KeptResponses
-from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.memory import entry_of
 from candle_vllm.responses.api.stored_items import PageRequest, page_of, stored_items
+from candle_vllm.responses.api.turns import ConversationTurns
 from candle_vllm.responses.protocol.items import InputItem
+from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import (
     ConversationBusyError,
     NotStoredError,
@@ -45,7 +47,7 @@ async def test_whoever_answers_in_a_conversation_is_alone() -> None:
 
 
 async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_responses, "MAX_WAITING", 2)
+    monkeypatch.setattr(conversation_turns, "MAX_WAITING", 2)
     turns, leave = ConversationTurns(), asyncio.Event()
 
     async def answer() -> None:
@@ -74,25 +76,25 @@ async def test_items_are_added_behind_an_answer_that_is_being_made(kept: KeptRes
         )
         await asyncio.sleep(0.02)
         assert not adding.done()
-        assert await kept.conversation_items(name, "a") == []
+        assert await kept.conversation_items("a", name) == []
     assert len((await adding).data) == 1
 
 
 async def test_a_response_whose_conversation_is_gone_is_kept(
-    kept: KeptResponses, answered: Callable[..., Answered], caplog: pytest.LogCaptureFixture
+    kept: KeptResponses, answered: Callable[..., Response], caplog: pytest.LogCaptureFixture
 ) -> None:
-    await kept.keep(answered(conversation="conv_gone"))
-    assert b"Hello!" in await kept.retrieve("a", "resp_1")
+    await kept.keep(entry_of("a", answered(conversation="conv_gone"), []))
+    assert b"Hello!" in (await kept.get("a", "resp_1")).body
     assert "could not be added to its conversation" in caplog.text
     caplog.clear()
 
 
 async def test_what_is_not_there_is_blamed_on_the_field(kept: KeptResponses) -> None:
     with pytest.raises(NotStoredError) as error:
-        await kept.conversation_items("conv_gone", "a")
+        await kept.conversation_items("a", "conv_gone")
     assert error.value.param == "conversation"
     with pytest.raises(NotStoredError) as error:
-        await kept.response_items("resp_gone", "a")
+        await kept.history("a", "resp_gone")
     assert error.value.param == "previous_response_id"
 
 
@@ -104,7 +106,7 @@ async def test_a_store_in_memory_is_opened_once_when_it_is_needed() -> None:
     assert len(set(owners)) == 1
     await kept.close()
     with pytest.raises(StoreUnavailableError):
-        await kept.retrieve("a", "resp_1")
+        await kept.get("a", "resp_1")
 
 
 async def test_one_that_was_never_opened_is_not_opened_at_the_end() -> None:
@@ -148,7 +150,7 @@ def test_items_are_kept_with_id_type_status_and_parts() -> None:
 
 
 async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_responses, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(conversation_turns, "POLL_SECONDS", 0.01)
     options = StoreOptions(url=f"sqlite:///{tmp_path / 'r.sqlite'}")
     one, other = KeptResponses(options), KeptResponses(options)
     try:
@@ -182,7 +184,7 @@ async def test_nothing_is_answered_in_a_conversation_that_is_full() -> None:
         request = ConversationCreateRequest.model_validate({"items": [USER, USER]})
         name = (await Conversations(kept).create("a", request)).id
         with pytest.raises(StoreLimitError, match="full") as refusal:
-            await kept.conversation_items(name, "a")
+            await kept.conversation_items("a", name)
         assert refusal.value.param == "conversation"
     finally:
         await kept.close()

@@ -26,11 +26,11 @@ from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
-from candle_vllm.responses.api.memory import Answered
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.store.entries import Entry, items_of
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
 
@@ -87,30 +87,28 @@ class Notes:
     """A memory that remembers."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Answered] = {}
+        self.kept: dict[str, Entry] = {}
         self.conversations: dict[str, list[Any]] = {"conv_1": []}
         self.inside = 0
 
-    async def response_items(self, response_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    async def history(self, owner: str, response_id: str) -> Sequence[Mapping[str, Any]]:
         found = self.kept.get(response_id)
         if found is None or found.owner != owner:
             raise InvalidParameterError("there is none", "previous_response_id")
-        before = found.response.previous_response_id
-        earlier = await self.response_items(before, owner) if before else []
-        return [*earlier, *found.input_items, *json.loads(to_json_bytes(found.response))["output"]]
+        earlier = await self.history(owner, found.follows) if found.follows else []
+        return [*earlier, *items_of(found.body, found.given)]
 
-    async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    async def conversation_items(self, owner: str, conversation_id: str) -> Sequence[Mapping[str, Any]]:
         return list(self.conversations[conversation_id])
 
-    async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
-        items = [item for one in self.kept.values() for item in json.loads(to_json_bytes(one.response))["output"]]
-        return {item["id"]: item for item in items if item["id"] in item_ids}
+    async def find_items(self, owner: str, names: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
+        items = [item for one in self.kept.values() for item in items_of(one.body)]
+        return {item["id"]: item for item in items if item["id"] in names}
 
-    async def keep(self, answered: Answered) -> None:
-        self.kept[answered.response.id] = answered
-        if answered.response.conversation is not None:
-            items = self.conversations[answered.response.conversation.id]
-            items += [*answered.input_items, *json.loads(to_json_bytes(answered.response))["output"]]
+    async def keep(self, entry: Entry) -> None:
+        self.kept[entry.id] = entry
+        if entry.about["conversation"] is not None:
+            self.conversations[entry.about["conversation"]] += items_of(entry.body, entry.given)
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, conversation_id: str) -> AsyncIterator[None]:
@@ -431,7 +429,7 @@ async def test_responses_follow_each_other() -> None:
     assert second.previous_response_id == first.id
     with pytest.raises(InvalidParameterError):
         await answering.create({"input": "x", "previous_response_id": first.id}, owner="b")
-    given = notes.kept[first.id].input_items[0]
+    (given,) = json.loads(notes.kept[first.id].given)
     assert given["id"].startswith("msg_")
 
 
@@ -454,7 +452,7 @@ async def test_conversations_and_references() -> None:
 
 async def test_what_cannot_be_kept_is_told() -> None:
     class Full(Notes):
-        async def keep(self, answered: Answered) -> None:
+        async def keep(self, entry: Entry) -> None:
             raise CandleVllmError("no room")
 
     answering = responder(engine(), memory=Full())
@@ -571,7 +569,7 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
     keeping = asyncio.Event()
 
     class Slow(Notes):
-        async def keep(self, answered: Answered) -> None:
+        async def keep(self, entry: Entry) -> None:
             keeping.set()
             await asyncio.sleep(60)
 

@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[4] / "tests"))  # for postgres_server
 
 from postgres_server import new_database, postgres_server
 
+from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.response_store import ResponseStore
 
 
 class Clock:
@@ -59,12 +59,14 @@ def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest_asyncio.fixture
 async def opener(clock: Clock) -> AsyncIterator[Any]:
     """Opens stores that end with the test: `await opener(url, max_records=3)`."""
-    stores: list[ResponseStore] = []
+    stores: list[KeptResponses] = []
 
-    async def opener(url: str, **options: Any) -> ResponseStore:
-        store = ResponseStore(StoreOptions(url=url, **options), clock)
+    async def opener(url: str, **options: Any) -> KeptResponses:
+        store = KeptResponses(StoreOptions(url=url, **options), clock)
         stores.append(store)
-        await store.open()
+        await store.store()
+        assert store._purging is not None
+        await store._purging.close()  # it is purged when a test says so
         return store
 
     yield opener

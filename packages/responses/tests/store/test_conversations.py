@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.responses.store.backend import Held
-from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError
-from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.api.conversations import Conversations, ConversationUpdateRequest
+from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.stored_items import PageRequest
+from candle_vllm.responses.api.turns import TURN_MS
+from candle_vllm.responses.store.backend import Backend, Held, Order
+from candle_vllm.responses.store.entries import CONVERSATION, Entry, NotStoredError, StoreLimitError, parts_of
 
 
 def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
@@ -19,42 +22,51 @@ def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
     return made if name is None else {"id": name, **made}
 
 
-async def begin(store: ResponseStore, name: str = "conv_1", *items: dict[str, Any], owner: str = "a") -> None:
-    await store.create_conversation(owner, name, b'{"k":"v"}', items)
+async def begin(store: KeptResponses, name: str = "conv_1", *items: dict[str, Any], owner: str = "a") -> None:
+    backend = await store.store()
+    made = Entry(kind=CONVERSATION, owner=owner, id=name, created=backend.now, body=b'{"k":"v"}')
+    await backend.put(made, parts=parts_of(items, store.options.max_item_bytes))
 
 
-async def ids(store: ResponseStore, name: str = "conv_1", owner: str = "a") -> list[str]:
-    return [item["id"] for item in await store.items(owner, name)]
+async def ids(store: KeptResponses, name: str = "conv_1", owner: str = "a") -> list[str]:
+    return [item["id"] for item in await store.conversation_items(owner, name)]
+
+
+async def take(store: Backend, turn: Held) -> bool:
+    return await store.claim(CONVERSATION, turn, store.now + TURN_MS)
 
 
 async def test_a_conversation_comes_back_as_it_went(opener, store_url: str) -> None:
     store = await opener(store_url)
     await begin(store, "conv_1", message("msg_1", "größe"), message(None))
-    found = await store.conversation("a", "conv_1")
-    assert (found.id, found.created, found.body) == ("conv_1", store.now, b'{"k":"v"}')
-    first, second = await store.items("a", "conv_1")
+    found = await Conversations(store).retrieve("a", "conv_1")
+    assert (found.id, found.created_at, found.metadata) == ("conv_1", 1_700_000_000, {"k": "v"})
+    first, second = await store.conversation_items("a", "conv_1")
     assert first == message("msg_1", "größe")
     assert second["id"].startswith("msg_")
-    assert msgspec.json.decode((await store.item("a", "conv_1", second["id"])).body) == second
+    assert msgspec.json.decode(await Conversations(store).item("a", "conv_1", second["id"])) == second
     assert (await store.find_items("a", ["msg_1"]))["msg_1"] == first
 
 
 async def test_metadata_is_replaced(opener, store_url: str) -> None:
     store = await opener(store_url)
     await begin(store)
-    for metadata in (b'{"a":"' + b"x" * 500 + b'"}', b"{}"):
-        assert (await store.describe_conversation("a", "conv_1", metadata)).body == metadata
-        assert (await store.conversation("a", "conv_1")).body == metadata
+    conversations = Conversations(store)
+    for metadata in ({"a": "x" * 500}, {}):
+        wanted = ConversationUpdateRequest(metadata=metadata)
+        assert (await conversations.update("a", "conv_1", wanted)).metadata == metadata
+        assert (await conversations.retrieve("a", "conv_1")).metadata == metadata
 
 
 async def test_another_owner_sees_and_changes_nothing(opener, store_url: str) -> None:
     store = await opener(store_url)
     await begin(store, "conv_1", message("msg_1"))
+    conversations, metadata = Conversations(store), ConversationUpdateRequest(metadata={})
     for work in (
-        store.conversation("b", "conv_1"), store.describe_conversation("b", "conv_1", b"{}"),
-        store.delete_conversation("b", "conv_1"), store.append("b", "conv_1", [message(None)]),
-        store.page("b", "conv_1", limit=1, order="asc"), store.items("b", "conv_1"),
-        store.item("b", "conv_1", "msg_1"), store.delete_item("b", "conv_1", "msg_1"),
+        conversations.retrieve("b", "conv_1"), conversations.update("b", "conv_1", metadata),
+        conversations.delete("b", "conv_1"), store.append("b", "conv_1", [message(None)]),
+        conversations.items("b", "conv_1", PageRequest(limit=1)),
+        conversations.item("b", "conv_1", "msg_1"), conversations.delete_item("b", "conv_1", "msg_1"),
     ):  # fmt: skip
         with pytest.raises(NotStoredError, match="Conversation with id 'conv_1' was not found") as error:
             await work
@@ -78,19 +90,20 @@ async def test_pages_go_both_ways(opener, store_url: str) -> None:
     names = [f"msg_{number}" for number in range(7)]
     await begin(store, "conv_1", *(message(name) for name in names))
     await begin(store, "conv_2", message("other"))
-    for order, expected in (("asc", names), ("desc", names[::-1])):
+    conversations = Conversations(store)
+    for order, expected in zip(get_args(Order), (names, names[::-1]), strict=True):
         seen: list[str] = []
         after = None
         for more in (True, True, False):
-            items, has_more = await store.page("a", "conv_1", limit=3, order=order, after=after)
-            assert has_more is more
-            seen += [item.id for item in items]
-            after = seen[-1]
+            page = await conversations.items("a", "conv_1", PageRequest(limit=3, order=order, after=after))
+            assert page.has_more is more
+            seen += [msgspec.json.decode(item)["id"] for item in page.data]
+            after = page.last_id
         assert seen == expected
-        assert not (await store.page("a", "conv_1", limit=7, order=order))[1]
+        assert not (await conversations.items("a", "conv_1", PageRequest(limit=7, order=order))).has_more
     for wrong in ("nothing", "other", "", "x\0"):
         with pytest.raises(InvalidParameterError, match="after must be the id of an item"):
-            await store.page("a", "conv_1", limit=3, order="asc", after=wrong)
+            await conversations.items("a", "conv_1", PageRequest(limit=3, order="asc", after=wrong))
 
 
 async def test_items_are_added_all_or_none(opener, store_url: str) -> None:
@@ -114,21 +127,22 @@ async def test_one_id_may_be_in_two_conversations(opener, store_url: str) -> Non
     store = await opener(store_url)
     await begin(store, "conv_1", message("msg_1", "one"))
     await begin(store, "conv_2", message("msg_1", "two"))
-    assert b"two" in (await store.item("a", "conv_2", "msg_1")).body
+    assert b"two" in await Conversations(store).item("a", "conv_2", "msg_1")
 
 
 async def test_deleting(opener, store_url: str) -> None:
     store = await opener(store_url)
     await begin(store, "conv_1", message("msg_1"), message("msg_2"))
-    assert (await store.delete_item("a", "conv_1", "msg_1")).id == "conv_1"
-    for work in (store.item("a", "conv_1", "msg_1"), store.delete_item("a", "conv_1", "msg_1")):
+    conversations = Conversations(store)
+    assert (await conversations.delete_item("a", "conv_1", "msg_1")).id == "conv_1"
+    for work in (conversations.item("a", "conv_1", "msg_1"), conversations.delete_item("a", "conv_1", "msg_1")):
         with pytest.raises(NotStoredError, match="Conversation item with id 'msg_1'") as error:
             await work
         assert error.value.param == "item_id"
     assert await ids(store) == ["msg_2"]
-    await store.delete_conversation("a", "conv_1")
+    await conversations.delete("a", "conv_1")
     with pytest.raises(NotStoredError):
-        await store.delete_conversation("a", "conv_1")
+        await conversations.delete("a", "conv_1")
     await begin(store, "conv_1")
     assert await ids(store) == []
 
@@ -161,12 +175,12 @@ async def test_a_conversation_that_grows_makes_others_go_and_not_itself(opener, 
         await store.append("a", "conv_1", [message(None, "x" * 1000)])
     assert len(await ids(store)) == 5
     with pytest.raises(NotStoredError):
-        await store.conversation("a", "conv_2")
+        await Conversations(store).retrieve("a", "conv_2")
     with pytest.raises(StoreLimitError, match="full"):
         await store.append("a", "conv_1", [message(None, "x" * 4000)])
     assert len(await ids(store)) == 5
     for item in await ids(store):
-        await store.delete_item("a", "conv_1", item)
+        await Conversations(store).delete_item("a", "conv_1", item)
     await store.append("a", "conv_1", [message(None, "x" * 4000)])
 
 
@@ -187,43 +201,45 @@ async def test_conversations_do_not_expire(opener, store_url: str, clock) -> Non
     await begin(store)
     clock.now += 100 * 86_400
     assert await store.purge() == 0
-    assert await store.conversation("a", "conv_1")
+    assert await Conversations(store).retrieve("a", "conv_1")
 
 
 async def test_one_holder_at_a_time_answers_in_a_conversation(opener, shared_url: str, clock) -> None:
-    one, other = await opener(shared_url), await opener(shared_url)
-    await begin(one)
-    assert await one.take_turn(Held("a", "conv_1", "dead"))
-    assert not await other.take_turn(Held("a", "conv_1", "next"))
+    first = await opener(shared_url)
+    await begin(first)
+    one, other = await first.store(), await (await opener(shared_url)).store()
+    assert await take(one, Held("a", "conv_1", "dead"))
+    assert not await take(other, Held("a", "conv_1", "next"))
     clock.now += 19
-    await one.keep_turn(Held("a", "conv_1", "dead"))
+    await one.move([Held("a", "conv_1", "dead")], one.now + TURN_MS)
     clock.now += 19
-    assert not await other.take_turn(Held("a", "conv_1", "next"))
+    assert not await take(other, Held("a", "conv_1", "next"))
     clock.now += 2
-    assert await other.take_turn(Held("a", "conv_1", "next"))
-    await one.leave_turn(Held("a", "conv_1", "dead"))  # it comes back, and takes nobody's turn away
-    assert not await one.take_turn(Held("a", "conv_1", "third"))
-    await other.leave_turn(Held("a", "conv_1", "next"))
-    assert await one.take_turn(Held("a", "conv_1", "third"))
+    assert await take(other, Held("a", "conv_1", "next"))
+    await one.move([Held("a", "conv_1", "dead")], None)  # it comes back, and takes nobody's turn away
+    assert not await take(one, Held("a", "conv_1", "third"))
+    await other.move([Held("a", "conv_1", "next")], None)
+    assert await take(one, Held("a", "conv_1", "third"))
     with pytest.raises(NotStoredError):
-        await one.take_turn(Held("b", "conv_1", "stranger"))
+        await take(one, Held("b", "conv_1", "stranger"))
     clock.now += 21
-    await one.purge()
-    assert await other.take_turn(Held("a", "conv_1", "last"))
-    await other.delete_conversation("a", "conv_1")
+    await first.purge()
+    assert await take(other, Held("a", "conv_1", "last"))
+    await Conversations(first).delete("a", "conv_1")
 
 
 async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
-    stores = [await opener(shared_url) for _ in range(3)]
-    await begin(stores[0])
-    taken = await asyncio.gather(*(store.take_turn(Held("a", "conv_1", f"h{n}")) for n, store in enumerate(stores * 4)))
+    opened = [await opener(shared_url) for _ in range(3)]
+    await begin(opened[0])
+    stores = [await each.store() for each in opened]
+    taken = await asyncio.gather(*(take(store, Held("a", "conv_1", f"h{n}")) for n, store in enumerate(stores * 4)))
     assert sum(taken) == 1
 
 
 async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
     store = await opener(shared_url, max_records=2)
     await begin(store, "conv_1", message("msg_1"))
-    assert await store.take_turn(Held("a", "conv_1", "h"))
+    assert await take(await store.store(), Held("a", "conv_1", "h"))
     for name in ("conv_2", "conv_3", "conv_4"):
         await begin(store, name)
     assert await ids(store) == ["msg_1"]

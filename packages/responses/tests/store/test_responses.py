@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.responses.api.kept import LEASE_MS, KeptResponses
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import RESPONSE, Entry, NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
-from candle_vllm.responses.store.response_store import LEASE_MS, ResponseStore
 from candle_vllm.responses.store.tables import VERSION, tables_of
 
 TABLES = tables_of("responses")
@@ -41,12 +41,12 @@ def record(name: str, owner: str = "a", *, text: str = "Hi", output: Any = None,
     return msgspec.structs.replace(made, **fields)
 
 
-async def status_of(store: ResponseStore, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
+async def status_of(store: KeptResponses, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
     found = await store.get(owner, name)
     return found.status, msgspec.json.decode(found.body)
 
 
-async def has(store: ResponseStore, name: str, owner: str = "a") -> bool:
+async def has(store: KeptResponses, name: str, owner: str = "a") -> bool:
     try:
         await store.get(owner, name)
     except NotStoredError:
@@ -279,7 +279,7 @@ async def test_a_response_whose_server_died_has_failed(opener, shared_url: str, 
 
 async def test_two_servers_see_what_the_other_did(opener, shared_url: str) -> None:
     first, second = await opener(shared_url), await opener(shared_url)
-    assert first.owner("key") == second.owner("key") != first.owner("other")
+    assert await first.owner("key") == await second.owner("key") != await first.owner("other")
     await first.put(record("resp_1", status="in_progress"))
     await second.cancel("a", "resp_1")
     assert await first.renew([("a", "resp_1")]) == {("a", "resp_1")}
@@ -288,16 +288,16 @@ async def test_two_servers_see_what_the_other_did(opener, shared_url: str) -> No
 
 async def test_everything_is_there_after_a_restart(opener, shared_url: str) -> None:
     first = await opener(shared_url)
-    owner = first.owner("key")
+    owner = await first.owner("key")
     await first.put(record("resp_1", owner))
     await first.close()
     second = await opener(shared_url)
-    assert await has(second, "resp_1", second.owner("key"))
+    assert await has(second, "resp_1", await second.owner("key"))
 
 
 async def test_stores_that_open_together_agree(opener, shared_url: str) -> None:
     stores = await asyncio.gather(*(opener(shared_url) for _ in range(5)))
-    assert len({store.owner("key") for store in stores}) == 1
+    assert len({await store.owner("key") for store in stores}) == 1
 
 
 async def test_many_writers_keep_the_bounds(opener, shared_url: str) -> None:
@@ -342,18 +342,18 @@ async def test_a_closed_store_says_so(opener, store_url: str) -> None:
 
 async def test_a_password_is_never_in_a_message() -> None:
     options = StoreOptions(url="postgresql://u:hunter2@127.0.0.1:1/d")
-    store = ResponseStore(options)
+    store = KeptResponses(options)
     with pytest.raises(ConfigError, match="cannot open the store of responses") as refusal:
-        await store.open()
+        await store.start()
     await store.close()
     assert "hunter2" not in str(refusal.value) + repr(options)
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://h/d", "nothing", ""])
 async def test_other_urls_are_refused(url: str) -> None:
-    store = ResponseStore(StoreOptions(url=url))
+    store = KeptResponses(StoreOptions(url=url))
     with pytest.raises(ConfigError, match="responses_store must"):
-        await store.open()
+        await store.start()
     await store.close()
 
 

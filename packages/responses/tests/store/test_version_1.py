@@ -22,6 +22,7 @@ from sqlalchemy import (
     select,
 )
 
+from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.store.backend import Bounds, Held, Place
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import CONVERSATION, Entry
@@ -165,7 +166,7 @@ async def test_responses_and_conversations(opener, shared_url: str, clock) -> No
     }
     _make(StoreOptions(url=shared_url).place, _responses(), made)
     first, second = await opener(shared_url), await opener(shared_url)
-    assert first.owner("key") == second.owner("key")
+    assert await first.owner("key") == await second.owner("key")
     assert [item["id"] for item in await first.history("a", "old_249")][:3] == [
         "msg_in_old_0", "msg_out_old_0", "msg_in_old_1",
     ]  # fmt: skip
@@ -175,13 +176,14 @@ async def test_responses_and_conversations(opener, shared_url: str, clock) -> No
     running = await first.get("a", "resp_2")
     assert (running.status, running.follows, running.about["background"]) == ("in_progress", "resp_1", True)
     assert await second.renew([("a", "resp_2")]) == set()
-    conversation = await first.conversation("a", "conv_1")
+    conversation = await (await first.store()).get(CONVERSATION, "a", "conv_1")
+    assert conversation is not None
     assert (conversation.kind, conversation.body, conversation.expires) == (CONVERSATION, b'{"a":"b"}', None)
-    assert [item["id"] for item in await first.items("a", "conv_1")] == ["msg_2", "msg_1"]
+    assert [item["id"] for item in await first.conversation_items("a", "conv_1")] == ["msg_2", "msg_1"]
     assert set(await first.find_items("a", ["msg_1", "msg_out_resp_1"])) == {"msg_1", "msg_out_resp_1"}
     await first.append("a", "conv_1", [{"type": "message", "id": "new"}])  # numbers go on where they were
-    await first.create_conversation("a", "conv_2")
-    assert [item["id"] for item in await second.items("a", "conv_1")] == ["msg_2", "msg_1", "new"]
+    await Conversations(first).create("a", ConversationCreateRequest())
+    assert [item["id"] for item in await second.conversation_items("a", "conv_1")] == ["msg_2", "msg_1", "new"]
     clock.now += 61
     assert (await second.get("a", "resp_2")).status == "failed"
 

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.server.drain import CutOffMiddleware
 from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
@@ -95,6 +96,7 @@ def create_app(
         _count_pushes(mailbox, app.state.metrics)
     options = store_options(settings)
     app.state.kept = None if options is None else KeptResponses(options)
+    app.state.background = None if app.state.kept is None else Background(app.state.kept)
     app.state.mcp = mcp
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called
@@ -127,6 +129,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     """Yields what the server that runs the application has to know of it: a drain waits for what outlives clients."""
     mailbox: Mailbox | None = app.state.mailbox
     kept: KeptResponses | None = app.state.kept
+    background: Background | None = app.state.background
     mcp: McpService | None = app.state.mcp
     try:
         for each in (mailbox, kept):
@@ -134,9 +137,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
                 await _start(app, each)
         if mcp is not None:
             await mcp.start()
-        yield {"busy": lambda: app.state.keeper.busy or (kept is not None and kept.background.busy)}
+        yield {"busy": lambda: app.state.keeper.busy or (background is not None and background.busy)}
     finally:
         await app.state.keeper.close()
+        if background is not None:
+            await background.close()
         if kept is not None:
             await kept.close()
         if mcp is not None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError
+from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import EncodedEvent, Failure, Pieces, Work, close
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
-from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
-from candle_vllm.responses.store.response_store import ResponseStore
 from candle_vllm.responses.store.upkeep import Upkeep
 
 MAX_RUNNING = 32
@@ -31,7 +31,6 @@ RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
 Name = tuple[str, str]  # owner and id
-Ended = Callable[[Entry], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +56,12 @@ class Background:
     """All responses that run in the background of this process.
 
     Args:
-        open_store: the store that knows them.
-        ended: told of a response that was answered, before its last event is seen.
+        kept: the responses among which they are.
         max_running: at a time; half of them of one owner.
     """
 
-    def __init__(
-        self, open_store: Callable[[], Awaitable[ResponseStore]], ended: Ended, max_running: int = MAX_RUNNING
-    ) -> None:
-        self._open_store = open_store
-        self._ended_by_itself = ended
+    def __init__(self, kept: KeptResponses, max_running: int = MAX_RUNNING) -> None:
+        self._kept = kept
         self._max_running = max_running
         self._running: dict[Name, _Run] = {}
         self._ended: OrderedDict[Name, Pieces[EncodedEvent]] = OrderedDict()
@@ -96,16 +91,57 @@ class Background:
         try:
             self._check_room(entry.owner)
             self._running[run.name] = run  # its place, while the store is waited for
-            store = await self._open_store()
-            await store.put(entry)
+            await self._kept.put(entry)
         except BaseException:
             self._running.pop(run.name, None)
             await close(events)
             raise
-        run.work = Work(events, seconds, partial(self._take, run, store), partial(self._end, run, store))
+        run.work = Work(events, seconds, partial(self._take, run), partial(self._end, run))
         if self._renewing is None:
             self._renewing = Upkeep(RENEW_SECONDS, self._renew, "leases of background responses were not renewed")
         return run.events.read()
+
+    async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
+        """The events of a background response behind number `after`, those to come included.
+
+        Raises:
+            InvalidParameterError: it does not run in the background, or its events are not here any more.
+            NotStoredError: there is no such response, here and below.
+        """
+        entry = await self._kept.get(owner, response_id)
+        if not entry.about["background"]:
+            raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
+        events = self.events(owner, response_id)
+        if events is None:
+            raise InvalidParameterError(
+                f"stream: the events of this response are not kept any more; it is {entry.status}, ask without stream",
+                "stream",
+            )
+        events.check(after)
+        return events.read(after)
+
+    async def cancel(self, owner: str, response_id: str) -> bytes:
+        """Ends a background response; one that has ended stays as it is. The response object as JSON.
+
+        Raises:
+            InvalidParameterError: it does not run in the background.
+        """
+        if not (await self._kept.get(owner, response_id)).about["background"]:
+            raise InvalidParameterError(
+                "Only responses that were made with background: true can be cancelled; close the connection to end "
+                "another.",
+                "response_id",
+            )
+        cancelled = await self._kept.cancel(owner, response_id)
+        if cancelled.status == "cancelled":
+            await self.stop(owner, response_id)
+        return cancelled.body
+
+    async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
+        """Deletes a response, whether or not it ran in the background, and ends the work on it."""
+        await self._kept.delete(owner, response_id)
+        await self.stop(owner, response_id, forget=True)
+        return ResponseDeleted(id=response_id)
 
     def events(self, owner: str, response_id: str) -> Pieces[EncodedEvent] | None:
         """The events of a response that runs here, or ended not long ago."""
@@ -143,25 +179,25 @@ class Background:
                 f"{max(1, self._max_running // 2)} of a key and {self._max_running} of all may. Try again later."
             )
 
-    async def _take(self, run: _Run, store: ResponseStore, event: StreamEvent) -> None:
+    async def _take(self, run: _Run, event: StreamEvent) -> None:
         """Keeps what an event says of the response, and then lets it be seen."""
         finished = False
         if isinstance(event, LifecycleEvent):
             finished = event.response.status not in ACTIVE
-            await self._note(run, store, event.response, finished)
+            await self._note(run, event.response, finished)
         data = to_json_bytes(event)
         assert event.sequence_number == run.events.next_number, "events have gap-free numbers"
         run.events.add(EncodedEvent(event.event_name, event.sequence_number, data), len(data), last=finished)
 
-    async def _note(self, run: _Run, store: ResponseStore, response: Response, finished: bool) -> None:
+    async def _note(self, run: _Run, response: Response, finished: bool) -> None:
         body = to_json_bytes(response)
         try:
-            if await store.change(*run.name, response.status, body):
+            if await self._kept.change(*run.name, response.status, body):
                 run.latest = body
                 if finished and response.status != "failed":  # a part of an answer would stand in the way of the next
                     made = {"status": response.status, "body": body}
-                    await self._ended_by_itself(msgspec.structs.replace(run.entry, **made))
-            elif not await _is_kept(store, run.name, response.status):  # cancelled or deleted, maybe by another server
+                    await self._kept.add_to_conversation(msgspec.structs.replace(run.entry, **made))
+            elif not await self._is_kept(run.name, response.status):  # cancelled or deleted, maybe by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError
         except StoreUnavailableError as error:
@@ -169,25 +205,25 @@ class Background:
                 raise
             logger.warning("how far a response is could not be kept: %s", error.__cause__ or error)
 
-    async def _end(self, run: _Run, store: ResponseStore, failure: Failure) -> None:
+    async def _end(self, run: _Run, failure: Failure) -> None:
         try:
             if isinstance(failure, asyncio.CancelledError):
                 if not run.ended_elsewhere:
-                    await self._fail(run, store, STOPPED)
+                    await self._fail(run, STOPPED)
             elif isinstance(failure, TimeoutError):
-                await self._fail(run, store, TOO_LONG)
+                await self._fail(run, TOO_LONG)
             elif failure is not None:
                 logger.error("the background response %s failed", run.entry.id, exc_info=failure)
-                await self._fail(run, store, to_error(failure).body.error.message)
+                await self._fail(run, to_error(failure).body.error.message)
             elif not run.events.finished:
-                await self._fail(run, store, "The response ended without a result.")
+                await self._fail(run, "The response ended without a result.")
         finally:
             self._leave(run)
 
-    async def _fail(self, run: _Run, store: ResponseStore, message: str) -> None:
+    async def _fail(self, run: _Run, message: str) -> None:
         body = settled(run.latest, "failed", ("server_error", message))
         try:
-            await store.change(*run.name, "failed", body)
+            await self._kept.change(*run.name, "failed", body)
         except CandleVllmError as error:  # its lease ends, and it has failed
             logger.error("the end of a response could not be kept: %s", error.__cause__ or error)
         if not run.events.finished:
@@ -208,13 +244,12 @@ class Background:
     async def _renew(self) -> None:
         names = [name for name, run in self._running.items() if run.work is not None]
         if names:
-            ended = await (await self._open_store()).renew(names)
+            ended = await self._kept.renew(names)
             await asyncio.gather(*(self.stop(*name) for name in ended))
 
-
-async def _is_kept(store: ResponseStore, name: Name, status: str) -> bool:
-    """Whether a response has ended in this way already, because whoever answered it has kept it."""
-    try:
-        return (await store.get(*name)).status == status
-    except NotStoredError:
-        return False
+    async def _is_kept(self, name: Name, status: str) -> bool:
+        """Whether a response has ended in this way already, because whoever answered it has kept it."""
+        try:
+            return (await self._kept.get(*name)).status == status
+        except NotStoredError:
+            return False

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 from pydantic import Field
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.fields import WireModel
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.kept import KeptResponses, note_dropped
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_item
 from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
-from candle_vllm.responses.store.entries import Entry, Item, new_id
+from candle_vllm.responses.store.backend import Backend
+from candle_vllm.responses.store.entries import (
+    CONVERSATION,
+    Entry,
+    EntryItem,
+    Item,
+    NotStoredError,
+    checked_id,
+    is_id,
+    new_id,
+    parts_of,
+)
 
 MAX_ITEMS_AT_ONCE = 20
 
@@ -76,44 +89,72 @@ class Conversations:
 
     async def create(self, owner: str, request: ConversationCreateRequest) -> Conversation:
         """A new one."""
-        store = await self._kept.store()
-        metadata = msgspec.json.encode(request.metadata or {})
-        return _shown(await store.create_conversation(owner, new_id("conv"), metadata, _stored(request.items or ())))
+        store, metadata = await self._kept.store(), msgspec.json.encode(request.metadata or {})
+        made = Entry(kind=CONVERSATION, owner=owner, id=new_id("conv"), created=store.now, body=metadata)
+        parts = parts_of(_stored(request.items or ()), self._kept.options.max_item_bytes)
+        note_dropped(await store.put(made, parts=parts))
+        return _shown(made)
 
     async def retrieve(self, owner: str, name: str) -> Conversation:
         """One of them."""
-        return _shown(await (await self._kept.store()).conversation(owner, name))
+        store, name = await self._find(name)
+        found = await store.get(CONVERSATION, owner, name)
+        if found is None:
+            raise NotStoredError("Conversation", name, "conversation_id")
+        return _shown(found)
 
     async def update(self, owner: str, name: str, request: ConversationUpdateRequest) -> Conversation:
         """One of them, with other metadata."""
-        metadata = msgspec.json.encode(request.metadata or {})
-        return _shown(await (await self._kept.store()).describe_conversation(owner, name, metadata))
+        store, name = await self._find(name)
+        await store.change(CONVERSATION, owner, name, msgspec.json.encode(request.metadata or {}))
+        return await self.retrieve(owner, name)
 
     async def delete(self, owner: str, name: str) -> ConversationDeleted:
         """Deletes it and its items; responses that were made in it stay."""
-        await (await self._kept.store()).delete_conversation(owner, name)
+        store, name = await self._find(name)
+        if not await store.delete(CONVERSATION, owner, name):
+            raise NotStoredError("Conversation", name, "conversation_id")
         return ConversationDeleted(id=name)
 
     async def items(self, owner: str, name: str, wanted: PageRequest) -> ItemList:
-        """Some of its items."""
-        store = await self._kept.store()
-        items, more = await store.page(owner, name, limit=wanted.limit, order=wanted.order, after=wanted.after)
-        return item_list([(item.id, item.body) for item in items], more)
+        """Some of its items; InvalidParameterError where `after` is none of them."""
+        if wanted.after is not None and not is_id(wanted.after):
+            raise InvalidParameterError(f"after must be the id of an item, not {wanted.after!r:.80}", "after")
+        store, name = await self._find(name)
+        found = await store.parts(CONVERSATION, owner, name, wanted.limit + 1, wanted.order, wanted.after)
+        if found is None:
+            raise InvalidParameterError(
+                f"after must be the id of an item of this conversation, not {wanted.after!r:.80}", "after"
+            )
+        return _page(found[: wanted.limit], has_more=len(found) > wanted.limit)
 
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
         """Adds items behind those of a response that is being answered in it, and shows them."""
-        store = await self._kept.store()
         async with self._kept.turn(owner, name, "conversation_id"):
-            added = await store.append(owner, name, _stored(request.items))
-        return item_list([(item.id, item.body) for item in added], has_more=False)
+            return _page(await self._kept.append(owner, name, _stored(request.items)), has_more=False)
 
     async def item(self, owner: str, name: str, item_id: str) -> bytes:
         """One item, as JSON."""
-        return (await (await self._kept.store()).item(owner, name, item_id)).body
+        store, name = await self._find(name)
+        found = await store.part(CONVERSATION, owner, name, checked_id("Conversation item", item_id))
+        if found is None:
+            raise NotStoredError("Conversation item", item_id, "item_id")
+        return found.body
 
     async def delete_item(self, owner: str, name: str, item_id: str) -> Conversation:
         """Deletes an item; the conversation that it was in."""
-        return _shown(await (await self._kept.store()).delete_item(owner, name, item_id))
+        store, name = await self._find(name)
+        if not await store.delete_part(CONVERSATION, owner, name, checked_id("Conversation item", item_id)):
+            raise NotStoredError("Conversation item", item_id, "item_id")
+        return await self.retrieve(owner, name)
+
+    async def _find(self, name: str) -> tuple[Backend, str]:
+        """The store, and a name that a conversation can have."""
+        return await self._kept.store(), checked_id("Conversation", name)
+
+
+def _page(parts: Sequence[EntryItem], *, has_more: bool) -> ItemList:
+    return item_list([(part.id, part.body) for part in parts], has_more)
 
 
 def _stored(items: Any) -> list[Item]:

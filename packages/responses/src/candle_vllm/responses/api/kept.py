@@ -1,67 +1,68 @@
-"""KeptResponses: responses after they were made: fetched, continued, cancelled; one at a time in a conversation.
+"""KeptResponses: responses and conversations in a store, as whoever answers and whoever asks for them later use them.
 
-Within a process a lock sees to that, among the servers of one store a lease in it, which is renewed while it is held:
-the next response sees what the one before it added.
+They are entries by the hash of their key and their id. Nothing is told of another key's: it does not exist. Every
+failure of the store is a `StoreUnavailableError`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
-from candle_vllm.responses.api.background import Background
-from candle_vllm.responses.api.memory import Answered, entry_of
-from candle_vllm.responses.api.outliving import EncodedEvent
+from candle_vllm.core.errors import RequestError
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
-from candle_vllm.responses.protocol.events import StreamEvent
-from candle_vllm.responses.protocol.response import ResponseDeleted
-from candle_vllm.responses.store.backend import Held
+from candle_vllm.responses.api.turns import ConversationTurns, blaming
+from candle_vllm.responses.store.backend import MEMORY, Backend, Held
 from candle_vllm.responses.store.entries import (
-    ConversationBusyError,
+    ACTIVE,
+    CONVERSATION,
+    RESPONSE,
+    STOPPED,
     Entry,
+    EntryItem,
+    Item,
     NotStoredError,
     StoreLimitError,
     StoreUnavailableError,
+    checked_id,
+    is_id,
     items_of,
-    new_id,
+    parts_of,
+    settled,
 )
-from candle_vllm.responses.store.options import MEMORY, StoreOptions
-from candle_vllm.responses.store.response_store import ResponseStore
+from candle_vllm.responses.store.options import StoreOptions, backend_at
 from candle_vllm.responses.store.upkeep import Upkeep
 
+LEASE_MS = 60_000  # of a response that is worked on
 PURGE_SECONDS = 60.0
-RENEW_SECONDS = 5.0
-POLL_SECONDS = 0.25  # between looks at whether another server has ended
-MAX_WAITING = 8  # responses that wait for one conversation
+_PREVIOUS = "previous_response_id"
 
 logger = logging.getLogger(__name__)
 
 
 class KeptResponses:
-    """A store of responses with those that still run; started, used and closed in one event loop.
+    """A store of responses and conversations; started, used and closed in one event loop.
 
     A store in memory is opened when it is first used, because SQLAlchemy takes a while to import.
 
     Args:
         options: of the store.
         clock: seconds since 1970.
+
+    Attributes:
+        turn: the right to answer in a conversation (`ConversationTurns.turn`).
     """
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
-        self.background = Background(self.store, self._add_to_conversation)
-        self.turns = ConversationTurns()
+        self.turn = ConversationTurns(None if options.url == MEMORY else self.store).turn
         self._clock = clock
         self._opening = asyncio.Lock()
-        self._store: ResponseStore | None = None
+        self._store: Backend | None = None
         self._purging: Upkeep | None = None
         self._closed = False
 
@@ -71,15 +72,14 @@ class KeptResponses:
             await self.store()
 
     async def close(self) -> None:
-        """Ends what runs in the background, and closes the store."""
-        await self.background.close()
+        """Closes the store."""
         self._closed = True
         if self._purging is not None:
             await self._purging.close()
         if self._store is not None:
             await self._store.close()
 
-    async def store(self) -> ResponseStore:
+    async def store(self) -> Backend:
         """The store, opened."""
         if self._store is None:
             async with self._opening:
@@ -91,17 +91,119 @@ class KeptResponses:
         """Whom what is made with an API key belongs to; "" without keys: then all share one owner."""
         return (await self.store()).owner(key)
 
-    # ---- for whoever answers requests (`Memory`) ---------------------------------------------------------------------
+    # ---- responses ---------------------------------------------------------------------------------------------------
 
-    async def response_items(self, response_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
-        """Input and output items of the whole chain that ends with a response, the oldest first.
+    async def put(self, entry: Entry) -> None:
+        """Keeps a response; the oldest of the key that has most makes room.
 
         Raises:
-            RequestError: it, or one before it, is not there, has not ended, or there is too much of it.
+            StoreLimitError: it is larger than one may be, or than the store.
         """
-        return await (await self.store()).history(owner, response_id)
+        store, expires = await self.store(), entry.expires
+        if expires is None:
+            expires = entry.created + self.options.retention_days * 86_400_000
+        lease = {"lease": store.now + LEASE_MS, "holder": entry.id} if entry.active else {}
+        names = await asyncio.to_thread(_names, entry.body, entry.given)
+        note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
-    async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    async def keep(self, entry: Entry) -> None:
+        """Keeps a response that was answered, and adds its items to the conversation that it names.
+
+        One that ran in the background and was cancelled or deleted meanwhile stays so.
+        """
+        if not entry.about["background"]:
+            await self.put(entry)
+        elif not await self.change(entry.owner, entry.id, entry.status, entry.body):
+            return
+        await self.add_to_conversation(entry)
+
+    async def get(self, owner: str, response_id: str) -> Entry:
+        """A response; NotStoredError where this owner has none, here and below."""
+        store, found = await self.store(), None
+        if is_id(response_id):
+            found = await store.get(RESPONSE, owner, response_id)
+            if found is not None and await self._fail_lapsed(found):
+                found = await store.get(RESPONSE, owner, response_id)
+        if found is None:
+            raise NotStoredError("Response", response_id, "response_id")
+        return found
+
+    async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
+        """What the request of a response gave, without what it only referred to."""
+        entry = await self.get(owner, response_id)
+        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(entry.given), wanted))
+
+    async def delete(self, owner: str, response_id: str) -> None:
+        """Deletes a response. What works on it is not told."""
+        store = await self.store()
+        if not is_id(response_id) or not await store.delete(RESPONSE, owner, response_id):
+            raise NotStoredError("Response", response_id, "response_id")
+
+    async def change(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
+        """Writes how far a response is, or how it ended; False when somebody else has ended or deleted it.
+
+        Args:
+            owner: whose it is.
+            response_id: of one that is queued or in progress.
+            status: as in the response object.
+            response: the response object as JSON.
+        """
+        store, what = await self.store(), (RESPONSE, owner, response_id, response)
+        if status in ACTIVE:
+            return await store.change(*what, status=status, lease=store.now + LEASE_MS)
+        return await store.change(*what, status=status, names=await asyncio.to_thread(_names, response))
+
+    async def cancel(self, owner: str, response_id: str) -> Entry:
+        """Ends a response that is queued or in progress as cancelled, and returns what is kept of it."""
+        found = await self.get(owner, response_id)
+        if found.active:
+            await self.change(owner, response_id, "cancelled", settled(found.body, "cancelled"))
+            found = await self.get(owner, response_id)
+        return found
+
+    async def renew(self, names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Says that responses (owner, id) are still worked on, within `LEASE_MS`; those that were ended elsewhere."""
+        store, held = await self.store(), [Held(owner, name, name) for owner, name in names]
+        return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
+
+    async def history(self, owner: str, response_id: str) -> list[Item]:
+        """What was said up to the end of a response: input and output items of all before it and of itself.
+
+        Raises:
+            NotStoredError: it, or one before it, is not there; `param` is previous_response_id.
+            StoreLimitError: it is still running, or there is too much of it.
+        """
+        store, what = await self.store(), checked_id("Previous response", response_id, _PREVIOUS)
+        most, most_size = self.options.max_chain, self.options.max_chain_bytes
+        chain = await store.chain(RESPONSE, owner, what, most, most_size)
+        while chain and await self._fail_lapsed(chain[-1]):
+            chain = await store.chain(RESPONSE, owner, what, most, most_size)
+        missing = chain[-1].follows if chain else response_id
+        if chain and chain[-1].active:
+            name, status = chain[-1].id, chain[-1].status
+            raise StoreLimitError(f"The response {name!r} is still {status}: wait until it has ended.", _PREVIOUS)
+        if len(chain) > most or sum(each.size for each in chain) > most_size:
+            raise StoreLimitError(
+                f"The responses before this one are too long: at most {most} of them and {most_size} bytes may follow "
+                "each other. Begin anew with a summary.",
+                _PREVIOUS,
+            )
+        if missing:
+            broken = f"Response {response_id!r:.80} cannot be continued: the earlier response"
+            raise NotStoredError("Previous response" if missing == response_id else broken, missing, _PREVIOUS)
+        return await asyncio.to_thread(
+            lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)]
+        )
+
+    async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, Item]:
+        """Items of this owner's responses and conversations by their ids; those that are nowhere are left out."""
+        known = [name for name in dict.fromkeys(names) if is_id(name)]
+        parts, entries = await (await self.store()).find(owner, known)
+        return await asyncio.to_thread(_found, set(known), parts, entries)
+
+    # ---- conversations that responses are made in --------------------------------------------------------------------
+
+    async def conversation_items(self, owner: str, conversation_id: str) -> list[Item]:
         """The items of a conversation, the oldest first.
 
         Raises:
@@ -109,193 +211,91 @@ class KeptResponses:
             StoreLimitError: it is full, and could not take an answer.
         """
         store = await self.store()
-        with _blaming("conversation"):
-            items = await store.items(owner, conversation_id)
-        if len(items) >= self.options.max_items:
+        with blaming("conversation"):
+            name = checked_id("Conversation", conversation_id)
+            parts = await store.parts(CONVERSATION, owner, name) or []
+        if len(parts) >= self.options.max_items:
             message = f"The conversation {conversation_id!r:.80} is full: delete items of it, or begin another."
             raise StoreLimitError(message, "conversation")
-        return items
+        return await asyncio.to_thread(lambda: [msgspec.json.decode(part.body) for part in parts])
 
-    async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
-        """Those of these items that are kept, by id."""
-        return await (await self.store()).find_items(owner, item_ids)
-
-    async def keep(self, answered: Answered) -> None:
-        """Keeps a response, and adds its items to the conversation that it names.
-
-        One that ran in the background and was cancelled or deleted meanwhile stays so.
-        """
-        store, entry = await self.store(), entry_of(answered)
-        if not entry.about["background"]:
-            await store.put(entry)
-        elif not await store.change(entry.owner, entry.id, entry.status, entry.body):
-            return
-        await self._add_to_conversation(entry)
-
-    async def begin(
-        self, queued: Answered, events: AsyncIterator[StreamEvent], seconds: float
-    ) -> AsyncIterator[EncodedEvent]:
-        """Works on a response in the background; arguments and errors as `Background.begin`."""
-        return await self.background.begin(entry_of(queued), events, seconds)
-
-    @contextlib.asynccontextmanager
-    async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
-        """The right to answer in a conversation; whoever comes meanwhile waits, also at other servers of the store.
+    async def append(
+        self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False
+    ) -> list[EntryItem]:
+        """Adds items at the end of a conversation, all or none; those without an id get one.
 
         Args:
             owner: whose it is.
-            conversation_id: of a conversation that need not be there.
-            param: what is blamed where it is not.
-        """
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self.turns.turn(owner, conversation_id))
-            store = await self.store()
-            if store.shared:
-                with _blaming(param):
-                    await stack.enter_async_context(turn_in_store(store, owner, conversation_id))
-            yield
-
-    # ---- for whoever made them ---------------------------------------------------------------------------------------
-
-    async def retrieve(self, owner: str, response_id: str) -> bytes:
-        """The response object as JSON; NotStoredError where there is none, here and below."""
-        return (await (await self.store()).get(owner, response_id)).body
-
-    async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
-        """The events of a background response behind number `after`, those to come included.
+            name: of the conversation.
+            items: checked ones.
+            skip_known: items whose id is there already are left out, and not refused.
 
         Raises:
-            InvalidParameterError: it does not run in the background, or its events are not here any more.
+            StoreLimitError: an item, or all together, are too much.
+            InvalidParameterError: an id is there already.
         """
-        entry = await (await self.store()).get(owner, response_id)
-        if not entry.about["background"]:
-            raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
-        events = self.background.events(owner, response_id)
-        if events is None:
-            raise InvalidParameterError(
-                f"stream: the events of this response are not kept any more; it is {entry.status}, ask without stream",
-                "stream",
-            )
-        events.check(after)
-        return events.read(after)
+        more = parts_of(items, self.options.max_item_bytes)
+        if more:
+            store, name = await self.store(), checked_id("Conversation", name)
+            note_dropped(await store.append(CONVERSATION, owner, name, more, skip_known=skip_known))
+        return more
 
-    async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
-        """Deletes a response, and ends the work on it."""
-        await (await self.store()).delete(owner, response_id)
-        await self.background.stop(owner, response_id, forget=True)
-        return ResponseDeleted(id=response_id)
+    async def add_to_conversation(self, entry: Entry) -> None:
+        """Adds the items of a response to its conversation, where it has one; what stands in the way is logged."""
+        conversation = entry.about["conversation"]
+        if conversation is None:
+            return
+        try:
+            await self.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
+        except RequestError as error:  # it was deleted meanwhile, or is full
+            logger.warning("a response could not be added to its conversation: %s", error)
 
-    async def cancel(self, owner: str, response_id: str) -> bytes:
-        """Ends a background response; one that has ended stays as it is. The response object as JSON.
+    # ---- upkeep ------------------------------------------------------------------------------------------------------
 
-        Raises:
-            InvalidParameterError: it does not run in the background.
-        """
+    async def purge(self) -> int:
+        """Deletes what has expired and ends what nobody works on; how many were deleted."""
         store = await self.store()
-        if not (await store.get(owner, response_id)).about["background"]:
-            raise InvalidParameterError(
-                "Only responses that were made with background: true can be cancelled; close the connection to end "
-                "another.",
-                "response_id",
-            )
-        cancelled = await store.cancel(owner, response_id)
-        if cancelled.status == "cancelled":
-            await self.background.stop(owner, response_id)
-        return cancelled.body
+        for entry in await store.lapsed():
+            await self._fail_lapsed(entry)
+        return await store.expire()
 
-    async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
-        """What the request of a response gave, without what it only referred to."""
-        entry = await (await self.store()).get(owner, response_id)
-        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(entry.given), wanted))
+    async def _fail_lapsed(self, entry: Entry) -> bool:
+        """Ends a response whose server has died; whether it was one."""
+        store = await self.store()
+        if not entry.active or entry.lease is None or entry.lease > store.now:
+            return False
+        body = settled(entry.body, "failed", ("server_error", STOPPED))
+        where = RESPONSE, entry.owner, entry.id
+        await store.change(*where, body, status="failed", lease_was=entry.lease)  # or it was renewed meanwhile
+        return True
 
-    # ---- inside ------------------------------------------------------------------------------------------------------
-
-    async def _open(self) -> ResponseStore:
+    async def _open(self) -> Backend:
         if self._closed:
             raise StoreUnavailableError("The store of responses is closed: the server is stopping.")
-        store = await asyncio.to_thread(ResponseStore, self.options, self._clock)  # it imports SQLAlchemy
+        place, bounds = self.options.place, self.options.bounds
+        store = await asyncio.to_thread(backend_at, place, bounds, self._clock)  # it imports SQLAlchemy
         try:
             await store.open()
         except BaseException:
             await store.close()
             raise
-        self._purging = Upkeep(PURGE_SECONDS, store.purge, "the store of responses could not be purged", at_once=True)
+        self._purging = Upkeep(PURGE_SECONDS, self.purge, "the store of responses could not be purged", at_once=True)
         return store
 
-    async def _add_to_conversation(self, entry: Entry) -> None:
-        conversation = entry.about["conversation"]
-        if conversation is None:
-            return
-        store = await self.store()
-        try:
-            await store.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
-        except RequestError as error:  # it was deleted meanwhile, or is full
-            logger.warning("a response could not be added to its conversation: %s", error)
+
+def note_dropped(dropped: int) -> None:
+    """Says in the log that others had to make room."""
+    if dropped:
+        logger.warning("the store of responses was full: %d of its oldest records made room", dropped)
 
 
-@contextlib.contextmanager
-def _blaming(param: str) -> Iterator[None]:
-    """What is not there is blamed on the field that named it."""
-    try:
-        yield
-    except NotStoredError as error:
-        error.param = param
-        raise
+def _names(response: bytes, given: bytes = b"[]") -> set[str]:
+    """The ids of a response's items."""
+    return {item["id"] for item in items_of(response, given) if isinstance(item.get("id"), str)}
 
 
-class _Queue:
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.waiting = 0
-
-
-class ConversationTurns:
-    """Who may add to which conversation now, within this process."""
-
-    def __init__(self) -> None:
-        self._queues: dict[tuple[str, str], _Queue] = {}
-
-    @contextlib.asynccontextmanager
-    async def turn(self, owner: str, conversation_id: str) -> AsyncIterator[None]:
-        """Waits until nobody else is answering in the conversation, and lets nobody in until it is left.
-
-        Raises:
-            ConversationBusyError: too many wait already.
-        """
-        name = owner, conversation_id
-        queue = self._queues.setdefault(name, _Queue())
-        if queue.waiting > MAX_WAITING:
-            raise ConversationBusyError(
-                f"{queue.waiting} responses are running or waiting in the conversation {conversation_id!r:.80}: try "
-                "again when they have ended.",
-                "conversation",
-            )
-        queue.waiting += 1
-        try:
-            async with queue.lock:
-                yield
-        finally:
-            queue.waiting -= 1
-            if not queue.waiting:
-                self._queues.pop(name, None)
-
-
-@contextlib.asynccontextmanager
-async def turn_in_store(store: ResponseStore, owner: str, conversation_id: str) -> AsyncIterator[None]:
-    """Waits until no other server of this store is answering in the conversation.
-
-    Raises:
-        NotStoredError: there is no such conversation.
-    """
-    turn = Held(owner, conversation_id, new_id("turn"))
-    while not await store.take_turn(turn):
-        await asyncio.sleep(POLL_SECONDS)
-    upkeep = Upkeep(RENEW_SECONDS, partial(store.keep_turn, turn), "a conversation's turn was not renewed")
-    try:
-        yield
-    finally:
-        await upkeep.close()
-        try:
-            await store.leave_turn(turn)
-        except CandleVllmError as error:  # the lease ends by itself
-            logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
+def _found(wanted: set[str], parts: Sequence[EntryItem], entries: Sequence[Entry]) -> dict[str, Item]:
+    found: dict[str, Item] = {part.id: msgspec.json.decode(part.body) for part in parts}
+    for entry in entries:
+        found |= {item["id"]: item for item in items_of(entry.body, entry.given) if item.get("id") in wanted}
+    return found

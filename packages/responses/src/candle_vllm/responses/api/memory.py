@@ -24,7 +24,7 @@ from candle_vllm.responses.store.entries import RESPONSE, Entry
 class Memory(Protocol):
     """Keeps responses and conversations; what another owner has does not exist."""
 
-    async def response_items(self, response_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    async def history(self, owner: str, response_id: str) -> Sequence[Mapping[str, Any]]:
         """Input and output items of the whole chain that ends with this response, the oldest first.
 
         Raises:
@@ -32,15 +32,15 @@ class Memory(Protocol):
         """
         ...
 
-    async def conversation_items(self, conversation_id: str, owner: str) -> Sequence[Mapping[str, Any]]:
+    async def conversation_items(self, owner: str, conversation_id: str) -> Sequence[Mapping[str, Any]]:
         """The items of a conversation, the oldest first; raises `RequestError` where there is none."""
         ...
 
-    async def find_items(self, item_ids: Sequence[str], owner: str) -> Mapping[str, Mapping[str, Any]]:
+    async def find_items(self, owner: str, names: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
         """Those of these items that are kept, by id."""
         ...
 
-    async def keep(self, answered: Answered) -> None:
+    async def keep(self, entry: Entry) -> None:
         """Keeps a response, and adds its items to the conversation that it names."""
         ...
 
@@ -68,7 +68,7 @@ async def gather_items(request: PromptFields, memory: Memory | None, owner: str)
         for number, item in enumerate(given)
         if isinstance(item, ItemReference) and item.id not in known
     }
-    found = await memory.find_items(list(wanted), owner) if wanted and memory is not None else {}
+    found = await memory.find_items(owner, list(wanted)) if wanted and memory is not None else {}
     for item_id, path in wanted.items():
         if item_id not in found:
             raise InvalidParameterError(f"{path}: there is no item {item_id!r:.80} here; send the item itself", path)
@@ -90,9 +90,9 @@ async def _history(request: PromptFields, memory: Memory | None, owner: str) -> 
             f"{field} is not supported: this server keeps no responses; send the whole conversation as input", field
         )
     if request.previous_response_id is not None:
-        kept = await memory.response_items(request.previous_response_id, owner)
+        kept = await memory.history(owner, request.previous_response_id)
     else:
-        kept = await memory.conversation_items(request.conversation_id or "", owner)
+        kept = await memory.conversation_items(owner, request.conversation_id or "")
     return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in kept])
 
 
@@ -105,32 +105,25 @@ def _checked(item: Mapping[str, Any], field: str) -> InputItem:
         raise InvalidParameterError(f"{field} has an item that cannot be read: {wrong}", field) from None
 
 
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """A response that is to be kept.
+def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]]) -> Entry:
+    """A response as it is kept.
 
-    Attributes:
+    Args:
         owner: whose it is; "" where there are no API keys.
         response: as the client gets it.
-        input_items: of the request alone, without its history, each with an id.
+        given: the items of the request alone, without its history, each with an id.
     """
-
-    owner: str
-    response: Response
-    input_items: Sequence[Mapping[str, Any]]
-
-
-def entry_of(answered: Answered) -> Entry:
-    """A response as the store has it."""
-    made = answered.response
-    conversation = made.conversation.id if made.conversation is not None else None
     return Entry(
         kind=RESPONSE,
-        owner=answered.owner,
-        id=made.id,
-        created=made.created_at * 1000,
-        status=made.status,
-        follows=made.previous_response_id,
-        about={"background": bool(made.background), "conversation": conversation},
-        body=to_json_bytes(made),
-        given=msgspec.json.encode(answered.input_items),
+        owner=owner,
+        id=response.id,
+        created=response.created_at * 1000,
+        status=response.status,
+        follows=response.previous_response_id,
+        about={
+            "background": bool(response.background),
+            "conversation": response.conversation.id if response.conversation is not None else None,
+        },
+        body=to_json_bytes(response),
+        given=msgspec.json.encode(given),
     )

@@ -18,7 +18,7 @@ from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
-from candle_vllm.responses.api.memory import Answered, Memory, gather_items
+from candle_vllm.responses.api.memory import Memory, entry_of, gather_items
 from candle_vllm.responses.api.messages import Translated
 from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import stored_items
@@ -206,8 +206,7 @@ class Responder:
             await stream.put(writer.cut("max_output_tokens"))
         stream.begun()
         if keep is not None and self._memory is not None:
-            answered = Answered(owner=keep, response=writer.response, input_items=stream.input_items)
-            await self._memory.keep(answered)
+            await self._memory.keep(entry_of(keep, writer.response, stream.input_items))
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

@@ -2,7 +2,7 @@
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each belongs to an owner,
 the hash of an API key, and has an id of its own among that owner's. What a kind of entry means is known to those
-who keep it (`ResponseStore`, and the server's mailbox); a backend knows what follows here, and no more. Times are
+who keep it (`KeptResponses`, and the server's mailbox); a backend knows what follows here, and no more. Times are
 milliseconds since 1970.
 
 A **lease** says who has an entry: a time and the name of a holder. Until that time it is the holder's, who may move

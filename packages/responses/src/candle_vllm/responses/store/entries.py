@@ -127,6 +127,13 @@ def is_id(text: str) -> bool:
     return 0 < len(text) <= MAX_ID and text.isascii() and text.isprintable()
 
 
+def checked_id(what: str, text: str, param: str | None = None) -> str:
+    """A text that can be an id of something; NotStoredError, which blames `param`, for another."""
+    if not is_id(text):
+        raise NotStoredError(what, text, param or ("conversation_id" if what == "Conversation" else "item_id"))
+    return text
+
+
 def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
     """Checked items as parts; those without an id get one.
 

@@ -15,7 +15,7 @@ from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.conversation import TemplateHabits, template_habits
-from candle_vllm.responses.api.memory import Answered
+from candle_vllm.responses.api.memory import entry_of
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
@@ -168,11 +168,10 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
         try:
             owner = await _owner(request, wire)
             stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False, at_once=True)
-            assert responders.kept is not None
             queued = stream.response
             work = _work(stream, lease, key_of(request), wire.priority or 0)
-            answered = Answered(owner=owner, response=queued, input_items=stream.input_items)
-            events = await responders.kept.begin(answered, work, state.settings.request_timeout)
+            entry = entry_of(owner, queued, stream.input_items)
+            events = await state.background.begin(entry, work, state.settings.request_timeout)
         except BaseException:
             if stream is not None:
                 await stream.aclose()

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.responses.api.background import Background
 from candle_vllm.server.kept_access import event_stream, kept_and_owner, number_of, page_request, query_of, switch_of
 
 router = APIRouter()
@@ -29,24 +30,24 @@ async def get_response(request: Request, response_id: str) -> Response:
     if not switch_of(query, "stream"):
         if after is not None:
             raise InvalidParameterError("starting_after needs stream=true", "starting_after")
-        return Response(await kept.retrieve(owner, response_id), media_type=JSON)
-    return event_stream(await kept.stream(owner, response_id, number))
+        return Response((await kept.get(owner, response_id)).body, media_type=JSON)
+    return event_stream(await _background(request).stream(owner, response_id, number))
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(request: Request, response_id: str) -> Response:
     """Deletes a response; one that is running is ended."""
-    kept, owner = await kept_and_owner(request)
+    _, owner = await kept_and_owner(request)
     query_of(request)
-    return Response(to_json_bytes(await kept.delete(owner, response_id)), media_type=JSON)
+    return Response(to_json_bytes(await _background(request).delete(owner, response_id)), media_type=JSON)
 
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> Response:
     """Ends a response that runs in the background."""
-    kept, owner = await kept_and_owner(request)
+    _, owner = await kept_and_owner(request)
     query_of(request)
-    return Response(await kept.cancel(owner, response_id), media_type=JSON)
+    return Response(await _background(request).cancel(owner, response_id), media_type=JSON)
 
 
 @router.get("/v1/responses/{response_id}/input_items")
@@ -55,3 +56,8 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     kept, owner = await kept_and_owner(request)
     page = await kept.input_items(owner, response_id, page_request(request))
     return Response(to_json_bytes(page), media_type=JSON)
+
+
+def _background(request: Request) -> Background:
+    """Who works on responses without their client: there where responses are kept."""
+    return request.app.state.background
