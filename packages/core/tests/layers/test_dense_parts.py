@@ -67,6 +67,7 @@ class Variant:
     head_norm: str = ""
     attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sinks: bool = False
+    adapted: bool = False  # linear layers have an adapter beside them, which is plain whatever they are
     embedding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -102,7 +103,22 @@ VARIANTS = {
     "gpt-oss": Variant(head_dim=18, rotary=(18, 18), bias=True, sinks=True, attention={"window": 20}),
     "relu": Variant(layer_norm=True, sandwich=True, mlp="MLP relu"),
     "gelu": Variant(layer_norm=True, mlp="MLP gelu", bias=True),
+    "adapters": Variant(adapted=True, bias=True),
+    "adapters, parallel": Variant(adapted=True, parallel=True),
 }
+
+
+class Adapted:
+    """y = x W^T + (x A^T) B^T, as an adapter joins a layer's product; its scale is in B."""
+
+    def __init__(self, layer: Linear, placement: Placement) -> None:
+        weights = [part for name, part in layer.parameters().items() if name.endswith("weight")]
+        self.layer = layer
+        self.lora_a = Linear(layer.in_features, 4, placement)
+        self.lora_b = Linear(4, sum(part.shape[0] for part in weights), placement)
+
+    def __call__(self, x: Value) -> Value:
+        return self.layer(x) + self.lora_b(self.lora_a(x))
 
 
 class Attention:
@@ -143,6 +159,9 @@ class Block:
             self.mlp = MLP(*shape, bias=bias, activation=activation)  # type: ignore[arg-type]
         else:
             self.mlp = GatedMLP(*shape, bias=bias, activation=activation, fused=variant.fused)  # type: ignore[arg-type]
+        for part in (self.attention, self.mlp) if variant.adapted else ():
+            linears = {name: Adapted(each, placement) for name, each in vars(part).items() if isinstance(each, Linear)}
+            vars(part).update(linears)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
         normed, residual = self.attention_norm.add(x, residual)
@@ -223,8 +242,8 @@ def stored(name: str, shape: tuple[int, ...], quantised: bool) -> InMemory:
     if len(shape) == 1 or "_norm" in name:
         values = values * 0.1 + (1 if "norm" in name and "bias" not in name else 0)
     else:
-        values *= shape[1] ** -0.5 * (3 if "embed" in name else 1.0)
-    if quantised and len(shape) == 2 and "_norm" not in name:
+        values *= shape[1] ** -0.5 * (3 if "embed" in name else 0.5 if "lora_b" in name else 1.0)
+    if quantised and len(shape) == 2 and "_norm" not in name and "lora" not in name:
         data = quants.quantize(values.numpy(), GGMLQuantizationType.Q8_0)
         values = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType.Q8_0))
         return InMemory(name, shape, "Q8_0", data.nbytes, data)
@@ -300,7 +319,7 @@ def test_recorded_steps_compute_what_torch_does(name: str) -> None:
         assert torch.equal(got, again), "what a step holds must not change a token's numbers"
 
 
-@pytest.mark.parametrize("name", ["Phi-2", "Gemma-2", "gpt-oss", "Cohere"])
+@pytest.mark.parametrize("name", ["Phi-2", "Gemma-2", "gpt-oss", "Cohere", "adapters"])
 def test_with_quantised_matrices(name: str) -> None:
     variant = dataclasses.replace(VARIANTS[name], hidden=64, inner=96, head_dim=80, rotary=(32, 32))
     wanted = outcomes(eager(variant, quantised=True), [LENGTH])
@@ -323,6 +342,7 @@ def test_with_quantised_matrices(name: str) -> None:
         ({"head_norm": "rms"}, "head norm"),
         ({"sandwich": True}, "sandwich"),
         ({"parallel": True}, "parallel"),
+        ({"adapted": True}, "adapters"),
     ],
 )
 def test_no_part_is_idle(change: dict[str, Any], what: str) -> None:
@@ -348,6 +368,8 @@ def test_parts_cost_operations_only_where_they_are() -> None:
     assert operations(Variant(embedding={"scale": 2.0, "bias": True, "softcap": 3.0})) == plain + 2
     assert operations(Variant(parallel=True)) == plain - LAYERS
     assert operations(Variant(mlp="MLP relu")) == plain - LAYERS
+    # Of each of four: A, its result as an input, B; attention's result is made an input for W and for A.
+    assert operations(Variant(adapted=True)) == plain + 13 * LAYERS
 
 
 def test_the_form_of_head_norms_that_checkpoints_cut_by_heads() -> None:

@@ -50,7 +50,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """This value, changed in place; `other` is a matrix's result or a norm."""
+        """This value, changed in place; `other` is a matrix's result or a norm. Two results are a result in turn."""
 
     @abstractmethod
     def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:

@@ -2,7 +2,7 @@
 
 Nothing is computed while recording. **Fusion** is decided on the way: a norm, a gate and an activation are not computed
 when they are met but together with the form in which matrices want their input (`matrices.py`); a matrix's result is
-added to the residual where it is made, and so is a norm of it.
+added to the residual, or to another's result, where it is made; a norm of it is added to the residual so too.
 
 A value remembers the state of its buffer; using it after the buffer was overwritten is an error of the model's code
 and fails at once.
@@ -326,11 +326,12 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value that is not yet made: it goes to a buffer of its own, or onto a residual."""
+    """A value that is not yet made: it goes to a buffer of its own, or onto a residual, with what was added to it."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
         self._made = False
+        self._added: list[_Pending] = []
 
     @property
     def buffer(self) -> Buffer:
@@ -340,11 +341,20 @@ class _Pending(_Value):
             self.emit(self._buffer, accumulate=False)
         return super().buffer
 
+    def __add__(self, other: Recorded) -> Recorded:
+        if self._made or not isinstance(other, _Pending):
+            return super().__add__(other)
+        self._added.append(other)
+        return self
+
     def emit(self, target: Buffer, *, accumulate: bool) -> None:
         """Writes the operations that put the value into `target`."""
         assert not self._made
+        assert target.width == self.width, "a result can only be added to one of its width"
         self._made = True
         self._record(target, accumulate)
+        for other in self._added:
+            other.emit(target, accumulate=True)
 
     @abstractmethod
     def _record(self, target: Buffer, accumulate: bool) -> None: ...
