@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.threads import collect_seldom
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse, split_command
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `agent` has 1 as well, where the request was not carried out.
     """
     debug = False
+    collect_seldom()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:

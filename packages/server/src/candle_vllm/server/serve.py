@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 SWITCH_SECONDS = 0.0005  # a thread that parses a large request gives way to the engine's steps ten times sooner
-COLLECTOR = (50_000, 20, 20)  # a thousand streams make so many objects that the usual thresholds stop them all the time
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
@@ -151,7 +150,6 @@ class Start:
             self._server.should_exit = True
             return
         gc.collect()
-        gc.set_threshold(*COLLECTOR)
         gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
         sys.stdout.write(banner(self._app, self._address, slot))
         sys.stdout.flush()

@@ -29,6 +29,7 @@ from candle_vllm.core.remote.wire import (
     describe_error,
     encode,
 )
+from candle_vllm.core.threads import collect_seldom
 
 if TYPE_CHECKING:
     from candle_vllm.core.remote.serving import ChildEngine
@@ -44,6 +45,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which may have answers to finish first
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_SECONDS)
+    collect_seldom()
     parent = os.getppid()
     start = read_start(sys.stdin.fileno())
     os.set_inheritable(start.alive, False)
