@@ -7,9 +7,10 @@ on the way, is the business of `kernels/cpu_runtime/values.py`.
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
@@ -20,13 +21,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.activation.reference import Activation
+    from candle_vllm.core.kernels.activation_rows import InputForm
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.moe import arguments as moe
-    from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
-    from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
-    from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
-    Matrix: TypeAlias = PackedMatrix | PlainMatrix | ScaledMatrix
+
+class Matrix(Protocol):
+    """A matrix [N, K] whose rows are interleaved, 16 in a tile: see `packed_linear`, `plain_linear`, `scaled_linear`.
+
+    Attributes:
+        rows, columns: N and K.
+        kind: the layout, for its operations.
+        data: uint8 [tiles, bytes of a tile].
+        tile_bytes: of a tile.
+        input_form: how it reads its input.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def kind(self) -> enum.IntEnum: ...
+    @property
+    def data(self) -> np.ndarray: ...
+    @property
+    def tile_bytes(self) -> int: ...
+    @property
+    def input_form(self) -> InputForm: ...
 
 
 RecordedPairs: TypeAlias = Any

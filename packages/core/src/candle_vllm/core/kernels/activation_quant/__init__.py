@@ -15,9 +15,21 @@ which weights with an offset need. All in fp32. This is the step that GGML calls
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 GROUP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The result as a form in which matrices read their input; equal orders are one form.
+
+    Attributes:
+        order: the columns' numbers in an order of their own, the bytes of int64 [K]; None where they are not moved.
+    """
+
+    order: bytes | None = None
 
 
 class Prologue(enum.IntEnum):

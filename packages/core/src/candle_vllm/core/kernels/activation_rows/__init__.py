@@ -8,12 +8,13 @@ takes `row_elements(K)` numbers, which is K up to the next multiple of 32, and i
 from __future__ import annotations
 
 import enum
+from typing import TypeAlias
 
-from candle_vllm.core.kernels.activation_quant import GROUP
+from candle_vllm.core.kernels.activation_quant import GROUP, Groups
 
 
 class RowForm(enum.IntEnum):
-    """The numbers of a row."""
+    """The result as a form in which matrices read their input: the numbers of a row."""
 
     BF16 = 0
     F32 = 1
@@ -22,6 +23,10 @@ class RowForm(enum.IntEnum):
     def bytes(self) -> int:
         """Bytes of a number."""
         return 2 if self is RowForm.BF16 else 4
+
+
+InputForm: TypeAlias = Groups | RowForm
+"""How a matrix reads its input."""
 
 
 def row_elements(columns: int) -> int:

@@ -1,22 +1,20 @@
-"""What depends on how a matrix is stored while a step is recorded: the form of its input, and its operations.
+"""What depends on how a matrix is stored while a step is recorded: making the form of its input, and its operations.
 
-Packed matrices read 8-bit groups, plain ones rows of bfloat16 or float32, small floats with scales rows of bfloat16.
 Matrices of all kinds may stand side by side in one product; each form of their common input is made once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
+from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import QuantiseArguments, quantise_operation
-from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.activation_rows import InputForm, RowForm, row_elements
 from candle_vllm.core.kernels.activation_rows.cpu import RowsArguments, rows_operation
 from candle_vllm.core.kernels.column_order.cpu import OrderArguments, order_operation
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
@@ -24,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, embeddin
 from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import cpu as plain
-from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
+from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 from candle_vllm.core.kernels.scaled_linear import cpu as scaled
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
 
@@ -35,37 +33,6 @@ if TYPE_CHECKING:
 
 _KERNELS: Mapping[type, Any] = MappingProxyType({PackedMatrix: packed, PlainMatrix: plain, ScaledMatrix: scaled})
 """The operations of each kind of matrix, under the same names."""
-
-
-class InputForm(enum.Enum):
-    """How a matrix reads its input."""
-
-    GROUPS = "8-bit groups of 32"
-    BF16 = "rows of bfloat16"
-    F32 = "rows of float32"
-
-
-@dataclasses.dataclass(frozen=True)
-class Ordered:
-    """8-bit groups of the input's columns in an order of their own; equal orders are one form.
-
-    Attributes:
-        order: the column numbers, the bytes of int64 [K].
-    """
-
-    order: bytes
-
-
-Form: TypeAlias = InputForm | Ordered
-
-
-def input_form(matrix: Matrix) -> Form:
-    """The form that a matrix reads."""
-    if isinstance(matrix, PackedMatrix):
-        return InputForm.GROUPS if matrix.order is None else Ordered(matrix.order.tobytes())
-    if isinstance(matrix, ScaledMatrix):
-        return InputForm.BF16
-    return InputForm.BF16 if matrix.kind is PlainKind.BF16 else InputForm.F32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +65,9 @@ class Inputs:
     arrays: tuple[np.ndarray, ...]
 
 
-def make_forms(recorder: Recorder, forms: Sequence[Form], source: InputRows, *, copies: int = 1) -> dict[Form, Inputs]:
+def make_forms(
+    recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1
+) -> dict[InputForm, Inputs]:
     """Records the making of an input in several forms, all different, behind which threads meet once."""
     return {
         form: _make_inputs(recorder, form, source, copies=copies, barrier=place == len(forms))
@@ -106,38 +75,38 @@ def make_forms(recorder: Recorder, forms: Sequence[Form], source: InputRows, *, 
     }
 
 
-def _make_inputs(recorder: Recorder, form: Form, source: InputRows, *, copies: int = 1, barrier: bool = True) -> Inputs:
+def _make_inputs(
+    recorder: Recorder, form: InputForm, source: InputRows, *, copies: int = 1, barrier: bool = True
+) -> Inputs:
     """Records the making of an input, which has up to `copies` rows for each token."""
-    if isinstance(form, Ordered):
-        return _ordered_inputs(recorder, form, source, copies=copies, barrier=barrier)
+    if isinstance(form, Groups) and form.order is not None:
+        return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
     prologue, columns = common.pop("prologue"), source.columns
-    if form is InputForm.GROUPS:
+    if isinstance(form, Groups):
         q = recorder.memory(copies * columns, np.int8)
         scales, sums = (recorder.memory(copies * columns // GROUP) for _ in range(2))
         at_q, at_scales, at_sums = address_of(q), address_of(scales), address_of(sums)
         arguments = QuantiseArguments(**common, q=at_q, scales=at_scales, sums=at_sums)
         recorder.add(quantise_operation(prologue), arguments, barrier=barrier)
         return Inputs({"x": at_q, "scales": at_scales, "sums": at_sums}, (q, scales, sums))
-    wanted = RowForm[form.name]
-    out = recorder.memory(copies * row_elements(columns), np.int16 if wanted is RowForm.BF16 else np.float32)
-    recorder.add(rows_operation(prologue, wanted), RowsArguments(**common, out=address_of(out)), barrier=barrier)
-    return Inputs({"x": address_of(out), "x_bytes": wanted.bytes * row_elements(columns)}, (out,))
+    out = recorder.memory(copies * row_elements(columns), np.int16 if form is RowForm.BF16 else np.float32)
+    recorder.add(rows_operation(prologue, form), RowsArguments(**common, out=address_of(out)), barrier=barrier)
+    return Inputs({"x": address_of(out), "x_bytes": form.bytes * row_elements(columns)}, (out,))
 
 
-def _ordered_inputs(recorder: Recorder, form: Ordered, source: InputRows, *, copies: int, barrier: bool) -> Inputs:
+def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copies: int, barrier: bool) -> Inputs:
     """What is computed on the way comes first, then the order, then the groups."""
     columns, arrays = source.columns, ()
     x, stride, picked = source.x, source.stride, source.picked
     if source.prologue is not Prologue.NONE:
-        made = _make_inputs(recorder, InputForm.F32, source, copies=copies)
+        made = _make_inputs(recorder, RowForm.F32, source, copies=copies)
         x, stride, picked, arrays = made.arguments["x"], row_elements(columns), 0, made.arrays
     rows = recorder.memory(copies * columns)
-    order = recorder.keep_array(np.frombuffer(form.order, np.int64))
     arguments = OrderArguments(
         x=x,
         stride=stride,
-        order=order,
+        order=recorder.keep_array(np.frombuffer(order, np.int64)),
         columns=columns,
         out=address_of(rows),
         out_stride=columns,
@@ -146,7 +115,7 @@ def _ordered_inputs(recorder: Recorder, form: Ordered, source: InputRows, *, cop
     )
     recorder.add(order_operation(), arguments)
     ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
-    made = _make_inputs(recorder, InputForm.GROUPS, ordered, copies=copies, barrier=barrier)
+    made = _make_inputs(recorder, Groups(), ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
 
 
@@ -179,7 +148,7 @@ def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
     """Records the reading of a table's rows; see `embedding_arguments`."""
-    assert not isinstance(input_form(matrix), Ordered), "a table's rows are read in the order in which they lie"
+    assert matrix.input_form in (Groups(), *RowForm), "a table's rows are read in the order in which they lie"
     recorder.keep_matrix(matrix)
     operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # small floats are decoded at load
     recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -14,21 +13,11 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, LANES, Emitter, v
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
 
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.recorded import Matrix
+
 ROWS = LANES
 """Rows of weights in a tile."""
-
-
-class Tiled(Protocol):
-    """A matrix [N, K] whose rows are interleaved, `ROWS` in a tile."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def data(self) -> np.ndarray: ...
-    @property
-    def tile_bytes(self) -> int: ...
 
 
 class LinearArguments(NamedTuple):
@@ -67,7 +56,7 @@ class LinearArguments(NamedTuple):
 
 
 def linear_arguments(
-    matrix: Tiled,
+    matrix: Matrix,
     length: int,
     *,
     x: int,
@@ -131,7 +120,7 @@ class EmbeddingArguments(NamedTuple):
 
 
 def embedding_arguments(
-    matrix: Tiled, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
+    matrix: Matrix, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
 ) -> EmbeddingArguments:
     """For a table; `out_stride` is in floats."""
     assert out_stride >= matrix.columns

@@ -19,16 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
-from candle_vllm.core.kernels.cpu_runtime.matrices import (
-    Form,
-    InputRows,
-    Inputs,
-    input_form,
-    make_forms,
-    multiply,
-    read_rows,
-)
+from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.layer_norm import reference as layer_norm_reference
@@ -256,10 +249,10 @@ class _Prepared(_Wrapper):
     ) -> None:
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
-        self._forms: dict[Form, Inputs] = {}
+        self._forms: dict[InputForm, Inputs] = {}
         self._picked, self._rows_from = 0, StepNumber.TOKENS
 
-    def inputs(self, forms: Iterable[Form]) -> Mapping[Form, Inputs]:
+    def inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
         """The input in these forms."""
         new = [form for form in dict.fromkeys(forms) if form not in self._forms]
         if new:
@@ -267,8 +260,8 @@ class _Prepared(_Wrapper):
         return self._forms
 
     def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
-        forms = self.inputs(map(input_form, matrices))
-        factors = [(matrix, forms[input_form(matrix)]) for matrix in matrices]
+        forms = self.inputs(matrix.input_form for matrix in matrices)
+        factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
         return _Product(self.recorder, factors, bias, self._rows_from)
 
     def expert_linear(
@@ -278,7 +271,7 @@ class _Prepared(_Wrapper):
         bias: torch.Tensor | None,
         activation: GatedActivation | None,
     ) -> RecordedRows:
-        inputs = self.inputs(input_form(matrix) for of_experts in matrices for matrix in of_experts)
+        inputs = self.inputs(matrix.input_form for of_experts in matrices for matrix in of_experts)
         made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
         return _PairRows(self.recorder, made, activation)
 
@@ -429,7 +422,7 @@ class _PairRows(RecordedRows):
             prologue=PROLOGUES[self._activation],
             rows_from=StepNumber.PAIRS,
         )
-        forms = list(dict.fromkeys(input_form(matrix) for of_experts in matrices for matrix in of_experts))
+        forms = list(dict.fromkeys(matrix.input_form for of_experts in matrices for matrix in of_experts))
         inputs = make_forms(recorder, forms, source, copies=pairs.top_k)
         every = recorder.row_numbers(pairs.top_k)
         return _PairRows(recorder, record_products(recorder, matrices, inputs, pairs, bias, every), activation)

@@ -21,7 +21,6 @@ from candle_vllm.core.kernels.latent_attention.cpu_heads import HeadsArguments, 
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import LANES
 from candle_vllm.core.kernels.latent_attention.cpu_write import PrepareArguments, prepare_operation, stretch_step
 from candle_vllm.core.kernels.plain_linear.cpu import linear_arguments, linear_operation
-from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -53,9 +52,8 @@ def record_latent(
     """
     arrays, sizes = recorder.arrays, parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
-    kind = parts.keys[0].kind
-    assert all(matrix.kind is kind for matrix in (*parts.keys, *parts.values))
-    form = RowForm.BF16 if kind is PlainKind.BF16 else RowForm.F32
+    assert len({matrix.kind for matrix in (*parts.keys, *parts.values)}) == 1
+    form = parts.keys[0].input_form
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.cpu_runtime.matrices import Form, Inputs, input_form, linear_call
+from candle_vllm.core.kernels.activation_rows import InputForm
+from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.moe import cpu
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing
@@ -120,7 +121,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
 def record_products(
     recorder: Recorder,
     matrices: Sequence[Sequence[Matrix]],
-    inputs: Mapping[Form, Inputs],
+    inputs: Mapping[InputForm, Inputs],
     pairs: Pairs,
     bias: torch.Tensor | None,
     picked: np.ndarray,
@@ -144,7 +145,7 @@ def record_products(
             operation, arguments = linear_call(
                 recorder,
                 matrix,
-                inputs[input_form(matrix)],
+                inputs[matrix.input_form],
                 out=address_of(rows),
                 out_stride=stride,
                 column=column,

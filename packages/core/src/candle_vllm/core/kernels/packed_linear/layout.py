@@ -32,6 +32,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from candle_vllm.core.kernels.activation_quant import Groups
+
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
 
@@ -159,6 +161,11 @@ class PackedMatrix:
     def groups(self) -> int:
         """Groups of 32 weights in a row."""
         return self.columns // GROUP
+
+    @property
+    def input_form(self) -> Groups:
+        """See `Matrix`."""
+        return Groups(None if self.order is None else self.order.tobytes())
 
     @property
     def tile_bytes(self) -> int:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from candle_vllm.core.kernels.activation_rows import RowForm
+
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
 
@@ -75,6 +77,11 @@ class PlainMatrix:
     def steps(self) -> int:
         """Steps of a tile."""
         return self.kind.steps(self.columns)
+
+    @property
+    def input_form(self) -> RowForm:
+        """See `Matrix`."""
+        return RowForm.BF16 if self.kind is PlainKind.BF16 else RowForm.F32
 
     @property
     def tile_bytes(self) -> int:

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from candle_vllm.core.kernels.activation_rows import RowForm
+
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
 
@@ -99,6 +101,11 @@ class ScaledMatrix:
     def pairs(self) -> int:
         """Pairs of whole spans of a tile."""
         return self.turns // (2 * self.span_turns)
+
+    @property
+    def input_form(self) -> RowForm:
+        """See `Matrix`."""
+        return RowForm.BF16
 
     @property
     def tile_bytes(self) -> int:
