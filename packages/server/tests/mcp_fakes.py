@@ -66,7 +66,7 @@ class HttpMcpServer:
     def __init__(self) -> None:
         self.seen = Seen()
         settings = uvicorn.Config(
-            _server(self.seen).streamable_http_app(), host="127.0.0.1", port=0, log_level="critical",
+            _server(self.seen).streamable_http_app(), host="127.0.0.1", port=0, log_config=None,
             timeout_graceful_shutdown=0, ws="none",
         )  # fmt: skip
         self._server = uvicorn.Server(settings)

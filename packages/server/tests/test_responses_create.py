@@ -253,7 +253,7 @@ def clock() -> Iterator[tuple[str, list[str]]]:
         tokens.extend(value.decode() for name, value in scope.get("headers", ()) if name == b"authorization")
         await app(scope, receive, send)
 
-    uvicorn_server = uvicorn.Server(uvicorn.Config(noting, port=0, log_level="critical", timeout_graceful_shutdown=0))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(noting, port=0, log_config=None, timeout_graceful_shutdown=0))
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()
     Running.wait_for(lambda: uvicorn_server.started)

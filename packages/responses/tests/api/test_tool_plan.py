@@ -39,13 +39,15 @@ def planned(*tools: dict[str, Any], choice: Any = None) -> ToolPlan:
 
 
 def functions(plan: ToolPlan) -> dict[str, dict[str, Any]]:
-    return {tool["function"]["name"]: tool["function"] for tool in plan.client_tools}
+    """Those that the caller runs."""
+    shown = {tool["function"]["name"]: tool["function"] for tool in plan.shown}
+    return {name: function for name, function in shown.items() if plan.by_name[name].kind != "mcp"}
 
 
 def test_what_the_model_is_shown() -> None:
     plan = planned(FUNCTION, NAMESPACE, CUSTOM, {"type": "web_search"}, SERVER)
     assert [*functions(plan)] == ["f", "n__g", "n__h", "c"]
-    shown = [plan.by_name[tool["function"]["name"]].path for tool in plan.shown()]
+    shown = [plan.by_name[tool["function"]["name"]].path for tool in plan.shown]
     assert shown == ["tools.4", "tools.4", "tools.0", "tools.1.tools.0", "tools.1.tools.1", "tools.2"]
     assert functions(plan)["f"] == {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
     assert functions(plan)["n__g"]["description"] == "One of the tools of n: Nice."

@@ -118,7 +118,7 @@ class HttpServer:
         import uvicorn
 
         settings = uvicorn.Config(
-            self._make_app(), host="127.0.0.1", port=self.port, log_level="critical", timeout_graceful_shutdown=0,
+            self._make_app(), host="127.0.0.1", port=self.port, log_config=None, timeout_graceful_shutdown=0,
             ws="none", lifespan="auto",
         )  # fmt: skip
         self._server = uvicorn.Server(settings)

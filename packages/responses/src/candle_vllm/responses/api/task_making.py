@@ -71,7 +71,7 @@ class Prepared(NamedTuple):
         to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
-            [f"{self.plan.by_name[tool['function']['name']].path}.parameters" for tool in self.plan.shown()],
+            [f"{self.plan.by_name[tool['function']['name']].path}.parameters" for tool in self.plan.shown],
             own,
         )
 
@@ -165,7 +165,7 @@ def _servers_of(request: PromptFields) -> dict[int, McpTool]:
 
 
 def _use(request: PromptFields, plan: ToolPlan) -> ToolUse:
-    shown = plan.shown()
+    shown = plan.shown
     if len(shown) > MAX_TOOLS:
         raise InvalidParameterError(f"tools must have at most {MAX_TOOLS} entries, not a list of {len(shown)}", "tools")
     with rules_below("tools"):

@@ -64,7 +64,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 
     Attributes:
         by_name: each tool by the name that the model calls.
-        client_tools: those that the caller runs, in the form that templates know.
+        shown: all in the form that templates know: those that run here, then the caller's.
         registry: those that run here.
         approval: for each that runs here, whether somebody must agree.
         choice: among them.
@@ -73,7 +73,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     """
 
     by_name: dict[str, PlannedTool] = msgspec.field(default_factory=dict)
-    client_tools: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    shown: list[dict[str, Any]] = msgspec.field(default_factory=list)
     registry: ToolRegistry = msgspec.field(default_factory=ToolRegistry)
     approval: dict[str, Rule] = msgspec.field(default_factory=dict)
     choice: Choice = Choice()
@@ -91,16 +91,11 @@ class ToolPlan(msgspec.Struct, kw_only=True):
         """Whether somebody must agree before it runs."""
         return self.approval.get(name) == "always"
 
-    def shown(self) -> list[dict[str, Any]]:
-        """All tools in the form that templates know: those that run here, then the caller's."""
-        return [definition.to_openai() for definition in self.registry.definitions()] + self.client_tools
-
     def use(self, choice: Choice, *, parallel: bool | None) -> ToolUse:
         """What a task says about the tools."""
-        shown = self.shown()
         names = ("name", "description", "parameters", "strict")
-        functions = [function_of(*map(tool["function"].get, names)) for tool in shown]
-        return choice.among(functions, shown, parallel=parallel)
+        functions = [function_of(*map(tool["function"].get, names)) for tool in self.shown]
+        return choice.among(functions, self.shown, parallel=parallel)
 
 
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
@@ -125,6 +120,7 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
                 _add_client_tool(plan, inner, f"{path}.tools.{number}", tool)
         else:
             _add_client_tool(plan, tool, path, None)
+    plan.shown[:0] = [definition.to_openai() for definition in plan.registry.definitions()]
     plan.choice = _choice(plan.by_name, request.tool_choice)
     return plan
 
@@ -144,7 +140,7 @@ def _add_client_tool(
     description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
     if text := "\n\n".join(filter(None, description)):
         function["description"] = text
-    plan.client_tools.append({"type": "function", "function": {"name": name, **function}})
+    plan.shown.append({"type": "function", "function": {"name": name, **function}})
 
 
 def _of_namespace(namespace: NamespaceTool) -> str:
