@@ -19,8 +19,12 @@ from candle_vllm.core.errors import (
     InvalidParameterError,
     RequestError,
 )
+from candle_vllm.openai import UnsupportedParameterError, parse_chat_request
+from candle_vllm.openai.requests import read_chat
+from candle_vllm.openai.task import Message, Paths, Task, TextPart
 from candle_vllm.responses import HttpModel, Responder
 from candle_vllm.responses.conversation import http_model
+from candle_vllm.responses.conversation.chat_form import chat_request
 from candle_vllm.responses.conversation.events import ReasoningDelta, TextDelta
 from candle_vllm.responses.conversation.http_model import (
     ModelServerBusyError,
@@ -453,3 +457,48 @@ async def test_a_task_as_a_chat_request() -> None:
         "tools": shown,
         "parallel_tool_calls": False,
     }
+
+
+def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> None:
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    asked = {
+        "messages": said, "n": 3, "documents": [{"text": "d"}], "chat_template": "{{ messages }}", "echo": True,
+        "continue_final_message": True, "add_generation_prompt": False, "add_special_tokens": True,
+        "include_reasoning": False, "request_id": "r", "chat_template_kwargs": {"a": 1}, "priority": 1,
+        "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1.0}, "stop": ["x"],
+        "structured_outputs": {"regex": "a+"}, "model": "m",
+    }  # fmt: skip
+    for fields in (asked, {"messages": said[:1]}):
+        task = read_chat(parse_chat_request(fields))
+        assert read_chat(parse_chat_request(json.dumps(chat_request(task)).encode())) == task
+    left_out = set(Task.__struct_fields__) - {
+        "paths",
+        "prompts",
+        "echo_prompts",
+        "scored_only",
+        "tell_ids",
+        "tell_counts",
+    }
+    given = read_chat(parse_chat_request(asked))
+    plain = {name for name in left_out if getattr(given, name) == getattr(Task(paths=Paths({})), name)}
+    assert plain == {"tools"}, "every field but the tools, which have a test of their own, is tried above"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompts": ("Once",)}, "prompt"),
+        ({"tell_ids": True}, "return_token_ids"),
+        ({"tell_counts": True}, "stream_options"),
+        ({"echo": "another text"}, "echo"),
+    ],
+)
+async def test_what_has_no_words_is_refused(fields: dict[str, Any], param: str) -> None:
+    seen: list[httpx2.Request] = []
+    model = answering(sse(delta("stop")), seen=seen)
+    task = Task(paths=Paths({}), **{"messages": (Message(role="user", parts=(TextPart("Hi"),)),), **fields})
+    with pytest.raises(UnsupportedParameterError, match=f"{param} cannot be asked of another server") as refusal:
+        async with model.stream(task):
+            pass
+    assert (refusal.value.param, seen) == (param, [])
+    await model.aclose()

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai import events as answer
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.conversation import turn_reader
 from candle_vllm.responses.conversation.events import (
@@ -142,6 +143,28 @@ def test_an_answer_that_ends_otherwise_was_cut(reason: str) -> None:
 
 def test_other_choices_are_not_ours() -> None:
     assert read(chunk(content="a"), chunk(index=1, content="b"))[1].message["content"] == "a"
+
+
+def test_each_of_several_choices_is_read() -> None:
+    reader = ChunkReader()
+    chunks = (
+        chunk(content="a"), chunk(index=1, tool_calls=(call(0, "c", "f", "{}"),)), chunk("stop", content="b"),
+        chunk("tool_calls", index=1),
+    )  # fmt: skip
+    events, finished = [], []
+    for one in chunks:
+        events += reader.read(one)
+        finished.append(reader.finished)
+    events += reader.end()
+    assert finished == [False, False, False, True]
+    assert [event for event in events if event.choice == 0][1:] == [
+        answer.Text(0, "a"), answer.Text(0, "b"), answer.Ended(0, "stop"),
+    ]  # fmt: skip
+    assert [event for event in events if event.choice == 1][1:] == [
+        answer.CallBegun(1, 0, "c", "f"), answer.CallText(1, 0, "{}"), answer.Ended(1, "tool_calls"),
+    ]  # fmt: skip
+    with pytest.raises(CandleVllmError, match="more than 128 answers"):
+        read(*(chunk(index=number) for number in range(200)))
 
 
 def test_usage_with_and_without_details() -> None:

@@ -8,12 +8,20 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.conversation import text_of
+from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 ChatMessage = dict[str, Any]
+
+_UNSAID = {  # fields of a task without words, as requests spell them
+    "prompts": ("prompt", "a chat request has messages, and no prompts that are continued as they are"),
+    "tell_ids": ("return_token_ids", "its answer is read as text"),
+    "tell_counts": ("stream_options", "the tokens of its answer are counted at the end"),
+}
 
 
 class ChatTranscript(Transcript):
@@ -68,7 +76,17 @@ def chat_message(message: Message) -> ChatMessage:
 
 
 def chat_request(task: Task) -> dict[str, Any]:
-    """A task as the body of a chat request, for other servers; what it leaves open is not in it."""
+    """A task as the body of a chat request, for other servers; what it leaves open is not in it.
+
+    Raises:
+        UnsupportedParameterError: it asks for what a chat request, or the answer to it, has no words for.
+    """
+    for name, (param, reason) in _UNSAID.items():
+        if getattr(task, name):
+            raise UnsupportedParameterError(f"{param} cannot be asked of another server: {reason}", param)
+    if task.echo and task.echo != text_of(task.messages[-1]):
+        message = "echo cannot be asked of another server: it is not the text of the last message"
+        raise UnsupportedParameterError(message, "echo")
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)
     if effort == "none":  # by which a server knows that these are off
@@ -79,17 +97,26 @@ def chat_request(task: Task) -> dict[str, Any]:
     fields = {
         "model": task.model,
         "messages": list(map(chat_message, task.messages)),
+        "n": None if task.choices == 1 else task.choices,
         "tools": use.as_template(),
         "tool_choice": _choice(use),
         "parallel_tool_calls": None if use.parallel or use.named is not None else False,
         **_form(task.form),
         "reasoning_effort": effort,
         "chat_template_kwargs": variables or None,
+        "chat_template": task.chat_template,
+        "documents": None if task.documents is None else list(task.documents),
+        "add_generation_prompt": task.opens_answer,
+        "continue_final_message": task.continued or None,
+        "add_special_tokens": task.add_special_tokens or None,
+        "include_reasoning": None if task.show_thoughts else False,
+        "echo": bool(task.echo) or None,
         "max_completion_tokens": sampling.pop("max_tokens", None),
         **sampling,
         "logprobs": None if logprobs is None else True,
         "top_logprobs": logprobs,
         "priority": task.priority or None,
+        "request_id": task.request_id,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

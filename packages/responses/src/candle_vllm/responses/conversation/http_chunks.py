@@ -15,6 +15,7 @@ import msgspec
 
 from candle_vllm.core.engine.request import PositionLogprobs, TokenLogprob
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.sampling.params import MAX_SEQUENCES
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
 from candle_vllm.openai.protocol.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
@@ -36,41 +37,61 @@ class _Call:
 
 
 class ChunkReader:
-    """Reads the chunks of one stream; of several choices, the first.
-
-    Attributes:
-        finished: a chunk said why the answer ended.
-    """
+    """Reads the chunks of one stream."""
 
     def __init__(self) -> None:
-        self.finished = False
-        self._reason = ""
-        self._begun = False
-        self._next_index = 0
-        self._calls: list[_Call] = []
-        self._at: dict[int, int] = {}  # index in the chunks -> our own
-        self._held = 0
+        self._head: Head | None = None
+        self._choices: dict[int, _Choice] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Chunks said of every answer why it ended."""
+        return bool(self._choices) and all(choice.reason for choice in self._choices.values())
 
     def read(self, data: Mapping[str, Any]) -> list[Event]:
         """What one chunk says; raises `CandleVllmError` for an answer beyond all bounds."""
         events: list[Event] = []
-        if not self._begun:
-            self._begun = True
-            head = Head(
+        if self._head is None:
+            self._head = Head(
                 id=_text(data, "id") or "",
                 created=_count(data, "created"),
                 model=_text(data, "model") or "",
                 system_fingerprint=_text(data, "system_fingerprint") or "",
             )
-            events.append(Begun(0, head))
+            events += self._begin(0, self._head)
         choices = _list(data, "choices")
         for choice in choices:
             if isinstance(choice, dict):
-                events += self._choice(choice)
+                number = _count(choice, "index")
+                if number not in self._choices:
+                    events += self._begin(number, self._head)
+                events += self._choices[number].read(choice)
         usage = data.get("usage")
         if isinstance(usage, dict):
             events.append(_usage(usage, final=not choices))
         return events
+
+    def end(self) -> list[Event]:
+        """What is left to say at the end of all answers."""
+        return [event for choice in (self._choices or {0: _Choice(0)}).values() for event in choice.end()]
+
+    def _begin(self, number: int, head: Head) -> list[Event]:
+        if len(self._choices) >= MAX_SEQUENCES:
+            raise CandleVllmError(f"The model server sent more than {MAX_SEQUENCES} answers to one request.")
+        self._choices[number] = _Choice(number)
+        return [Begun(number, head)]
+
+
+class _Choice:
+    """One answer of a stream; `reason` is why it ended, in the server's word."""
+
+    def __init__(self, number: int) -> None:
+        self.reason = ""
+        self._number = number
+        self._next_index = 0
+        self._calls: list[_Call] = []
+        self._at: dict[int, int] = {}  # index in the chunks -> our own
+        self._held = 0
 
     def end(self) -> list[Event]:
         """What is left to say at the end: the calls that never got a name, and why the answer ended.
@@ -81,22 +102,19 @@ class ChunkReader:
         for number, call in enumerate(self._calls):
             if not call.begun:
                 events += self._name(number, "")
-        return [*events, Ended(0, _REASONS.get(self._reason, "length"))]
+        return [*events, Ended(self._number, _REASONS.get(self.reason, "length"))]
 
-    def _choice(self, choice: dict[str, Any]) -> list[Event]:
-        reason = _text(choice, "finish_reason") or ""  # some servers write "" where there is none
-        self.finished = self.finished or reason != ""
-        if _count(choice, "index") > 0:
-            return []
-        self._reason = reason or self._reason
+    def read(self, choice: dict[str, Any]) -> list[Event]:
+        """What its part of a chunk says."""
+        self.reason = _text(choice, "finish_reason") or self.reason  # some servers write "" where there is none
         delta = choice.get("delta")
         delta = delta if isinstance(delta, dict) else {}
         events: list[Event] = []
         if thoughts := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
-            events.append(Thought(0, thoughts))
+            events.append(Thought(self._number, thoughts))
         content, logprobs = _content(delta.get("content")), _logprobs(choice.get("logprobs"))
         if content or logprobs:
-            events.append(Text(0, content, None, logprobs))
+            events.append(Text(self._number, content, None, logprobs))
         for call in _list(delta, "tool_calls"):
             if isinstance(call, dict):
                 events += self._call(call)
@@ -110,11 +128,11 @@ class ChunkReader:
             arguments = _whole(arguments)
         elif arguments is not None:
             arguments = json.dumps(arguments)  # some servers send the object itself
-        number = self._number(call, name)
+        number = self._place(call, name)
         known = self._calls[number]
         events = self._name(number, name) if name and not known.begun else []
         if arguments and known.begun:
-            events.append(CallText(0, number, arguments))
+            events.append(CallText(self._number, number, arguments))
         elif arguments:
             self._held += len(arguments)
             if self._held > MAX_CHARS:
@@ -126,10 +144,10 @@ class ChunkReader:
         """The beginning of a call, with the arguments that came before its name."""
         call = self._calls[number]
         call.begun = True
-        events: list[Event] = [CallBegun(0, number, call.given_id, name)]
-        return [*events, CallText(0, number, "".join(call.held))] if call.held else events
+        events: list[Event] = [CallBegun(self._number, number, call.given_id, name)]
+        return [*events, CallText(self._number, number, "".join(call.held))] if call.held else events
 
-    def _number(self, call: dict[str, Any], name: str) -> int:
+    def _place(self, call: dict[str, Any], name: str) -> int:
         """Which call a piece belongs to; another id and a name under the same index begin another."""
         index, given = call.get("index"), _text(call, "id") or ""
         if not isinstance(index, int):  # a name begins a call, anything else continues the last one
