@@ -13,6 +13,7 @@ from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager, take_turn
@@ -266,8 +267,8 @@ async def test_a_model_that_cannot_be_had_makes_nobody_leave() -> None:
 async def test_requests_in_the_queue_of_an_engine_that_dies_wait_for_the_next_one() -> None:
     loader = FakeLoader()
     manager = _manager(loader)
-    first = await take_turn(manager, "a", "", sequences=1000)
-    waiting = [asyncio.create_task(take_turn(manager, "a", "")) for _ in range(3)]
+    first = await take_turn(manager, "a", Caller(), sequences=1000)
+    waiting = [asyncio.create_task(take_turn(manager, "a", Caller())) for _ in range(3)]
     await asyncio.sleep(0.01)
     loader.engines[0].die()
     turns = await asyncio.gather(*waiting)

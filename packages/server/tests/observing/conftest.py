@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request, parse_completion_request, to_error, to_json_bytes
 from candle_vllm.openai.embedding import parse_embedding_request
+from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
@@ -126,7 +127,7 @@ class StateMiddleware:
             state = scope.setdefault("state", {})
             state["request_id"] = headers.get(b"x-request-id", uuid.uuid4().hex.encode()).decode()
             if b"x-key-number" in headers:
-                state["key"] = headers[b"x-key-number"].decode()
+                state["caller"] = Caller(headers[b"x-key-number"].decode())
         await self._app(scope, receive, send)
 
 

@@ -9,6 +9,7 @@ import pytest
 from server_fakes import PacedEngine
 from starlette.types import Receive, Scope, Send
 
+from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import RequestContext, begin_generation, current_request
@@ -85,7 +86,7 @@ async def test_the_context_is_there_within_a_request_and_gone_after_it() -> None
         begin_generation(scope, prompt_only=True)
         found.append(await asyncio.create_task(_current()))
 
-    scope = {"type": "http", "method": "GET", "headers": [], "state": {"request_id": "r-1", "key": "3"}}
+    scope = {"type": "http", "method": "GET", "headers": [], "state": {"request_id": "r-1", "caller": Caller("3")}}
     await HttpMetricsMiddleware(app, Metrics())(scope, _nothing, _nothing)
     context = found[0]
     assert context is not None

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.server.http.body import read_body, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
 from candle_vllm.server.models.manager import Turn, take_turn
@@ -77,7 +78,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
             take_turn(
                 request.app.state.manager,
                 wire.model,
-                key_of(request),
+                caller_of(request.scope),
                 sequences=sequences_of(wire),
                 priority=getattr(wire, "priority", None) or 0,
             ),
@@ -134,7 +135,7 @@ async def answer_with(
             take_turn(
                 state.manager,
                 wire.model,
-                key_of(request),
+                caller_of(request.scope),
                 sequences=texts_of(wire),
                 priority=getattr(wire, "priority", None) or 0,
             )
@@ -175,11 +176,6 @@ async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
     """The checked body of a request."""
     body = await read_body(request.scope, request.receive, request.app.state.settings.max_body_mb << 20)
     return await asyncio.to_thread(parse, body) if len(body) > BIG_BODY else parse(body)
-
-
-def key_of(request: Request) -> str:
-    """Which API key the request came with, as a label; "" where there are none."""
-    return getattr(request.state, "key", "")
 
 
 def texts_of(wire: Any) -> int:

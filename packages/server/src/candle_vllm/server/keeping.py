@@ -24,6 +24,7 @@ from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.protocol.generation import StreamOptions
 from candle_vllm.responses.api.outliving import Failure, Pieces, Work
 from candle_vllm.server.http.body import disconnected
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
 from candle_vllm.server.models.manager import Turn
 from candle_vllm.server.observing.metrics import Metrics, Outcome
@@ -102,7 +103,7 @@ class Keeper:
         changes: dict[str, Any] = {"request_id": wire.request_id or uuid.uuid4().hex, "stream": True}
         if hidden:
             changes["stream_options"] = StreamOptions(include_usage=True)
-        owner = self._mailbox.owner(scope.get("state", {}).get("api_key", ""))
+        owner = self._mailbox.owner(caller_of(scope).key)
         return Wish(policy, owner, changes["request_id"], hidden), wire.model_copy(update=changes)
 
     def keep(

@@ -25,6 +25,7 @@ from candle_vllm.responses.store.entries import (
     is_id,
 )
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
@@ -36,7 +37,7 @@ async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
     kept: KeptResponses | None = request.app.state.kept
     if kept is None:
         raise HttpError(404, "This server keeps no responses: it was started with --responses-store off.", "store_off")
-    return kept, await kept.owner(getattr(request.state, "api_key", ""))
+    return kept, await kept.owner(caller_of(request.scope).key)
 
 
 def query_of(request: Request, *known: str) -> dict[str, str]:

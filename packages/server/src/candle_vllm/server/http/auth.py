@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
-from candle_vllm.server.http.routing import route_path
+from candle_vllm.server.http.routing import Caller, route_path
 from candle_vllm.server.settings.options import UsageError
 
 PUBLIC_PATHS = frozenset({"/health"})
@@ -35,14 +35,14 @@ MAX_KEYS = 10_000
 
 
 class _Key(NamedTuple):
-    text: str
     digest: bytes
+    caller: Caller
 
 
 class ApiKeyMiddleware:
     """Lets a request pass when it carries a key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    The label of the key, "1" for the first, stands in `scope["state"]["key"]` afterwards, and the key in `api_key`.
+    Who it comes from is known afterwards (`caller_of`).
 
     Args:
         keys: those of clients; without any, routes for clients are open.
@@ -59,8 +59,8 @@ class ApiKeyMiddleware:
     ) -> None:
         self._app = app
         self._public = PUBLIC_PATHS | public
-        self._keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in keys)
-        self._management_keys = tuple(_Key(key, _digest(key.encode("ascii"))) for key in management_keys)
+        self._keys = _numbered("", keys)
+        self._management_keys = _numbered("m", management_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,9 +73,8 @@ class ApiKeyMiddleware:
             await send({"type": "websocket.close", "code": 1008})
         elif not keys or path in self._public:
             await self._app(scope, receive, send)
-        elif (number := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
-            label = f"m{number}" if manages else str(number)
-            scope.setdefault("state", {}).update(key=label, api_key=keys[number - 1].text)
+        elif (caller := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
+            scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
         else:
             which = "management key" if manages else "key"
@@ -94,8 +93,15 @@ def _is_page(method: str, path: str) -> bool:
     return method == "GET" and (path in PAGES or path.startswith("/docs/"))
 
 
-def _matching(keys: Sequence[_Key], scope: Scope, page: bool) -> int | None:
-    """The number of the request's key, from 1; None where it has none of these."""
+def _numbered(prefix: str, keys: Sequence[str]) -> tuple[_Key, ...]:
+    """Keys with whom they stand for, counted from 1."""
+    return tuple(
+        _Key(_digest(key.encode("ascii")), Caller(f"{prefix}{number}", key)) for number, key in enumerate(keys, 1)
+    )
+
+
+def _matching(keys: Sequence[_Key], scope: Scope, page: bool) -> Caller | None:
+    """Whose key the request has; None where it has none of these."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
     if bearers:
@@ -106,7 +112,7 @@ def _matching(keys: Sequence[_Key], scope: Scope, page: bool) -> int | None:
         return None
     digest = _digest(given)
     matches = [hmac.compare_digest(digest, key.digest) for key in keys]
-    return matches.index(True) + 1 if any(matches) else None
+    return keys[matches.index(True)].caller if any(matches) else None
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,6 +1,8 @@
-"""The path and the method of a request as the router takes them (step 1)."""
+"""The path and the method of a request as the router takes them, and who it comes from (step 1)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -35,3 +37,26 @@ class HeadMiddleware:
             await self._app(asked, receive, send)
         finally:
             scope["route"] = asked.get("route")  # for the layers that count
+
+
+class Caller(NamedTuple):
+    """Who a request comes from; both are empty where no key is asked for.
+
+    Attributes:
+        label: of the API key, which may be shown: "1" for the first, "m1" for the first of the operators'.
+        key: the key itself, by whose hash stores know whose something is.
+    """
+
+    label: str = ""
+    key: str = ""
+
+    def __repr__(self) -> str:
+        return f"Caller({self.label!r})"  # the key is secret
+
+
+NOBODY = Caller()
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who a request comes from, once it has passed."""
+    return scope.get("state", {}).get("caller", NOBODY)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.models.admission import Place, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
@@ -234,14 +235,14 @@ class Turn:
 
 
 async def take_turn(
-    manager: ModelManager, name: str | None, key: str, *, sequences: int = 1, priority: int = 0
+    manager: ModelManager, name: str | None, caller: Caller, *, sequences: int = 1, priority: int = 0
 ) -> Turn:
     """Waits for a model and for a place in it. Cancelling it gives the wait up.
 
     Args:
         manager: knows the models.
         name: what the request calls its model.
-        key: whose request it is; "" without API keys.
+        caller: whose request it is.
         sequences: how many it makes.
         priority: lower ones go first, where the operator lets requests go before others.
 
@@ -252,7 +253,7 @@ async def take_turn(
         lease = await manager.acquire(name)
         try:
             allowed = lease.model.entry.settings.enable_request_priority
-            place = await lease.model.admission.enter(key, sequences, priority if allowed else 0)
+            place = await lease.model.admission.enter(caller.label, sequences, priority if allowed else 0)
         except RetiredError:  # its engine has died, or had to go: it is waited for again
             lease.release()
         except BaseException:

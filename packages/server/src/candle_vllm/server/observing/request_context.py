@@ -15,6 +15,8 @@ from typing import Any
 
 from starlette.types import Scope
 
+from candle_vllm.server.http.routing import caller_of
+
 NO_KEY = "none"
 NO_ROUTE = "none"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
@@ -42,7 +44,7 @@ class RequestContext:
     @property
     def key_label(self) -> str:
         """Which API key, in a form that may be shown; never the key."""
-        return str(self.state.get("key") or NO_KEY)
+        return caller_of(self.scope).label or NO_KEY
 
     @property
     def route(self) -> str:

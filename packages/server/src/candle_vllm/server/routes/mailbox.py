@@ -20,6 +20,7 @@ from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.store.entries import is_id
 from candle_vllm.server.http.body import read_body, unless_disconnected
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, RecordList, Status, invalid, not_found
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _mailbox(request: Request) -> tuple[Mailbox, str]:
     mailbox: Mailbox | None = getattr(request.app.state, "mailbox", None)
     if mailbox is None:
         raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")
-    return mailbox, mailbox.owner(getattr(request.state, "api_key", ""))
+    return mailbox, mailbox.owner(caller_of(request.scope).key)
 
 
 def _query(request: Request, *known: str) -> dict[str, str]:

@@ -33,11 +33,11 @@ from candle_vllm.server.answering import (
     answer_with,
     deadline_of,
     in_time,
-    key_of,
     parsed,
 )
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.http.sse import DONE, named_event
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
@@ -169,7 +169,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
             owner = await _owner(request, wire)
             stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False, at_once=True)
             queued = stream.response
-            work = _work(stream, lease, key_of(request), wire.priority or 0)
+            work = _work(stream, lease, caller_of(request.scope), wire.priority or 0)
             entry = entry_of(owner, queued, stream.input_items)
             events = await state.background.begin(entry, work, state.settings.request_timeout)
         except BaseException:
@@ -182,13 +182,15 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     return event_stream(events)
 
 
-async def _work(stream: ResponseStream, lease: Lease, key: str, priority: int) -> AsyncGenerator[StreamEvent, None]:
+async def _work(
+    stream: ResponseStream, lease: Lease, caller: Caller, priority: int
+) -> AsyncGenerator[StreamEvent, None]:
     """The events of a response that waits for its place by itself."""
     try:
         for event in stream.opening():
             yield event
         allowed = lease.model.entry.settings.enable_request_priority
-        place = await lease.model.admission.enter(key, 1, priority if allowed else 0)
+        place = await lease.model.admission.enter(caller.label, 1, priority if allowed else 0)
         try:
             await stream.start()
             async for event in stream:
@@ -218,7 +220,7 @@ async def _owner(request: Request, wire: PromptFields) -> str:
     refers = refers or any(isinstance(item, ItemReference) for item in given)
     if responders.kept is None or not (stored or refers):
         return ""
-    return await responders.kept.owner(getattr(request.state, "api_key", ""))
+    return await responders.kept.owner(caller_of(request.scope).key)
 
 
 def _encoded(event: StreamEvent) -> bytes:
