@@ -360,6 +360,14 @@ def test_a_failure_while_settling_loses_no_piece(toy_model: Path, monkeypatch: p
     assert last["bad"].error_kind == "engine"
 
 
+def test_who_loads_hears_how_far_it_is(toy_model: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    with make(toy_model, on_progress=lambda done, total: heard.append((done, total))):
+        done, totals = zip(*heard, strict=True)
+        assert list(done) == sorted(done)
+        assert set(totals) == {done[-1]}
+
+
 def test_many_threads_may_make_the_first_call(toy_model: Path) -> None:
     asked = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     for _ in range(3):

@@ -7,6 +7,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
@@ -33,6 +34,8 @@ class InferenceEngine(EngineFront):
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
+        on_progress: called while the weights are loaded, with bytes done and bytes in all; None shows a bar on a
+            terminal.
         settings: fields of `EngineConfig`, where `model` is not one.
 
     Raises:
@@ -43,7 +46,9 @@ class InferenceEngine(EngineFront):
     driven one way or the other, not both.
     """
 
-    def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
+    def __init__(
+        self, model: str | EngineConfig, *, on_progress: Callable[[int, int], object] | None = None, **settings: Any
+    ) -> None:
         config = model if isinstance(model, EngineConfig) else EngineConfig(model=str(model), **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
@@ -51,7 +56,7 @@ class InferenceEngine(EngineFront):
         device = choose_device(config.device)
         use_threads(config.threads or physical_cores())
         LOADING_THREADS.set(config.threads)
-        with progress_bar() as progress:
+        with progress_bar() if on_progress is None else nullcontext(on_progress) as progress:
             loaded = load_any_model(config, device, progress)
         self._loaded: LoadedModel | LoadedEncoder | None = loaded
         self._engine: Engine | None = build_engine(config, loaded)
