@@ -32,6 +32,23 @@ def start() -> Iterator[Callable[..., Running]]:
         yield start
 
 
+@pytest.fixture(scope="module")
+def web() -> Iterator[Any]:
+    """An MCP server at a URL (`HttpMcpServer`)."""
+    from mcp_fakes import HttpMcpServer
+
+    server = HttpMcpServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def seen(web: Any) -> Any:
+    """What it sees from now on."""
+    web.seen.clear()
+    return web.seen
+
+
 @pytest.fixture
 def start_mcp() -> Iterator[Callable[..., Running]]:
     """Starts servers with MCP servers, connected: `start_mcp(engine, configs, execute=True, api_key=("k",))`."""

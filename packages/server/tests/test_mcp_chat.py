@@ -7,12 +7,12 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mcp_fakes import HttpMcpServer, call_text, is_alive, stdio_config
+from mcp_fakes import call_text, is_alive, stdio_config
 from server_fakes import PacedEngine
 
 from candle_vllm.responses.mcp import processes
@@ -22,13 +22,6 @@ from candle_vllm.server.mcp.service import McpService
 Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200}
 TOOL = {"type": "function", "function": {"name": "own", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[HttpMcpServer]:
-    server = HttpMcpServer()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(autouse=True)

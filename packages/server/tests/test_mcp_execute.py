@@ -6,14 +6,14 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from mcp_fakes import HttpMcpServer, Seen, call_text, stdio_config, turns
+from mcp_fakes import Seen, call_text, stdio_config, turns
 from server_fakes import PacedEngine
 
 from candle_vllm.server.mailbox.options import MailboxOptions
@@ -23,19 +23,6 @@ Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Twice 21?"}]}
 DOUBLE = call_text("numbers__double", n=21)
 ECHO = call_text("web__echo", text="hi")
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[HttpMcpServer]:
-    server = HttpMcpServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def seen(web: HttpMcpServer) -> Seen:
-    web.seen.clear()
-    return web.seen
 
 
 def ask(client: openai.OpenAI, **more: Any) -> Any:

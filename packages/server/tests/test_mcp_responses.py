@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from mcp_fakes import HttpMcpServer, Seen, call_text, stdio_config, turns
+from mcp_fakes import Seen, call_text, stdio_config, turns
 from server_fakes import PacedEngine
 
 Start = Callable[..., Any]
 ASK: dict[str, Any] = {"model": "default", "input": "Say hi."}
 ECHO = call_text("web__echo", text="hi")
-
-
-@pytest.fixture(scope="module")
-def web() -> Iterator[HttpMcpServer]:
-    server = HttpMcpServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def seen(web: HttpMcpServer) -> Seen:
-    web.seen.clear()
-    return web.seen
 
 
 def tool(**more: Any) -> Any:

@@ -38,19 +38,6 @@ ROUTE = Route(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def web() -> Iterator[HttpMcpServer]:
-    server = HttpMcpServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def seen(web: HttpMcpServer) -> Seen:
-    web.seen.clear()
-    return web.seen
-
-
 @pytest.fixture
 def client(start_mcp: Start, web: HttpMcpServer) -> Iterator[httpx.Client]:
     with start_mcp(PacedEngine(), [web.config(auto_approve=["e*"])], api_key=("k",)).http(headers=KEY) as client:

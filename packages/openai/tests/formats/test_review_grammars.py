@@ -18,12 +18,11 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
-from candle_vllm.openai.constraints import constrain
 from candle_vllm.openai.formats.grammar import tool_grammar
 from candle_vllm.openai.formats.layout import BoundLayout, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.planning import AnswerPlanner
+from candle_vllm.openai.planning import AnswerPlanner, constrain
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import ToolUse
 

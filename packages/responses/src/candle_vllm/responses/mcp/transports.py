@@ -21,7 +21,6 @@ from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.stdio import StdioServer
 
 Kind = Literal["stdio", "http", "sse"]
-SSE_MAX_EVENT = 1024 * 1024  # bytes; the SDK's, which its SSE transport does not let anybody change
 NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # what an SSE server answers to a POST at its address
 CLOSED = "the server closed the connection"
 MAX_PER_SECOND = 2000  # messages; a server that sends more waits, and with it nobody else

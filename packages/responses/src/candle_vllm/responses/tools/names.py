@@ -1,4 +1,4 @@
-"""Names of tools: from a server's label and a tool's own name to what a model may call, and back.
+"""Names of tools: from a server's label and a tool's own name to what a model may call.
 
 OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used as it is where the two can be
 told apart again at its first "__"; otherwise what is not allowed becomes "_", the whole is cut, and ten hex digits of
@@ -48,17 +48,6 @@ def hashed_name(server: str, tool: str) -> str:
     label = (_clean(server) or "server")[:_MAX_SERVER]
     room = MAX_NAME - len(label) - len(SEPARATOR) - 1 - _DIGITS
     return f"{label}{SEPARATOR}{(_clean(tool) or 'tool')[:room]}_{digest}"
-
-
-def split_tool_name(name: str) -> tuple[str, str] | None:
-    """Server and tool of a name that `tool_name` left as it was; None where it has a hash, or no server.
-
-    For a name with a hash ask the registry, whose definitions hold both.
-    """
-    server, separator, tool = name.partition(SEPARATOR)
-    if not separator or not server or not tool or tool_name(server, tool) != name or _HASHED.search(name):
-        return None
-    return server, tool
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
