@@ -6,6 +6,7 @@ Each gives the matrix, and why a quantised one takes more memory there than it i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-    from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+    from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
     from candle_vllm.core.kernels.recorded import Matrix
 
 
@@ -81,14 +82,23 @@ class RecordedBackend:
         except UnsupportedModelError as error:
             return self._decoded(stored, str(error))
 
-    def _decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
-        """In plain numbers: bfloat16, or what was asked for."""
+    def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
+        """Matrices of plain numbers, whatever is stored [..., N, K]; what is decoded becomes bfloat16, or `kind`."""
         from candle_vllm.core.kernels import plain_linear
 
-        rows, columns = stored.shape
-        dtype = "BF16" if self.kind is None else "F32"  # float16 is checked for numbers beyond its range
-        raw = stored.load(dtype).reshape(-1).view(np.uint8)
-        return plain_linear.pack(raw, dtype, rows, columns, self.kind, self.memory), why
+        *outer, rows, columns = stored.shape
+        if stored.quantised:
+            dtype = "BF16" if self.kind is None else "F32"  # a narrower kind is checked for numbers beyond its range
+            raw = stored.load(dtype).view(np.uint8)
+        else:
+            assert stored.dtype is not None
+            dtype, raw = stored.dtype, stored.raw()
+        each = raw.reshape(math.prod(outer), -1)
+        return [plain_linear.pack(matrix, dtype, rows, columns, self.kind, self.memory) for matrix in each]
+
+    def _decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
+        (matrix,) = self.numbers(stored)
+        return matrix, why
 
 
 @dataclasses.dataclass(frozen=True)

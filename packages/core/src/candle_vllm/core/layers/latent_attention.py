@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 import torch
 
-from candle_vllm.core.kernels.backends import PlainBackend
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -18,10 +16,7 @@ from candle_vllm.core.layers.parameters import Placement, naming_tensor
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import LatentSizes
 from candle_vllm.core.loading.weights import Parameter
-from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.plain_linear import PlainMatrix
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class HeadMatrices:
@@ -34,45 +29,23 @@ class HeadMatrices:
     def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement) -> None:
         self.shape = (heads, outputs, inputs)
         self._placement = placement
-        self.matrices: list[PlainMatrix] = []  # of recorded steps
-        self._weight: torch.Tensor | None = None
+        self.numbers: Any = None  # a tensor, or in recorded steps every head's matrix
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H, I] -> [T, H, O]."""
-        assert self._weight is not None
-        return head_linear(x, self._weight, invariant=self._placement.invariant)
+        return head_linear(x, self.numbers, invariant=self._placement.invariant)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
         return {"weight": self}
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """See `Parameter.fill`: every head's matrix for recorded steps, else all of them as one tensor."""
+        """See `Parameter.fill`."""
         placement = self._placement
-        why = "matrices of single heads are plain numbers" if _source(stored).dtype is None else None
-        if not placement.recorded:
-            self._weight = PlainBackend(placement.device, placement.dtype).numbers(stored)
-            return why if placement.keeps_quantised else None
-        from candle_vllm.core.kernels import plain_linear
-
-        kind, memory = placement.plain_kind, placement.weight_memory
-        if stored.dtype is None or _source(stored).dtype is None:
-            dtype = "BF16" if kind is None else "F32"  # a narrower kind checks its range
-            raw = stored.load(dtype).reshape(-1).view(np.uint8)
-        else:
-            dtype, raw = stored.dtype, stored.raw()
-        heads, outputs, inputs = self.shape
         with naming_tensor(stored):
-            for head in raw.reshape(heads, -1):
-                self.matrices.append(plain_linear.pack(head, dtype, outputs, inputs, kind=kind, memory=memory))
-        return why
-
-
-def _source(stored: StoredTensor) -> StoredTensor:
-    """What a view, or a view of a view, looks at."""
-    while isinstance(stored, Viewed):
-        stored = stored.source
-    return stored
+            self.numbers = placement.backend().numbers(stored)
+        kept_elsewhere = placement.recorded or placement.keeps_quantised
+        return "matrices of single heads are plain numbers" if stored.quantised and kept_elsewhere else None
 
 
 class LatentAttention:
@@ -109,5 +82,5 @@ class LatentAttention:
 
     def _parts(self) -> LatentParts:
         norm, tables = self.norm, self.rotary.tables
-        matrices = tuple(self.keys.matrices), tuple(self.values.matrices)
+        matrices = tuple(self.keys.numbers), tuple(self.values.numbers)
         return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices)

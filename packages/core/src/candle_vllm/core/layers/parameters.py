@@ -54,7 +54,7 @@ class Placement:
         """Memory for a tensor that stays plain: norms and biases are fp32."""
         return torch.empty(shape, device=self.device, dtype=torch.float32)
 
-    def backend(self, *, groups: bool = False, floats: bool = False) -> Backend[Packed]:
+    def backend(self, *, groups: bool = False, floats: bool = False) -> RecordedBackend | PlainBackend:
         """What packs a layer's matrices.
 
         Args:

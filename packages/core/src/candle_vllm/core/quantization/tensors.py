@@ -72,6 +72,11 @@ class StoredTensor(ABC):
         return self.type_name if self.type_name in ELEMENTS else None
 
     @property
+    def quantised(self) -> bool:
+        """Its numbers are those of quantised blocks or codes, be they decoded by a view."""
+        return self.dtype is None
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -193,6 +198,11 @@ class Viewed(StoredTensor):
     def path(self) -> Path:
         """See `StoredTensor.path`."""
         return self.source.path
+
+    @property
+    def quantised(self) -> bool:
+        """See `StoredTensor.quantised`."""
+        return self.dtype is None or self.source.quantised
 
     @abstractmethod
     def raw(self) -> np.ndarray: ...

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.latent_attention.cpu import (
     AttendArguments,
@@ -20,7 +21,6 @@ from candle_vllm.core.kernels.latent_attention.cpu import (
 from candle_vllm.core.kernels.latent_attention.cpu_heads import HeadsArguments, heads_operation
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import LANES
 from candle_vllm.core.kernels.latent_attention.cpu_write import PrepareArguments, prepare_operation, stretch_step
-from candle_vllm.core.kernels.plain_linear.cpu import linear_arguments, linear_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -105,12 +105,11 @@ class _Inputs:
 
 def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
     """Every head's product; the results stand side by side."""
-    function, rows = linear_operation(matrices[0].kind, recorder.isa), []
+    function, rows = 0, []
     for head, matrix in enumerate(matrices):
-        recorder.keep_matrix(matrix)
-        x = inputs.address + head * inputs.head_bytes
+        x = Inputs({"x": inputs.address + head * inputs.head_bytes, "x_bytes": inputs.row_bytes}, ())
         to, column = out.address, head * matrix.rows
-        made = linear_arguments(matrix, x=x, x_bytes=inputs.row_bytes, out=to, out_stride=out.stride, column=column)
+        function, made = linear_call(recorder, matrix, x, out=to, out_stride=out.stride, column=column)
         rows.append(plan_row(function, address_of(recorder.arrays.numbers), made))
     table, tiles = np.array(rows, np.int64), -(-matrices[0].rows // LANES)
     return HeadsArguments(function, recorder.keep_array(table), table.strides[0], len(matrices), tiles)
