@@ -8,8 +8,6 @@ import httpx
 import yaml
 from live_server import ServerProcess
 
-from candle_vllm.server.settings.derived import demo_model
-
 ROOT = Path(__file__).parents[1]
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 # They name files that a reader has and this test has not, the model itself, a rival of another variable, or what is
@@ -43,17 +41,14 @@ def test_the_variables_boot_together(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_the_models_boot_in_turn(tmp_path: Path) -> None:
-    demo = demo_model()
-    assert demo is not None
+def test_the_models_boot_in_turn(tmp_path: Path, toy_model: Path) -> None:
     content = yaml.safe_load((ROOT / "example.models.yaml").read_text())
     for model in content["models"]:
         for source in ("hf_id", "weight_file", "local_path"):
             model.pop(source, None)
-        model["local_path"] = str(demo)  # what stands there cannot be had everywhere
+        model["local_path"] = str(toy_model)  # what stands there cannot be had everywhere
         model["params"].update(max_model_len=2048, mem=128)
-        for name in ("kv_fraction", "dtype", "isq"):  # the last is for plain weights; the demo model is a GGUF file
-            model["params"].pop(name, None)
+        model["params"].pop("kv_fraction", None)
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(content))
     server = ServerProcess(tmp_path)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import COMMAND, ServerProcess
+from live_server import COMMAND, ServerProcess, clean_environment
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mcp.md").read_text(encoding="utf-8")
 WALK = PAGE.split("## From nothing to a working agent\n")[1].split("\n## ")[0]
@@ -94,7 +94,7 @@ def test_the_server_by_hand_and_by_itself(folder: Path) -> None:
 
 
 def test_the_program(folder: Path) -> None:
-    environment = {**os.environ, "PATH": PATH, "HOME": str(folder)}
+    environment = clean_environment(folder) | {"PATH": PATH}
     made = subprocess.run(
         [sys.executable, "agent.py"],
         cwd=folder,

@@ -82,10 +82,10 @@ async def streamed(adapter: OpenAIAdapter, number: int) -> tuple[str, str, str]:
 @pytest.mark.peer
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "numbers", [range(2 * len(THINGS)), pytest.param(range(100), marks=pytest.mark.every_case)], ids=["once", "often"]
+    "numbers", [range(5, 15), pytest.param(range(100), marks=pytest.mark.every_case)], ids=["once", "often"]
 )
 async def test_named_strict_calls_are_always_valid(adapter: OpenAIAdapter, numbers: range) -> None:
-    """Each thing greedily and by lot."""
+    """Each thing once, the half with quotes and braces by lot."""
     wholes = await asyncio.gather(*(whole(adapter, number) for number in numbers))
     streams = await asyncio.gather(*(streamed(adapter, number) for number in numbers))
     check = jsonschema.Draft202012Validator(SCHEMA)

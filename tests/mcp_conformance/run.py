@@ -38,6 +38,8 @@ PASSING: tuple[tuple[str, str | None], ...] = (
     ("auth/pre-registration", NEWER),
     ("auth/client-credentials-basic", None),
 )
+ALIKE = (("initialize", OLDER), ("json-schema-2020-12-preservation", OLDER), ("auth/pre-registration", OLDER))
+"""Passing ones for which others stand in the common run: their like of the newer era, or what begins with them."""
 FAILING = {
     "elicitation-sep1034-client-defaults": "a link refuses to ask the user for a server",
     "sep-2322-client-request-state": "the same: its retries begin with a question to the user",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
-from mcp_conformance.run import FAILING, PASSING, run_scenarios
+from mcp_conformance.run import ALIKE, FAILING, PASSING, run_scenarios
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
 
-def test_the_scenarios_of_both_eras_pass() -> None:
-    outcomes = run_scenarios(PASSING)
+@pytest.mark.parametrize(
+    "scenarios",
+    [[one for one in PASSING if one not in ALIKE], pytest.param(ALIKE, marks=pytest.mark.every_case)],
+    ids=["one of each", "alike"],
+)
+def test_the_scenarios_of_both_eras_pass(scenarios: Sequence[tuple[str, str | None]]) -> None:
+    outcomes = run_scenarios(scenarios)
     failed = [outcome for outcome in outcomes if not outcome.passed]
     assert not failed, "\n".join(f"{outcome.scenario} {outcome.version}\n{outcome.output}" for outcome in failed)
 
