@@ -16,8 +16,8 @@ from candle_vllm.responses.api import background as module
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import entry_of
 from candle_vllm.responses.api.outliving import EncodedEvent, Pieces, Work
+from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import Entry, NotStoredError, StoreUnavailableError

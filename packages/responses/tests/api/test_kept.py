@@ -14,8 +14,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api import turns as conversation_turns
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.memory import entry_of
-from candle_vllm.responses.api.stored_items import PageRequest, page_of, stored_items
+from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
 from candle_vllm.responses.api.turns import ConversationTurns
 from candle_vllm.responses.protocol.items import InputItem
 from candle_vllm.responses.protocol.response import Response

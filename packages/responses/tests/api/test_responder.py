@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,12 +24,15 @@ from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_byt
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
+from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
+from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
-from candle_vllm.responses.store.entries import Entry, items_of
+from candle_vllm.responses.store.entries import Entry, NotStoredError
+from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
 
@@ -83,41 +85,9 @@ class Servers:
             self.open_now -= 1
 
 
-class Notes:
-    """A memory that remembers."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Entry] = {}
-        self.conversations: dict[str, list[Any]] = {"conv_1": []}
-        self.inside = 0
-
-    async def history(self, owner: str, response_id: str) -> Sequence[Mapping[str, Any]]:
-        found = self.kept.get(response_id)
-        if found is None or found.owner != owner:
-            raise InvalidParameterError("there is none", "previous_response_id")
-        earlier = await self.history(owner, found.follows) if found.follows else []
-        return [*earlier, *items_of(found.body, found.given)]
-
-    async def conversation_items(self, owner: str, conversation_id: str) -> Sequence[Mapping[str, Any]]:
-        return list(self.conversations[conversation_id])
-
-    async def find_items(self, owner: str, names: Sequence[str]) -> Mapping[str, Mapping[str, Any]]:
-        items = [item for one in self.kept.values() for item in items_of(one.body)]
-        return {item["id"]: item for item in items if item["id"] in names}
-
-    async def keep(self, entry: Entry) -> None:
-        self.kept[entry.id] = entry
-        if entry.about["conversation"] is not None:
-            self.conversations[entry.about["conversation"]] += items_of(entry.body, entry.given)
-
-    @contextlib.asynccontextmanager
-    async def turn(self, owner: str, conversation_id: str) -> AsyncIterator[None]:
-        self.inside += 1
-        assert self.inside == 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
+async def conversation(kept: KeptResponses) -> str:
+    """A new one without items, of nobody."""
+    return (await Conversations(kept).create("", ConversationCreateRequest())).id
 
 
 def responder(engine: ScriptedEngine, **options: Any) -> Responder:
@@ -416,31 +386,33 @@ async def test_old_turns_are_left_out_where_that_is_asked_for() -> None:
         await answering.create({"input": "x" * 400, "truncation": "auto"})
 
 
-async def test_responses_follow_each_other() -> None:
-    notes, scripted = Notes(), engine(lambda prompt: f"answer {prompt.count('user')}")
-    answering = responder(scripted, memory=notes)
+async def test_responses_follow_each_other(kept: KeptResponses) -> None:
+    scripted = engine(lambda prompt: f"answer {prompt.count('user')}")
+    answering = responder(scripted, kept=kept)
     first = await answering.create({"input": "one", "instructions": "Only now."}, owner="a")
     second = await answering.create({"input": "two", "previous_response_id": first.id}, owner="a")
     third = await answering.create({"input": "three", "previous_response_id": second.id, "store": False}, owner="a")
     assert [message["content"] for message in scripted.template_calls[-1].messages] == [
         "one", "answer 1", "two", "answer 2", "three",
     ]  # fmt: skip
-    assert (first.store, third.store, set(notes.kept)) == (True, False, {first.id, second.id})
+    assert (first.store, third.store) == (True, False)
+    with pytest.raises(NotStoredError):
+        await kept.get("a", third.id)
     assert second.previous_response_id == first.id
-    with pytest.raises(InvalidParameterError):
+    with pytest.raises(NotStoredError):
         await answering.create({"input": "x", "previous_response_id": first.id}, owner="b")
-    (given,) = json.loads(notes.kept[first.id].given)
+    (given,) = json.loads((await kept.get("a", first.id)).given)
     assert given["id"].startswith("msg_")
 
 
-async def test_conversations_and_references() -> None:
-    notes, scripted = Notes(), engine("ok")
-    answering = responder(scripted, memory=notes)
-    first = await answering.create({"input": "one", "conversation": "conv_1"})
+async def test_conversations_and_references(kept: KeptResponses) -> None:
+    scripted, name = engine("ok"), await conversation(kept)
+    answering = responder(scripted, kept=kept)
+    first = await answering.create({"input": "one", "conversation": name})
     assert first.conversation is not None
-    await answering.create({"input": "two", "conversation": {"id": "conv_1"}})
+    await answering.create({"input": "two", "conversation": {"id": name}})
     assert [message["content"] for message in scripted.template_calls[-1].messages] == ["one", "ok", "two"]
-    assert len(notes.conversations["conv_1"]) == 4
+    assert len(await kept.conversation_items("", name)) == 4
     reference = {"type": "item_reference", "id": msgspec.to_builtins(first.output[0])["id"]}
     items = [{"role": "user", "content": "x"}, reference, {"role": "user", "content": "y"}]
     await answering.create({"input": items, "store": False})
@@ -451,11 +423,11 @@ async def test_conversations_and_references() -> None:
 
 
 async def test_what_cannot_be_kept_is_told() -> None:
-    class Full(Notes):
+    class Full(KeptResponses):
         async def keep(self, entry: Entry) -> None:
             raise CandleVllmError("no room")
 
-    answering = responder(engine(), memory=Full())
+    answering = responder(engine(), kept=Full(StoreOptions()))
     events, made = await streamed(answering, {"input": "Hi"})
     assert (made["status"], events[-2]["type"]) == ("failed", "error")
     with pytest.raises(CandleVllmError, match="no room"):
@@ -489,16 +461,16 @@ async def test_habits_of_the_template_are_asked_for() -> None:
     assert scripted.template_calls[-1].messages[-1]["content"] == "<system>\nc\n</system>"
 
 
-async def test_more_messages_than_a_model_is_shown() -> None:
-    notes, scripted = Notes(), engine("ok", max_model_len=1 << 20)
-    answering = responder(scripted, memory=notes)
+async def test_more_messages_than_a_model_is_shown(kept: KeptResponses) -> None:
+    scripted, name = engine("ok", max_model_len=1 << 20), await conversation(kept)
+    answering = responder(scripted, kept=kept)
     many = [{"id": f"msg_{n}", "type": "message", "role": "user" if n % 2 else "assistant", "content": "x"}
             for n in range(MAX_MESSAGES + 9)]  # fmt: skip
-    notes.conversations["conv_1"] = many
+    await kept.append("", name, many)
     with pytest.raises(InvalidParameterError, match="truncation: auto") as refusal:
-        await answering.create({"input": "Hi", "conversation": "conv_1"})
+        await answering.create({"input": "Hi", "conversation": name})
     assert refusal.value.param == "conversation"
-    made = await answering.create({"input": "Hi", "conversation": "conv_1", "truncation": "auto"})
+    made = await answering.create({"input": "Hi", "conversation": name, "truncation": "auto"})
     assert made.status == "completed"
     assert MAX_MESSAGES - 8 < len(scripted.template_calls[-1].messages) <= MAX_MESSAGES
     stream = await answering.prepare(
@@ -522,7 +494,7 @@ async def test_an_agreement_to_a_call_that_cannot_run_is_refused() -> None:
     assert clock.runs == 0
 
 
-async def test_a_queued_response_waits_for_nothing_that_takes_time() -> None:
+async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: KeptResponses) -> None:
     """Neither for its conversation's turn nor for servers; what is wrong from there on is told in events."""
     opened = asyncio.Event()
 
@@ -533,9 +505,9 @@ async def test_a_queued_response_waits_for_nothing_that_takes_time() -> None:
             async with super().open(tool) as server:
                 yield server
 
-    notes, servers = Notes(), Hanging(Clock())
-    answering = responder(engine("ok"), memory=notes, servers=servers)
-    asked = {"input": "Hi", "conversation": "conv_1", "background": True, "tools": [SERVER]}
+    name, servers = await conversation(kept), Hanging(Clock())
+    answering = responder(engine("ok"), kept=kept, servers=servers)
+    asked = {"input": "Hi", "conversation": name, "background": True, "tools": [SERVER]}
     async with asyncio.timeout(5):
         stream = await answering.prepare(asked, at_once=True)
         assert stream.response.status == "queued"
@@ -546,7 +518,9 @@ async def test_a_queued_response_waits_for_nothing_that_takes_time() -> None:
         events = [*opening, *[event async for event in stream]]
     made = judge_events([json.loads(to_json_bytes(event)) for event in events])
     assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "message"]
-    assert (servers.open_now, notes.inside) == (0, 0)
+    assert servers.open_now == 0
+    async with asyncio.timeout(1), kept.turn("", name):  # it was given back
+        pass
 
     wrong = {**asked, "input": [{"type": "function_call_output", "call_id": "none", "output": "x"}]}
     stream = await answering.prepare(wrong, at_once=True)
@@ -555,12 +529,14 @@ async def test_a_queued_response_waits_for_nothing_that_takes_time() -> None:
     events = [*opening, *[event async for event in stream]]
     made = judge_events([json.loads(to_json_bytes(event)) for event in events])
     assert (made["status"], made["error"]["code"]) == ("failed", "invalid_prompt")
-    assert (servers.open_now, notes.inside) == (0, 0)
+    assert servers.open_now == 0
+    async with asyncio.timeout(1), kept.turn("", name):  # it was given back
+        pass
 
 
 async def test_nobody_works_on_a_background_response_that_is_only_created() -> None:
     with pytest.raises(UnsupportedParameterError) as refusal:
-        await responder(engine(), memory=Notes()).create({"input": "Hi", "background": True})
+        await responder(engine(), kept=KeptResponses(StoreOptions())).create({"input": "Hi", "background": True})
     assert refusal.value.param == "background"
 
 
@@ -568,12 +544,12 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
     """Its last event has not been sent: it says what became of the response."""
     keeping = asyncio.Event()
 
-    class Slow(Notes):
+    class Slow(KeptResponses):
         async def keep(self, entry: Entry) -> None:
             keeping.set()
             await asyncio.sleep(60)
 
-    stream = await responder(engine("ok"), memory=Slow()).create_stream({"input": "Hi"})
+    stream = await responder(engine("ok"), kept=Slow(StoreOptions())).create_stream({"input": "Hi"})
     events: list[Any] = []
 
     async def read() -> None:

@@ -99,9 +99,8 @@ class KeptResponses:
         Raises:
             StoreLimitError: it is larger than one may be, or than the store.
         """
-        store, expires = await self.store(), entry.expires
-        if expires is None:
-            expires = entry.created + self.options.retention_days * 86_400_000
+        store = await self.store()
+        expires = entry.expires or entry.created + self.options.retention_days * 86_400_000
         lease = {"lease": store.now + LEASE_MS, "holder": entry.id} if entry.active else {}
         names = await asyncio.to_thread(_names, entry.body, entry.given)
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))

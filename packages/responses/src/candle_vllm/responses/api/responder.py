@@ -1,11 +1,11 @@
-"""Responder: the Responses API over a chat model, its tools and a memory, whole or streamed, without HTTP."""
+"""Responder: the Responses API over a chat model, its tools and kept responses, whole or streamed, without HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -18,11 +18,10 @@ from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
-from candle_vllm.responses.api.memory import Memory, entry_of, gather_items
 from candle_vllm.responses.api.messages import Translated
 from candle_vllm.responses.api.response_stream import ResponseStream
-from candle_vllm.responses.api.stored_items import stored_items
-from candle_vllm.responses.api.task_making import Prepared, TaskMaker, has_servers
+from candle_vllm.responses.api.stored_items import entry_of, stored_items
+from candle_vllm.responses.api.task_making import Prepared, TaskMaker, gather_items, has_servers
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
 from candle_vllm.responses.conversation.chat_model import ChatModel
@@ -38,6 +37,9 @@ from candle_vllm.responses.protocol.request import (
 )
 from candle_vllm.responses.protocol.response import InputTokens, Response
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.api.kept import KeptResponses
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 
@@ -70,7 +72,7 @@ class Responder:
         count: how many tokens the prompt of a task has; None where that cannot be told.
         habits: what the model's template takes; None is everything.
         servers: where MCP servers come from; None is none.
-        memory: keeps responses; None keeps nothing.
+        kept: keeps responses; None keeps nothing.
         options: limits and defaults.
     """
 
@@ -81,12 +83,12 @@ class Responder:
         count: Callable[[Callable[[], Task]], Awaitable[int]] | None = None,
         habits: Callable[[], Awaitable[TemplateHabits]] | None = None,
         servers: McpSource | None = None,
-        memory: Memory | None = None,
+        kept: KeptResponses | None = None,
         options: ResponderOptions | None = None,
     ) -> None:
         self._model = model
         self._count = count
-        self._memory = memory
+        self._kept = kept
         self._options = options or ResponderOptions()
         self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults)
 
@@ -116,7 +118,7 @@ class Responder:
 
         Args:
             request: checked, or an object.
-            owner: whose response it is, for the memory.
+            owner: whose response it is, where it is kept.
             keep: False where the caller keeps the response.
             at_once: what has to be waited for, the conversation's turn and MCP servers, is waited for when the stream
                 is started; what is wrong from there on is told in events.
@@ -130,7 +132,7 @@ class Responder:
         late = at_once and (parsed.conversation_id is not None or has_servers(parsed))
         async with AsyncExitStack() as stack:
             if late:
-                prepared, items = None, await gather_items(parsed, self._memory, owner)
+                prepared, items = None, await gather_items(parsed, self._kept, owner)
             else:
                 prepared, items = await self._ready(parsed, owner, stack, check=at_once)
             defaults = {**self._options.model_defaults, **self._options.sampling_defaults}
@@ -153,7 +155,7 @@ class Responder:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
         self._task_maker.check_servers(parsed)
         async with AsyncExitStack() as stack:
-            items = await gather_items(parsed, self._memory, owner)
+            items = await gather_items(parsed, self._kept, owner)
             prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
             task = await asyncio.to_thread(prepared.task)
             if prepared.made.approved:  # what these calls will give is part of the prompt
@@ -162,7 +164,7 @@ class Responder:
             return InputTokens(input_tokens=await self._count(lambda: task))
 
     def _is_stored(self, request: ResponsesRequest) -> bool:
-        if self._memory is None:
+        if self._kept is None:
             for field in ("store", "background"):
                 if getattr(request, field):
                     raise UnsupportedParameterError(f"{field} is not supported: this server keeps no responses", field)
@@ -173,9 +175,9 @@ class Responder:
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
     ) -> tuple[Prepared, Sequence[Placed]]:
         """Waits for the conversation's turn, reads the history, opens the servers; the stack gives them back."""
-        if request.conversation_id is not None and self._memory is not None:
-            await stack.enter_async_context(self._memory.turn(owner, request.conversation_id))
-        items = await gather_items(request, self._memory, owner)
+        if request.conversation_id is not None and self._kept is not None:
+            await stack.enter_async_context(self._kept.turn(owner, request.conversation_id))
+        items = await gather_items(request, self._kept, owner)
         return await self._task_maker.prepare(request, items, stack, check=check), items
 
     async def _answer(
@@ -205,8 +207,8 @@ class Responder:
         except TokensSpentError:
             await stream.put(writer.cut("max_output_tokens"))
         stream.begun()
-        if keep is not None and self._memory is not None:
-            await self._memory.keep(entry_of(keep, writer.response, stream.input_items))
+        if keep is not None and self._kept is not None:
+            await self._kept.keep(entry_of(keep, writer.response, stream.input_items))
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

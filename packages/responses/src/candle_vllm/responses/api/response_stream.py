@@ -34,7 +34,7 @@ class ResponseStream:
     Args:
         writer: writes the events.
         work: puts events (`put`) until the response has ended.
-        input_items: of the request, each with an id, as a memory keeps them.
+        input_items: of the request, each with an id, as they are kept.
         opened: what the response uses: closed behind the last event, or with the stream.
 
     Attributes:

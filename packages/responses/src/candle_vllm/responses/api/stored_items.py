@@ -1,16 +1,18 @@
-"""Items as they are kept and shown, with their id, type and status; pages of them, asked for and answered."""
+"""Items as they are kept and shown, with their id, type and status; pages of them; a response as it is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.protocol.items import ItemReference, MessageItem
-from candle_vllm.responses.store.entries import Item, new_item_id
+from candle_vllm.responses.protocol.response import Response
+from candle_vllm.responses.store.entries import RESPONSE, Entry, Item, new_item_id
 
 _WITHOUT_STATUS = frozenset({"reasoning", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response"})
 
@@ -118,3 +120,27 @@ def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
         ordered = ordered[places[0] + 1 :]
     shown = [(item.get("id", ""), msgspec.json.encode(item)) for item in ordered[: wanted.limit]]
     return item_list(shown, has_more=len(ordered) > wanted.limit)
+
+
+def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]]) -> Entry:
+    """A response as it is kept.
+
+    Args:
+        owner: whose it is; "" where there are no API keys.
+        response: as the client gets it.
+        given: the items of the request alone, without its history, each with an id.
+    """
+    return Entry(
+        kind=RESPONSE,
+        owner=owner,
+        id=response.id,
+        created=response.created_at * 1000,
+        status=response.status,
+        follows=response.previous_response_id,
+        about={
+            "background": bool(response.background),
+            "conversation": response.conversation.id if response.conversation is not None else None,
+        },
+        body=to_json_bytes(response),
+        given=msgspec.json.encode(given),
+    )

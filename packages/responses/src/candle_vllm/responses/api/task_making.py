@@ -5,29 +5,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.conversation import TemplateHabits
+from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
 from candle_vllm.openai.protocol.templating import check_variables, set_effort
 from candle_vllm.openai.protocol.tools import check_tools
 from candle_vllm.openai.task import Paths, Task, ToolUse
-from candle_vllm.openai.validation import rules_below
+from candle_vllm.openai.validation import rules_below, to_request_error
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
 from candle_vllm.responses.api.turn_model import check_number, fewer
+from candle_vllm.responses.protocol.items import InputItem, ItemReference
 from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
 from candle_vllm.responses.protocol.tools import McpTool
+
+if TYPE_CHECKING:
+    from candle_vllm.responses.api.kept import KeptResponses
 
 _SAME_NAMES = (  # in a request and in `SamplingParams`
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "cache_salt",
 )  # fmt: skip
+_ITEM = TypeAdapter[InputItem](InputItem)
 MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own
 
 
@@ -153,6 +161,59 @@ class TaskMaker:
                 task.cancel()
             await asyncio.gather(*opening.values(), return_exceptions=True)
             raise
+
+
+async def gather_items(request: PromptFields, kept: KeptResponses | None, owner: str) -> list[Placed]:
+    """History and input of a request. A reference to an item of the history stands for nothing more than that item.
+
+    Raises:
+        RequestError: there is no store, or it does not have what the request refers to.
+    """
+    given = request.input or []
+    if isinstance(given, str):
+        given = [_ITEM.validate_python({"type": "message", "role": "user", "content": given})]
+    history = await _history(request, kept, owner)
+    known = {item.id for item, _ in history}  # a reference to one of these says nothing new
+    wanted = {
+        item.id: f"input.{number}.id"
+        for number, item in enumerate(given)
+        if isinstance(item, ItemReference) and item.id not in known
+    }
+    found = await kept.find_items(owner, list(wanted)) if wanted and kept is not None else {}
+    for item_id, path in wanted.items():
+        if item_id not in found:
+            raise InvalidParameterError(f"{path}: there is no item {item_id!r:.80} here; send the item itself", path)
+    items: list[Placed] = []
+    for number, item in enumerate(given):
+        if not isinstance(item, ItemReference):
+            items.append(Placed(item, f"input.{number}"))
+        elif item.id in wanted:
+            items.append(Placed(_checked(found[item.id], wanted[item.id]), f"input.{number}"))
+    return [*history, *items]
+
+
+async def _history(request: PromptFields, kept: KeptResponses | None, owner: str) -> list[Placed]:
+    field = "previous_response_id" if request.previous_response_id is not None else "conversation"
+    if getattr(request, field) is None:
+        return []
+    if kept is None:
+        raise UnsupportedParameterError(
+            f"{field} is not supported: this server keeps no responses; send the whole conversation as input", field
+        )
+    if request.previous_response_id is not None:
+        items = await kept.history(owner, request.previous_response_id)
+    else:
+        items = await kept.conversation_items(owner, request.conversation_id or "")
+    return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in items])
+
+
+def _checked(item: Mapping[str, Any], field: str) -> InputItem:
+    """A kept item as an input item."""
+    try:
+        return _ITEM.validate_python({name: value for name, value in item.items() if value is not None})
+    except ValidationError as error:
+        wrong = to_request_error(error)
+        raise InvalidParameterError(f"{field} has an item that cannot be read: {wrong}", field) from None
 
 
 def has_servers(request: PromptFields) -> bool:

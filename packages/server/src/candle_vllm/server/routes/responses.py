@@ -15,8 +15,8 @@ from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.conversation import TemplateHabits, template_habits
-from candle_vllm.responses.api.memory import entry_of
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
+from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
 from candle_vllm.responses.protocol.request import (
@@ -90,7 +90,7 @@ class Responders:
             count=adapter.count_tokens,
             habits=habits,
             servers=self.servers,
-            memory=self.kept,
+            kept=self.kept,
             options=options,
         )
 
