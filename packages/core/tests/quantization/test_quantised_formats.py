@@ -107,7 +107,7 @@ def test_blocks_hold_the_same_numbers(name: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", [name for name in WRITERS if "fp" not in name])
 def test_the_gpus_layout_holds_the_same_numbers(name: str, tmp_path: Path) -> None:
     written = WRITERS[name](numbers(40, 96))
-    codes = open_layer(written, tmp_path).group_codes()
+    codes = open_layer(written, tmp_path).codes()
     assert codes is not None
     matrix = from_codes(codes, "cpu")
     assert matrix is not None
@@ -153,7 +153,7 @@ def test_columns_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
             meant = loaded(few) if blocks.order is None else loaded(few)[:, blocks.order]
             assert np.array_equal(quants.dequantize(blocks.raw, blocks.type), meant.numpy())
         if few.span is not None:
-            assert np.allclose(few.scaled().dequantise(), few.load(), rtol=2**-22, atol=0)
+            assert np.allclose(few.codes().dequantise(), few.load(), rtol=2**-22, atol=0)
     if step > 1:
         with pytest.raises(WeightsError, match=rf"cannot be cut at columns 1 and 480: {step} are stored together"):
             found.columns(1, 480)

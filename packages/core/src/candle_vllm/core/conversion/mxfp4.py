@@ -10,6 +10,7 @@ import numpy as np
 
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.quantization.fp4 import MIDDLE, MX_GROUP
+from candle_vllm.core.quantization.group_codes import GroupCodes
 from candle_vllm.core.quantization.scaled_codes import E2M1
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -24,8 +25,7 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
         WeightsError: a scale is not a number.
     """
     assert isinstance(stored, QuantisedTensor)
-    found = stored.group_codes()
-    assert found is not None
+    found: GroupCodes = stored.codes()
     assert found.group_of is None
     if not np.isfinite(found.scales).all():
         raise WeightsError(f"{stored.path}: tensor {stored.name} has a scale that is not a number")

@@ -32,8 +32,8 @@ class AwqSource(CodeSource):
     def __init__(self, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor) -> None:
         self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
+    def read(self, first: int, last: int) -> GroupCodes:
+        """See `WeightSource.read`."""
         zeros = _unpacked(self._qzeros, first, last)
         scales = floats(self._scales, np.s_[:, first:last]).T
         dtype = self._scales.dtype

@@ -48,8 +48,8 @@ class CtIntSource(CodeSource):
         self._scales, self._zeros, self._group_of = scales, zeros, group_of
         self.align = 32 // bits if zeros is not None and zeros.type_name == "I32" else 1
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
+    def read(self, first: int, last: int) -> GroupCodes:
+        """See `WeightSource.read`."""
         rows, columns = self._shape
         last = min(last, rows)
         if self._stored.type_name == "I8":

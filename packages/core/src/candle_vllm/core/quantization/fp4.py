@@ -44,8 +44,8 @@ class Mxfp4Source(CodeSource):
     def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
         self._blocks, self._scales = blocks, scales
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
+    def read(self, first: int, last: int) -> GroupCodes:
+        """See `WeightSource.read`."""
         groups = self._scales.shape[-1]
         packed = numbers(self._blocks, np.uint8).reshape(-1, groups * MX_GROUP // 2)[first:last]
         exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
@@ -68,8 +68,8 @@ class Nvfp4Source(FloatSource):
         self._packed, self._scales, self._whole, self._divided = packed, scales, whole, divided
         self.span = 2 * packed.shape[1]
 
-    def floats(self, first: int, last: int) -> ScaledCodes:
-        """See `FloatSource.floats`; a tensor's scale to be divided by becomes a factor, rounded once."""
+    def read(self, first: int, last: int) -> ScaledCodes:
+        """See `WeightSource.read`; a tensor's scale to be divided by becomes a factor, rounded once."""
         whole = scale_numbers(self._whole).reshape(1, 1)
         with np.errstate(all="ignore"):
             factor = np.float32(1) / whole if self._divided else whole

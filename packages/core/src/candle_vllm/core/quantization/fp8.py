@@ -37,8 +37,8 @@ class Fp8Source(FloatSource):
         self._weight, self._scales, self._block = weight, scales, block
         self.span = min(block[1], weight.shape[1])
 
-    def floats(self, first: int, last: int) -> ScaledCodes:
-        """See `FloatSource.floats`."""
+    def read(self, first: int, last: int) -> ScaledCodes:
+        """See `WeightSource.read`."""
         rows, columns = self._block
         grid = (-(-self._weight.shape[0] // rows), -(-self._weight.shape[1] // columns))
         scales = scale_numbers(self._scales).reshape(grid)[np.arange(first, last) // rows]

@@ -59,8 +59,8 @@ class GptqSource(CodeSource):
         self._qweight, self._qzeros, self._scales = qweight, qzeros, scales
         self._group_of = group_of
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
+    def read(self, first: int, last: int) -> GroupCodes:
+        """See `WeightSource.read`."""
         bits = self.scheme.bits
         words = numbers(self._qweight, np.int32)[:, first:last]
         codes = fields(words.T, bits)  # [rows, K]

@@ -52,8 +52,8 @@ class MarlinSource(CodeSource):
     def __init__(self, packed: StoredTensor, scales: StoredTensor) -> None:
         self._packed, self._scales = packed, scales
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
+    def read(self, first: int, last: int) -> GroupCodes:
+        """See `WeightSource.read`."""
         words = np.ascontiguousarray(numbers(self._packed, np.int32)[:, 2 * first : 2 * last])
         stored = nibbles(words.view(np.uint8)).reshape(len(words), -1, TILE * WIDTH)
         tiles = np.empty_like(stored)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor
 from candle_vllm.core.threads import loading_threads
 
-Found = TypeVar("Found", np.ndarray, GroupCodes, ScaledCodes)
+Codes = TypeVar("Codes", GroupCodes, ScaledCodes)
 
 FLOATS = ("F16", "BF16", "F32")
 """Types that scales are stored in."""
@@ -33,122 +33,76 @@ CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""
 
 
-class WeightSource(ABC):
+class WeightSource(ABC, Generic[Codes]):
     """The parts of one matrix [R, K] in a format's own layout.
 
     Attributes:
         parts: the stored tensors.
         align: rows are read from a multiple of this on, and to one (or to the end).
+        span: columns that share a scale of small floats, K where a row has one; None where they are none.
     """
 
     parts: tuple[StoredTensor, ...]
     align: int = 1
+    span: int | None = None
 
     @abstractmethod
+    def read(self, first: int, last: int) -> Codes:
+        """Rows first to last - 1."""
+
     def decode(self, first: int, last: int) -> np.ndarray:
         """Rows first to last - 1 as float32 [last - first, K]."""
+        return self.read(first, last).dequantise()
 
     @abstractmethod
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """The tensor's rows as a backend multiplies them."""
+        """A tensor's rows, of this source or of columns of it, as a backend multiplies them."""
 
-    def scale_span(self) -> int | None:
-        """Columns that share a scale of small floats; None where they are none."""
-        return None
-
-    @abstractmethod
-    def columns(self, first: int, last: int) -> WeightSource:
+    def columns(self, first: int, last: int) -> WeightSource[Codes]:
         """Columns first to last - 1 of every row."""
+        return _Columns(self, first, last)
 
-    @abstractmethod
     def column_step(self) -> int:
         """Columns can be cut at multiples of this; some rows are read."""
+        return self.read(0, self.align).column_step
 
 
-class CodeSource(WeightSource):
+class CodeSource(WeightSource[GroupCodes]):
     """A source of whole numbers in groups."""
 
-    @abstractmethod
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """Rows first to last - 1."""
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        """See `WeightSource.pack_for`."""
+        return backend.codes(tensor, tensor.codes, tensor.blocks)
 
-    def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`."""
-        return self.codes(first, last).dequantise()
+
+class FloatSource(WeightSource[ScaledCodes]):
+    """A source of small floats with scales; it has a span."""
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
         """See `WeightSource.pack_for`."""
-        return backend.codes(tensor, tensor.group_codes, tensor.blocks)
-
-    def columns(self, first: int, last: int) -> WeightSource:
-        """See `WeightSource.columns`."""
-        return _CodeColumns(self, first, last)
-
-    def column_step(self) -> int:
-        """See `WeightSource.column_step`."""
-        return self.codes(0, self.align).column_step
+        assert tensor.span is not None
+        return backend.floats(tensor, tensor.span, tensor.codes)
 
 
-class FloatSource(WeightSource):
-    """A source of small floats with scales.
-
-    Attributes:
-        span: columns that share a scale; K where a row has one.
-    """
-
-    span: int
-
-    @abstractmethod
-    def floats(self, first: int, last: int) -> ScaledCodes:
-        """Rows first to last - 1."""
-
-    def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`."""
-        return self.floats(first, last).dequantise()
-
-    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `WeightSource.pack_for`."""
-        return backend.floats(tensor, self.span, tensor.scaled)
-
-    def scale_span(self) -> int:
-        """See `WeightSource.scale_span`."""
-        return self.span
-
-    def columns(self, first: int, last: int) -> WeightSource:
-        """See `WeightSource.columns`."""
-        return _FloatColumns(self, first, last)
-
-    def column_step(self) -> int:
-        """See `WeightSource.column_step`."""
-        return self.floats(0, self.align).column_step
-
-
-class _CodeColumns(CodeSource):
+class _Columns(WeightSource[Codes]):
     """Columns of another source."""
 
-    def __init__(self, source: CodeSource, first: int, last: int) -> None:
+    def __init__(self, source: WeightSource[Codes], first: int, last: int) -> None:
         self.parts, self.align = source.parts, source.align
+        self.span = None if source.span is None else min(source.span, last - first)
         self._source, self._first, self._last = source, first, last
 
-    def codes(self, first: int, last: int) -> GroupCodes:
-        """See `CodeSource.codes`."""
-        return self._source.codes(first, last).cut(self._first, self._last)
-
-
-class _FloatColumns(FloatSource):
-    """Columns of another source."""
-
-    def __init__(self, source: FloatSource, first: int, last: int) -> None:
-        self.parts, self.align, self.span = source.parts, source.align, min(source.span, last - first)
-        self._source, self._first, self._last = source, first, last
-
-    def floats(self, first: int, last: int) -> ScaledCodes:
-        """See `FloatSource.floats`."""
-        return self._source.floats(first, last).cut(self._first, self._last)
+    def read(self, first: int, last: int) -> Codes:
+        """See `WeightSource.read`."""
+        return self._source.read(first, last).cut(self._first, self._last)
 
     def decode(self, first: int, last: int) -> np.ndarray:
         """See `WeightSource.decode`: the scales meet as they do in the whole."""
         return self._source.decode(first, last)[:, self._first : self._last]
+
+    def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
+        """See `WeightSource.pack_for`."""
+        return self._source.pack_for(backend, tensor)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +114,7 @@ class QuantisedTensor(StoredTensor):
         index: numbers of the source's rows, int64; None for all.
     """
 
-    source: WeightSource
+    source: WeightSource[Any]
     index: np.ndarray | None = None
 
     @property
@@ -195,7 +149,9 @@ class QuantisedTensor(StoredTensor):
         out = np.empty((self._rows, self.shape[-1]), ELEMENTS[wanted])
 
         def job(first: int, last: int) -> None:
-            convert(self._run(self.source.decode, first, last).reshape(-1), "F32", out[first:last].reshape(-1), wanted)
+            start, stop, inside = self._place(first, last)
+            values = self.source.decode(start, stop)[inside]
+            convert(values.reshape(-1), "F32", out[first:last].reshape(-1), wanted)
 
         self._in_chunks(job)
         return out.reshape(self.shape)
@@ -213,13 +169,12 @@ class QuantisedTensor(StoredTensor):
 
     def blocks(self) -> Blocks | None:
         """The rows in blocks of a ggml type that kernels multiply; None where none holds them exactly."""
-        source = self.source
-        if not isinstance(source, CodeSource):
+        if self.span is not None:  # no such type holds small floats
             return None
         found: dict[int, Blocks | None] = {}
 
         def job(first: int, last: int) -> None:
-            found[first] = self._run(source.codes, first, last).blocks()
+            found[first] = self._read(first, last).blocks()
 
         self._in_chunks(job)
         chunks = [chunk for _, chunk in sorted(found.items()) if chunk is not None]
@@ -231,20 +186,14 @@ class QuantisedTensor(StoredTensor):
         """See `StoredTensor.pack_for`."""
         return self.source.pack_for(backend, self)
 
-    def group_codes(self) -> GroupCodes:
-        """The codes of all rows; the format has some."""
-        assert isinstance(self.source, CodeSource)
-        return self._run(self.source.codes, 0, self._rows)
-
-    def scaled(self) -> ScaledCodes:
-        """The floats of all rows and their scales; the format has some. The codes may be a view of the file."""
-        assert isinstance(self.source, FloatSource)
-        return self._run(self.source.floats, 0, self._rows)
+    def codes(self) -> Any:
+        """All rows as the source reads them, `GroupCodes` or `ScaledCodes`; may be a view of the file."""
+        return self._read(0, self._rows)
 
     @property
     def span(self) -> int | None:
         """See `StoredTensor.span`."""
-        return self.source.scale_span()
+        return self.source.span
 
     @property
     def block_type(self) -> None:
@@ -260,17 +209,19 @@ class QuantisedTensor(StoredTensor):
     def _rows(self) -> int:
         return math.prod(self.shape[:-1])
 
-    def _run(self, read: Callable[[int, int], Found], first: int, last: int) -> Found:
-        """Rows of this tensor out of the source's aligned ones."""
+    def _read(self, first: int, last: int) -> Any:
+        """Rows as `codes` has all of them."""
+        start, stop, inside = self._place(first, last)
+        return self.source.read(start, stop).take(inside)
+
+    def _place(self, first: int, last: int) -> tuple[int, int, np.ndarray | slice]:
+        """The aligned rows of the source to read for rows of this tensor, and which of them these are."""
         wanted = np.arange(first, last) if self.index is None else self.index[first:last]
         align = self.source.align
         start, stop = int(wanted.min()), int(wanted.max()) + 1
         start, stop = start // align * align, -(-stop // align) * align
-        found = read(start, stop)
-        if self.index is None and (start, stop) == (first, last):
-            return found
-        inside = wanted - start
-        return found.take(inside) if isinstance(found, (GroupCodes, ScaledCodes)) else found[inside]
+        whole = self.index is None and (start, stop) == (first, last)
+        return start, stop, slice(None) if whole else wanted - start
 
     def _in_chunks(self, job: Callable[[int, int], None]) -> None:
         step = max(1, CHUNK // max(1, self.shape[-1]))
@@ -325,7 +276,7 @@ class LayerTensors:
         )
 
     def tensor(
-        self, type_name: str, shape: tuple[int, ...], source: WeightSource, name: str | None = None
+        self, type_name: str, shape: tuple[int, ...], source: WeightSource[Any], name: str | None = None
     ) -> QuantisedTensor:
         """The logical tensor of the parts that were taken."""
         source.parts = tuple(self.taken)
