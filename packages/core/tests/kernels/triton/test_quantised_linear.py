@@ -14,7 +14,6 @@ from gguf import GGMLQuantizationType as GgmlType
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import (
     GgufMatrix,
-    gguf_kind,
     linear,
     pack,
     reference,
@@ -23,7 +22,7 @@ from candle_vllm.core.kernels.gguf_linear import (
 )
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear import triton as launches
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind, packed_kind
 from candle_vllm.core.quantization import ggml
 
 # Where a block's float16 scales stand.
@@ -116,7 +115,7 @@ def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> N
     size, width = ggml.block_layout(GgmlType.IQ4_NL)
     raw = np.random.default_rng(0).integers(0, 256, (3, 64 // size, width), dtype=np.uint8)
     raw[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
-    assert gguf_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
+    assert packed_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
     wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64)))
     got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 3, 64, device)).cpu()
     assert float((got - wanted).abs().max()) <= 0.004 * float(wanted.abs().max())

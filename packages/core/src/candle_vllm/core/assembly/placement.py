@@ -13,9 +13,8 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.group_linear.layout import PART
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
-from candle_vllm.core.kernels.packed_linear.pack import packed_kind
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability

@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together
+
 BLOCK = 32
 """Weights in a block of Q4_0, Q5_0 and Q8_0."""
+
+_TYPES = MappingProxyType({4: GGMLQuantizationType.Q4_0, 5: GGMLQuantizationType.Q5_0, 8: GGMLQuantizationType.Q8_0})
 
 
 class Blocks(NamedTuple):
@@ -125,8 +130,8 @@ class GroupCodes:
             if numbers[wrong].any():
                 return None
             halves[wrong] = 0  # a block of zeros, whatever its scale
-        type, codes = _BYTES[self._block_bits()](numbers)
-        raw = np.concatenate([halves[..., None].view(np.uint8), codes], axis=2)
+        type = _TYPES[self._block_bits()]
+        raw = put_together(numbers, halves, CONTENTS[type])
         return Blocks(type, raw.reshape(len(raw), -1))
 
     def _group_of_blocks(self) -> np.ndarray | None:
@@ -173,28 +178,3 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     """Codes of 4 or 8 bits in int32 [..., W], the lowest first: uint8 [..., W * 32 / bits]."""
     data = np.ascontiguousarray(words).view(np.uint8)
     return data if bits == 8 else nibbles(data)
-
-
-# ---- blocks: int8 [R, blocks, 32] as the bytes behind the scale ------------------------------------------------------
-
-
-def _halves(codes: np.ndarray) -> np.ndarray:
-    """Codes i and i + 16 of a block in one byte."""
-    return codes[..., :16] & 15 | (codes[..., 16:] & 15) << 4
-
-
-def _q4_0(numbers: np.ndarray) -> tuple[GGMLQuantizationType, np.ndarray]:
-    return GGMLQuantizationType.Q4_0, _halves((numbers + 8).view(np.uint8))
-
-
-def _q5_0(numbers: np.ndarray) -> tuple[GGMLQuantizationType, np.ndarray]:
-    codes = (numbers + 16).view(np.uint8)
-    fifth = np.packbits(codes >> 4, axis=-1, bitorder="little")
-    return GGMLQuantizationType.Q5_0, np.concatenate([fifth, _halves(codes)], axis=-1)
-
-
-def _q8_0(numbers: np.ndarray) -> tuple[GGMLQuantizationType, np.ndarray]:
-    return GGMLQuantizationType.Q8_0, np.ascontiguousarray(numbers).view(np.uint8)
-
-
-_BYTES = {4: _q4_0, 5: _q5_0, 8: _q8_0}

@@ -8,10 +8,12 @@ bytes of nibbles, whose numbers are -16 to 15. The 32 codes stand in the same or
 from __future__ import annotations
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together
 from candle_vllm.core.quantization.scaled_codes import E2M1
 
-BLOCK, Q5_0_BLOCK = 17, 22
+BLOCK = 17
 """Bytes."""
 
 _SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
@@ -28,11 +30,7 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
     empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
         return None
-    numbers = (2 * np.array(E2M1) + 16).astype(np.uint8)
+    numbers = (2 * np.array(E2M1)).astype(np.int8)
     fives = numbers[np.concatenate([codes & 15, codes >> 4], axis=1)]
-    out = np.empty((len(blocks), Q5_0_BLOCK), np.uint8)
     scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0))
-    out[:, :2] = scales.astype(np.float16)[:, None].view(np.uint8)
-    out[:, 2:6] = np.packbits(fives >> 4, axis=1, bitorder="little")
-    out[:, 6:] = (fives[:, :16] & 15) | (fives[:, 16:] & 15) << 4
-    return out.reshape(-1)
+    return put_together(fives, scales.astype(np.float16), CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)

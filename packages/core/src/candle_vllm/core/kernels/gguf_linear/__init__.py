@@ -23,10 +23,10 @@ import torch
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.gguf_linear import reference
 from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix, stack
-from candle_vllm.core.kernels.gguf_linear.pack import gguf_kind, pack
+from candle_vllm.core.kernels.gguf_linear.pack import pack
 from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
-__all__ = ["SMALL", "GgufMatrix", "embedding", "gguf_kind", "linear", "pack", "stack"]
+__all__ = ["SMALL", "GgufMatrix", "embedding", "linear", "pack", "stack"]
 
 SMALL = 64
 """Most rows for which codes are kept exact where invariance is not asked for; not yet measured. The kernel for more

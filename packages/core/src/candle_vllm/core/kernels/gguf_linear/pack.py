@@ -12,30 +12,16 @@ import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.gguf_linear.blocks import BlockCodes, from_floats, take_apart
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import packed_kind
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, take_apart
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
 """Weights per round: about 20 times as many bytes are needed on the way."""
-
-
-def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout of a tensor type: its own, or 8 bits for a type without one.
-
-    Raises:
-        UnsupportedModelError: the type is not quantised, or nothing decodes it.
-    """
-    if ggml_type in ggml.PLAIN_TYPES:
-        raise UnsupportedModelError(f"{ggml_type.name} is not a quantised type; its matrices are read as they are")
-    if ggml_type.name in PackedKind.__members__:
-        return PackedKind[ggml_type.name]
-    ggml.check_decodable(ggml_type)
-    return PackedKind.Q8_0
 
 
 def pack(
@@ -57,7 +43,7 @@ def pack(
         UnsupportedModelError: no kernel multiplies such a matrix.
         ValueError: `raw` is not as long as the shape says.
     """
-    kind, device = gguf_kind(ggml_type), torch.device(device)
+    kind, device = packed_kind(ggml_type), torch.device(device)
     size, width = ggml.block_layout(ggml_type)
     if rows < 1 or columns < 1 or columns % max(size, 32):
         raise UnsupportedModelError(
@@ -66,7 +52,7 @@ def pack(
         )
     if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
-    if kind.name != ggml_type.name:
+    if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
         logger.info("%s has no kernel of its own: read as 8 bits, %.1f times the memory", ggml_type.name, cost)
     if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
@@ -77,10 +63,9 @@ def pack(
     step = max(1, CHUNK // columns)
     for first in range(0, rows, step):
         part = np.ascontiguousarray(source[first : first + step])
-        if kind.name == ggml_type.name:
-            parts = take_apart(_on_device(part, device), kind)
-        else:
-            parts = from_floats(torch.from_numpy(ggml.dequantize(part, ggml_type, (len(part), columns))).to(device))
+        if kind.type is not ggml_type:
+            part = ggml.round_to_q8_0(part, ggml_type)
+        parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
         _store(parts, planes, found, slice(first, first + step))
     return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
 
@@ -90,9 +75,9 @@ def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(part.copy()).to(device)
 
 
-def _store(parts: BlockCodes, planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
+def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
     """Writes the parts of some rows to their place in the planes."""
-    codes = _arranged(parts.codes, planes)
+    codes = _arranged(parts.codes.flatten(1) + planes.layout.zero, planes)  # unsigned
     for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
         target = found[name]
         if target is not None:
@@ -104,7 +89,13 @@ def _store(parts: BlockCodes, planes: Planes, found: dict[str, torch.Tensor | No
     assert scales is not None
     scales[:, :, rows] = _scale_words(parts, planes).permute(1, 2, 0)
     if supers is not None:
-        supers[:, rows] = _pairs(parts.scale, parts.minimum).transpose(0, 1)
+        negated = None if parts.minimum is None else _half(parts.minimum) ^ -0x8000
+        supers[:, rows] = _pairs(_half(parts.scale), negated).transpose(0, 1)
+
+
+def _half(data: torch.Tensor) -> torch.Tensor:
+    """Bytes of float16 [R, B, 2] as its bits, int16 [R, B]."""
+    return data.contiguous().view(torch.int16)[:, :, 0]
 
 
 def _arranged(codes: torch.Tensor, planes: Planes) -> torch.Tensor:
@@ -135,11 +126,22 @@ def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
     return torch.stack([low, torch.zeros_like(low) if high is None else high], -1).view(torch.int32)[..., 0]
 
 
-def _scale_words(parts: BlockCodes, planes: Planes) -> torch.Tensor:
+def _scale_words(parts: BlockParts[torch.Tensor], planes: Planes) -> torch.Tensor:
     """int32 [R, steps, words]."""
-    if parts.small is not None:
-        return parts.small.reshape(len(parts.small), -1, 8).contiguous().view(torch.int32)
-    numbers = [parts.scale] if parts.minimum is None else [parts.scale, parts.minimum]
+    if parts.scales is not None:
+        return (
+            _small(parts.scales, parts.minima, planes).reshape(len(parts.scales), -1, 8).contiguous().view(torch.int32)
+        )
+    numbers = [_half(part) for part in (parts.scale, parts.minimum) if part is not None]
     groups = torch.stack(numbers, -1)  # [R, groups of the row, 1 or 2]
     groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[1] % planes.groups))
     return groups.reshape(len(groups), -1, planes.groups * len(numbers)).view(torch.int32)
+
+
+def _small(scales: torch.Tensor, minima: torch.Tensor | None, planes: Planes) -> torch.Tensor:
+    """The sub-scales of K-quants in the order of the layout, uint8 [R, ...]."""
+    if minima is None:
+        return scales
+    if planes.layout.paired:
+        return scales | minima << 4
+    return torch.stack([part.unflatten(-1, (-1, planes.groups)) for part in (scales, minima)], -2)

@@ -31,6 +31,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+from gguf import GGMLQuantizationType
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 
 from candle_vllm.core.kernels.activation_quant import Groups
 
@@ -60,6 +65,25 @@ class PackedKind(enum.IntEnum):
     Q5_K = 8
     Q6_K = 9
 
+    @property
+    def type(self) -> GGMLQuantizationType:
+        """That type."""
+        return GGMLQuantizationType[self.name]
+
+
+def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
+    """The layout of a tensor type, on the CPU and on a GPU: its own, or 8 bits for a type without one.
+
+    Raises:
+        UnsupportedModelError: the type is not quantised, or nothing decodes it.
+    """
+    if ggml_type in ggml.PLAIN_TYPES:
+        raise UnsupportedModelError(f"{ggml_type.name} is not a quantised type; its matrices are read as they are")
+    if ggml_type.name in PackedKind.__members__:
+        return PackedKind[ggml_type.name]
+    ggml.check_decodable(ggml_type)
+    return PackedKind.Q8_0
+
 
 @dataclass(frozen=True)
 class TileLayout:
@@ -73,9 +97,9 @@ class TileLayout:
     """
 
     bits: int
-    width: int = GROUP
-    minimum: bool = False
-    nested: bool = False
+    width: int
+    minimum: bool
+    nested: bool
 
     @property
     def zero(self) -> int:
@@ -117,20 +141,12 @@ class TileLayout:
         return columns // (GROUP * self.groups) * self.block_bytes
 
 
-LAYOUTS: Mapping[PackedKind, TileLayout] = MappingProxyType(
-    {
-        PackedKind.Q4_0: TileLayout(4),
-        PackedKind.Q4_1: TileLayout(4, minimum=True),
-        PackedKind.Q5_0: TileLayout(5),
-        PackedKind.Q5_1: TileLayout(5, minimum=True),
-        PackedKind.Q8_0: TileLayout(8),
-        PackedKind.Q2_K: TileLayout(2, width=16, minimum=True, nested=True),
-        PackedKind.Q3_K: TileLayout(3, width=16, nested=True),
-        PackedKind.Q4_K: TileLayout(4, minimum=True, nested=True),
-        PackedKind.Q5_K: TileLayout(5, minimum=True, nested=True),
-        PackedKind.Q6_K: TileLayout(6, width=16, nested=True),
-    }
-)
+def _layout(kind: PackedKind) -> TileLayout:
+    found = CONTENTS[kind.type]
+    return TileLayout(found.bits, found.width, found.minimum is not None, bool(found.small))
+
+
+LAYOUTS: Mapping[PackedKind, TileLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})
 
 
 @dataclass(frozen=True, eq=False)

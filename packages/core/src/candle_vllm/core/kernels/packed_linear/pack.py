@@ -18,11 +18,11 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
     ROWS,
-    PackedKind,
     PackedMatrix,
     TileLayout,
+    packed_kind,
 )
-from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, from_floats, split
+from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, split
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 from candle_vllm.core.threads import loading_threads
@@ -34,20 +34,6 @@ MAX_COLUMNS = 1 << 16
 
 CHUNK = 1 << 19
 """Weights per round: what a round touches stays in the cache."""
-
-
-def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout that a tensor type is packed in: its own, or 8 bits for a type without one.
-
-    Raises:
-        UnsupportedModelError: the type is not quantised, or nothing decodes it.
-    """
-    if ggml_type in ggml.PLAIN_TYPES:
-        raise UnsupportedModelError(f"{ggml_type.name} is not a quantised type; its matrices have kernels of their own")
-    if ggml_type.name in PackedKind.__members__:
-        return PackedKind[ggml_type.name]
-    ggml.check_decodable(ggml_type)
-    return PackedKind.Q8_0
 
 
 def pack(
@@ -82,7 +68,7 @@ def pack(
     if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
-    if kind.name != ggml_type.name:
+    if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
         logger.info("%s has no kernel of its own: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns)).reshape(tiles, -1)
@@ -93,11 +79,9 @@ def pack(
         missing = (last - first) * ROWS - len(parts)
         if missing:
             parts = np.concatenate([parts, np.zeros((missing, *parts.shape[1:]), np.uint8)])
-        if kind.name == ggml_type.name:
-            found = split(parts, kind)
-        else:
-            found = from_floats(ggml.dequantize(parts, ggml_type, (len(parts), columns)))
-        _store(found, layout, data[first:last])
+        if kind.type is not ggml_type:
+            parts = ggml.round_to_q8_0(parts, ggml_type)
+        _store(split(parts, kind), layout, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
     with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
@@ -118,7 +102,7 @@ def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:
     floats = tiles.view(np.uint16).reshape(*shape[:2], -1)
     for index, part in enumerate(parts.floats):
         floats[:, :, index * ROWS : (index + 1) * ROWS] = part.reshape(count, -1, ROWS).transpose(1, 0, 2)
-    if parts.small:
+    if parts.small is not None:
         small = blocks[:, :, layout.floats_bytes : layout.head_bytes]
         if layout.paired:
             small = small.reshape(*shape[:2], groups, ROWS, 2).swapaxes(3, 4)

@@ -1,0 +1,211 @@
+"""What is in a block of ggml's common types: a row for each, which everything that takes blocks apart reads.
+
+Stands before step 1 of a request's life. `take_apart` does it byte by byte, for numpy arrays and torch tensors alike;
+`kernels/packed_linear/split.py` reads the same rows word by word. Layouts: ggml's `ggml-common.h`, `ggml-quants.c`.
+
+A block is some **numbers** and the **floats** that they are multiplied with. A weight is scale * code, plus the
+minimum where there is one. K-quants have small scales and minima of their own for every `width` weights: there a weight
+is (scale * small scale) * code, minus minimum * small minimum. A number is int8(stored bits - zero), modulo 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+Array = TypeVar("Array")  # numpy's or torch's
+
+
+class Fields(NamedTuple):
+    """Bits of numbers: of each run of `width` bytes the lowest field of every byte, then the next one of every byte.
+
+    Attributes:
+        start, stop: the bytes.
+        width: bytes in a run.
+        bits: in a field.
+        shift: the bit of the number that a field begins at.
+        first: the bit of a byte that the lowest field begins at.
+    """
+
+    start: int
+    stop: int
+    width: int
+    bits: int
+    shift: int = 0
+    first: int = 0
+
+    @property
+    def places(self) -> range:
+        """The bits of a byte at which its fields begin."""
+        return range(self.first, 9 - self.bits, self.bits)
+
+
+class BlockContents(NamedTuple):
+    """What is in a block.
+
+    Attributes:
+        codes: of the weights; the fields of one number, lowest bits first.
+        scale, minimum: where the bytes of a float16 begin and end, or of a float32.
+        zero: stored bits of the code 0.
+        small: the small scales and minima: numbers behind each other, each as in `codes`.
+        turn: as many small scales, then as many minima, and so on; 0 where there are no minima.
+        small_zero: stored bits of the small scale 0.
+        width: weights that share a scale.
+    """
+
+    codes: tuple[Fields, ...]
+    scale: tuple[int, int]
+    minimum: tuple[int, int] | None = None
+    zero: int = 0
+    small: tuple[tuple[Fields, ...], ...] = ()
+    turn: int = 0
+    small_zero: int = 0
+    width: int = 32
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.codes[-1].shift + self.codes[-1].bits
+
+
+_SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
+"""Scales and minima of four groups, then of the others, whose upper bits are those that the first ones leave over."""
+
+_ROWS = {
+    "Q4_0": BlockContents((Fields(2, 18, 16, 4),), (0, 2), zero=8),
+    "Q4_1": BlockContents((Fields(4, 20, 16, 4),), (0, 2), (2, 4)),
+    "Q5_0": BlockContents((Fields(6, 22, 16, 4), Fields(2, 6, 1, 1, shift=4)), (0, 2), zero=16),
+    "Q5_1": BlockContents((Fields(8, 24, 16, 4), Fields(4, 8, 1, 1, shift=4)), (0, 2), (2, 4)),
+    "Q8_0": BlockContents((Fields(2, 34, 32, 8),), (0, 2)),
+    "Q2_K": BlockContents(
+        (Fields(16, 80, 32, 2),), (80, 82), (82, 84), small=((Fields(0, 16, 16, 4),),), turn=16, width=16
+    ),
+    "Q3_K": BlockContents(
+        (Fields(32, 96, 32, 2), Fields(0, 32, 32, 1, shift=2)),
+        (108, 110),
+        zero=4,
+        small=((Fields(96, 104, 8, 4), Fields(104, 108, 4, 2, shift=4)),),
+        small_zero=32,
+        width=16,
+    ),
+    "Q4_K": BlockContents((Fields(16, 144, 32, 4),), (0, 2), (2, 4), small=_SIX_BITS, turn=4),
+    "Q5_K": BlockContents(
+        (Fields(48, 176, 32, 4), Fields(16, 48, 32, 1, shift=4)), (0, 2), (2, 4), small=_SIX_BITS, turn=4
+    ),
+    "Q6_K": BlockContents(
+        (Fields(0, 128, 64, 4), Fields(128, 192, 32, 2, shift=4)),
+        (208, 210),
+        zero=32,
+        small=((Fields(192, 208, 16, 8),),),
+        width=16,
+    ),
+    "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4)),  # behind them sums, which are of no use here
+    "Q1_0": BlockContents((Fields(2, 18, 1, 1, shift=1),), (0, 2), zero=1),  # the codes are 1 and -1
+}
+CONTENTS: Mapping[GGMLQuantizationType, BlockContents] = MappingProxyType(
+    {GGMLQuantizationType[name]: row for name, row in _ROWS.items() if name in GGMLQuantizationType.__members__}
+)
+"""The rows; a release of the `gguf` package may lack a type."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockParts(Generic[Array]):
+    """What blocks are made of: arrays of bytes, of the library and on the device that the blocks are of.
+
+    Attributes:
+        codes: uint8 [..., weights of a block], bits of int8; maybe a view of the blocks.
+        scale, minimum: uint8 [..., 2 or 4], bytes of a float; a view of the blocks.
+        scales: uint8 [..., groups], bits of int8, of K-quants.
+        minima: the same of the small minima; never negative.
+    """
+
+    codes: Array
+    scale: Array
+    minimum: Array | None
+    scales: Array | None
+    minima: Array | None
+
+
+def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> BlockParts[Array]:
+    """Takes blocks apart.
+
+    Args:
+        blocks: uint8 [..., bytes of a block].
+        contents: of their type.
+        library: numpy or torch, whichever the blocks are of. Both have the functions of the array API.
+    """
+    data: Any = blocks
+    codes = _numbers(data, contents.codes, contents.zero, library)
+    scale = data[..., slice(*contents.scale)]
+    minimum = None if contents.minimum is None else data[..., slice(*contents.minimum)]
+    if not contents.small:
+        return BlockParts(codes, scale, minimum, None, None)
+    pieces = [_numbers(data, fields, contents.small_zero, library) for fields in contents.small]
+    small = pieces[0] if len(pieces) == 1 else library.concat(pieces, -1)
+    if not contents.turn:
+        return BlockParts(codes, scale, None, small, None)
+    turns = small.reshape(*small.shape[:-1], -1, 2, contents.turn)
+    scales, minima = (turns[..., which, :].reshape(*small.shape[:-1], -1) for which in range(2))
+    return BlockParts(codes, scale, minimum, scales, minima)
+
+
+def _numbers(blocks: Any, fields: tuple[Fields, ...], zero: int, library: ModuleType) -> Any:
+    """Numbers of several fields, uint8 [..., count]."""
+    found = _bits(blocks, fields[0], library)
+    for more in fields[1:]:
+        found |= _bits(blocks, more, library)
+    if zero:
+        found -= zero
+    return found
+
+
+def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
+    """The bits of numbers that one row of fields has, uint8 [..., count]; whole bytes are a view of the blocks."""
+    data = blocks[..., fields.start : fields.stop]
+    if fields.bits == 8:
+        return data
+    if fields.width == 1 and library is np:  # as below, where numpy would go through each byte by itself
+        found = np.unpackbits(data, axis=-1, bitorder="little")
+    else:
+        runs = data.reshape(-1).reshape(*data.shape[:-1], -1, fields.width)  # contiguous: several times as fast
+        shape = (*runs.shape[:-1], len(fields.places), fields.width)
+        found = library.empty(shape, dtype=blocks.dtype, device=blocks.device)
+        for index, place in enumerate(fields.places):
+            found[..., index, :] = runs >> place & (1 << fields.bits) - 1
+        found = found.reshape(*data.shape[:-1], -1)
+    if fields.shift:
+        found *= 1 << fields.shift  # numpy's own shift to the left takes ten times as long
+    return found
+
+
+def put_together(codes: np.ndarray, scale: np.ndarray, contents: BlockContents) -> np.ndarray:
+    """Makes blocks, of types with one scale.
+
+    Args:
+        codes: int8 [..., weights of a block].
+        scale: float16 [...].
+        contents: of the type.
+
+    Returns:
+        uint8 [..., bytes of a block].
+    """
+    stored = codes.view(np.uint8) + np.uint8(contents.zero) if contents.zero else codes.view(np.uint8)
+    out = np.empty((*scale.shape, max(fields.stop for fields in contents.codes)), np.uint8)
+    out[..., slice(*contents.scale)] = scale[..., None].view(np.uint8)
+    for fields in contents.codes:
+        data = out[..., fields.start : fields.stop]
+        bits = stored if fields.bits == 8 else stored >> fields.shift & (1 << fields.bits) - 1
+        if fields.width == 1:
+            data[:] = np.packbits(bits, axis=-1, bitorder="little")
+            continue
+        runs = bits.reshape(*scale.shape, -1, len(fields.places), fields.width)
+        whole = runs[..., 0, :]
+        for index, place in enumerate(fields.places[1:], start=1):
+            whole = whole | runs[..., index, :] * np.uint8(1 << place)
+        data[:] = whole.reshape(data.shape)
+    return out

@@ -1,0 +1,60 @@
+"""What is in a block: the rows fill it, arrays and tensors are taken apart alike, and put together again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from candle_vllm.core.kernels.packed_linear import PackedKind
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together, take_apart
+
+each_type = pytest.mark.parametrize("kind", list(CONTENTS), ids=lambda kind: kind.name)
+
+
+def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 5, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+
+
+def test_every_type_that_kernels_multiply_has_a_row() -> None:
+    assert {kind.type for kind in PackedKind} <= set(CONTENTS)
+
+
+@each_type
+def test_a_row_tells_every_bit_of_a_block_once(kind: GGMLQuantizationType) -> None:
+    size, width = GGML_QUANT_SIZES[kind]
+    contents, told = CONTENTS[kind], np.zeros((width, 8), int)
+    for fields in (*contents.codes, *(fields for several in contents.small for fields in several)):
+        for place in fields.places:
+            told[fields.start : fields.stop, place : place + fields.bits] += 1
+    for start, stop in filter(None, (contents.scale, contents.minimum)):
+        told[start:stop] += 1
+    if kind is GGMLQuantizationType.Q8_K:
+        assert not told[-32:].any()  # sums of 16 codes each
+        told = told[:-32]
+    assert (told == 1).all()
+    counts = [len(fields.places) * (fields.stop - fields.start) for fields in contents.codes]
+    assert counts == [size] * len(counts)
+
+
+@each_type
+def test_tensors_are_taken_apart_as_arrays_are(kind: GGMLQuantizationType) -> None:
+    blocks = random_blocks(kind)
+    before = blocks.copy()
+    arrays = take_apart(blocks, CONTENTS[kind], np)
+    tensors = take_apart(torch.from_numpy(blocks), CONTENTS[kind], torch)
+    assert np.array_equal(blocks, before)
+    for name in ("codes", "scale", "minimum", "scales", "minima"):
+        array, tensor = getattr(arrays, name), getattr(tensors, name)
+        assert (array is None) == (tensor is None)
+        assert array is None or np.array_equal(array, tensor.numpy())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
+def test_put_together_is_the_way_back(name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    blocks = random_blocks(kind)
+    parts = take_apart(blocks, CONTENTS[kind], np)
+    scale = np.ascontiguousarray(parts.scale).view(np.float16)[..., 0]
+    assert np.array_equal(put_together(parts.codes.view(np.int8), scale, CONTENTS[kind]), blocks)
