@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
+from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.settings.options import UsageError
 
 KEYS = ("first-key", "second-key")
@@ -82,6 +83,11 @@ def test_a_wrong_key_as_the_openai_client_sees_it(start) -> None:
     with pytest.raises(openai.AuthenticationError) as refusal:
         start(api_key=KEYS).openai("wrong").models.list()
     assert refusal.value.code == "invalid_api_key"
+
+
+def test_a_caller_is_shown_without_the_key() -> None:
+    assert repr(Caller("2", KEYS[1])) == "Caller('2')"
+    assert caller_of({"type": "http"}) == Caller("", "")
 
 
 def test_without_keys_everything_is_open(start) -> None:

@@ -13,7 +13,7 @@ from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, che
 from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, invalid
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
-from candle_vllm.openai.protocol.tools import check_depth, check_tools
+from candle_vllm.openai.protocol.tools import Schema, check_tools
 from candle_vllm.openai.validation import parse_body
 
 # Accepted, checked, and without effect.
@@ -117,13 +117,7 @@ class JsonFormat(WireModel):
     """JSON that follows a schema; the model is not shown the schema."""
 
     type: Literal["json_schema"]
-    json_schema: dict[str, Any] = Field(alias="schema")
-
-    @field_validator("json_schema")
-    @classmethod
-    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        check_depth(schema)
-        return schema
+    json_schema: Schema = Field(alias="schema")
 
 
 class OutputConfig(WireModel):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
 from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName, check_arguments_schema
+from candle_vllm.openai.protocol.tools import ArgumentsSchema, FunctionName
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
@@ -27,7 +27,7 @@ class Tool(WireModel):
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: ArgumentsSchema
     strict: bool | None = None
     cache_control: CacheControl | None = None
     defer_loading: bool | None = None
@@ -39,12 +39,6 @@ class Tool(WireModel):
         "parameters": Refusal("it is OpenAI's; use input_schema"),
         "function": Refusal("it is OpenAI's; name, description and input_schema stand in the tool itself"),
     }
-
-    @field_validator("input_schema")
-    @classmethod
-    def _object_schema(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        check_arguments_schema(schema)
-        return schema
 
     def shown(self) -> dict[str, Any]:
         """The tool for a chat template, in the form that templates know."""

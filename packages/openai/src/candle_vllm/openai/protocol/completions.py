@@ -16,30 +16,19 @@ from candle_vllm.openai.protocol.fields import (
     MAX_CHOICES,
     MAX_PROMPTS,
     Refusal,
-    TokenId,
+    TokenIds,
     invalid,
+    prompt_form,
 )
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
 from candle_vllm.openai.protocol.usage import Usage
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-
-
-def _prompt_form(value: Any) -> str:
-    if not isinstance(value, list):
-        return "<string>"
-    first = value[0] if value else ""
-    if isinstance(first, list):
-        return "<token lists>"
-    return "<strings>" if isinstance(first, str) else "<tokens>"
-
 
 Prompt = Annotated[
     Annotated[str, Tag("<string>")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<strings>")]
     | Annotated[TokenIds, Tag("<tokens>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<token lists>")],
-    Discriminator(_prompt_form),
+    Discriminator(prompt_form),
 ]
 
 

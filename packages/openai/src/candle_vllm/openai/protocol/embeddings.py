@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
-from candle_vllm.openai.protocol.fields import Refusal, TokenId, invalid
+from candle_vllm.openai.protocol.fields import Refusal, TokenIds, invalid, prompt_form
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 PoolingName = Literal["mean", "last", "cls"]
 
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
@@ -25,21 +24,12 @@ EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
 }
 
 
-def _input_form(value: Any) -> str:
-    if not isinstance(value, list):
-        return "<string>"
-    first = value[0] if value else ""
-    if isinstance(first, list):
-        return "<token lists>"
-    return "<strings>" if isinstance(first, str) else "<tokens>"
-
-
 Input = Annotated[
     Annotated[Words, Tag("<string>")]
     | Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("<strings>")]
     | Annotated[TokenIds, Tag("<tokens>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True), Tag("<token lists>")],
-    Discriminator(_input_form),
+    Discriminator(prompt_form),
 ]
 
 

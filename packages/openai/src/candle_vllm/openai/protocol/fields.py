@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
@@ -28,6 +29,7 @@ MAX_PROMPT_LOGPROBS = 1 << 18  # of an answer: prompt tokens x n x (logprobs + 1
 MAX_PRIORITY = (1 << 31) - 1
 
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
@@ -179,3 +181,23 @@ class WireModel(BaseModel):
     def _suggestion(cls, name: str) -> str:
         near = difflib.get_close_matches(name[:MAX_NAME], sorted({*cls.wire_names(), *cls.refused_fields}), n=1)
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
+
+
+def _plain_id(value: str) -> str:
+    if not _REQUEST_ID.fullmatch(value):
+        raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
+    return value
+
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+RequestId = Annotated[str, AfterValidator(_plain_id)]
+
+
+def prompt_form(value: Any) -> str:
+    """The tag of a text, token ids, or a list of either."""
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<token lists>"
+    return "<strings>" if isinstance(first, str) else "<tokens>"

@@ -18,6 +18,7 @@ from candle_vllm.openai.protocol.fields import (
     REFUSED_FIELDS,
     Name,
     Refusal,
+    RequestId,
     TokenId,
     WireModel,
     invalid,
@@ -29,7 +30,6 @@ Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
 Logprobs = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def _stop_form(value: Any) -> str:
@@ -104,7 +104,7 @@ class GenerationFields(WireModel):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    request_id: str | None = None
+    request_id: RequestId | None = None
 
     # ADVISORY_FIELDS: checked and without effect.
     user: str | None = None
@@ -129,13 +129,6 @@ class GenerationFields(WireModel):
             if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
                 raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
         return bias
-
-    @field_validator("request_id")
-    @classmethod
-    def _plain_id(cls, value: str | None) -> str | None:
-        if value is not None and not _REQUEST_ID.fullmatch(value):
-            raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
-        return value
 
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import msgspec
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from candle_vllm.openai.protocol.fields import MAX_PRIORITY, Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import MAX_PRIORITY, Name, Refusal, RequestId, WireModel
 
 MAX_INPUTS = 2048  # texts of one request for vectors; OpenAI's limit
 MAX_PAIRS = 2048  # pairs of texts that one request has scored
@@ -33,7 +32,6 @@ POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "instruction": Refusal("put the instruction into the text, as the model's page says"),
 }
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Words = Annotated[str, Field(min_length=1)]
 """A text that is not empty."""
@@ -46,15 +44,8 @@ class PoolingFields(WireModel):
 
     model: Name | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    request_id: str | None = None
+    request_id: RequestId | None = None
     user: str | None = None
-
-    @field_validator("request_id")
-    @classmethod
-    def _plain_id(cls, value: str | None) -> str | None:
-        if value is not None and not _REQUEST_ID.fullmatch(value):
-            raise invalid("", "must be 1 to 128 letters, digits and . _ : -")
-        return value
 
 
 def text_form(value: Any) -> str:

@@ -16,7 +16,7 @@ from candle_vllm.core.sampling.structured import KINDS, StructuredOutputsParams
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName, check_depth
+from candle_vllm.openai.protocol.tools import FunctionName, Schema, check_depth
 
 _Choice = Annotated[str, Field(min_length=1)]
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")
@@ -58,14 +58,8 @@ class JsonSchema(WireModel):
 
     name: FunctionName
     description: str | None = None
-    json_schema: dict[str, Any] = Field(alias="schema")
+    json_schema: Schema = Field(alias="schema")
     strict: bool | None = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _not_too_deep(cls, schema: dict[str, Any]) -> dict[str, Any]:
-        check_depth(schema)
-        return schema
 
 
 class JsonSchemaFormat(WireModel):

@@ -15,7 +15,6 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
-    field_validator,
     model_validator,
 )
 
@@ -50,14 +49,15 @@ def check_name(name: str) -> str:
 FunctionName = Annotated[str, AfterValidator(check_name)]
 
 
-def check_depth(schema: Any) -> None:
-    """Refuses a JSON schema whose parts lie too deep inside each other."""
+def check_depth(schema: Any) -> Any:
+    """A JSON schema as it is; refuses one whose parts lie too deep inside each other."""
     if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise invalid("", f"is nested too deeply: a schema may have at most {MAX_SCHEMA_DEPTH} levels; use $defs")
+    return schema
 
 
-def check_arguments_schema(schema: Mapping[str, Any]) -> None:
-    """Refuses what cannot be the schema of a function's arguments; the paths begin below it."""
+def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments as it is; refuses what cannot be one, with paths that begin below it."""
     check_depth(schema)
     kind = schema.get("type", "object")
     if kind != "object":
@@ -70,6 +70,11 @@ def check_arguments_schema(schema: Mapping[str, Any]) -> None:
             raise invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise invalid("required", "must be a list of property names")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(check_depth)]
+ArgumentsSchema = Annotated[dict[str, Any], AfterValidator(check_arguments)]
 
 
 class FunctionDefinition(WireModel):
@@ -82,17 +87,10 @@ class FunctionDefinition(WireModel):
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: ArgumentsSchema | None = None
     strict: bool | None = None
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _NOT_DEFERRED
-
-    @field_validator("parameters")
-    @classmethod
-    def _object_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None:
-            check_arguments_schema(schema)
-        return schema
 
 
 class Tool(WireModel):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName, check_arguments_schema
+from candle_vllm.openai.protocol.tools import FunctionName
 from candle_vllm.responses.protocol.fields import type_of
 
 MAX_GRAMMAR = 64 << 10  # characters
@@ -45,13 +45,6 @@ class FunctionTool(WireModel):
         """Says where the parts of a chat request's tool belong."""
         if "function" in data and "name" not in data:
             raise invalid("name", "is required: name, description and parameters stand in the tool itself here")
-
-    @field_validator("parameters")
-    @classmethod
-    def _object_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None:
-            check_arguments_schema(schema)
-        return schema
 
 
 class TextFormat(WireModel):
