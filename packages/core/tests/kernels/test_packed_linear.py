@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.packed_linear import (
     reference,
 )
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 
 pytest.importorskip("numba")
 
@@ -32,19 +33,6 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.tiles import embedding_arguments
 from candle_vllm.core.kernels.packed_linear import cpu
 
-# Where a block's float16 scales stand.
-SCALES = {
-    PackedKind.Q4_0: (0,),
-    PackedKind.Q4_1: (0, 2),
-    PackedKind.Q5_0: (0,),
-    PackedKind.Q5_1: (0, 2),
-    PackedKind.Q8_0: (0,),
-    PackedKind.Q2_K: (80, 82),
-    PackedKind.Q3_K: (108,),
-    PackedKind.Q4_K: (0, 2),
-    PackedKind.Q5_K: (0, 2),
-    PackedKind.Q6_K: (208,),
-}
 # The generic path runs everywhere; VNNI only where the CPU has it.
 ISAS = [Isa.GENERIC, Isa.VNNI] if host_isa() & Isa.VNNI else [Isa.GENERIC]
 COLUMNS = 768
@@ -56,9 +44,9 @@ def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np
     random = np.random.default_rng(seed)
     size, width = ggml.block_layout(GgmlType[kind.name])
     raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
-    for start in SCALES[kind]:
+    for start, stop in CONTENTS[kind.type].floats:
         scale = random.uniform(0.5, 1.5, raw.shape[:2]) * random.choice([-1, 1], raw.shape[:2])
-        raw[:, :, start : start + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+        raw[:, :, start:stop] = scale.astype(np.float16)[..., None].view(np.uint8)
     return raw.reshape(-1)
 
 

@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.moe import Activation, Pairs, reference, triton, t
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 
 TOLERANCE = 5e-3
@@ -238,14 +239,13 @@ def test_few_pairs_may_be_computed_as_many_are(device: torch.device) -> None:
 
 
 def random_bytes(kind: PackedKind, rows: int, columns: int) -> np.ndarray:
-    """Blocks with random codes and small scales; the scales stand at the block's start or end."""
+    """Blocks with random codes and small scales."""
     random_ = np.random.default_rng(rows)
     size, width = ggml.block_layout(GgmlType[kind.name])
     raw = random_.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
-    starts = {PackedKind.Q2_K: (80, 82), PackedKind.Q3_K: (108,), PackedKind.Q6_K: (208,)}
-    for start in starts.get(kind, (0, 2) if kind.name[-1] in "1K" else (0,)):
+    for start, stop in CONTENTS[kind.type].floats:
         scale = random_.uniform(0.5, 1.5, raw.shape[:2]) / (2048 if kind.name.endswith("K") else 256)
-        raw[:, :, start : start + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+        raw[:, :, start:stop] = scale.astype(np.float16)[..., None].view(np.uint8)
     return raw.reshape(-1)
 
 

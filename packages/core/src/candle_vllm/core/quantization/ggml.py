@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, put_together, take_apart
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, BlockParts, put_together, take_apart
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
 
@@ -104,7 +104,8 @@ def _q8_0(groups: np.ndarray) -> np.ndarray:
     exact = scale.astype(np.float32)
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     codes = np.rint(groups * inverse[:, None]).astype(np.int8)
-    return put_together(codes, scale, CONTENTS[GGMLQuantizationType.Q8_0])
+    parts = BlockParts(codes.view(np.uint8), scale[:, None].view(np.uint8))
+    return put_together(parts, CONTENTS[GGMLQuantizationType.Q8_0])
 
 
 Finish = Callable[[np.ndarray, np.ndarray], None]

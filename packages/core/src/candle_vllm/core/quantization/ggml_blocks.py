@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType, ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -44,6 +45,11 @@ class Fields(NamedTuple):
         """The bits of a byte at which its fields begin."""
         return range(self.first, 9 - self.bits, self.bits)
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers have such a field."""
+        return (self.stop - self.start) * len(self.places)
+
 
 class BlockContents(NamedTuple):
     """What is in a block.
@@ -72,11 +78,26 @@ class BlockContents(NamedTuple):
         """Of a code."""
         return self.codes[-1].shift + self.codes[-1].bits
 
+    @property
+    def floats(self) -> tuple[tuple[int, int], ...]:
+        """Where the floats begin and end: of the scale, and of the minimum where there is one."""
+        return (self.scale,) if self.minimum is None else (self.scale, self.minimum)
+
+    @property
+    def fields(self) -> tuple[Fields, ...]:
+        """Those of all numbers."""
+        return (*self.codes, *(fields for several in self.small for fields in several))
+
+    @property
+    def nbytes(self) -> int:
+        """Of a block, up to the last that is told."""
+        return max(*(stop for _, stop in self.floats), *(fields.stop for fields in self.fields))
+
 
 _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
 """Scales and minima of four groups, then of the others, whose upper bits are those that the first ones leave over."""
 
-_ROWS = {
+_ROWS = {  # codes, scale, minimum
     "Q4_0": BlockContents((Fields(2, 18, 16, 4),), (0, 2), zero=8),
     "Q4_1": BlockContents((Fields(4, 20, 16, 4),), (0, 2), (2, 4)),
     "Q5_0": BlockContents((Fields(6, 22, 16, 4), Fields(2, 6, 1, 1, shift=4)), (0, 2), zero=16),
@@ -126,9 +147,9 @@ class BlockParts(Generic[Array]):
 
     codes: Array
     scale: Array
-    minimum: Array | None
-    scales: Array | None
-    minima: Array | None
+    minimum: Array | None = None
+    scales: Array | None = None
+    minima: Array | None = None
 
 
 def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> BlockParts[Array]:
@@ -144,11 +165,11 @@ def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> B
     scale = data[..., slice(*contents.scale)]
     minimum = None if contents.minimum is None else data[..., slice(*contents.minimum)]
     if not contents.small:
-        return BlockParts(codes, scale, minimum, None, None)
+        return BlockParts(codes, scale, minimum)
     pieces = [_numbers(data, fields, contents.small_zero, library) for fields in contents.small]
     small = pieces[0] if len(pieces) == 1 else library.concat(pieces, -1)
     if not contents.turn:
-        return BlockParts(codes, scale, None, small, None)
+        return BlockParts(codes, scale, None, small)
     turns = small.reshape(*small.shape[:-1], -1, 2, contents.turn)
     scales, minima = (turns[..., which, :].reshape(*small.shape[:-1], -1) for which in range(2))
     return BlockParts(codes, scale, minimum, scales, minima)
@@ -183,29 +204,38 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
     return found
 
 
-def put_together(codes: np.ndarray, scale: np.ndarray, contents: BlockContents) -> np.ndarray:
-    """Makes blocks, of types with one scale.
+def put_together(parts: BlockParts[np.ndarray], contents: BlockContents) -> np.ndarray:
+    """The way back: uint8 [..., bytes of a block]."""
+    out = np.empty((*parts.codes.shape[:-1], contents.nbytes), np.uint8)
+    out[..., slice(*contents.scale)] = parts.scale
+    if contents.minimum is not None and parts.minimum is not None:
+        out[..., slice(*contents.minimum)] = parts.minimum
+    _put(out, parts.codes, contents.codes, contents.zero)
+    if parts.scales is None:
+        return out
+    small, first = parts.scales, 0
+    if parts.minima is not None:
+        turns = [part.reshape(*part.shape[:-1], -1, contents.turn) for part in (parts.scales, parts.minima)]
+        small = np.stack(turns, axis=-2).reshape(*out.shape[:-1], -1)
+    for several in contents.small:
+        last = first + several[0].numbers
+        _put(out, small[..., first:last], several, contents.small_zero)
+        first = last
+    return out
 
-    Args:
-        codes: int8 [..., weights of a block].
-        scale: float16 [...].
-        contents: of the type.
 
-    Returns:
-        uint8 [..., bytes of a block].
-    """
-    stored = codes.view(np.uint8) + np.uint8(contents.zero) if contents.zero else codes.view(np.uint8)
-    out = np.empty((*scale.shape, max(fields.stop for fields in contents.codes)), np.uint8)
-    out[..., slice(*contents.scale)] = scale[..., None].view(np.uint8)
-    for fields in contents.codes:
-        data = out[..., fields.start : fields.stop]
-        bits = stored if fields.bits == 8 else stored >> fields.shift & (1 << fields.bits) - 1
+def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], zero: int) -> None:
+    """Writes the bits of numbers [..., count] to their places in blocks."""
+    stored = numbers + np.uint8(zero) if zero else numbers
+    for fields in several:
+        data = blocks[..., fields.start : fields.stop]
+        bits = stored >> fields.shift if fields.shift else stored
+        if fields is not several[-1]:  # which nothing stands above
+            bits = bits & (1 << fields.bits) - 1
         if fields.width == 1:
             data[:] = np.packbits(bits, axis=-1, bitorder="little")
             continue
-        runs = bits.reshape(*scale.shape, -1, len(fields.places), fields.width)
-        whole = runs[..., 0, :]
-        for index, place in enumerate(fields.places[1:], start=1):
-            whole = whole | runs[..., index, :] * np.uint8(1 << place)
-        data[:] = whole.reshape(data.shape)
-    return out
+        runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)
+        placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
+        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # written before, or here
+        data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
 
 BLOCK = 32
 """Weights in a block of Q4_0, Q5_0 and Q8_0."""
@@ -131,7 +131,8 @@ class GroupCodes:
                 return None
             halves[wrong] = 0  # a block of zeros, whatever its scale
         type = _TYPES[self._block_bits()]
-        raw = put_together(numbers, halves, CONTENTS[type])
+        parts = BlockParts(numbers.view(np.uint8), halves[..., None].view(np.uint8))
+        raw = put_together(parts, CONTENTS[type])
         return Blocks(type, raw.reshape(len(raw), -1))
 
     def _group_of_blocks(self) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
 from candle_vllm.core.quantization.scaled_codes import E2M1
 
 BLOCK = 17
@@ -30,7 +30,8 @@ def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
     empty = ~np.any(codes & 0x77, axis=1)  # blocks of zeros may have any scale
     if not np.all(empty | (exponents >= _SMALLEST) & (exponents <= _LARGEST)):
         return None
-    numbers = (2 * np.array(E2M1)).astype(np.int8)
+    numbers = (2 * np.array(E2M1)).astype(np.int8).view(np.uint8)
     fives = numbers[np.concatenate([codes & 15, codes >> 4], axis=1)]
-    scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0))
-    return put_together(fives, scales.astype(np.float16), CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)
+    scales = np.where(empty, 0.0, np.exp2(exponents.clip(_SMALLEST, _LARGEST) - 128.0)).astype(np.float16)
+    parts = BlockParts(fives, scales[:, None].view(np.uint8))
+    return put_together(parts, CONTENTS[GGMLQuantizationType.Q5_0]).reshape(-1)

@@ -1,4 +1,4 @@
-"""The searches and the layouts of `kernels/weight_quant` in numpy, number for number as the compiled functions.
+"""The searches of `kernels/weight_quant` in numpy, number for number as the compiled functions.
 
 Shapes: x float32 [G, n], a group in each row; all sums go from a group's first number to its last, in float32.
 """
@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.weight_quant.searches import (
     Quantise,
     ScaleSearch,
 )
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
 
 F = np.float32
 
@@ -45,8 +46,8 @@ def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     if name in SIMPLE:
         return quants.quantize(x, ggml_type)
     if name in OFFSETS:
-        return _with_offset(x, OFFSETS[name])
-    return _scaled(x, SCALES[name])
+        return _with_offset(x, ggml_type, OFFSETS[name])
+    return _scaled(x, ggml_type, SCALES[name])
 
 
 def fit_offset(x: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
@@ -128,54 +129,27 @@ def _whole(values: np.ndarray, most: int, low: int, high: int) -> tuple[np.ndarr
     return np.clip(codes, low, high).astype(np.int32), d
 
 
-def _with_offset(x: np.ndarray, search: OffsetSearch) -> np.ndarray:
+def _with_offset(x: np.ndarray, kind: GGMLQuantizationType, search: OffsetSearch) -> np.ndarray:
     groups = x.reshape(-1, search.group)
     scales, mins = (found.reshape(len(x), -1) for found in fit_offset(groups, search))
     (sc, d), (mn, m) = (_whole(values, search.stored, 0, search.stored) for values in (scales, mins))
     scale, low = d.astype(F) * sc.astype(F), m.astype(F) * mn.astype(F)
     shaped = x.reshape(*scale.shape, -1)
     codes = np.where(scale[..., None] == 0, F(0), np.rint((shaped + low[..., None]) / scale[..., None]))
-    codes = np.clip(codes, 0, search.most).astype(np.uint8).reshape(len(x), 256)
-    ends = [d.view(np.uint8), m.view(np.uint8)]
-    if search.most == 3:
-        return np.concatenate([(sc | mn << 4).astype(np.uint8), _fields(codes, 2), *ends], axis=1)
-    packed = [
-        sc[:, :4] | sc[:, 4:] >> 4 << 6,
-        mn[:, :4] | mn[:, 4:] >> 4 << 6,
-        (sc[:, 4:] & 15) | (mn[:, 4:] & 15) << 4,
-    ]
-    nibbles = (codes & 15).reshape(-1, 4, 2, 32)
-    parts = [*ends, *(part.astype(np.uint8) for part in packed)]
-    if search.most == 31:
-        parts.append(_bits(codes >> 4))
-    return np.concatenate([*parts, (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)], axis=1)
+    codes = _bytes(np.clip(codes, 0, search.most)).reshape(len(x), -1)
+    parts = BlockParts(codes, d.view(np.uint8), m.view(np.uint8), _bytes(sc), _bytes(mn))
+    return put_together(parts, CONTENTS[kind])
 
 
-def _scaled(x: np.ndarray, search: ScaleSearch) -> np.ndarray:
+def _scaled(x: np.ndarray, kind: GGMLQuantizationType, search: ScaleSearch) -> np.ndarray:
     scales = fit_scale(x.reshape(-1, 16), search).reshape(-1, 16)
     sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
     scale = (d.astype(F) * sc.astype(F))[..., None]
     codes = np.where(scale == 0, F(0), np.rint(x.reshape(-1, 16, 16) / scale))
-    codes = (np.clip(codes, -search.half, search.half - 1) + search.half).astype(np.uint8).reshape(-1, 256)
-    end = d.view(np.uint8)
-    if search.half == 4:
-        stored = sc + 32
-        low = (stored[:, :8] & 15) | (stored[:, 8:] & 15) << 4
-        high = sum((stored[:, 4 * part : 4 * part + 4] >> 4) << 2 * part for part in range(4))
-        parts = [_bits(codes >> 2), _fields(codes & 3, 2), low, high, end]
-    else:
-        nibbles = (codes & 15).reshape(-1, 2, 2, 64)
-        low = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
-        parts = [low, _fields(codes >> 4, 2), sc.astype(np.int8).view(np.uint8), end]
-    return np.concatenate([np.asarray(part).astype(np.uint8) for part in parts], axis=1)
+    codes = _bytes(np.clip(codes, -search.half, search.half - 1)).reshape(len(x), -1)
+    return put_together(BlockParts(codes, d.view(np.uint8), scales=_bytes(sc)), CONTENTS[kind])
 
 
-def _fields(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Of 128 neighbours, those 32 apart in one byte: [N, 256] to [N, 64]."""
-    shaped = codes.reshape(-1, 2, 4, 32)
-    return np.bitwise_or.reduce([shaped[:, :, part] << bits * part for part in range(4)]).reshape(-1, 64)
-
-
-def _bits(flags: np.ndarray) -> np.ndarray:
-    """Bit g of byte i is that of number 32 * g + i: [N, 256] to [N, 32]."""
-    return np.packbits(flags.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+def _bytes(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers as the bits of int8."""
+    return numbers.astype(np.int8).view(np.uint8)
