@@ -86,8 +86,9 @@ async def streamed(adapter: OpenAIAdapter, number: int) -> tuple[str, str, str]:
 )
 async def test_named_strict_calls_are_always_valid(adapter: OpenAIAdapter, numbers: range) -> None:
     """Each thing once, the half with quotes and braces by lot."""
-    wholes = await asyncio.gather(*(whole(adapter, number) for number in numbers))
+    asked = asyncio.gather(*(whole(adapter, number) for number in numbers))
     streams = await asyncio.gather(*(streamed(adapter, number) for number in numbers))
+    wholes = await asked
     check = jsonschema.Draft202012Validator(SCHEMA)
     for one, other in zip(wholes, streams, strict=True):
         assert one == other

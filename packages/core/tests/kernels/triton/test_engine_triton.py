@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from common_run import few
 from format_writers import Written, gptq, quantise_model
 
 from candle_vllm.core import EngineConfig, SamplingParams
@@ -100,7 +101,7 @@ def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest
     check(got, answers(reference, torch.device("cpu")), 1e-4)
 
 
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("invariant", few([False, True], True))  # families have the other on the way to their logits
 def test_quantised_weights(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: bool
 ) -> None:
@@ -124,6 +125,7 @@ def test_turing(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monkey
     check(got, answers(reference, torch.device("cpu")), 0.03)
 
 
+@pytest.mark.every_case  # families have a row of each format
 def test_codes_in_groups(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPTQ with zeros of its own, some layers in activation order, and a plain head."""
 
