@@ -90,3 +90,14 @@ def test_secrets_do_not_show() -> None:
     assert wire.tools
     assert isinstance(wire.tools[0], McpTool)
     assert "hush" not in repr(wire)
+
+
+@pytest.mark.parametrize(
+    ("schema", "field"),
+    [({"type": "array"}, "type"), ({"properties": []}, "properties"), ({"required": 1}, "required")],
+)
+def test_the_schema_of_a_tools_arguments_is_one(schema: dict[str, Any], field: str) -> None:
+    tool = {"type": "function", "name": "f", "parameters": schema}
+    with pytest.raises(RequestError) as refusal:
+        parse_responses_request({**HI, "tools": [tool]})
+    assert refusal.value.param == f"tools.0.parameters.{field}"

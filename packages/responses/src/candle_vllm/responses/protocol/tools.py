@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName
+from candle_vllm.openai.protocol.tools import ArgumentsSchema, FunctionName
 from candle_vllm.responses.protocol.fields import type_of
 
 MAX_GRAMMAR = 64 << 10  # characters
@@ -29,7 +29,7 @@ class FunctionTool(WireModel):
     type: Literal["function"]
     name: FunctionName
     description: _Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: ArgumentsSchema | None = None
     strict: bool | None = None
     output_schema: dict[str, Any] | None = None
     defer_loading: bool | None = None
