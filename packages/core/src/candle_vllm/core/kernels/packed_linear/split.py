@@ -1,8 +1,8 @@
 """Blocks of ggml's types as the parts of the packed layout: numpy, used at load by `pack.py`.
 
-What stands where in a block is told in `quantization/ggml_blocks.py`. The blocks of some rows are turned into
-**planes**, uint32 [words of a block, B, R]: every step then works on long contiguous runs, four bytes at a time, and
-bits that the file has as the layout wants them are not touched. Shapes: B blocks of a row, R rows, G groups of a block.
+What stands where in a block is told in `quantization/ggml_blocks.py`. What has to be worked on is brought into
+**planes**, uint32 [words, B, R]: every step then works on long contiguous runs, four bytes at a time. Bits that the
+file has as the layout wants them are not touched. Shapes: B blocks of a row, R rows, G groups of a block.
 """
 
 from __future__ import annotations
@@ -26,42 +26,27 @@ class ChunkCodes(NamedTuple):
 
 
 def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
-    """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]."""
+    """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]; the parts may be views of them."""
     contents, layout = CONTENTS[kind.type], LAYOUTS[kind]
-    words = _words(blocks, contents)
-    codes, floats = _codes(words, contents, layout), [words.half(contents.scale[0])]
-    if contents.minimum is not None:
-        minimum = words.half(contents.minimum[0])
-        floats.append(minimum ^ np.uint16(0x8000) if layout.nested else minimum)  # the kernels add
-    return ChunkCodes(codes, floats, _small(words, contents, layout))
+    floats = [_half(blocks, place) for place in contents.floats]
+    if layout.nested and layout.minimum:
+        floats[1] = floats[1] ^ np.uint16(0x8000)  # the kernels add
+    return ChunkCodes(_codes(blocks, contents, layout), floats, _small(blocks, contents, layout))
 
 
-class _Words(NamedTuple):
-    """Planes, and how many bytes stand in front of the blocks' own."""
-
-    planes: np.ndarray
-    front: int
-
-    def of(self, fields: Fields) -> np.ndarray:
-        """The words of some fields, [words, B, R]."""
-        return self.planes[(fields.start + self.front) // 4 : (fields.stop + self.front) // 4]
-
-    def half(self, start: int) -> np.ndarray:
-        """The two bytes from `start`, uint16 [B, R]."""
-        place = start + self.front
-        word = self.planes[place // 4]
-        return (word >> np.uint32(16) if place % 4 else word).astype(np.uint16)
+def _half(blocks: np.ndarray, place: tuple[int, int]) -> np.ndarray:
+    """The float16 at a place, as its bits: uint16 [B, R], a view."""
+    return blocks[..., slice(*place)].view(np.uint16)[..., 0].T
 
 
-def _words(blocks: np.ndarray, contents: BlockContents) -> _Words:
-    """Blocks uint8 [R, B, bytes] as words, filled up in front such that the codes begin with one, and behind."""
-    rows, count, width = blocks.shape
-    front = -contents.codes[0].start % 4
-    whole = np.ascontiguousarray(blocks)
-    if front or width % 4:
-        whole = np.zeros((rows, count, -(-(front + width) // 4) * 4), np.uint8)
-        whole[:, :, front : front + width] = blocks
-    return _Words(np.ascontiguousarray(whole.view(np.uint32).transpose(2, 1, 0)), front)
+def _words(blocks: np.ndarray, fields: Fields) -> np.ndarray:
+    """The words of some fields, uint32 [words, B, R]: a view, which may begin at any byte."""
+    return blocks[..., fields.start : fields.stop].view(np.uint32).transpose(2, 1, 0)
+
+
+def _planes(blocks: np.ndarray, fields: Fields) -> np.ndarray:
+    """The same with the rows behind each other."""
+    return np.ascontiguousarray(_words(blocks, fields))
 
 
 def _each(value: int) -> np.uint32:
@@ -79,16 +64,17 @@ def _taken(words: np.ndarray, place: int, bits: int) -> np.ndarray:
 # ---- codes: quads [..., 8, B, R] of one code per byte to vectors of the layout ---------------------------------------
 
 
-def _codes(words: _Words, contents: BlockContents, layout: TileLayout) -> np.ndarray:
+def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray:
     """The vectors of all groups, high bits first: uint32 [G, vectors, B, R]."""
     fields = contents.codes[::-1]
     if len(fields) == 1 and _in_order(fields[0]):
-        codes = words.of(fields[0])[None]
-        return codes if layout.zero == contents.zero else codes ^ _each(layout.zero)  # a signed byte's highest bit
-    codes = np.empty((layout.groups, layout.bits, *words.planes.shape[1:]), np.uint32)
+        if layout.zero == contents.zero:
+            return _words(blocks, fields[0])[None]
+        return _planes(blocks, fields[0])[None] ^ _each(layout.zero)  # a signed byte's highest bit
+    codes = np.empty((layout.groups, layout.bits, *blocks.shape[1::-1]), np.uint32)
     first = 0
     for piece in fields:
-        _fill(codes[:, first : first + piece.bits], words.of(piece), piece)
+        _fill(codes[:, first : first + piece.bits], _planes(blocks, piece), piece)
         first += piece.bits
     return codes
 
@@ -149,13 +135,13 @@ def _bits_in_order(word: np.ndarray) -> np.ndarray:
 # ---- sub-scales ------------------------------------------------------------------------------------------------------
 
 
-def _small(words: _Words, contents: BlockContents, layout: TileLayout) -> np.ndarray | None:
+def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> np.ndarray | None:
     """The sub-scales and sub-minima of a block, as the layout has them: uint32 [words, B, R]."""
     if not layout.nested:
         return None
     if layout.paired:  # each scale stands beside its minimum, in the file as in the layout
-        return words.of(contents.small[0][0])
-    pieces = [_numbers(words, fields) for fields in contents.small]
+        return _planes(blocks, contents.small[0][0])
+    pieces = [_numbers(blocks, fields) for fields in contents.small]
     found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if contents.small_zero:
         found = np.subtract(found.view(np.uint8), contents.small_zero).view(np.uint32)
@@ -171,11 +157,11 @@ def _apart(words: np.ndarray) -> np.ndarray:
     return words & np.uint32(0xFF) | (words & np.uint32(0xFF00)) << np.uint32(8)
 
 
-def _numbers(words: _Words, several: tuple[Fields, ...]) -> np.ndarray:
+def _numbers(blocks: np.ndarray, several: tuple[Fields, ...]) -> np.ndarray:
     """Small numbers of several fields, four in a word: [words, B, R]."""
     found = None
     for fields in several:
-        data = words.of(fields)
+        data = _planes(blocks, fields)
         runs = data.reshape(-1, fields.width // 4, *data.shape[1:])
         taken = [_taken(runs, place, fields.bits) for place in fields.places]
         bits = (taken[0] if len(taken) == 1 else np.stack(taken, axis=1)).reshape(-1, *data.shape[1:])

@@ -1,6 +1,6 @@
 """Making quantised blocks of plain rows, in chunks and on several threads, as ggml and its files have them.
 
-Stands before step 1 of a request's life. What the bytes mean is in `ggml.py`, how they are found in
+Stands before step 1 of a request's life. What the bytes mean is in `ggml_blocks.py`, how they are found in
 `kernels/weight_quant`.
 """
 
