@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 sys.path.append(str(Path(__file__).parent))  # for live_server; --import-mode=importlib does not
 
 from live_server import ServerProcess
+
+if TYPE_CHECKING:
+    from candle_vllm.core import InferenceEngine
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +38,17 @@ def calling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def coder() -> Iterator[InferenceEngine]:
+    """A model that writes calls by itself."""
+    from real_models import qwen_coder
+
+    from candle_vllm.core import InferenceEngine
+
+    with InferenceEngine(str(qwen_coder()), max_model_len=2048, threads=1) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import pytest
 from live_server import serving
 from pydantic import Field
-from real_models import qwen_coder
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter
@@ -148,10 +147,9 @@ async def test_required_calls_in_one_turn(engine: InferenceEngine) -> None:
 
 @pytest.mark.peer
 @pytest.mark.timeout(600)
-async def test_a_model_that_chooses_by_itself() -> None:
-    with InferenceEngine(str(qwen_coder()), max_model_len=2048) as engine:
-        session = ResponsesSession(OpenAIAdapter(engine), tools=[add, weather])
-        options = ConversationOptions(max_turns=1, request=GREEDY)
-        result = await session.run_conversation([user("What is 17 plus 25? Use the tool.")], options)
+async def test_a_model_that_chooses_by_itself(coder: InferenceEngine) -> None:
+    session = ResponsesSession(OpenAIAdapter(coder), tools=[add, weather])
+    options = ConversationOptions(max_turns=1, request=GREEDY)
+    result = await session.run_conversation([user("What is 17 plus 25? Use the tool.")], options)
     (done,) = result.tool_calls
     assert (done.call.name, done.text) == ("add", "42")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
-from real_models import qwen_coder
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.openai import OpenAIAdapter, parse_chat_request
@@ -41,9 +39,8 @@ THINGS = ("paint the fence", "fix the build", "write to Ann", "read a book", "le
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Iterator[OpenAIAdapter]:
-    with InferenceEngine(str(qwen_coder()), max_model_len=2048, threads=1) as engine:
-        yield OpenAIAdapter(engine)
+def adapter(coder: InferenceEngine) -> OpenAIAdapter:
+    return OpenAIAdapter(coder)
 
 
 def request(number: int) -> dict[str, Any]:
