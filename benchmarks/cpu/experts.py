@@ -15,7 +15,6 @@ import statistics
 import time
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 
 from candle_vllm.core.kernels import packed_linear, plain_linear
@@ -90,14 +89,14 @@ class Stack:
         x = step_tokens(recorder).embedding(weights.plain(64, hidden))
         self.active_bytes = 0
         for _ in range(options.layers):
-            normed = x.rms_norm(torch.ones(hidden), 1e-6)
+            normed = x.rms_norm(np.ones(hidden, np.float32), 1e-6)
             if sparse:
                 shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
                 gate, up, down = ([weights.packed(*shape) for _ in range(options.experts)] for shape in shapes)
                 self.active_bytes += top_k * sum(of_experts[0].nbytes for of_experts in (gate, up, down))
                 pairs = route(normed.linear([weights.plain(options.experts, hidden)], None), Routing(top_k=top_k))
                 inner_rows = expert_linear(normed, [gate, up], pairs, activation="silu")
-                y = combine(expert_linear(inner_rows, [down], pairs), pairs, torch.float32)
+                y = combine(expert_linear(inner_rows, [down], pairs), pairs, None)
             else:
                 gate, up = (weights.packed(inner * top_k, hidden) for _ in range(2))
                 y = normed.linear([gate, up], None).silu_mul().linear([weights.packed(hidden, inner * top_k)], None)

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from candle_vllm.core.devices import CPU
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.sampler import Sampler
@@ -83,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
-    Sampler.prepare(torch.device("cpu"))
+    Sampler.prepare(CPU)
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     sys.stdout.write(json.dumps({"prepare_s": round(time.perf_counter() - start, 2), **machine}) + "\n")
     for vocabulary in map(int, options.vocabularies.split(",")):

@@ -33,6 +33,7 @@ from measure import report
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import load_model
+from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
@@ -142,7 +143,7 @@ def idle_engine(folder: Path, sequences: int, longest: int) -> Engine:
     """An engine over a toy model that never runs."""
     model = write_toy_model(folder / "toy", toy_config(max_position_embeddings=longest))
     device = IdleDevice()
-    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), device.device, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
     runner = DeviceRunner(loaded.decoder, DeviceLimits(8192, sequences, longest // BLOCK, BLOCK), device, torch.float32)
     blocks = BlockManager(sequences * longest // BLOCK, BLOCK)
     preparation = DecoderPreparation(loaded.tokenizer, (), loaded.config.vocab_size, longest, seed=0)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import subprocess
+import sys
 import sysconfig
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from candle_vllm.core import ConfigError, InferenceEngine, devices
-from candle_vllm.core.devices import choose_device, fitting
+from candle_vllm.core.devices import CPU, Device, choose_device, fitting
 from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, CAPABILITIES, TENSOR_CORES, capability, stages
 
 GB = 1 << 30
@@ -60,6 +63,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpus:
             raise RuntimeError(fake.memory_fault)
         return fake.free, 80 * GB
 
+    monkeypatch.setattr(devices, "_driver_has_gpu", lambda: fake.count > 0)
     monkeypatch.setattr(torch.version, "cuda", fake.cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: fake.count)
     monkeypatch.setattr(torch.cuda, "init", start)
@@ -72,10 +76,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpus:
 
 def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
     gpus.count = 2
-    assert choose_device("auto") == torch.device("cuda", 0)
-    assert choose_device("cuda") == torch.device("cuda", 0)
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
-    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto") == Device("cuda:0")
+    assert choose_device("cuda") == Device("cuda:0")
+    assert choose_device("cuda:1") == Device("cuda:1")
+    assert choose_device("cpu") == CPU
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ def test_a_gpu_that_cannot(
     assert "\n" not in str(caught.value)
     if wanted == "cuda":
         with caplog.at_level(logging.WARNING):
-            assert choose_device("auto") == torch.device("cpu")
+            assert choose_device("auto") == CPU
         assert (message in caplog.text) == (gpus.count > 0), "a GPU that is there and not used is worth a line"
 
 
@@ -162,7 +166,7 @@ def test_the_triton_here_builds_what_the_check_looks_for() -> None:
 
 def test_turing_can_be_used(gpus: Gpus) -> None:
     gpus.capability = (7, 5)
-    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("auto") == Device("cuda:0")
 
 
 def test_an_amd_gpu_can_be_used(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +176,8 @@ def test_an_amd_gpu_can_be_used(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> 
     gpus.keep("triton/backends/amd/driver.py", "mod = compile_module_from_src(src=src, name='hip_utils')")
     for architecture in ((9, 4), (6, 0), (11, 0)):
         gpus.capability = architecture
-        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)
-        assert capability(torch.device("cuda", 0)) == AMD
+        assert choose_device("auto") == choose_device("cuda") == Device("cuda:0")
+        assert capability(Device("cuda:0")) == AMD
     gpus.count = 0
     with pytest.raises(ConfigError, match="no AMD driver is installed"):
         choose_device("cuda")
@@ -195,7 +199,48 @@ def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ConfigError, match="built without CUDA"):
         choose_device("cuda")
-    assert choose_device("auto") == torch.device("cpu")
+    assert choose_device("auto") == CPU
+
+
+def test_a_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    with pytest.raises(ConfigError, match="torch is not installed: install it"):
+        choose_device("cuda")
+    assert choose_device("auto") == CPU
+    assert "there is a GPU, and this is computed on the CPU: torch is not installed" in caplog.text
+
+
+class Driver:
+    """What `libcuda.so.1` answers."""
+
+    def __init__(self, started: int, count: int) -> None:
+        self._started, self._count = started, count
+
+    def cuInit(self, flags: int) -> int:
+        assert flags == 0
+        return self._started
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self._count
+        return self._started
+
+
+@pytest.mark.parametrize(
+    ("started", "count", "there"), [(0, 1, True), (0, 0, False), (100, 0, False), (34, 0, False), (803, 0, True)]
+)
+def test_the_driver_is_asked_for_gpus(started: int, count: int, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not start, for another reason than that there is none, is worth an explanation."""
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Driver(started, count))
+    assert devices._driver_has_gpu() == there
+
+
+def test_auto_imports_no_torch_where_there_is_no_driver() -> None:
+    code = (
+        "import sys\nfrom candle_vllm.core import devices\n"
+        "devices._driver_has_gpu = lambda: False\n"
+        "assert devices.choose_device('auto') == devices.CPU\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -207,5 +252,5 @@ def test_the_engine_refuses_a_gpu_that_is_not_there() -> None:
 def test_memory_that_runs_out_is_named(gpus: Gpus) -> None:
     gpus.free = 3 * GB
     message = r"the weights of m take about 20480 MiB .* of which 3072 are left"
-    with pytest.raises(ConfigError, match=message), fitting(torch.device("cuda:0"), "the weights of m", 20 * GB):
+    with pytest.raises(ConfigError, match=message), fitting(Device("cuda:0"), "the weights of m", 20 * GB):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -289,7 +289,7 @@ def test_a_request_id_in_use_is_refused(engine: InferenceEngine) -> None:
 
 def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from candle_vllm.core import CandleVllmError
-    from candle_vllm.core.engine.model_runner import EagerRunner
+    from candle_vllm.core.engine.eager_runner import EagerRunner
 
     with make(toy_model) as engine:
         real = EagerRunner.run

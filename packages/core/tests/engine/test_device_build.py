@@ -139,7 +139,7 @@ def test_what_does_not_fit_names_a_flag(
 def test_what_a_model_asks_of_attention_is_told_to_the_backend(
     loaded: LoadedModel, memory: Memory, change: dict[str, Any], message: str
 ) -> None:
-    half = dataclasses.replace(loaded.placement, dtype=torch.bfloat16)
+    half = dataclasses.replace(loaded.placement, dtype="BF16")
     asking = dataclasses.replace(loaded, placement=half, config=dataclasses.replace(loaded.config, **change))
     with pytest.raises(ConfigError, match=message):
         build(asking, attention_backend="torch_flash")

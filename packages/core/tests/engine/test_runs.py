@@ -86,7 +86,7 @@ class ScriptedModel(StepwiseRunner):
     def score(self, rows: Ints) -> torch.Tensor:
         return torch.zeros(len(rows), self.vocab_size)
 
-    def hidden(self, rows: Ints) -> torch.Tensor:
+    def hidden_sum(self, rows: Ints) -> np.ndarray:
         raise NotImplementedError
 
 

@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_l
 from candle_vllm.core.kernels.latent_attention.cpu_write import cache_shape
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack
+from candle_vllm.core.kernels.torch_numbers import DTYPES
 
 # Queries, cache rows and probabilities are rounded to bfloat16 on the CPU.
 TOLERANCE = 5e-3
@@ -37,7 +38,7 @@ def teams() -> Iterator[dict[int, ThreadTeam]]:
 
 
 def packed(weight: torch.Tensor, kind: PlainKind) -> tuple[PlainMatrix, ...]:
-    raw = weight.to(kind.dtype).contiguous().view(torch.uint8).numpy().reshape(len(weight), -1)
+    raw = weight.to(DTYPES[kind.name]).contiguous().view(torch.uint8).numpy().reshape(len(weight), -1)
     return tuple(pack(row, kind.name, *weight.shape[1:], kind=kind) for row in raw)
 
 

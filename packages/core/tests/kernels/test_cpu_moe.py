@@ -24,6 +24,7 @@ from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
+from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def packed(kind: str, weights: torch.Tensor) -> Matrix:
     if kind in FLOATS:
         return scaled_linear.pack(floats(kind, weights))
     if kind in SINGLE:
-        plain = weights.to(PlainKind[kind].dtype).contiguous()
+        plain = weights.to(DTYPES[kind]).contiguous()
         return plain_linear.pack(plain.view(torch.uint8).numpy().reshape(-1), kind, rows, columns)
     type_ = GGMLQuantizationType[kind]
     return packed_linear.pack(quants.quantize(weights.numpy(), type_).reshape(-1), type_, rows, columns)
@@ -178,7 +179,7 @@ class Plan:
         self.fill(self.x, x)
         self.recorder.arrays.numbers[StepNumber.TOKENS] = len(x)
         team.run(self.plan, self.recorder.num_rows)
-        return self.total.rows(np.arange(len(x)))
+        return torch.from_numpy(self.total.rows(np.arange(len(x))))
 
 
 def test_plain_experts(team: ThreadTeam) -> None:

@@ -13,7 +13,7 @@ import torch
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack, plain_kind, reference, unpack
-from candle_vllm.core.kernels.torch_numbers import NAMES
+from candle_vllm.core.kernels.torch_numbers import DTYPES, NAMES
 
 pytest.importorskip("numba")
 
@@ -35,7 +35,7 @@ each_kind = pytest.mark.parametrize("kind", list(PlainKind), ids=lambda kind: ki
 
 def stored(kind: PlainKind, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(kind.dtype)
+    return torch.randn(rows, columns, generator=generator).to(DTYPES[kind.name])
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_the_layout_keeps_every_number(kind, rows, columns):
     assert matrix.kind is plain_kind(kind.name) is kind
     assert np.array_equal(unpack(matrix), tensor.float().numpy())
     assert address_of(matrix.data) % 64 == 0
-    assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + 7) * kind.dtype.itemsize
+    assert matrix.nbytes <= -(-rows // 16) * 16 * (columns + 7) * kind.itemsize
 
 
 def test_unaligned_bytes():
@@ -114,7 +114,7 @@ def test_unaligned_bytes():
 def test_numbers_are_converted_on_request(kind, dtype):
     tensor = torch.randn(18, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
     matrix = pack(raw(tensor), NAMES[dtype], 18, 33, kind)
-    assert np.array_equal(unpack(matrix), tensor.to(kind.dtype).float().numpy())
+    assert np.array_equal(unpack(matrix), tensor.to(DTYPES[kind.name]).float().numpy())
 
 
 def test_what_has_no_kind_becomes_f32():

@@ -13,7 +13,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.rope import RopeConfig
 
-PLACEMENT = Placement(torch.device("cpu"), torch.float32)
+PLACEMENT = Placement(torch.device("cpu"), "F32")
 
 
 def rotary(longest: int, growth: float = 0.1) -> Rotary:

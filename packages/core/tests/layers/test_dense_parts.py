@@ -21,7 +21,8 @@ from gguf import GGMLQuantizationType, quants
 pytest.importorskip("numba")
 
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
@@ -271,13 +272,13 @@ def filled(variant: Variant, placement: Placement, *, quantised: bool = False) -
 
 
 def recorded(variant: Variant, *, quantised: bool = False, tokens: int = LENGTH) -> RecordedRunner:
-    model = filled(variant, Placement(CPU, torch.float32, WeightMemory()), quantised=quantised)
+    model = filled(variant, Placement(CPU, "F32", WeightMemory()), quantised=quantised)
     limits = StepLimits(tokens=tokens, sequences=4, logit_rows=64, table_width=8, block_size=BLOCK, threads=2)
     return RecordedRunner(model, 8, limits)
 
 
 def eager(variant: Variant, *, quantised: bool = False) -> EagerRunner:
-    model = filled(variant, Placement(CPU, torch.float32), quantised=quantised)
+    model = filled(variant, Placement(CPU, "F32"), quantised=quantised)
     return EagerRunner(model, 8, BLOCK, CPU, torch.float32)
 
 
@@ -293,7 +294,7 @@ def outcomes(runner: ModelRunner, chunks: list[int]) -> tuple[torch.Tensor, torc
         runner.forward(BatchBuilder(BLOCK).build([Run.next(sequence, chunk)]), [])
         for first in range(0, chunk, 64):
             rows = np.arange(first, min(first + 64, chunk))
-            logits.append(runner.score(rows).clone())
+            logits.append(torch.as_tensor(runner.score(rows)).clone())
             hidden += [torch.from_numpy(runner.hidden_sum(row)) for row in rows[:, None]]
         start += chunk
     runner.close()
@@ -373,7 +374,7 @@ def test_parts_cost_operations_only_where_they_are() -> None:
 
 
 def test_the_form_of_head_norms_that_checkpoints_cut_by_heads() -> None:
-    placement = Placement(CPU, torch.float32)
+    placement = Placement(CPU, "F32")
     whole, cut = (HeadLayerNorm(3, 8, 1e-5, placement, rows=rows) for rows in (False, True))
     assert whole.parameters()["weight"].shape == (3, 8)
     values = torch.arange(24.0).view(3, 8)

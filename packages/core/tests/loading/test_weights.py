@@ -16,7 +16,7 @@ from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName, load_weights
 
-CPU = Placement(torch.device("cpu"), torch.float32)
+CPU = Placement(torch.device("cpu"), "F32")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import eager_logits, error, load, recorded_logits, some_tokens, spread, typical_spread, write_tiny
 
 from candle_vllm.core import EngineConfig, InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError
-from candle_vllm.core.engine.model_runner import EagerRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.rope import RopeConfig

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,48 @@ def test_compiled_steps_are_close(
     whole, cut = (recorded_logits(folder, tokens, chunks) for chunks in cuts())
     assert spread(*settled(whole, eager, ROWS[name].undecided)) < 1e-2
     assert torch.equal(whole, cut), "what a step holds must not change a token's numbers"
+
+
+RUN_ALL = """
+import json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from candle_vllm.core import InferenceEngine, SamplingParams
+
+params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, repetition_penalty=1.1)
+for folder in json.load(sys.stdin):
+    with InferenceEngine(folder, block_size=16, threads=1, kv_cache_memory=1 << 24) as engine:
+        (answer,) = engine.generate([list(range(40))], params, use_tqdm=False)
+        print(json.dumps(answer.outputs[0].token_ids))
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Llama", "Gemma-3", "Qwen3-MoE", "gpt-oss", "DeepSeek-V3"],
+        pytest.param([name for name, row in ROWS.items() if row.recorded], marks=pytest.mark.every_case),
+    ],
+    ids=["some", "all"],
+)
+def test_what_is_compiled_needs_no_torch(
+    names: list[str], folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Families, and blocks of GGUF, in a process that cannot import torch: the tokens of one that can."""
+    paths = [folder_of(name, folders, tmp_path_factory) for name in names]
+    paths.append(export_gguf(paths[0], tmp_path / "model.gguf", "llama", quantization="Q8_0"))
+    given = json.dumps([str(path) for path in paths])
+    alone = subprocess.run([sys.executable, "-c", RUN_ALL], input=given, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in alone.stdout.splitlines()]
+    assert len(found) == len(paths)
+    usual = RUN_ALL.replace("sys.meta_path.insert(0, Missing())", "import torch")
+    beside = subprocess.run([sys.executable, "-c", usual], input=given, capture_output=True, text=True, check=True)
+    assert beside.stdout == alone.stdout
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.gguf])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.model_runner import EagerRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.sampling.params import SamplingParams

@@ -19,7 +19,8 @@ from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
@@ -131,7 +132,8 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> to
         sequence.num_computed_tokens = start
         item = Run.next(sequence, chunk)
         runner.forward(BatchBuilder(BLOCK).build([item]), [])
-        found += [runner.score(np.arange(first, min(first + 64, chunk))).clone() for first in range(0, chunk, 64)]
+        scored = (runner.score(np.arange(first, min(first + 64, chunk))) for first in range(0, chunk, 64))
+        found += [torch.as_tensor(logits).clone() for logits in scored]
         start += chunk
     assert start == len(tokens)
     return torch.cat(found)

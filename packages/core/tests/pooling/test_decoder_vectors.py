@@ -28,8 +28,9 @@ from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import EagerRunner, ModelRunner
+from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.pooling import PoolingKind, PoolingParams

@@ -32,7 +32,7 @@ from candle_vllm.core import (
     WeightsError,
 )
 from candle_vllm.core.engine.batch import Batch
-from candle_vllm.core.engine.model_runner import EncoderRunner
+from candle_vllm.core.engine.eager_runner import EncoderRunner
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-DEVICE = Placement(torch.device("cpu"), torch.float32, keeps_quantised=True)
+DEVICE = Placement(torch.device("cpu"), "F32", keeps_quantised=True)
 KEPT = [name for name in WRITERS if ("fp8" in name and not name.endswith("blocks")) or "nvfp4" in name]
 
 
@@ -43,7 +44,7 @@ def filled(stored: StoredTensor, *, floats: bool = True, why: str | None = None,
     """A matrix on the device, and that it is there as it is stored, or why not."""
     matrices: dict[str, Any] = {}
     rows, columns = stored.shape
-    said = MatrixParameter(matrices, "m", (rows, columns), device.backend(floats=floats)).fill(stored)
+    said = MatrixParameter(matrices, "m", (rows, columns), partial(device.backend, floats=floats)).fill(stored)
     assert said is None if why is None else said is not None and why in said
     return matrices["m"].data
 
@@ -85,7 +86,7 @@ def test_what_is_decoded_is_said(name: str, floats: bool, why: str, tmp_path: Pa
 def test_without_tensor_cores_they_are_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_build, "capability", lambda device: 75)
     stored, written = stored_layer(name, tmp_path)
-    half = dataclasses.replace(DEVICE, dtype=torch.float16)
+    half = dataclasses.replace(DEVICE, dtype="F16")
     matrix = filled(stored, why="no kernel below compute capability 8.0", device=half)
     assert torch.equal(matrix, written.weight.half())
 
@@ -93,7 +94,7 @@ def test_without_tensor_cores_they_are_decoded(name: str, tmp_path: Path, monkey
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "fp8 blocks"])
 def test_weights_beyond_float16_are_refused_by_name(name: str, tmp_path: Path) -> None:
     """Many rows meet weights in the type of the activations."""
-    half = dataclasses.replace(DEVICE, dtype=torch.float16)
+    half = dataclasses.replace(DEVICE, dtype="F16")
     why = "a scale for 40 columns" if "blocks" in name else None
     for factor in (1.0, 1e6):
         folder = tmp_path / str(factor)

@@ -140,11 +140,11 @@ def test_gpus_keep_the_blocks(tmp_path: Path) -> None:
     """The part of a layer on a GPU takes them as it takes a GGUF file's; here its tensors are on the CPU."""
     weights = torch.randn(64, 256)
     save_file({"a": weights}, tmp_path / "model.safetensors")
-    placement = Placement(CPU, torch.bfloat16, keeps_quantised=True)
+    placement = Placement(CPU, "BF16", keeps_quantised=True)
     matrices: dict[str, Any] = {}
     with open_safetensors(tmp_path) as checkpoint:
         found = quantised_in_situ("q4k", [WeightName("a:weight", "a", None)], checkpoint, Counts(num_experts=0))
-        MatrixParameter(matrices, "a", (64, 256), placement.backend()).fill(found.tensors["a:weight"])
+        MatrixParameter(matrices, "a", (64, 256), placement.backend).fill(found.tensors["a:weight"])
         wanted = torch.from_numpy(found.tensors["a:weight"].load())
     assert isinstance(matrices["a"].data, GgufMatrix)
     assert torch.allclose(dequantise(matrices["a"].data), wanted, atol=0.0, rtol=1e-6)

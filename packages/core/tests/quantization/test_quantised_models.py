@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tiny import write_tiny as write_model
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
 from candle_vllm.core.assembly.placement import choose_placement, memory_of
-from candle_vllm.core.engine.model_runner import EagerRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -159,10 +160,10 @@ def test_memory_is_that_of_what_is_kept(folders: Folders) -> None:
         plain = sum(tensor.nbytes for tensor in tensors if tensor.dtype is not None)
         codes = [tensor for tensor in tensors if tensor.dtype is None]
         stored, wide = sum(tensor.nbytes for tensor in codes), 2 * sum(tensor.numel for tensor in codes)
-        recorded = Placement(CPU, torch.float32, WeightMemory())
+        recorded = Placement(CPU, "F32", WeightMemory())
         assert memory_of(recorded, opened.checkpoint) == plain + (wide if "odd" in name else stored)
-        assert memory_of(Placement(CPU, torch.bfloat16), opened.checkpoint) == plain // 2 + wide
-        device = Placement(CPU, torch.bfloat16, keeps_quantised=True)
+        assert memory_of(Placement(CPU, "BF16"), opened.checkpoint) == plain // 2 + wide
+        device = Placement(CPU, "BF16", keeps_quantised=True)
         assert memory_of(device, opened.checkpoint) == plain // 2 + (wide if "blocks" in name else stored)
         opened.checkpoint.close()
 
@@ -302,15 +303,15 @@ def test_a_layer_without_an_order_of_its_own_decodes(tmp_path: Path) -> None:
     with open_safetensors(tmp_path) as stored:
         checkpoint = read_quantised(stored, {"quantization_config": written.config}, tmp_path / "config.json")
         matrices: dict[str, Any] = {}
-        recorded = Placement(CPU, torch.float32, WeightMemory())
+        recorded = Placement(CPU, "F32", WeightMemory())
         for name, ordered in (("plain", False), ("ordered", True)):
-            part = MatrixParameter(matrices, name, (16, 64), recorded.backend(groups=ordered))
+            part = MatrixParameter(matrices, name, (16, 64), partial(recorded.backend, groups=ordered))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == ordered
             assert why is None or why.endswith("hold them exactly in the order of their inputs")
-        device = Placement(CPU, torch.float32, keeps_quantised=True)
+        device = Placement(CPU, "F32", keeps_quantised=True)
         for name, groups in (("decoded", False), ("groups", True)):
-            part = MatrixParameter(matrices, name, (16, 64), device.backend(groups=groups))
+            part = MatrixParameter(matrices, name, (16, 64), partial(device.backend, groups=groups))
             why = part.fill(checkpoint.tensors["l.weight"])
             assert (why is None) == groups
     assert [type(matrix).__name__ for matrix in matrices.values()] == [

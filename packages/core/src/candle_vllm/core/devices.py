@@ -1,18 +1,21 @@
-"""Which device an engine computes on, and why a GPU cannot be used; before step 1 of a request's life."""
+"""Which device an engine computes on, and why a GPU cannot be used; before step 1 of a request's life.
+
+torch is imported once a GPU is asked for, or "auto" finds a driver that has one.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeAlias
-
-import torch
+from typing import Final
 
 from candle_vllm.core.errors import ConfigError
 
@@ -20,8 +23,15 @@ logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
 
-Device: TypeAlias = torch.device
-"""Where an engine computes."""
+
+class Device(str):
+    """Where an engine computes: "cpu" or "cuda:N", as torch takes it."""
+
+    @property
+    def type(self) -> str:
+        """The kind alone: "cpu" or "cuda"."""
+        return self.partition(":")[0]
+
 
 CPU: Final = Device("cpu")
 
@@ -37,21 +47,26 @@ def choose_device(wanted: str) -> Device:
     """
     if wanted == "cpu":
         return CPU
+    if wanted == "auto" and not _driver_has_gpu():
+        return CPU
     index = int(wanted.partition(":")[2] or 0)
     obstacle = gpu_obstacle(index)
     if obstacle is None:
-        return torch.device("cuda", index)
+        return Device(f"cuda:{index}")
     if wanted != "auto":
         raise ConfigError(
             f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set --device cpu", "device"
         )
-    if _has_gpu():
-        logger.warning("computing on the CPU: %s", obstacle)
+    logger.warning("there is a GPU, and this is computed on the CPU: %s", obstacle)
     return CPU
 
 
 def gpu_obstacle(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in one sentence; None if it can."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed: install it"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch was built without CUDA, and without ROCm: install one that was built with either"
     try:
@@ -78,11 +93,28 @@ def gpu_obstacle(index: int) -> str | None:
 
 def use_threads(count: int) -> None:
     """How many threads torch computes on in this process."""
+    import torch
+
     torch.set_num_threads(count)
+
+
+def leave_cores_to_others() -> None:
+    """torch computes on one thread, where it is loaded: its pool would take the cores from other threads."""
+    if "torch" in sys.modules:
+        use_threads(1)
+
+
+def is_amd() -> bool:
+    """Whether GPUs are AMD's."""
+    import torch
+
+    return torch.version.hip is not None
 
 
 def gpu_memory(device: Device) -> int:
     """Bytes that are free on a GPU."""
+    import torch
+
     return torch.cuda.mem_get_info(device)[0]
 
 
@@ -98,6 +130,11 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
     Raises:
         ConfigError: instead of torch's OutOfMemoryError.
     """
+    if device.type == "cpu":
+        yield
+        return
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -111,12 +148,15 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
 
 def give_back() -> None:
     """Memory of GPUs that torch keeps for tensors to come goes back to the system, so that others see it as free."""
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def _driver_fault(message: str) -> str:
     """What torch says of a driver that is missing or too old, in a few words."""
+    import torch
+
     if "too old" in message:
         return f"the NVIDIA driver is too old for torch {torch.__version__}: update it, or install an older torch"
     if "NVIDIA driver" in message or not message:
@@ -130,6 +170,8 @@ def _no_compiler() -> str | None:
     With the compiler it builds its access to the driver (3.6 also a launcher for each signature of a kernel), and keeps
     what it built. Nothing is needed where this has happened before, or of a Triton that builds nothing.
     """
+    import torch
+
     spec, vendor = importlib.util.find_spec("triton"), "amd" if torch.version.hip else "nvidia"
     for folder in (spec and spec.submodule_search_locations) or ():
         driver = Path(folder, "backends", vendor, "driver.py")
@@ -153,6 +195,8 @@ def _no_compiler() -> str | None:
 
 def _taken(index: int) -> str | None:
     """A context takes some hundred MB: a full GPU refuses even that."""
+    import torch
+
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
@@ -162,12 +206,20 @@ def _taken(index: int) -> str | None:
     return None
 
 
-def _has_gpu() -> bool:
-    """Whether a GPU is there, whatever stands against it."""
+def _driver_has_gpu() -> bool:
+    """Whether a GPU's driver knows of one, or does not answer, which is then to be explained. torch is not asked."""
     try:
-        return bool(torch.version.cuda or torch.version.hip) and torch.cuda.device_count() > 0
-    except (RuntimeError, AssertionError):
-        return True
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # AMD's
+    count = ctypes.c_int()
+    if driver.cuInit(0) in _NO_GPU:
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value > 0
+
+
+_NO_GPU = (34, 100)
+"""CUDA_ERROR_STUB_LIBRARY and CUDA_ERROR_NO_DEVICE."""
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -14,7 +14,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import choose_device, give_back, use_threads
+from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import TokenOutput
@@ -24,7 +24,7 @@ from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.prompts import Prompt
-from candle_vllm.core.threads import LOADING_THREADS, physical_cores
+from candle_vllm.core.threads import LOADING_THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,6 @@ class InferenceEngine(EngineFront):
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
         device = choose_device(config.device)
-        use_threads(config.threads or physical_cores())
         LOADING_THREADS.set(config.threads)
         with progress_bar() if on_progress is None else nullcontext(on_progress) as progress:
             loaded = load_any_model(config, device, progress)

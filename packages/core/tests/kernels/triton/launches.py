@@ -169,7 +169,9 @@ def other_threads_and_errors(watch: Watch) -> None:
 def serve(loaded: LoadedModel, watch: Watch, captured_prompts: int) -> None:
     """Starts an engine and answers requests of every kind; tokens mean nothing."""
     stream, limits = LazyStream(), DeviceLimits(128, 8, CONTEXT // SIZE, SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.dtype, captured_prompts=captured_prompts)
+    runner = DeviceRunner(
+        loaded.decoder, limits, stream, loaded.placement.torch_dtype, captured_prompts=captured_prompts
+    )
     steps = runner.largest_steps()
     watch.together(lambda: run(steps, stream))
     run(steps, stream)

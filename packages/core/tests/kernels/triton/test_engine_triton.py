@@ -53,7 +53,7 @@ def answers(loaded: LoadedModel, device: torch.device, *, prompts: int = 0) -> l
     """The second request comes when the first decodes; steps with prompts are captured up to so many tokens."""
     stream = LazyStream() if device.type == "cpu" else CudaStream(device)
     limits = DeviceLimits(32, 2, CONTEXT // SIZE, SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.dtype, captured_prompts=prompts)
+    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.torch_dtype, captured_prompts=prompts)
     for work in runner.largest_steps():
         work()
     runner.allocate(12)

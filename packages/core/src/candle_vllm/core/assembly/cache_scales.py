@@ -58,7 +58,7 @@ def give_cache_scales(
         attend = layer_at(decoder, f"layers.{layer}.attention.attend") if layer < config.num_layers else None
         if isinstance(attend, PagedAttention):
             either = next(iter(values.values()))
-            attend.scale_cache(values.get("k", either), values.get("v", either), placement.device)
+            attend.scale_cache(values.get("k", either), values.get("v", either), placement)
             given += 1
     if given:
         logger.info("%d layers scale their cache as the checkpoint says", given)

@@ -17,22 +17,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import torch
 
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.loading.weights import Parameter, expand, layer_at
 from candle_vllm.core.memory import free_memory
 from candle_vllm.core.models.registry import family_from_hf
-from candle_vllm.core.quantization.plain import ELEMENTS
+from candle_vllm.core.quantization.plain import ELEMENTS, convert
 
 STD = 0.02
 """Standard deviation of the numbers in a matrix, as models are initialised."""
+
+_CHUNK = 1 << 18
+"""Numbers that are made at a time."""
 
 _NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16"})
 """What config.json may call the type of its weights."""
@@ -46,27 +49,39 @@ class DummyTensor(FileTensor):
         device: where the numbers are made.
     """
 
-    device: torch.device
+    device: Device
 
-    def tensor(self) -> torch.Tensor:
+    def tensor(self) -> Any:
         """See `MadeByTorch`."""
-        values = torch.empty(self.shape, dtype=DTYPES[self.type_name], device=self.device)
-        if len(self.shape) > 1:
-            generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
-            values.normal_(0.0, STD, generator=generator)
-        else:
-            values.fill_(0.0 if self.name.endswith("bias") else 1.0)
-        return values
+        from candle_vllm.core.kernels.torch_numbers import normal, tensor_of
+
+        if self.device.type == "cpu":
+            return tensor_of(self.raw().view(ELEMENTS[self.type_name]).reshape(self.shape), self.type_name)
+        spread, middle = self._distribution()
+        return normal(self.shape, self.type_name, self.device, spread, middle, seed=zlib.crc32(self.name.encode()))
 
     def raw(self) -> np.ndarray:
         """See `StoredTensor.raw`; in memory of its own."""
-        return self.tensor().cpu().view(torch.uint8).numpy().reshape(math.prod(self.shape[:-1]), -1)
+        made = np.empty(self.numel, ELEMENTS[self.type_name])
+        spread, middle = self._distribution()
+        generator = np.random.default_rng(zlib.crc32(self.name.encode()))
+        for first in range(0, made.size, _CHUNK):
+            part = made[first : first + _CHUNK]
+            numbers = generator.standard_normal(part.size, np.float32) if spread else np.zeros(part.size, np.float32)
+            convert(numbers * np.float32(spread) + np.float32(middle), "F32", part, self.type_name)
+        return made.view(np.uint8).reshape(math.prod(self.shape[:-1]), -1)
+
+    def _distribution(self) -> tuple[float, float]:
+        """Standard deviation and mean."""
+        if len(self.shape) > 1:
+            return STD, 0.0
+        return 0.0, 0.0 if self.name.endswith("bias") else 1.0
 
     def release(self) -> None:
         """There is no file to let go of."""
 
 
-def open_dummy(config: Path, device: torch.device) -> Checkpoint:
+def open_dummy(config: Path, device: Device) -> Checkpoint:
     """The tensors that a model of this config would have, with Hugging Face's names.
 
     Parts of one stored tensor (the experts of a fused one) are tensors of their own, named by their place in the model.
@@ -123,7 +138,7 @@ def _type_name(fields: Fields) -> str:
     return _NAMES[fields.choice(key, "bfloat16", *_NAMES)]
 
 
-def _check_memory(config: Path, needed: int, device: torch.device) -> None:
+def _check_memory(config: Path, needed: int, device: Device) -> None:
     """A config may claim any size, and no file bounds it."""
     free = free_memory(device)
     if needed > free:

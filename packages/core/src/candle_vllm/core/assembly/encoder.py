@@ -17,7 +17,7 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.assembly.placement import DTYPES, device_dtype
+from candle_vllm.core.assembly.placement import device_dtype, torch_on
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, fitting
 from candle_vllm.core.errors import ConfigError
@@ -82,7 +82,7 @@ def _load_encoder(
     limit = _longest(config, files, model)
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
     pooling = None if model.scores else pooling_of(files, opened.metadata, model.hidden_size, "mean")
-    placement = Placement(device, device_dtype(config, device))
+    placement = torch_on(config, Placement(device, device_dtype(config, device)))
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -96,7 +96,7 @@ def _load_encoder(
         name=files.name,
         encoder=encoder,
         placement=placement,
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == placement.dtype),
+        dtype=placement.dtype.lower(),
         config=model,
         tokenizer=tokenizer,
         pooling=pooling,

@@ -7,34 +7,31 @@ import importlib.util
 import logging
 from collections import Counter
 
-import torch
-
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import Device, is_amd, use_threads
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.group_linear.layout import PART
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
-from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.threads import physical_cores
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+"""The settings of a type, and their names in `quantization/plain.py`."""
 
 _BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 """Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 
-def choose_placement(
-    config: EngineConfig, device: torch.device, checkpoint: Checkpoint, model: ModelConfig
-) -> Placement:
+def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint, model: ModelConfig) -> Placement:
     """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says.
 
     Raises:
@@ -42,9 +39,9 @@ def choose_placement(
     """
     quantised = any(tensor.dtype is None for tensor in checkpoint.tensors.values())
     dtype = device_dtype(config, device)
-    if device.type == "cuda" and dtype == torch.float16 and model.model_type in _BEYOND_F16:
+    if device.type == "cuda" and dtype == "F16" and model.model_type in _BEYOND_F16:
         dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.enforce_eager)
-    if config.deterministic and device.type == "cuda" and torch.version.hip is not None:
+    if config.deterministic and device.type == "cuda" and is_amd():
         raise ConfigError(
             "deterministic cannot be had on an AMD GPU, whose tensor instructions sum in orders that nobody has looked "
             "into: leave --deterministic out",
@@ -52,49 +49,57 @@ def choose_placement(
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
-        return in_torch
+        return torch_on(config, in_torch)
     if device.type == "cuda":
-        if quantised and in_torch.dtype == torch.float32:
+        if quantised and in_torch.dtype == "F32":
             raise ConfigError(
                 "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
                 "dtype",
             )
-        return dataclasses.replace(in_torch, keeps_quantised=quantised)
+        return torch_on(config, dataclasses.replace(in_torch, keeps_quantised=quantised))
     obstacle = recording_obstacle(checkpoint, model, config.block_size)
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
-        return Placement(device, torch.float32, WeightMemory(), wanted)
+        return Placement(device, "F32", WeightMemory(), wanted)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
-    return in_torch
+    return torch_on(config, in_torch)
 
 
-def device_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def torch_on(config: EngineConfig, placement: Placement) -> Placement:
+    """The placement, for which torch computes on as many threads as `config` says."""
+    use_threads(config.threads or physical_cores())
+    return placement
+
+
+def device_dtype(config: EngineConfig, device: Device) -> str:
     """The type of a model's numbers where no steps are recorded; "auto" is bfloat16 on a GPU that multiplies it.
 
     Raises:
         ConfigError: bfloat16 on a GPU that does not.
     """
     wanted = DTYPES.get(config.dtype)
-    if device.type == "cpu" or wanted in (torch.float32, torch.float16):
-        return wanted or torch.float32
+    if device.type == "cpu" or wanted in ("F32", "F16"):
+        return wanted or "F32"
+    from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
+
     found = capability(device)
     if found >= TENSOR_CORES:
-        return torch.bfloat16
+        return "BF16"
     if wanted is not None:
         raise ConfigError(
             f"dtype {config.dtype} needs compute capability 8.0 and {device} has {found // 10}.{found % 10}: leave "
             "--dtype out, or set f16 or f32",
             "dtype",
         )
-    return torch.float16
+    return "F16"
 
 
-def _beyond_f16(config: EngineConfig, device: torch.device, model: str, *, kept: bool) -> torch.dtype:
+def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool) -> str:
     """What a model computes in for which float16 is too small, and which it would get."""
     known = f"activations of {model} are known to leave the range of float16"
     if config.dtype == "f16":
         logger.warning("%s, and answers end in an error where they do: leave --dtype out, or set bf16 or f32", known)
-        return torch.float16
+        return "F16"
     if kept:
         raise ConfigError(
             f"{known}, {device} does not multiply bfloat16, and f32 cannot be had with quantised weights: set --device "
@@ -102,7 +107,7 @@ def _beyond_f16(config: EngineConfig, device: torch.device, model: str, *, kept:
             "dtype",
         )
     logger.warning("%s, and %s does not multiply bfloat16: the model computes in f32", known, device)
-    return torch.float32
+    return "F32"
 
 
 def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
@@ -126,7 +131,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
 def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
     """The types that matrices are multiplied in, the most frequent first: "bf16", or "int8, f16" of a mixed file."""
     if not placement.recorded:
-        return next(name for name, dtype in DTYPES.items() if dtype == placement.dtype)
+        return placement.dtype.lower()
     counts: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) >= 2:
@@ -141,11 +146,11 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if not (placement.recorded or placement.keeps_quantised):
-        return tensor.numel * placement.dtype.itemsize
+        return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
         return tensor.nbytes * 22 // 17 if tensor.type_name == "MXFP4" else tensor.nbytes  # as blocks of Q5_0
     if placement.keeps_quantised:
-        return tensor.numel * placement.dtype.itemsize
+        return tensor.numel * ELEMENTS[placement.dtype].itemsize
     kind = placement.plain_kind
     return tensor.numel * ELEMENTS[(tensor.dtype or "BF16") if kind is None else kind.name].itemsize
 
@@ -154,7 +159,9 @@ def _is_decoded(placement: Placement, tensor: StoredTensor) -> bool:
     """Whether no kernel has the tensor's scales; tables, and experts of mixed types, may be decoded besides."""
     if tensor.span is None:
         return False
-    unit = PART if placement.keeps_quantised else LEAST_SPAN
+    unit = LEAST_SPAN
+    if placement.keeps_quantised:
+        from candle_vllm.core.kernels.group_linear.layout import PART as unit
     return tensor.span < tensor.shape[-1] and tensor.span % unit != 0
 
 

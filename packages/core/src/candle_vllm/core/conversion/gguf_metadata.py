@@ -148,4 +148,4 @@ def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
 
 
 def _frequencies(rope: RopeConfig, config: ModelConfig) -> np.ndarray:
-    return inverse_frequencies(rope, config.max_position).numpy()
+    return inverse_frequencies(rope, config.max_position)

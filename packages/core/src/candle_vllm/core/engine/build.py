@@ -9,15 +9,16 @@ from types import MappingProxyType
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import use_threads
+from candle_vllm.core.devices import leave_cores_to_others
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, EagerRunner, EncoderRunner, ModelRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.memory import CachePlan, Room, available_memory, plan_cache
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import physical_cores
 
@@ -96,6 +97,8 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             raise ConfigError(
                 f"{loaded.name} reads texts whole and generates none, so {name} sets nothing: leave it out", name
             )
+    from candle_vllm.core.engine.eager_runner import EncoderRunner
+
     defaults = DEFAULTS[loaded.placement.device.type]
     return Engine(
         EncoderRunner(loaded.encoder, loaded.placement.device),
@@ -118,17 +121,19 @@ def _build_on_cpu(
             "together with --enforce-eager",
             "attention_backend",
         )
-    dtype_bytes = 2 if placement.recorded else placement.dtype.itemsize  # the compiled kernels keep bfloat16
+    dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
     plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(available_memory(), share))
     logger.info(plan.message)
     loaded.decoder.prepare(plan.max_model_len)
     Sampler.prepare(placement.device)
     if not placement.recorded:
-        eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.dtype)
+        from candle_vllm.core.engine.eager_runner import EagerRunner
+
+        eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.torch_dtype)
         return eager, plan
     from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 
-    use_threads(1)  # torch's own pool would take the cores from the kernels' threads
+    leave_cores_to_others()
     limits = StepLimits(
         tokens=budget,
         sequences=sequences,

@@ -13,7 +13,7 @@ import torch
 
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import give_back
+from candle_vllm.core.devices import Device, give_back
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.errors import ConfigError
@@ -51,7 +51,7 @@ def build_on_gpu(
             "stands against it (--disable-cuda-graph, --enforce-eager, --attention-backend)",
             "max_cudagraph_capture_size",
         )
-    dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.dtype
+    dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.torch_dtype
     limits = DeviceLimits(budget, sequences, -(-model.max_position // config.block_size), config.block_size)
     stream = CudaStream(device)
     give_back()
@@ -95,7 +95,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
     model, placement = loaded.config, loaded.placement
     return AttentionNeeds(
         capability=(capability(placement.device) // 10, capability(placement.device) % 10),
-        dtype=placement.dtype,
+        dtype=placement.torch_dtype,
         head_dim=model.cache.key_dim,
         block_size=config.block_size,
         windows=any(window is not None for window in model.sliding_windows),
@@ -126,7 +126,7 @@ def _peak(work: Work, stream: DeviceStream) -> int:
     return max(0, peak)
 
 
-def _too_little(budget: int, sequences: int, device: torch.device) -> ConfigError:
+def _too_little(budget: int, sequences: int, device: Device) -> ConfigError:
     free, total = (size // MIB for size in torch.cuda.mem_get_info(device))
     ways = []
     if budget > sequences:

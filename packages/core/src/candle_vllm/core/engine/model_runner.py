@@ -8,15 +8,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.request import PoolingRequest
-from candle_vllm.core.engine.sequence import Run, Tokens
-from candle_vllm.core.kernels.attention.rows import AttentionRows
-from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.family import Decoder, Encoder
+from candle_vllm.core.engine.sequence import Tokens
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -57,8 +53,11 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def score(self, rows: Ints) -> torch.Tensor:
-        """Logits [len(rows), V] of any rows of the last step; at most `MAX_SCORED_ROWS`. Overwrites earlier logits."""
+    def score(self, rows: Ints) -> Value:
+        """Logits [len(rows), V] of any rows of the last step; at most `MAX_SCORED_ROWS`. Overwrites earlier logits.
+
+        An array where steps are recorded, else a tensor.
+        """
         ...
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
@@ -89,11 +88,11 @@ class StepwiseRunner(ABC):
     """A `ModelRunner` that has finished what it starts when it returns; the sampler gets its logits."""
 
     overlaps = False
-    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+    fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self) -> None:
         self._sampler = Sampler()
-        self._drawn_from = torch.empty(0)
+        self._drawn_from: Value = None
         self._drafts: list[Tokens] | None = None
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:  # noqa: ARG002  # drawn at once
@@ -108,115 +107,19 @@ class StepwiseRunner(ABC):
         return Landed(list(zip(self._sampler.sample(self._drawn_from, states))) if states else [])
 
     @abstractmethod
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> Value:
         """Runs a step: its keys and values are in the cache afterwards. Returns logits [len(drawn_rows), V] in fp32.
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """
 
     @abstractmethod
-    def score(self, rows: Ints) -> torch.Tensor:
+    def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
 
     @abstractmethod
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """Hidden states [len(rows), E] in fp32 of rows of the last step, behind the last norm."""
-
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
-        return self.hidden(rows).sum(0, dtype=torch.float64).cpu().numpy()
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """See `ModelRunner`."""
-
-
-class EagerRunner(StepwiseRunner):
-    """Runs the layers one operation after the other, in torch.
-
-    Args:
-        decoder: the model with its weights.
-        num_blocks, block_size: shape of the cache.
-        device, dtype: where the cache lives, and its numbers.
-    """
-
-    def __init__(
-        self, decoder: Decoder, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        config = decoder.config
-        rows = (num_blocks, block_size, config.cache.kv_heads)
-        keys, values = (*rows, config.cache.key_dim), (*rows, config.cache.value_dim)
-        super().__init__()
-        self.decoder = decoder
-        self.device = device
-        # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
-        self.key_caches = tuple(torch.empty(keys, device=device, dtype=dtype) for _ in range(config.num_layers))
-        self.value_caches = tuple(torch.empty(values, device=device, dtype=dtype) for _ in range(config.num_layers))
-        self._hidden = torch.empty(0, config.hidden_size)
-
-    @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        token_ids, positions, slots, tables = (
-            torch.from_numpy(array).to(self.device)
-            for array in (batch.token_ids, batch.positions, batch.slots, batch.block_tables)
-        )
-        rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
-        step = StepInput(positions, slots, rows, self.key_caches, self.value_caches)
-        self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.drawn_rows)
-
-    @torch.inference_mode()
-    def score(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`."""
-        return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
-
-    @torch.inference_mode()
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        return self._hidden[torch.from_numpy(rows).to(self.device)].float()
-
-
-class EncoderRunner(StepwiseRunner):
-    """Runs an encoder over whole texts; there is no cache, and nothing to draw.
-
-    A cross-encoder's hidden state of each position is the score of its text, [1].
-    """
-
-    def __init__(self, encoder: Encoder, device: torch.device) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.device = device
-        self._hidden = torch.empty(0)
-
-    @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        lengths = [run.count for run in batch.runs]
-        kinds = np.concatenate([_token_types(run) for run in batch.runs])
-        token_ids, places, types = (
-            torch.from_numpy(array).to(self.device) for array in (batch.token_ids, batch.positions, kinds)
-        )
-        hidden = self.encoder.forward(token_ids, places, types, lengths)
-        if self.encoder.config.scores:
-            first = torch.from_numpy(batch.query_start[:-1]).to(self.device)
-            hidden = self.encoder.scores(hidden[first])[:, None].repeat_interleave(
-                torch.tensor(lengths, device=self.device), 0
-            )
-        self._hidden = hidden
-        return self._drawn_from
-
-    def score(self, rows: Ints) -> torch.Tensor:
-        """An encoder has no logits."""
-        raise NotImplementedError
-
-    @torch.inference_mode()
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        return self._hidden[torch.from_numpy(rows).to(self.device)].float()
-
-
-def _token_types(run: Run) -> Ints:
-    """[count] which of a pair's texts each token belongs to."""
-    request = run.sequence.request
-    assert isinstance(request, PoolingRequest)
-    return np.array(request.token_type_ids or [0] * run.count, np.int64)

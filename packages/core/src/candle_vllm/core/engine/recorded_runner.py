@@ -7,14 +7,14 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import StepwiseRunner
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
-from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
@@ -42,8 +42,8 @@ class RecordedRunner(StepwiseRunner):
         keys, values = _caches(config, num_blocks, limits.block_size)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
-        nothing = torch.empty(0)
-        step = StepInput(nothing, nothing, AttentionRows((), (), nothing), keys, values)
+        nothing: Any = None  # what varies is read when the plan runs
+        step = StepInput(nothing, nothing, nothing, keys, values)
         self._caches = (keys, values)
         self._hidden: Recorded = decoder.forward(step_tokens(recorder), step)
         head_start, layer_rows = len(recorder.plan), recorder.num_rows
@@ -52,10 +52,10 @@ class RecordedRunner(StepwiseRunner):
         self._plan = np.array(recorder.plan, np.int64)
         self._num_rows = recorder.num_rows
         self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
-        self._logits = torch.from_numpy(recorder.logits)
+        self._logits = recorder.logits
         self._team = ThreadTeam(limits.threads)
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
         arrays, count, sequences = self._recorder.arrays, len(batch.token_ids), len(batch.context_lens)
         arrays.token_ids[:count] = batch.token_ids
@@ -68,19 +68,19 @@ class RecordedRunner(StepwiseRunner):
         arrays.numbers[StepNumber.SEQUENCES] = sequences
         return self._with_rows(batch.drawn_rows, self._plan, self._num_rows)
 
-    def score(self, rows: Ints) -> torch.Tensor:
+    def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
         return self._with_rows(rows, self._head, self._head_rows)
 
-    def hidden(self, rows: Ints) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        return self._hidden.rows(rows)
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`."""
+        return self._hidden.rows(rows).sum(0, dtype=np.float64)
 
     def close(self) -> None:
         """Ends the team's threads."""
         self._team.close()
 
-    def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> torch.Tensor:
+    def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays = self._recorder.arrays
         arrays.logit_rows[: len(rows)] = rows
         arrays.numbers[StepNumber.LOGIT_ROWS] = len(rows)

@@ -1,4 +1,4 @@
-"""How stored matrices become those of a backend: laid out for its kernels, or decoded where it has none for them.
+"""How stored matrices become those of a GPU, laid out for its kernels or decoded where it has none, or torch's.
 
 Each gives the matrix, and why a quantised one takes more memory there than it is stored in, for a log.
 """
@@ -6,99 +6,17 @@ Each gives the matrix, and why a quantised one takes more memory there than it i
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.matrices import BlockMatrix, CodeMatrix, DeviceMatrix, TensorMatrix
 from candle_vllm.core.kernels.torch_numbers import check_range, load_tensor
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.tensors import StoredTensor
-
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-    from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
-    from candle_vllm.core.kernels.recorded import Matrix
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordedBackend:
-    """The compiled kernels of the CPU.
-
-    Attributes:
-        memory: where matrices go.
-        kind: what plain ones become; None keeps each one's own type.
-        groups: whether the layer brings its input to an order of the matrix's own.
-        floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
-    """
-
-    memory: WeightMemory
-    kind: PlainKind | None
-    groups: bool
-    floats_kept: bool
-
-    def plain(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
-        """See `Backend.plain`."""
-        from candle_vllm.core.kernels import plain_linear
-
-        assert stored.dtype is not None
-        rows, columns = stored.shape
-        return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
-
-    def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[Matrix, str | None]:
-        """See `Backend.blocks`."""
-        from candle_vllm.core.kernels import packed_linear
-
-        blocks, (rows, columns) = read(), stored.shape
-        matrix = packed_linear.pack(blocks.raw, blocks.type, rows, columns, self.memory)
-        return dataclasses.replace(matrix, order=blocks.order), None
-
-    def codes(
-        self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
-    ) -> tuple[Matrix, str | None]:
-        """See `Backend.codes`: blocks that hold the numbers exactly, else plain ones."""
-        del read
-        found = blocks()
-        if found is None:
-            return self._decoded(stored, "no blocks of GGUF hold them exactly")
-        if found.order is not None and not self.groups:
-            return self._decoded(stored, "no blocks of GGUF hold them exactly in the order of their inputs")
-        return self.blocks(stored, lambda: found)
-
-    def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:
-        """See `Backend.floats`."""
-        from candle_vllm.core.kernels import scaled_linear
-
-        if not self.floats_kept:
-            return self._decoded(stored, "such a layer has no kernel for small floats")
-        try:
-            scaled_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
-            return scaled_linear.pack(read(), self.memory), None
-        except UnsupportedModelError as error:
-            return self._decoded(stored, str(error))
-
-    def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
-        """Matrices of plain numbers, whatever is stored [..., N, K]; what is decoded becomes bfloat16, or `kind`."""
-        from candle_vllm.core.kernels import plain_linear
-
-        *outer, rows, columns = stored.shape
-        if stored.quantised:
-            dtype = "BF16" if self.kind is None else "F32"  # a narrower kind is checked for numbers beyond its range
-            raw = stored.load(dtype).view(np.uint8)
-        else:
-            assert stored.dtype is not None
-            dtype, raw = stored.dtype, stored.raw()
-        each = raw.reshape(math.prod(outer), -1)
-        return [plain_linear.pack(matrix, dtype, rows, columns, self.kind, self.memory) for matrix in each]
-
-    def _decoded(self, stored: StoredTensor, why: str) -> tuple[Matrix, str | None]:
-        (matrix,) = self.numbers(stored)
-        return matrix, why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +28,7 @@ class PlainBackend:
         dtype: of plain ones, and of activations.
     """
 
-    device: torch.device
+    device: torch.device | Device
     dtype: torch.dtype
 
     def plain(self, stored: StoredTensor) -> tuple[DeviceMatrix, str | None]:

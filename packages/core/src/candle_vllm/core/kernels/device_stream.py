@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.devices import Device
+
 Work: TypeAlias = Callable[[], None]
 
 
@@ -90,8 +92,8 @@ class Sent:
 class CudaStream:
     """A CUDA stream of its own, and graphs whose passing tensors share one pool of memory."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | Device) -> None:
+        self.device = torch.device(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self.join()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def on_gpu(x: torch.Tensor) -> bool:

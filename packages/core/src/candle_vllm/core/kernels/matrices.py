@@ -19,7 +19,6 @@ from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.group_linear import GroupMatrix
 from candle_vllm.core.kernels.group_linear.reference import dequantise as dequantise_groups
 from candle_vllm.core.kernels.linear import linear
-from candle_vllm.core.kernels.recorded import Recorded, Value
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.linear.triton_products import Operand
@@ -160,13 +159,13 @@ def joined(matrices: Sequence[DeviceMatrix]) -> list[DeviceMatrix]:
     return [group[0].joined(group) for group in groups]
 
 
-def multiply(x: Value, matrices: Sequence[Piece], bias: torch.Tensor | None, *, invariant: bool) -> Value:
+def multiply(
+    x: torch.Tensor, matrices: Sequence[DeviceMatrix], bias: torch.Tensor | None, *, invariant: bool
+) -> torch.Tensor:
     """x [T, K] to x W^T + bias [T, N], where W is matrices above each other; see the kernels' contracts.
 
     The bias is added by the kernels, while they have the sums.
     """
-    if isinstance(x, Recorded):
-        return x.linear(matrices, bias)
     if len(matrices) == 1:
         return matrices[0].multiply(x, bias, invariant=invariant)
     sizes = [matrix.rows for matrix in matrices]

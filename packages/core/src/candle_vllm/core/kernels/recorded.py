@@ -10,17 +10,18 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
 
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu"]
+"""Without a gate, see `kernels/activation`."""
+
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
-    from candle_vllm.core.kernels.activation.reference import Activation
     from candle_vllm.core.kernels.activation_rows import InputForm
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.moe import arguments as moe
@@ -75,19 +76,19 @@ class Recorded(ABC):
         """This value, changed in place; `other` is a matrix's result or a norm. Two results are a result in turn."""
 
     @abstractmethod
-    def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:
+    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
         """See `kernels/rms_norm`."""
 
     @abstractmethod
-    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Recorded:
+    def layer_norm(self, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, eps: float) -> Recorded:
         """See `kernels/layer_norm`."""
 
     @abstractmethod
-    def rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> Recorded:
+    def rotary(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> Recorded:
         """See `kernels/rotary`."""
 
     @abstractmethod
-    def position_scale(self, table: torch.Tensor) -> Recorded:
+    def position_scale(self, table: NDArray[np.float32]) -> Recorded:
         """See `kernels/position_scale`."""
 
     @abstractmethod
@@ -103,7 +104,7 @@ class Recorded(ABC):
         """See `kernels/activation`."""
 
     @abstractmethod
-    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
         """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side."""
 
     @abstractmethod
@@ -115,7 +116,7 @@ class Recorded(ABC):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: RecordedPairs,
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         activation: moe.Activation | None,
     ) -> RecordedRows:
         """See `kernels/moe`; a matrix of every expert in each list, whose results stand side by side."""
@@ -131,7 +132,7 @@ class Recorded(ABC):
         scale: float,
         window: int | None,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sinks: NDArray[np.float32] | None = None,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q."""
 
@@ -144,11 +145,11 @@ class Recorded(ABC):
         """The rows whose successor is wanted, for a product alone."""
 
     @abstractmethod
-    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
         """The step's scores, of a product of wanted rows: a bias is added, then as `kernels/scale_cap` says."""
 
     @abstractmethod
-    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
         """What some rows were when a step ran last: a copy [len(wanted), width]. Of what the layers gave last only."""
 
 
@@ -160,7 +161,7 @@ class RecordedRows(ABC):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: RecordedPairs,
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         activation: moe.Activation | None,
     ) -> RecordedRows:
         """See `Recorded.expert_linear`."""

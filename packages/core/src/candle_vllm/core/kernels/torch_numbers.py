@@ -50,6 +50,14 @@ def tensor_of(values: np.ndarray, name: str) -> torch.Tensor:
     return torch.from_numpy(values.reshape(-1).view(np.uint8)).view(DTYPES[name]).view(values.shape)
 
 
+def normal(
+    shape: tuple[int, ...], name: str, device: torch.device | str, spread: float, middle: float, *, seed: int
+) -> torch.Tensor:
+    """Numbers of a type around `middle`, with this standard deviation, made on a device."""
+    values = torch.full(shape, middle, dtype=DTYPES[name], device=device)
+    return values.normal_(middle, spread, generator=torch.Generator(device).manual_seed(seed)) if spread else values
+
+
 @runtime_checkable
 class MadeByTorch(Protocol):
     """A stored tensor whose numbers are made on a device, in their stored type."""
@@ -101,6 +109,18 @@ def load_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], dtype: torc
         scratch_bytes[:count] = data[start : start + count]
         convert(scratch[: part.numel()], part)
     return out
+
+
+def empty(shape: tuple[int, ...], name: str, device: torch.device | str) -> torch.Tensor:
+    """Memory for numbers of a type."""
+    return torch.empty(shape, dtype=DTYPES[name], device=device)
+
+
+def fill(tensor: torch.Tensor, stored: StoredTensor) -> None:
+    """Decodes a stored tensor into a tensor of its shape; what goes to a GPU is converted there."""
+    values = load_tensor(stored, torch.float32 if tensor.device.type == "cpu" else None)
+    tensor.copy_(values.to(tensor.device))
+    check_range(stored, tensor)
 
 
 def convert(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from candle_vllm.core.devices import Device
+
 logger = logging.getLogger(__name__)
 
 CAPABILITIES = (75, 80, 90, 100, 120)
@@ -58,7 +60,7 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _AMD_USAGE = re.compile(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)")
 
 
-def capability(device: torch.device) -> int:
+def capability(device: torch.device | Device) -> int:
     """A GPU's compute capability, 90 for 9.0; so too under the interpreter. AMD's GPUs, whose numbers mean something
     else, all have `AMD`."""
     if device.type != "cuda":
@@ -67,7 +69,7 @@ def capability(device: torch.device) -> int:
 
 
 @functools.cache  # asked at every launch
-def _nvidia_capability(device: torch.device) -> int:
+def _nvidia_capability(device: torch.device | Device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -229,7 +231,7 @@ _COMPILERS = 16  # threads; what Triton does in Python it does in one of them at
 _TURN = threading.Lock()  # one start at a time has Triton's launches changed
 
 
-def compile_together(work: Callable[[], None], device: torch.device) -> int:
+def compile_together(work: Callable[[], None], device: torch.device | Device) -> int:
     """Compiles the forms of all kernels that `work` launches, in parallel, and loads them; launches none of them.
 
     What else `work` does is done, on memory in which the kernels wrote nothing: numbers mean nothing, and places that
@@ -275,7 +277,7 @@ def compile_together(work: Callable[[], None], device: torch.device) -> int:
 class _Compilers(ThreadPoolExecutor):
     """Threads that compile forms for a device, and load them there."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | Device) -> None:
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads, self.forms = min(_COMPILERS, usable), 0
         on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}

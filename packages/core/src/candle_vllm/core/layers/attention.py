@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from candle_vllm.core.kernels.attention import paged_attention
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -15,14 +13,14 @@ from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import rotary_write
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import TensorParameter
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:
-    """The tensors of one step, as every layer sees them.
+    """The tensors of one step, as every layer sees them; in a recorded one there are caches alone.
 
     Attributes:
         positions: [T] int64, each token's position in its sequence; on a GPU int32.
@@ -34,13 +32,13 @@ class StepInput:
         attend: what computes attention; see `kernels/attention`.
     """
 
-    positions: torch.Tensor
-    slots: torch.Tensor
+    positions: Value
+    slots: Value
     rows: AttentionRows | DeviceRows
     key_caches: tuple[Any, ...]
     value_caches: tuple[Any, ...]
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None
-    attend: Callable[..., torch.Tensor] = paged_attention
+    cache_scales: tuple[Value, Value] | None = None
+    attend: Callable[..., Value] = paged_attention
 
 
 class PagedAttention:
@@ -72,7 +70,7 @@ class PagedAttention:
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sinks: Value | None = None,
     ) -> None:
         self.layer = layer
         self.rotary = rotary
@@ -81,12 +79,12 @@ class PagedAttention:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
         self.sinks = sinks
-        self.cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.cache_scales: tuple[Value, Value] | None = None
 
-    def scale_cache(self, keys: float, values: float, device: torch.device) -> None:
+    def scale_cache(self, keys: float, values: float, placement: Placement) -> None:
         """Gives the layer scales of its own."""
-        k, v = (torch.tensor([scale], dtype=torch.float32, device=device) for scale in (keys, values))
-        self.cache_scales = (k, v)
+        self.cache_scales = k, v = placement.empty(1), placement.empty(1)
+        k[0], v[0] = keys, values
 
     def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
         caches = (step.key_caches[self.layer], step.value_caches[self.layer])

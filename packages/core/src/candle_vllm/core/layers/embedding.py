@@ -36,14 +36,14 @@ class Embedding:
     ) -> None:
         self.scale, self.logit_scale, self.softcap = scale, logit_scale, softcap
         self.bias = placement.empty(vocab_size) if bias else None
-        self._dtype = placement.dtype
+        self._placement = placement
         self.table = Linear(size, vocab_size, placement, kept=False)
 
     def __call__(self, token_ids: Value) -> Value:
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, self.scale)
-        rows = matrix.take(token_ids, self._dtype)
+        rows = matrix.take(token_ids, self._placement.torch_dtype)
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -31,7 +29,7 @@ class HeadMatrices:
         self._placement = placement
         self.numbers: Any = None  # a tensor, or in recorded steps every head's matrix
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Value) -> Value:
         """x [T, H, I] -> [T, H, O]."""
         return head_linear(x, self.numbers, invariant=self._placement.invariant)
 

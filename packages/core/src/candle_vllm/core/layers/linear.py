@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece, TensorMatrix, joined, multiply
 from candle_vllm.core.kernels.moe import Activation, expert_linear
-from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Linear:
             self._places = {f"{name}.{e}.": (e, rows[name]) for e in range(experts) for name in sizes}
         else:
             self._places = {f"{name}." if name else "": (..., rows[name]) for name in sizes}
-        shape, dtype = ((experts, ends[-1]), torch.float32) if experts else ((ends[-1],), placement.dtype)
-        self.bias = torch.empty(shape, device=placement.device, dtype=dtype) if bias else None
+        shape, dtype = ((experts, ends[-1]), "F32") if experts else ((ends[-1],), placement.dtype)
+        self.bias = placement.empty(*shape, dtype=dtype) if bias else None
         self.pieces: dict[str, Piece] = {}
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
@@ -76,6 +76,10 @@ class Linear:
         """
         invariant = self._placement.invariant
         if pairs is None:
+            if isinstance(x, Recorded):
+                return x.linear(self.matrices, self.bias)
+            from candle_vllm.core.kernels.matrices import multiply
+
             return multiply(x, self.matrices, self.bias, invariant=invariant)
         return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant)
 
@@ -86,6 +90,8 @@ class Linear:
         if self._placement.recorded:
             each = len(pieces) // max(1, self._experts)
             return [pieces[n::each] for n in range(each)] if self._experts else pieces
+        from candle_vllm.core.kernels.matrices import joined
+
         self.pieces.clear()
         return [self._one(pieces)] if self._experts else joined(pieces)
 
@@ -95,15 +101,17 @@ class Linear:
 
     def _one(self, pieces: Sequence[DeviceMatrix]) -> DeviceMatrix:
         """Experts are one matrix: of all rows as they are where all are stored alike, else of plain numbers."""
+        from candle_vllm.core.kernels.matrices import TensorMatrix
+
         kinds = {piece.kind for piece in pieces}
         if len(kinds) > 1:
             logger.warning("experts of several types (%s) are decoded, which takes memory", ", ".join(sorted(kinds)))
-            pieces = [TensorMatrix(piece.decoded(self._placement.dtype)) for piece in pieces]
+            pieces = [TensorMatrix(piece.decoded(self._placement.torch_dtype)) for piece in pieces]
         return pieces[0].joined(pieces)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded; a shard's has fewer rows or columns, and cuts what it is given."""
-        backend = self._placement.backend(groups=self._kept and not self._experts, floats=self._kept)
+        backend = partial(self._placement.backend, groups=self._kept and not self._experts, floats=self._kept)
         found: dict[str, Parameter] = {}
         for prefix, (expert, rows) in self._places.items():
             shape = (rows.stop - rows.start, self.in_features)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.kernels.moe import (
@@ -78,9 +76,9 @@ class Router:
     """Scores of experts: x [T, E] -> logits [T, X], in fp32 whatever the model's other weights are."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        exact = dataclasses.replace(placement, dtype=torch.float32, plain_kind=PlainKind.F32, keeps_quantised=False)
+        exact = dataclasses.replace(placement, dtype="F32", plain_kind=PlainKind.F32, keeps_quantised=False)
         self.scores = Linear(hidden_size, mixture.experts, exact, bias=mixture.router_bias, kept=False)
-        self.correction = torch.empty(mixture.experts, device=placement.device) if mixture.correction else None
+        self.correction = placement.empty(mixture.experts) if mixture.correction else None
 
     def __call__(self, x: Value) -> Value:
         return self.scores(x if isinstance(x, Recorded) else x.float())
@@ -118,7 +116,7 @@ class SparseMLP:
     """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        self._mixture, self._dtype = mixture, placement.dtype
+        self._mixture = mixture
         self.router = Router(hidden_size, mixture, placement)
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
@@ -129,7 +127,8 @@ class SparseMLP:
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         pairs = route(logits, self._routing())
-        return combine(self.experts(x, pairs), pairs, self._dtype, shared, gate)
+        dtype = None if isinstance(x, Recorded) else x.dtype
+        return combine(self.experts(x, pairs), pairs, dtype, shared, gate)
 
     def _routing(self) -> Routing:
         mixture = self._mixture

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.backends import DeviceBackend, PlainBackend, RecordedBackend
-from candle_vllm.core.kernels.matrices import Piece
-from candle_vllm.core.kernels.torch_numbers import check_range, load_tensor
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.backends import PlainBackend
+    from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 
-Packed: TypeAlias = tuple[Piece, str | None]
+Packed: TypeAlias = tuple[Any, str | None]
 """A matrix, and why a quantised one takes more memory than it is stored in, for a log."""
 
 
@@ -29,30 +32,53 @@ class Placement:
 
     Attributes:
         device: of tensors.
-        dtype: of tensors; where steps are not recorded, of matrices and activations too.
+        dtype: of matrices and activations where steps are not recorded, by its name in `quantization/plain.py`.
         weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
             the layers run op by op in torch.
         plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
         keeps_quantised: where steps are not recorded, quantised matrices stay as they are stored, in the layouts of
             the GPU's kernels; else they become plain numbers of `dtype`.
         invariant: a token's numbers do not depend on what else is in the step, at some cost.
+        shapes_only: there is no memory behind what `empty` gives, and nothing is loaded.
     """
 
-    device: torch.device
-    dtype: torch.dtype
+    device: Device
+    dtype: str
     weight_memory: WeightMemory | None = None
     plain_kind: PlainKind | None = None
     keeps_quantised: bool = False
     invariant: bool = False
+    shapes_only: bool = False
 
     @property
     def recorded(self) -> bool:
         """Matrices keep their types, and steps are recorded."""
         return self.weight_memory is not None
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Memory for a tensor that stays plain: norms and biases are fp32."""
-        return torch.empty(shape, device=self.device, dtype=torch.float32)
+    @property
+    def torch_dtype(self) -> Any:
+        """`dtype` as torch has it."""
+        from candle_vllm.core.kernels.torch_numbers import DTYPES
+
+        return DTYPES[self.dtype]
+
+    def empty(self, *shape: int, dtype: str = "F32") -> Value:
+        """Memory for numbers that stay plain, as norms and biases: an array where steps are recorded, else a tensor."""
+        if self.shapes_only:
+            return np.broadcast_to(np.zeros((), ELEMENTS[dtype]), shape)
+        if self.recorded:
+            return np.empty(shape, ELEMENTS[dtype])
+        from candle_vllm.core.kernels.torch_numbers import empty
+
+        return empty(shape, dtype, self.device)
+
+    def constant(self, numbers: NDArray[np.float32]) -> Value:
+        """Numbers of the host that stay as they are: themselves where steps are recorded, else a tensor."""
+        if self.recorded:
+            return numbers
+        from candle_vllm.core.kernels.torch_numbers import tensor_of
+
+        return tensor_of(numbers, "F32").to(self.device)
 
     def backend(self, *, groups: bool = False, floats: bool = False) -> RecordedBackend | PlainBackend:
         """What packs a layer's matrices.
@@ -62,20 +88,24 @@ class Placement:
             floats: the layer multiplies small floats with scales.
         """
         if self.weight_memory is not None:
+            from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
+
             return RecordedBackend(self.weight_memory, self.plain_kind, groups, floats)
+        from candle_vllm.core.kernels.backends import DeviceBackend, PlainBackend
+
         if not self.keeps_quantised:
-            return PlainBackend(self.device, self.dtype)
-        return DeviceBackend(self.device, self.dtype, groups, floats)
+            return PlainBackend(self.device, self.torch_dtype)
+        return DeviceBackend(self.device, self.torch_dtype, groups, floats)
 
 
-SHAPES = Placement(torch.device("meta"), torch.float32)
+SHAPES = Placement(CPU, "F32", shapes_only=True)
 """Where a model has shapes and no memory."""
 
 
 class TensorParameter:
-    """A plain tensor that stored numbers are copied into."""
+    """A plain tensor, or array, that stored numbers are copied into."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: Value) -> None:
         self._tensor = tensor
 
     @property
@@ -85,9 +115,12 @@ class TensorParameter:
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Decodes the tensor and copies it; what goes to a GPU is converted there."""
-        values = load_tensor(stored, torch.float32 if self._tensor.device.type == "cpu" else None)
-        self._tensor.copy_(values.to(self._tensor.device))
-        check_range(stored, self._tensor)
+        if isinstance(self._tensor, np.ndarray):
+            self._tensor[...] = stored.load("F32")
+            return
+        from candle_vllm.core.kernels.torch_numbers import fill
+
+        fill(self._tensor, stored)
 
 
 class MatrixParameter:
@@ -96,17 +129,19 @@ class MatrixParameter:
     Args:
         pieces, name: where the matrix goes.
         shape: [N, K].
-        backend: what packs it.
+        backend: gives what packs it.
     """
 
-    def __init__(self, pieces: dict[str, Piece], name: str, shape: tuple[int, int], backend: Backend[Packed]) -> None:
+    def __init__(
+        self, pieces: dict[str, Any], name: str, shape: tuple[int, int], backend: Callable[[], Backend[Packed]]
+    ) -> None:
         self._pieces, self._name, self._backend = pieces, name, backend
         self.shape = shape
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Packs the tensor."""
         with naming_tensor(stored):
-            self._pieces[self._name], why = stored.pack_for(self._backend)
+            self._pieces[self._name], why = stored.pack_for(self._backend())
         return why
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.position_scale import position_scale
@@ -37,14 +37,14 @@ class Rotary:
 
     def __init__(self, rope: RopeConfig, max_position: int, placement: Placement, *, factors: bool = False) -> None:
         self.max_position = max_position
-        self.device = placement.device
+        self._placement = placement
         self._scale = attention_scale(rope)
         self._frequencies = inverse_frequencies(rope, max_position)
         _check_angles(self._frequencies, max_position, f"the rotary settings {rope}")
-        self._factors = torch.ones(rope.dim // 2) if factors else None
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._factors = np.ones(rope.dim // 2, np.float32) if factors else None
+        self._tables: tuple[Value, Value] | None = None
         self._growth, self._original = rope.query_scale, rope.original_max_position
-        self._query_factors: torch.Tensor | None = None
+        self._query_factors: Value | None = None
 
     def prepare(self, positions: int) -> None:
         """Makes the tables for positions below `positions`; larger ones that are there already stay.
@@ -56,29 +56,32 @@ class Rotary:
             self._tables = self._make_tables(positions)
 
     @property
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self) -> tuple[Value, Value]:
         """cos and sin [P, R/2] in fp32; for the whole context where `prepare` was not called."""
         if self._tables is None:
             self._tables = self._make_tables(self.max_position)
         return self._tables
 
-    def _make_tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _make_tables(self, positions: int) -> tuple[Value, Value]:
+        """The angles are float32, as models are trained with; their cosines and sines are rounded from exact ones."""
+        constant = self._placement.constant
         frequencies = self._frequencies if self._factors is None else self._frequencies / self._factors
         if self._growth and positions > self._original:
-            periods = torch.arange(positions, dtype=torch.float32).div(self._original, rounding_mode="floor")
-            self._query_factors = (1 + self._growth * periods.log1p()).to(self.device)
-        angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * frequencies
-        cos = angles.cos().mul_(self._scale).to(self.device)
-        return cos, angles.sin_().mul_(self._scale).to(self.device)
+            periods = np.arange(positions) // self._original
+            self._query_factors = constant((1 + self._growth * np.log1p(periods)).astype(np.float32))
+        angles = (np.arange(positions, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+        scale = np.float32(self._scale)
+        cos, sin = (constant(function(angles).astype(np.float32) * scale) for function in (np.cos, np.sin))
+        return cos, sin
 
-    def scaled(self, q: Value, positions: torch.Tensor) -> Value:
+    def scaled(self, q: Value, positions: Value) -> Value:
         """Queries [T, H, D] times their position's factor; as they are where it is 1 everywhere."""
         if self._growth == 0 or len(self.tables[0]) <= self._original:
             return q
         assert self._query_factors is not None, "they are made with the tables"
         return position_scale(q, positions, self._query_factors)
 
-    def __call__(self, q: Value, k: Value, positions: torch.Tensor) -> tuple[Value, Value]:
+    def __call__(self, q: Value, k: Value, positions: Value) -> tuple[Value, Value]:
         """Both rotated: q [T, H, D], k [T, K, D]."""
         return rotary_pair(q, k, positions, *self.tables)
 
@@ -92,7 +95,7 @@ class Rotary:
 class _Factors(TensorParameter):
     """Divisors of the frequencies, checked as they come."""
 
-    def __init__(self, factors: torch.Tensor, frequencies: torch.Tensor, max_position: int) -> None:
+    def __init__(self, factors: np.ndarray, frequencies: np.ndarray, max_position: int) -> None:
         super().__init__(factors)
         self._factors = factors
         self._frequencies = frequencies
@@ -101,13 +104,16 @@ class _Factors(TensorParameter):
     def fill(self, stored: StoredTensor) -> str | None:
         """Copies the tensor."""
         why = super().fill(stored)
-        _check_angles(self._frequencies / self._factors, self._max_position, f"the tensor {stored.name}")
+        with np.errstate(all="ignore"):
+            frequencies = self._frequencies / self._factors
+        _check_angles(frequencies, self._max_position, f"the tensor {stored.name}")
         return why
 
 
-def _check_angles(frequencies: torch.Tensor, max_position: int, source: str) -> None:
+@np.errstate(all="ignore")
+def _check_angles(frequencies: np.ndarray, max_position: int, source: str) -> None:
     """Cosines and sines are finite where the largest angles are."""
-    if not bool((frequencies >= 0).all() and (frequencies * max_position).isfinite().all()):
+    if not ((frequencies >= 0).all() and np.isfinite(frequencies * np.float32(max_position)).all()):
         raise InvalidFileError(f"{source} gives rotary frequencies that are negative, infinite or not a number")
 
 
@@ -129,7 +135,8 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
+@np.errstate(all="ignore")  # what is not finite is refused where it is used
+def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
     """Angle per position [R/2] in fp32, for a context of `max_position` tokens.
 
     Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, taken at the longest context from the start, so
@@ -141,7 +148,8 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
     if rope.kind == "dynamic" and max_position > rope.original_max_position:
         stretch = rope.factor * max_position / rope.original_max_position - (rope.factor - 1)
         theta *= stretch ** (rope.dim / (rope.dim - 2))
-    plain = 1.0 / theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    exponents = (np.arange(0, rope.dim, 2, dtype=np.float32) / rope.dim).astype(np.float64)
+    plain = 1 / np.power(np.float64(np.float32(theta)), exponents).astype(np.float32)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
@@ -149,20 +157,20 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> torch.Tensor:
     if rope.kind == "yarn":
         return _yarn(plain, rope)
     if rope.kind == "longrope":
-        return plain / torch.tensor(
-            rope.long_factor if max_position > rope.original_max_position else rope.short_factor
+        return plain / np.array(
+            rope.long_factor if max_position > rope.original_max_position else rope.short_factor, np.float32
         )
     return plain
 
 
-def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Slow dimensions are stretched, fast ones kept, those between blended."""
     turns = rope.original_max_position * plain / (2 * math.pi)
-    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clip(0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 
-def _yarn(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+def _yarn(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
     """Dimensions that turn more than beta_fast times are kept, fewer than beta_slow stretched, between on a ramp."""
 
     def dimension(turns: float) -> float:
@@ -172,6 +180,5 @@ def _yarn(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
-    ramp = (torch.arange(rope.dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    stretch = ramp.clamp(0, 1)
+    stretch = ((np.arange(rope.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)).clip(0, 1)
     return plain * (1 - stretch) + plain / rope.factor * stretch

@@ -8,16 +8,14 @@ Shapes: T tokens, R texts, N texts of one length L, H heads, D head size, E hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-
-import torch
-from torch.nn import functional
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.activation import Activation, activation
+from candle_vllm.core.kernels.attention import whole_attention
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
@@ -29,13 +27,8 @@ from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {
-        "gelu": functional.gelu,
-        "gelu_new": partial(functional.gelu, approximate="tanh"),
-        "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-        "relu": functional.relu,
-    }
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 )
 
 
@@ -115,19 +108,8 @@ class Attention:
         self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=True)
         self.output = Linear(size, size, placement, bias=True)
 
-    def __call__(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        qkv = self.qkv(x)
-        out, start = torch.empty_like(x), 0
-        for length, group in groupby(lengths):
-            count = sum(1 for _ in group)
-            rows = slice(start, start + count * length)
-            q, k, v = (
-                part.view(count, length, self.heads, -1).transpose(1, 2) for part in qkv[rows].chunk(3, dim=-1)
-            )  # [N, H, L, D]
-            mixed = functional.scaled_dot_product_attention(q, k, v)
-            out[rows] = mixed.transpose(1, 2).reshape(count * length, -1)
-            start = rows.stop
-        return self.output(out)
+    def __call__(self, x: Value, lengths: Sequence[int]) -> Value:
+        return self.output(whole_attention(self.qkv(x), self.heads, lengths))
 
 
 # ---- mlp, block ------------------------------------------------------------------------------------------------------
@@ -138,18 +120,19 @@ class Block:
 
     def __init__(self, config: EncoderConfig, placement: Placement) -> None:
         size = config.hidden_size
-        self.dtype = placement.dtype
-        self.activation = _ACTIVATIONS[config.activation]
+        self._placement = placement
+        self._activation: Activation = _ACTIVATIONS[config.activation]
         self.attention = Attention(config, placement)
         self.attention_norm = LayerNorm(size, config.norm_eps, placement)
         self.up = Linear(size, config.intermediate_size, placement, bias=True)
         self.down = Linear(config.intermediate_size, size, placement, bias=True)
         self.output_norm = LayerNorm(size, config.norm_eps, placement)
 
-    def __call__(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        x = self.attention_norm(x + self.attention(x.to(self.dtype), lengths).float())
-        wide = self.activation(self.up(x.to(self.dtype)).float())
-        return self.output_norm(x + self.down(wide.to(self.dtype)).float())
+    def __call__(self, x: Value, lengths: Sequence[int]) -> Value:
+        dtype = self._placement.torch_dtype
+        x = self.attention_norm(x + self.attention(x.to(dtype), lengths).float())
+        wide = activation(self.up(x.to(dtype)).float(), self._activation)
+        return self.output_norm(x + self.down(wide.to(dtype)).float())
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -160,8 +143,7 @@ class Bert:
 
     def __init__(self, config: EncoderConfig, placement: Placement) -> None:
         size = config.hidden_size
-        self.config = config
-        self.dtype = placement.dtype
+        self.config, self._placement = config, placement
         self.embed = Embedding(config.vocab_size, size, placement)
         self.positions = Embedding(config.first_position + config.max_position, size, placement)
         self.types = Embedding(config.token_types, size, placement)
@@ -170,9 +152,7 @@ class Bert:
         self.head = Linear(size, size, placement, bias=True) if config.scores else None
         self.score = Linear(size, 1, placement, bias=True) if config.scores else None
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor, lengths: Sequence[int]
-    ) -> torch.Tensor:
+    def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Hidden states [T, E] in fp32.
 
         Args:
@@ -185,12 +165,13 @@ class Bert:
             x = layer(x, lengths)
         return x
 
-    def scores(self, first: torch.Tensor) -> torch.Tensor:
+    def scores(self, first: Value) -> Value:
         """Scores [R] in fp32 of the hidden states [R, E] of the texts' first tokens; of a cross-encoder."""
         assert self.head is not None
         assert self.score is not None
-        mixed = torch.tanh(self.head(first.to(self.dtype)).float())
-        logits = self.score(mixed.to(self.dtype)).float()[:, 0]
+        dtype = self._placement.torch_dtype
+        mixed = self.head(first.to(dtype)).float().tanh()
+        logits = self.score(mixed.to(dtype)).float()[:, 0]
         return logits.sigmoid() if self.config.sigmoid else logits
 
 

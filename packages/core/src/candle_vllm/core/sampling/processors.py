@@ -51,13 +51,13 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
     """Applies every mask, bias and penalty in place: on the CPU one compiled call for each row that has any.
 
     Args:
-        logits: [R, V] float32, each row contiguous; elsewhere than on the CPU the whole. A row that held NaN or +inf
-            holds one of them afterwards even where the offending token is masked, so that a broken model never passes
-            for a working one.
+        logits: [R, V] float32, an array or a tensor, each row contiguous; elsewhere than on the CPU the whole. A row
+            that held NaN or +inf holds one of them afterwards even where the offending token is masked, so that a
+            broken model never passes for a working one.
         states: one per row.
     """
-    if logits.device.type == "cpu" and kernels.compiled():
-        table = logits.numpy()
+    table = kernels.host_rows(logits)
+    if table is not None:
         for row, state in enumerate(states):
             if state.grammar is not None and (bits := state.mask_bits()) is not None:
                 mask_row(table[row], bits)

@@ -10,16 +10,19 @@ Shapes: R rows, V vocabulary, T positions of a prompt.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.processors import apply_processors
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -61,19 +64,19 @@ class LogprobRow(msgspec.Struct, frozen=True):
         )
 
 
-def logprob_rows(logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
+def logprob_rows(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
     """One entry per row.
 
     Args:
-        logits: [R, V] float32, each row contiguous and with a finite largest value; not changed. On a GPU this waits
-            for it, and only what is named comes back.
+        logits: [R, V] float32, an array or a tensor, each row contiguous and with a finite largest value; not changed.
+            On a GPU this waits for it, and only what is named comes back.
         token_ids: [R] ids below V.
         tops: [R] how many of the likeliest tokens to report.
     """
-    if logits.is_cuda:
+    if not isinstance(logits, np.ndarray) and logits.is_cuda:
         return _rows_on_gpu(logits, token_ids, tops)
     standing = kernels.stand(logits, np.asarray(token_ids, np.int64), np.asarray(tops, np.int64))
-    table = logits.numpy()
+    table = np.asarray(logits)
     return [
         LogprobRow.of(token, float(table[at, token]), float(offset), rank, ((i, float(table[at, i])) for i in ids))
         for at, (token, offset, rank, ids) in enumerate(
@@ -82,7 +85,9 @@ def logprob_rows(logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[
     ]
 
 
-def _rows_on_gpu(logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
+def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
+    import torch
+
     with torch.cuda.device(logits.device):  # the engine's thread has a device of its own
         ids, asked = (torch.tensor(numbers, device=logits.device) for numbers in (token_ids, tops))
         found = kernels.stand_tensors(logits, ids, asked, max(tops))
@@ -125,40 +130,38 @@ class Sampler:
     """Chooses tokens. It keeps nothing between calls: what must last is in each `SamplingState`."""
 
     @staticmethod
-    def prepare(device: torch.device) -> None:
+    def prepare(device: Device) -> None:
         """Compiles or loads what sampling needs on a device, so that the first request does not wait for it."""
         if device.type == "cpu":
             kernels.prepare()
 
-    @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[SampledToken]:
         """Chooses the next token of each sequence. The caller appends it to the state.
 
         Args:
-            logits: [R, V] float32 on any device; may be overwritten.
+            logits: [R, V] float32, an array or a tensor on any device; may be overwritten.
             states: one per row.
 
         Returns:
             One entry per row. A row with NaN or +inf, and a row in which every token is forbidden, has an `error`.
         """
-        assert logits.dtype == torch.float32
         assert logits.shape[0] == len(states)
         assert all(state.vocab_size == logits.shape[1] for state in states)
         if not states:
             return []
-        if logits.stride(1) != 1 or logits.device.type != "cpu" or not kernels.compiled():
-            logits = logits.contiguous()
         asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-        raw = logits[asking].cpu() if asking else None
-        apply_processors(logits, states)
-        ids, largest = kernels.draw(logits, controls(states))
-        tokens = [sampled_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
-        if raw is not None:
-            _add_logprobs(tokens, raw, asking, states)
-        return tokens
+        with _without_gradients(logits):
+            logits = _rows(logits)
+            raw = _rows(logits[asking], fetched=True) if asking else None
+            apply_processors(logits, states)
+            ids, largest = kernels.draw(logits, controls(states))
+            tokens = [sampled_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
+            if raw is not None:
+                _add_logprobs(tokens, raw, asking, states)
+            return tokens
 
     def sample_runs(
-        self, logits: torch.Tensor, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
+        self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[Drawn]:
         """Chooses the next tokens of each sequence, as far as its drafts are right: those of `sample`, one at a time.
 
@@ -191,29 +194,45 @@ class Sampler:
         return [tuple(tokens) for tokens in drawn]
 
     @staticmethod
-    @torch.inference_mode()
-    def prompt_logprobs(logits: torch.Tensor, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
+    def prompt_logprobs(logits: Value, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
         """Log-probabilities of the tokens of a prompt, in bounded memory.
 
         Args:
-            logits: [T, V] float32 on any device, one row per position; not changed.
+            logits: [T, V] float32, an array or a tensor on any device, one row per position; not changed.
             next_token_ids: [T] the prompt's token after each position, below V.
             top: how many of the likeliest tokens to report.
 
         Raises:
             RequestError: a row holds NaN or +inf.
         """
-        assert logits.dtype == torch.float32
         assert len(logits) == len(next_token_ids)
         rows: list[LogprobRow] = []
         step = max(1, LOGPROB_CHUNK // max(1, logits.shape[1]))
         for start in range(0, len(logits), step):
-            chunk = logits[start : start + step].contiguous()
-            if not bool(chunk.amax(1).isfinite().all()):
+            chunk = _rows(logits[start : start + step])
+            largest = chunk.max(1) if isinstance(chunk, np.ndarray) else chunk.amax(1).cpu()
+            if not np.isfinite(largest).all():
                 raise RequestError(_BROKEN, "prompt_logprobs")
             ids = next_token_ids[start : start + step]
             rows += logprob_rows(chunk, ids, [top] * len(ids))
         return rows
+
+
+def _rows(logits: Value, *, fetched: bool = False) -> Value:
+    """Logits whose rows are in one piece: an array where compiled functions read them, else a tensor; on the CPU where
+    they are to be fetched."""
+    host = kernels.host_rows(logits)
+    if host is not None:
+        return host if host.strides[1] == host.itemsize else np.ascontiguousarray(host)
+    return (logits.cpu() if fetched else logits).contiguous()
+
+
+def _without_gradients(logits: Value) -> AbstractContextManager[object]:
+    if isinstance(logits, np.ndarray):
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.inference_mode()
 
 
 def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
@@ -230,9 +249,7 @@ def sampled_token(token_id: int, largest: float) -> SampledToken:
     return SampledToken(token_id)
 
 
-def _add_logprobs(
-    tokens: list[SampledToken], raw: torch.Tensor, asking: list[int], states: Sequence[SamplingState]
-) -> None:
+def _add_logprobs(tokens: list[SampledToken], raw: Value, asking: list[int], states: Sequence[SamplingState]) -> None:
     sound = [(place, row) for place, row in enumerate(asking) if tokens[row].error is None]
     if not sound:
         return

@@ -10,9 +10,7 @@ Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.activation import reference
-from candle_vllm.core.kernels.activation.reference import Activation
-from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.recorded import Activation, Recorded, Value
 
 __all__ = ["Activation", "activation"]
 
@@ -21,4 +19,6 @@ def activation(x: Value, kind: Activation) -> Value:
     """act(x) for every number of x."""
     if isinstance(x, Recorded):
         return x.activation(kind)
+    from candle_vllm.core.kernels.activation import reference
+
     return reference.activation(x, kind)

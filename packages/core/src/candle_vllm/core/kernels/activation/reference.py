@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch.nn import functional
-
-Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu"]
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
@@ -25,7 +25,7 @@ class Scores:
     scale: float
     window: int | None
     softcap: float | None
-    sinks: torch.Tensor | None
+    sinks: NDArray[np.float32] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def record_attention(
     qkv: FusedHeads,
     caches: tuple[np.ndarray, np.ndarray],
     scores: Scores,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     out: int,
 ) -> None:
     """Rotates q and k, writes k and v to the cache, attends, and merges what was attended in parts.
@@ -92,7 +92,7 @@ def record_attention(
         scratch_size=size,
         window=scores.window or 0,
         cap=(scores.softcap or 0.0) * LOG2E,
-        sinks=0 if scores.sinks is None else recorder.keep(scores.sinks.float() * LOG2E),
+        sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
     )
     recorder.add(attend_operation(dim, recorder.isa), attended)
     recorder.add(merge_operation(dim, recorder.isa), attended)
@@ -103,7 +103,7 @@ def _record_write(
     qkv: FusedHeads,
     caches: tuple[np.ndarray, np.ndarray],
     scale: float,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     queries: int,
 ) -> None:
     arrays = recorder.arrays

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,8 @@ class AttentionRows:
 
     def on_device(self) -> DeviceRows:
         """The same numbers beside the block tables. Leading sequences of one token count as decodes."""
+        import torch
+
         counts = [end - start for start, end in itertools.pairwise(self.query_start)]
         decodes = next((row for row, count in enumerate(counts) if count != 1), len(counts))
         device = self.block_tables.device

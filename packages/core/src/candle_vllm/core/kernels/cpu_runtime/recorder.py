@@ -13,7 +13,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
@@ -84,11 +84,9 @@ class Recorder:
         self.plan += plan_row(operation, address_of(self.arrays.numbers), arguments, barrier=barrier)
         self.num_rows += 1
 
-    def keep(self, tensor: torch.Tensor) -> int:
-        """Address of a tensor that must live as long as the plan."""
-        tensor = tensor.contiguous()
-        self._keep.append(tensor)
-        return tensor.data_ptr()
+    def keep(self, numbers: NDArray[np.float32]) -> int:
+        """Address of float32 numbers that must live as long as the plan."""
+        return self.keep_array(np.ascontiguousarray(numbers, np.float32))
 
     def keep_matrix(self, matrix: Matrix) -> None:
         """The same for a matrix."""

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
@@ -24,11 +23,9 @@ from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, re
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
-from candle_vllm.core.kernels.layer_norm import reference as layer_norm_reference
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
-from candle_vllm.core.kernels.rms_norm import reference as rms_norm_reference
 from candle_vllm.core.kernels.rms_norm.cpu import (
     HeadNormArguments,
     NormOntoArguments,
@@ -119,19 +116,19 @@ class _Value(Recorded):
         self.buffer.version += 1
         return _Value(self.recorder, self._buffer, 0, self.width)
 
-    def rms_norm(self, weight: torch.Tensor, eps: float) -> Recorded:
+    def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
         if self.head_dim is None:
             return _Prepared(self, Prologue.NORM, self.width, weight, eps)
         return self._norm_heads(self.head_dim, weight, eps, layer=False)
 
-    def layer_norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Recorded:
+    def layer_norm(self, weight: NDArray[np.float32], bias: NDArray[np.float32] | None, eps: float) -> Recorded:
         if self.head_dim is None:
-            both = torch.cat([weight, torch.zeros_like(weight) if bias is None else bias])
+            both = np.concatenate([weight, np.zeros_like(weight) if bias is None else bias])
             return _Prepared(self, Prologue.LAYER_NORM, self.width, both, eps)
         assert bias is None
         return self._norm_heads(self.head_dim, weight, eps, layer=True)
 
-    def _norm_heads(self, head_dim: int, weight: torch.Tensor, eps: float, *, layer: bool) -> Recorded:
+    def _norm_heads(self, head_dim: int, weight: NDArray[np.float32], eps: float, *, layer: bool) -> Recorded:
         """In place: nothing else reads these columns."""
         arguments = HeadNormArguments(
             x=self.address,
@@ -140,15 +137,15 @@ class _Value(Recorded):
             head_dim=head_dim,
             weight=self.recorder.keep(weight),
             eps=eps,
-            weight_step=4 * head_dim if weight.dim() == 2 else 0,
+            weight_step=4 * head_dim if weight.ndim == 2 else 0,
         )
         self.recorder.add(head_norm_operation(layer), arguments)
         return self
 
-    def rotary(self, cos: torch.Tensor, sin: torch.Tensor) -> Recorded:
+    def rotary(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> Recorded:
         return _Rotated(self, cos, sin)
 
-    def position_scale(self, table: torch.Tensor) -> Recorded:
+    def position_scale(self, table: NDArray[np.float32]) -> Recorded:
         row = PositionScaleArguments(
             x=self.address,
             stride=self.buffer.stride,
@@ -168,7 +165,7 @@ class _Value(Recorded):
     def activation(self, kind: Activation) -> Recorded:
         return _Prepared(self, Prologue[kind.upper()], self.width)
 
-    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias)
 
     def route(self, routing: Routing) -> Pairs:
@@ -178,7 +175,7 @@ class _Value(Recorded):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
     ) -> RecordedRows:
         return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation)
@@ -193,7 +190,7 @@ class _Value(Recorded):
         scale: float,
         window: int | None,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sinks: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert isinstance(k, _Value)
         assert isinstance(v, _Value)
@@ -219,13 +216,13 @@ class _Value(Recorded):
     def wanted(self) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).wanted()
 
-    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
         del bias, scale, cap
         raise AssertionError("logits are a product of wanted rows")
 
-    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
         whole = self.buffer.array.reshape(-1, self.buffer.stride)
-        return torch.from_numpy(whole[wanted, self.column : self.column + self.width])
+        return whole[wanted, self.column : self.column + self.width]
 
 
 class _Wrapper(_Value):
@@ -244,7 +241,7 @@ class _Prepared(_Wrapper):
         source: _Value,
         prologue: Prologue,
         columns: int,
-        weight: torch.Tensor | None = None,
+        weight: NDArray[np.float32] | None = None,
         eps: float = 0.0,
     ) -> None:
         super().__init__(source, columns)
@@ -259,7 +256,7 @@ class _Prepared(_Wrapper):
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
 
-    def linear(self, matrices: Sequence[Matrix], bias: torch.Tensor | None) -> Recorded:
+    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
         forms = self.inputs(matrix.input_form for matrix in matrices)
         factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
         return _Product(self.recorder, factors, bias, self._rows_from)
@@ -268,7 +265,7 @@ class _Prepared(_Wrapper):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
     ) -> RecordedRows:
         inputs = self.inputs(matrix.input_form for of_experts in matrices for matrix in of_experts)
@@ -295,15 +292,17 @@ class _Prepared(_Wrapper):
         picked._picked, picked._rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
         return picked
 
-    def rows(self, wanted: NDArray[np.int64]) -> torch.Tensor:
+    def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._prologue is Prologue.NONE or self._prologue.norm, "no model ends with an activation"
         found = self.source.rows(wanted)
         if self._weight is None:
             return found
+        weight, bias = self._weight[: self.width], self._weight[self.width :]  # none but of a LayerNorm
         if self._prologue is Prologue.LAYER_NORM:
-            weight, bias = self._weight.chunk(2)
-            return layer_norm_reference.layer_norm(found, weight, bias, self._eps)
-        return rms_norm_reference.rms_norm(found, self._weight, self._eps)
+            found = found - found.mean(1, keepdims=True)
+        scale = 1 / np.sqrt(np.square(found).mean(1, keepdims=True) + np.float32(self._eps))
+        normed = found * scale * weight
+        return normed + bias if len(bias) else normed
 
     def _from(self) -> InputRows:
         return InputRows(
@@ -360,13 +359,13 @@ class _Product(_Pending):
         self,
         recorder: Recorder,
         factors: list[tuple[Matrix, Inputs]],
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         rows_from: StepNumber = StepNumber.TOKENS,
     ) -> None:
         super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
         self._factors, self._bias, self._rows_from = factors, bias, rows_from
 
-    def logits(self, bias: torch.Tensor | None, scale: float, cap: float | None) -> Recorded:
+    def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
         assert self._rows_from is StepNumber.LOGIT_ROWS
         assert self._bias is None
         recorder, columns, stride = self.recorder, self.width, row_stride(self.width)
@@ -410,7 +409,7 @@ class _PairRows(RecordedRows):
         self,
         matrices: Sequence[Sequence[Matrix]],
         pairs: Pairs,
-        bias: torch.Tensor | None,
+        bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
     ) -> RecordedRows:
         assert self._activation is not None
@@ -456,7 +455,7 @@ def _place(value: Recorded | None) -> tuple[int, int]:
 class _Rotated(_Wrapper):
     """Heads that are rotated by position when they are written or attend."""
 
-    def __init__(self, source: _Value, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(self, source: _Value, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
         super().__init__(source, source.width)
         self.tables = (cos, sin)
 
@@ -470,7 +469,7 @@ class _Rotated(_Wrapper):
         scale: float,
         window: int | None,
         softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        sinks: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert isinstance(k, _Rotated)
         assert isinstance(v, _Value)
@@ -484,7 +483,7 @@ def _attend(
     v: _Value,
     caches: tuple[np.ndarray, np.ndarray],
     scores: Scores,
-    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
 ) -> Recorded:
     """See `kernels/attention/cpu_record.py`."""
     recorder, dim = q.recorder, q.head_dim

@@ -11,10 +11,12 @@ al., 2022, arXiv:2209.05433.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.kv_write import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
 def kv_write(
@@ -31,6 +33,8 @@ def kv_write(
     assert key.shape == value.shape
     assert key_cache.shape == value_cache.shape
     assert key.shape[1:] == key_cache.shape[2:]
+    from candle_vllm.core.kernels.kv_write import reference
+
     write = reference.kv_write
     if on_gpu(key):
         from candle_vllm.core.kernels.kv_write import triton

@@ -19,11 +19,13 @@ compiled operations of recorded steps. Source: DeepSeek-AI, 2024, arXiv:2405.044
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.latent_attention import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
 def latent_attention(
@@ -43,6 +45,8 @@ def latent_attention(
         rows = rows.on_device() if isinstance(rows, AttentionRows) else rows
         return triton.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
     rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
+    from candle_vllm.core.kernels.latent_attention import reference
+
     return reference.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
 
 
@@ -55,6 +59,8 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
         triton_write.latent_write(rope, latent, cache, slots)
         return
+    from candle_vllm.core.kernels.latent_attention import reference
+
     reference.latent_write(rope, latent, cache, slots)
 
 
@@ -69,4 +75,6 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor, *, invariant: bool = Fals
         from candle_vllm.core.kernels.latent_attention import triton_heads
 
         return triton_heads.head_linear(x, weight)
+    from candle_vllm.core.kernels.latent_attention import reference
+
     return reference.head_linear(x, weight, row_by_row=invariant)

@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
     from candle_vllm.core.loading.config import LatentSizes
@@ -25,9 +26,9 @@ class LatentParts:
     """
 
     sizes: LatentSizes
-    norm: torch.Tensor
+    norm: NDArray[np.float32]
     eps: float
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
     keys: tuple[PlainMatrix, ...]
     values: tuple[PlainMatrix, ...]

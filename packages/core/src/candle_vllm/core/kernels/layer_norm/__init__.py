@@ -8,15 +8,14 @@ Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
 
 from __future__ import annotations
 
-import torch
-
-from candle_vllm.core.kernels.layer_norm import reference
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
-def layer_norm(x: Value, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Value:
+def layer_norm(x: Value, weight: Value, bias: Value | None, eps: float) -> Value:
     """y, see above; on a GPU by torch's own kernels, which wait for nothing."""
     if isinstance(x, Recorded):
         return x.layer_norm(weight, bias, eps)
     assert weight.shape == x.shape[-weight.dim() :]
+    from candle_vllm.core.kernels.layer_norm import reference
+
     return reference.layer_norm(x, weight, bias, eps)

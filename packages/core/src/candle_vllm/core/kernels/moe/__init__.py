@@ -40,15 +40,16 @@ the CPU are computed by `reference.py`, in fp32 up to y.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, get_args
 
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe import reference
 from candle_vllm.core.kernels.moe.arguments import FEW, MOST_EXPERTS, Activation, Pairs, Routing, Scoring
 from candle_vllm.core.kernels.recorded import Recorded, RecordedPairs, RecordedRows, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core.kernels.matrices import DeviceMatrix
 
 __all__ = [
     "FEW",
@@ -77,6 +78,8 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
     assert bias is None or bias.shape == (experts,)
     assert bias is None or groups == 1 or experts // groups > 1, "the worth of a group is the sum of two"
     assert routing.scoring in get_args(Scoring)
+    from candle_vllm.core.kernels.moe import reference
+
     choose = reference.route
     if on_gpu(logits):
         from candle_vllm.core.kernels.moe import triton_route
@@ -87,10 +90,10 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
 
 
 def expert_linear(
-    x: torch.Tensor | Recorded | RecordedRows,
+    x: Value | RecordedRows,
     matrices: Sequence[Any],
     pairs: Any,
-    bias: torch.Tensor | None = None,
+    bias: Value | None = None,
     *,
     activation: Activation | None = None,
     invariant: bool = False,
@@ -112,24 +115,32 @@ def expert_linear(
     assert activation is None or height % 2 == 0
     assert x.shape == (pairs.number if activation is None else pairs.tokens, matrix.columns)
     assert bias is None or bias.shape == (pairs.count, height)
+    import torch
+
     if on_gpu(x) and x.dtype != torch.float32:
         from candle_vllm.core.kernels.moe import triton
 
         return triton.expert_linear(x, matrix, pairs, bias, activation, invariant)
+    from candle_vllm.core.kernels.moe import reference
+
     return reference.expert_linear(x, matrix, pairs, bias, activation, waits=not on_gpu(x))
 
 
 def combine(
-    results: Any, pairs: Any, dtype: torch.dtype, shared: Value | None = None, gate: Value | None = None
+    results: Any, pairs: Any, dtype: torch.dtype | None, shared: Value | None = None, gate: Value | None = None
 ) -> Value:
-    """The weighted sums [T, N] in dtype; `shared` is added, times the sigmoid of gate [T, 1] where there is one."""
+    """The weighted sums [T, N] in dtype, None in recorded steps; `shared` is added, times gate [T, 1]'s sigmoid."""
     if isinstance(results, RecordedRows):
         return results.combine(shared, gate)
+    import torch
+
     if on_gpu(results) and results.dtype != torch.float32:
         from candle_vllm.core.kernels.moe import triton
 
         y = triton.combine(results, pairs)
     else:
+        from candle_vllm.core.kernels.moe import reference
+
         y = reference.combine(results, pairs).to(dtype)
     if shared is None:
         return y

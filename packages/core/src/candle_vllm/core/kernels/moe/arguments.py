@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FEW = 64
 """Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
 
 MOST_EXPERTS = 512
 """Of a layer."""
+
+LEAST_SUM = 1e-20
+"""Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum."""
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai"]
 Scoring: TypeAlias = Literal["softmax", "sigmoid"]
@@ -24,14 +28,15 @@ class Routing:
     Attributes:
         top_k: k.
         scoring, renormalise, scale: how logits become weights.
-        bias: [X] fp32 or None; takes part in the choice alone (DeepSeek-V3's e_score_correction_bias).
+        bias: [X] fp32 or None, an array in recorded steps; takes part in the choice alone (DeepSeek-V3's
+            e_score_correction_bias).
         groups, top_groups: of experts, and how many of the groups are candidates.
     """
 
     top_k: int
     scoring: Scoring = "softmax"
     renormalise: bool = True
-    bias: torch.Tensor | None = None
+    bias: Any = None
     groups: int = 1
     top_groups: int = 1
     scale: float = 1.0
@@ -54,6 +59,8 @@ class Pairs:
     blocks: Any = None
 
     def __post_init__(self) -> None:
+        import torch
+
         assert self.experts.dim() == 2
         assert self.weights.shape == self.experts.shape
         assert self.experts.dtype == torch.int32

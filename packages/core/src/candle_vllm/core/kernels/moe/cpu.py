@@ -38,7 +38,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     store_release,
 )
 from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, stack_bytes
-from candle_vllm.core.kernels.moe.reference import LEAST_SUM
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM
 
 ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
 """Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
@@ -21,8 +22,6 @@ from candle_vllm.core.kernels.moe import cpu
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing
 
 if TYPE_CHECKING:
-    import torch
-
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.recorded import Matrix
 
@@ -105,7 +104,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         top_groups=routing.top_groups,
         sigmoid=routing.scoring == "sigmoid",
         renormalise=routing.renormalise,
-        bias=0 if routing.bias is None else recorder.keep(routing.bias.float()),
+        bias=0 if routing.bias is None else recorder.keep(routing.bias),
         scale=routing.scale,
         experts=address_of(experts),
         weights=address_of(pairs.weights),
@@ -123,7 +122,7 @@ def record_products(
     matrices: Sequence[Sequence[Matrix]],
     inputs: Mapping[InputForm, Inputs],
     pairs: Pairs,
-    bias: torch.Tensor | None,
+    bias: NDArray[np.float32] | None,
     picked: np.ndarray,
 ) -> Results:
     """Records every expert's matrices times the rows of its places; an expert's stand side by side in the result.
@@ -137,7 +136,7 @@ def record_products(
     count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
     rows, stride = recorder.rows(width, pairs.top_k)
     table = np.zeros((count, len(matrices), cpu.ENTRY), np.int64)
-    at_bias = 0 if bias is None else recorder.keep(bias.float())
+    at_bias = 0 if bias is None else recorder.keep(bias)
     for x in range(count):
         column = 0
         for m, of_experts in enumerate(matrices):

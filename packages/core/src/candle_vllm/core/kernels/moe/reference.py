@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from candle_vllm.core.kernels.matrices import DeviceMatrix
-from candle_vllm.core.kernels.moe.arguments import Activation, Pairs, Scoring
-
-# Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum.
-LEAST_SUM = 1e-20
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Scoring
 
 
 def route(

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.moe.arguments import Scoring
-from candle_vllm.core.kernels.moe.reference import LEAST_SUM
+from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Scoring
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 

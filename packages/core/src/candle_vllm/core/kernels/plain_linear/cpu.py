@@ -129,7 +129,7 @@ def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> Line
 def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any) -> Any:
     """Writes row `lane` of a tile as floats."""
     number = PlainKind(kind.literal_value)
-    width = number.dtype.itemsize
+    width = number.itemsize
     stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32}[number]
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -16,9 +16,9 @@ import enum
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.quantization.plain import ELEMENTS
 
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
@@ -38,9 +38,9 @@ class PlainKind(enum.IntEnum):
     F32 = 2
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The same as torch names it."""
-        return (torch.bfloat16, torch.float16, torch.float32)[self]
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return ELEMENTS[self.name].itemsize
 
     @property
     def step_columns(self) -> int:
@@ -50,7 +50,7 @@ class PlainKind(enum.IntEnum):
     @property
     def step_bytes(self) -> int:
         """Bytes of a step of 16 rows."""
-        return ROWS * self.step_columns * self.dtype.itemsize
+        return ROWS * self.step_columns * self.itemsize
 
     def steps(self, columns: int) -> int:
         """Steps of a tile, a multiple of `RUN`."""

@@ -7,15 +7,14 @@ threads that never wait for each other.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS, ROWS, PlainKind, PlainMatrix
-from candle_vllm.core.kernels.torch_numbers import load_plain
-from candle_vllm.core.quantization.plain import ELEMENTS
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 19
@@ -72,27 +71,37 @@ def pack(
     return PlainMatrix(rows, columns, kind, data)
 
 
+_LARGEST = MappingProxyType(
+    {
+        PlainKind.BF16: (0x7F80, 3.3895314e38),
+        PlainKind.F16: (0x7C00, 65504.0),
+        PlainKind.F32: (0x7F800000, 3.4028235e38),
+    }
+)
+"""The bits of infinity, and the largest number."""
+
+
 def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> np.ndarray:
     """Stored rows as the bits of `kind`, uint16 or uint32 [rows, columns]."""
-    bits, shape = np.uint16 if kind.dtype.itemsize == 2 else np.uint32, (len(raw), columns)
+    bits, shape = np.uint16 if kind.itemsize == 2 else np.uint32, (len(raw), columns)
     if stored == kind.name:
         return np.ascontiguousarray(raw).view(bits).reshape(shape)
-    numbers = load_plain(raw, stored, shape, kind.dtype).view(torch.uint8).numpy().view(bits)
-    infinite = {PlainKind.F16: 0x7C00, PlainKind.BF16: 0x7F80, PlainKind.F32: 0x7F800000}[kind]
+    numbers = read_plain(raw, stored, shape, kind.name).view(bits)
+    infinite, largest = _LARGEST[kind]
     overflown = numbers << bits(1) == bits(infinite) << bits(1)  # without the sign
     if overflown.any():
-        exact = load_plain(raw, stored, shape, torch.float64).numpy().reshape(numbers.shape)[overflown]
+        exact = read_plain(raw, stored, shape, "F64")[overflown]
         if np.isfinite(exact).any():
             raise UnsupportedModelError(
                 f"a weight of {exact[np.isfinite(exact)][0]:g} is beyond the range of {kind.name}, which ends at "
-                f"{torch.finfo(kind.dtype).max:g}: leave --dtype out, or set bf16 or f32"
+                f"{largest:g}: leave --dtype out, or set bf16 or f32"
             )
     return numbers
 
 
 def _store(numbers: np.ndarray, kind: PlainKind, tiles: np.ndarray) -> None:
     """Writes rows of bits to their tiles, uint8 [tiles, bytes]."""
-    rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.dtype.itemsize)
+    rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.itemsize)
     if numbers.shape != (rows, columns):
         whole = np.zeros((rows, columns), numbers.dtype)
         whole[: numbers.shape[0], : numbers.shape[1]] = numbers

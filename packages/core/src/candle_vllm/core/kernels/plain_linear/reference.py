@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, PlainKind, PlainMatrix
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 
 
 def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
     """Activations as weights of a kind meet them, as float32: rounded to bfloat16 (to nearest even), or as they are."""
-    return torch.from_numpy(x).bfloat16().float().numpy() if kind is PlainKind.BF16 else x
+    if kind is not PlainKind.BF16:
+        return x
+    rounded = read_plain(np.ascontiguousarray(x).view(np.uint8), "F32", x.shape, "BF16")
+    return read_plain(rounded.view(np.uint8), "BF16", x.shape, "F32")
 
 
 def linear(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -22,7 +25,7 @@ def linear(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) ->
 def unpack(matrix: PlainMatrix) -> np.ndarray:
     """The weights as float32 [N, K], exactly."""
     kind, tiles = matrix.kind, len(matrix.data)
-    numbers = matrix.data.reshape(-1).view(np.int16 if kind.dtype.itemsize == 2 else np.int32)
+    numbers = matrix.data.reshape(-1).view(ELEMENTS[kind.name])
     steps = numbers.reshape(tiles, matrix.steps, ROWS, kind.step_columns).transpose(0, 2, 1, 3)
     rows = np.ascontiguousarray(steps).reshape(tiles * ROWS, -1)[: matrix.rows, : matrix.columns]
-    return torch.from_numpy(rows.copy()).view(kind.dtype).float().numpy()
+    return read_plain(np.ascontiguousarray(rows).view(np.uint8), kind.name, rows.shape, "F32")

@@ -8,15 +8,19 @@ Source: Llama 4's temperature tuning, as Ministral 3 has it.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from candle_vllm.core.kernels.position_scale import reference
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
+if TYPE_CHECKING:
+    import torch
 
-def position_scale(x: Value, positions: torch.Tensor, table: torch.Tensor) -> Value:
+
+def position_scale(x: Value, positions: torch.Tensor, table: Value) -> Value:
     """Heads times their position's number; on a GPU by torch's own kernels, which wait for nothing."""
     if isinstance(x, Recorded):
         return x.position_scale(table)
     assert x.dim() == 3
+    from candle_vllm.core.kernels.position_scale import reference
+
     return reference.position_scale(x, positions, table)

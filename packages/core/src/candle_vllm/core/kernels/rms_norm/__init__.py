@@ -8,13 +8,13 @@ bits whatever the other rows are. Source: Zhang and Sennrich, 2019, arXiv:1910.0
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.kernels.rms_norm import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HeadNorms(NamedTuple):
@@ -25,7 +25,7 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def rms_norm(x: Value, weight: torch.Tensor, eps: float) -> Value:
+def rms_norm(x: Value, weight: Value, eps: float) -> Value:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
     if isinstance(x, Recorded):
         return x.rms_norm(weight, eps)
@@ -34,10 +34,12 @@ def rms_norm(x: Value, weight: torch.Tensor, eps: float) -> Value:
         from candle_vllm.core.kernels.rms_norm import triton
 
         return triton.rms_norm(x, weight, eps)
+    from candle_vllm.core.kernels.rms_norm import reference
+
     return reference.rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Value, residual: Value, weight: torch.Tensor, eps: float) -> tuple[Value, Value]:
+def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[Value, Value]:
     """(rms_norm(residual + x), residual + x); both in new memory, but for recorded values, which add in place."""
     if isinstance(x, Recorded):
         total = residual + x
@@ -49,4 +51,6 @@ def add_rms_norm(x: Value, residual: Value, weight: torch.Tensor, eps: float) ->
         from candle_vllm.core.kernels.rms_norm import triton
 
         return triton.add_rms_norm(x, residual, weight, eps)
+    from candle_vllm.core.kernels.rms_norm import reference
+
     return reference.add_rms_norm(x, residual, weight, eps)

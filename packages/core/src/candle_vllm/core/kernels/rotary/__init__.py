@@ -8,14 +8,16 @@ Source: Su et al., 2021, arXiv:2104.09864.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.kernels.rotary import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
-def rotary(x: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Value:
+def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:
     """Rotates every head of x by its token's position."""
     if isinstance(x, Recorded):
         return x.rotary(cos, sin)
@@ -24,12 +26,12 @@ def rotary(x: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
         from candle_vllm.core.kernels.rotary import triton
 
         return triton.rotary(x, positions, cos, sin)
+    from candle_vllm.core.kernels.rotary import reference
+
     return reference.rotary(x, positions, cos, sin)
 
 
-def rotary_pair(
-    q: Value, k: Value, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[Value, Value]:
+def rotary_pair(q: Value, k: Value, positions: torch.Tensor, cos: Value, sin: Value) -> tuple[Value, Value]:
     """(rotary(q), rotary(k)) for q [T, H, D] and k [T, K, D] of one dtype; one launch on a GPU."""
     if isinstance(q, Recorded):
         return q.rotary(cos, sin), k.rotary(cos, sin)
@@ -40,10 +42,12 @@ def rotary_pair(
         from candle_vllm.core.kernels.rotary import triton
 
         return triton.rotary_pair(q, k, positions, cos, sin)
+    from candle_vllm.core.kernels.rotary import reference
+
     return reference.rotary(q, positions, cos, sin), reference.rotary(k, positions, cos, sin)
 
 
-def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _check(x: torch.Tensor, cos: Value, sin: Value) -> None:
     assert x.dim() == 3
     assert cos.shape == sin.shape
     assert 2 * cos.shape[1] <= x.shape[2]

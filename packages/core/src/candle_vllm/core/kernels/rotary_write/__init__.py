@@ -12,12 +12,14 @@ Without tables nothing is rotated: norms and the cache write follow each other, 
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.kv_write import kv_write
 from candle_vllm.core.kernels.rms_norm import HeadNorms, rms_norm
-from candle_vllm.core.kernels.rotary_write import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
 def rotary_write(
@@ -52,6 +54,8 @@ def rotary_write(
         kv_write(k, v, *caches, slots, key_scale=key_scale, value_scale=value_scale)
         return q
     assert 2 * tables[0].shape[1] <= q.shape[2]
+    from candle_vllm.core.kernels.rotary_write import reference
+
     write = reference.rotary_write
     if on_gpu(q):
         from candle_vllm.core.kernels.rotary_write import triton

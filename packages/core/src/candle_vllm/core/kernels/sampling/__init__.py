@@ -24,14 +24,17 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.dispatch import on_gpu
-from candle_vllm.core.kernels.sampling import reference
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.contract import Adjustment, Control, DeviceEdits, DeviceStanding, Standing
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
@@ -48,11 +51,18 @@ def prepare() -> None:
         cpu.prepare()
 
 
-def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def host_rows(logits: Value) -> NDArray[np.float32] | None:
+    """What the compiled functions read: an array, or the memory of a tensor on the CPU; None where they cannot."""
+    if not compiled() or isinstance(logits, np.ndarray):
+        return logits if compiled() else None
+    return logits.numpy() if logits.device.type == "cpu" else None
+
+
+def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Draws one token per row.
 
     Args:
-        logits: [R, V] float32 on any device, each row contiguous; not changed.
+        logits: [R, V] float32, an array or a tensor on any device, each row contiguous; not changed.
         controls: [R, 5] float64, contiguous, see `Control`.
 
     Returns:
@@ -60,10 +70,15 @@ def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[n
         is not finite means nothing.
     """
     assert logits.shape[0] == controls.shape[0]
-    if logits.device.type == "cpu" and compiled():
+    host = host_rows(logits)
+    if host is not None:
         from candle_vllm.core.kernels.sampling import cpu
 
-        return cpu.draw(logits, controls)
+        return cpu.draw(host, controls)
+    import torch
+
+    from candle_vllm.core.kernels.sampling import reference
+
     if on_gpu(logits):
         ids, largest = draw_tensors(logits, torch.as_tensor(controls, device=logits.device), *asks(controls))
         both = torch.stack((ids.double(), largest.double())).cpu().numpy()
@@ -71,18 +86,22 @@ def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[n
     return reference.draw(logits, controls)
 
 
-def stand(logits: torch.Tensor, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
+def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
     """Where tokens stand among the logits of their rows.
 
     Args:
-        logits: [R, V] float32 on the CPU, each row contiguous and with a finite largest value; not changed.
+        logits: [R, V] float32, an array or a tensor on the CPU, each row contiguous and with a finite largest value;
+            not changed.
         token_ids: [R] below V.
         tops: [R] how many of the largest logits to name.
     """
-    if compiled():
+    host = host_rows(logits)
+    if host is not None:
         from candle_vllm.core.kernels.sampling import cpu
 
-        return cpu.stand(logits, token_ids, tops)
+        return cpu.stand(host, token_ids, tops)
+    from candle_vllm.core.kernels.sampling import reference
+
     return Standing(*reference.stand(logits, token_ids, tops))
 
 
@@ -118,6 +137,10 @@ def draw_tensors(
         from candle_vllm.core.kernels.sampling import triton
 
         return triton.draw(logits, controls, random=random, search=search)
+    import torch
+
+    from candle_vllm.core.kernels.sampling import reference
+
     ids, largest = reference.draw(logits, controls.numpy())
     peaks = torch.from_numpy(largest)
     return torch.from_numpy(ids).masked_fill(~peaks.isfinite(), 0), peaks
@@ -136,6 +159,10 @@ def stand_tensors(logits: torch.Tensor, token_ids: torch.Tensor, tops: torch.Ten
         from candle_vllm.core.kernels.sampling import triton
 
         return triton.stand(logits, token_ids, tops, most)
+    import torch
+
+    from candle_vllm.core.kernels.sampling import reference
+
     offsets, ranks, named = (torch.from_numpy(x) for x in reference.stand(logits, token_ids.numpy(), tops.numpy()))
     top_ids = torch.nn.functional.pad(named, (0, most - named.shape[1]), value=-1)
     top_logits = logits.gather(1, top_ids.clamp(min=0)).masked_fill(top_ids < 0, -torch.inf)
@@ -153,6 +180,8 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
 
         triton.edit(logits, edits)
         return
+    from candle_vllm.core.kernels.sampling import reference
+
     if edits.bias_ids is not None and edits.bias is not None:
         reference.add_bias(logits, edits.bias_ids, edits.bias)
     if edits.mask_rows is not None and edits.masks is not None:
@@ -174,4 +203,6 @@ def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch
 
         triton.note(counts, count_rows, token_ids)
         return
+    from candle_vllm.core.kernels.sampling import reference
+
     reference.note(counts, count_rows, token_ids)

@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -240,19 +239,19 @@ def prepare() -> None:
         _compiled(function)
 
 
-def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def draw(logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """See the contract in the package."""
     ids, largest = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
-    _compiled(_draw)(logits.numpy(), controls, _workspace(logits.shape[1]), ids, largest)
+    _compiled(_draw)(logits, controls, _workspace(logits.shape[1]), ids, largest)
     return ids, largest
 
 
-def stand(logits: torch.Tensor, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
+def stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
     """See the contract in the package."""
     rows = len(logits)
     offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
     top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
-    _compiled(_stand)(logits.numpy(), token_ids, tops, _workspace(logits.shape[1]), offsets, ranks, top_ids)
+    _compiled(_stand)(logits, token_ids, tops, _workspace(logits.shape[1]), offsets, ranks, top_ids)
     return Standing(offsets, ranks, top_ids)
 
 

@@ -7,12 +7,17 @@ Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap).
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from candle_vllm.core.kernels.scale_cap import reference
+if TYPE_CHECKING:
+    import torch
 
 
 def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch.Tensor:
     """Changes x and returns it; on a GPU by torch's own kernels, which wait for nothing."""
+    import torch
+
     assert cap is None or (cap > 0 and x.dtype == torch.float32)
+    from candle_vllm.core.kernels.scale_cap import reference
+
     return reference.scale_cap_(x, scale, cap)

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
-import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear.layout import MAX_COLUMNS
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, MOST_SPAN, ROWS, ScaledKind, ScaledMatrix
+from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 from candle_vllm.core.threads import loading_threads
 
@@ -153,10 +153,17 @@ def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarra
 @cache
 def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
     """Codes of e4m3 times 2^i, uint8 [18, 256], and up to which i those of a positive code go, int32 [128]."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    codes = torch.stack([(numbers * 2.0**i).to(torch.float8_e4m3fn).view(torch.uint8) for i in range(18)])
-    rooms = (448 / numbers[:128]).log2().floor().nan_to_num(0, posinf=0)
-    return codes.numpy(), rooms.to(torch.int32).numpy()
+    numbers = read_plain(np.arange(256, dtype=np.uint8), "F8_E4M3", (256,), "F32")
+    positive = numbers[:127]  # those of rising codes; the next one is NaN, and so is what is beyond the largest
+    codes = np.full((18, 256), 0x7F, np.uint8)
+    for i, row in enumerate(codes):
+        wanted = positive * np.float32(2.0**i)
+        there = wanted <= positive[-1]
+        row[:127][there] = np.searchsorted(positive, wanted[there])
+        row[128:] = row[:128] | 0x80
+    rooms = np.zeros(128, np.int32)
+    rooms[1:127] = np.floor(np.log2(positive[-1] / positive[1:]))
+    return codes, rooms
 
 
 def _filled(numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

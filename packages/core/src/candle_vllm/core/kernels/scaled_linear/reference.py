@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.plain_linear.reference import linear, round_activations
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
 from candle_vllm.core.quantization.group_codes import nibbles
+from candle_vllm.core.quantization.plain import read_plain
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -53,5 +53,4 @@ def _widened(codes: np.ndarray, kind: ScaledKind) -> np.ndarray:
     """Bits of floats, uint8, as float32."""
     if kind is ScaledKind.E2M1:
         return np.array([*_E2M1, *(-x for x in _E2M1)], np.float32)[nibbles(codes)]
-    dtype = torch.float8_e4m3fn if kind is ScaledKind.E4M3 else torch.float8_e5m2
-    return torch.from_numpy(codes).view(dtype).to(torch.float32).numpy()
+    return read_plain(codes, "F8_E4M3" if kind is ScaledKind.E4M3 else "F8_E5M2", codes.shape, "F32")

@@ -7,11 +7,13 @@ Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
-from candle_vllm.core.kernels.silu_mul import reference
+
+if TYPE_CHECKING:
+    import torch
 
 
 def silu_mul(x: Value) -> Value:
@@ -23,6 +25,8 @@ def silu_mul(x: Value) -> Value:
         from candle_vllm.core.kernels.silu_mul import triton
 
         return triton.silu_mul(x)
+    from candle_vllm.core.kernels.silu_mul import reference
+
     return reference.silu_mul(x)
 
 
@@ -35,6 +39,8 @@ def gelu_tanh_mul(x: Value) -> Value:
         from candle_vllm.core.kernels.silu_mul import triton
 
         return triton.gelu_tanh_mul(x)
+    from candle_vllm.core.kernels.silu_mul import reference
+
     return reference.gelu_tanh_mul(x)
 
 
