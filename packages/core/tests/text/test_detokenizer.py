@@ -74,7 +74,7 @@ def test_pieces_are_the_whole_text(sentence_piece: bool, ids: list[int], skip: b
 @given(st.booleans(), IDS, STOPS, st.booleans())
 def test_text_is_cut_at_the_first_stop(sentence_piece: bool, ids: list[int], stops: list[str], include: bool) -> None:
     tokenizer = TOKENIZERS[sentence_piece]
-    detokenizer = Detokenizer(tokenizer, stop_strings=stops, include_stop=include)
+    detokenizer = Detokenizer(tokenizer, stops=StopScanner(stops, include_stop=include))
     shown = ""
     for token in ids:
         shown += detokenizer.add(token)
@@ -113,14 +113,14 @@ def test_half_a_character_waits() -> None:
 
 
 def test_stop_in_the_middle_of_a_token() -> None:
-    detokenizer = Detokenizer(TOKENIZERS[False], stop_strings=["TO"])
+    detokenizer = Detokenizer(TOKENIZERS[False], stops=StopScanner(["TO"]))
     assert [detokenizer.add(0x61), detokenizer.add(word("STOP"))] == ["a", "S"]
     assert detokenizer.stopped_by == "TO"
 
 
 def test_stop_before_min_tokens_does_not_count() -> None:
     for minimum, expected in ((0, ""), (1, ""), (2, "ab"), (3, "ab"), (4, "abab")):
-        detokenizer = Detokenizer(TOKENIZERS[False], stop_strings=["ab"], min_tokens=minimum)
+        detokenizer = Detokenizer(TOKENIZERS[False], stops=StopScanner(["ab"]), min_tokens=minimum)
         shown = "".join(detokenizer.add(value) for value in b"ababab")
         assert (shown, detokenizer.stopped_by) == (expected, "ab"), minimum
 

@@ -121,12 +121,12 @@ class LiveSequence(Live):
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         # Where a token is none of these, only the length can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids
-        self._any_text = state.grammar is None and not params.stop_strings
+        stops = params.stop_scanner()
+        self._any_text = state.grammar is None and stops.idle
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
-            stop_strings=params.stop_strings,
-            include_stop=params.include_stop_str_in_output,
+            stops=stops,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
         )

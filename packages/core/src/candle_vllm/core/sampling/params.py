@@ -9,6 +9,7 @@ import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.stop_scanner import StopScanner
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
@@ -142,6 +143,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def stop_scanner(self) -> StopScanner:
+        """What finds the end of a text that is written with these."""
+        return StopScanner(self.stop_strings, include_stop=self.include_stop_str_in_output)
 
     @property
     def greedy(self) -> bool:

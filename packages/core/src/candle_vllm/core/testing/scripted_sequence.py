@@ -61,7 +61,8 @@ class ScriptedSequence:
         self._max_tokens = max_tokens
         self._num_cached = num_cached_tokens
         self._num_tokens = 0
-        self._held = ""
+        self._stops = request.params.stop_scanner()
+        self._text = ""
         self._length = 0  # characters decoded
         self._special: list[tuple[int, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -78,7 +79,7 @@ class ScriptedSequence:
                 break
         count = self._request.params.logprobs
         return self._output(
-            text=self._shown(),
+            text=self._taken_text(),
             token_ids=tuple(taken),
             logprobs=None
             if count is None
@@ -111,39 +112,22 @@ class ScriptedSequence:
         )
         if not silent:
             text = self._decoder.decode(self._token_bytes(token))
-            self._held += text
+            self._text += self._stops.feed(text, armed=may_stop)
             self._length += len(text)
             if token >= 256:
                 self._special.append((self._length - len(self._token_bytes(token)), token))
-        if self._finish is None and may_stop:
-            self._find_stop_string()
+        if self._finish is None and self._stops.found is not None:
+            self._finish, self._stop_reason = FinishReason.STOP, self._stops.found
+            self._decoder.reset()
         if self._finish is None and self._num_tokens >= self._max_tokens:
             self._finish = FinishReason.LENGTH
 
-    def _find_stop_string(self) -> None:
-        params = self._request.params
-        found = [(self._held.index(stop), stop) for stop in params.stop_strings if stop in self._held]
-        if found:
-            at, stop = min(found)
-            self._held = self._held[: at + len(stop) if params.include_stop_str_in_output else at]
-            self._finish, self._stop_reason = FinishReason.STOP, stop
-            self._decoder.reset()
-
-    def _shown(self) -> str:
-        """Takes the text that is safe to show out of what is held."""
+    def _taken_text(self) -> str:
+        """The text that became safe to show; all of it where the sequence ends."""
+        text, self._text = self._text, ""
         if self._finish is not None:
-            self._held += self._decoder.decode(b"", final=True)
-            unsafe = 0
-        else:
-            unsafe = max((self._overlap(stop) for stop in self._request.params.stop_strings), default=0)
-        keep = len(self._held) - unsafe
-        text, self._held = self._held[:keep], self._held[keep:]
+            text += self._stops.feed(self._decoder.decode(b"", final=True), armed=False) + self._stops.flush()
         return text
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that `stop` begins with."""
-        most = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(most, 0, -1) if stop.startswith(self._held[-size:])), 0)
 
     def _output(
         self,

@@ -35,8 +35,7 @@ class Detokenizer:
         tokenizer: Tokenizer,
         *,
         prompt_token_ids: Sequence[int] = (),
-        stop_strings: Sequence[str] = (),
-        include_stop: bool = False,
+        stops: StopScanner | None = None,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
@@ -48,8 +47,7 @@ class Detokenizer:
         self.special_tokens: list[tuple[int, int]] = []
         self._decoder = _utf8_decoder("replace")
         self._begun = False  # the decoder holds the beginning of a character
-        self._stops = any(stop_strings)
-        self._scanner = StopScanner(stop_strings, include_stop=include_stop)
+        self._scanner = StopScanner(()) if stops is None else stops
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
 
     @property
@@ -73,7 +71,7 @@ class Detokenizer:
         self._length += len(text)
         if special:
             self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
-        if not self._stops:
+        if self._scanner.idle:
             return text
         return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
 

@@ -40,12 +40,14 @@ class StopScanner:
     """Lets text through until a stop string is complete.
 
     Attributes:
+        idle: there is nothing to look for.
         found: the stop string that was found, or None.
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self.found: str | None = None
         self._prefixes = [_Prefix(stop) for stop in dict.fromkeys(stops) if stop]
+        self.idle = not self._prefixes
         self._include_stop = include_stop
         self._held = ""
 
@@ -53,7 +55,7 @@ class StopScanner:
         """Takes the next text and returns what is safe to show; a stop that ends in it counts only when `armed`."""
         if self.found is not None or not text:
             return ""
-        if not self._prefixes:
+        if self.idle:
             return text
         start = len(self._held)
         whole = self._held + text
