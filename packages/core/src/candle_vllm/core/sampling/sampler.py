@@ -223,7 +223,10 @@ def _rows(logits: Value, *, fetched: bool = False) -> Value:
     they are to be fetched."""
     host = kernels.host_rows(logits)
     if host is not None:
+        assert host.dtype == np.float32
         return host if host.strides[1] == host.itemsize else np.ascontiguousarray(host)
+    assert logits.is_floating_point()
+    assert logits.itemsize == 4
     return (logits.cpu() if fetched else logits).contiguous()
 
 

@@ -31,6 +31,7 @@ from candle_vllm.core.kernels.rms_norm.cpu import (
     NormOntoArguments,
     head_norm_operation,
     norm_onto_operation,
+    norm_rows,
 )
 from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_cap_operation
 
@@ -297,12 +298,7 @@ class _Prepared(_Wrapper):
         found = self.source.rows(wanted)
         if self._weight is None:
             return found
-        weight, bias = self._weight[: self.width], self._weight[self.width :]  # none but of a LayerNorm
-        if self._prologue is Prologue.LAYER_NORM:
-            found = found - found.mean(1, keepdims=True)
-        scale = 1 / np.sqrt(np.square(found).mean(1, keepdims=True) + np.float32(self._eps))
-        normed = found * scale * weight
-        return normed + bias if len(bias) else normed
+        return norm_rows(found, self._weight, self._eps, layer=self._prologue is Prologue.LAYER_NORM)
 
     def _from(self) -> InputRows:
         return InputRows(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -176,3 +177,13 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
 def norm_onto_operation(layer: bool = False) -> int:
     """Address of the compiled operation."""
     return compile_operation(make_norm_onto(int(layer)))
+
+
+def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:
+    """The norm of a step's last rows, float32 [R, K], in numpy; the bias of a LayerNorm stands behind its weight."""
+    columns = x.shape[1]
+    if layer:
+        x = x - x.mean(1, keepdims=True)
+    scale = 1 / np.sqrt(np.square(x).mean(1, keepdims=True) + np.float32(eps))
+    normed = x * scale * weight[:columns]
+    return normed + weight[columns:] if layer else normed

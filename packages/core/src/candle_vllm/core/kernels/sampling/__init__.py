@@ -53,8 +53,10 @@ def prepare() -> None:
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
     """What the compiled functions read: an array, or the memory of a tensor on the CPU; None where they cannot."""
-    if not compiled() or isinstance(logits, np.ndarray):
-        return logits if compiled() else None
+    if not compiled():
+        return None
+    if isinstance(logits, np.ndarray):
+        return logits
     return logits.numpy() if logits.device.type == "cpu" else None
 
 
