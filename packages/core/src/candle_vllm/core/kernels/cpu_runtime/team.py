@@ -9,6 +9,7 @@ thread is number 0. Nothing here holds Python's lock while a plan runs.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import threading
@@ -21,96 +22,15 @@ from numba import njit
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86, address_of
-from candle_vllm.core.kernels.cpu_runtime.primitives import (
-    call_operation,
-    cpu_relax,
-    exchange,
-    fetch_add,
-    int64_at,
-    load_acquire,
-    sched_yield,
-    sem_post,
-    sem_wait,
-    store_release,
-)
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
 from candle_vllm.core.threads import deep_stacks
 
 logger = logging.getLogger(__name__)
 
 # The team's shared numbers, each on a cache line of its own (64 bytes), as byte offsets.
-_JOB, _ARRIVED, _ROUND, _STOP, _PLAN, _ROWS, _WORKERS = range(0, 7 * 64, 64)
-_ASLEEP, _SEMAPHORE = 0, 64  # of each worker, behind _WORKERS
-_WORKER_BYTES = 128
-_SPINS_BEFORE_YIELD = 400  # some 5 us
-_YIELDS_BEFORE_SLEEP = 400  # some 0.2 ms
-
-
-@njit(inline="always")
-def _barrier(shared: int, threads: int) -> None:
-    """Waits until all threads are here."""
-    if threads == 1:
-        return
-    current = load_acquire(shared + _ROUND)
-    if fetch_add(shared + _ARRIVED, 1) == threads - 1:
-        store_release(shared + _ARRIVED, 0)
-        store_release(shared + _ROUND, current + 1)
-        return
-    spins = 0
-    while load_acquire(shared + _ROUND) == current:
-        spins += 1
-        if spins < _SPINS_BEFORE_YIELD:
-            cpu_relax(IS_X86)
-        else:
-            sched_yield()
-
-
-@njit(inline="always")
-def _walk(plan: int, rows: int, shared: int, thread: int, threads: int) -> None:
-    """Runs the operations of a plan in order; a row begins with the address and the length of its arguments."""
-    at = plan
-    for _ in range(rows):
-        row = int64_at(at)
-        call_operation(row[0], at, thread, threads)
-        if row[1] & BARRIER:
-            _barrier(shared, threads)
-        at += row[1] >> 8
-    _barrier(shared, threads)
-
-
-def _run(plan: int, rows: int, shared: int, threads: int) -> None:
-    """The caller's side of a step."""
-    store_release(shared + _PLAN, plan)
-    store_release(shared + _ROWS, rows)
-    fetch_add(shared + _JOB, 1)
-    for worker in range(1, threads):
-        at = shared + _WORKERS + worker * _WORKER_BYTES
-        if exchange(at + _ASLEEP, 0):
-            sem_post(at + _SEMAPHORE)
-    _walk(plan, rows, shared, 0, threads)
-
-
-def _work(shared: int, thread: int, threads: int) -> None:
-    """A helper's life: wait for a job, walk its plan, until told to stop."""
-    at = shared + _WORKERS + thread * _WORKER_BYTES
-    seen = 0
-    while True:
-        waits = 0
-        while load_acquire(shared + _JOB) == seen:
-            waits += 1
-            if waits < _SPINS_BEFORE_YIELD:
-                cpu_relax(IS_X86)
-            elif waits < _SPINS_BEFORE_YIELD + _YIELDS_BEFORE_SLEEP:
-                sched_yield()
-            else:
-                store_release(at + _ASLEEP, 1)
-                # A job that came just now has either seen the flag and posted, or is seen here.
-                if load_acquire(shared + _JOB) == seen or exchange(at + _ASLEEP, 0) == 0:
-                    sem_wait(at + _SEMAPHORE)
-        seen += 1
-        if load_acquire(shared + _STOP):
-            return
-        _walk(load_acquire(shared + _PLAN), load_acquire(shared + _ROWS), shared, thread, threads)
+JOB, ARRIVED, ROUND, STOP, PLAN, ROWS, WORKERS = range(0, 7 * 64, 64)
+ASLEEP, SEMAPHORE = 0, 64  # of each worker, behind WORKERS
+WORKER_BYTES = 128
 
 
 @cache
@@ -129,14 +49,16 @@ class ThreadTeam:
     """
 
     def __init__(self, threads: int) -> None:
-        self._memory = np.zeros(64 + _WORKERS + threads * _WORKER_BYTES, np.uint8)
+        walk = importlib.import_module("candle_vllm.core.kernels.cpu_runtime.walk")  # which needs the compiler
+
+        self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
         self.threads = threads if self._make_semaphores(threads) else 1
-        self._enter = _compiled(_run, "void(int64, int64, int64, int64)")
-        work = _compiled(_work, "void(int64, int64, int64)")
+        self._enter = _compiled(walk.run, "void(int64, int64, int64, int64)")
+        helper = _compiled(walk.work, "void(int64, int64, int64)")
         self._helpers = [
             threading.Thread(
-                target=work, args=(self._shared, number, self.threads), name=f"candle-vllm-cpu-{number}", daemon=True
+                target=helper, args=(self._shared, number, self.threads), name=f"candle-vllm-cpu-{number}", daemon=True
             )
             for number in range(1, self.threads)
         ]
@@ -148,12 +70,12 @@ class ThreadTeam:
 
     def close(self) -> None:
         """Ends the helpers and waits for them."""
-        ctypes.c_int64.from_address(self._shared + _STOP).value = 1
+        ctypes.c_int64.from_address(self._shared + STOP).value = 1
         self._enter(0, 0, self._shared, 1)
         for worker in range(1, self.threads):
-            at = self._shared + _WORKERS + worker * _WORKER_BYTES
-            if ctypes.c_int64.from_address(at + _ASLEEP).value:
-                ctypes.CDLL(None).sem_post(ctypes.c_void_p(at + _SEMAPHORE))
+            at = self._shared + WORKERS + worker * WORKER_BYTES
+            if ctypes.c_int64.from_address(at + ASLEEP).value:
+                ctypes.CDLL(None).sem_post(ctypes.c_void_p(at + SEMAPHORE))
         for helper in self._helpers:
             if helper.ident is not None:
                 helper.join()
@@ -177,7 +99,7 @@ class ThreadTeam:
         try:
             libc = ctypes.CDLL(None)
             made = [
-                libc.sem_init(ctypes.c_void_p(self._shared + _WORKERS + n * _WORKER_BYTES + _SEMAPHORE), 0, 0)
+                libc.sem_init(ctypes.c_void_p(self._shared + WORKERS + n * WORKER_BYTES + SEMAPHORE), 0, 0)
                 for n in range(1, threads)
             ]
         except (OSError, AttributeError):
