@@ -15,7 +15,6 @@ import statistics
 import time
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.kernels import packed_linear, plain_linear
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, host_isa
@@ -27,6 +26,7 @@ from candle_vllm.core.kernels.moe import Routing, combine, expert_linear, route
 from candle_vllm.core.kernels.packed_linear import PackedMatrix
 from candle_vllm.core.kernels.plain_linear import PlainMatrix
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def main() -> None:

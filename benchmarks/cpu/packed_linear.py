@@ -15,7 +15,6 @@ import statistics
 import time
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -25,6 +24,7 @@ from candle_vllm.core.kernels.packed_linear.cpu import linear_arguments, linear_
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def main() -> None:

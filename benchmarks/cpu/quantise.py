@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.weight_quant import quantiser
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def _measure(
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    back = quants.dequantize(out, kind).reshape(weights.shape)
+    back = gguf.quants.dequantize(out, gguf.GGMLQuantizationType(kind)).reshape(weights.shape)
     error = float(np.sqrt(((back - weights) ** 2).mean() / (weights**2).mean()))
     return {"mbps": round(weights.nbytes / min(times) / 1e6), "error": round(error, 5)}
 

@@ -18,7 +18,7 @@ from tiny import eager_logits, error, load, recorded_logits, some_tokens, write_
 from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.conversion.gguf_architectures import ARCHITECTURES, architecture
-from candle_vllm.core.models.registry import FAMILIES
+from candle_vllm.core.models.registry import HF_FAMILIES
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
@@ -58,7 +58,7 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
 
 
 def test_every_family_has_its_row() -> None:
-    assert {model_type for family in FAMILIES for model_type in family.hf.values()} == set(ARCHITECTURES)
+    assert {family.hf[name] for name, family in HF_FAMILIES.items()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k"])

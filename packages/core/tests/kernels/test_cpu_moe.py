@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import quants
 from moe_layer import Biases, moe, route
+
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 pytest.importorskip("numba")
 

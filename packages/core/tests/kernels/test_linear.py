@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.kernels import gguf_linear
 from candle_vllm.core.kernels.dispatch import interpreted
 from candle_vllm.core.kernels.linear import linear
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's kernels take the place of the reference")
 

@@ -8,7 +8,6 @@ import itertools
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -22,6 +21,7 @@ from candle_vllm.core.kernels.packed_linear import (
 )
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 pytest.importorskip("numba")
 

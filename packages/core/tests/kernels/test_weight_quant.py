@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import quants
 
 from candle_vllm.core.kernels.weight_quant import quantiser, reference
 from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 KINDS = [GGMLQuantizationType[name] for name in TYPES]
 

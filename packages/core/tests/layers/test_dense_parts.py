@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import quants
+
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 pytest.importorskip("numba")
 

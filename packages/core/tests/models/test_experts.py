@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from families import ROWS
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGUFReader, GGUFWriter, quants
 from gguf_export import export_gguf
 from safetensors.torch import load_file, save_file
 from tiny import config_of, cuts, eager_logits, error, recorded_logits, some_tokens, spread, typical_spread, write_tiny
 
 from candle_vllm.core import InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError, WeightsError
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 TOKENS = some_tokens(24)
 Weights = dict[str, torch.Tensor]

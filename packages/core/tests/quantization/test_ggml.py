@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import quants
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.torch_numbers import DTYPES, tensor_of
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 T = GGMLQuantizationType
 NOT_IN_LIBRARY = {T.Q8_1, T.Q8_K, *(t for t in T if t.name == "Q1_0")}
@@ -145,3 +147,9 @@ def test_a_type_that_nothing_decodes_is_refused_by_name(ggml_type: T) -> None:
 def test_decodable_types_pass_the_check() -> None:
     for ggml_type in [*DECODABLE, *ggml.PLAIN_TYPES]:
         ggml.check_decodable(ggml_type)
+
+
+def test_the_types_are_those_of_the_gguf_package() -> None:
+    theirs = {kind.name: (int(kind), gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
+    ours = {kind.name: (int(kind), GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
+    assert ours.items() >= theirs.items(), "a newer release knows types that belong into ggml_types.py"

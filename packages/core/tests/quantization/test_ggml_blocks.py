@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from candle_vllm.core.kernels.packed_linear import PackedKind
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, put_together, take_apart
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 each_type = pytest.mark.parametrize("kind", list(CONTENTS), ids=lambda kind: kind.name)
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from format_writers import WRITERS, quantise_model
-from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
@@ -32,6 +31,7 @@ from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as GgmlType
 from moe_layer import Biases, Experts, matrix_of, moe
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
@@ -22,6 +21,7 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
 
 TOLERANCE = 5e-3

@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as GgmlType
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import (
@@ -25,6 +24,7 @@ from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind, packed_kind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 TOLERANCE = 5e-3
 each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import ConfigError, WeightsError
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, SOURCES, fitting_type, quantise
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import Counted, Line, WeightName, expand
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 logger = logging.getLogger(__name__)

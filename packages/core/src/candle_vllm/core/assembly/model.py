@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.core.assembly.cache_scales import give_cache_scales
-from candle_vllm.core.assembly.isq import quantised_in_situ
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -147,6 +145,8 @@ def load_model(
                 decoder = family.build(model_config, placement, checkpoint)
                 fill(decoder, family.weights, family.ignored(model_config), model_config, stored, progress)
                 if config.kv_cache_dtype == "fp8":
+                    from candle_vllm.core.assembly.cache_scales import give_cache_scales
+
                     give_cache_scales(decoder, opened.cache_scales, model_config, placement)
         loaded = LoadedModel(
             name=files.name,
@@ -191,6 +191,8 @@ def _as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpo
     """What is loaded of a checkpoint: its tensors as they are stored, or quantised on the way."""
     if config.isq is None:
         return checkpoint
+    from candle_vllm.core.assembly.isq import quantised_in_situ
+
     shapes = family.build(model, SHAPES, checkpoint)
     return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes))
 

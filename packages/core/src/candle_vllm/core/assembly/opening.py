@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from candle_vllm.core.assembly.cache_scales import split_cache_scales
-from candle_vllm.core.assembly.dummy import open_dummy
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.loading.gguf import open_gguf
-from candle_vllm.core.loading.quantised import read_quantised
-from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.towers import text_tensors
-from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -69,14 +64,25 @@ def naming(source: object, *others: object) -> Iterator[None]:
 
 
 def open_model(files: ModelFiles, device: Device) -> Opened:
-    """Opens what `model_files` found; errors as `load_model`."""
+    """Opens what `model_files` found; errors as `load_model`.
+
+    Each format's readers are imported with it: a GGUF file, from which most people start, needs none of the others'.
+    """
     with naming(config_file(files)):
         if files.format == "gguf":
             gguf = open_gguf(files.weights[0])
             return Opened(files, gguf, gguf.metadata)
         if files.format == "dummy":
+            from candle_vllm.core.assembly.dummy import open_dummy
+
             assert files.config is not None
             return Opened(files, open_dummy(files.config, device), {})
+        from candle_vllm.core.assembly.cache_scales import split_cache_scales
+        from candle_vllm.core.loading.quantised import read_quantised
+        from candle_vllm.core.loading.safetensors import open_safetensors
+        from candle_vllm.core.loading.towers import text_tensors
+        from candle_vllm.core.loading.trunks import prefixed
+
         stored = open_safetensors(files.folder)
         if files.config is None:
             return Opened(files, stored, {})
@@ -109,10 +115,22 @@ def stored_types(checkpoint: Checkpoint) -> str | None:
 @contextmanager
 def progress_bar(what: str = "loading") -> Iterator[Any]:
     """A bar for what is done to a model's weights, on a terminal, when it takes longer than a second."""
-    with tqdm(desc=what, unit="B", unit_scale=True, delay=1.0, leave=False, dynamic_ncols=True, disable=None) as bar:
+    bar: Any = None
+    shown_from = time.monotonic() + 1.0 if sys.stderr.isatty() else math.inf
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and time.monotonic() < shown_from:
+            return
+        if bar is None:
+            from tqdm import tqdm  # takes as long to import as a small model's weights
 
+            bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, initial=done)
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()

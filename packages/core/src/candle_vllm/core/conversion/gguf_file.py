@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
 
@@ -71,7 +73,8 @@ def write_file(
         for plan in plans:
             size, width = ggml.block_layout(plan.kind)
             shape = (*plan.stored.shape[:-1], plan.stored.shape[-1] // size * width)
-            writer.add_tensor_info(plan.name, shape, np.dtype(np.uint8), plan.nbytes, raw_dtype=plan.kind)
+            kind = gguf.GGMLQuantizationType(plan.kind)
+            writer.add_tensor_info(plan.name, shape, np.dtype(np.uint8), plan.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

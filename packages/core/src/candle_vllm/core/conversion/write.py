@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import LlamaFileType
 
 from candle_vllm.core.assembly.isq import check_plain, chosen_type, stays_plain
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
@@ -34,6 +34,7 @@ from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}

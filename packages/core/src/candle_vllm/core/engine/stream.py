@@ -8,9 +8,8 @@ import queue
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
-
-from tqdm import tqdm
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -132,19 +131,31 @@ def run_all(
     collectors: dict[str, tuple[int, OutputCollector]] = {}
     ahead = iter(enumerate(todo))
     try:
-        with tqdm(total=len(todo), disable=not use_tqdm, desc="prompts", dynamic_ncols=True) as bar:
+        with _bar("prompts", len(todo), use_tqdm) as advance:
             waiting = next(ahead, None)
             while waiting or collectors:
                 if waiting is not None and _try_submit(thread, waiting, sink, collectors):
                     waiting = next(ahead, None)
                 elif collectors:
                     yield sink.next_finished(collectors)
-                    bar.update()
+                    advance()
                 else:
                     time.sleep(_PAUSE)
     finally:
         for request_id in collectors:
             thread.abort(request_id)
+
+
+@contextmanager
+def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar where one is shown; what it gives moves it on by one."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm import tqdm  # whoever streams shows none
+
+    with tqdm(total=total, desc=what, dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 def _try_submit(
@@ -242,11 +253,11 @@ class Window:
         """
         mailbox = _Mailbox()
         try:
-            with tqdm(total=len(self._entries), disable=not use_tqdm, desc="texts", dynamic_ncols=True) as bar:
+            with _bar("texts", len(self._entries), use_tqdm) as advance:
                 while self._submit(mailbox, patient=True):
                     if self._under_way:
                         self._take(mailbox.items.get())
-                        bar.update()
+                        advance()
                     else:
                         time.sleep(_PAUSE)
         finally:

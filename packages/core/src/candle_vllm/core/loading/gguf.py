@@ -19,11 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

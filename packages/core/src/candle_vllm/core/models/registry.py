@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -13,46 +14,61 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import decoder_class, without_head
-from candle_vllm.core.models import (
-    bert,
-    deepseek,
-    gemma,
-    glm4,
-    glm4_moe,
-    gpt_oss,
-    llama,
-    mixtral,
-    phi,
-    phi3,
-    qwen_moe,
-    smollm3,
-    stablelm,
-)
 from candle_vllm.core.models.family import EncoderFamily, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", Family, EncoderFamily)
 
-FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY,
-    deepseek.FAMILY,
-    gemma.FAMILY,
-    glm4.FAMILY,
-    mixtral.FAMILY,
-    qwen_moe.FAMILY,
-    glm4_moe.FAMILY,
-    gpt_oss.FAMILY,
-    phi.FAMILY,
-    phi3.FAMILY,
-    stablelm.FAMILY,
-    smollm3.FAMILY,
+FAMILIES = (
+    "llama",
+    "bert",
+    "deepseek",
+    "gemma",
+    "glm4",
+    "mixtral",
+    "qwen_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "phi",
+    "phi3",
+    "stablelm",
+    "smollm3",
 )
-ENCODERS: tuple[EncoderFamily, ...] = (bert.FAMILY,)
+"""The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
+start imports no more of them than it takes to find the model's: most are of the first."""
 
-HF_FAMILIES: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.hf}
-GGUF_FAMILIES: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.gguf}
-HF_ENCODERS: Mapping[str, EncoderFamily] = {name: family for family in ENCODERS for name in family.hf}
-GGUF_ENCODERS: Mapping[str, EncoderFamily] = {name: family for family in ENCODERS for name in family.gguf}
+
+class ByName(Mapping[str, Row]):
+    """Families of one kind by the names of a format, which are found when they are asked for."""
+
+    def __init__(self, kind: type[Row], format: Literal["hf", "gguf"]) -> None:
+        self._kind = kind
+        self._format = format
+
+    def __getitem__(self, name: str) -> Row:
+        family = next((family for family in _families() if name in getattr(family, self._format)), None)
+        if not isinstance(family, self._kind):
+            raise KeyError(name)
+        return family
+
+    def __iter__(self) -> Iterator[str]:
+        for family in _families():
+            if isinstance(family, self._kind):
+                yield from getattr(family, self._format)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _families() -> Iterator[Family | EncoderFamily]:
+    for name in FAMILIES:
+        yield import_module(f"{__package__}.{name}").FAMILY
+
+
+HF_FAMILIES = ByName(Family, "hf")
+GGUF_FAMILIES = ByName(Family, "gguf")
+HF_ENCODERS = ByName(EncoderFamily, "hf")
+GGUF_ENCODERS = ByName(EncoderFamily, "gguf")
 
 
 def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamily, EncoderConfig] | None:
@@ -100,7 +116,7 @@ def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tup
     """The family and configuration of GGUF metadata."""
     name = Fields(metadata, checkpoint.path).get("general.architecture", str)
     if name == "llama" and Fields(metadata, checkpoint.path, "llama.").get("expert_count", int, 0):
-        family = mixtral.FAMILY  # its files bear Llama's name
+        from candle_vllm.core.models.mixtral import FAMILY as family  # its files bear Llama's name
     else:
         family = _find(name, GGUF_FAMILIES, checkpoint.path, GGUF_ENCODERS)
     assert family.config_from_gguf is not None, "a family that is found by its metadata reads it"

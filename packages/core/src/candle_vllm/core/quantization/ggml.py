@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, BlockParts, put_together, take_apart
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
 
@@ -158,9 +158,13 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
     if contents is not None:
         return partial(_decode, contents)
 
+    import gguf  # of rare types alone: it takes longer to import than a file of the others to open
+
+    kind = gguf.GGMLQuantizationType(ggml_type)
+
     def decode(blocks: np.ndarray, out: np.ndarray) -> None:
         # As one row: the library loops in Python over groups of 16 rows.
-        out[:] = quants.dequantize(blocks.reshape(1, -1), ggml_type).reshape(out.shape)
+        out[:] = gguf.quants.dequantize(blocks.reshape(1, -1), kind).reshape(out.shape)
 
     size, width = block_layout(ggml_type)
     try:

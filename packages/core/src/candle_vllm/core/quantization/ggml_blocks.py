@@ -17,7 +17,8 @@ from types import MappingProxyType, ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from gguf import GGMLQuantizationType
+
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 Array = TypeVar("Array")  # numpy's or torch's
 
@@ -129,9 +130,9 @@ _ROWS = {  # codes, scale, minimum
     "Q1_0": BlockContents((Fields(2, 18, 1, 1, shift=1),), (0, 2), zero=1),  # the codes are 1 and -1
 }
 CONTENTS: Mapping[GGMLQuantizationType, BlockContents] = MappingProxyType(
-    {GGMLQuantizationType[name]: row for name, row in _ROWS.items() if name in GGMLQuantizationType.__members__}
+    {GGMLQuantizationType[name]: row for name, row in _ROWS.items()}
 )
-"""The rows; a release of the `gguf` package may lack a type."""
+"""The rows."""
 
 
 @dataclass(frozen=True, slots=True)

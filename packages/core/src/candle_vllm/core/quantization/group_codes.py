@@ -18,9 +18,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 BLOCK = 32
 """Weights in a block of Q4_0, Q5_0 and Q8_0."""

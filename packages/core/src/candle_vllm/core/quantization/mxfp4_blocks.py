@@ -8,9 +8,9 @@ bytes of nibbles, whose numbers are -16 to 15. The 32 codes stand in the same or
 from __future__ import annotations
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.scaled_codes import E2M1
 
 BLOCK = 17

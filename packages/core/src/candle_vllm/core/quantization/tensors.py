@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.scaled_codes import ScaledCodes

@@ -9,8 +9,6 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from candle_vllm.openai import OpenAIAdapter
-from candle_vllm.openai.events import Text, Thought
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 
@@ -43,6 +41,9 @@ async def answer_pieces(
     stop: Sequence[str] = (),
 ) -> AsyncGenerator[Said, None]:
     """The pieces of the model's answer to a conversation; closing the iterator aborts the request."""
+    from candle_vllm.openai import OpenAIAdapter  # which a plain prompt has no need of
+    from candle_vllm.openai.events import Text, Thought
+
     name = engine.model_info.name
     adapter = OpenAIAdapter(engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser)
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}

@@ -13,10 +13,12 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-
-import httpx
+from typing import TYPE_CHECKING
 
 from candle_vllm.responses.addresses import is_allowed, is_host, look_up
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_URL = 2048  # characters
 RESOLVE_SECONDS = 10.0
@@ -54,6 +56,8 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
     """A URL that a webhook could have; whether it may go there is `allowed_target`'s question."""
     if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
         raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
+    import httpx  # where there is a webhook
+
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:

@@ -12,9 +12,10 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from candle_vllm.server.observing.request_record import FinishedRequest
+if TYPE_CHECKING:
+    from candle_vllm.server.observing.request_record import FinishedRequest
 
 LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters

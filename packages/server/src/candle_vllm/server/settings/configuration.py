@@ -11,15 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
 from candle_vllm.server.settings.options import UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
+
+if TYPE_CHECKING:
+    from candle_vllm.server.mailbox.options import MailboxOptions
 
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}

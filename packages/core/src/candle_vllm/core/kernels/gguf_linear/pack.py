@@ -9,13 +9,13 @@ import logging
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
 from candle_vllm.core.kernels.packed_linear.layout import packed_kind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, take_apart
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 
 logger = logging.getLogger(__name__)

@@ -31,12 +31,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.activation_quant import Groups
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""

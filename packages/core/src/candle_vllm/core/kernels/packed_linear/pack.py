@@ -10,7 +10,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -24,6 +23,7 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, split
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 from candle_vllm.core.threads import loading_threads
 

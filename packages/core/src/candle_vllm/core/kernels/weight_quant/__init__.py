@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from gguf import GGMLQuantizationType
-
 from candle_vllm.core.kernels.weight_quant.searches import TYPES, Quantise
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:

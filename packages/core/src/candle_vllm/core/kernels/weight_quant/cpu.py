@@ -11,13 +11,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
 from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits
 from candle_vllm.core.kernels.weight_quant.cpu_search import bits_of, ends_of_32, fit_offset, fit_scale, store_codes
 from candle_vllm.core.kernels.weight_quant.searches import OFFSETS, SCALES, SIMPLE, Quantise
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _LARGEST_BITS = np.int32(0x477FE000)  # of 65504

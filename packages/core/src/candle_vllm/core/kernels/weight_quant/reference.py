@@ -5,8 +5,8 @@ Shapes: x float32 [G, n], a group in each row; all sums go from a group's first 
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, quants
 
 from candle_vllm.core.kernels.weight_quant.searches import (
     LARGEST,
@@ -23,6 +23,7 @@ from candle_vllm.core.kernels.weight_quant.searches import (
     ScaleSearch,
 )
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 F = np.float32
 
@@ -44,7 +45,7 @@ def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     """Blocks [N, numbers] as bytes [N, bytes]."""
     name = ggml_type.name
     if name in SIMPLE:
-        return quants.quantize(x, ggml_type)
+        return gguf.quants.quantize(x, gguf.GGMLQuantizationType(ggml_type))
     if name in OFFSETS:
         return _with_offset(x, ggml_type, OFFSETS[name])
     return _scaled(x, ggml_type, SCALES[name])

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels import weight_quant
 from candle_vllm.core.kernels.weight_quant.searches import LARGEST
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.threads import loading_threads
 
