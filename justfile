@@ -2,9 +2,14 @@
 default:
     @just --list
 
-# install everything, the demo model included
+# install everything: what running needs, the demo model, and what tests and checks need
 sync:
-    uv sync
+    uv sync --group dev
+
+# give all five distributions, and what they require of each other, a new version
+version NEW:
+    sed -i -E 's/^version = ".*"/version = "{{NEW}}"/; s/(candle-vllm-[a-z]+(\[[a-z,-]+\])?==)[0-9][^"]*/\1{{NEW}}/g' \
+        pyproject.toml packages/*/pyproject.toml
 
 # what CI runs
 ci:
@@ -12,14 +17,14 @@ ci:
 
 # lint, format, types and import contracts
 check:
-    uv run ruff check --fix .
-    uv run ruff format .
-    uv run pyright
-    uv run lint-imports
+    uv run --group dev ruff check --fix .
+    uv run --group dev ruff format .
+    uv run --group dev pyright
+    uv run --group dev lint-imports
 
 # tests; arguments go to pytest
 test *ARGS:
-    uv run pytest {{ARGS}}
+    uv run --group dev pytest {{ARGS}}
 
 # serve the demo model
 serve *ARGS:

@@ -53,8 +53,10 @@ def test_readme_has_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert commands[0] == "pip install uv && uv run candle-vllm\n"
-    assert "uv run pytest\n" in commands
-    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "uv run --group dev pytest\n" in commands
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "uv sync --quiet --group dev\n" in script
+    assert "uv run pytest" in script
 
 
 def test_readmes_request_is_answered() -> None:

@@ -1,6 +1,6 @@
 """Runs the MCP conformance suite's client scenarios against `McpLink` and prints what came of each.
 
-    uv run python tests/mcp_conformance/run.py [SCENARIO ...]
+    uv run --group dev python tests/mcp_conformance/run.py [SCENARIO ...]
 
 Without arguments it runs all scenarios of both eras, those that are known to fail too.
 """

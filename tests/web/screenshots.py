@@ -1,4 +1,4 @@
-"""Makes the pictures in docs/images: `uv run python tests/web/screenshots.py [folder]`."""
+"""Makes the pictures in docs/images: `uv run --group dev python tests/web/screenshots.py [folder]`."""
 
 from __future__ import annotations
 

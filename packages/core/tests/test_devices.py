@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from candle_vllm.core import ConfigError, InferenceEngine, devices
-from candle_vllm.core.devices import CPU, Device, choose_device, fitting
+from candle_vllm.core.devices import CPU, Device, choose_device, fitting, require_torch
 from candle_vllm.core.kernels.triton_build import AMD, AMD_STAGES, CAPABILITIES, TENSOR_CORES, capability, stages
 
 GB = 1 << 30
@@ -70,7 +71,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpus:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Pretended GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: package if fake.triton else None)
+    monkeypatch.setattr(
+        devices.importlib.util, "find_spec", lambda name: package if name != "triton" or fake.triton else None
+    )
     return fake
 
 
@@ -203,11 +206,39 @@ def test_a_torch_without_cuda(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
-    with pytest.raises(ConfigError, match="torch is not installed: install it"):
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    command = r"torch is not installed: pip install 'candle-vllm\[cuda\]'"
+    with pytest.raises(ConfigError, match=rf"^device 'cuda' cannot be used: {command}\. .*set --device cpu$"):
         choose_device("cuda")
+    assert not caplog.records
     assert choose_device("auto") == CPU
-    assert "there is a GPU, and this is computed on the CPU: torch is not installed" in caplog.text
+    (record,) = caplog.records
+    assert re.fullmatch(f"a GPU lies idle, and this is computed on the CPU: {command}", record.getMessage())
+
+
+def test_an_amd_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "_nvidia_driver", lambda: None)
+    monkeypatch.setattr(devices, "_AMD_DRIVER", gpus.folder)
+    with pytest.raises(ConfigError, match="torch is not installed: install one that was built for ROCm"):
+        choose_device("cuda")
+
+
+def test_a_torch_that_cannot_be_imported(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails, and it is there
+    with pytest.raises(ConfigError, match="torch cannot be imported: import of torch halted"):
+        choose_device("cuda")
+
+
+def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_torch("enforce_eager is set")  # it is there
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError) as caught:
+        require_torch("enforce_eager is set")
+    assert str(caught.value) == (
+        "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+        "pip install 'candle-vllm[torch]'"
+    )
 
 
 class Driver:

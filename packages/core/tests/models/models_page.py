@@ -1,6 +1,6 @@
 """The table of docs/models.md, made of the registry and of what the tests of this folder are run with.
 
-`uv run python packages/core/tests/models/models_page.py` writes it anew; a test compares.
+`uv run --group dev python packages/core/tests/models/models_page.py` writes it anew; a test compares.
 """
 
 from __future__ import annotations

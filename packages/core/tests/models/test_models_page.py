@@ -9,7 +9,7 @@ from candle_vllm.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
 
 
 def test_the_table_is_current() -> None:
-    """`uv run python packages/core/tests/models/models_page.py` writes it anew."""
+    """`uv run --group dev python packages/core/tests/models/models_page.py` writes it anew."""
     text = PAGE.read_text()
     assert text == page(text)
 

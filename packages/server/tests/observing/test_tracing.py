@@ -198,7 +198,7 @@ def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"install candle-vllm-server\[telemetry\]"):
+    with pytest.raises(UsageError, match=r"pip install 'candle-vllm\[telemetry\]'"):
         otlp_tracing("http://127.0.0.1:4318")
-    with pytest.raises(UsageError, match=r"install candle-vllm-server\[telemetry\]"):
+    with pytest.raises(UsageError, match=r"pip install 'candle-vllm\[telemetry\]'"):
         Tracing(InMemorySpanExporter())

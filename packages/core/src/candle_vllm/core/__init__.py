@@ -1,7 +1,7 @@
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
-`InferenceEngine` and `RemoteEngine` are imported when they are first used, because torch takes seconds to import and
-the settings, errors and request types do not need it.
+`InferenceEngine` and `RemoteEngine` are imported when they are first used, because what computes takes a while to
+import, and the settings, errors and request types do not need it.
 """
 
 from typing import TYPE_CHECKING, Any

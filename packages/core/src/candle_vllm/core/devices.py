@@ -22,6 +22,7 @@ from candle_vllm.core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
+_INSTALL = "pip install 'candle-vllm[{}]'"
 
 
 class Device(str):
@@ -57,16 +58,19 @@ def choose_device(wanted: str) -> Device:
         raise ConfigError(
             f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set --device cpu", "device"
         )
-    logger.warning("there is a GPU, and this is computed on the CPU: %s", obstacle)
+    logger.warning("a GPU lies idle, and this is computed on the CPU: %s", obstacle)
     return CPU
 
 
 def gpu_obstacle(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in one sentence; None if it can."""
+    if importlib.util.find_spec("torch") is None:
+        amd = _nvidia_driver() is None and _AMD_DRIVER.exists()
+        return f"torch is not installed: {'install one that was built for ROCm' if amd else _INSTALL.format('cuda')}"
     try:
         import torch
-    except ImportError:
-        return "torch is not installed: install it"
+    except (ImportError, OSError) as error:  # OSError: a library of its own is missing
+        return f"torch cannot be imported: {_first_line(error)}"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch was built without CUDA, and without ROCm: install one that was built with either"
     try:
@@ -87,8 +91,20 @@ def gpu_obstacle(index: int) -> str | None:
             "CUDA 13 has no code for older GPUs"
         )
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: install it"
+        return f"triton is not installed: {_INSTALL.format('cuda')}"
     return _no_compiler() or _taken(index)
+
+
+def require_torch(reason: str) -> None:
+    """Refuses to compute op by op in torch, for `reason`, where torch is not installed.
+
+    Raises:
+        ConfigError: it is not, with the command that installs it.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            f"{reason}, so layers run op by op in torch, which is not installed: {_INSTALL.format('torch')}"
+        )
 
 
 def use_threads(count: int) -> None:
@@ -161,7 +177,7 @@ def _driver_fault(message: str) -> str:
         return f"the NVIDIA driver is too old for torch {torch.__version__}: update it, or install an older torch"
     if "NVIDIA driver" in message or not message:
         return f"no GPU was found, or no {'NVIDIA' if torch.version.hip is None else 'AMD'} driver is installed"
-    return f"{'CUDA' if torch.version.hip is None else 'ROCm'} does not start: {message.splitlines()[0]:.200}"
+    return f"{'CUDA' if torch.version.hip is None else 'ROCm'} does not start: {_first_line(message)}"
 
 
 def _no_compiler() -> str | None:
@@ -200,7 +216,7 @@ def _taken(index: int) -> str | None:
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        return f"its memory is taken or it does not answer: {str(error).splitlines()[0]:.200}"
+        return f"its memory is taken or it does not answer: {_first_line(error)}"
     if free < total // 50:
         return f"its memory is taken: {free >> 20} of {total >> 20} MB are free"
     return None
@@ -208,18 +224,29 @@ def _taken(index: int) -> str | None:
 
 def _driver_has_gpu() -> bool:
     """Whether a GPU's driver knows of one, or does not answer, which is then to be explained. torch is not asked."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return Path("/dev/kfd").exists()  # AMD's
+    driver = _nvidia_driver()
+    if driver is None:
+        return _AMD_DRIVER.exists()
     count = ctypes.c_int()
     if driver.cuInit(0) in _NO_GPU:
         return False
     return driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value > 0
 
 
+def _nvidia_driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+_AMD_DRIVER = Path("/dev/kfd")
 _NO_GPU = (34, 100)
 """CUDA_ERROR_STUB_LIBRARY and CUDA_ERROR_NO_DEVICE."""
+
+
+def _first_line(message: object) -> str:
+    return str(message).partition("\n")[0][:200]
 
 
 def _dotted(capability: tuple[int, int]) -> str:

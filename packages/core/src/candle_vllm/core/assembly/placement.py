@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, is_amd, use_threads
+from candle_vllm.core.devices import Device, is_amd, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
@@ -49,7 +49,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
-        return torch_on(config, in_torch)
+        return torch_on(config, in_torch, "enforce_eager is set")
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
@@ -61,12 +61,18 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
         return Placement(device, "F32", WeightMemory(), wanted)
+    placement = torch_on(config, in_torch, obstacle)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
-    return torch_on(config, in_torch)
+    return placement
 
 
-def torch_on(config: EngineConfig, placement: Placement) -> Placement:
-    """The placement, for which torch computes on as many threads as `config` says."""
+def torch_on(config: EngineConfig, placement: Placement, reason: str = "this model has no compiled form") -> Placement:
+    """The placement, for which torch computes on as many threads as `config` says; `reason` is why it does.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
+    require_torch(reason)
     use_threads(config.threads or physical_cores())
     return placement
 

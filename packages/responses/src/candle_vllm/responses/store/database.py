@@ -221,6 +221,6 @@ def _postgresql(url: URL, place: Place) -> Engine:
         )
     except ModuleNotFoundError:
         raise ConfigError(
-            f"a {place.title} in PostgreSQL needs its driver: install candle-vllm-server with the extra postgres",
+            f"a {place.title} in PostgreSQL needs its driver: pip install 'candle-vllm[postgres]'",
             place.setting,
         ) from None

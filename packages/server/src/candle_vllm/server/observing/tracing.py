@@ -1,6 +1,6 @@
 """Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
 
-Off unless an endpoint is given, and an optional extra: `candle-vllm-server[telemetry]`. Spans are made when a request
+Off unless an endpoint is given, and an optional extra: `candle-vllm[telemetry]`. Spans are made when a request
 has ended and handed to a bounded queue, which drops them when it is full: a collector that is slow or gone costs no
 request anything.
 """
@@ -108,7 +108,7 @@ def otlp_tracing(endpoint: str) -> Tracing:
 
 def missing_telemetry() -> UsageError:
     """What is said where the extra is not installed."""
-    return UsageError("--otlp-endpoint needs OpenTelemetry: install candle-vllm-server[telemetry]")
+    return UsageError("--otlp-endpoint needs OpenTelemetry: pip install 'candle-vllm[telemetry]'")
 
 
 def span_attributes(request: FinishedRequest) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class Settings:
         Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
-        "candle-vllm-server[telemetry]", "URL", commands=_SERVE)] = None
+        "candle-vllm[telemetry]", "URL", commands=_SERVE)] = None
     log_level: Annotated[str, own(LOGGING, _LEVELS, "debug, info, warning or error", "LEVEL")] = "info"
     # fmt: on
 

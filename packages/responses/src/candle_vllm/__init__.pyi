@@ -1,0 +1,1 @@
+"""For type checkers of a checkout, to which this folder is a part of the package in `src`; not in the wheel."""

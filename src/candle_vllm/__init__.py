@@ -1,0 +1,120 @@
+"""LLM inference in one library: the public names of its four packages, each imported when it is first used.
+
+The packages are `core` (the engine), `openai`, `responses` and `server`; they are distributions of their own, and work
+without this file, which then is no package's.
+"""
+
+from importlib import import_module
+from pkgutil import extend_path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from candle_vllm.core import (
+        CandleVllmError,
+        ChatTemplateError,
+        CompletionOutput,
+        ConfigError,
+        EmbeddingOutput,
+        EngineConfig,
+        EngineDeadError,
+        EngineOverloadedError,
+        EngineStats,
+        FinishReason,
+        GenerationOutput,
+        GenerationRequest,
+        InferenceEngine,
+        InvalidFileError,
+        InvalidParameterError,
+        ModelInfo,
+        ModelLoadError,
+        ModelNotFoundError,
+        PoolingParams,
+        PositionLogprobs,
+        PromptTooLongError,
+        RemoteEngine,
+        RequestAbortedError,
+        RequestError,
+        SamplingParams,
+        ScoreOutput,
+        StructuredOutputsParams,
+        TokenLogprob,
+        TokenOutput,
+        UnsupportedModelError,
+        WeightsError,
+    )
+    from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter
+    from candle_vllm.responses import ConversationOptions, ConversationResult, McpServerConfig, ResponsesSession
+    from candle_vllm.server import Settings, create_app
+
+    __version__: str
+
+__all__ = [
+    "CandleVllmError",
+    "ChatTemplateError",
+    "CompletionOutput",
+    "ConfigError",
+    "ConversationOptions",
+    "ConversationResult",
+    "EmbeddingOutput",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineOverloadedError",
+    "EngineStats",
+    "FinishReason",
+    "GenerationOutput",
+    "GenerationRequest",
+    "InferenceEngine",
+    "InvalidFileError",
+    "InvalidParameterError",
+    "McpServerConfig",
+    "ModelInfo",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "OpenAIAdapter",
+    "PoolingParams",
+    "PositionLogprobs",
+    "PromptTooLongError",
+    "RemoteEngine",
+    "RequestAbortedError",
+    "RequestError",
+    "ResponsesSession",
+    "SamplingParams",
+    "ScoreOutput",
+    "Settings",
+    "StructuredOutputsParams",
+    "SyncOpenAIAdapter",
+    "TokenLogprob",
+    "TokenOutput",
+    "UnsupportedModelError",
+    "WeightsError",
+    "__version__",
+    "create_app",
+]
+
+_NOT_OF_CORE = {
+    "OpenAIAdapter": "openai",
+    "SyncOpenAIAdapter": "openai",
+    "ConversationOptions": "responses",
+    "ConversationResult": "responses",
+    "McpServerConfig": "responses",
+    "ResponsesSession": "responses",
+    "Settings": "server",
+    "create_app": "server",
+}
+
+# Packages that are installed from a checkout stand in folders of their own. The list is the module's spec's as well.
+__path__[:] = extend_path(__path__, __name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("candle-vllm")
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_NOT_OF_CORE.get(name, 'core')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

