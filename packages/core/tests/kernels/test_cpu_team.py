@@ -1,15 +1,22 @@
-"""The thread team: every thread does its share, barriers hold, and closing ends the helpers."""
+"""The thread team: every piece is done once and in its time, however threads run; closing ends the helpers."""
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_operation
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -71,3 +78,85 @@ def test_python_runs_on_while_a_plan_does() -> None:
     other.join()
     team.close()
     assert during > 100
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+BUSY, THREADS = 2, 5
+
+
+@pytest.fixture(scope="module")
+def busy_machine() -> Iterator[None]:
+    """Processes that compute on every CPU, so that threads stop wherever the system likes."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY * (os.cpu_count() or 1))]
+    yield
+    for loop in loops:
+        loop.kill()
+        loop.wait()
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[ThreadTeam]:
+    made = ThreadTeam(THREADS)
+    yield made
+    made.close()
+
+
+def count_pieces(a, piece, pieces):
+    """Counts a piece of row a[4] in a[3], after a while of work, and in a[5] what came outside of its group's time.
+
+    a[6]: rows of all groups before this one; a[7]: turns of work.
+    """
+    seen, wrong = int64_at(a[3]), int64_at(a[5])
+    for row in range(a[6]):
+        for other in range(pieces):
+            wrong[0] += seen[row * pieces + other] != a[8]
+    value = piece
+    for _ in range(a[7] * (piece + 1)):
+        value = value * 6364136223846793005 + 1442695040888963407
+    wrong[1] = value  # so that the work is done
+    fetch_add(a[3] + (a[4] * pieces + piece) * 8, 1)
+    for row in range(a[6]):
+        for other in range(pieces):
+            wrong[0] += seen[row * pieces + other] != a[8]
+
+
+def counting_plan(barriers: list[bool], turns: list[int], run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that count their pieces; the counts [rows, threads]; [0] what came at the wrong time."""
+    counts, wrong = np.zeros((len(barriers), THREADS), np.int64), np.zeros(8, np.int64)
+    operation, rows, before = compile_operation(count_pieces), [], 0
+    for row, barrier in enumerate(barriers):
+        places = [address_of(counts), row, address_of(wrong), before, turns[row % len(turns)], run]
+        rows += [operation, int(barrier) | (9 * 8 << 8), 0, *places]
+        before = row + 1 if barrier else before
+    return np.array(rows, np.int64), counts, wrong
+
+
+@settings(max_examples=60, deadline=None)
+@given(barriers=st.lists(st.booleans(), min_size=1, max_size=40), turns=st.lists(st.integers(0, 3000), min_size=1))
+@pytest.mark.usefixtures("busy_machine")
+def test_every_piece_is_done_once_and_in_its_time(team: ThreadTeam, barriers: list[bool], turns: list[int]) -> None:
+    plan, counts, wrong = counting_plan(barriers, turns, 1)
+    team.run(plan, len(barriers))
+    assert (counts == 1).all()
+    assert wrong[0] == 0
+
+
+@pytest.mark.usefixtures("busy_machine")
+def test_nobody_sleeps_through_his_turn(team: ThreadTeam) -> None:
+    """Many small plans with pauses of all lengths between them: helpers spin, sleep, and come back late."""
+    numbers, began = random.Random(0), time.perf_counter()
+    for _ in range(300):
+        plan, counts, wrong = counting_plan([numbers.random() < 0.7 for _ in range(numbers.randrange(1, 6))], [50], 1)
+        if numbers.random() < 0.3:
+            time.sleep(numbers.random() * 0.001)
+        team.run(plan, len(counts))
+        assert (counts == 1).all()
+        assert wrong[0] == 0
+    assert time.perf_counter() - began < 120
+
+
+def test_what_a_late_thread_may_read_is_kept(team: ThreadTeam) -> None:
+    for _ in range(50):
+        team.run(counting_plan([True], [0], 1)[0], 1)
+        assert len(team._plans) <= 8

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,8 +92,21 @@ def test_the_number_of_threads_changes_no_bit(model: Path, caplog: pytest.LogCap
     assert "wait for each other" not in caplog.text
     began = time.perf_counter()
     assert answer(model, threads=many) == alone
-    assert time.perf_counter() - began < 120  # seconds alone; a team that spins instead of yielding takes minutes
+    assert time.perf_counter() - began < 120  # seconds alone; a team that spins instead of sleeping takes minutes
     assert f"{many} threads wait for each other" in caplog.text
+
+
+def test_a_busy_machine_changes_no_bit(model: Path) -> None:
+    alone = answer(model, threads=1)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    began = time.perf_counter()
+    try:
+        assert answer(model, threads=len(loops)) == alone
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert time.perf_counter() - began < 120
 
 
 @pytest.mark.usefixtures("one_cpu")

@@ -91,6 +91,18 @@ def exchange(_: Any, address: Any, value: Any) -> Any:
     return signature, code
 
 
+@intrinsic
+def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Writes an int64 where `expected` stands; returns whether it did."""
+    signature = types.boolean(types.int64, types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        return b.extract_value(b.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return signature, code
+
+
 @intrinsic(prefer_literal=True)
 def cpu_relax(_: Any, x86: Any) -> Any:
     """A moment of waiting that leaves the core to its other hyper-thread; x86 is 1 on x86 machines, else 0."""
@@ -101,17 +113,6 @@ def cpu_relax(_: Any, x86: Any) -> Any:
         if on_x86:
             Emitter(b).call("llvm.x86.sse2.pause", ir.VoidType(), [])
         return context.get_dummy_value()
-
-    return signature, code
-
-
-@intrinsic
-def sched_yield(_: Any) -> Any:
-    """Lets another thread have the core, where one waits for it."""
-    signature = types.int32()
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return Emitter(b).call("sched_yield", I32, [])
 
     return signature, code
 

@@ -1,9 +1,9 @@
 # pyright: reportCallIssue=false
-"""The threads that run a plan: one pool for the whole step, with barriers of their own between operations.
+"""The threads that run a plan: one pool for the whole step, which share the pieces of its operations.
 
-A step enters the pool once. Waiting is a short spin, then yields of the core, so that a busy machine slows the step
-instead of stopping it; between steps the helpers spin for a fraction of a millisecond and then sleep. The caller's
-thread is number 0. Nothing here holds Python's lock while a plan runs.
+A step enters the pool once. Threads that wait spin for microseconds, between steps for a fraction of a millisecond, and
+then sleep; one that the system does not let run is waited for only where it is in the midst of a piece (`walk.py`). The
+caller's thread is number 0. Nothing here holds Python's lock while a plan runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -28,9 +29,10 @@ from candle_vllm.core.threads import deep_stacks
 logger = logging.getLogger(__name__)
 
 # The team's shared numbers, each on a cache line of its own (64 bytes), as byte offsets.
-JOB, ARRIVED, ROUND, STOP, PLAN, ROWS, WORKERS = range(0, 7 * 64, 64)
-ASLEEP, SEMAPHORE = 0, 64  # of each worker, behind WORKERS
-WORKER_BYTES = 128
+JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WORKERS = range(0, 11 * 64, 64)
+CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # of each thread, behind WORKERS
+WORKER_BYTES = 4 * 64
+_KEPT_PLANS = 8
 
 
 @cache
@@ -53,6 +55,8 @@ class ThreadTeam:
 
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
+        self._word(JOB).value = 1  # odd while there is none
+        self._plans: dict[int, np.ndarray] = {}
         self.threads = threads if self._make_semaphores(threads) else 1
         self._enter = _compiled(walk.run, "void(int64, int64, int64, int64)")
         helper = _compiled(walk.work, "void(int64, int64, int64)")
@@ -66,20 +70,33 @@ class ThreadTeam:
 
     def run(self, plan: np.ndarray, rows: int) -> None:
         """Runs a plan: `rows` operations behind each other in an int64 array. One caller at a time."""
+        if id(plan) not in self._plans:
+            if len(self._plans) == _KEPT_PLANS:
+                self._forget_plans()
+            self._plans[id(plan)] = plan
         self._enter(address_of(plan), rows, self._shared, self.threads)
 
     def close(self) -> None:
         """Ends the helpers and waits for them."""
-        ctypes.c_int64.from_address(self._shared + STOP).value = 1
-        self._enter(0, 0, self._shared, 1)
-        for worker in range(1, self.threads):
-            at = self._shared + WORKERS + worker * WORKER_BYTES
-            if ctypes.c_int64.from_address(at + ASLEEP).value:
-                ctypes.CDLL(None).sem_post(ctypes.c_void_p(at + SEMAPHORE))
+        self._word(STOP).value = 1
+        self._word(JOB).value += 2
+        for number in range(1, self.threads):
+            at = WORKERS + number * WORKER_BYTES
+            if self._word(at + ASLEEP).value:
+                ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._shared + at + SEMAPHORE))
         for helper in self._helpers:
             if helper.ident is not None:
                 helper.join()
         self._helpers = []
+
+    def _word(self, offset: int) -> ctypes.c_int64:
+        return ctypes.c_int64.from_address(self._shared + offset)
+
+    def _forget_plans(self) -> None:
+        """Lets go of plans, once no helper that was late looks at their rows any more."""
+        while any(self._word(WORKERS + number * WORKER_BYTES + INSIDE).value for number in range(1, self.threads)):
+            time.sleep(0.0005)
+        self._plans.clear()
 
     def _start(self) -> None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,7 +117,7 @@ class ThreadTeam:
             libc = ctypes.CDLL(None)
             made = [
                 libc.sem_init(ctypes.c_void_p(self._shared + WORKERS + n * WORKER_BYTES + SEMAPHORE), 0, 0)
-                for n in range(1, threads)
+                for n in range(threads)
             ]
         except (OSError, AttributeError):
             made = [-1]

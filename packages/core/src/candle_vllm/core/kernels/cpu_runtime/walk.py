@@ -1,7 +1,19 @@
 # pyright: reportCallIssue=false
-"""The compiled side of the thread team: walking a plan, the barriers between operations, and a helper's life.
+"""The compiled side of the thread team: walking a plan, sharing its pieces, waiting, and a helper's life.
 
-All arguments are int64. `team.py` starts the threads and says what they wait for.
+**Pieces.** A row is done in as many pieces as there are threads, and piece n is thread n's, unless another one has
+nothing left to do and finds it free: a thread that does not run because the machine is busy is waited for only where it
+holds a piece. A piece is taken by counting up its owner's claim, which carries the row's number. Rows are numbered
+through the team's life, so that a thread that comes back late finds higher numbers and can take nothing of an old row.
+
+**Groups.** Rows up to a barrier are a group. Threads count the pieces that they have done into DONE, once in each; who
+completes it opens the next one by counting GROUPS up. A piece that is taken keeps its group, so the job, from ending
+until it is done. A thread that is late walks through what is over, or leaves when the whole job is.
+
+**Waiting** is a short spin and then sleep; nobody yields. A thread that yields gives up its turn, one that sleeps keeps
+what it is owed and is back at once, so that threads which wait for each other come to run at the same time.
+
+All arguments are int64. `team.py` starts the threads and owns the memory.
 """
 
 from __future__ import annotations
@@ -11,95 +23,189 @@ from numba import njit
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
+    compare_exchange,
     cpu_relax,
     exchange,
     fetch_add,
     int64_at,
     load_acquire,
-    sched_yield,
     sem_post,
     sem_wait,
     store_release,
 )
 from candle_vllm.core.kernels.cpu_runtime.team import (
-    ARRIVED,
     ASLEEP,
+    CLAIM,
+    DONE,
+    FIRST_GROUP,
+    FIRST_ROW,
+    GROUPS,
+    INSIDE,
     JOB,
+    NEXT_ROW,
     PLAN,
-    ROUND,
     ROWS,
     SEMAPHORE,
+    SLEEPERS,
     STOP,
     WORKER_BYTES,
     WORKERS,
 )
 
-_SPINS_BEFORE_YIELD = 400  # some 5 us
-_YIELDS_BEFORE_SLEEP = 400  # some 0.2 ms
+_TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
+_PATIENCE = 200  # turns of waiting before others' pieces are looked for: some 2 us
+_SPINS = 6000  # and before sleeping: some 60 us
+_IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always")
-def _barrier(shared: int, threads: int) -> None:
-    """Waits until all threads are here."""
-    if threads == 1:
-        return
-    current = load_acquire(shared + ROUND)
-    if fetch_add(shared + ARRIVED, 1) == threads - 1:
-        store_release(shared + ARRIVED, 0)
-        store_release(shared + ROUND, current + 1)
-        return
-    spins = 0
-    while load_acquire(shared + ROUND) == current:
-        spins += 1
-        if spins < _SPINS_BEFORE_YIELD:
-            cpu_relax(IS_X86)
+def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) -> None:
+    """Waits until `word` is no longer `seen`: spins, then sleeps until `_wake`."""
+    for _ in range(spins):
+        if load_acquire(word) != seen:
+            return
+        cpu_relax(IS_X86)
+    at = shared + WORKERS + thread * WORKER_BYTES
+    while load_acquire(word) == seen:
+        fetch_add(shared + SLEEPERS, 1)
+        store_release(at + ASLEEP, 1)
+        # Who changed it just now has either seen the flag and posted, or is seen here.
+        if load_acquire(word) == seen or exchange(at + ASLEEP, 0) == 0:
+            sem_wait(at + SEMAPHORE)
+        fetch_add(shared + SLEEPERS, -1)
+
+
+@njit(inline="always")
+def _wake(shared: int, threads: int) -> None:
+    """Wakes those that sleep; no system call where nobody does."""
+    if load_acquire(shared + SLEEPERS) != 0:
+        for thread in range(threads):
+            at = shared + WORKERS + thread * WORKER_BYTES
+            if exchange(at + ASLEEP, 0) != 0:
+                sem_post(at + SEMAPHORE)
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _claim(word: int, number: int, count: int) -> int:
+    """Takes the next free one of `count` pieces of row `number`; -1 where none is left, or the row is over."""
+    while True:
+        found = load_acquire(word)
+        if found >> _TAKEN_BITS > number:
+            return -1
+        taken = found & ((1 << _TAKEN_BITS) - 1) if found >> _TAKEN_BITS == number else 0
+        if taken >= count:
+            return -1
+        if compare_exchange(word, found, (number << _TAKEN_BITS) + taken + 1):
+            return taken
+
+
+@njit(inline="always")
+def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> int:
+    """Does what is left of a thread's share of a row; returns how many pieces that was."""
+    if _claim(shared + WORKERS + owner * WORKER_BYTES + CLAIM, number, 1) < 0:
+        return 0
+    call_operation(int64_at(at)[0], at, owner, threads)
+    return 1
+
+
+@njit
+def _do_others(at: int, number: int, rows: int, shared: int, thread: int, threads: int) -> int:
+    """Does what other threads have left of a group of rows; returns how many pieces that was."""
+    done = 0
+    for index in range(rows):
+        for other in range(1, threads):
+            done += _do_share(at, number + index, shared, (thread + other) % threads, threads)
+        at += int64_at(at)[1] >> 8
+    return done
+
+
+@njit(inline="always")
+def _completes(shared: int, done: int, total: int) -> bool:
+    """Counts pieces as done; whether they were the last of the group."""
+    return done != 0 and fetch_add(shared + DONE, done) + done == total
+
+
+@njit(inline="always")
+def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, thread: int, threads: int) -> None:
+    """Runs the operations of a plan in order; a row begins with the address and the length of its arguments.
+
+    `number` and `group` are those of the first row.
+    """
+    at = begin = plan
+    first, done, patience = 0, 0, _PATIENCE
+    for index in range(rows):
+        flags = int64_at(at)[1]
+        if load_acquire(shared + JOB) != job:
+            return
+        done += _do_share(at, number + index, shared, thread, threads)
+        at += flags >> 8
+        if flags & BARRIER == 0 and index + 1 < rows:
+            continue
+        total = (index + 1 - first) * threads
+        last = _completes(shared, done, total)
+        if not last:
+            for _ in range(patience):
+                if load_acquire(shared + GROUPS) != group:
+                    break
+                cpu_relax(IS_X86)
+            done = 0
+            if load_acquire(shared + GROUPS) == group:
+                done = _do_others(begin, number + first, index + 1 - first, shared, thread, threads)
+            patience = _PATIENCE if done == 0 else 0  # whoever was not there will not be there for the next group
+            last = _completes(shared, done, total)
+        if last:
+            store_release(shared + DONE, 0)
+            store_release(shared + GROUPS, group + 1)
+            _wake(shared, threads)
         else:
-            sched_yield()
+            _await_change(shared, thread, shared + GROUPS, group, _SPINS)
+        group += 1
+        begin, first, done = at, index + 1, 0
 
 
-@njit(inline="always")
-def _walk(plan: int, rows: int, shared: int, thread: int, threads: int) -> None:
-    """Runs the operations of a plan in order; a row begins with the address and the length of its arguments."""
-    at = plan
-    for _ in range(rows):
-        row = int64_at(at)
-        call_operation(row[0], at, thread, threads)
-        if row[1] & BARRIER:
-            _barrier(shared, threads)
-        at += row[1] >> 8
-    _barrier(shared, threads)
+# ---- the two sides ---------------------------------------------------------------------------------------------------
 
 
 def run(plan: int, rows: int, shared: int, threads: int) -> None:
     """The caller's side of a step."""
+    if threads == 1:
+        at = plan
+        for _ in range(rows):
+            row = int64_at(at)
+            call_operation(row[0], at, 0, 1)
+            at += row[1] >> 8
+        return
+    number, group = load_acquire(shared + NEXT_ROW), load_acquire(shared + GROUPS)
+    store_release(shared + NEXT_ROW, number + rows)
     store_release(shared + PLAN, plan)
     store_release(shared + ROWS, rows)
+    store_release(shared + FIRST_ROW, number)
+    store_release(shared + FIRST_GROUP, group)
+    job = fetch_add(shared + JOB, 1) + 1
+    _wake(shared, threads)
+    _walk(job, plan, rows, number, group, shared, 0, threads)
     fetch_add(shared + JOB, 1)
-    for worker in range(1, threads):
-        at = shared + WORKERS + worker * WORKER_BYTES
-        if exchange(at + ASLEEP, 0):
-            sem_post(at + SEMAPHORE)
-    _walk(plan, rows, shared, 0, threads)
 
 
 def work(shared: int, thread: int, threads: int) -> None:
     """A helper's life: wait for a job, walk its plan, until told to stop."""
-    at = shared + WORKERS + thread * WORKER_BYTES
+    inside = shared + WORKERS + thread * WORKER_BYTES + INSIDE
     seen = 0
     while True:
-        waits = 0
-        while load_acquire(shared + JOB) == seen:
-            waits += 1
-            if waits < _SPINS_BEFORE_YIELD:
-                cpu_relax(IS_X86)
-            elif waits < _SPINS_BEFORE_YIELD + _YIELDS_BEFORE_SLEEP:
-                sched_yield()
-            else:
-                store_release(at + ASLEEP, 1)
-                # A job that came just now has either seen the flag and posted, or is seen here.
-                if load_acquire(shared + JOB) == seen or exchange(at + ASLEEP, 0) == 0:
-                    sem_wait(at + SEMAPHORE)
-        seen += 1
-        if load_acquire(shared + STOP):
+        _await_change(shared, thread, shared + JOB, seen, _IDLE_SPINS)
+        seen = load_acquire(shared + JOB)
+        if load_acquire(shared + STOP) != 0:
             return
-        _walk(load_acquire(shared + PLAN), load_acquire(shared + ROWS), shared, thread, threads)
+        if seen & 1 == 0:
+            store_release(inside, 1)
+            plan, rows = load_acquire(shared + PLAN), load_acquire(shared + ROWS)
+            number, group = load_acquire(shared + FIRST_ROW), load_acquire(shared + FIRST_GROUP)
+            if load_acquire(shared + JOB) == seen:  # so what was read is this job's
+                _walk(seen, plan, rows, number, group, shared, thread, threads)
+            store_release(inside, 0)
