@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelLoadError, UnsupportedModelError
+from candle_vllm.core.text.gguf_vocab import read_gguf_vocab
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -75,6 +76,13 @@ def test_special_text_as_plain_words() -> None:
     assert 258 not in plain
     assert tokenizer.decode(plain) == "<|im_end|>"
     assert tokenizer.encode("<|im_end|>") == [258]  # the other way is not disturbed
+
+
+def test_a_merge_may_begin_with_a_space() -> None:
+    metadata = gpt2(merges=["h e", "  he"])
+    assert read_gguf_vocab(metadata).merges == [("h", "e"), (" ", "he")]
+    with pytest.raises(InvalidFileError, match=r"^tokenizer\.ggml\.merges\[1\] is '  he', which names texts"):
+        Tokenizer.from_gguf(metadata)
 
 
 def test_sentence_piece_merges_by_score() -> None:

@@ -18,7 +18,16 @@ from contextlib import contextmanager
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from candle_vllm.core.errors import InvalidFileError
-from candle_vllm.core.text.gguf_vocab import CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED, GgufVocab
+from candle_vllm.core.text.gguf_vocab import (
+    CONTROL,
+    NORMAL,
+    PREFIX,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    GgufVocab,
+    check_merges,
+)
 from candle_vllm.core.text.special_tokens import END_OF_TURN, VISIBLE_FRAME, end_of_turn_ids
 
 SPACE = "\u2581"
@@ -33,11 +42,17 @@ def build_backend(vocab: GgufVocab) -> Tokenizer:
     """
     builders = {"gpt2": _byte_level, "gemma4": _raw_bpe, "llama": _spm, "t5": _unigram, "bert": _wordpiece}
     build = builders["gemma4" if vocab.model == "gpt2" and not vocab.pre.byte_level else vocab.model]
-    with refusing_panics(f"the vocabulary ({PREFIX}*)"):
-        backend = build(vocab)
-        backend.add_special_tokens(_added(vocab, special=True))
-        backend.add_tokens(_added(vocab, special=False))
-        _frame(backend, vocab)
+    marked = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)}
+    hidden = _special_ids(vocab, marked)
+    try:
+        with refusing_panics(f"the vocabulary ({PREFIX}*)"):
+            backend = build(vocab)
+            backend.add_special_tokens(_added(vocab, hidden, special=True))
+            backend.add_tokens(_added(vocab, marked - hidden, special=False))
+            _frame(backend, vocab)
+    except InvalidFileError:
+        check_merges(vocab)  # names what the library found wrong, where it is a merge
+        raise
     return backend
 
 
@@ -57,27 +72,25 @@ def refusing_panics(what: str) -> Iterator[None]:
 
 def marked_texts(vocab: GgufVocab) -> dict[str, int]:
     """Text -> id of every token but `</s>` where that is the HTML tag: Qwen's vocabulary has it as plain text."""
-    texts = {text: index for index, text in enumerate(vocab.tokens)}
-    if "</s>" in texts and vocab.types[texts["</s>"]] == NORMAL:
-        del texts["</s>"]
-    return texts
+    html = vocab.numbers.get("</s>")
+    if html is None or vocab.types[html] != NORMAL:
+        return vocab.numbers
+    return {text: index for text, index in vocab.numbers.items() if index != html}
 
 
-def special_ids(vocab: GgufVocab) -> set[int]:
+def _special_ids(vocab: GgufVocab, marked: set[int]) -> set[int]:
     """Ids that are hidden from the text: control and unknown tokens, and whatever ends a turn."""
-    hidden = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)}
+    hidden = {index for index in marked if vocab.types[index] != USER_DEFINED}
     texts = marked_texts(vocab)
     ends = end_of_turn_ids(texts)
     shown = {texts[text] for text in (*VISIBLE_FRAME, *END_OF_TURN) if text in texts} - ends
     return (hidden | ends) - shown
 
 
-def _added(vocab: GgufVocab, *, special: bool) -> list[AddedToken]:
-    hidden = special_ids(vocab)
-    visible = {index for index, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)} - hidden
+def _added(vocab: GgufVocab, ids: set[int], *, special: bool) -> list[AddedToken]:
     phi3 = "phi-3" in vocab.general_name or "phi3" in vocab.general_name
     added = []
-    for index in sorted(hidden if special else visible):
+    for index in sorted(ids):
         text = vocab.tokens[index]
         # Phi-3's own tokenizer swallows the line break behind its role tokens; GGUF has no field for it.
         rstrip = phi3 and text not in ("<unk>", "<s>", "<|endoftext|>")
@@ -108,7 +121,7 @@ def set_frame(backend: Tokenizer, before: list[tuple[str, int]], behind: list[tu
 
 
 def _byte_level(vocab: GgufVocab) -> Tokenizer:
-    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    ids = vocab.numbers
     backend = Tokenizer(models.BPE(ids, vocab.merges, ignore_merges=vocab.pre.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocab.pre.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -118,7 +131,7 @@ def _byte_level(vocab: GgufVocab) -> Tokenizer:
 
 
 def _raw_bpe(vocab: GgufVocab) -> Tokenizer:
-    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    ids = vocab.numbers
     unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
     backend = Tokenizer(models.BPE(ids, vocab.merges, unk_token=unknown, byte_fallback=True))
     backend.normalizer = _spm_normalizer(vocab)
@@ -130,7 +143,7 @@ def _raw_bpe(vocab: GgufVocab) -> Tokenizer:
 
 
 def _spm(vocab: GgufVocab) -> Tokenizer:
-    ids = {text: index for index, text in enumerate(vocab.tokens)}
+    ids = vocab.numbers
     unknown = vocab.tokens[vocab.ids["unknown"]] if "unknown" in vocab.ids else None
     merges = _merges_by_score(vocab, ids)
     backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -59,10 +59,11 @@ class GgufVocab:
 
     Attributes:
         model: kind of tokenizer, one of SUPPORTED_MODELS.
-        tokens: one text per id, no two alike.
+        tokens: one text per id, no two alike and none empty.
+        numbers: the id of each text.
         types: one of the token types per id.
         scores: log-probability per id; empty where the file has none.
-        merges: pairs of token texts, the first merges first; both parts and their sum are tokens.
+        merges: pairs of texts, the first merges first; `check_merges` says whether both and their sum are tokens.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
         pre: how text is cut into words; for byte-pair models.
         add_bos, add_eos: put BOS before, EOS behind a prompt.
@@ -73,6 +74,7 @@ class GgufVocab:
 
     model: str
     tokens: list[str]
+    numbers: dict[str, int]
     types: list[int]
     scores: list[float] = field(default_factory=list)
     merges: list[tuple[str, str]] = field(default_factory=list)
@@ -102,7 +104,8 @@ def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
     if model not in SUPPORTED_MODELS:
         supported = ", ".join(SUPPORTED_MODELS)
         raise UnsupportedModelError(f"{PREFIX}model {model!r:.80} is not implemented; supported are {supported}")
-    tokens = _read_tokens(reader)
+    numbers = _read_tokens(reader)
+    tokens = list(numbers)
     pre = _read_pre(reader, model)
     ids = _read_ids(reader, model, len(tokens))
     lowercase = reader.flag("normalizer.lowercase", True)
@@ -111,9 +114,10 @@ def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
     return GgufVocab(
         model=model,
         tokens=tokens,
+        numbers=numbers,
         types=_read_types(reader, len(tokens)),
         scores=_read_scores(reader, len(tokens), required=spm_like),
-        merges=_read_merges(reader, tokens) if model in ("gpt2", "gemma4") else [],
+        merges=_read_merges(reader) if model in ("gpt2", "gemma4") else [],
         ids=ids,
         pre=pre,
         # A Gemma 4 file may say otherwise by mistake; the model does not work without its BOS.
@@ -184,28 +188,36 @@ def _wrong(key: str, expected: str, value: object) -> InvalidFileError:
 
 
 def _texts(key: str, values: list[Any]) -> None:
-    for index, value in enumerate(values):
-        if type(value) is not str:
-            raise InvalidFileError(f"{PREFIX}{key}[{index}] must be a string, not {type(value).__name__}")
-        if len(value) > MAX_TOKEN_LENGTH:
-            raise InvalidFileError(f"{PREFIX}{key}[{index}] has {len(value)} characters; most are {MAX_TOKEN_LENGTH}")
+    if not set(map(type, values)) <= {str} or max(map(len, values), default=0) > MAX_TOKEN_LENGTH:
+        _name_wrong_text(key, values)
     try:
         "".join(values).encode()
     except UnicodeEncodeError:
         raise InvalidFileError(f"{PREFIX}{key} has a string that is not valid UTF-8") from None
 
 
-def _read_tokens(reader: _Reader) -> list[str]:
+def _name_wrong_text(key: str, values: list[Any]) -> None:
+    """Goes through them one by one, which takes longer than all that is done with them."""
+    for index, value in enumerate(values):
+        if type(value) is not str:
+            raise InvalidFileError(f"{PREFIX}{key}[{index}] must be a string, not {type(value).__name__}")
+        if len(value) > MAX_TOKEN_LENGTH:
+            raise InvalidFileError(f"{PREFIX}{key}[{index}] has {len(value)} characters; most are {MAX_TOKEN_LENGTH}")
+
+
+def _read_tokens(reader: _Reader) -> dict[str, int]:
     tokens = reader.array("tokens", MAX_TOKENS)
     if not tokens:
         raise InvalidFileError(f"{PREFIX}tokens is missing or empty: the file has no vocabulary")
     _texts("tokens", tokens)
-    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
-    if len(set(tokens)) != len(tokens):
+    if "" in tokens:
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    numbers = dict(zip(tokens, range(len(tokens))))
+    if len(numbers) != len(tokens):
         seen: set[str] = set()
         twice = next(index for index, token in enumerate(tokens) if token in seen or seen.add(token))
         raise InvalidFileError(f"{PREFIX}tokens has {tokens[twice]!r:.80} twice, the second time at {twice}")
-    return tokens
+    return numbers
 
 
 def _read_types(reader: _Reader, size: int) -> list[int]:
@@ -214,9 +226,9 @@ def _read_types(reader: _Reader, size: int) -> list[int]:
         return [NORMAL] * size
     if len(types) != size:
         raise InvalidFileError(f"{PREFIX}token_type has {len(types)} entries for {size} tokens")
-    for index, value in enumerate(types):
-        if type(value) is not int:
-            raise InvalidFileError(f"{PREFIX}token_type[{index}] must be an integer, not {type(value).__name__}")
+    if not set(map(type, types)) <= {int}:
+        index, value = next((index, value) for index, value in enumerate(types) if type(value) is not int)
+        raise InvalidFileError(f"{PREFIX}token_type[{index}] must be an integer, not {type(value).__name__}")
     return types
 
 
@@ -234,22 +246,33 @@ def _read_scores(reader: _Reader, size: int, *, required: bool) -> list[float]:
     return [float(value) for value in scores]
 
 
-def _read_merges(reader: _Reader, tokens: list[str]) -> list[tuple[str, str]]:
+def _read_merges(reader: _Reader) -> list[tuple[str, str]]:
     lines = reader.array("merges", MAX_MERGES)
     if lines is None:
         raise InvalidFileError(f"{PREFIX}merges is missing; a byte-pair tokenizer cannot work without it")
     _texts("merges", lines)
-    known = set(tokens)
-    merges = []
-    for index, line in enumerate(lines):
-        cut = line.find(" ", 1)  # from 1: the first part may itself be a space
-        left, right = line[:cut], line[cut + 1 :]
-        if cut < 0 or not right:
+    return [line.partition(" ")[::2] if line[:1] != " " else _halves(line) for line in lines]
+
+
+def _halves(line: str) -> tuple[str, str]:
+    """The two parts of a merge whose first part begins with a space."""
+    left, _, right = line[1:].partition(" ")
+    return " " + left, right
+
+
+def check_merges(vocab: GgufVocab) -> None:
+    """Says which merge the tokenizer cannot have taken, where it took them not: going through them takes a while.
+
+    Raises:
+        InvalidFileError: one is not two tokens whose sum is a token.
+    """
+    for index, (left, right) in enumerate(vocab.merges):
+        if not right:
+            line = f"{left} {right}".rstrip()
             raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; it must be two tokens and a space")
-        if left not in known or right not in known or left + right not in known:
+        if not all(text in vocab.numbers for text in (left, right, left + right)):
+            line = f"{left} {right}"
             raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}, which names texts that are no tokens")
-        merges.append((left, right))
-    return merges
 
 
 def _read_pre(reader: _Reader, model: str) -> PreTokenizer:

@@ -33,6 +33,10 @@ class Tokenizer:
         response_template: the form of an answer, where the tokenizer's configuration tells it.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
         longest_token: characters of the longest token text.
+
+    Args:
+        backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: as above.
+        tokens: every token's text and id, where they are at hand: asking `backend` takes a start's time.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplateSource | None = None,
         response_template: Mapping[str, Any] | None = None,
+        tokens: Mapping[str, int] | None = None,
     ) -> None:
         self.backend = backend
-        added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab()
+        added, tokens = backend.get_added_tokens_decoder(), backend.get_vocab() if tokens is None else tokens
         self.vocab_size: int = 1 + max(tokens.values(), default=-1)  # not the number of tokens: ids may be skipped
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
@@ -99,6 +104,7 @@ class Tokenizer:
             eos_token_ids=_gguf_eos_ids(vocab),
             special_tokens={names[name]: vocab.tokens[index] for name, index in vocab.ids.items() if name in names},
             chat_template=_gguf_chat_template(metadata),
+            tokens=vocab.numbers,
         )
 
     def cover(self, num_ids: int) -> None:

@@ -84,10 +84,15 @@ def pack(
         _store(split(parts, kind), layout, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
-    with ThreadPoolExecutor(max(1, min(loading_threads(), tiles // step))) as pool:
-        jobs = [pool.submit(job, first, min(first + step, tiles)) for first in range(0, tiles, step)]
-        for running in jobs:
-            running.result()
+    rounds = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
+    workers = min(loading_threads(), tiles // step)
+    if workers < 2:  # the matrices of a small model, which are many: a thread for each would take as long as the work
+        for first, last in rounds:
+            job(first, last)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            for running in [pool.submit(job, *part) for part in rounds]:
+                running.result()
     return PackedMatrix(rows, columns, kind, data)
 
 
