@@ -73,6 +73,7 @@ def test_head_norm(teams: dict[int, ThreadTeam], threads: int, head_dim: int, la
 @pytest.mark.parametrize("columns", [1, 31, 45, 96, 577])
 @pytest.mark.parametrize("layer", [False, True])
 def test_norm_onto_a_residual(teams: dict[int, ThreadTeam], rows: int, columns: int, layer: bool) -> None:
+    """Added to rows, or written there."""
     x, target = random(0, rows, columns + 5) + 2, random(1, rows, columns + 3)
     weight, bias = (torch.from_numpy(random(seed, columns)) for seed in (2, 3))
     both = torch.cat([weight, bias])
@@ -95,5 +96,11 @@ def test_norm_onto_a_residual(teams: dict[int, ThreadTeam], rows: int, columns: 
         run(teams[threads], norm_onto_operation(layer), arguments, rows)
         np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
         found.append(result)
+        fresh = target.copy()
+        run(
+            teams[threads], norm_onto_operation(layer), arguments._replace(target=address_of(fresh), accumulate=0), rows
+        )
+        np.testing.assert_allclose(fresh[:, :columns], normed.numpy(), rtol=1e-5, atol=1e-5)
+        assert np.array_equal(fresh[:, columns:], target[:, columns:])
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0], found[2])

@@ -28,6 +28,9 @@ COMPILED, TORCH, INTERPRETED, REFERENCE, UNTESTED, NONE = (
 )
 
 
+ENCODED = "compiled on the CPU and in torch on a GPU"  # what `pooling/test_encoders.py` compares with transformers
+
+
 def rows_by_class() -> dict[str, list[str]]:
     """Names of test rows by the class that their checkpoints name."""
     found: dict[str, list[str]] = {name: [] for name in HF_FAMILIES}
@@ -47,7 +50,7 @@ def table() -> str:
         lines = [f"| `{name}` | {' | '.join(cells(name, tests))} |" for name, tests in sorted(rows_by_class().items())]
         parts.append("\n".join([f"**{title}**\n", head, *lines]))
     encoders = ", ".join(f"`{name}`" for name in sorted(HF_ENCODERS))
-    return "\n\n".join([*parts, f"**Encoders**, in torch on both, from safetensors, and BERT from GGUF: {encoders}."])
+    return "\n\n".join([*parts, f"**Encoders**, {ENCODED}, from safetensors, and BERT from GGUF: {encoders}."])
 
 
 def _on_cpu(name: str, tests: list[str]) -> list[str]:

@@ -24,6 +24,10 @@ from tiny import (
     write_tiny,
 )
 
+from candle_vllm.core import EngineConfig
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -72,10 +76,18 @@ sys.meta_path.insert(0, Missing())
 from candle_vllm.core import InferenceEngine, SamplingParams
 
 params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, repetition_penalty=1.1)
-for folder in json.load(sys.stdin):
-    with InferenceEngine(folder, block_size=16, threads=1, kv_cache_memory=1 << 24) as engine:
+decoders, encoders, cross_encoders = json.load(sys.stdin)
+for folder in decoders:
+    with InferenceEngine(folder, device="cpu", block_size=16, threads=1, kv_cache_memory=1 << 24) as engine:
         (answer,) = engine.generate([list(range(40))], params, use_tqdm=False)
         print(json.dumps(answer.outputs[0].token_ids))
+for folder in encoders:
+    with InferenceEngine(folder, device="cpu", threads=1) as engine:
+        print(json.dumps([list(output.embedding) for output in engine.embed(["a fox", "b"], use_tqdm=False)]))
+        print(json.dumps([output.score for output in engine.score([("a fox", "b")], use_tqdm=False)]))
+for folder in cross_encoders:
+    with InferenceEngine(folder, device="cpu", threads=1) as engine:
+        print(json.dumps([output.score for output in engine.score([("a fox", "b")], use_tqdm=False)]))
 """
 
 
@@ -90,13 +102,17 @@ for folder in json.load(sys.stdin):
 def test_what_is_compiled_needs_no_torch(
     names: list[str], folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Families, and blocks of GGUF, in a process that cannot import torch: the tokens of one that can."""
+    """Families, blocks of GGUF, and encoders, in a process that cannot import torch: the numbers of one that can."""
     paths = [folder_of(name, folders, tmp_path_factory) for name in names]
     paths.append(export_gguf(paths[0], tmp_path / "model.gguf", "llama", quantization="Q8_0"))
-    given = json.dumps([str(path) for path in paths])
+    encoder = write_toy_encoder(tmp_path / "encoder")
+    write_gguf(EngineConfig(model=str(encoder)), tmp_path / "encoder.gguf")
+    scorer = write_toy_encoder(tmp_path / "scorer", toy_encoder_config("RobertaForSequenceClassification"))
+    kinds = [paths, [encoder, tmp_path / "encoder.gguf"], [scorer]]
+    given = json.dumps([[str(path) for path in kind] for kind in kinds])
     alone = subprocess.run([sys.executable, "-c", RUN_ALL], input=given, capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in alone.stdout.splitlines()]
-    assert len(found) == len(paths)
+    assert len(found) == len(paths) + 5
     usual = RUN_ALL.replace("sys.meta_path.insert(0, Missing())", "import torch")
     beside = subprocess.run([sys.executable, "-c", usual], input=given, capture_output=True, text=True, check=True)
     assert beside.stdout == alone.stdout

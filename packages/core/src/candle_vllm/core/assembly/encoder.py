@@ -17,12 +17,12 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.assembly.placement import device_dtype, torch_on
+from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, memory_of
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, fitting
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
-from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.pooling import longest_text
 from candle_vllm.core.loading.source import ModelFiles
@@ -82,13 +82,13 @@ def _load_encoder(
     limit = _longest(config, files, model)
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
     pooling = None if model.scores else pooling_of(files, opened.metadata, model.hidden_size, "mean")
-    placement = torch_on(config, Placement(device, device_dtype(config, device)))
+    placement = encoder_placement(config, device, checkpoint)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
     with naming(described, checkpoint.path):
         check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
-        with fitting(device, f"the weights of {files.name}", weight_bytes):
+        with fitting(device, f"the weights of {files.name}", memory_of(placement, checkpoint)):
             encoder = family.build(model, placement)
             fill(encoder, table, ignored, model, checkpoint, progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
@@ -96,7 +96,7 @@ def _load_encoder(
         name=files.name,
         encoder=encoder,
         placement=placement,
-        dtype=placement.dtype.lower(),
+        dtype=computing_dtype(placement, checkpoint),
         config=model,
         tokenizer=tokenizer,
         pooling=pooling,
@@ -110,8 +110,8 @@ def _load_encoder(
 def _check_isq(config: EngineConfig) -> None:
     if config.isq is not None:
         raise ConfigError(
-            f"isq {config.isq} is for models that write text: an encoder's weights are multiplied as plain numbers. "
-            "Leave it out; --dtype bf16 halves the memory of an fp32 encoder",
+            f"isq {config.isq} is for models that write text. Leave it out; --dtype bf16 halves the memory of an fp32 "
+            "encoder, and `candle-vllm quantize` writes one as a GGUF file",
             "isq",
         )
 

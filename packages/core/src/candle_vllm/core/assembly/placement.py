@@ -49,24 +49,36 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
-        return torch_on(config, in_torch, "enforce_eager is set")
+        return _in_torch(config, in_torch, "enforce_eager is set")
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
                 "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
                 "dtype",
             )
-        return torch_on(config, dataclasses.replace(in_torch, keeps_quantised=quantised))
-    obstacle = recording_obstacle(checkpoint, model, config.block_size)
+        return _in_torch(config, dataclasses.replace(in_torch, keeps_quantised=quantised), f"{device} is a GPU")
+    return _recorded(config, in_torch, recording_obstacle(checkpoint, model, config.block_size))
+
+
+def encoder_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint) -> Placement:
+    """The same for an encoder, whose matrices are plain where steps are not recorded; errors as `choose_placement`."""
+    in_torch = Placement(device, device_dtype(config, device))
+    if config.enforce_eager or device.type == "cuda":
+        return _in_torch(config, in_torch, "enforce_eager is set" if config.enforce_eager else f"{device} is a GPU")
+    return _recorded(config, in_torch, _matrix_obstacle(checkpoint))
+
+
+def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:
+    """Recorded steps on the CPU, or torch where something stands against them."""
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
-        return Placement(device, "F32", WeightMemory(), wanted)
-    placement = torch_on(config, in_torch, obstacle)
+        return Placement(in_torch.device, "F32", WeightMemory(), wanted)
+    placement = _in_torch(config, in_torch, obstacle)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return placement
 
 
-def torch_on(config: EngineConfig, placement: Placement, reason: str = "this model has no compiled form") -> Placement:
+def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placement:
     """The placement, for which torch computes on as many threads as `config` says; `reason` is why it does.
 
     Raises:
@@ -117,9 +129,10 @@ def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool)
 
 
 def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
-    """Why the compiled CPU kernels cannot run a checkpoint; None if they can."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
+    """Why the compiled CPU kernels cannot run a decoder's checkpoint; None if they can."""
+    obstacle = _matrix_obstacle(checkpoint)
+    if obstacle is not None:
+        return obstacle
     from candle_vllm.core.kernels.attention.cpu_cache import supported
     from candle_vllm.core.kernels.latent_attention.cpu_write import supported as latent_supported
 
@@ -128,6 +141,12 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (--block-size) has no kernel"
     elif not supported(model.head_dim, block_size):
         return f"heads of {model.head_dim} with blocks of {block_size} tokens (--block-size) have no kernel"
+    return None
+
+
+def _matrix_obstacle(checkpoint: Checkpoint) -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) >= 2 and not _has_kernel(tensor):
             return f"{tensor.name} is {tensor.type_name} {list(tensor.shape)}, which has no kernel"

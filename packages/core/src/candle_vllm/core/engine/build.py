@@ -97,12 +97,28 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             raise ConfigError(
                 f"{loaded.name} reads texts whole and generates none, so {name} sets nothing: leave it out", name
             )
-    from candle_vllm.core.engine.eager_runner import EncoderRunner
+    placement, defaults = loaded.placement, DEFAULTS[loaded.placement.device.type]
+    sequences, budget = config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens
+    if placement.recorded:
+        from candle_vllm.core.engine.recorded_runner import RecordedEncoderRunner, StepLimits
 
-    defaults = DEFAULTS[loaded.placement.device.type]
+        leave_cores_to_others()
+        limits = StepLimits(
+            tokens=max(budget, loaded.max_model_len),
+            sequences=sequences,
+            logit_rows=sequences,
+            table_width=0,
+            block_size=1,
+            threads=config.threads or physical_cores(),
+        )
+        runner = RecordedEncoderRunner(loaded.encoder, limits)
+    else:
+        from candle_vllm.core.engine.eager_runner import EagerEncoderRunner
+
+        runner = EagerEncoderRunner(loaded.encoder, placement.device)
     return Engine(
-        EncoderRunner(loaded.encoder, loaded.placement.device),
-        WholeTexts(config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens),
+        runner,
+        WholeTexts(sequences, budget),
         EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len),
     )
 

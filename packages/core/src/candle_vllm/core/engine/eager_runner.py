@@ -1,4 +1,4 @@
-"""Steps 6 and 7 in torch, one operation after the other: any model on any device, and encoders everywhere."""
+"""Steps 6 and 7 in torch, one operation after the other: any decoder or encoder on any device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.model_runner import StepwiseRunner
-from candle_vllm.core.engine.request import PoolingRequest
-from candle_vllm.core.engine.sequence import Run
+from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder, Encoder
@@ -65,51 +63,30 @@ class EagerRunner(StepwiseRunner):
         return _sum_of(self._hidden, rows)
 
 
-class EncoderRunner(StepwiseRunner):
-    """Runs an encoder over whole texts; there is no cache, and nothing to draw.
-
-    A cross-encoder's hidden state of each position is the score of its text, [1].
-    """
+class EagerEncoderRunner(EncoderRunner):
+    """The same for an encoder; see `EncoderRunner`."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(self, encoder: Encoder, device: torch.device | Device) -> None:
-        super().__init__()
+        super().__init__(encoder.config)
         self.encoder = encoder
         self.device = device
         self._hidden = torch.empty(0)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """See `StepwiseRunner`."""
-        lengths = [run.count for run in batch.runs]
-        kinds = np.concatenate([_token_types(run) for run in batch.runs])
-        token_ids, places, types = (
-            torch.from_numpy(array).to(self.device) for array in (batch.token_ids, batch.positions, kinds)
-        )
-        hidden = self.encoder.forward(token_ids, places, types, lengths)
-        if self.encoder.config.scores:
-            first = torch.from_numpy(batch.query_start[:-1]).to(self.device)
-            hidden = self.encoder.scores(hidden[first])[:, None].repeat_interleave(
-                torch.tensor(lengths, device=self.device), 0
-            )
-        self._hidden = hidden
-        return self._drawn_from
+    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+        """See `EncoderRunner`."""
+        ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
+        self._hidden = self.encoder.forward(ids, places, kinds, np.diff(query_start).tolist())
+        if not self.encoder.config.scores:
+            return None
+        first = torch.from_numpy(query_start[:-1]).to(self.device)
+        return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
 
-    def score(self, rows: Ints) -> torch.Tensor:
-        """An encoder has no logits."""
-        raise NotImplementedError
-
-    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`."""
+    def states_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `EncoderRunner`."""
         return _sum_of(self._hidden, rows)
-
-
-def _token_types(run: Run) -> Ints:
-    """[count] which of a pair's texts each token belongs to."""
-    request = run.sequence.request
-    assert isinstance(request, PoolingRequest)
-    return np.array(request.token_type_ids or [0] * run.count, np.int64)
 
 
 @torch.inference_mode()

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.sequence import Tokens
+from candle_vllm.core.engine.request import PoolingRequest
+from candle_vllm.core.engine.sequence import Run, Tokens
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.sampling.sampler import Drawn, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -123,3 +125,54 @@ class StepwiseRunner(ABC):
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """See `ModelRunner`."""
+
+
+class EncoderRunner(StepwiseRunner):
+    """Runs an encoder over whole texts; there is no cache, and nothing to draw.
+
+    A cross-encoder's hidden state of each position is the score of its text, [1].
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._scores = np.empty((0, 1))
+
+    @abstractmethod
+    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+        """Runs a step: numbers [T] of its tokens, as `Encoder.forward` takes them, and where texts begin [R + 1].
+
+        Returns logits [R, 1] of a cross-encoder.
+        """
+
+    @abstractmethod
+    def states_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """`hidden_sum` of what the layers gave."""
+
+    def run(self, batch: Batch) -> None:
+        """See `StepwiseRunner`; there are no logits of tokens."""
+        types = np.concatenate([_token_types(run) for run in batch.runs])
+        positions = batch.positions + self._config.first_position
+        logits = self.encode(batch.token_ids, positions, types, batch.query_start)
+        if logits is None:
+            return
+        scores = logits.astype(np.float64)
+        if self._config.sigmoid:
+            with np.errstate(over="ignore"):
+                scores = 1 / (1 + np.exp(-scores))
+        self._scores = np.repeat(scores, np.diff(batch.query_start), axis=0)
+
+    def score(self, rows: Ints) -> Value:
+        """An encoder has no logits."""
+        raise NotImplementedError
+
+    def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `ModelRunner`."""
+        return self._scores[rows].sum(0) if self._config.scores else self.states_sum(rows)
+
+
+def _token_types(run: Run) -> Ints:
+    """[count] which of a pair's texts each token belongs to."""
+    request = run.sequence.request
+    assert isinstance(request, PoolingRequest)
+    return np.array(request.token_type_ids or [0] * run.count, np.int64)

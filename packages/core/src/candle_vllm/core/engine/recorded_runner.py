@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.model_runner import StepwiseRunner
+from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime.emit import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
@@ -24,7 +24,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_write import cache_shape as l
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
-from candle_vllm.core.models.family import Decoder
+from candle_vllm.core.models.family import Decoder, Encoder
 
 
 class RecordedRunner(StepwiseRunner):
@@ -87,6 +87,49 @@ class RecordedRunner(StepwiseRunner):
         assert address_of(plan) % 8 == 0
         self._team.run(plan, num_rows)
         return self._logits[: len(rows)]
+
+
+class RecordedEncoderRunner(EncoderRunner):
+    """Replays an encoder on the CPU; see `EncoderRunner`.
+
+    Args:
+        encoder: the model, its matrices in the layouts of the compiled kernels.
+        limits: the largest step, which has room for the longest text.
+        isa: as for `RecordedRunner`.
+    """
+
+    def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:
+        super().__init__(encoder.config)
+        self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
+        arrays = recorder.arrays
+        ids, places = step_tokens(recorder), step_tokens(recorder, arrays.positions)
+        self._hidden: Recorded = encoder.forward(ids, places, step_tokens(recorder, arrays.token_types), ())
+        if encoder.config.scores:
+            encoder.scores(self._hidden.wanted()).logits(None, 1.0, None)
+        self._logits = recorder.logits
+        self._plan = np.array(recorder.plan, np.int64)
+        self._team = ThreadTeam(limits.threads)
+
+    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+        """See `EncoderRunner`."""
+        arrays, count, texts = self._recorder.arrays, len(token_ids), len(query_start) - 1
+        arrays.token_ids[:count] = token_ids
+        arrays.positions[:count] = positions
+        arrays.token_types[:count] = types
+        arrays.query_start[: texts + 1] = query_start
+        arrays.logit_rows[:texts] = query_start[:-1]
+        arrays.numbers[StepNumber.TOKENS] = count
+        arrays.numbers[StepNumber.SEQUENCES] = arrays.numbers[StepNumber.LOGIT_ROWS] = texts
+        self._team.run(self._plan, self._recorder.num_rows)
+        return None if self._logits is None else self._logits[:texts]
+
+    def states_sum(self, rows: Ints) -> NDArray[np.float64]:
+        """See `EncoderRunner`."""
+        return self._hidden.rows(rows).sum(0, dtype=np.float64)
+
+    def close(self) -> None:
+        """Ends the team's threads."""
+        self._team.close()
 
 
 def _caches(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[tuple[np.ndarray, ...], ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 # What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
 
-Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu"]
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """This value, changed in place; `other` is a matrix's result or a norm. Two results are a result in turn."""
+        """The sum. `other` is a matrix's result, a table's rows or a norm; two of the first two are a result in turn.
+
+        This value is changed in place; but a norm stays what it is, and the sum has memory of its own.
+        """
 
     @abstractmethod
     def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
@@ -137,6 +140,10 @@ class Recorded(ABC):
         """See `kernels/kv_write` and `kernels/attention`; this value is q."""
 
     @abstractmethod
+    def attend_whole(self, heads: int) -> Recorded:
+        """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences."""
+
+    @abstractmethod
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
         """See `kernels/latent_attention/layout.py`; this value is the queries [T, H * (nope + R)], kv [T, L + R]."""
 
@@ -172,7 +179,7 @@ class RecordedRows(ABC):
 
 
 class RecordedTokens(ABC):
-    """The token ids of a step while it is recorded."""
+    """The token ids of a step while it is recorded, or other numbers of its tokens that a table has rows for."""
 
     @abstractmethod
     def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:

@@ -21,6 +21,7 @@ class Embedding:
         bias: of logits: there is one.
         logit_scale: of logits, the bias included.
         softcap: c of logits z, which become c tanh(z / c); None leaves them.
+        wide: rows are fp32 whatever the table is.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Embedding:
         bias: bool = False,
         logit_scale: float = 1.0,
         softcap: float | None = None,
+        wide: bool = False,
     ) -> None:
-        self.scale, self.logit_scale, self.softcap = scale, logit_scale, softcap
+        self.scale, self.logit_scale, self.softcap, self._wide = scale, logit_scale, softcap, wide
         self.bias = placement.empty(vocab_size) if bias else None
         self._placement = placement
         self.table = Linear(size, vocab_size, placement, kept=False)
@@ -44,6 +46,7 @@ class Embedding:
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, self.scale)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
+        rows = rows.float() if self._wide else rows
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

@@ -65,6 +65,8 @@ class Linear:
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
         """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
 
+        Op by op, x of another type is brought to that of the matrices first, and y has this type.
+
         A result comes about in this order, whoever joins in:
 
         1. y = x W^T. Kernels may quantise what they read of x, for themselves.
@@ -80,7 +82,7 @@ class Linear:
                 return x.linear(self.matrices, self.bias)
             from candle_vllm.core.kernels.matrices import multiply
 
-            return multiply(x, self.matrices, self.bias, invariant=invariant)
+            return multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
         return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant)
 
     @cached_property
@@ -94,6 +96,10 @@ class Linear:
 
         self.pieces.clear()
         return [self._one(pieces)] if self._experts else joined(pieces)
+
+    @cached_property
+    def _torch_dtype(self) -> Any:
+        return self._placement.torch_dtype
 
     def finish(self) -> None:
         """See `Finishes`."""

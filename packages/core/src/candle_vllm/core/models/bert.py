@@ -1,9 +1,9 @@
 """BERT and the families that differ from it by flags: RoBERTa and XLM-RoBERTa count positions from behind the padding
 token and tell no texts of a pair apart. As encoders of texts, and as cross-encoders with a head of one number.
 
-Each block is norm(x + attention(x)), then norm(x + mlp(x)). Matrices are multiplied in the placement's type; what is
-added and normalised stays fp32. Source: Devlin et al., 2018, arXiv:1810.04805.
-Shapes: T tokens, R texts, N texts of one length L, H heads, D head size, E hidden.
+Each block is norm(x + attention(x)), then norm(x + mlp(x)). Op by op, matrices are multiplied in the placement's type;
+what is added and normalised stays fp32. Source: Devlin et al., 2018, arXiv:1810.04805.
+Shapes: T tokens, R texts, H heads, E hidden.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from types import MappingProxyType
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation, activation
-from candle_vllm.core.kernels.attention import whole_attention
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import MLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS, EncoderConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -120,19 +121,14 @@ class Block:
 
     def __init__(self, config: EncoderConfig, placement: Placement) -> None:
         size = config.hidden_size
-        self._placement = placement
-        self._activation: Activation = _ACTIVATIONS[config.activation]
         self.attention = Attention(config, placement)
         self.attention_norm = LayerNorm(size, config.norm_eps, placement)
-        self.up = Linear(size, config.intermediate_size, placement, bias=True)
-        self.down = Linear(config.intermediate_size, size, placement, bias=True)
+        self.mlp = MLP(size, config.intermediate_size, placement, activation=_ACTIVATIONS[config.activation])
         self.output_norm = LayerNorm(size, config.norm_eps, placement)
 
     def __call__(self, x: Value, lengths: Sequence[int]) -> Value:
-        dtype = self._placement.torch_dtype
-        x = self.attention_norm(x + self.attention(x.to(dtype), lengths).float())
-        wide = activation(self.up(x.to(dtype)).float(), self._activation)
-        return self.output_norm(x + self.down(wide.to(dtype)).float())
+        x = self.attention_norm(x + self.attention(x, lengths))
+        return self.output_norm(x + self.mlp(x))
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -143,10 +139,10 @@ class Bert:
 
     def __init__(self, config: EncoderConfig, placement: Placement) -> None:
         size = config.hidden_size
-        self.config, self._placement = config, placement
-        self.embed = Embedding(config.vocab_size, size, placement)
-        self.positions = Embedding(config.first_position + config.max_position, size, placement)
-        self.types = Embedding(config.token_types, size, placement)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, size, placement, wide=True)
+        self.positions = Embedding(config.first_position + config.max_position, size, placement, wide=True)
+        self.types = Embedding(config.token_types, size, placement, wide=True)
         self.norm = LayerNorm(size, config.norm_eps, placement)
         self.layers = [Block(config, placement) for _ in range(config.num_layers)]
         self.head = Linear(size, size, placement, bias=True) if config.scores else None
@@ -156,23 +152,19 @@ class Bert:
         """Hidden states [T, E] in fp32.
 
         Args:
-            token_ids, positions, types: [T] int64; a text's positions begin at 0.
-            lengths: tokens of each text, in order; texts of one length side by side are computed together.
+            token_ids, positions, types: [T] int64; a text's positions begin at the config's first one.
+            lengths: as for `whole_attention`.
         """
-        places = self.positions(positions + self.config.first_position)
-        x = self.norm(self.embed(token_ids).float() + places.float() + self.types(types).float())
+        x = self.norm(self.embed(token_ids) + self.positions(positions) + self.types(types))
         for layer in self.layers:
             x = layer(x, lengths)
         return x
 
     def scores(self, first: Value) -> Value:
-        """Scores [R] in fp32 of the hidden states [R, E] of the texts' first tokens; of a cross-encoder."""
+        """Scores [R, 1] of the hidden states [R, E] of the texts' first tokens; of a cross-encoder."""
         assert self.head is not None
         assert self.score is not None
-        dtype = self._placement.torch_dtype
-        mixed = self.head(first.to(dtype)).float().tanh()
-        logits = self.score(mixed.to(dtype)).float()[:, 0]
-        return logits.sigmoid() if self.config.sigmoid else logits
+        return self.score(activation(self.head(first), "tanh"))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
@@ -201,8 +193,8 @@ def weights(config: EncoderConfig, stored: Iterable[str]) -> list[WeightName]:
         *_pair("layers.{i}.attention.qkv:v.", layer + "attention.self.value", block + "attn_v"),
         *_pair("layers.{i}.attention.output:", layer + "attention.output.dense", block + "attn_output"),
         *_pair("layers.{i}.attention_norm:", layer + "attention.output.LayerNorm", block + "attn_output_norm"),
-        *_pair("layers.{i}.up:", layer + "intermediate.dense", block + "ffn_up"),
-        *_pair("layers.{i}.down:", layer + "output.dense", block + "ffn_down"),
+        *_pair("layers.{i}.mlp.up:", layer + "intermediate.dense", block + "ffn_up"),
+        *_pair("layers.{i}.mlp.down:", layer + "output.dense", block + "ffn_down"),
         *_pair("layers.{i}.output_norm:", layer + "output.LayerNorm", block + "layer_output_norm"),
         *_pair("head:", head[0], None),
         *_pair("score:", head[1], None),

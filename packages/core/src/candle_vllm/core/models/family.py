@@ -37,16 +37,16 @@ class Decoder(Protocol):
 
 
 class Encoder(Protocol):
-    """What the engine needs of a model that reads texts whole; see `models/bert.py`."""
+    """What the engine needs of a model that reads texts whole."""
 
     config: EncoderConfig
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32."""
+        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `models/bert.py`."""
         ...
 
     def scores(self, first: Value) -> Value:
-        """Hidden states [R, E] of the texts' first tokens to scores [R] in fp32; of a cross-encoder."""
+        """Hidden states [R, E] of the texts' first tokens to scores [R, 1]; of a cross-encoder."""
         ...
 
 

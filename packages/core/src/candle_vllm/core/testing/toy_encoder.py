@@ -7,8 +7,8 @@ import string
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from candle_vllm.core.layers.parameters import SHAPES
@@ -76,8 +76,8 @@ def write_toy_encoder(
     return folder
 
 
-def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
     prefix = ("bert." if config.model_type == "bert" else "roberta.") if config.scores else ""
     model = family.build(config, SHAPES)
     made = {}
@@ -87,9 +87,9 @@ def _weights(family: EncoderFamily, config: EncoderConfig, seed: int) -> dict[st
         if layer is None:
             continue
         shape = layer.parameters()[part].shape
-        values = torch.randn(shape, generator=generator)
+        values = generator.standard_normal(shape, np.float32)
         spread, centre = (1.5 * shape[1] ** -0.5, 0.0) if len(shape) == 2 else (0.1, float("norm:w" in line.target))
-        made[line.first] = centre + spread * values
+        made[line.first] = np.float32(centre) + np.float32(spread) * values
     return made
 
 

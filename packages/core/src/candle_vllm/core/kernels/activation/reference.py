@@ -13,5 +13,7 @@ def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
         return functional.gelu(wide).to(x.dtype)
     if kind == "gelu_tanh":
         return functional.gelu(wide, approximate="tanh").to(x.dtype)
+    if kind == "tanh":
+        return wide.tanh().to(x.dtype)
     assert kind == "relu", kind
     return functional.relu(wide).to(x.dtype)

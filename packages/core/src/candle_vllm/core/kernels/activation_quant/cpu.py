@@ -24,6 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_relu,
     emit_silu,
     emit_swiglu_oai,
+    emit_tanh,
 )
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
@@ -118,6 +119,7 @@ _ACTIVATIONS = MappingProxyType(
         Prologue.GELU_TANH: emit_gelu_tanh,
         Prologue.GELU: emit_gelu,
         Prologue.RELU: emit_relu,
+        Prologue.TANH: emit_tanh,
     }
 )
 

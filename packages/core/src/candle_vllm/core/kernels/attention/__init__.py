@@ -22,7 +22,6 @@ arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
@@ -58,19 +57,3 @@ def paged_attention(
 
     rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
     return torch_decode.paged_attention(q, key_cache, value_cache, rows, **options)
-
-
-def whole_attention(qkv: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tensor:
-    """Attention of encoders: every token sees its whole text, and nothing is cached.
-
-    Args:
-        qkv: [T, 3 * heads * D] of texts behind each other.
-        heads: H of queries, and of keys and values.
-        lengths: tokens of each text, in order; texts of one length side by side are computed together.
-
-    Returns:
-        [T, H * D] of qkv's dtype, in new memory; by torch's own kernels on every device.
-    """
-    from candle_vllm.core.kernels.attention import reference
-
-    return reference.whole_attention(qkv, heads, lengths)

@@ -52,7 +52,9 @@ class StepArrays:
 
     def __init__(self, limits: StepLimits) -> None:
         self.numbers = np.zeros(StepNumber.COUNT, np.int64)
-        self.token_ids, self.positions, self.slots = (np.zeros(limits.tokens, np.int64) for _ in range(3))
+        self.token_ids, self.positions, self.slots, self.token_types = (
+            np.zeros(limits.tokens, np.int64) for _ in range(4)
+        )
         self.query_start = np.zeros(limits.sequences + 1, np.int64)
         self.context_lens = np.zeros(limits.sequences, np.int64)
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)

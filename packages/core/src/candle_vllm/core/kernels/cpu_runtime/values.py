@@ -2,7 +2,8 @@
 
 Nothing is computed while recording. **Fusion** is decided on the way: a norm, a gate and an activation are not computed
 when they are met but together with the form in which matrices want their input (`matrices.py`); a matrix's result is
-added to the residual, or to another's result, where it is made; a norm of it is added to the residual so too.
+added to the residual, or to another's result, where it is made; a norm of it is added to the residual so too. What is
+added to a norm makes the norm a value of its own first.
 
 A value remembers the state of its buffer; using it after the buffer was overwritten is an error of the model's code
 and fails at once.
@@ -23,6 +24,7 @@ from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, re
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
+from candle_vllm.core.kernels.embedding.cpu import AddArguments, add_operation
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
@@ -43,9 +45,9 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
 
 
-def step_tokens(recorder: Recorder) -> RecordedTokens:
-    """The step's token ids, to begin a recording with."""
-    return _Tokens(recorder)
+def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
+    """The step's token ids, to begin a recording with, or others of the recorder's `numbers` of tokens."""
+    return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
@@ -54,18 +56,11 @@ def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
 
 
 class _Tokens(RecordedTokens):
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, numbers: NDArray[np.int64]) -> None:
+        self._recorder, self._numbers = recorder, numbers
 
     def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:
-        recorder = self._recorder
-        buffer = recorder.buffer(matrix.columns)
-        ids, out = address_of(recorder.arrays.token_ids), address_of(buffer.array)
-        read_rows(recorder, matrix, token_ids=ids, out=out, out_stride=buffer.stride)
-        if scale is not None:
-            arguments = scale_cap_arguments(x=out, stride=buffer.stride, columns=matrix.columns, scale=scale, cap=None)
-            recorder.add(scale_cap_operation(False), arguments)
-        return buffer_value(recorder, buffer)
+        return _TableRows(self._recorder, matrix, address_of(self._numbers), scale)
 
 
 class _Value(Recorded):
@@ -80,6 +75,7 @@ class _Value(Recorded):
         self.column = column
         self.width = width
         self.head_dim = head_dim
+        self.rows_from = StepNumber.TOKENS
 
     @property
     def buffer(self) -> Buffer:
@@ -108,7 +104,7 @@ class _Value(Recorded):
         return _Value(self.recorder, self.buffer, self.column, self.width)
 
     def __add__(self, other: Recorded) -> Recorded:
-        assert isinstance(other, (_Pending, _Prepared)), "only a matrix's result or a norm can be added to a value"
+        assert isinstance(other, (_Pending, _Prepared)), "only what is not made yet can be added to a value"
         assert (self.column, self.width) == (0, self.buffer.width)
         if isinstance(other, _Pending):
             other.emit(self.buffer, accumulate=True)
@@ -198,6 +194,14 @@ class _Value(Recorded):
         scores = Scores(scale, window, softcap, sinks)
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
+    def attend_whole(self, heads: int) -> Recorded:
+        from candle_vllm.core.kernels.whole_attention.cpu import record_whole_attention
+
+        width = self.width // 3
+        out = self.recorder.buffer(width)
+        record_whole_attention(self.recorder, (self.address, self.buffer.stride), heads, width // heads, out)
+        return buffer_value(self.recorder, out)
+
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
         from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_latent
 
@@ -232,6 +236,7 @@ class _Wrapper(_Value):
     def __init__(self, source: _Value, width: int) -> None:
         super().__init__(source.recorder, source.buffer, source.column, width, source.head_dim)
         self.source = source
+        self.rows_from = source.rows_from
 
 
 class _Prepared(_Wrapper):
@@ -248,7 +253,12 @@ class _Prepared(_Wrapper):
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
         self._forms: dict[InputForm, Inputs] = {}
-        self._picked, self._rows_from = 0, StepNumber.TOKENS
+        self._picked = 0
+
+    def __add__(self, other: Recorded) -> Recorded:
+        made = self.recorder.buffer(self.width)
+        self.onto(made, accumulate=False)
+        return buffer_value(self.recorder, made) + other
 
     def inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
         """The input in these forms."""
@@ -260,7 +270,7 @@ class _Prepared(_Wrapper):
     def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
         forms = self.inputs(matrix.input_form for matrix in matrices)
         factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
-        return _Product(self.recorder, factors, bias, self._rows_from)
+        return _Product(self.recorder, factors, bias, self.rows_from)
 
     def expert_linear(
         self,
@@ -273,9 +283,10 @@ class _Prepared(_Wrapper):
         made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
         return _PairRows(self.recorder, made, activation)
 
-    def onto(self, target: Buffer) -> None:
-        """Adds the norm to the rows of `target`."""
+    def onto(self, target: Buffer, *, accumulate: bool = True) -> None:
+        """Adds the norm to the rows of `target`, or writes it there."""
         assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
+        assert self.rows_from is StepNumber.TOKENS
         assert self._weight is not None
         arguments = NormOntoArguments(
             x=self.source.address,
@@ -285,12 +296,13 @@ class _Prepared(_Wrapper):
             eps=self._eps,
             target=address_of(target.array),
             target_stride=target.stride,
+            accumulate=accumulate,
         )
         self.recorder.add(norm_onto_operation(self._prologue is Prologue.LAYER_NORM), arguments)
 
     def wanted(self) -> Recorded:
         picked = _Prepared(self.source, self._prologue, self.width, self._weight, self._eps)
-        picked._picked, picked._rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
+        picked._picked, picked.rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
         return picked
 
     def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -309,7 +321,7 @@ class _Prepared(_Wrapper):
             weight=0 if self._weight is None else self.recorder.keep(self._weight),
             eps=self._eps,
             picked=self._picked,
-            rows_from=self._rows_from,
+            rows_from=self.rows_from,
         )
 
 
@@ -348,6 +360,26 @@ class _Pending(_Value):
     def _record(self, target: Buffer, accumulate: bool) -> None: ...
 
 
+class _TableRows(_Pending):
+    """Rows of a table, times `scale`; `numbers` is the address of theirs, one for each token."""
+
+    def __init__(self, recorder: Recorder, matrix: Matrix, numbers: int, scale: float | None) -> None:
+        super().__init__(recorder, matrix.columns)
+        self._matrix, self._numbers, self._scale = matrix, numbers, scale
+
+    def _record(self, target: Buffer, accumulate: bool) -> None:
+        recorder, columns = self.recorder, self.width
+        made = recorder.buffer(columns) if accumulate else target
+        x, stride = address_of(made.array), made.stride
+        read_rows(recorder, self._matrix, token_ids=self._numbers, out=x, out_stride=stride)
+        if self._scale is not None:
+            row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=self._scale, cap=None)
+            recorder.add(scale_cap_operation(False), row)
+        if accumulate:
+            row = AddArguments(x, stride, columns, address_of(target.array), target.stride)
+            recorder.add(add_operation(), row)
+
+
 class _Product(_Pending):
     """The result of matrices side by side."""
 
@@ -359,18 +391,18 @@ class _Product(_Pending):
         rows_from: StepNumber = StepNumber.TOKENS,
     ) -> None:
         super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
-        self._factors, self._bias, self._rows_from = factors, bias, rows_from
+        self._factors, self._bias, self.rows_from = factors, bias, rows_from
 
     def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
-        assert self._rows_from is StepNumber.LOGIT_ROWS
-        assert self._bias is None
+        assert self.rows_from is StepNumber.LOGIT_ROWS
+        assert bias is None or self._bias is None
         recorder, columns, stride = self.recorder, self.width, row_stride(self.width)
         made = aligned(recorder.limits.logit_rows * stride, np.float32)
         recorder.logits = made.reshape(-1, stride)[:, :columns]
-        self._bias = bias
+        self._bias = self._bias if bias is None else bias
         self.emit(Buffer(made, columns, stride), accumulate=False)
         if scale != 1 or cap is not None:
-            x, counted = address_of(made), self._rows_from
+            x, counted = address_of(made), self.rows_from
             row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=scale, cap=cap, rows_from=counted)
             recorder.add(scale_cap_operation(cap is not None), row)
         return self
@@ -388,7 +420,7 @@ class _Product(_Pending):
                 column=column,
                 bias=bias and bias + 4 * column,
                 accumulate=accumulate,
-                rows_from=self._rows_from,
+                rows_from=self.rows_from,
                 barrier=number == len(self._factors),
             )
             column += matrix.rows

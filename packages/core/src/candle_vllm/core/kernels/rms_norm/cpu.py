@@ -1,5 +1,5 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Norms on the CPU that stand by themselves: of every head of a value, in place, and of rows added to a residual.
+"""Norms on the CPU that stand by themselves: of every head of a value, in place, and of rows, added to a residual.
 
 The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1
 for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.
@@ -129,6 +129,7 @@ class NormOntoArguments(NamedTuple):
         weight: address of as many floats, behind which LayerNorm has its bias.
         eps: of the norm.
         target, target_stride: the rows that are added to.
+        accumulate: 0 where the norms are written there instead.
     """
 
     x: int
@@ -138,6 +139,7 @@ class NormOntoArguments(NamedTuple):
     eps: float
     target: int
     target_stride: int
+    accumulate: int = 1
 
 
 def make_norm_onto(LAYER: int) -> Callable[..., None]:
@@ -160,6 +162,9 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
             if ragged:
                 at = padded_row(at, columns, copy)
             values, target = float32_at(at), float32_at(given.target + t * given.target_stride * 4)
+            if given.accumulate == 0:
+                for i in range(first, last):
+                    target[i] = 0.0
             if LAYER == 1:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)

@@ -1,0 +1,395 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Attention of encoders on the CPU: `lay_out` and, behind a barrier, `attend_whole` (step 6 of a request's life).
+
+fp32 throughout. The lanes of a vector are 16 queries, so that a softmax needs nothing across lanes, and both products
+are those of `plain_linear` with F32 weights:
+
+    scores [keys, queries] = keys times queries       queries lie as a tile [D, 16], keys as panels [D, 8 keys]
+    result [D, queries] = values times probabilities  probabilities lie as a tile [keys, 16], values as panels
+                                                      [keys, 8 of D]
+
+`lay_out` makes the panels of all texts; D and a text's keys are filled up with zeros to multiples of 8. A unit of work
+is a head of 32 queries of a text with all of its keys, handed out by an atomic counter, which `lay_out` begins at 0.
+Every number is one chain of sums over D or over the text's keys: the same bits whatever else is in the step, and
+whichever thread computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    StepNumber,
+    address_of,
+    compile_operation,
+    read,
+    step_number,
+)
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at
+from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums
+from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder
+
+PANEL = 8
+"""Keys, or dimensions of values, of a panel."""
+
+LOG2E = 1.4426950408889634
+_SEQUENCES = int(StepNumber.SEQUENCES)
+_HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
+_LINE = 4 * LANES  # bytes of a vector
+assert PANEL % RUN == 0
+
+
+class WholeArguments(NamedTuple):
+    """The arguments of both operations.
+
+    Attributes:
+        qkv, stride: address of float32 rows [T, 3 * H * D], and floats from one to the next.
+        heads, head_dim: H and D.
+        query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1].
+        keys, values: addresses of `panel_floats` floats each.
+        out, out_stride: address of the result [T, H * D], and floats from one row to the next.
+        scale: of scores, times log2(e).
+        scratch: address of `scratch_bytes`.
+        thread_bytes: of these, each thread's.
+    """
+
+    qkv: int
+    stride: int
+    heads: int
+    head_dim: int
+    query_start: int
+    keys: int
+    values: int
+    out: int
+    out_stride: int
+    scale: float
+    scratch: int
+    thread_bytes: int
+
+
+def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
+    """Floats of the panels of keys, and of those of values, in a step of that many tokens and texts."""
+    return PANEL * (tokens // PANEL + texts) * heads * _filled(head_dim)
+
+
+def thread_bytes(longest: int, head_dim: int) -> int:
+    """Scratch memory of one thread: two tiles of queries, results, sums and scores."""
+    return 2 * _LINE * (2 * _filled(head_dim) + 1 + _filled(longest))
+
+
+def scratch_bytes(longest: int, head_dim: int, threads: int) -> int:
+    """Scratch memory of both operations, for texts of at most `longest` tokens."""
+    return _HEADER + threads * thread_bytes(longest, head_dim)
+
+
+def _filled(count: int) -> int:
+    return -(-count // PANEL) * PANEL
+
+
+# ---- lay_out ---------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _text_panels(start: int, text: int, heads: int, dim: int) -> int:
+    """Where the panels of a text begin, in bytes: behind those of the texts before it, however long these are."""
+    return 4 * PANEL * ((start >> 3) + text) * heads * ((dim + 7) & -8)
+
+
+@njit
+def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int, values: int, panel_bytes: int) -> None:
+    """Lays out up to 8 tokens of a head.
+
+    k and v are the first token's, `row_bytes` before the next one's. `keys` is where their panel goes, `values` their
+    place in the first panel of values; from one of those to the next it is `panel_bytes`.
+    """
+    filled = (dim + 7) & -8
+    to_keys = float32_at(keys)
+    for token in range(8):
+        to_values = float32_at(values + 32 * token)
+        if token >= tokens:
+            for d in range(filled):
+                to_keys[8 * d + token] = 0.0
+            for panel in range(filled >> 3):
+                to_values = float32_at(values + 32 * token + panel * panel_bytes)
+                for d in range(8):
+                    to_values[d] = 0.0
+            continue
+        key, value = float32_at(k + token * row_bytes), float32_at(v + token * row_bytes)
+        for d in range(dim):
+            to_keys[8 * d + token] = key[d]
+        for d in range(dim, filled):
+            to_keys[8 * d + token] = 0.0
+        for panel in range(filled >> 3):
+            to_values = float32_at(values + 32 * token + panel * panel_bytes)
+            if 8 * panel + 8 <= dim:
+                for d in range(8):
+                    to_values[d] = value[8 * panel + d]
+            else:
+                for d in range(8):
+                    to_values[d] = value[8 * panel + d] if 8 * panel + d < dim else 0.0
+
+
+def make_lay_out() -> Callable[..., None]:
+    """The operation that makes panels of keys and values."""
+
+    def lay_out(row, thread, threads):
+        given = read(WholeArguments, row)
+        starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
+        sequences = step_number(row, _SEQUENCES)
+        if thread == 0:
+            int64_at(given.scratch)[0] = 0
+        total = 0
+        for r in range(sequences):
+            total += (starts[r + 1] - starts[r] + 7) >> 3
+        first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
+        before = 0  # panels of keys of the texts before this one
+        filled, width = (dim + 7) & -8, 4 * heads * dim
+        for r in range(sequences):
+            start = starts[r]
+            length = starts[r + 1] - start
+            panels = (length + 7) >> 3
+            base = _text_panels(start, r, heads, dim)
+            for item in range(max(first - before, 0), min(last - before, panels * heads)):
+                panel = item // heads
+                head = item - panel * heads
+                own = base + 32 * filled * panels * head
+                k = given.qkv + 4 * (start + 8 * panel) * given.stride + width + 4 * head * dim
+                _lay_panel(
+                    k,
+                    4 * given.stride,
+                    length - 8 * panel,
+                    dim,
+                    k + width,
+                    given.keys + own + 32 * filled * panel,
+                    given.values + own + 256 * panel,
+                    256 * panels,
+                )
+            before += panels * heads
+
+    return lay_out
+
+
+@cache
+def lay_out_operation() -> int:
+    """Address of the compiled operation."""
+    return compile_operation(make_lay_out())
+
+
+# ---- attend ----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def _scores(
+    _: Any, tiles: Any, isa: Any, queries: Any, step: Any, panel: Any, out: Any, out_step: Any, runs: Any
+) -> Any:
+    """Scores [8, 16] of a panel of keys with each tile of queries; `step` and `out_step` bytes from tile to tile."""
+    width, features = tiles.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_queries, size, at_panel, at_out, out_size, count = args[2:]
+        bases = [b.add(at_queries, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def write(tile: int, row: int, total: Any) -> None:
+            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), total, _LINE * row)
+
+        emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
+        return context.get_dummy_value()
+
+    return types.void(tiles, isa, *[types.int64] * 6), code
+
+
+@intrinsic(prefer_literal=True)
+def _softmax(_: Any, tiles: Any, scores: Any, step: Any, keys: Any, sums: Any) -> Any:
+    """2^(score - largest) in place for `keys` rows of each tile of scores, zeros behind them, and their sums."""
+    width = tiles.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_scores, size, count, at_sums = args[1:]
+        bases = [b.add(at_scores, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def places(key: Any) -> list[Any]:
+            offset = b.mul(key, e.int64(_LINE))
+            return [b.add(base, offset) for base in bases]
+
+        def largest(key: Any, tops: list[Any]) -> list[Any]:
+            found = [e.load(at, vector(F32)) for at in places(key)]
+            return [b.select(b.fcmp_ordered(">", x, top), x, top) for x, top in zip(found, tops)]
+
+        tops = e.loop(count, [e.constant(F32, NOTHING)] * width, largest)
+
+        def exponentials(key: Any, totals: list[Any]) -> list[Any]:
+            made = []
+            for at, top, total in zip(places(key), tops, totals):
+                power = emit_exp2(e, b.fsub(e.load(at, vector(F32)), top))
+                e.store(at, power)
+                made.append(b.fadd(total, power))
+            return made
+
+        for tile, total in enumerate(e.loop(count, [e.zeros(F32)] * width, exponentials)):
+            e.store(at_sums, total, _LINE * tile)
+
+        def clear(key: Any, state: list[Any]) -> list[Any]:
+            for at in places(b.add(count, key)):
+                e.store(at, e.zeros(F32))
+            return state
+
+        e.loop_or_skip(b.and_(b.neg(count), e.int64(PANEL - 1)), [], clear)
+        return context.get_dummy_value()
+
+    return types.void(tiles, *[types.int64] * 4), code
+
+
+@intrinsic(prefer_literal=True)
+def _values(
+    _: Any,
+    tiles: Any,
+    isa: Any,
+    probabilities: Any,
+    step: Any,
+    panel: Any,
+    sums: Any,
+    out: Any,
+    out_step: Any,
+    runs: Any,
+) -> Any:
+    """Results [8, 16] of a panel of values with each tile of probabilities, over their sums."""
+    width, features = tiles.literal_value, Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_probabilities, size, at_panel, at_sums, at_out, out_size, count = args[2:]
+        bases = [b.add(at_probabilities, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def write(tile: int, row: int, total: Any) -> None:
+            share = b.fdiv(total, e.load(at_sums, vector(F32), _LINE * tile))
+            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), share, _LINE * row)
+
+        emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
+        return context.get_dummy_value()
+
+    return types.void(tiles, isa, *[types.int64] * 7), code
+
+
+@njit(inline="always")
+def _take_queries(q: int, row_bytes: int, first: int, length: int, lanes: int, dim: int, scale: float, to: int) -> None:
+    """Queries from `first` on as tiles [D, 16], times `scale`; behind the last one it is repeated."""
+    filled = (dim + 7) & -8
+    for lane in range(lanes):
+        query = float32_at(q + min(first + lane, length - 1) * row_bytes)
+        tile = float32_at(to + (lane >> 4) * 64 * filled + 4 * (lane & 15))
+        for d in range(dim):
+            tile[16 * d] = query[d] * scale
+        for d in range(dim, filled):
+            tile[16 * d] = 0.0
+
+
+def make_attend_whole(ISA: int) -> Callable[..., None]:
+    """The operation that attends."""
+
+    def attend_whole(row, thread, threads):
+        given = read(WholeArguments, row)
+        starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
+        filled = (dim + 7) & -8
+        queries = given.scratch + _HEADER + thread * given.thread_bytes
+        tile_bytes = 64 * filled
+        results = queries + 2 * tile_bytes
+        sums = results + 2 * tile_bytes
+        scores = sums + 128
+        before = 0  # units of the texts before this one
+        unit = fetch_add(given.scratch, 1)
+        for r in range(step_number(row, _SEQUENCES)):
+            start = starts[r]
+            length = starts[r + 1] - start
+            panels = (length + 7) >> 3
+            score_bytes = 512 * panels
+            parts = (length + 31) >> 5
+            base = _text_panels(start, r, heads, dim)
+            while unit < before + parts * heads:
+                head = (unit - before) // parts
+                first = 32 * (unit - before - head * parts)
+                count = min(32, length - first)
+                own = base + 32 * filled * panels * head
+                keys, values = given.keys + own, given.values + own
+                q = given.qkv + 4 * start * given.stride + 4 * head * dim
+                lanes = 32 if count > 16 else 16
+                _take_queries(q, 4 * given.stride, first, length, lanes, dim, given.scale, queries)
+                for panel in range(panels):
+                    at, to = keys + panel * 32 * filled, scores + 512 * panel
+                    if lanes == 32:
+                        _scores(2, ISA, queries, tile_bytes, at, to, score_bytes, filled >> 2)
+                    else:
+                        _scores(1, ISA, queries, tile_bytes, at, to, score_bytes, filled >> 2)
+                if lanes == 32:
+                    _softmax(2, scores, score_bytes, length, sums)
+                else:
+                    _softmax(1, scores, score_bytes, length, sums)
+                for panel in range(filled >> 3):
+                    at, to = values + 256 * panels * panel, results + 512 * panel
+                    if lanes == 32:
+                        _values(2, ISA, scores, score_bytes, at, sums, to, tile_bytes, panels * 2)
+                    else:
+                        _values(1, ISA, scores, score_bytes, at, sums, to, tile_bytes, panels * 2)
+                for lane in range(count):
+                    out = float32_at(given.out + 4 * ((start + first + lane) * given.out_stride + head * dim))
+                    result = float32_at(results + (lane >> 4) * tile_bytes + 4 * (lane & 15))
+                    for d in range(dim):
+                        out[d] = result[16 * d]
+                unit = fetch_add(given.scratch, 1)
+            before += parts * heads
+
+    return attend_whole
+
+
+def attend_whole_operation(isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return _compiled_attend(int(isa & (Isa.VNNI | Isa.BF16)))
+
+
+@cache
+def _compiled_attend(isa: int) -> int:
+    return compile_operation(make_attend_whole(isa))
+
+
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+
+def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int, head_dim: int, out: Buffer) -> None:
+    """Writes both operations into a plan.
+
+    Args:
+        recorder: of the plan; a text has at most as many tokens as its largest step.
+        qkv: address of the rows, and floats from one to the next.
+        heads, head_dim: H and D.
+        out: of H * D columns.
+    """
+    limits = recorder.limits
+    floats = panel_floats(limits.tokens, limits.sequences, heads, head_dim)
+    keys, values = (recorder.memory(-(-floats // limits.tokens)) for _ in range(2))
+    given = WholeArguments(
+        qkv=qkv[0],
+        stride=qkv[1],
+        heads=heads,
+        head_dim=head_dim,
+        query_start=address_of(recorder.arrays.query_start),
+        keys=address_of(keys),
+        values=address_of(values),
+        out=address_of(out.array),
+        out_stride=out.stride,
+        scale=head_dim**-0.5 * LOG2E,
+        scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
+        thread_bytes=thread_bytes(limits.tokens, head_dim),
+    )
+    recorder.add(lay_out_operation(), given)
+    recorder.add(attend_whole_operation(recorder.isa), given)

@@ -1,0 +1,104 @@
+"""Attention of encoders on the CPU against the reference, and the same bits whatever else is in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa, plan_row
+from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
+from candle_vllm.core.kernels.embedding.cpu import AddArguments, add_operation
+from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.kernels.whole_attention.reference import whole_attention as reference
+
+
+@pytest.fixture(scope="module")
+def teams() -> Iterator[dict[int, ThreadTeam]]:
+    made = {threads: ThreadTeam(threads) for threads in (1, 2, 3)}
+    yield made
+    for team in made.values():
+        team.close()
+
+
+def run(team: ThreadTeam, threads: int, texts: Sequence[np.ndarray], heads: int, isa: Isa | None = None) -> np.ndarray:
+    """The recorded operations, behind a run that leaves NaN wherever it writes."""
+    lengths, width = [len(text) for text in texts], texts[0].shape[1]
+    limits = StepLimits(
+        tokens=sum(lengths) + 3, sequences=len(texts) + 1, logit_rows=1, table_width=0, block_size=1, threads=threads
+    )
+    recorder = Recorder(limits, host_isa() if isa is None else isa)
+    source = recorder.buffer(width)
+    result = whole_attention(buffer_value(recorder, source), heads, ())
+    recorder.arrays.query_start[: len(texts) + 1] = np.cumsum([0, *lengths])
+    recorder.arrays.numbers[StepNumber.TOKENS] = sum(lengths)
+    recorder.arrays.numbers[StepNumber.SEQUENCES] = len(texts)
+    source.array[:] = np.nan
+    team.run(np.array(recorder.plan, np.int64), recorder.num_rows)
+    assert np.isnan(result.rows(np.arange(sum(lengths)))).all()
+    source.array.reshape(-1, source.stride)[: sum(lengths), :width] = np.concatenate(texts)
+    team.run(np.array(recorder.plan, np.int64), recorder.num_rows)
+    return result.rows(np.arange(sum(lengths)))
+
+
+def text(length: int, heads: int, dim: int, seed: int = 0) -> np.ndarray:
+    numbers = np.random.default_rng([length, dim, seed]).standard_normal((length, 3 * heads * dim))
+    return (2 * numbers).astype(np.float32)
+
+
+def error(got: np.ndarray, wanted: torch.Tensor) -> float:
+    return float(np.sqrt(np.square(got - wanted.numpy()).mean() / np.square(wanted.numpy()).mean()))
+
+
+@pytest.mark.parametrize("isa", [None, Isa.GENERIC], ids=["host", "generic"])
+@pytest.mark.parametrize("dim", [1, 8, 20, 32, 64, 80, 256])
+@pytest.mark.parametrize("lengths", [[1], [7, 8, 9, 1, 16], [33, 17, 100], [545]], ids=str)
+def test_equals_the_reference(teams: dict[int, ThreadTeam], lengths: list[int], dim: int, isa: Isa | None) -> None:
+    heads = 3
+    texts = [text(length, heads, dim, number) for number, length in enumerate(lengths)]
+    wanted = reference(torch.from_numpy(np.concatenate(texts)).double(), heads, lengths)
+    assert error(run(teams[2], 2, texts, heads, isa), wanted) < 2e-6
+
+
+def test_large_scores_hide_others(teams: dict[int, ThreadTeam]) -> None:
+    whole = text(40, 2, 16)
+    whole[:, : 2 * 2 * 16] *= 30
+    wanted = reference(torch.from_numpy(whole).double(), 2, [40])
+    assert error(run(teams[1], 1, [whole], 2), wanted) < 1e-5
+
+
+def test_bits_depend_on_nothing_else(teams: dict[int, ThreadTeam]) -> None:
+    texts = [text(length, 4, 24, 1) for length in (5, 70, 16, 31, 1, 33)]
+    alone = [run(teams[1], 1, [each], 4) for each in texts]
+    for threads in teams:
+        together = run(teams[threads], threads, texts, 4)
+        assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_numbers_that_are_not_finite_stay_in_their_text(teams: dict[int, ThreadTeam]) -> None:
+    texts = [text(9, 2, 8), text(40, 2, 8), text(9, 2, 8)]
+    texts[1][3] = np.nan
+    found = run(teams[2], 2, texts, 2)
+    assert np.array_equal(found[:9], found[-9:])
+    assert np.isfinite(found[:9]).all()
+    assert np.isnan(found[9:49]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_adding_rows(teams: dict[int, ThreadTeam], rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    x, target = (rng.standard_normal((rows + 1, columns)).astype(np.float32) for columns in (21, 19))
+    wanted = target.copy()
+    wanted[:rows, :18] += x[:rows, :18]
+    numbers = np.zeros(StepNumber.COUNT, np.int64)
+    numbers[StepNumber.TOKENS] = rows
+    arguments = AddArguments(address_of(x), 21, 18, address_of(target), 19)
+    teams[2].run(np.array(plan_row(add_operation(), address_of(numbers), arguments)), 1)
+    assert np.array_equal(target, wanted)
