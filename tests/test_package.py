@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -244,8 +245,8 @@ def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: 
         assert process.wait(PATIENCE) == 0, shown
         file.seek(0)
         assert b"Paris" in file.read()
-    compiled = any((light.folder / "cache").rglob("*.nbc"))
-    assert ("compiling the CPU kernels" in shown) == compiled, shown
+    if any((light.folder / "cache" / "candle-vllm" / "kernels").rglob("*.*")):  # compiled here, not brought along
+        assert "compiling the CPU kernels" in shown
 
 
 def _all_shown(terminal: int) -> str:
@@ -268,6 +269,15 @@ def test_a_program_chats(light: Installed) -> None:
         "assert not {'torch', 'triton'} & sys.modules.keys()"
     )
     assert "Paris" in light.python(code)
+
+
+def test_it_measures(light: Installed) -> None:
+    lengths = ("--prompt-tokens", "8", "--output-tokens", "4")
+    done = light.run("candle-vllm", "bench", "--json", *lengths)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["decode_tok_s"] > 0
+    assert {"candle-vllm-core", "numba", "python"} == result["versions"].keys()
 
 
 def test_it_serves(light: Installed) -> None:

@@ -16,6 +16,7 @@ random valid token ids, never repeated, and the prefix cache is off, so that not
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,17 @@ def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) ->
         "weight_mb": round_figure(info.weight_bytes / (1 << 20)),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("candle-vllm-core", "torch")}
-        | {"python": platform.python_version()},
+        "versions": _versions("candle-vllm-core", "numba", "torch") | {"python": platform.python_version()},
     }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _as_json(result: dict[str, Any]) -> str:
