@@ -116,7 +116,7 @@ class EngineConfig:
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
-    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per physical core"] = None
+    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core"] = None
     seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
                     "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on

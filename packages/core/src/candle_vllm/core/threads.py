@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import math
 import os
 import sys
 import threading
@@ -32,8 +33,21 @@ LOADING_THREADS: ContextVar[int | None] = ContextVar("LOADING_THREADS", default=
 
 
 def loading_threads() -> int:
-    """How many threads decode and lay out one tensor: as many as were asked for, or one for each physical core."""
-    return LOADING_THREADS.get() or physical_cores()
+    """How many threads decode and lay out one tensor: as many as were asked for, or `default_threads`."""
+    return LOADING_THREADS.get() or default_threads()
+
+
+# ---- how many threads ------------------------------------------------------------------------------------------------
+
+
+def default_threads() -> int:
+    """How many threads compute where nobody says it: one for each physical core that this process is allowed.
+
+    Of a container's quota the nearest whole number, halves up: beyond it, every thread would stop for a part of each
+    period.
+    """
+    quota = cpu_quota()
+    return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
 
 
 def physical_cores() -> int:
@@ -51,6 +65,45 @@ def _cores_of(cpus: frozenset[int]) -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """How many CPUs' time the control groups of this process allow, the least of all above it; None without a limit.
+
+    Both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`. In a container the groups' paths may be
+    the host's, which are not there: then what is mounted at the top is the container's own.
+    """
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not controllers:  # version 2, alone or beside version 1
+            tops = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
+        elif "cpu" in controllers.split(","):
+            tops = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, "cpu"))]
+        else:
+            continue
+        parts = [part for part in path.split("/") if part and part != ".."]
+        for top in tops:
+            for depth in range(len(parts) + 1):
+                limits += _limits(top.joinpath(*parts[:depth]))
+    return min(limits, default=None)
+
+
+def _limits(group: Path) -> list[float]:
+    """The limit of one control group, if it has one."""
+    quota, period = (*_read(group / "cpu.max").split(), "", "")[:2]
+    if not quota:
+        quota, period = (_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    if not (quota.isdecimal() and period.isdecimal()):  # "max" or -1: none
+        return []
+    return [int(quota) / int(period)] if int(period) else []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 # ---- Python's cycle collector ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.threads import physical_cores
+from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
         ConfigError: torch is not installed.
     """
     require_torch(reason)
-    use_threads(config.threads or physical_cores())
+    use_threads(config.threads or default_threads())
     return placement
 
 

@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.memory import CachePlan, Room, available_memory, plan_cache
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.sampler import Sampler
-from candle_vllm.core.threads import physical_cores
+from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             logit_rows=sequences,
             table_width=0,
             block_size=1,
-            threads=config.threads or physical_cores(),
+            threads=config.threads or default_threads(),
         )
         runner = RecordedEncoderRunner(loaded.encoder, limits)
     else:
@@ -156,7 +156,7 @@ def _build_on_cpu(
         logit_rows=max(sequences, MAX_SCORED_ROWS),
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
-        threads=config.threads or physical_cores(),
+        threads=config.threads or default_threads(),
     )
     return RecordedRunner(loaded.decoder, plan.num_blocks, limits), plan
 
