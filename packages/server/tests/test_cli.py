@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -230,6 +231,60 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.wait(30) == 141
         assert process.stderr.read() == b""
+
+
+_NOT_FOR_A_PROMPT = {
+    "fastapi", "gguf", "httpx", "huggingface_hub", "jsonschema", "llguidance", "mcp", "opentelemetry",
+    "prometheus_client", "prompt_toolkit", "pydantic", "rich", "safetensors", "sqlalchemy", "torch", "tqdm",
+    "transformers", "triton", "uvicorn", "zmq", "candle_vllm.openai", "candle_vllm.server.app",
+}  # fmt: skip
+_NOT_FOR_SERVING = {
+    "gguf", "httpx", "huggingface_hub", "jsonschema", "mcp", "prompt_toolkit", "rich", "safetensors", "sqlalchemy",
+    "torch", "tqdm", "transformers", "triton", "zmq",
+}  # fmt: skip
+_IMPORTED = """
+import atexit, sys
+from candle_vllm.server.cli import main
+atexit.register(lambda: sys.stderr.write("imported " + " ".join(sys.modules)))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def starting_model() -> Path:
+    """A GGUF file as people have it."""
+    found = derived.demo_model()
+    if found is None:
+        pytest.skip("the demo model is not installed")
+    return found
+
+
+def _imported(error: str) -> set[str]:
+    assert "imported " in error, error
+    return set(error.rpartition("imported ")[2].split())
+
+
+def test_a_prompt_is_continued_with_the_imports_that_it_needs(starting_model: Path) -> None:
+    command = [sys.executable, "-c", _IMPORTED, "generate", "hi", "--m", str(starting_model), "--max-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    imported = _imported(done.stderr)
+    assert {"numpy", "tokenizers", "candle_vllm.core.inference_engine"} <= imported
+    assert imported & _NOT_FOR_A_PROMPT == set()
+    families = {name for name in imported if name.startswith("candle_vllm.core.models.")}
+    assert families.isdisjoint(f"candle_vllm.core.models.{name}" for name in ("bert", "deepseek", "gemma", "phi"))
+
+
+def test_a_server_starts_with_the_imports_that_it_needs(starting_model: Path) -> None:
+    command = [sys.executable, "-c", _IMPORTED, "--m", str(starting_model), "--p", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("Ctrl+C"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    imported = _imported(error)
+    assert {"fastapi", "candle_vllm.core.inference_engine"} <= imported
+    assert imported & _NOT_FOR_SERVING == set()
 
 
 def test_version_from_a_process() -> None:

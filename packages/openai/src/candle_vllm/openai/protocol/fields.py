@@ -144,9 +144,19 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 class WireModel(BaseModel):
-    """An object of a request: exact types (no "1" for 1, no true for 1), finite numbers, no unknown names."""
+    """An object of a request: exact types (no "1" for 1, no true for 1), finite numbers, no unknown names.
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
+    What checks it is built when the first one is read, a few milliseconds, and not while a server starts.
+    """
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        hide_input_in_errors=True,
+        defer_build=True,
+    )
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {}
 

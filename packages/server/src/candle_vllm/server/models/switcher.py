@@ -180,7 +180,8 @@ class ModelSwitcher:
         started = time.monotonic()
         slot.state, slot.error, slot.asked = ModelState.LOADING, None, False
         try:
-            await in_thread(lambda: self._load.check(slot.entry, self.loaded), f"check-{slot.entry.name}")
+            if self.loaded:  # else nobody makes room for it, and loading finds out the same
+                await in_thread(lambda: self._load.check(slot.entry, self.loaded), f"check-{slot.entry.name}")
             while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
                 await self._retire(self._least_used())
             model = await self._load_beside(slot)
