@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 PROMPT = "Once upon a time"
 
@@ -156,7 +156,7 @@ def _output(python: str, script: str, model: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _medians(rows: list[Mapping[str, float]]) -> dict[str, float]:
+def _medians(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(row[name] for row in rows), 3) for name in rows[0]}
 
 

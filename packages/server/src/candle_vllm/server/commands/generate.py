@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -35,6 +36,7 @@ def generate(
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings) as engine:
+        gc.freeze()  # what is closed below goes with the process: nobody need look through it for cycles
         if chat:
             messages = conversation(system, text)
             pieces = answer_pieces(engine, messages, settings, max_tokens, stop)
