@@ -19,16 +19,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from candle_vllm.core.kernels.attention.cpu import (
-    AttendArguments,
-    attend_operation,
-    merge_operation,
-)
-from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, value_cache_shape
-from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
+from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, scratch_bytes, stretch_step, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_record import AttendArguments, attend_operation, merge_operation
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
 SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b": (32, 8, 128, 8)}  # H, K, D, layers
 MEMORY = 3 << 30  # most bytes of caches
@@ -137,10 +133,10 @@ class Bench:
         """Best time of one layer."""
         isa, words = host_isa(), []
         for layer in range(self.layers):
-            rows = [(rotate_and_write_operation(isa), self._write_arguments(layer))] if write else []
+            rows = [(rotate_and_write_operation(), self._write_arguments(layer))] if write else []
             if attend:
                 row = self._attend_arguments(layer)
-                rows += [(attend_operation(self.dim, isa), row), (merge_operation(self.dim, isa), row)]
+                rows += [(attend_operation(self.dim, isa), row), (merge_operation(self.dim), row)]
             for address, arguments in rows:
                 words += plan_row(address, address_of(self.numbers), arguments, barrier=True)
         plan, count = np.array(words, np.int64), self.layers * (write + 2 * attend)

@@ -17,7 +17,8 @@ import time
 import numpy as np
 
 from candle_vllm.core.kernels import packed_linear, plain_linear
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens

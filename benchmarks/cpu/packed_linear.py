@@ -16,12 +16,12 @@ import time
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
-from candle_vllm.core.kernels.packed_linear.cpu import linear_arguments, linear_operation
-from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS, linear_arguments, linear_operation
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import row_elements
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix
-from candle_vllm.core.kernels.plain_linear import cpu as plain
+from candle_vllm.core.kernels.plain_linear import layout as plain
 from candle_vllm.core.kernels.plain_linear.layout import ROWS
 from candle_vllm.core.kernels.scaled_linear import ScaledKind, ScaledMatrix
-from candle_vllm.core.kernels.scaled_linear import cpu as scaled
+from candle_vllm.core.kernels.scaled_linear import layout as scaled
 from candle_vllm.core.kernels.scaled_linear import pack as pack_scaled
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 
@@ -54,7 +54,7 @@ def main() -> None:
     for name in options.kinds:
         start = time.perf_counter()
         kind = next(kind for kind in KINDS if kind.name == name)
-        module = plain if isinstance(kind, PlainKind) else scaled
+        module: Any = plain if isinstance(kind, PlainKind) else scaled
         operation = module.linear_operation(kind, Isa.GENERIC if options.generic else host_isa())
         report = {
             "kernel": module.__name__.split(".")[-2],

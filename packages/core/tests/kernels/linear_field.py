@@ -6,8 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
@@ -19,7 +21,7 @@ def run_row(team: ThreadTeam, operation: int, numbers: np.ndarray, arguments: tu
 
 def multiply_in_field(
     team: ThreadTeam,
-    cpu: ModuleType,
+    layout: ModuleType,
     matrix: Any,
     rows: int,
     isa: Isa,
@@ -31,7 +33,7 @@ def multiply_in_field(
 
     Args:
         team: of threads.
-        cpu: the kernel's module with `linear_arguments` and `linear_operation`.
+        layout: the kernel's module with `linear_arguments` and `linear_operation`.
         matrix: of its kind.
         rows: T.
         isa: what the CPU can do.
@@ -45,7 +47,7 @@ def multiply_in_field(
         view[:] = onto
     numbers = np.full(StepNumber.COUNT, -1, np.int64)
     numbers[StepNumber.LOGIT_ROWS] = rows
-    arguments = cpu.linear_arguments(
+    arguments = layout.linear_arguments(
         matrix,
         **inputs,
         out=address_of(field),
@@ -55,11 +57,22 @@ def multiply_in_field(
         accumulate=onto is not None,
         rows_from=StepNumber.LOGIT_ROWS,
     )
-    run_row(team, cpu.linear_operation(matrix.kind, isa), numbers, arguments)
+    run_row(team, layout.linear_operation(matrix.kind, isa), numbers, arguments)
     result = view.copy()
     view[:] = np.nan
     assert np.isnan(field).all()
     return result
+
+
+def make_anew(monkeypatch: pytest.MonkeyPatch, layout: ModuleType, cpu: ModuleType, name: str) -> None:
+    """Has a kernel's linear operation made with the numbers that its module has now; the result is kept as `name`."""
+
+    def linear_operation(kind: int, isa: int) -> int:
+        return compiled_address(
+            f"tests.{cpu.__name__}.{name}.{int(kind)}.{int(isa)}", lambda: cpu.make_linear(int(kind), int(isa))
+        )
+
+    monkeypatch.setattr(layout, "linear_operation", linear_operation)
 
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from candle_vllm.core.kernels.activation_rows import RowForm, reference, row_ele
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.activation_rows.cpu import RowsArguments, rows_operation
+from candle_vllm.core.kernels.activation_rows import RowsArguments, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 

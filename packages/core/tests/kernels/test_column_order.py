@@ -10,7 +10,7 @@ from candle_vllm.core.kernels.column_order import reference
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.column_order.cpu import OrderArguments, order_operation
+from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 

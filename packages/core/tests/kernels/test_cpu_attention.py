@@ -21,15 +21,21 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention import reference as attention_reference
-from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
-from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, stretch_step, supported, value_cache_shape
-from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    key_cache_shape,
+    scratch_bytes,
+    stretch_step,
+    supported,
+    value_cache_shape,
+)
+from candle_vllm.core.kernels.attention.cpu_record import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, host_isa, plan_row
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
+from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 from candle_vllm.core.kernels.rotary import reference as rotary_reference
 
 # A probability is rounded to bfloat16, at most 2^-9 off, and the sum uses the rounded ones; the errors of different
@@ -184,10 +190,8 @@ class Step:
             cap=(model.softcap or 0) * LOG2E,
             sinks=0 if sinks is None else sinks.data_ptr(),
         )
-        both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim, model.isa), attend)]
-        plan = plan_of(
-            numbers, (rotate_and_write_operation(model.isa), write), *both, *both
-        )  # the second pass: a reset
+        both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim), attend)]
+        plan = plan_of(numbers, (rotate_and_write_operation(), write), *both, *both)  # the second pass: a reset
         team.run(plan, 5)
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()

@@ -13,14 +13,13 @@ from latent_layer import EPS, SIZES, Layer, error
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.attention.cpu_split import HEADER
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.attention.cpu_cache import HEADER
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_latent
-from candle_vllm.core.kernels.latent_attention.cpu_write import cache_shape
-from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts, cache_shape
 from candle_vllm.core.kernels.plain_linear import PlainKind, PlainMatrix, pack
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 

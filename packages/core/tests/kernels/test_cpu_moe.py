@@ -17,7 +17,8 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 pytest.importorskip("numba")
 
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value

@@ -15,20 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_operation
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
-def neighbour_plus_one(a, thread, threads):
+def neighbour_plus_one(row, thread, threads):
     """Each thread writes what its neighbour wrote in the round before, plus one."""
-    old, new = int64_at(a[3]), int64_at(a[4])
+    old, new = int64_at(int64_at(row)[3]), int64_at(int64_at(row)[4])
     new[thread * 8] = old[((thread + 1) % threads) * 8] + 1
 
 
 def plan(rounds: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
     state = np.zeros((2, threads * 8), np.int64)
-    operation, rows = compile_operation(neighbour_plus_one), []
+    operation, rows = compiled_address("tests.neighbour_plus_one", lambda: neighbour_plus_one), []
     for number in range(rounds):
         old, new = state[number % 2], state[(number + 1) % 2]
         rows += [operation, BARRIER | (5 * 8 << 8), 0, address_of(old), address_of(new)]
@@ -102,11 +103,12 @@ def team() -> Iterator[ThreadTeam]:
     made.close()
 
 
-def count_pieces(a, piece, pieces):
+def count_pieces(at, piece, pieces):
     """Counts a piece of row a[4] in a[3], after a while of work, and in a[5] what came outside of its group's time.
 
     a[6]: rows of all groups before this one; a[7]: turns of work.
     """
+    a = int64_at(at)
     seen, wrong = int64_at(a[3]), int64_at(a[5])
     for row in range(a[6]):
         for other in range(pieces):
@@ -124,7 +126,7 @@ def count_pieces(a, piece, pieces):
 def counting_plan(barriers: list[bool], turns: list[int], run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows that count their pieces; the counts [rows, threads]; [0] what came at the wrong time."""
     counts, wrong = np.zeros((len(barriers), THREADS), np.int64), np.zeros(8, np.int64)
-    operation, rows, before = compile_operation(count_pieces), [], 0
+    operation, rows, before = compiled_address("tests.count_pieces", lambda: count_pieces), [], 0
     for row, barrier in enumerate(barriers):
         places = [address_of(counts), row, address_of(wrong), before, turns[row % len(turns)], run]
         rows += [operation, int(barrier) | (9 * 8 << 8), 0, *places]

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa, plan_row
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
-from candle_vllm.core.kernels.embedding.cpu import AddArguments, add_operation
+from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.kernels.whole_attention.reference import whole_attention as reference
 

@@ -11,27 +11,19 @@ import pytest
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.packed_linear import (
-    PackedKind,
-    PackedMatrix,
-    dequantise,
-    pack,
-    packed_kind,
-    reference,
-)
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, dequantise, pack, packed_kind, reference
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 pytest.importorskip("numba")
 
-from linear_field import error, multiply_in_field, run_row, same_bits
+from linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.cpu_runtime.tiles import embedding_arguments
-from candle_vllm.core.kernels.packed_linear import cpu
+from candle_vllm.core.kernels.packed_linear import cpu, layout
 
 # The generic path runs everywhere; VNNI only where the CPU has it.
 ISAS = [Isa.GENERIC, Isa.VNNI] if host_isa() & Isa.VNNI else [Isa.GENERIC]
@@ -89,7 +81,7 @@ def multiply(
     xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
     wanted = host_isa() & Isa.VNNI if isa is None else isa
     places = {"x": address_of(xq), "scales": address_of(xs), "sums": address_of(xsum)}
-    return multiply_in_field(team, cpu, matrix, len(xq), wanted, bias, onto, **places)
+    return multiply_in_field(team, layout, matrix, len(xq), wanted, bias, onto, **places)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -216,11 +208,8 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     matrix, inputs = packed(PackedKind.Q4_K, 63, COLUMNS), activations(20, COLUMNS)
     whole = multiply(lone_thread, matrix, inputs)
     monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
-    cpu.linear_operation.cache_clear()
-    try:
-        assert same_bits(multiply(lone_thread, matrix, inputs), whole)
-    finally:
-        cpu.linear_operation.cache_clear()
+    make_anew(monkeypatch, layout, cpu, "turns")
+    assert same_bits(multiply(lone_thread, matrix, inputs), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11])
@@ -259,7 +248,7 @@ def test_embedding_rows_are_exact(kind, team):
     field = np.full((len(ids) + 1, 520), 7, np.float32)
     numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
     arguments = embedding_arguments(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=520)
-    run_row(team, cpu.embedding_rows_operation(kind), numbers, arguments)
+    run_row(team, layout.embedding_rows_operation(kind), numbers, arguments)
     assert np.array_equal(field[:4, :512], dequantise(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :512]).all()  # ids outside of the table
     assert (field[:, 512:] == 7).all()

@@ -50,7 +50,7 @@ def test_the_operation_makes_what_the_reference_makes(threads: int, rows: int, c
     pytest.importorskip("numba")
     from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
     from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-    from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
+    from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
 
     generator = np.random.default_rng(0)
     stride = columns + 16

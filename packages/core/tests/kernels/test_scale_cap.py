@@ -20,8 +20,7 @@ from candle_vllm.core.kernels.cpu_runtime import emit_functions
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.scale_cap import scale_cap_
-from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.scale_cap import scale_cap_, scale_cap_arguments, scale_cap_operation
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

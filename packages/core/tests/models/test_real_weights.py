@@ -217,15 +217,19 @@ def test_smollm2_equals_transformers(smollm2_oracle: Forward, prompts: int, toke
 
 
 def test_packed_weights_keep_the_perplexity() -> None:
-    """8-bit activations and a bfloat16 cache against fp32, on a page of text: within half a per cent."""
-    text = (Path(__file__).parents[4] / "LIBRARY_API.md").read_text()
+    """8-bit activations and a bfloat16 cache against fp32: within half a per cent, in the mean of pages.
+
+    Of a single page it is 0 to 0.8 per cent, so that a page that changes could decide the test.
+    """
+    root = Path(__file__).parents[4]
+    texts = [(root / page).read_text() for page in ("LIBRARY_API.md", "README.md", "docs/kernels.md", "docs/mcp.md")]
     scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     mean = {}
     for eager in (False, True):
         with InferenceEngine(str(demo_model()), enforce_eager=eager) as engine:
-            scores = engine.generate([engine.tokenize(text)[:1000]], scored, use_tqdm=False)[0].prompt_logprobs
-            assert scores is not None
-            mean[eager] = np.mean([entry.chosen.logprob for entry in scores[1:] if entry])
+            pages = [engine.tokenize(text)[:600] for text in texts]
+            found = [answer.prompt_logprobs for answer in engine.generate(pages, scored, use_tqdm=False)]
+            mean[eager] = np.mean([entry.chosen.logprob for scores in found for entry in scores or () if entry])
     assert abs(np.exp(mean[True] - mean[False]) - 1) < 5e-3
 
 

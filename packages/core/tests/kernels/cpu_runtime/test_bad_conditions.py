@@ -19,8 +19,7 @@ from gguf import GGUFWriter
 
 from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
 from candle_vllm.core.engine import recorded_runner
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.testing import toy_model
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf

@@ -11,14 +11,7 @@ import pytest
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.gguf_linear import (
-    GgufMatrix,
-    linear,
-    pack,
-    reference,
-    stack,
-    triton,
-)
+from candle_vllm.core.kernels.gguf_linear import GgufMatrix, linear, pack, reference, stack, triton
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear import triton as launches
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind, packed_kind

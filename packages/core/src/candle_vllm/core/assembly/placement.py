@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 from collections import Counter
 
@@ -134,7 +133,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if obstacle is not None:
         return obstacle
     from candle_vllm.core.kernels.attention.cpu_cache import supported
-    from candle_vllm.core.kernels.latent_attention.cpu_write import supported as latent_supported
+    from candle_vllm.core.kernels.latent_attention.layout import supported as latent_supported
 
     if model.latent is not None:
         if not latent_supported(model.latent, block_size):
@@ -145,7 +144,9 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
 
 
 def _matrix_obstacle(checkpoint: Checkpoint) -> str | None:
-    if importlib.util.find_spec("numba") is None:
+    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
+
+    if not can_compile():
         return "numba is not installed"
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) >= 2 and not _has_kernel(tensor):

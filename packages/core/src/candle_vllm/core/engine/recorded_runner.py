@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
-from candle_vllm.core.kernels.latent_attention.cpu_write import cache_shape as latent_cache_shape
+from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig

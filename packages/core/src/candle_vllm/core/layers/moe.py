@@ -8,14 +8,7 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
-from candle_vllm.core.kernels.moe import (
-    MOST_EXPERTS,
-    Activation,
-    Routing,
-    Scoring,
-    combine,
-    route,
-)
+from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Routing, Scoring, combine, route
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear

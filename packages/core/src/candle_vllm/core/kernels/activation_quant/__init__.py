@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 
 GROUP = 32
 
@@ -55,3 +58,32 @@ class Prologue(enum.IntEnum):
     def norm(self) -> bool:
         """Every number depends on the whole row."""
         return self in (Prologue.NORM, Prologue.LAYER_NORM)
+
+
+class QuantiseArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K, a multiple of 32.
+        q, scales, sums: addresses of the results.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    q: int
+    scales: int
+    sums: int
+    weight: int = 0
+    eps: float = 0.0
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
+
+
+def quantise_operation(prologue: Prologue) -> int:
+    """Address of the compiled operation."""
+    return operation("activation_quant.cpu:make_quantise", prologue, prologue.gated)

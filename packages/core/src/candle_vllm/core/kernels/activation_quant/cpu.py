@@ -8,16 +8,16 @@ With at least as many rows as threads each thread takes whole rows, else every t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, LANES, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.activation_quant import GROUP, Prologue, QuantiseArguments
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_gelu,
     emit_gelu_tanh,
@@ -26,8 +26,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_swiglu_oai,
     emit_tanh,
 )
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 
 _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 
@@ -283,30 +283,6 @@ def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, 
     return 0, rows, first, groups * (thread + 1) // threads - first
 
 
-class QuantiseArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart.
-        columns: K, a multiple of 32.
-        q, scales, sums: addresses of the results.
-        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-    """
-
-    x: int
-    stride: int
-    columns: int
-    q: int
-    scales: int
-    sums: int
-    weight: int = 0
-    eps: float = 0.0
-    picked: int = 0
-    rows_from: int = StepNumber.TOKENS
-
-
 def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
     """The operation for one prologue."""
 
@@ -336,9 +312,3 @@ def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
             quantise_groups(PROLOGUE, at, other, bias, scale, mean, to, to_s, to_m, first_group, group_count)
 
     return quantise
-
-
-@cache
-def quantise_operation(prologue: Prologue) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_quantise(int(prologue), int(prologue.gated)))

@@ -8,9 +8,10 @@ takes `row_elements(K)` numbers, which is K up to the next multiple of 32, and i
 from __future__ import annotations
 
 import enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from candle_vllm.core.kernels.activation_quant import GROUP, Groups
+from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 
 
 class RowForm(enum.IntEnum):
@@ -32,3 +33,30 @@ InputForm: TypeAlias = Groups | RowForm
 def row_elements(columns: int) -> int:
     """Numbers that a row of K columns takes."""
     return -(-columns // GROUP) * GROUP
+
+
+class RowsArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        columns: K.
+        out: address of the result.
+        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
+        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    out: int
+    weight: int = 0
+    eps: float = 0.0
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
+
+
+def rows_operation(prologue: Prologue, form: RowForm) -> int:
+    """Address of the compiled operation."""
+    return operation("activation_rows.cpu:make_rows", prologue, prologue.gated, form, form.bytes)

@@ -8,8 +8,7 @@ threads. A row whose length is no multiple of 32 is first copied to the stack, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import njit, types
 from numba.extending import intrinsic
@@ -22,10 +21,10 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
     row_mean,
     share,
 )
-from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Emitter
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
+from candle_vllm.core.kernels.activation_rows import RowForm, RowsArguments
+from candle_vllm.core.kernels.cpu_runtime.emit import Emitter
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 
 
@@ -77,28 +76,6 @@ def padded_row(x: int, columns: int, target: int) -> int:
     return target
 
 
-class RowsArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart.
-        columns: K.
-        out: address of the result.
-        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-    """
-
-    x: int
-    stride: int
-    columns: int
-    out: int
-    weight: int = 0
-    eps: float = 0.0
-    picked: int = 0
-    rows_from: int = StepNumber.TOKENS
-
-
 def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
     """The operation for a prologue and a form; BYTES of a number."""
 
@@ -139,9 +116,3 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
             _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, first_group, group_count)
 
     return activation_rows
-
-
-@cache
-def rows_operation(prologue: Prologue, form: RowForm) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_rows(int(prologue), int(prologue.gated), int(form), form.bytes))

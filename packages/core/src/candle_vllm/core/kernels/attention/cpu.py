@@ -17,30 +17,30 @@ counter back to 0, and the barriers before and behind it keep that apart from ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 from numba import njit
 
-from candle_vllm.core.kernels.attention.cpu_cache import place_of
-from candle_vllm.core.kernels.attention.cpu_split import (
+from candle_vllm.core.kernels.attention.cpu_cache import (
     HEADER,
     ROW_TILE,
+    ROWS,
+    SCORE_STRIDE,
+    STRIP,
     TILE_LIST,
+    partial_floats,
+    scratch_per_thread,
+)
+from candle_vllm.core.kernels.attention.cpu_record import AttendArguments
+from candle_vllm.core.kernels.attention.cpu_split import (
     chunk_of,
     chunk_start,
     count_row_tiles,
     first_seen,
-    scratch_per_thread,
     split_bytes,
     total_cost,
 )
 from candle_vllm.core.kernels.attention.cpu_tiles import (
-    ROWS,
-    SCORE_STRIDE,
-    STRIP,
     TILES,
     add_sink,
     cap_scores,
@@ -48,16 +48,15 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     copy_query,
     finish_partial,
     merge_partial,
-    partial_floats,
+    place_of,
     score_tiles,
     softmax_rows,
     value_tiles,
 )
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, read, step_number
 
-LOG2E = math.log2(math.e)
 _SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
 
@@ -153,43 +152,6 @@ def _gather_queries(
         if h == group:
             h = 0
             t += 1
-
-
-class AttendArguments(NamedTuple):
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
-
-    Attributes:
-        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
-        out: address of float32 results [T, H, D].
-        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
-        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables: address of int64 [R, table_stride].
-        stretch_step: slots from one stretch of the caches to the next.
-        block_shift: S is 1 << it.
-        heads, kv_heads: H and K.
-        scratch, scratch_size: address and size of `scratch_bytes`.
-        window: positions that a token sees, its own included; 0 is all.
-        cap: soft cap times log2(e); 0 is none.
-        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
-    """
-
-    q: int
-    out: int
-    key_cache: int
-    value_cache: int
-    query_start: int
-    context_lens: int
-    block_tables: int
-    table_stride: int
-    stretch_step: int
-    block_shift: int
-    heads: int
-    kv_heads: int
-    scratch: int
-    scratch_size: int
-    window: int = 0
-    cap: float = 0.0
-    sinks: int = 0
 
 
 def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
@@ -326,16 +288,6 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
     return attend
 
 
-def attend_operation(head_dim: int, isa: Isa) -> int:
-    """Address of the compiled operation."""
-    return _compiled_attend(head_dim, int(isa & Isa.BF16))
-
-
-@cache
-def _compiled_attend(head_dim: int, isa: int) -> int:
-    return compile_operation(make_attend(head_dim, isa))
-
-
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 
@@ -382,13 +334,3 @@ def make_merge(head_dim: int) -> Callable[..., None]:
             int64_at(scratch)[0] = 0
 
     return merge
-
-
-def merge_operation(head_dim: int, isa: Isa) -> int:
-    """Address of the compiled operation, the same for every `isa`."""
-    return _compiled_merge(head_dim)
-
-
-@cache
-def _compiled_merge(head_dim: int) -> int:
-    return compile_operation(make_merge(head_dim))

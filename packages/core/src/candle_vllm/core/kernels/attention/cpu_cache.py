@@ -11,13 +11,10 @@ that one computation of a slot's place serves both.
 
 from __future__ import annotations
 
-from numba import njit
-
-from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
 STRETCH = 1024
-_STRETCH_SHIFT = STRETCH.bit_length() - 1
+STRETCH_SHIFT = STRETCH.bit_length() - 1
 
 
 def supported(head_dim: int, block_size: int) -> bool:
@@ -42,16 +39,76 @@ def value_cache_shape(num_blocks: int, block_size: int, layers: int, kv_heads: i
     return (*key_cache_shape(num_blocks, block_size, layers, kv_heads, head_dim)[:4], block_size // 2, head_dim, 2)
 
 
-@njit(inline="always")
-def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
-    """Where a layer has a slot of a head, in slots from the layer's beginning.
-
-    S is 1 << shift; `stretch_step` counts the slots of a stretch of all layers and heads.
-    """
-    bits = max(shift, _STRETCH_SHIFT)
-    return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))
-
-
 def stretch_step(cache_layer_strides: tuple[int, ...], head_dim: int) -> int:
     """Slots from one stretch to the next, from the strides of a layer's cache in bytes."""
     return cache_layer_strides[0] // (2 * head_dim)
+
+
+ROWS = 4  # query rows that share a load
+
+
+STRIP = 64  # most key positions whose pairs of one dimension lie side by side
+
+
+CHUNK = 256  # most keys at a time
+
+
+SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
+
+
+PROBABILITY_STRIDE = SCORE_STRIDE // 2
+
+
+def state_at(head_dim: int) -> int:
+    """Where m stands in a partial result, in floats; s is behind it."""
+    return -(-head_dim // LANES) * LANES
+
+
+def partial_floats(head_dim: int) -> int:
+    """Size of a partial result, in floats."""
+    return state_at(head_dim) + LANES
+
+
+ROW_TILE = 64  # query rows of a unit
+
+
+_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+
+
+_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+
+
+HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
+
+
+TILE_LIST = 16 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles, keys and values
+
+
+def chunk_of(position: int) -> int:
+    """The chunk that a position belongs to."""
+    if position < 256:
+        return position >> 6
+    if position < 1024:
+        return 2 + (position >> 7)
+    return 6 + (position >> 8)
+
+
+def scratch_per_thread(head_dim: int) -> int:
+    """Scratch memory of one thread: tile addresses, positions, queries, scores, probabilities, partials, states."""
+    row = 4 * partial_floats(head_dim)
+    rows = ROW_TILE * (8 + 2 * head_dim + row) + ROWS * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
+    return -(-(TILE_LIST + rows) // 128) * 128
+
+
+def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
+    """Size of the scratch memory that all layers share, in bytes; it begins zeroed, at a multiple of 64.
+
+    Args:
+        max_tokens, max_seqs, max_context: most tokens and sequences of a step, longest sequence.
+        heads, head_dim: H and D.
+        threads: of the team.
+    """
+    chunks = chunk_of(max_context) + 1
+    stream = heads * chunks * 4 * partial_floats(head_dim)
+    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
+    return HEADER + threads * scratch_per_thread(head_dim) + max(stream, min(streams * stream, _MOST_PARTIALS))

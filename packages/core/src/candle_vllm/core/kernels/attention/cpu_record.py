@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.attention.cpu import LOG2E, AttendArguments, attend_operation, merge_operation
-from candle_vllm.core.kernels.attention.cpu_cache import stretch_step
-from candle_vllm.core.kernels.attention.cpu_split import scratch_bytes
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of
-from candle_vllm.core.kernels.kv_write.cpu import WriteArguments, rotate_and_write_operation
+from candle_vllm.core.kernels.attention.cpu_cache import scratch_bytes, stretch_step
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    address_of,
+    operation,
+)
+from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -95,7 +98,7 @@ def record_attention(
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
     )
     recorder.add(attend_operation(dim, recorder.isa), attended)
-    recorder.add(merge_operation(dim, recorder.isa), attended)
+    recorder.add(merge_operation(dim), attended)
 
 
 def _record_write(
@@ -129,4 +132,54 @@ def _record_write(
         value_cache=address_of(caches[1]),
         scale=scale * LOG2E,
     )
-    recorder.add(rotate_and_write_operation(recorder.isa), written)
+    recorder.add(rotate_and_write_operation(), written)
+
+
+LOG2E = math.log2(math.e)
+
+
+class AttendArguments(NamedTuple):
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Attributes:
+        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
+        out: address of float32 results [T, H, D].
+        key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        stretch_step: slots from one stretch of the caches to the next.
+        block_shift: S is 1 << it.
+        heads, kv_heads: H and K.
+        scratch, scratch_size: address and size of `scratch_bytes`.
+        window: positions that a token sees, its own included; 0 is all.
+        cap: soft cap times log2(e); 0 is none.
+        sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
+    """
+
+    q: int
+    out: int
+    key_cache: int
+    value_cache: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    table_stride: int
+    stretch_step: int
+    block_shift: int
+    heads: int
+    kv_heads: int
+    scratch: int
+    scratch_size: int
+    window: int = 0
+    cap: float = 0.0
+    sinks: int = 0
+
+
+def attend_operation(head_dim: int, isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return operation("attention.cpu:make_attend", head_dim, isa & Isa.BF16)
+
+
+def merge_operation(head_dim: int) -> int:
+    """Address of the compiled operation."""
+    return operation("attention.cpu:make_merge", head_dim)

@@ -19,30 +19,23 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, SHIFTER, Emitter, Isa, vector
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    PROBABILITY_STRIDE,
+    SCORE_STRIDE,
+    STRETCH_SHIFT,
+    partial_floats,
+    state_at,
+)
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
-ROWS = 4  # query rows that share a load
 TILES = 4  # key tiles that share the load of a query pair
-STRIP = 64  # most key positions whose pairs of one dimension lie side by side
-CHUNK = 256  # most keys at a time
-SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
-PROBABILITY_STRIDE = SCORE_STRIDE // 2
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
 _BLOCKS = 5  # most vectors of a row's dimensions whose sums are held in registers
-
-
-def state_at(head_dim: int) -> int:
-    """Where m stands in a partial result, in floats; s is behind it."""
-    return -(-head_dim // LANES) * LANES
-
-
-def partial_floats(head_dim: int) -> int:
-    """Size of a partial result, in floats."""
-    return state_at(head_dim) + LANES
 
 
 def vector_starts(head_dim: int) -> list[int]:
@@ -349,3 +342,13 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any) -> Any:
         return context.get_dummy_value()
 
     return signature, code
+
+
+@njit(inline="always")
+def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
+    """Where a layer has a slot of a head, in slots from the layer's beginning.
+
+    S is 1 << shift; `stretch_step` counts the slots of a stretch of all layers and heads.
+    """
+    bits = max(shift, STRETCH_SHIFT)
+    return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

@@ -3,35 +3,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
 from candle_vllm.core.kernels.activation_quant import GROUP
 from candle_vllm.core.kernels.activation_quant.cpu import share
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-
-
-class OrderArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart.
-        order: address of int64 column numbers [K].
-        columns: K.
-        out: address of the result, its rows `out_stride` floats apart.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-    """
-
-    x: int
-    stride: int
-    order: int
-    columns: int
-    out: int
-    out_stride: int
-    picked: int = 0
-    rows_from: int = StepNumber.TOKENS
+from candle_vllm.core.kernels.column_order import OrderArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 
 
 def column_order(row, thread, threads):
@@ -50,9 +25,3 @@ def column_order(row, thread, threads):
         target = float32_at(given.out + t * given.out_stride * 4)
         for i in range(first_group * GROUP, last):
             target[i] = source[order[i]]
-
-
-@cache
-def order_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(column_order)

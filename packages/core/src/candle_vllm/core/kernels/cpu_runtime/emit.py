@@ -8,27 +8,19 @@ in the same order on every path, so integer results are equal to the bit.
 
 from __future__ import annotations
 
-import enum
 from typing import Any
 
 from llvmlite import ir
 
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-LANES = 16
 SHIFTER = 12582912.0
 """1.5 * 2^23: a float that is added to it is rounded to a whole number, which stands in the low bits of the sum."""
 
 # 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
 _EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
-
-
-class Isa(enum.IntFlag):
-    """Instructions beyond the common ground; forced in tests by passing another set."""
-
-    GENERIC = 0
-    VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
-    BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
 
 
 class _BFloat(ir.types.Type):

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import re
 import shutil
 import stat
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-import llvmlite.binding
-import numba
-from numba.core.compiler_lock import global_compiler_lock
 
 from candle_vllm.core.config import cache_folder
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime import machine_code
+from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, is_linux_x86
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
+TRAVELLING = Path(__file__).parent.parent / "compiled"
+"""Where code lies that travels with the package, a folder for each fingerprint; see `travelling`."""
+
+_MAGIC = b"candle-vllm code 1\n"
+_TRAVELLING = Path(__file__).parent.parent / "compiled"  # made by `benchmarks`...
 _KEPT_VERSIONS = 4
 _KEPT_SECONDS = 24 * 3600
 
@@ -32,13 +36,12 @@ _KEPT_SECONDS = 24 * 3600
 def kernel_cache() -> Path | None:
     """The folder of the compiled kernels of this version and CPU; None, and a warning, where there can be none.
 
-    A compiled operation contains the code of the functions that it calls, and Numba does not see when those change, so
-    the folder's name is a hash of all sources that they may be in. It may be used by several processes at once, see
-    `compile_operation`.
+    The folder's name is a hash of all sources that a compiled function may be made from, and of the CPU's level. It may
+    be used by several processes at once: a file is there whole or not at all.
     """
     try:
         root = cache_folder().resolve()
-        folder, new = _own_folder(root, root / "kernels" / _fingerprint())
+        folder, new = _own_folder(root, root / "kernels" / fingerprint(host_level()))
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links go round
         logger.warning(
             "the CPU kernels are compiled at every start, which takes some ten seconds: %s; XDG_CACHE_HOME names "
@@ -52,35 +55,97 @@ def kernel_cache() -> Path | None:
     return folder
 
 
-def compile_kept(compiler: Callable[[bool], T]) -> T:
-    """Compiles with `compiler(cache)`, from and into the kernel cache where that can be used.
+@cache
+def can_compile() -> bool:
+    """Whether there is machine code for this CPU, or what makes it."""
+    return importlib.util.find_spec("numba") is not None or (TRAVELLING / fingerprint(host_level())).is_dir()
+
+
+def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
+    """The address of a compiled function: of code that travels with the package, or is kept on disk, or is made now.
 
     A damaged file costs a warning and the time to compile again, and so does a full disk.
+
+    Args:
+        name: of its code, with all that it is made from.
+        make: the function to be compiled, see `compiler.compile_function`; called only where that has to be.
+
+    Raises:
+        ConfigError: it has to be compiled, and Numba is not installed.
     """
-    folder = kernel_cache()
-    if folder is None:
-        return compiler(False)
+    level = host_level()
+    code = _read(TRAVELLING / fingerprint(level) / name)
+    if code is None:
+        folder = kernel_cache()
+        code = _read(folder / name) if folder is not None else None
+        if code is None:
+            code = compile_image(_checked(name, make), level)
+            if folder is not None:
+                keep(folder / name, code)
+    if is_linux_x86():
+        return machine_code.load(machine_code.from_bytes(code))
+    from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
+
+    return load_object(code)
+
+
+def compile_image(function: Callable[..., None], level: Level) -> bytes:
+    """The machine code of a function, as it is kept: an image where `machine_code` loads it, else an object file."""
+    from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
+
+    made = compile_function(function, level.cpu)
+    return machine_code.to_bytes(machine_code.link(made)) if is_linux_x86() else made
+
+
+def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
+    if importlib.util.find_spec("numba") is None:
+        raise ConfigError(
+            f"the CPU kernel {name} does not travel with this package, and Numba, which compiles it, is not installed: "
+            "pip install numba",
+            "device",
+        )
+    return make()
+
+
+def keep(path: Path, code: bytes) -> None:
+    """Writes a file that is there whole or not at all, whoever else writes it; a full disk costs a warning."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with _numba_cache(folder):
-            return compiler(True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # somebody may have cleared the cache
+        part.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
+        part.replace(path)
     except OSError as error:
-        logger.warning("a compiled kernel cannot be kept in %s: %s", folder, error)
-    except Exception as error:  # reading a damaged file can raise anything; what else is wrong is raised again below
-        logger.warning("compiled kernels in %s cannot be used and are made again: %r", folder, error)
-        for pattern in ("*/*.nbi", "*/*.nbc"):
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
-    return compiler(False)
+        logger.warning("a compiled kernel cannot be kept in %s: %s", path.parent, error)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def _fingerprint() -> str:
+def _read(path: Path) -> bytes | None:
+    """The code in a file; None where there is none, or what is there is damaged."""
+    try:
+        kept = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("a compiled kernel cannot be read and is made again: %s", error)
+        return None
+    start = len(_MAGIC) + hashlib.sha256().digest_size
+    code = kept[start:]
+    if kept[:start] == _MAGIC + hashlib.sha256(code).digest():
+        return code
+    logger.warning("the compiled kernel %s is damaged and is made again", path)
+    return None
+
+
+@cache
+def fingerprint(level: Level) -> str:
+    """Of all that machine code of a level is made from."""
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
     for path in sorted(root.glob("*/*.py")):
         if not path.name.startswith("triton"):  # the GPU's, which nothing compiled here calls
             digest.update(path.read_bytes())
-    cpu, flags = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
-    digest.update(f"{numba.__version__} {llvmlite.__version__} {cpu} {flags}".encode())
+    digest.update(f"{level.name} {level.cpu}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -90,7 +155,7 @@ def _fingerprint() -> str:
 def _own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     """Makes `folder`, for this user alone, where it does not exist; returns it, and whether it is new.
 
-    Numba keeps pickles, which run as code when they are read, so nobody else may be able to put one there.
+    What is there is run, so nobody else may be able to put anything there.
 
     Raises:
         OSError: it cannot be made or written, or another user can write to it or to a folder above, up to `root`.
@@ -130,15 +195,3 @@ def _drop_old(kernels: Path) -> None:
         for path in sorted(folders, key=folders.__getitem__, reverse=True)[_KEPT_VERSIONS:]:
             if folders[path] < time.time() - _KEPT_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _numba_cache(folder: Path) -> Iterator[None]:
-    """Lets Numba cache in `folder`; the application's own functions keep their place."""
-    settings: Any = numba.config
-    with global_compiler_lock:
-        before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
-        try:
-            yield
-        finally:
-            settings.CACHE_DIR = before

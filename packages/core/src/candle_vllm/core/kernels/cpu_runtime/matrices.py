@@ -12,26 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue
-from candle_vllm.core.kernels.activation_quant.cpu import QuantiseArguments, quantise_operation
-from candle_vllm.core.kernels.activation_rows import InputForm, RowForm, row_elements
-from candle_vllm.core.kernels.activation_rows.cpu import RowsArguments, rows_operation
-from candle_vllm.core.kernels.column_order.cpu import OrderArguments, order_operation
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
-from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, embedding_arguments
-from candle_vllm.core.kernels.packed_linear import cpu as packed
-from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
-from candle_vllm.core.kernels.plain_linear import cpu as plain
-from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
-from candle_vllm.core.kernels.scaled_linear import cpu as scaled
-from candle_vllm.core.kernels.scaled_linear.layout import ScaledMatrix
+from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue, QuantiseArguments, quantise_operation
+from candle_vllm.core.kernels.activation_rows import InputForm, RowForm, RowsArguments, row_elements, rows_operation
+from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, StepNumber, address_of, embedding_arguments
+from candle_vllm.core.kernels.packed_linear import layout as packed
+from candle_vllm.core.kernels.plain_linear import layout as plain
+from candle_vllm.core.kernels.scaled_linear import layout as scaled
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.recorded import Matrix
 
 
-_KERNELS: Mapping[type, Any] = MappingProxyType({PackedMatrix: packed, PlainMatrix: plain, ScaledMatrix: scaled})
+_KERNELS: Mapping[type, Any] = MappingProxyType(
+    {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled}
+)
 """The operations of each kind of matrix, under the same names."""
 
 

@@ -1,4 +1,4 @@
-"""Operations: compiled functions that a plan calls by address, each compiled once per machine and kept on disk.
+"""Operations: compiled functions that a plan calls by address, named here and compiled only where they are not kept.
 
 An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address, [1] flags
 and the row's length in bytes (shifted by 8), [2] the address of the step's numbers (`StepNumber`), from [3] on its
@@ -6,33 +6,25 @@ arguments: addresses and sizes. Every thread of the team calls it with its own n
 waits.
 
 **Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
-The one who records makes the tuple, `plan_row` writes it down, and the operation reads it by `read`: for the compiler
-a field is the number at its place.
+The one who records makes the tuple, `plan_row` writes it down, and the operation reads it by `primitives.read`: for the
+compiler a field is the number at its place.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
-import logging
+import importlib
 import platform
 import struct
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
-import llvmlite.binding
 import numpy as np
-from llvmlite import ir
-from numba import cfunc, types
-from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Isa
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
 BARRIER = 1  # flag: every thread waits for the others behind this operation
@@ -49,37 +41,40 @@ class StepNumber(enum.IntEnum):
     COUNT = 8
 
 
-def host_isa() -> Isa:
-    """The instructions of this CPU that the kernels can use."""
-    features = llvmlite.binding.get_host_cpu_features()
-    isa = Isa.GENERIC
-    if features.get("avx512vnni") and features.get("avx512bw"):
-        isa |= Isa.VNNI
-    if features.get("avx512bf16"):
-        isa |= Isa.BF16
-    return isa
+@cache
+def operation(code: str, *constants: int) -> int:
+    """The address of an operation, compiled or from what is kept; it is valid for the life of the process.
 
+    Args:
+        code: where its Python is: "folder.module:name", below `kernels`. The module is imported only to be compiled.
+        constants: what the named function makes the operation from; without any, it is the operation itself.
 
-def compile_operation(function: Callable[..., None]) -> int:
-    """Compiles `function(arguments, thread, threads)`, or takes it from the cache; returns its address.
-
-    The address is valid for the life of the process. `function` may close over integers only.
+    Raises:
+        ConfigError: it has to be compiled, and Numba is not installed.
     """
-    # Numba has an index of variants for each name, which two processes must not write at once: one could get the
-    # other's variant. With its constants in its name every variant has an index of its own.
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        assert isinstance(cell.cell_contents, int)
-        function.__qualname__ += f".{name}{int(cell.cell_contents)}"
-    compiled = compile_kept(
-        lambda cached: cfunc(SIGNATURE, cache=cached, error_model="numpy", fastmath=False)(function)
-    )
-    _keep(compiled)
-    assert compiled.address is not None
-    return compiled.address
+    return compiled_address(*named_function(code, *constants))
+
+
+def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:
+    """The name under which an operation is kept, and what makes its Python."""
+    numbers = [int(constant) for constant in constants]
+
+    def make() -> Callable[..., None]:
+        module, _, name = code.partition(":")
+        named = getattr(importlib.import_module(f"candle_vllm.core.kernels.{module}"), name)
+        return named(*numbers) if numbers else named
+
+    return ".".join([code.replace(":", "."), *map(str, numbers)]), make
 
 
 @cache
-def _floats(declared: type[tuple[Any, ...]]) -> list[bool]:
+def c_function(code: str, arguments: int, *constants: int) -> Callable[..., None]:
+    """A compiled function of so many int64 arguments, for Python; while it runs, others may hold Python's lock."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(operation(code, *constants))
+
+
+@cache
+def field_kinds(declared: type[tuple[Any, ...]]) -> list[bool]:
     """Of each field, whether it is a float."""
     hints = get_type_hints(declared)
     assert set(hints.values()) <= {int, float}
@@ -95,7 +90,7 @@ def plan_row(operation: int, numbers: int, arguments: tuple[Any, ...], *, barrie
         arguments: the operation's named tuple.
         barrier: whether all threads wait for each other behind it.
     """
-    kinds = _floats(type(arguments))
+    kinds = field_kinds(type(arguments))
     given = [_float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
     return [operation, int(barrier) | (FIRST_ARGUMENT + len(given)) * 8 << 8, numbers, *given]
 
@@ -103,31 +98,6 @@ def plan_row(operation: int, numbers: int, arguments: tuple[Any, ...], *, barrie
 def slot(declared: type[tuple[Any, ...]], name: str) -> int:
     """Where a field stands in a row, for what changes a row."""
     return FIRST_ARGUMENT + getattr(declared, "_fields").index(name)  # noqa: B009 - as above
-
-
-@intrinsic
-def read(_: Any, declared: Any, row: Any) -> Any:
-    """The arguments of a row, as the named tuple that declares them; in compiled code."""
-    kinds = [types.float32 if float_ else types.int64 for float_ in _floats(declared.instance_class)]
-    found: Any = types.BaseTuple.from_types(kinds, declared.instance_class)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        values = [b.load(b.gep(args[1], [ir.Constant(I64, FIRST_ARGUMENT + at)])) for at in range(len(kinds))]
-        values = [b.bitcast(b.trunc(x, I32), F32) if k is types.float32 else x for x, k in zip(values, kinds)]
-        return context.make_tuple(b, found, values)
-
-    return found(declared, row), code
-
-
-@intrinsic
-def step_number(_: Any, row: Any, which: Any) -> Any:
-    """One of the step's numbers; in compiled code."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        numbers = b.inttoptr(b.load(b.gep(args[0], [ir.Constant(I64, NUMBERS)])), I64.as_pointer())
-        return b.load(b.gep(numbers, [args[1]]))
-
-    return types.int64(row, types.int64), code
 
 
 def address_of(array: np.ndarray) -> int:
@@ -139,11 +109,133 @@ def _float_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-@cache
-def _kept() -> list[Any]:
-    return []
+# ---- products of all weight formats ----------------------------------------------------------------------------------
 
 
-def _keep(compiled: Any) -> None:
-    """Holds compiled code for the life of the process: plans know it only by address."""
-    _kept().append(compiled)
+class Tiled(Protocol):
+    """A matrix [N, K] in tiles of 16 rows.
+
+    Attributes:
+        rows, columns: N and K.
+        data: its bytes.
+        tile_bytes: from one tile to the next.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def data(self) -> np.ndarray: ...
+    @property
+    def tile_bytes(self) -> int: ...
+
+
+class LinearArguments(NamedTuple):
+    """The arguments of a linear operation.
+
+    Attributes:
+        rows_from: which of the step's numbers is T.
+        weights, tile_bytes: address of the tiles, and bytes from one to the next.
+        outputs: N.
+        length: of a tile along K, in what the kind counts.
+        out, row_bytes: address of the first column of the result that is written, bytes from one row to the next.
+        bias: address of float32 [N], or 0.
+        accumulate: add to what stands in the result.
+        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
+        x: address of the activations, in the form that the kind multiplies.
+        x_bytes: from one of their rows to the next, where they are plain: a multiple of 64, and zero behind K.
+        scales, sums: addresses of these of quantised activations.
+        span: turns of a span, of small floats.
+    """
+
+    rows_from: int
+    weights: int
+    tile_bytes: int
+    outputs: int
+    length: int
+    out: int
+    row_bytes: int
+    bias: int
+    accumulate: int
+    picked: int
+    x: int
+    x_bytes: int
+    scales: int
+    sums: int
+    span: int
+
+
+def linear_arguments(
+    matrix: Tiled,
+    length: int,
+    *,
+    x: int,
+    x_bytes: int = 0,
+    scales: int = 0,
+    sums: int = 0,
+    span: int = 0,
+    out: int,
+    out_stride: int,
+    column: int = 0,
+    bias: int = 0,
+    accumulate: bool = False,
+    picked: int = 0,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> LinearArguments:
+    """For a matrix; the caller keeps all of the memory alive. As in `LinearArguments`, but for
+
+    Args:
+        out, column: address of the result, and its first column that is written.
+        out_stride: floats from one row of the result to the next.
+    """
+    assert out_stride >= column + matrix.rows
+    return LinearArguments(
+        rows_from=rows_from,
+        weights=address_of(matrix.data),
+        tile_bytes=matrix.tile_bytes,
+        outputs=matrix.rows,
+        length=length,
+        out=out + 4 * column,
+        row_bytes=4 * out_stride,
+        bias=bias,
+        accumulate=accumulate,
+        picked=picked,
+        x=x,
+        x_bytes=x_bytes,
+        scales=scales,
+        sums=sums,
+        span=span,
+    )
+
+
+class EmbeddingArguments(NamedTuple):
+    """The arguments of an operation that reads rows of a table.
+
+    Attributes:
+        rows_from: which of the step's numbers is T.
+        weights, tile_bytes: address of the tiles, and bytes from one to the next.
+        rows, columns: V and E.
+        token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
+        out, row_bytes: address of the result, float32 [T, E], and bytes from one row to the next.
+    """
+
+    rows_from: int
+    weights: int
+    tile_bytes: int
+    rows: int
+    columns: int
+    token_ids: int
+    out: int
+    row_bytes: int
+
+
+def embedding_arguments(
+    matrix: Tiled, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
+) -> EmbeddingArguments:
+    """For a table; `out_stride` is in floats."""
+    assert out_stride >= matrix.columns
+    weights = address_of(matrix.data)
+    return EmbeddingArguments(
+        rows_from, weights, matrix.tile_bytes, matrix.rows, matrix.columns, token_ids, out, 4 * out_stride
+    )

@@ -1,4 +1,4 @@
-"""Intrinsics that several kernels and the thread team need: memory by address, atomics, waiting."""
+"""Intrinsics that several kernels and the thread team need: memory by address, atomics, waiting, rows of a plan."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -11,28 +11,25 @@ from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter
+from candle_vllm.core.kernels.cpu_runtime.operation import FIRST_ARGUMENT, NUMBERS, field_kinds
 
 
-@intrinsic
-def float32_at(_: Any, address: Any) -> Any:
-    """An address as a pointer to float32, for `carray`."""
-    signature = types.CPointer(types.float32)(types.int64)
+def _pointers(kind: Any, what: str) -> Any:
+    def at(_: Any, address: Any) -> Any:
+        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            return b.inttoptr(args[0], context.get_value_type(sig.return_type))
 
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], F32.as_pointer())
+        return types.CPointer(kind)(types.int64), code
 
-    return signature, code
+    at.__doc__ = f"An address as a pointer to {what}, for indexing or `carray`."
+    return intrinsic(at)
 
 
-@intrinsic
-def int64_at(_: Any, address: Any) -> Any:
-    """An address as a pointer to int64, for `carray` or indexing."""
-    signature = types.CPointer(types.int64)(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], I64.as_pointer())
-
-    return signature, code
+float32_at = _pointers(types.float32, "float32")
+float64_at = _pointers(types.float64, "float64")
+uint8_at = _pointers(types.uint8, "uint8")
+int32_at = _pointers(types.int32, "int32")
+int64_at = _pointers(types.int64, "int64")
 
 
 @intrinsic
@@ -141,13 +138,42 @@ def sem_post(_: Any, address: Any) -> Any:
 
 @intrinsic
 def call_operation(_: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
-    """Calls a compiled operation by its address: function(int64* arguments, thread, threads)."""
+    """Calls a compiled operation by its address: function(address of its row, thread, threads)."""
     signature = types.void(types.int64, types.int64, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer(), I64, I64])
-        pointer = b.inttoptr(args[0], kind.as_pointer())
-        b.call(pointer, [b.inttoptr(args[1], I64.as_pointer()), args[2], args[3]])
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
     return signature, code
+
+
+# ---- rows of a plan --------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def read(_: Any, declared: Any, row: Any) -> Any:
+    """The arguments of a row, by its address, as the named tuple that declares them."""
+    kinds = [types.float32 if float_ else types.int64 for float_ in field_kinds(declared.instance_class)]
+    found: Any = types.BaseTuple.from_types(kinds, declared.instance_class)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        start = b.inttoptr(args[1], I64.as_pointer())
+        values = [b.load(b.gep(start, [ir.Constant(I64, FIRST_ARGUMENT + at)])) for at in range(len(kinds))]
+        values = [b.bitcast(b.trunc(x, I32), F32) if k is types.float32 else x for x, k in zip(values, kinds)]
+        return context.make_tuple(b, found, values)
+
+    return found(declared, row), code
+
+
+@intrinsic
+def step_number(_: Any, row: Any, which: Any) -> Any:
+    """One of the step's numbers, by the address of a row."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        start = b.inttoptr(args[0], I64.as_pointer())
+        numbers = b.inttoptr(b.load(b.gep(start, [ir.Constant(I64, NUMBERS)])), I64.as_pointer())
+        return b.load(b.gep(numbers, [args[1]]))
+
+    return types.int64(types.int64, types.int64), code

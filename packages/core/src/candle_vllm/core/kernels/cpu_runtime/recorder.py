@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.cpu_runtime.emit import Isa
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 
 if TYPE_CHECKING:

@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false
 """The threads that run a plan: one pool for the whole step, which share the pieces of its operations.
 
 A step enters the pool once. Threads that wait spin for microseconds, between steps for a fraction of a millisecond, and
@@ -9,21 +8,15 @@ caller's thread is number 0. Nothing here holds Python's lock while a plan runs.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.threads import deep_stacks
 
 logger = logging.getLogger(__name__)
@@ -33,11 +26,6 @@ JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP,
 CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # of each thread, behind WORKERS
 WORKER_BYTES = 4 * 64
 _KEPT_PLANS = 8
-
-
-@cache
-def _compiled(function: Callable[..., None], signature: str) -> Any:
-    return compile_kept(lambda cached: njit(signature, nogil=True, cache=cached, error_model="numpy")(function))
 
 
 class ThreadTeam:
@@ -51,15 +39,13 @@ class ThreadTeam:
     """
 
     def __init__(self, threads: int) -> None:
-        walk = importlib.import_module("candle_vllm.core.kernels.cpu_runtime.walk")  # which needs the compiler
-
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
         self._plans: dict[int, np.ndarray] = {}
         self.threads = threads if self._make_semaphores(threads) else 1
-        self._enter = _compiled(walk.run, "void(int64, int64, int64, int64)")
-        helper = _compiled(walk.work, "void(int64, int64, int64)")
+        self._enter = c_function("cpu_runtime.walk:run", 4)
+        helper = c_function("cpu_runtime.walk:work", 3)
         self._helpers = [
             threading.Thread(
                 target=helper, args=(self._shared, number, self.threads), name=f"candle-vllm-cpu-{number}", daemon=True

@@ -24,18 +24,18 @@ from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, re
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
-from candle_vllm.core.kernels.embedding.cpu import AddArguments, add_operation
+from candle_vllm.core.kernels.embedding import AddArguments, add_operation
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
-from candle_vllm.core.kernels.position_scale.cpu import PositionScaleArguments, position_scale_operation
+from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
-from candle_vllm.core.kernels.rms_norm.cpu import (
+from candle_vllm.core.kernels.rms_norm import (
     HeadNormArguments,
     NormOntoArguments,
     head_norm_operation,
     norm_onto_operation,
     norm_rows,
 )
-from candle_vllm.core.kernels.scale_cap.cpu import scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -195,7 +195,7 @@ class _Value(Recorded):
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
     def attend_whole(self, heads: int) -> Recorded:
-        from candle_vllm.core.kernels.whole_attention.cpu import record_whole_attention
+        from candle_vllm.core.kernels.whole_attention.cpu_record import record_whole_attention
 
         width = self.width // 3
         out = self.recorder.buffer(width)

@@ -6,8 +6,9 @@ Recorded steps read rows of tables in layouts of their own, as float32, and may 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 if TYPE_CHECKING:
@@ -23,3 +24,23 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     from candle_vllm.core.kernels.embedding import reference
 
     return reference.embedding(token_ids, table)
+
+
+class AddArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows [T, columns], `stride` floats apart.
+        target: address of the rows that they are added to, `target_stride` floats apart.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    target: int
+    target_stride: int
+
+
+def add_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("embedding.cpu:add")

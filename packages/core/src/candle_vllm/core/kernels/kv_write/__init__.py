@@ -11,8 +11,9 @@ al., 2022, arXiv:2209.05433.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 if TYPE_CHECKING:
@@ -41,3 +42,45 @@ def kv_write(
 
         write = triton.kv_write
     write(key, value, key_cache, value_cache, slots, key_scale=key_scale, value_scale=value_scale)
+
+
+class WriteArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
+        heads, kv_heads, head_dim: H, K and D.
+        stretch_step: slots from one stretch of the caches to the next.
+        block_shift: S is 1 << it.
+        half: R / 2; 0 rotates nothing, and `cos` and `sin` are then not read.
+        cos, sin: addresses of float32 [P, R/2].
+        positions, slots: addresses of int64 [T]; slot = block * S + offset.
+        q: address of bfloat16 [T, H, D].
+        key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
+        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
+    """
+
+    qkv: int
+    stride: int
+    q_column: int
+    k_column: int
+    v_column: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    stretch_step: int
+    block_shift: int
+    half: int
+    cos: int
+    sin: int
+    positions: int
+    slots: int
+    q: int
+    key_cache: int
+    value_cache: int
+    scale: float
+
+
+def rotate_and_write_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("kv_write.cpu:rotate_and_write")

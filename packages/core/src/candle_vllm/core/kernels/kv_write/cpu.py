@@ -8,18 +8,19 @@ token. Threads may write the two halves of one 32-bit word of the value cache, e
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.attention.cpu_cache import place_of
-from candle_vllm.core.kernels.attention.cpu_tiles import STRIP
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
+from candle_vllm.core.kernels.attention.cpu_cache import STRIP
+from candle_vllm.core.kernels.attention.cpu_tiles import place_of
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
+from candle_vllm.core.kernels.kv_write import WriteArguments
 
 _QUERY, _KEY, _VALUE = range(3)
 
@@ -159,43 +160,6 @@ def _write_head(
     _write_rest(x, 2 * half, dim, factor, to, stride, kind)
 
 
-class WriteArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
-        heads, kv_heads, head_dim: H, K and D.
-        stretch_step: slots from one stretch of the caches to the next.
-        block_shift: S is 1 << it.
-        half: R / 2; 0 rotates nothing, and `cos` and `sin` are then not read.
-        cos, sin: addresses of float32 [P, R/2].
-        positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of bfloat16 [T, H, D].
-        key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
-        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
-    """
-
-    qkv: int
-    stride: int
-    q_column: int
-    k_column: int
-    v_column: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    stretch_step: int
-    block_shift: int
-    half: int
-    cos: int
-    sin: int
-    positions: int
-    slots: int
-    q: int
-    key_cache: int
-    value_cache: int
-    scale: float
-
-
 def rotate_and_write(row, thread, threads):
     """The operation."""
     given = read(WriteArguments, row)
@@ -229,13 +193,3 @@ def rotate_and_write(row, thread, threads):
         if h == each:
             h = 0
             t += 1
-
-
-def rotate_and_write_operation(isa: Isa) -> int:
-    """Address of the compiled operation, the same for every `isa`."""
-    return _compiled()
-
-
-@cache
-def _compiled() -> int:
-    return compile_operation(rotate_and_write)

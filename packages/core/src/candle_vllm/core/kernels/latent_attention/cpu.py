@@ -10,45 +10,37 @@ rows of L numbers, bfloat16 or float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 from numba import njit
 
-from candle_vllm.core.kernels.attention.cpu_cache import place_of
-from candle_vllm.core.kernels.attention.cpu_split import (
-    HEADER,
-    ROW_TILE,
-    chunk_of,
-    chunk_start,
-    count_row_tiles,
-    split_bytes,
-    total_cost,
-)
-from candle_vllm.core.kernels.attention.cpu_tiles import CHUNK, clear_partial, merge_partial, partial_floats
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at
+from candle_vllm.core.kernels.attention.cpu_cache import HEADER, ROW_TILE, partial_floats
+from candle_vllm.core.kernels.attention.cpu_split import chunk_of, chunk_start, count_row_tiles, split_bytes, total_cost
+from candle_vllm.core.kernels.attention.cpu_tiles import clear_partial, merge_partial, place_of
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.latent_attention.cpu_record import AttendArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
-    BLOCK,
-    GROUPS,
-    OCTET,
-    PROBABILITY_BYTES,
-    SCORE_BYTES,
-    STATE_BYTES,
     finish_latent,
     keys_at_once,
     latent_scores,
     latent_softmax,
     latent_values,
 )
+from candle_vllm.core.kernels.latent_attention.layout import (
+    BLOCK,
+    GROUPS,
+    OCTET,
+    PROBABILITY_BYTES,
+    SCORE_BYTES,
+    STATE_BYTES,
+    TILE_LIST,
+    scratch_per_thread,
+)
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
-_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
-_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
-_TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
-_AT_ONCE = tuple(keys_at_once(groups) for groups in range(1, GROUPS + 1))
+_keys_at_once = njit(inline="always")(keys_at_once)
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -67,10 +59,11 @@ def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: in
 @njit(inline="always")
 def _scores(q: int, tiles: int, scores: int, count: int, groups: int, width: int, isa: int) -> None:
     """Scores of up to 4 groups with all tiles of a chunk."""
-    at_once = _AT_ONCE[groups - 1]
+    at_once = _keys_at_once(groups)
     for n in range(count):
         tile = int64_at(tiles)[n]
-        for key in range(0, LANES, at_once):
+        for turn in range(LANES // at_once):
+            key = turn * at_once
             at, to = tile + 2 * width * key, scores + 4 * LANES * (n * LANES + key)
             if groups == 4:
                 latent_scores(q, at, to, 4, width, isa)
@@ -92,38 +85,6 @@ def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> Non
         to[latent + 1] = numbers[LANES + row]
 
 
-class AttendArguments(NamedTuple):
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
-
-    Attributes:
-        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
-        cache: address of the layer's cache, see `cpu_write.py`.
-        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables: address of int64 [R, table_stride].
-        stretch_step: slots from one stretch of the cache to the next.
-        block_shift: S is 1 << it.
-        heads, parts: H, and `groups_of` it.
-        scratch, scratch_size: address and size of `scratch_bytes`.
-    """
-
-    q: int
-    out: int
-    head_bytes: int
-    row_bytes: int
-    cache: int
-    query_start: int
-    context_lens: int
-    block_tables: int
-    table_stride: int
-    stretch_step: int
-    block_shift: int
-    heads: int
-    parts: int
-    scratch: int
-    scratch_size: int
-
-
 def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
     """The operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
     width = rope + latent
@@ -137,7 +98,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
         heads, parts, scratch = given.heads, given.parts, given.scratch
         lines = parts * LANES  # query rows of a token
         tiles = scratch + HEADER + thread * thread_bytes
-        state = tiles + _TILE_LIST
+        state = tiles + TILE_LIST
         states = state + STATE_BYTES
         own = states + ROW_TILE * row_bytes
         scores = own + ROW_TILE * row_bytes
@@ -220,16 +181,6 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
     return latent_attend
 
 
-def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
-    """Address of the compiled operation."""
-    return _compiled_attend(rope, latent, form, int(isa & Isa.BF16))
-
-
-@cache
-def _compiled_attend(rope: int, latent: int, form: int, isa: int) -> int:
-    return compile_operation(make_attend(rope, latent, form, isa))
-
-
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 
@@ -271,29 +222,4 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
     return latent_merge
 
 
-@cache
-def merge_operation(latent: int, form: int) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_merge(latent, form))
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def groups_of(heads: int) -> int:
-    """P: groups of 16 that the heads of a token take."""
-    return -(-heads // LANES)
-
-
-def scratch_per_thread(latent: int) -> int:
-    """Scratch memory of one thread: tile addresses, states and partials of a tile, scores, probabilities."""
-    rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
-    return -(-(_TILE_LIST + STATE_BYTES + rows) // 128) * 128
-
-
-def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
-    """Size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
-    chunks = chunk_of.py_func(max_context) + 1
-    stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
-    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
-    return HEADER + threads * scratch_per_thread(latent) + max(stream, min(streams * stream, _MOST_PARTIALS))

@@ -8,14 +8,13 @@ A unit of work is a part of one head's rows of weights, for all tokens. Queries 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation, read, step_number
+from candle_vllm.core.kernels.latent_attention.cpu_record import HeadsArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import store_pairs
 
 _UNITS_PER_THREAD = 4  # at least, so that no thread waits long for another
@@ -27,29 +26,6 @@ def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: i
     for t in range(tokens):
         for i in range(first, last, LANES):
             store_pairs(x + 4 * (t * stride + i), scale, to + t * token_bytes + 2 * LANES * i)
-
-
-class HeadsArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        function: address of the operation that multiplies a matrix.
-        rows, row_bytes: rows of a plan for it, one for every head, and bytes from one to the next.
-        heads, tiles: H, and tiles of a head's matrix.
-        latent_queries: where it arranges: address of the products, float32 [T, H, L] with L a multiple of 16.
-        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor that goes into it.
-    """
-
-    function: int
-    rows: int
-    row_bytes: int
-    heads: int
-    tiles: int
-    latent_queries: int = 0
-    queries: int = 0
-    width: int = 0
-    rope: int = 0
-    scale: float = 0.0
 
 
 def make_heads(arranges: int) -> Callable[..., None]:
@@ -72,9 +48,3 @@ def make_heads(arranges: int) -> Callable[..., None]:
                 _arrange(x, stride, first, last, to, 2 * LANES * given.width * groups, tokens, given.scale)
 
     return latent_heads
-
-
-@cache
-def heads_operation(*, arranges: bool) -> int:
-    """Address of the compiled operation; one that `arranges` makes queries."""
-    return compile_operation(make_heads(int(arranges)))

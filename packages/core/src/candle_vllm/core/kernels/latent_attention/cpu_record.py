@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
-from candle_vllm.core.kernels.latent_attention.cpu import (
-    AttendArguments,
-    attend_operation,
-    groups_of,
-    merge_operation,
-    scratch_bytes,
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    address_of,
+    operation,
+    plan_row,
 )
-from candle_vllm.core.kernels.latent_attention.cpu_heads import HeadsArguments, heads_operation
-from candle_vllm.core.kernels.latent_attention.cpu_tiles import LANES
-from candle_vllm.core.kernels.latent_attention.cpu_write import PrepareArguments, prepare_operation, stretch_step
+from candle_vllm.core.kernels.latent_attention.layout import groups_of, scratch_bytes, stretch_step
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -146,3 +142,121 @@ def _attend(
     )
     recorder.add(attend_operation(sizes.rope, sizes.latent, int(form), recorder.isa), attended)
     recorder.add(merge_operation(sizes.latent, int(form)), attended)
+
+
+class AttendArguments(NamedTuple):
+    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+
+    Attributes:
+        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
+        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
+        cache: address of the layer's cache, see `cpu_write.py`.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables: address of int64 [R, table_stride].
+        stretch_step: slots from one stretch of the cache to the next.
+        block_shift: S is 1 << it.
+        heads, parts: H, and `groups_of` it.
+        scratch, scratch_size: address and size of `scratch_bytes`.
+    """
+
+    q: int
+    out: int
+    head_bytes: int
+    row_bytes: int
+    cache: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    table_stride: int
+    stretch_step: int
+    block_shift: int
+    heads: int
+    parts: int
+    scratch: int
+    scratch_size: int
+
+
+def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
+    """Address of the compiled operation."""
+    return operation("latent_attention.cpu:make_attend", rope, latent, form, isa & Isa.BF16)
+
+
+def merge_operation(latent: int, form: int) -> int:
+    """Address of the compiled operation."""
+    return operation("latent_attention.cpu:make_merge", latent, form)
+
+
+class HeadsArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        function: address of the operation that multiplies a matrix.
+        rows, row_bytes: rows of a plan for it, one for every head, and bytes from one to the next.
+        heads, tiles: H, and tiles of a head's matrix.
+        latent_queries: where it arranges: address of the products, float32 [T, H, L] with L a multiple of 16.
+        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor that goes into it.
+    """
+
+    function: int
+    rows: int
+    row_bytes: int
+    heads: int
+    tiles: int
+    latent_queries: int = 0
+    queries: int = 0
+    width: int = 0
+    rope: int = 0
+    scale: float = 0.0
+
+
+def heads_operation(*, arranges: bool) -> int:
+    """Address of the compiled operation; one that `arranges` makes queries."""
+    return operation("latent_attention.cpu_heads:make_heads", arranges)
+
+
+class PrepareArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        q, q_stride: address of float32 rows of heads [nope | rope], and floats from one row to the next.
+        kv, kv_stride: the same of rows [latent | rope].
+        heads, nope, rope, latent: H and the sizes of the parts.
+        norm, eps: of the latent vector; the address of its weight.
+        scale: factor of the queries: softmax scale * log2(e), for `attend` computes powers of two.
+        stretch_step: slots from one stretch of the cache to the next.
+        block_shift: S is 1 << it.
+        positions, slots: addresses of int64 [T]; slot = block * S + offset.
+        cache: address of the layer's cache.
+        queries: address of [T, P, D / 2, 16, 2] bfloat16.
+        inputs, head_bytes, row_numbers: address of every head's rows of queries without rotation, bytes from one head
+            to the next, numbers from one row to the next.
+        cos, sin: addresses of float32 [P, R / 2].
+    """
+
+    q: int
+    q_stride: int
+    kv: int
+    kv_stride: int
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    norm: int
+    eps: float
+    scale: float
+    stretch_step: int
+    block_shift: int
+    positions: int
+    slots: int
+    cache: int
+    queries: int
+    inputs: int
+    head_bytes: int
+    row_numbers: int
+    cos: int
+    sin: int
+
+
+def prepare_operation(form: int) -> int:
+    """Address of the compiled operation."""
+    return operation("latent_attention.cpu_write:make_prepare", form)

@@ -19,15 +19,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.attention.cpu_tiles import CHUNK, NOTHING, emit_exp2, partial_floats
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, Isa, vector
-
-GROUPS = 4  # groups of a tile, whose heads share the loads of keys
-BLOCK = 32  # dimensions whose values are summed at a time
-OCTET = 8  # rows that share the loads of values
-SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
-PROBABILITY_BYTES = SCORE_BYTES // 2
-STATE_BYTES = 2 * 4 * LANES  # a group's tops and sums
+from candle_vllm.core.kernels.attention.cpu_cache import partial_floats
+from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.latent_attention.layout import (
+    BLOCK,
+    OCTET,
+    SCORE_BYTES,
+)
 
 
 def keys_at_once(groups: int) -> int:

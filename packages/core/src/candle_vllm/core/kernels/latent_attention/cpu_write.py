@@ -11,36 +11,17 @@ The cache of all layers is [stretches, layers, blocks, S, R + L] bfloat16: slots
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 from numba import njit
 
 from candle_vllm.core.kernels.activation_quant.cpu import rms_scale
-from candle_vllm.core.kernels.attention.cpu_cache import STRETCH, place_of
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at
+from candle_vllm.core.kernels.attention.cpu_tiles import place_of
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
 from candle_vllm.core.kernels.kv_write.cpu import store_bf16
-from candle_vllm.core.kernels.latent_attention.cpu_tiles import BLOCK, copy_numbers, scaled_to_bf16
-from candle_vllm.core.loading.config import LatentSizes
-
-
-def supported(sizes: LatentSizes, block_size: int) -> bool:
-    """Whether these kernels can compute it: R even, L a multiple of 32, nope one of 16, S a power of two from 16."""
-    whole = sizes.rope % 2 == 0 and sizes.latent % BLOCK == 0 and sizes.nope % LANES == 0
-    return whole and block_size >= LANES and block_size.bit_count() == 1
-
-
-def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
-    """Shape of the cache of all layers, 16-bit numbers; element [:, n] is layer n's, which the operations take."""
-    blocks = max(1, STRETCH // block_size)
-    return (-(-num_blocks // blocks), layers, blocks, block_size, width)
-
-
-def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
-    """Slots from one stretch to the next, from the strides of a layer's cache in bytes."""
-    return layer_strides[0] // (2 * width)
+from candle_vllm.core.kernels.latent_attention.cpu_record import PrepareArguments
+from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, scaled_to_bf16
 
 
 @njit(inline="always")
@@ -63,49 +44,6 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
             store_bf16(to + 2 * i, float_from_bits(0))
         else:
             float32_at(to)[i] = float_from_bits(0)
-
-
-class PrepareArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        q, q_stride: address of float32 rows of heads [nope | rope], and floats from one row to the next.
-        kv, kv_stride: the same of rows [latent | rope].
-        heads, nope, rope, latent: H and the sizes of the parts.
-        norm, eps: of the latent vector; the address of its weight.
-        scale: factor of the queries: softmax scale * log2(e), for `attend` computes powers of two.
-        stretch_step: slots from one stretch of the cache to the next.
-        block_shift: S is 1 << it.
-        positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        cache: address of the layer's cache.
-        queries: address of [T, P, D / 2, 16, 2] bfloat16.
-        inputs, head_bytes, row_numbers: address of every head's rows of queries without rotation, bytes from one head
-            to the next, numbers from one row to the next.
-        cos, sin: addresses of float32 [P, R / 2].
-    """
-
-    q: int
-    q_stride: int
-    kv: int
-    kv_stride: int
-    heads: int
-    nope: int
-    rope: int
-    latent: int
-    norm: int
-    eps: float
-    scale: float
-    stretch_step: int
-    block_shift: int
-    positions: int
-    slots: int
-    cache: int
-    queries: int
-    inputs: int
-    head_bytes: int
-    row_numbers: int
-    cos: int
-    sin: int
 
 
 def make_prepare(form: int) -> Callable[..., None]:
@@ -136,9 +74,3 @@ def make_prepare(form: int) -> Callable[..., None]:
                 _copy_row(x, to, nope, given.row_numbers, form)
 
     return latent_prepare
-
-
-@cache
-def prepare_operation(form: int) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_prepare(form))

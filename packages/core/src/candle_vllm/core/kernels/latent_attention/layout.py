@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE, STRETCH, chunk_of, partial_floats
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -32,3 +35,66 @@ class LatentParts:
     sin: NDArray[np.float32]
     keys: tuple[PlainMatrix, ...]
     values: tuple[PlainMatrix, ...]
+
+
+def supported(sizes: LatentSizes, block_size: int) -> bool:
+    """Whether these kernels can compute it: R even, L a multiple of 32, nope one of 16, S a power of two from 16."""
+    whole = sizes.rope % 2 == 0 and sizes.latent % BLOCK == 0 and sizes.nope % LANES == 0
+    return whole and block_size >= LANES and block_size.bit_count() == 1
+
+
+def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
+    """Shape of the cache of all layers, 16-bit numbers; element [:, n] is layer n's, which the operations take."""
+    blocks = max(1, STRETCH // block_size)
+    return (-(-num_blocks // blocks), layers, blocks, block_size, width)
+
+
+def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
+    """Slots from one stretch to the next, from the strides of a layer's cache in bytes."""
+    return layer_strides[0] // (2 * width)
+
+
+GROUPS = 4  # groups of a tile, whose heads share the loads of keys
+
+
+BLOCK = 32  # dimensions whose values are summed at a time
+
+
+OCTET = 8  # rows that share the loads of values
+
+
+SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
+
+
+PROBABILITY_BYTES = SCORE_BYTES // 2
+
+
+STATE_BYTES = 2 * 4 * LANES  # a group's tops and sums
+
+
+_SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
+
+
+_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+
+
+TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
+
+
+def groups_of(heads: int) -> int:
+    """P: groups of 16 that the heads of a token take."""
+    return -(-heads // LANES)
+
+
+def scratch_per_thread(latent: int) -> int:
+    """Scratch memory of one thread: tile addresses, states and partials of a tile, scores, probabilities."""
+    rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
+    return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
+
+
+def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
+    """Size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
+    chunks = chunk_of(max_context) + 1
+    stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
+    streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))
+    return HEADER + threads * scratch_per_thread(latent) + max(stream, min(streams * stream, _MOST_PARTIALS))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    LinearArguments,
+    operation,
+    slot,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -81,3 +87,103 @@ class Pairs:
     def number(self) -> int:
         """T * k."""
         return self.experts.numel()
+
+
+ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
+"""Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""
+
+
+class RouteArguments(NamedTuple):
+    """The operation's arguments. It also sets the step's number `PAIRS`.
+
+    Attributes:
+        logits, stride: address of float32 [T, X], rows `stride` floats apart.
+        num_experts: X.
+        top_k: k.
+        groups, top_groups: how many groups of experts there are, and how many of them are candidates.
+        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
+        bias: address of float32 [X], or 0.
+        experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
+        finished: of int64, 0 between operations.
+        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
+        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
+    """
+
+    logits: int
+    stride: int
+    num_experts: int
+    top_k: int
+    groups: int
+    top_groups: int
+    sigmoid: int
+    renormalise: int
+    bias: int
+    scale: float
+    experts: int
+    weights: int
+    finished: int
+    starts: int
+    token_of: int
+    place_of: int
+
+
+def route_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("moe.cpu:route")
+
+
+class ExpertsArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        starts: address of what `route` made.
+        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
+        num_experts: X.
+        matrices: of each expert; their tiles are as dear as each other.
+        picked: of int64: the row of the activations for each place.
+    """
+
+    starts: int
+    table: int
+    num_experts: int
+    matrices: int
+    picked: int
+
+
+def experts_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("moe.cpu:experts")
+
+
+class CombineArguments(NamedTuple):
+    """The operation's arguments; strides are floats from one row to the next.
+
+    Attributes:
+        out, out_stride: address of the result, float32 [T, E].
+        onto: whether it is added to what stands there.
+        columns: E.
+        top_k: k.
+        weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
+        results, result_stride: of float32 [T * k, E], a row for each place.
+        shared, shared_stride: of what is added with weight 1, float32 [T, E], or zeros.
+        gate, gate_stride: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
+    """
+
+    out: int
+    out_stride: int
+    onto: int
+    columns: int
+    top_k: int
+    weights: int
+    places: int
+    results: int
+    result_stride: int
+    shared: int = 0
+    shared_stride: int = 0
+    gate: int = 0
+    gate_stride: int = 0
+
+
+def combine_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("moe.cpu:combine")

@@ -14,34 +14,26 @@ it, and with one token only the chosen experts' weights are read.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant.cpu import share
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, LANES, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import (
-    NUMBERS,
-    StepNumber,
-    compile_operation,
-    read,
-    slot,
-    step_number,
-)
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import NUMBERS, LinearArguments, StepNumber, slot
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     fetch_add,
     float32_at,
     int64_at,
+    read,
+    step_number,
     store_release,
 )
-from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, stack_bytes
-from candle_vllm.core.kernels.moe.arguments import LEAST_SUM
-
-ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
-"""Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.moe.arguments import ENTRY, LEAST_SUM, CombineArguments, ExpertsArguments, RouteArguments
 
 _ROWS_FROM, _WEIGHTS, _TILE_BYTES, _OUTPUTS, _OUT, _ROW_BYTES, _BIAS, _PICKED = (
     slot(LinearArguments, name)
@@ -129,40 +121,6 @@ def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_
         places[pair] = place
 
 
-class RouteArguments(NamedTuple):
-    """The operation's arguments. It also sets the step's number `PAIRS`.
-
-    Attributes:
-        logits, stride: address of float32 [T, X], rows `stride` floats apart.
-        num_experts: X.
-        top_k: k.
-        groups, top_groups: how many groups of experts there are, and how many of them are candidates.
-        sigmoid, renormalise, scale: how scores become weights; see the contract in the package.
-        bias: address of float32 [X], or 0.
-        experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
-        finished: of int64, 0 between operations.
-        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
-        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
-    """
-
-    logits: int
-    stride: int
-    num_experts: int
-    top_k: int
-    groups: int
-    top_groups: int
-    sigmoid: int
-    renormalise: int
-    bias: int
-    scale: float
-    experts: int
-    weights: int
-    finished: int
-    starts: int
-    token_of: int
-    place_of: int
-
-
 def route(row, thread, threads):
     """The operation that chooses experts and sorts the pairs."""
     given = read(RouteArguments, row)
@@ -188,34 +146,10 @@ def route(row, thread, threads):
     if fetch_add(given.finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
         store_release(given.finished, 0)
         _sort(given.experts, tokens, top_k, count, given.starts, given.token_of, given.place_of)
-        int64_at(row[NUMBERS])[StepNumber.PAIRS.value] = tokens * top_k
-
-
-@cache
-def route_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(route)
+        int64_at(int64_at(row)[NUMBERS])[StepNumber.PAIRS.value] = tokens * top_k
 
 
 # ---- the experts' matrices -------------------------------------------------------------------------------------------
-
-
-class ExpertsArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        starts: address of what `route` made.
-        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
-        num_experts: X.
-        matrices: of each expert; their tiles are as dear as each other.
-        picked: of int64: the row of the activations for each place.
-    """
-
-    starts: int
-    table: int
-    num_experts: int
-    matrices: int
-    picked: int
 
 
 def experts(row, thread, threads):
@@ -261,12 +195,6 @@ def experts(row, thread, threads):
             call_operation(own[0], memory, 0, 1)
 
 
-@cache
-def experts_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(experts)
-
-
 # ---- the weighted sum ------------------------------------------------------------------------------------------------
 
 
@@ -297,35 +225,6 @@ def _mix(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: A
         return context.get_dummy_value()
 
     return signature, code
-
-
-class CombineArguments(NamedTuple):
-    """The operation's arguments; strides are floats from one row to the next.
-
-    Attributes:
-        out, out_stride: address of the result, float32 [T, E].
-        onto: whether it is added to what stands there.
-        columns: E.
-        top_k: k.
-        weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
-        results, result_stride: of float32 [T * k, E], a row for each place.
-        shared, shared_stride: of what is added with weight 1, float32 [T, E], or zeros.
-        gate, gate_stride: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
-    """
-
-    out: int
-    out_stride: int
-    onto: int
-    columns: int
-    top_k: int
-    weights: int
-    places: int
-    results: int
-    result_stride: int
-    shared: int = 0
-    shared_stride: int = 0
-    gate: int = 0
-    gate_stride: int = 0
 
 
 def combine(row, thread, threads):
@@ -360,9 +259,3 @@ def combine(row, thread, threads):
                 for j in range(1, terms):
                     total += factors[j] * float32_at(addresses[j])[column]
                 target[column] = target[column] + total if onto != 0 else total
-
-
-@cache
-def combine_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(combine)

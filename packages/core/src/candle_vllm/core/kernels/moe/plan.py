@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
-from candle_vllm.core.kernels.moe import cpu
+from candle_vllm.core.kernels.moe import arguments as given
 from candle_vllm.core.kernels.moe.arguments import Activation, Routing
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def record_sum(
 ) -> None:
     """Records the weighted sum; addresses come with their strides, see `CombineArguments`."""
     pairs = results.pairs
-    arguments = cpu.CombineArguments(
+    arguments = given.CombineArguments(
         out=target[0],
         out_stride=target[1],
         onto=accumulate,
@@ -86,7 +86,7 @@ def record_sum(
         gate=gate[0],
         gate_stride=gate[1],
     )
-    recorder.add(cpu.combine_operation(), arguments)
+    recorder.add(given.combine_operation(), arguments)
 
 
 def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
@@ -95,7 +95,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
     pairs = Pairs(top_k, recorder.memory(top_k), places, counters, token_of)
-    arguments = cpu.RouteArguments(
+    arguments = given.RouteArguments(
         logits=logits[0],
         stride=logits[1],
         num_experts=count,
@@ -113,7 +113,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
         token_of=address_of(token_of),
         place_of=address_of(places),
     )
-    recorder.add(cpu.route_operation(), arguments)
+    recorder.add(given.route_operation(), arguments)
     return pairs
 
 
@@ -135,7 +135,7 @@ def record_products(
     """
     count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
     rows, stride = recorder.rows(width, pairs.top_k)
-    table = np.zeros((count, len(matrices), cpu.ENTRY), np.int64)
+    table = np.zeros((count, len(matrices), given.ENTRY), np.int64)
     at_bias = 0 if bias is None else recorder.keep(bias)
     for x in range(count):
         column = 0
@@ -153,12 +153,12 @@ def record_products(
             )
             table[x, m] = plan_row(operation, 0, arguments)
             column += matrix.rows
-    arguments = cpu.ExpertsArguments(
+    arguments = given.ExpertsArguments(
         starts=address_of(pairs.starts),
         table=recorder.keep_array(table),
         num_experts=count,
         matrices=len(matrices),
         picked=address_of(picked),
     )
-    recorder.add(cpu.experts_operation(), arguments)
+    recorder.add(given.experts_operation(), arguments)
     return Results(pairs, rows, stride, width)

@@ -15,25 +15,23 @@ memory, which the CPU itself fetches ahead; asking for it in the code made a sin
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime import tiles as shared
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import EmbeddingArguments, LinearArguments, stack_bytes, write_tile
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
     ROWS,
     VECTOR_BYTES,
     PackedKind,
-    PackedMatrix,
     TileLayout,
 )
 
@@ -305,8 +303,9 @@ def _multiply(_: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any,
 # ---- the operations --------------------------------------------------------------------------------------------------
 
 
-def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
-    """The linear operation. TILE_BLOCK: bytes of weights gone through at a time; PANEL_GROUP: panel bytes per group."""
+def make_linear(KIND: int, ISA: int) -> Any:
+    """The linear operation."""
+    TILE_BLOCK, PANEL_GROUP = _CACHED_BYTES, _record_bytes(LAYOUTS[PackedKind(KIND)], 8)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -354,17 +353,6 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, PANEL_GROUP: int) -> Any:
     return packed_linear
 
 
-@cache
-def linear_operation(kind: PackedKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
-    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _record_bytes(LAYOUTS[kind], 8)))
-
-
-def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:
-    """See `cpu_runtime.tiles.linear_arguments`."""
-    return shared.linear_arguments(matrix, matrix.groups, **given)
-
-
 @intrinsic(prefer_literal=True)
 def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: Any) -> Any:
     """Writes row `lane` of a tile as floats, each operation rounded as ggml's routines round it."""
@@ -396,7 +384,7 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
     return types.void(kind, *[types.int64] * 4), code
 
 
-def _make_embedding(KIND: int) -> Any:
+def make_embedding(KIND: int) -> Any:
     def packed_embedding(entry: Any, thread: int, threads: int) -> None:
         given = read(EmbeddingArguments, entry)
         rows, ids, groups = step_number(entry, given.rows_from), int64_at(given.token_ids), given.columns >> 5
@@ -411,9 +399,3 @@ def _make_embedding(KIND: int) -> Any:
                     values[index] = float("nan")
 
     return packed_embedding
-
-
-@cache
-def embedding_rows_operation(kind: PackedKind) -> int:
-    """Address of the compiled operation that reads rows of a packed matrix."""
-    return compile_operation(_make_embedding(int(kind)))

@@ -29,11 +29,15 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.activation_quant import Groups
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -191,3 +195,18 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.data.nbytes
+
+
+def linear_operation(kind: PackedKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind."""
+    return operation.operation("packed_linear.cpu:make_linear", kind, isa)
+
+
+def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:
+    """See `operation.linear_arguments`."""
+    return operation.linear_arguments(matrix, matrix.groups, **given)
+
+
+def embedding_rows_operation(kind: PackedKind) -> int:
+    """Address of the compiled operation that reads rows of a packed matrix."""
+    return operation.operation("packed_linear.cpu:make_embedding", kind)

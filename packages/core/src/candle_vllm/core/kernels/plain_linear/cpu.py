@@ -16,20 +16,19 @@ Every sum is one chain over the steps of K, the same in every variant.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime import tiles as shared
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import EmbeddingArguments, LinearArguments, stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
-from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind, PlainMatrix
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, PlainKind
 
 _CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
@@ -60,8 +59,9 @@ def _multiply(
 # ---- the operations --------------------------------------------------------------------------------------------------
 
 
-def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
-    """The linear operation. TILE_BLOCK: bytes of weights gone through at a time."""
+def make_linear(KIND: int, ISA: int) -> Any:
+    """The linear operation."""
+    TILE_BLOCK = _CACHED_BYTES
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -112,19 +112,6 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int) -> Any:
     return plain_linear
 
 
-@cache
-def linear_operation(kind: PlainKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
-    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES))
-
-
-def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
-    """See `cpu_runtime.tiles.linear_arguments`."""
-    assert x_bytes % VECTOR_BYTES == 0
-    assert x_bytes >= 4 * matrix.steps
-    return shared.linear_arguments(matrix, matrix.steps // RUN, x_bytes=x_bytes, **given)
-
-
 @intrinsic(prefer_literal=True)
 def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any) -> Any:
     """Writes row `lane` of a tile as floats."""
@@ -155,7 +142,7 @@ def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: An
     return types.void(kind, *[types.int64] * 4), code
 
 
-def _make_embedding(KIND: int) -> Any:
+def make_embedding(KIND: int) -> Any:
     def plain_embedding(entry: Any, thread: int, threads: int) -> None:
         given = read(EmbeddingArguments, entry)
         rows, ids = step_number(entry, given.rows_from), int64_at(given.token_ids)
@@ -170,9 +157,3 @@ def _make_embedding(KIND: int) -> Any:
                     values[index] = float("nan")
 
     return plain_embedding
-
-
-@cache
-def embedding_rows_operation(kind: PlainKind) -> int:
-    """Address of the compiled operation that reads rows of a plain matrix."""
-    return compile_operation(_make_embedding(int(kind)))

@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, I64, LANES, Emitter, Isa, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.tiles import write_tile
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.quantization.plain import ELEMENTS
 
 ROWS = 16
@@ -92,3 +96,20 @@ class PlainMatrix:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.data.nbytes
+
+
+def linear_operation(kind: PlainKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind."""
+    return operation.operation("plain_linear.cpu:make_linear", kind, isa)
+
+
+def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
+    """See `operation.linear_arguments`."""
+    assert x_bytes % 64 == 0
+    assert x_bytes >= 4 * matrix.steps
+    return operation.linear_arguments(matrix, matrix.steps // RUN, x_bytes=x_bytes, **given)
+
+
+def embedding_rows_operation(kind: PlainKind) -> int:
+    """Address of the compiled operation that reads rows of a plain matrix."""
+    return operation.operation("plain_linear.cpu:make_embedding", kind)

@@ -8,8 +8,9 @@ Source: Llama 4's temperature tuning, as Ministral 3 has it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 if TYPE_CHECKING:
@@ -24,3 +25,24 @@ def position_scale(x: Value, positions: torch.Tensor, table: Value) -> Value:
     from candle_vllm.core.kernels.position_scale import reference
 
     return reference.position_scale(x, positions, table)
+
+
+class PositionScaleArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows, `stride` floats apart, of which `columns` change.
+        positions: address of the step's int64 positions.
+        table: address of the float32 numbers of all positions.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    positions: int
+    table: int
+
+
+def position_scale_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("position_scale.cpu:position_scale")

@@ -3,27 +3,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
-
-
-class PositionScaleArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart, of which `columns` change.
-        positions: address of the step's int64 positions.
-        table: address of the float32 numbers of all positions.
-    """
-
-    x: int
-    stride: int
-    columns: int
-    positions: int
-    table: int
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.position_scale import PositionScaleArguments
 
 
 def position_scale(row, thread, threads):
@@ -36,9 +18,3 @@ def position_scale(row, thread, threads):
         if factor != 1:
             for column in range(given.columns):
                 values[column] *= factor
-
-
-@cache
-def position_scale_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(position_scale)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
@@ -54,3 +57,69 @@ def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[
     from candle_vllm.core.kernels.rms_norm import reference
 
     return reference.add_rms_norm(x, residual, weight, eps)
+
+
+# ---- recorded -------------------------------------------------------------------------------------------------------
+
+
+class HeadNormArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
+            read where head_dim is no multiple of 32.
+        heads, head_dim: heads stand side by side.
+        weight: address of head_dim floats.
+        eps: of the norm.
+        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
+    """
+
+    x: int
+    stride: int
+    heads: int
+    head_dim: int
+    weight: int
+    eps: float
+    weight_step: int = 0
+
+
+def head_norm_operation(layer: bool = False) -> int:
+    """Address of the compiled operation."""
+    return operation("rms_norm.cpu:make_head_norm", layer)
+
+
+class NormOntoArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
+        columns: of a row.
+        weight: address of as many floats, behind which LayerNorm has its bias.
+        eps: of the norm.
+        target, target_stride: the rows that are added to.
+        accumulate: 0 where the norms are written there instead.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    weight: int
+    eps: float
+    target: int
+    target_stride: int
+    accumulate: int = 1
+
+
+def norm_onto_operation(layer: bool = False) -> int:
+    """Address of the compiled operation."""
+    return operation("rms_norm.cpu:make_norm_onto", layer)
+
+
+def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:
+    """The norm of a step's last rows, float32 [R, K], in numpy; the bias of a LayerNorm stands behind its weight."""
+    columns = x.shape[1]
+    if layer:
+        x = x - x.mean(1, keepdims=True)
+    scale = 1 / np.sqrt(np.square(x).mean(1, keepdims=True) + np.float32(eps))
+    normed = x * scale * weight[:columns]
+    return normed + weight[columns:] if layer else normed

@@ -8,10 +8,8 @@ for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -24,10 +22,12 @@ from candle_vllm.core.kernels.activation_quant.cpu import (
     share,
 )
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.rms_norm import HeadNormArguments, NormOntoArguments
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
@@ -64,27 +64,6 @@ def _layer_norm_head(x: int, dim: int, weight: int, eps: float) -> None:
         values[i] = (values[i] - mean) * scale * weights[i]
 
 
-class HeadNormArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
-            read where head_dim is no multiple of 32.
-        heads, head_dim: heads stand side by side.
-        weight: address of head_dim floats.
-        eps: of the norm.
-        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
-    """
-
-    x: int
-    stride: int
-    heads: int
-    head_dim: int
-    weight: int
-    eps: float
-    weight_step: int = 0
-
-
 def make_head_norm(LAYER: int) -> Callable[..., None]:
     """The operation."""
 
@@ -111,35 +90,7 @@ def make_head_norm(LAYER: int) -> Callable[..., None]:
     return head_norm
 
 
-@cache
-def head_norm_operation(layer: bool = False) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_head_norm(int(layer)))
-
-
 # ---- onto a residual -------------------------------------------------------------------------------------------------
-
-
-class NormOntoArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
-        columns: of a row.
-        weight: address of as many floats, behind which LayerNorm has its bias.
-        eps: of the norm.
-        target, target_stride: the rows that are added to.
-        accumulate: 0 where the norms are written there instead.
-    """
-
-    x: int
-    stride: int
-    columns: int
-    weight: int
-    eps: float
-    target: int
-    target_stride: int
-    accumulate: int = 1
 
 
 def make_norm_onto(LAYER: int) -> Callable[..., None]:
@@ -176,19 +127,3 @@ def make_norm_onto(LAYER: int) -> Callable[..., None]:
                     target[i] += values[i] * scale * weights[i]
 
     return norm_onto
-
-
-@cache
-def norm_onto_operation(layer: bool = False) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_norm_onto(int(layer)))
-
-
-def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:
-    """The norm of a step's last rows, float32 [R, K], in numpy; the bias of a LayerNorm stands behind its weight."""
-    columns = x.shape[1]
-    if layer:
-        x = x - x.mean(1, keepdims=True)
-    scale = 1 / np.sqrt(np.square(x).mean(1, keepdims=True) + np.float32(eps))
-    normed = x * scale * weight[:columns]
-    return normed + weight[columns:] if layer else normed

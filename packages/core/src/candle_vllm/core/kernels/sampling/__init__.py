@@ -22,33 +22,44 @@ wait for it, so that a captured step may hold them. Elsewhere than on a GPU the 
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.sampling.contract import Adjustment, Control, DeviceEdits, DeviceStanding, Standing
+from candle_vllm.core.kernels.sampling.contract import (
+    Adjustment,
+    Control,
+    DeviceEdits,
+    DeviceStanding,
+    Standing,
+    workspace_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
+# The compiled functions, and how many arguments they take.
+_DRAW, _STAND, _ADJUST = ("sampling.cpu:draw", 8), ("sampling.cpu:stand", 11), ("sampling.cpu:adjust", 15)
+
+
 @cache
 def compiled() -> bool:
     """Whether the CPU has compiled functions."""
-    return importlib.util.find_spec("numba") is not None
+    return can_compile()
 
 
 def prepare() -> None:
     """Compiles what the CPU needs, or loads it, so that the first request does not wait for it."""
     if compiled():
-        from candle_vllm.core.kernels.sampling import cpu
-
-        cpu.prepare()
+        for function in (_DRAW, _STAND, _ADJUST):
+            c_function(*function)
 
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
@@ -74,9 +85,7 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
     assert logits.shape[0] == controls.shape[0]
     host = host_rows(logits)
     if host is not None:
-        from candle_vllm.core.kernels.sampling import cpu
-
-        return cpu.draw(host, controls)
+        return _draw(host, controls)
     import torch
 
     from candle_vllm.core.kernels.sampling import reference
@@ -99,9 +108,7 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
     """
     host = host_rows(logits)
     if host is not None:
-        from candle_vllm.core.kernels.sampling import cpu
-
-        return cpu.stand(host, token_ids, tops)
+        return _stand(host, token_ids, tops)
     from candle_vllm.core.kernels.sampling import reference
 
     return Standing(*reference.stand(logits, token_ids, tops))
@@ -109,9 +116,36 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
 
 def adjust(row: NDArray[np.float32], adjustment: Adjustment) -> None:
     """Edits one row of V logits in place; only where `compiled()`."""
-    from candle_vllm.core.kernels.sampling import cpu
+    a = adjustment
+    allowed = a.forbidden if a.allowed is None else a.allowed
+    ids = (*_place(allowed), *_place(a.forbidden))
+    bias, seen = (address_of(a.bias_ids), *_place(a.bias)), (address_of(a.seen_ids), *_place(a.counts))
+    penalties = np.array(a.penalties, np.float64)
+    c_function(*_ADJUST)(*_place(row), a.masked, a.allowed is not None, *ids, *bias, *seen, address_of(penalties))
 
-    cpu.adjust(row, adjustment)
+
+def _draw(logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    (rows, size), work = logits.shape, np.empty(workspace_bytes(logits.shape[1]), np.uint8)
+    ids, largest = np.empty(rows, np.int64), np.empty(rows, np.float32)
+    written = (address_of(work), address_of(ids), address_of(largest))
+    c_function(*_DRAW)(address_of(logits), logits.strides[0], rows, size, address_of(controls), *written)
+    return ids, largest
+
+
+def _stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
+    (rows, size), work = logits.shape, np.empty(workspace_bytes(logits.shape[1]), np.uint8)
+    offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
+    top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
+    asked = (address_of(token_ids), address_of(tops))
+    written = (address_of(work), address_of(offsets), address_of(ranks), *_place(top_ids, top_ids.shape[1]))
+    c_function(*_STAND)(address_of(logits), logits.strides[0], rows, size, *asked, *written)
+    return Standing(offsets, ranks, top_ids)
+
+
+def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:
+    """Where a contiguous array is, and how long."""
+    assert array.flags.c_contiguous
+    return address_of(array), len(array) if size is None else size
 
 
 def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+
 if TYPE_CHECKING:
     import torch
 
@@ -103,3 +105,18 @@ class Adjustment:
     seen_ids: NDArray[np.int64]
     counts: NDArray[np.float32]
     penalties: tuple[float, float, float]
+
+
+# ---- the workspace of the compiled functions -------------------------------------------------------------------------
+
+CHUNK = 512  # logits
+CHUNK_BYTES = 4 * CHUNK
+MAXIMA_BYTES = 4 * LANES  # of one chunk
+EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
+MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
+SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # and behind the maxima
+
+
+def workspace_bytes(vocabulary: int) -> int:
+    """Size of the workspace of a row of `vocabulary` logits."""
+    return SUMS_AT + -(-vocabulary // CHUNK) * (MAXIMA_BYTES + 8 + CHUNK_BYTES) + CHUNK_BYTES

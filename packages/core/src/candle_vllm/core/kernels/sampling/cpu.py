@@ -11,25 +11,16 @@ reference's only where its random number all but touches the edge between two to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import numpy as np
-from numba import njit
-from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
-from candle_vllm.core.kernels.sampling.contract import Adjustment, Standing
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int64_at
+from candle_vllm.core.kernels.sampling.contract import CHUNK, MAXIMA_AT, MAXIMA_BYTES, SUMS_AT, TAIL_AT, WEIGHTS_AT
 from candle_vllm.core.kernels.sampling.cpu_chunks import (
-    CHUNK,
     GROUP,
-    MAXIMA_BYTES,
     above,
     chunk_at,
     count_bits,
-    float64_at,
     hits,
     inner,
     reaches,
@@ -40,16 +31,11 @@ from candle_vllm.core.kernels.sampling.cpu_select import (
     INFINITE,
     LOG2_E,
     LOWEST,
-    MAXIMA_AT,
-    SUMS_AT,
-    TAIL_AT,
-    WEIGHTS_AT,
     first_at,
     kth_largest,
     min_p_bound,
     nucleus,
     survey,
-    workspace_bytes,
 )
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -109,13 +95,13 @@ def _pick_inside(weights, target, mass):
     return chosen
 
 
-def _draw(logits, controls, memory, ids, largest):
-    work = np.int64(memory.ctypes.data)
-    rows, vocabulary = logits.shape
+def draw(logits, row_bytes, rows, vocabulary, parameters, work, chosen, tops):
+    """Of `rows` rows `row_bytes` apart: parameters float64 [R, 5], chosen int64 [R], tops float32 [R], by address."""
+    ids, largest = int64_at(chosen), float32_at(tops)
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     for number in range(rows):
-        row = np.int64(logits.ctypes.data) + number * logits.strides[0]
-        temperature, min_p, top_p = controls[number, 0], controls[number, 1], controls[number, 3]
+        row, controls = logits + number * row_bytes, float64_at(parameters + 40 * number)  # see `Control`
+        temperature, min_p, top_p = controls[0], controls[1], controls[3]
         top, ids[number] = survey(row, vocabulary, work), 0
         largest[number] = top
         if not -INFINITE < top < INFINITE:
@@ -124,15 +110,15 @@ def _draw(logits, controls, memory, ids, largest):
             ids[number] = first_at(row, chunks, work, top, INFINITE, np.int64(0))
             continue
         cut, last_tie, rate = LOWEST, ALL, 1.0 / temperature
-        if controls[number, 2] > 0.0:
-            cut, _ = kth_largest(row, chunks, work, int(controls[number, 2]), top)
+        if controls[2] > 0.0:
+            cut, _ = kth_largest(row, chunks, work, int(controls[2]), top)
         if min_p > 0.0:
             cut = max(cut, min_p_bound(min_p, top, temperature))
         if top_p < 1.0:
             cut, ties = nucleus(row, chunks, work, cut, top_p, top, rate)
             if ties != ALL:
                 last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
-        ids[number] = _pick(row, chunks, work, cut, last_tie, top, rate, controls[number, 4])
+        ids[number] = _pick(row, chunks, work, cut, last_tie, top, rate, controls[4])
 
 
 @inner
@@ -174,95 +160,70 @@ def _top_ids(row, vocabulary, work, top, largest, to):
     return count
 
 
-def _stand(logits, token_ids, tops, memory, offsets, ranks, top_ids):
-    work = np.int64(memory.ctypes.data)
-    rows, vocabulary = logits.shape
+def stand(logits, row_bytes, rows, vocabulary, tokens, counts, work, logs, places, named, most):
+    """Of `rows` rows `row_bytes` apart: int64 [R] tokens and counts; float64 logs, int64 places and named [R, most]."""
+    token_ids, tops = int64_at(tokens), int64_at(counts)
+    offsets, ranks = float64_at(logs), int64_at(places)
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     for number in range(rows):
-        row, mass = np.int64(logits.ctypes.data) + number * logits.strides[0], 0.0
+        row, mass = logits + number * row_bytes, 0.0
         largest = survey(row, vocabulary, work)
         for part in range(chunks):
             at = chunk_at(row, work + TAIL_AT, chunks, part)
             mass += weigh_chunk(at, largest, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
         offsets[number] = float(largest) + math.log(mass)
-        ranks[number] = _rank(row, chunks, work, token_ids[number], logits[number, token_ids[number]])
-        top_ids[number, :] = -1
+        ranks[number] = _rank(row, chunks, work, token_ids[number], float32_at(row)[token_ids[number]])
+        top_ids = int64_at(named + 8 * most * number)
+        for place in range(most):
+            top_ids[place] = -1
         if tops[number] > 0:
-            _top_ids(row, vocabulary, work, min(tops[number], vocabulary), largest, top_ids[number])
+            _top_ids(row, vocabulary, work, min(tops[number], vocabulary), largest, top_ids)
 
 
-def _adjust(row, masked, limited, allowed, forbidden, bias_ids, bias, seen_ids, counts, penalties):
+def adjust(
+    logits,
+    size,
+    masked,
+    limited,
+    kept,
+    kept_count,
+    hidden,
+    hidden_count,
+    biased,
+    bias_at,
+    biases,
+    seen,
+    seen_at,
+    seens,
+    penalties_at,
+):
+    """See `Adjustment`: its arrays by address and size."""
+    row, allowed, forbidden = float32_at(logits), int64_at(kept), int64_at(hidden)
+    bias_ids, bias, seen_ids, counts = int64_at(biased), float32_at(bias_at), int64_at(seen), float32_at(seen_at)
+    penalties = float64_at(penalties_at)
     odd = 0  # logits that a mask would hide although they show a broken model
     if masked and limited:
         start = 0
-        for place in range(len(allowed) + 1):
-            end = allowed[place] if place < len(allowed) else len(row)
+        for place in range(kept_count + 1):
+            end = allowed[place] if place < kept_count else size
             for token in range(start, end):
                 odd += 0 if row[token] < INFINITE else 1
                 row[token] = -INFINITE
             start = end + 1
     if masked:
-        for token in forbidden:
+        for place in range(hidden_count):
+            token = forbidden[place]
             odd += 0 if row[token] < INFINITE else 1
             row[token] = -INFINITE
     if odd:
         row[0] = np.nan
-    for place in range(len(bias_ids)):
+    for place in range(biases):
         row[bias_ids[place]] += bias[place]
-    repetition, frequency, presence = penalties
-    for place in range(len(seen_ids)):
+    repetition, frequency, presence = penalties[0], penalties[1], penalties[2]
+    for place in range(seens):
         logit, count = float(row[seen_ids[place]]), float(counts[place])
         if not logit < math.inf:
             continue
         logit = logit / repetition if logit > 0 else logit * repetition
         logit -= frequency * count + (presence if count > 0 else 0.0)
         row[seen_ids[place]] = min(logit, _LARGEST)
-
-
-_SIGNATURES = {
-    _draw: "void(float32[:, :], float64[:, ::1], uint8[::1], int64[::1], float32[::1])",
-    _stand: "void(float32[:, :], int64[::1], int64[::1], uint8[::1], float64[::1], int64[::1], int64[:, ::1])",
-    _adjust: "void(float32[::1], boolean, boolean, int64[::1], int64[::1], int64[::1], float32[::1], int64[::1],"
-    " float32[::1], UniTuple(float64, 3))",
-}
-
-
-@cache
-def _compiled(function: Callable[..., None]) -> Any:
-    signature = _SIGNATURES[function]
-    return compile_kept(lambda cached: njit(signature, nogil=True, cache=cached, error_model="numpy")(function))
-
-
-def prepare() -> None:
-    """Compiles all functions, or takes them from the cache on disk."""
-    for function in _SIGNATURES:
-        _compiled(function)
-
-
-def draw(logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """See the contract in the package."""
-    ids, largest = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
-    _compiled(_draw)(logits, controls, _workspace(logits.shape[1]), ids, largest)
-    return ids, largest
-
-
-def stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
-    """See the contract in the package."""
-    rows = len(logits)
-    offsets, ranks = np.empty(rows, np.float64), np.empty(rows, np.int64)
-    top_ids = np.empty((rows, int(tops.max(initial=0))), np.int64)
-    _compiled(_stand)(logits, token_ids, tops, _workspace(logits.shape[1]), offsets, ranks, top_ids)
-    return Standing(offsets, ranks, top_ids)
-
-
-def adjust(row: NDArray[np.float32], a: Adjustment) -> None:
-    """See the contract in the package."""
-    limited = a.allowed is not None
-    allowed = a.allowed if a.allowed is not None else a.forbidden
-    _compiled(_adjust)(
-        row, a.masked, limited, allowed, a.forbidden, a.bias_ids, a.bias, a.seen_ids, a.counts, a.penalties
-    )
-
-
-def _workspace(vocabulary: int) -> NDArray[np.uint8]:
-    return np.empty(workspace_bytes(vocabulary), np.uint8)

@@ -16,11 +16,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, LANES, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.sampling.contract import CHUNK, CHUNK_BYTES
 
-CHUNK = 512  # logits
-CHUNK_BYTES = 4 * CHUNK
-MAXIMA_BYTES = 4 * LANES  # of one chunk
 EDGES = 8  # bounds above which masses are summed in one pass
 GROUP = 64  # logits whose hits fit into one int64
 GROUPS = CHUNK // GROUP
@@ -297,16 +296,5 @@ def chunk_at(_: Any, row: Any, last: Any, chunks: Any, number: Any) -> Any:
         row, last, chunks, number = args
         is_last = b.icmp_signed("==", b.add(number, ir.Constant(I64, 1)), chunks)
         return b.select(is_last, last, b.add(row, b.mul(number, ir.Constant(I64, CHUNK_BYTES))))
-
-    return signature, code
-
-
-@intrinsic
-def float64_at(_: Any, address: Any) -> Any:
-    """An address as a pointer to float64, for indexing."""
-    signature = types.CPointer(types.float64)(types.int64)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], _F64.as_pointer())
 
     return signature, code

@@ -18,21 +18,27 @@ from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.emit import LANES
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
-from candle_vllm.core.kernels.sampling.cpu_chunks import (
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at
+from candle_vllm.core.kernels.sampling.contract import (
     CHUNK,
     CHUNK_BYTES,
+    EDGES_AT,
+    MASSES_AT,
+    MAXIMA_AT,
+    MAXIMA_BYTES,
+    SUMS_AT,
+    TAIL_AT,
+)
+from candle_vllm.core.kernels.sampling.cpu_chunks import (
     EDGES,
     GROUP,
     GROUPS,
-    MAXIMA_BYTES,
     add_masses,
     chunk_at,
     chunk_maxima,
     copy_hits,
     first_bit,
-    float64_at,
     hits,
     inner,
     key_of,
@@ -42,9 +48,6 @@ from candle_vllm.core.kernels.sampling.cpu_chunks import (
     value_of,
 )
 
-EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
-MAXIMA_AT = WEIGHTS_AT + CHUNK_BYTES
-SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # and behind the maxima
 _VALUES_AT = SUMS_AT  # and behind the maxima and the sums
 ALL = 1 << 40  # a number of ties that is never reached
 LOG2_E = math.log2(math.e)
@@ -52,11 +55,6 @@ LOWEST = np.float32(np.finfo(np.float32).min)
 INFINITE = np.float32(np.inf)
 _FEW = 48  # logits that are sorted
 _EVEN_ROUNDS = 6  # narrowing by even steps; then by the order of the bits, which ends for any numbers
-
-
-def workspace_bytes(vocabulary: int) -> int:
-    """Size of the workspace of a row of `vocabulary` logits."""
-    return SUMS_AT + -(-vocabulary // CHUNK) * (MAXIMA_BYTES + 8 + CHUNK_BYTES) + CHUNK_BYTES
 
 
 @inner

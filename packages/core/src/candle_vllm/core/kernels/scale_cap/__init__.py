@@ -7,7 +7,10 @@ Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 
 if TYPE_CHECKING:
     import torch
@@ -21,3 +24,49 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
     from candle_vllm.core.kernels.scale_cap import reference
 
     return reference.scale_cap_(x, scale, cap)
+
+
+class ScaleCapArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows, `stride` floats apart.
+        lines: of 16 numbers, of a row.
+        factor, cap: x becomes x * factor, or cap * tanh(x * factor).
+        rows_from: which of the step's numbers counts the rows.
+    """
+
+    x: int
+    stride: int
+    lines: int
+    factor: float
+    cap: float
+    rows_from: int
+
+
+def scale_cap_operation(capped: bool) -> int:
+    """Address of the compiled operation."""
+    return operation("scale_cap.cpu:make_scale_cap", capped)
+
+
+def scale_cap_arguments(
+    *,
+    x: int,
+    stride: int,
+    columns: int,
+    scale: float,
+    cap: float | None,
+    rows_from: StepNumber = StepNumber.TOKENS,
+) -> ScaleCapArguments:
+    """The operation's arguments.
+
+    Args:
+        x: address of float32 rows, `stride` floats apart; up to 15 numbers behind the end of a row change too.
+        columns: N.
+        scale, cap: see the contract in the package.
+        rows_from: which of the step's numbers counts the rows.
+    """
+    lines = -(-columns // LANES)
+    assert LANES * lines <= stride
+    factor = scale if cap is None else scale / cap
+    return ScaleCapArguments(x, stride, lines, factor, cap or 0.0, rows_from)

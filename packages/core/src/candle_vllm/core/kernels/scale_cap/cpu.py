@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_operation, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
+from candle_vllm.core.kernels.scale_cap import ScaleCapArguments
 
 
 @intrinsic(prefer_literal=True)
@@ -36,24 +37,6 @@ def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, capped: 
     return signature, code
 
 
-class ScaleCapArguments(NamedTuple):
-    """The operation's arguments.
-
-    Attributes:
-        x: address of float32 rows, `stride` floats apart.
-        lines: of 16 numbers, of a row.
-        factor, cap: x becomes x * factor, or cap * tanh(x * factor).
-        rows_from: which of the step's numbers counts the rows.
-    """
-
-    x: int
-    stride: int
-    lines: int
-    factor: float
-    cap: float
-    rows_from: int
-
-
 def make_scale_cap(CAPPED: int) -> Callable[..., None]:
     """The operation."""
 
@@ -68,32 +51,3 @@ def make_scale_cap(CAPPED: int) -> Callable[..., None]:
             unit += count
 
     return scale_cap
-
-
-@cache
-def scale_cap_operation(capped: bool) -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_scale_cap(int(capped)))
-
-
-def scale_cap_arguments(
-    *,
-    x: int,
-    stride: int,
-    columns: int,
-    scale: float,
-    cap: float | None,
-    rows_from: StepNumber = StepNumber.TOKENS,
-) -> ScaleCapArguments:
-    """The operation's arguments.
-
-    Args:
-        x: address of float32 rows, `stride` floats apart; up to 15 numbers behind the end of a row change too.
-        columns: N.
-        scale, cap: see the contract in the package.
-        rows_from: which of the step's numbers counts the rows.
-    """
-    lines = -(-columns // LANES)
-    assert LANES * lines <= stride
-    factor = scale if cap is None else scale / cap
-    return ScaleCapArguments(x, stride, lines, factor, cap or 0.0, rows_from)

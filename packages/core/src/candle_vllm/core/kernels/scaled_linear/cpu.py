@@ -11,20 +11,19 @@ add a span's products in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime import tiles as shared
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import compile_operation, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
-from candle_vllm.core.kernels.cpu_runtime.tiles import LinearArguments, stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
-from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind, ScaledMatrix
+from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind
 
 _CACHED_BYTES = 384 << 10
 """Widened weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
@@ -280,8 +279,9 @@ def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[in
 # ---- the operation ---------------------------------------------------------------------------------------------------
 
 
-def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
-    """The linear operation. TILE_BLOCK: bytes of widened weights gone through at a time; MOST: of two tiles."""
+def make_linear(KIND: int, ISA: int) -> Any:
+    """The linear operation."""
+    TILE_BLOCK, MOST = _CACHED_BYTES, _MOST_BYTES
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW
 
@@ -384,16 +384,3 @@ def _make_linear(KIND: int, ISA: int, TILE_BLOCK: int, MOST: int) -> Any:
                 row += count
 
     return scaled_linear
-
-
-@cache
-def linear_operation(kind: ScaledKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
-    return compile_operation(_make_linear(int(kind), int(isa), _CACHED_BYTES, _MOST_BYTES))
-
-
-def linear_arguments(matrix: ScaledMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
-    """See `cpu_runtime.tiles.linear_arguments`."""
-    assert x_bytes % VECTOR_BYTES == 0
-    assert x_bytes >= 2 * matrix.turns * matrix.kind.turn_columns
-    return shared.linear_arguments(matrix, matrix.turns, x_bytes=x_bytes, span=matrix.span_turns, **given)

@@ -22,10 +22,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 
 ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
@@ -116,3 +120,15 @@ class ScaledMatrix:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.data.nbytes
+
+
+def linear_operation(kind: ScaledKind, isa: Isa) -> int:
+    """Address of the compiled linear operation of a kind."""
+    return operation.operation("scaled_linear.cpu:make_linear", kind, isa)
+
+
+def linear_arguments(matrix: ScaledMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
+    """See `operation.linear_arguments`."""
+    assert x_bytes % 64 == 0
+    assert x_bytes >= 2 * matrix.turns * matrix.kind.turn_columns
+    return operation.linear_arguments(matrix, matrix.turns, x_bytes=x_bytes, span=matrix.span_turns, **given)

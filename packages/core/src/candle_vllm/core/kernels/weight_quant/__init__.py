@@ -16,19 +16,27 @@ llama.cpp's `ggml-quants.c`, without its importance matrix.
 
 from __future__ import annotations
 
-import importlib.util
+import numpy as np
 
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.weight_quant.searches import TYPES, Quantise
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
-    """What quantises blocks: compiled where Numba is, else in numpy, which is many times slower."""
+    """What quantises blocks: compiled where that can be, else in numpy, which is many times slower."""
     assert ggml_type.name in TYPES
-    if importlib.util.find_spec("numba") is None:
+    if not can_compile():
         from candle_vllm.core.kernels.weight_quant import reference
 
         return reference.quantiser(ggml_type)
-    from candle_vllm.core.kernels.weight_quant import cpu
+    compiled = c_function("weight_quant.cpu:make_quantise", 4, ggml_type)
 
-    return cpu.quantiser(ggml_type)
+    def quantise(x: np.ndarray, out: np.ndarray) -> bool:
+        assert x.dtype == np.float32 and x.flags.c_contiguous and out.flags.c_contiguous  # noqa: PT018
+        good = np.zeros(1, np.int64)
+        compiled(address_of(x), address_of(out), len(x), address_of(good))
+        return bool(good[0])
+
+    return quantise

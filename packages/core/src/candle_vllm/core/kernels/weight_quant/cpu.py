@@ -7,17 +7,16 @@ Letters: N blocks; a batch is what is searched at once, 16 groups: one block of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_kept
-from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int32_at, int64_at, uint8_at
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.weight_quant.cpu_search import bits_of, ends_of_32, fit_offset, fit_scale, store_codes
-from candle_vllm.core.kernels.weight_quant.searches import OFFSETS, SCALES, SIMPLE, Quantise
-from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.kernels.weight_quant.searches import OFFSETS, SCALES, SIMPLE, OffsetSearch, ScaleSearch
+from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _LARGEST_BITS = np.int32(0x477FE000)  # of 65504
@@ -105,14 +104,14 @@ def _make_symmetric(BITS: int) -> Callable[..., Any]:
     """q4_0 and q5_0: the number farthest from 0 becomes the lowest code."""
     HALF, BYTES = 1 << (BITS - 1), 2 + 4 * BITS
 
-    def quantise(x, bits, out):
-        good, at, to = True, x.ctypes.data, out.ctypes.data
-        for n in range(len(x)):
-            extreme = _extreme(at, bits[n])
+    def quantise(at, to, count):
+        good = True
+        for _ in range(count):
+            extreme = _extreme(at, int32_at(at))
             good &= _fits(extreme)
             d = np.float32(_float(extreme) / np.float32(-HALF))
             inverse = _inverse(d)
-            _store_half(out[n], 0, _half(d))
+            _store_half(uint8_at(to), 0, _half(d))
             store_codes(BITS, at, np.float32(0.0), inverse, np.float32(HALF + 0.5), to + 2)
             at, to = at + 128, to + BYTES
         return good
@@ -124,16 +123,16 @@ def _make_offset(BITS: int) -> Callable[..., Any]:
     """q4_1 and q5_1: the smallest number becomes 0, the largest the highest code."""
     MOST, BYTES = (1 << BITS) - 1, 4 + 4 * BITS
 
-    def quantise(x, bits, out):
-        good, at, to = True, x.ctypes.data, out.ctypes.data
-        for n in range(len(x)):
+    def quantise(at, to, count):
+        good = True
+        for _ in range(count):
             first, last = _ends(at)
             good &= _fits(first) and _fits(last)
             low = _float(first)
             d = np.float32(np.float32(_float(last) - low) / np.float32(MOST))
             inverse = _inverse(d)
-            _store_half(out[n], 0, _half(d))
-            _store_half(out[n], 2, _half(low))
+            _store_half(uint8_at(to), 0, _half(d))
+            _store_half(uint8_at(to), 2, _half(low))
             store_codes(BITS, at, low, inverse, np.float32(0.5), to + 4)
             at, to = at + 128, to + BYTES
         return good
@@ -141,22 +140,22 @@ def _make_offset(BITS: int) -> Callable[..., Any]:
     return quantise
 
 
-def _q8_0(x, bits, out):
+def _q8_0(at, to, count):
     good = True
-    for n in range(len(x)):
-        size = np.int32(0)
+    for n in range(count):
+        x, bits, out, size = float32_at(at + 128 * n), int32_at(at + 128 * n), uint8_at(to + 34 * n), np.int32(0)
         for i in range(32):
-            size = max(size, bits[n, i] & _MAGNITUDE)
+            size = max(size, bits[i] & _MAGNITUDE)
         good &= size <= _LARGEST_BITS
         d = np.float32(_float(size) / np.float32(127.0))
         inverse = _inverse(d)
-        _store_half(out[n], 0, _half(d))
+        _store_half(out, 0, _half(d))
         for i in range(32):  # halves go away from 0
-            scaled = np.float32(x[n, i] * inverse)
+            scaled = np.float32(x[i] * inverse)
             whole = np.int32(scaled)
             rest = np.float32(scaled - np.float32(whole))
             whole += np.int32(rest >= np.float32(0.5)) - np.int32(rest <= np.float32(-0.5))
-            out[n, 2 + i] = np.uint8(whole & 255)
+            out[2 + i] = np.uint8(whole & 255)
     return good
 
 
@@ -191,36 +190,35 @@ def _whole(values, count, most, low, high, whole):
     return half
 
 
-def _make_with_offset(GROUP: int, MOST: int, STORED: int, TRIES: int) -> Callable[..., Any]:
-    """q2_K, q4_K and q5_K. First and floor are arguments, as floats cannot be part of a compiled function's name."""
+def _make_with_offset(search: OffsetSearch, BYTES: int) -> Callable[..., Any]:
+    """q2_K, q4_K and q5_K."""
+    GROUP, MOST, STORED, TRIES = search.group, search.most, search.stored, search.tries
     PER_BLOCK = 256 // GROUP
     BATCH = 16 // PER_BLOCK
+    FIRST, FLOOR = np.float32(search.first), np.float32(search.floor)
 
-    def quantise(x, bits, out, first, floor):
-        good = True
-        lanes, fitted = np.empty(16 * GROUP, np.float32), np.empty((2, 16), np.float32)
-        scales, mins, codes = np.empty(16, np.int32), np.empty(16, np.int32), np.empty(256, np.uint8)
-        flat, flat_bits = x.reshape(-1), bits.reshape(-1)
-        for start in range(0, len(x), BATCH):
-            blocks = min(BATCH, len(x) - start)
-            part = slice(start * 256, (start + blocks) * 256)
-            good &= _transpose(flat[part], flat_bits[part], blocks * PER_BLOCK, GROUP, lanes)
-            at, to = lanes.ctypes.data, fitted.ctypes.data
-            fit_offset(at, GROUP, np.float32(MOST), first, TRIES, floor, to, to + 64)
+    def quantise(at, to, count):
+        good, work = True, stack_bytes(64 * GROUP + 512)
+        fitted = work + 64 * GROUP
+        scales, mins, codes = int32_at(fitted + 128), int32_at(fitted + 192), uint8_at(fitted + 256)
+        for start in range(0, count, BATCH):
+            blocks, part = min(BATCH, count - start), at + 1024 * start
+            good &= _transpose(float32_at(part), int32_at(part), blocks * PER_BLOCK, GROUP, float32_at(work))
+            fit_offset(work, GROUP, np.float32(MOST), FIRST, TRIES, FLOOR, fitted, fitted + 64)
             for b in range(blocks):
-                n, own = start + b, slice(b * PER_BLOCK, (b + 1) * PER_BLOCK)
-                d = _whole(fitted[0, own], PER_BLOCK, STORED, 0, STORED, scales)
-                m = _whole(fitted[1, own], PER_BLOCK, STORED, 0, STORED, mins)
+                x, out, own = float32_at(part + 1024 * b), uint8_at(to + BYTES * (start + b)), 4 * b * PER_BLOCK
+                d = _whole(float32_at(fitted + own), PER_BLOCK, STORED, 0, STORED, scales)
+                m = _whole(float32_at(fitted + 64 + own), PER_BLOCK, STORED, 0, STORED, mins)
                 for g in range(PER_BLOCK):
                     scale = np.float32(_value(d) * np.float32(scales[g]))
                     low = np.float32(_value(m) * np.float32(mins[g]))
                     for i in range(GROUP * g, GROUP * (g + 1)):
-                        code = _round(np.float32(np.float32(x[n, i] + low) / scale)) if scale != 0 else 0
+                        code = _round(np.float32(np.float32(x[i] + low) / scale)) if scale != 0 else 0
                         codes[i] = min(max(code, 0), MOST)
                 if MOST == 3:
-                    _pack_q2(scales, mins, d, m, codes, out[n])
+                    _pack_q2(scales, mins, d, m, codes, out)
                 else:
-                    _pack_q45(scales, mins, d, m, codes, out[n])
+                    _pack_q45(scales, mins, d, m, codes, out, MOST)
         return good
 
     return quantise
@@ -247,7 +245,7 @@ def _two_bits(codes, out, at):
 
 
 @inner
-def _pack_q45(scales, mins, d, m, codes, out):
+def _pack_q45(scales, mins, d, m, codes, out, most):
     """d, dmin, 12 bytes of scales and minima of 6 bits, for q5_K the fifth bits, nibbles."""
     _store_half(out, 0, d)
     _store_half(out, 2, m)
@@ -256,7 +254,7 @@ def _pack_q45(scales, mins, d, m, codes, out):
         out[8 + g] = mins[g] | ((mins[g + 4] >> 4) << 6)
         out[12 + g] = (scales[g + 4] & 15) | ((mins[g + 4] & 15) << 4)
     at = 16
-    if len(out) == 176:
+    if most == 31:
         for i in range(32):
             fifth = 0
             for g in range(8):
@@ -268,26 +266,27 @@ def _pack_q45(scales, mins, d, m, codes, out):
             out[at + 32 * pair + i] = (codes[64 * pair + i] & 15) | ((codes[64 * pair + 32 + i] & 15) << 4)
 
 
-def _make_scaled(HALF: int, STORED: int) -> Callable[..., Any]:
+def _make_scaled(search: ScaleSearch, BYTES: int) -> Callable[..., Any]:
     """q3_K and q6_K."""
+    HALF, STORED, FLOOR = search.half, search.stored, np.float32(search.floor)
 
-    def quantise(x, bits, out, floor):
-        good = True
-        lanes, fitted = np.empty(256, np.float32), np.empty(16, np.float32)
-        scales, codes = np.empty(16, np.int32), np.empty(256, np.uint8)
-        for n in range(len(x)):
-            good &= _transpose(x[n], bits[n], 16, 16, lanes)
-            fit_scale(lanes.ctypes.data, 16, np.float32(HALF), floor, fitted.ctypes.data)
-            d = _whole(fitted, 16, -STORED, -STORED, STORED - 1, scales)
+    def quantise(at, to, count):
+        good, work = True, stack_bytes(1024 + 64 + 64 + 256)
+        fitted, scales, codes = work + 1024, int32_at(work + 1088), uint8_at(work + 1152)
+        for n in range(count):
+            x, out = float32_at(at + 1024 * n), uint8_at(to + BYTES * n)
+            good &= _transpose(x, int32_at(at + 1024 * n), 16, 16, float32_at(work))
+            fit_scale(work, 16, np.float32(HALF), FLOOR, fitted)
+            d = _whole(float32_at(fitted), 16, -STORED, -STORED, STORED - 1, scales)
             for g in range(16):
                 scale = np.float32(_value(d) * np.float32(scales[g]))
                 for i in range(16 * g, 16 * (g + 1)):
-                    code = _round(np.float32(x[n, i] / scale)) if scale != 0 else 0
+                    code = _round(np.float32(x[i] / scale)) if scale != 0 else 0
                     codes[i] = min(max(code, -HALF), HALF - 1) + HALF
             if HALF == 4:
-                _pack_q3(scales, d, codes, out[n])
+                _pack_q3(scales, d, codes, out)
             else:
-                _pack_q6(scales, d, codes, out[n])
+                _pack_q6(scales, d, codes, out)
         return good
 
     return quantise
@@ -334,37 +333,22 @@ def _pack_q6(scales, d, codes, out):
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
-def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
-    """See the package."""
-    compiled, extra = _compiled(ggml_type.name), ()
-    if ggml_type.name in OFFSETS:
-        search = OFFSETS[ggml_type.name]
-        extra = (np.float32(search.first), np.float32(search.floor))
-    elif ggml_type.name in SCALES:
-        extra = (np.float32(SCALES[ggml_type.name].floor),)
+def make_quantise(KIND: int) -> Callable[..., None]:
+    """Quantises blocks: addresses of float32 numbers and of the result, how many, and where the answer goes, int64."""
+    kind = GGMLQuantizationType(KIND)
+    blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))
 
-    def quantise(x: np.ndarray, out: np.ndarray) -> bool:
-        return bool(compiled(x, x.view(np.int32), out, *extra))
+    def quantise_blocks(x, out, count, answer):
+        int64_at(answer)[0] = blocks(x, out, count)
 
-    return quantise
+    return quantise_blocks
 
 
-@cache
-def _compiled(name: str) -> Any:
-    function = _function(name)
-    # Numba keeps an index for each name, which two functions, or two processes, must not share.
-    function.__qualname__ += f".{name}"
-    floats = ", float32, float32" if name in OFFSETS else ", float32" if name in SCALES else ""
-    signature = f"boolean(float32[:, ::1], int32[:, ::1], uint8[:, ::1]{floats})"
-    return compile_kept(lambda cached: njit(signature, nogil=True, cache=cached, error_model="numpy")(function))
-
-
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str, size: int) -> Callable[..., Any]:
     if name in OFFSETS:
-        search = OFFSETS[name]
-        return _make_with_offset(search.group, search.most, search.stored, search.tries)
+        return _make_with_offset(OFFSETS[name], size)
     if name in SCALES:
-        return _make_scaled(SCALES[name].half, SCALES[name].stored)
+        return _make_scaled(SCALES[name], size)
     assert name in SIMPLE
     if name == "Q8_0":
         return _q8_0

@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, LANES, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.weight_quant.searches import LEAST_SPREAD, NOTHING, OFFSET_STEP, SCALE_STEP, SCALE_STEPS
 
 

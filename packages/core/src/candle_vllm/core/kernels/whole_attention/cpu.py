@@ -17,83 +17,22 @@ whichever thread computes it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, LANES, Emitter, Isa, vector
-from candle_vllm.core.kernels.cpu_runtime.operation import (
-    StepNumber,
-    address_of,
-    compile_operation,
-    read,
-    step_number,
-)
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
+from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, WholeArguments
 
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder
-
-PANEL = 8
-"""Keys, or dimensions of values, of a panel."""
-
-LOG2E = 1.4426950408889634
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
-_LINE = 4 * LANES  # bytes of a vector
 assert PANEL % RUN == 0
-
-
-class WholeArguments(NamedTuple):
-    """The arguments of both operations.
-
-    Attributes:
-        qkv, stride: address of float32 rows [T, 3 * H * D], and floats from one to the next.
-        heads, head_dim: H and D.
-        query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1].
-        keys, values: addresses of `panel_floats` floats each.
-        out, out_stride: address of the result [T, H * D], and floats from one row to the next.
-        scale: of scores, times log2(e).
-        scratch: address of `scratch_bytes`.
-        thread_bytes: of these, each thread's.
-    """
-
-    qkv: int
-    stride: int
-    heads: int
-    head_dim: int
-    query_start: int
-    keys: int
-    values: int
-    out: int
-    out_stride: int
-    scale: float
-    scratch: int
-    thread_bytes: int
-
-
-def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
-    """Floats of the panels of keys, and of those of values, in a step of that many tokens and texts."""
-    return PANEL * (tokens // PANEL + texts) * heads * _filled(head_dim)
-
-
-def thread_bytes(longest: int, head_dim: int) -> int:
-    """Scratch memory of one thread: two tiles of queries, results, sums and scores."""
-    return 2 * _LINE * (2 * _filled(head_dim) + 1 + _filled(longest))
-
-
-def scratch_bytes(longest: int, head_dim: int, threads: int) -> int:
-    """Scratch memory of both operations, for texts of at most `longest` tokens."""
-    return _HEADER + threads * thread_bytes(longest, head_dim)
-
-
-def _filled(count: int) -> int:
-    return -(-count // PANEL) * PANEL
 
 
 # ---- lay_out ---------------------------------------------------------------------------------------------------------
@@ -139,50 +78,40 @@ def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int,
                     to_values[d] = value[8 * panel + d] if 8 * panel + d < dim else 0.0
 
 
-def make_lay_out() -> Callable[..., None]:
+def lay_out(row, thread, threads):
     """The operation that makes panels of keys and values."""
-
-    def lay_out(row, thread, threads):
-        given = read(WholeArguments, row)
-        starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
-        sequences = step_number(row, _SEQUENCES)
-        if thread == 0:
-            int64_at(given.scratch)[0] = 0
-        total = 0
-        for r in range(sequences):
-            total += (starts[r + 1] - starts[r] + 7) >> 3
-        first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
-        before = 0  # panels of keys of the texts before this one
-        filled, width = (dim + 7) & -8, 4 * heads * dim
-        for r in range(sequences):
-            start = starts[r]
-            length = starts[r + 1] - start
-            panels = (length + 7) >> 3
-            base = _text_panels(start, r, heads, dim)
-            for item in range(max(first - before, 0), min(last - before, panels * heads)):
-                panel = item // heads
-                head = item - panel * heads
-                own = base + 32 * filled * panels * head
-                k = given.qkv + 4 * (start + 8 * panel) * given.stride + width + 4 * head * dim
-                _lay_panel(
-                    k,
-                    4 * given.stride,
-                    length - 8 * panel,
-                    dim,
-                    k + width,
-                    given.keys + own + 32 * filled * panel,
-                    given.values + own + 256 * panel,
-                    256 * panels,
-                )
-            before += panels * heads
-
-    return lay_out
-
-
-@cache
-def lay_out_operation() -> int:
-    """Address of the compiled operation."""
-    return compile_operation(make_lay_out())
+    given = read(WholeArguments, row)
+    starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
+    sequences = step_number(row, _SEQUENCES)
+    if thread == 0:
+        int64_at(given.scratch)[0] = 0
+    total = 0
+    for r in range(sequences):
+        total += (starts[r + 1] - starts[r] + 7) >> 3
+    first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
+    before = 0  # panels of keys of the texts before this one
+    filled, width = (dim + 7) & -8, 4 * heads * dim
+    for r in range(sequences):
+        start = starts[r]
+        length = starts[r + 1] - start
+        panels = (length + 7) >> 3
+        base = _text_panels(start, r, heads, dim)
+        for item in range(max(first - before, 0), min(last - before, panels * heads)):
+            panel = item // heads
+            head = item - panel * heads
+            own = base + 32 * filled * panels * head
+            k = given.qkv + 4 * (start + 8 * panel) * given.stride + width + 4 * head * dim
+            _lay_panel(
+                k,
+                4 * given.stride,
+                length - 8 * panel,
+                dim,
+                k + width,
+                given.keys + own + 32 * filled * panel,
+                given.values + own + 256 * panel,
+                256 * panels,
+            )
+        before += panels * heads
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -201,7 +130,7 @@ def _scores(
         bases = [b.add(at_queries, b.mul(size, e.int64(tile))) for tile in range(width)]
 
         def write(tile: int, row: int, total: Any) -> None:
-            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), total, _LINE * row)
+            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), total, LINE * row)
 
         emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
         return context.get_dummy_value()
@@ -220,7 +149,7 @@ def _softmax(_: Any, tiles: Any, scores: Any, step: Any, keys: Any, sums: Any) -
         bases = [b.add(at_scores, b.mul(size, e.int64(tile))) for tile in range(width)]
 
         def places(key: Any) -> list[Any]:
-            offset = b.mul(key, e.int64(_LINE))
+            offset = b.mul(key, e.int64(LINE))
             return [b.add(base, offset) for base in bases]
 
         def largest(key: Any, tops: list[Any]) -> list[Any]:
@@ -238,7 +167,7 @@ def _softmax(_: Any, tiles: Any, scores: Any, step: Any, keys: Any, sums: Any) -
             return made
 
         for tile, total in enumerate(e.loop(count, [e.zeros(F32)] * width, exponentials)):
-            e.store(at_sums, total, _LINE * tile)
+            e.store(at_sums, total, LINE * tile)
 
         def clear(key: Any, state: list[Any]) -> list[Any]:
             for at in places(b.add(count, key)):
@@ -273,8 +202,8 @@ def _values(
         bases = [b.add(at_probabilities, b.mul(size, e.int64(tile))) for tile in range(width)]
 
         def write(tile: int, row: int, total: Any) -> None:
-            share = b.fdiv(total, e.load(at_sums, vector(F32), _LINE * tile))
-            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), share, _LINE * row)
+            share = b.fdiv(total, e.load(at_sums, vector(F32), LINE * tile))
+            e.store(b.add(at_out, b.mul(out_size, e.int64(tile))), share, LINE * row)
 
         emit_sums(e, PlainKind.F32, features, bases, PANEL, at_panel, count, write)
         return context.get_dummy_value()
@@ -302,7 +231,7 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
         given = read(WholeArguments, row)
         starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
         filled = (dim + 7) & -8
-        queries = given.scratch + _HEADER + thread * given.thread_bytes
+        queries = given.scratch + HEADER + thread * given.thread_bytes
         tile_bytes = 64 * filled
         results = queries + 2 * tile_bytes
         sums = results + 2 * tile_bytes
@@ -350,46 +279,3 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
             before += parts * heads
 
     return attend_whole
-
-
-def attend_whole_operation(isa: Isa) -> int:
-    """Address of the compiled operation."""
-    return _compiled_attend(int(isa & (Isa.VNNI | Isa.BF16)))
-
-
-@cache
-def _compiled_attend(isa: int) -> int:
-    return compile_operation(make_attend_whole(isa))
-
-
-# ---- recording -------------------------------------------------------------------------------------------------------
-
-
-def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int, head_dim: int, out: Buffer) -> None:
-    """Writes both operations into a plan.
-
-    Args:
-        recorder: of the plan; a text has at most as many tokens as its largest step.
-        qkv: address of the rows, and floats from one to the next.
-        heads, head_dim: H and D.
-        out: of H * D columns.
-    """
-    limits = recorder.limits
-    floats = panel_floats(limits.tokens, limits.sequences, heads, head_dim)
-    keys, values = (recorder.memory(-(-floats // limits.tokens)) for _ in range(2))
-    given = WholeArguments(
-        qkv=qkv[0],
-        stride=qkv[1],
-        heads=heads,
-        head_dim=head_dim,
-        query_start=address_of(recorder.arrays.query_start),
-        keys=address_of(keys),
-        values=address_of(values),
-        out=address_of(out.array),
-        out_stride=out.stride,
-        scale=head_dim**-0.5 * LOG2E,
-        scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
-        thread_bytes=thread_bytes(limits.tokens, head_dim),
-    )
-    recorder.add(lay_out_operation(), given)
-    recorder.add(attend_whole_operation(recorder.isa), given)

@@ -1,0 +1,90 @@
+"""What this CPU can do: the vectors and instructions that kernels use, and the level for which they are compiled.
+
+Machine code is made for few levels instead of for every model of CPU, so that what one machine compiled runs on all of
+its level.
+"""
+
+from __future__ import annotations
+
+import enum
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+LANES = 16
+"""Numbers of 32 bits in a vector of the kernels."""
+
+
+class Isa(enum.IntFlag):
+    """Instructions beyond the common ground; forced in tests by passing another set."""
+
+    GENERIC = 0
+    VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
+    BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
+
+
+class Level(NamedTuple):
+    """A common ground of CPUs.
+
+    Attributes:
+        name: in names of folders.
+        cpu: what LLVM calls a CPU that has these instructions and few others.
+        isa: what of them the kernels ask for by name.
+        flags: by which Linux names them.
+    """
+
+    name: str
+    cpu: str
+    isa: Isa
+    flags: frozenset[str]
+
+
+_AVX2 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
+_AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"])
+LEVELS = (
+    Level("avx512-bf16", "cooperlake", Isa.VNNI | Isa.BF16, _AVX512 | {"avx512_bf16"}),
+    Level("avx512-vnni", "cascadelake", Isa.VNNI, _AVX512),
+    Level("avx2", "x86-64-v3", Isa.GENERIC, _AVX2),
+)
+"""Of x86-64, the most able first. Source: the x86-64 psABI (v3), Intel's and LLVM's tables of CPUs."""
+
+
+@cache
+def host_level() -> Level:
+    """The level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is what LLVM calls this one."""
+    return level_of(_cpu_flags()) or _native()
+
+
+def host_isa() -> Isa:
+    """The instructions of this CPU that the kernels can use."""
+    return host_level().isa
+
+
+def level_of(flags: frozenset[str]) -> Level | None:
+    """The most able level whose flags are all there."""
+    return next((level for level in LEVELS if level.flags <= flags), None)
+
+
+def is_linux_x86() -> bool:
+    """Whether machine code is linked by `machine_code` itself."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def _native() -> Level:
+    import llvmlite.binding
+
+    features = llvmlite.binding.get_host_cpu_features()
+    isa = Isa.VNNI if features.get("avx512vnni") and features.get("avx512bw") else Isa.GENERIC
+    isa |= Isa.BF16 if features.get("avx512bf16") else Isa.GENERIC
+    return Level("native", llvmlite.binding.get_host_cpu_name(), isa, frozenset())
+
+
+def _cpu_flags() -> frozenset[str]:
+    """As Linux names them; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if is_linux_x86() else []
+    except OSError:
+        lines = []
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

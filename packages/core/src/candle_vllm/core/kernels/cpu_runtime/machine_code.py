@@ -1,0 +1,175 @@
+"""Machine code of x86-64 Linux without LLVM: an object file becomes an image that runs wherever it is mapped.
+
+An image is text and constants, linked with each other; calls to the C library go through slots behind them, which are
+filled when the image is loaded. Source: the System V ABI, AMD64 supplement, and its ELF-64 object file format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import struct
+from functools import cache
+from typing import NamedTuple
+
+ENTRY = "candle_entry"
+"""The symbol of an object file that is called."""
+
+_PROGBITS, _SYMTAB, _RELA = 1, 2, 4
+_WRITABLE = 1
+_PC32, _PLT32 = 2, 4  # kinds of relocations: the distance to a symbol, which may be a function elsewhere
+_STUB = b"\xff\x25"  # jmp *distance(%rip)
+_STUB_BYTES, _SLOT_BYTES = 16, 8
+
+
+class Image(NamedTuple):
+    """Code that runs wherever it is mapped.
+
+    Attributes:
+        code: the bytes.
+        entry: where the function begins.
+        slots: by name, where the address of a function of the C library belongs, 8 bytes.
+    """
+
+    code: bytes
+    entry: int
+    slots: dict[str, int]
+
+
+class _Section(NamedTuple):
+    kind: int
+    flags: int
+    offset: int
+    size: int
+    link: int
+    info: int
+    align: int
+
+
+class LinkError(ValueError):
+    """An object file has something that code which runs anywhere cannot have."""
+
+
+# ---- from an object file to an image ---------------------------------------------------------------------------------
+
+
+def link(made: bytes) -> Image:
+    """Links an object file of LLVM's, position-independent code of the small model.
+
+    Raises:
+        LinkError: it writes to memory of its own, or names what is no function of the C library.
+    """
+    sections = _sections(made)
+    symbols = _symbols(made, sections)
+    entry = next(symbol for symbol in symbols if symbol[0] == ENTRY)
+    relocations = {part.info: _relocations(made, part) for part in sections if part.kind == _RELA}
+    code, starts = bytearray(), dict[int, int]()
+    wanted = [entry[1]]
+    for number in wanted:  # which grows: what the code names, and what that names
+        if number >= len(sections):  # numbers that stand for no section: memory without contents
+            raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
+        section = sections[number]
+        if section.kind != _PROGBITS or section.flags & _WRITABLE:
+            raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
+        code += bytes(-len(code) % max(section.align, 1))
+        starts[number] = len(code)
+        code += made[section.offset : section.offset + section.size]
+        named = (symbols[symbol][1] for _, _, symbol, _ in relocations.get(number, ()))
+        wanted += [other for other in dict.fromkeys(named) if other and other not in wanted]
+    code += bytes(-len(code) % _STUB_BYTES)
+    patches = [
+        (start + at, kind, symbol, addend)
+        for number, start in starts.items()
+        for at, kind, symbol, addend in relocations.get(number, ())
+    ]
+    outside = sorted({symbols[number][0] for _, _, number, _ in patches if symbols[number][1] == 0})
+    stubs = {name: len(code) + place * _STUB_BYTES for place, name in enumerate(outside)}
+    slots = {name: len(code) + len(outside) * _STUB_BYTES + place * _SLOT_BYTES for place, name in enumerate(outside)}
+    for name in outside:
+        code += (_STUB + struct.pack("<i", slots[name] - stubs[name] - 6)).ljust(_STUB_BYTES, b"\xcc")
+    code += bytes(_SLOT_BYTES * len(outside))
+    for at, kind, number, addend in patches:
+        name, section, value = symbols[number]
+        if kind not in (_PC32, _PLT32) or (section == 0 and kind != _PLT32):
+            raise LinkError(f"a relocation of kind {kind} to {name!r}")
+        target = starts[section] + value if section else stubs[name]
+        struct.pack_into("<i", code, at, target + addend - at)
+    return Image(bytes(code), starts[entry[1]] + entry[2], slots)
+
+
+def _sections(made: bytes) -> list[_Section]:
+    if len(made) < 64 or made[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", made, 16) != (1, 62):
+        raise LinkError("not an object file of x86-64")
+    at, (size, count) = struct.unpack_from("<Q", made, 40)[0], struct.unpack_from("<HH", made, 58)
+    found = (struct.unpack_from("<IIQQQQIIQQ", made, at + number * size) for number in range(count))
+    return [_Section(s[1], s[2], s[4], s[5], s[6], s[7], s[8]) for s in found]
+
+
+def _symbols(made: bytes, sections: list[_Section]) -> list[tuple[str, int, int]]:
+    """Name, number of the section (0: elsewhere) and place in it of every symbol."""
+    (table,) = (section for section in sections if section.kind == _SYMTAB)
+    names = sections[table.link].offset
+    found = []
+    for at in range(table.offset, table.offset + table.size, 24):
+        name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", made, at)
+        end = made.index(b"\0", names + name)
+        found.append((made[names + name : end].decode(), section, value))
+    return found
+
+
+def _relocations(made: bytes, section: _Section) -> list[tuple[int, int, int, int]]:
+    """Place, kind, number of the symbol and addend of every relocation."""
+    found = (struct.unpack_from("<QQq", made, at) for at in range(section.offset, section.offset + section.size, 24))
+    return [(at, info & 0xFFFFFFFF, info >> 32, addend) for at, info, addend in found]
+
+
+# ---- from an image to an address -------------------------------------------------------------------------------------
+
+
+def load(image: Image) -> int:
+    """Maps an image for the life of the process; returns the address of its function.
+
+    Raises:
+        OSError: the system gives no memory that may be executed.
+        LinkError: the C library has no function of a name.
+    """
+    libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(len(image.code))
+    libc.mmap.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    at = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, ctypes.c_size_t(0))
+    if at in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "no memory for machine code")
+    code = bytearray(image.code)
+    for name, slot in image.slots.items():
+        struct.pack_into("<Q", code, slot, _function_address(name))
+    ctypes.memmove(at, bytes(code), len(code))
+    if libc.mprotect(ctypes.c_void_p(at), size, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
+        raise OSError(ctypes.get_errno(), "the system lets no memory be executed that was written")
+    return at + image.entry
+
+
+@cache
+def _function_address(name: str) -> int:
+    for library in (None, "libm.so.6"):  # Python itself is linked with both, on most systems
+        try:
+            return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
+        except (AttributeError, OSError):
+            continue
+    raise LinkError(f"the C library has no function {name!r}")
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def to_bytes(image: Image) -> bytes:
+    """What `from_bytes` reads."""
+    head = json.dumps({"entry": image.entry, "slots": image.slots}).encode()
+    return struct.pack("<Q", len(head)) + head + image.code
+
+
+def from_bytes(kept: bytes) -> Image:
+    """The image, of bytes that are known to be whole."""
+    (size,) = struct.unpack_from("<Q", kept)
+    head = json.loads(kept[8 : 8 + size])
+    return Image(kept[8 + size :], head["entry"], head["slots"])

@@ -1,0 +1,112 @@
+"""Machine code that travels with the package, so that a machine of a common level needs neither Numba nor time.
+
+    python -m candle_vllm.core.kernels.cpu_runtime.travelling
+
+writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
+whatever this machine is. It takes about a minute and a half for each. What is not in the list below is compiled where
+it is first needed. A change of any kernel's source makes the code useless: it lies in a folder that is named by a hash
+of the sources, which nothing then looks for; so it is made again before wheels are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level
+from candle_vllm.core.kernels.cpu_runtime.operation import named_function
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.plain_linear.layout import PlainKind
+from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
+from candle_vllm.core.kernels.weight_quant.searches import TYPES
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
+LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
+
+
+def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
+    for code in (
+        "column_order.cpu:column_order",
+        "cpu_runtime.walk:run",
+        "cpu_runtime.walk:work",
+        "embedding.cpu:add",
+        "kv_write.cpu:rotate_and_write",
+        "moe.cpu:combine",
+        "moe.cpu:experts",
+        "moe.cpu:route",
+        "position_scale.cpu:position_scale",
+        "sampling.cpu:adjust",
+        "sampling.cpu:draw",
+        "sampling.cpu:stand",
+        "whole_attention.cpu:lay_out",
+    ):
+        yield code, ()
+    yield "whole_attention.cpu:make_attend_whole", (isa & (Isa.VNNI | Isa.BF16),)
+    for prologue in Prologue:
+        yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated)
+        for form in RowForm:
+            yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
+    for flag in (0, 1):
+        yield "rms_norm.cpu:make_head_norm", (flag,)
+        yield "rms_norm.cpu:make_norm_onto", (flag,)
+        yield "scale_cap.cpu:make_scale_cap", (flag,)
+        yield "latent_attention.cpu_heads:make_heads", (flag,)
+    for head_dim in HEAD_DIMS:
+        yield "attention.cpu:make_attend", (head_dim, isa & Isa.BF16)
+        yield "attention.cpu:make_merge", (head_dim,)
+    for form in RowForm:
+        yield "latent_attention.cpu_write:make_prepare", (form,)
+        for rope, latent in LATENT:
+            yield "latent_attention.cpu:make_attend", (rope, latent, form, isa & Isa.BF16)
+            yield "latent_attention.cpu:make_merge", (latent, form)
+    for name, kinds in (("packed", PackedKind), ("plain", PlainKind), ("scaled", ScaledKind)):
+        for kind in kinds:
+            yield f"{name}_linear.cpu:make_linear", (kind, isa)
+            if name != "scaled":
+                yield f"{name}_linear.cpu:make_embedding", (kind,)
+    for name in TYPES:
+        yield "weight_quant.cpu:make_quantise", (GGMLQuantizationType[name],)
+
+
+def write(level: Level, folder: Path) -> None:
+    """Compiles all of it for a level; to be called in a process whose Numba compiles for that level."""
+    folder = folder / kernel_cache.fingerprint(level)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    for name, make in wanted.items():
+        kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), level))
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Writes the code of all levels, or of those that are named."""
+    parser = argparse.ArgumentParser(prog="travelling", description="compile the CPU kernels that travel in the wheel")
+    parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
+    parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
+    options = parser.parse_args(given)
+    levels = [level for level in LEVELS if not options.levels or level.name in options.levels]
+    if unknown := set(options.levels) - {level.name for level in levels}:
+        parser.error(f"no level is called {', '.join(sorted(unknown))}")
+    if options.here:
+        write(levels[0], options.into)
+        return
+    for level in levels:
+        program = [sys.executable, "-m", __spec__.name if __name__ == "__main__" else __name__]
+        environment = {**os.environ, "NUMBA_CPU_NAME": level.cpu, "NUMBA_CPU_FEATURES": ""}
+        subprocess.run([*program, "--here", "--into", options.into, level.name], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+# pyright: reportCallIssue=false, reportIndexIssue=false
+"""Machine code without LLVM: linked by us it computes what it does linked by LLVM, and what cannot be is said."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache, level, machine_code, travelling
+from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function, load_object
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_level, level_of
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, named_function
+from candle_vllm.core.kernels.cpu_runtime.primitives import float64_at, int64_at
+
+pytestmark = pytest.mark.skipif(not level.is_linux_x86(), reason="elsewhere LLVM links")
+KERNELS = Path(kernel_cache.__file__).parents[1]
+
+
+@numba.njit
+def fill(at, count):
+    values = float64_at(at)
+    for i in range(count):
+        values[i] = math.exp(values[i]) + math.log(2.0 + i) * 0.3
+
+
+def exponents(at, count, answer):
+    """Calls the C library, has constants, and a function of its own that is not inlined."""
+    fill(at, count)
+    int64_at(answer)[0] = count // 3
+
+
+def run(address: int, count: int) -> tuple[np.ndarray, int]:
+    values, answer = np.linspace(-3, 3, count), np.zeros(1, np.int64)
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(address)(address_of(values), count, address_of(answer))
+    return values, int(answer[0])
+
+
+def test_linked_by_us_is_linked_by_llvm() -> None:
+    made = compile_function(exponents, host_level().cpu)
+    image = machine_code.link(made)
+    assert {"exp", "log"} <= set(image.slots)
+    again = machine_code.from_bytes(machine_code.to_bytes(image))
+    assert again == image
+    ours, theirs = run(machine_code.load(again), 101), run(load_object(made), 101)
+    assert ours[0].tobytes() == theirs[0].tobytes()
+    assert ours[1] == theirs[1] == 33
+
+
+@pytest.mark.parametrize("made", [b"", b"\x7fELF\x02\x01", b"MZ" + bytes(100)])
+def test_what_is_no_object_file_is_refused(made: bytes) -> None:
+    with pytest.raises(machine_code.LinkError, match="not an object file"):
+        machine_code.link(made)
+
+
+def test_a_function_that_the_c_library_has_not_is_named() -> None:
+    image = machine_code.Image(bytes(64), 0, {"no_such_function_anywhere": 0})
+    with pytest.raises(machine_code.LinkError, match="no_such_function_anywhere"):
+        machine_code.load(image)
+
+
+def test_loaded_code_cannot_be_written() -> None:
+    address = machine_code.load(machine_code.link(compile_function(exponents, host_level().cpu)))
+    start, *_ = (
+        line.split()[1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if (bounds := [int(x, 16) for x in line.split()[0].split("-")]) and bounds[0] <= address < bounds[1]
+    )
+    assert start == "r-xp"
+
+
+# ---- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
+    best, middle, least = LEVELS
+    assert level_of(best.flags | {"something"}) is best
+    assert level_of(best.flags - {"avx512_bf16"}) is middle
+    assert level_of(best.flags - {"avx512_vnni"}) is least
+    assert level_of(least.flags - {"fma"}) is None
+    assert [entry.isa for entry in LEVELS] == [Isa.VNNI | Isa.BF16, Isa.VNNI, Isa.GENERIC]
+
+
+# ---- what travels ----------------------------------------------------------------------------------------------------
+
+
+def test_every_function_that_is_asked_for_can_travel() -> None:
+    named = set()
+    for path in (*KERNELS.glob("*/*.py"),):
+        named |= set(re.findall(r'(?:operation|c_function)\(\s*"([\w.]+:\w+)"', path.read_text()))
+        named |= set(re.findall(r'= \("([\w.]+:\w+)", \d+\)', path.read_text()))
+        named |= set(re.findall(r'\("([\w.]+:\w+)", \d+\)', path.read_text()))
+    listed = {code for code, _ in travelling.functions(Isa.VNNI)}
+    assert len(named) > 20
+    assert named == listed
+
+
+def test_every_function_that_travels_is_there() -> None:
+    for code, constants in travelling.functions(Isa.VNNI | Isa.BF16):
+        assert callable(named_function(code, *constants)[1]())
+
+
+FEW = [("column_order.cpu:column_order", ()), ("weight_quant.cpu:make_quantise", (8,))]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a few functions that travel, for all levels."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(travelling, "functions", lambda isa: iter(FEW))
+        for entry in LEVELS:
+            travelling.write(entry, folder)
+    return folder
+
+
+def test_code_for_every_level_is_made_anywhere(few: Path) -> None:
+    assert len(list(few.iterdir())) == len(LEVELS)
+    for folder in few.iterdir():
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "column_order.cpu.column_order",
+            "weight_quant.cpu.make_quantise.8",
+        ]
+
+
+_RUN = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+from pathlib import Path
+import numpy as np
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache
+kernel_cache.TRAVELLING = Path(sys.argv[1])
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.kernels.weight_quant import quantiser, reference
+x = np.random.default_rng(1).normal(size=(7, 32)).astype(np.float32)
+out, wanted = np.zeros((7, 34), np.uint8), np.zeros((7, 34), np.uint8)
+assert quantiser(GGMLQuantizationType.Q8_0)(x, out)
+assert reference.quantiser(GGMLQuantizationType.Q8_0)(x, wanted)
+assert np.array_equal(out, wanted)
+"""
+
+
+def test_what_travels_runs_without_numba_and_without_a_cache(few: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", _RUN, str(few)]
+    found = subprocess.run(
+        program, capture_output=True, text=True, timeout=60, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_of_other_sources_is_not_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0123456789abcdef").symlink_to(few / kernel_cache.fingerprint(host_level()))
+    monkeypatch.setattr(kernel_cache, "TRAVELLING", tmp_path)
+    asked: list[Any] = []
+    monkeypatch.setattr(kernel_cache, "kernel_cache", partial(asked.append, "the cache"))
+    kernel_cache.compiled_address("weight_quant.cpu.make_quantise.8", named_function(*FEW[1][:1], 8)[1])
+    assert asked == ["the cache"]
+
+
+def test_an_unknown_level_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        travelling.main(["avx2", "avx3"])
+    assert "no level is called avx3" in capsys.readouterr().err
+
+
+def test_a_function_of_integers_can_be_called_from_python() -> None:
+    assert callable(c_function("sampling.cpu:draw", 8))
