@@ -123,6 +123,18 @@ def collect_seldom() -> None:
     atexit.register(_let_go)
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keeps the collector from going again and again through what stays, while there is more and more of it."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
 def _let_go() -> None:
     if "triton" not in sys.modules:  # it writes a line for each object of its own that was not collected
         gc.freeze()

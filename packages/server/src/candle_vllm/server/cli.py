@@ -10,12 +10,12 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.core.threads import collect_seldom
+from candle_vllm.core.threads import collect_seldom, collector_paused
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse, split_command
 
@@ -61,35 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
-    """Runs one command; its module, and with it the engine, is imported only here."""
-    settings = configuration.settings
+    """Runs one command."""
+    with collector_paused():  # modules are many objects, and none of them is garbage
+        program = _program(command)
+    return program(configuration if command in ("serve", "config") else configuration.settings, **own)
+
+
+def _program(command: str) -> Callable[..., int]:
+    """What runs a command; its module, and with it the engine, is imported only here."""
     if command == "serve":
-        from candle_vllm.server.serve import serve
-
-        return serve(configuration)
-    if command == "config":
-        from candle_vllm.server.commands.config import config
-
-        return config(configuration, **own)
-    if command == "generate":
-        from candle_vllm.server.commands.generate import generate
-
-        return generate(settings, **own)
-    if command == "chat":
-        from candle_vllm.server.commands.chat import chat
-
-        return chat(settings, **own)
-    if command == "agent":
-        from candle_vllm.server.commands.agent import agent
-
-        return agent(settings, **own)
-    if command == "quantize":
-        from candle_vllm.server.commands.quantize import quantize
-
-        return quantize(settings, **own)
-    from candle_vllm.server.commands.bench import bench
-
-    return bench(settings, **own)
+        from candle_vllm.server.serve import serve as program
+    elif command == "config":
+        from candle_vllm.server.commands.config import config as program
+    elif command == "generate":
+        from candle_vllm.server.commands.generate import generate as program
+    elif command == "chat":
+        from candle_vllm.server.commands.chat import chat as program
+    elif command == "agent":
+        from candle_vllm.server.commands.agent import agent as program
+    elif command == "quantize":
+        from candle_vllm.server.commands.quantize import quantize as program
+    else:
+        from candle_vllm.server.commands.bench import bench as program
+    return program
 
 
 def configure_logging(level: str, style: str = "text") -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, collector_paused, fill, load_model, pooling_of
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, fill, load_model, pooling_of
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -29,6 +29,7 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights
 from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
+from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +85,6 @@ class LoadedModel(Loaded):
 
     decoder: Decoder
     config: ModelConfig
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keeps Python's cycle collector from going through the vocabulary again and again while it grows."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
 
 
 @collector_paused()
