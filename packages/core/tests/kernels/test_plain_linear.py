@@ -201,7 +201,17 @@ def test_a_tile_has_the_same_bits_in_any_matrix(kind, lone_thread):
     assert same_bits(part, whole[:, 5:22].copy())
 
 
-def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
+@each_kind
+@pytest.mark.parametrize("columns", [31, 777])
+def test_groups_of_rows_have_the_bits_of_each_row(kind, columns, lone_thread):
+    """Groups end with blocks of every height; K is taken in parts where it is long."""
+    matrix, x = packed(kind, 37, columns), activations(141, columns)
+    alone = np.concatenate([multiply(lone_thread, matrix, x[row : row + 1]) for row in range(len(x))])
+    for rows in (8, 9, 12, 13, 64, 65, 70, 141):
+        assert same_bits(multiply(lone_thread, matrix, x[:rows]), alone[:rows])
+
+
+def test_activations_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
     matrix, x = packed(PlainKind.BF16, 63, ODD), activations(20, ODD)
     whole = multiply(lone_thread, matrix, x)
     monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)

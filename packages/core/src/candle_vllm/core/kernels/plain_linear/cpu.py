@@ -1,9 +1,11 @@
 """The plain linear layer as compiled CPU operations: step 6 of a request's life.
 
-The shape is that of `packed_linear/cpu.py`. A thread owns a run of tiles, takes as many of them as stay in the cache,
-and for these goes through the rows of activations in blocks of 8, 4 or 1. A block's rows are first copied into a
-**panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are not written. One row
-is read where it stands.
+A thread owns a run of tiles, and goes through them with rows of activations in blocks of 8, 4 or 1. A block's rows are
+first copied into a **panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are
+not written. One row is read where it stands.
+
+More than 8 rows are taken in groups, whose panels stay in the second-level cache. Each two tiles meet all of them, a
+part of K at a time, which stays in the first-level cache; in between sums wait in memory.
 
 With AVX-512, 8 rows meet two tiles at once: 16 sums in registers for 2 loads of weights and 8 of activations a step, so
 that the multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two
@@ -22,38 +24,56 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, write_tiles
-from candle_vllm.core.kernels.plain_linear.layout import ROWS, PlainKind
+from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
-"""Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+"""Panels that one thread goes through again for every two tiles: they stay in its second-level cache."""
+
+_PANELS = 8  # most of a group
+
+_PART = 48
+"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB."""
 
 
 @intrinsic(prefer_literal=True)
 def _multiply(
-    _: Any, kind: Any, block: Any, tiles: Any, isa: Any, weights: Any, tile_bytes: Any, panel: Any, out: Any, runs: Any
+    _: Any,
+    kind: Any,
+    block: Any,
+    tiles: Any,
+    isa: Any,
+    more: Any,
+    weights: Any,
+    tile_bytes: Any,
+    panel: Any,
+    out: Any,
+    runs: Any,
 ) -> Any:
-    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`."""
+    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`, or `more` of such sums."""
     number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
     features = Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, size, at_panel, at_out, count = args[4:]
+        at_weights, size, at_panel, at_out, count = args[5:]
         bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def begin(tile: int, row: int) -> Any:
+            return e.load(at_out, vector(F32), (tile * height + row) * 4 * ROWS)
 
         def write(tile: int, row: int, total: Any) -> None:
             e.store(at_out, total, (tile * height + row) * 4 * ROWS)
 
-        emit_sums(e, number, features, bases, height, at_panel, count, write)
+        emit_sums(e, number, features, bases, height, at_panel, count, write, begin if more.literal_value else None)
         return context.get_dummy_value()
 
-    return types.void(kind, block, tiles, isa, *[types.int64] * 5), code
+    return types.void(kind, block, tiles, isa, more, *[types.int64] * 5), code
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -61,7 +81,7 @@ def _multiply(
 
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
-    TILE_BLOCK = _CACHED_BYTES
+    PANEL_BYTES = _CACHED_BYTES  # of the panels of a group, which has one at least
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -72,42 +92,75 @@ def make_linear(KIND: int, ISA: int) -> Any:
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = stack_bytes(8 * x_bytes + 1024 + 64)
-        sums = panel + 8 * x_bytes
-        addresses = int64_at(sums + 1024)
-        step = max(TILE_BLOCK // tile_bytes, 2) & -2
-        for begin in range(first, last, step):
-            end = min(begin + step, last)
-            row = 0
-            while row < rows:
-                left = rows - row
-                block = 8 if left > 4 else 4 if left > 1 else 1
-                count = min(block, left)
-                for index in range(block):
-                    source = row + min(index, count - 1)
+        panel_bytes, most = 8 * x_bytes, 1
+        if rows > 8:
+            most = min(max(PANEL_BYTES // panel_bytes, 1), _PANELS)
+        panels = stack_bytes(most * (panel_bytes + 1024) + 64)
+        sums = panels + most * panel_bytes
+        addresses = sums + most * 1024
+        at_address, run_bytes = int64_at(addresses), tile_bytes // runs
+        row = 0
+        while rows - row > 8:
+            count = min(8 * most, rows - row)
+            if count & 7 <= 4:  # a smaller block is left for the end
+                count &= -8
+            blocks = (count + 7) >> 3
+            for block in range(blocks):
+                for index in range(8):
+                    source = row + min(8 * block + index, count - 1)
                     if given.picked != 0:
                         source = int64_at(given.picked)[source]
-                    addresses[index] = given.x + source * x_bytes
-                target = given.out + row * row_bytes
-                if block == 8:
-                    fill_panel(8, panel, sums + 1024, x_bytes >> 6)
-                elif block == 4:
-                    fill_panel(4, panel, sums + 1024, x_bytes >> 6)
-                tile = begin
-                while tile < end:
-                    at = weights + tile * tile_bytes
-                    width = 2 if block == 8 and end - tile >= 2 else 1
-                    if width == 2:
-                        _multiply(KIND, 8, 2, ISA, at, tile_bytes, panel, sums, runs)
-                    elif block == 8:
-                        _multiply(KIND, 8, 1, ISA, at, tile_bytes, panel, sums, runs)
-                    elif block == 4:
-                        _multiply(KIND, 4, 1, ISA, at, tile_bytes, panel, sums, runs)
-                    else:
-                        _multiply(KIND, 1, 1, ISA, at, tile_bytes, addresses[0], sums, runs)
-                    write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
-                    tile += width
-                row += count
+                    at_address[index] = given.x + source * x_bytes
+                fill_panel(8, panels + block * panel_bytes, addresses, x_bytes >> 6)
+            tile = first
+            while tile < last:
+                at = weights + tile * tile_bytes
+                width = 2 if last - tile >= 2 else 1
+                values = float32_at(sums)
+                for index in range(256 * blocks):
+                    values[index] = 0.0
+                for begin in range(0, runs, _PART):
+                    some, part = min(_PART, runs - begin), at + begin * run_bytes
+                    for block in range(blocks):
+                        panel, to = panels + block * panel_bytes + begin * 32 * RUN, sums + 1024 * block
+                        if width == 2:
+                            _multiply(KIND, 8, 2, ISA, 1, part, tile_bytes, panel, to, some)
+                        else:
+                            _multiply(KIND, 8, 1, ISA, 1, part, tile_bytes, panel, to, some)
+                for block in range(blocks):
+                    target = given.out + (row + 8 * block) * row_bytes
+                    some = min(8, count - 8 * block)
+                    write_tiles(sums + 1024 * block, 8, some, tile, width, columns, target, row_bytes, bias, accumulate)
+                tile += width
+            row += count
+        count = rows - row
+        if count <= 0:
+            return
+        block = 8 if count > 4 else 4 if count > 1 else 1
+        for index in range(block):
+            source = row + min(index, count - 1)
+            if given.picked != 0:
+                source = int64_at(given.picked)[source]
+            at_address[index] = given.x + source * x_bytes
+        target = given.out + row * row_bytes
+        if block == 8:
+            fill_panel(8, panels, addresses, x_bytes >> 6)
+        elif block == 4:
+            fill_panel(4, panels, addresses, x_bytes >> 6)
+        tile = first
+        while tile < last:
+            at = weights + tile * tile_bytes
+            width = 2 if block == 8 and last - tile >= 2 else 1
+            if width == 2:
+                _multiply(KIND, 8, 2, ISA, 0, at, tile_bytes, panels, sums, runs)
+            elif block == 8:
+                _multiply(KIND, 8, 1, ISA, 0, at, tile_bytes, panels, sums, runs)
+            elif block == 4:
+                _multiply(KIND, 4, 1, ISA, 0, at, tile_bytes, panels, sums, runs)
+            else:
+                _multiply(KIND, 1, 1, ISA, 0, at, tile_bytes, at_address[0], sums, runs)
+            write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
+            tile += width
 
     return plain_linear
 

@@ -96,6 +96,7 @@ def emit_sums(
     panel: Any,
     runs: Any,
     write: Callable[[int, int, Any], None],
+    begin: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Tiles times a panel of `height` rows: each sum is one chain over the steps, the same in every variant.
 
@@ -106,22 +107,32 @@ def emit_sums(
         panel: where it begins.
         runs: of `RUN` steps, at least 1.
         write: write(tile, row, sums) is called for each, 16 sums of a row.
+        begin: begin(tile, row) gives the sums of the steps before; None is nothing.
     """
     wide = bool(isa & (Isa.VNNI | Isa.BF16))  # both are of AVX-512, which has 32 long registers
     together = (range(len(tiles)),) if wide else [(tile,) for tile in range(len(tiles))]
     rows = height if wide else min(height, 4)
     for picked in together:
         for first in range(0, height, rows):
-            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (height, first, rows), panel, runs)
-            for at, total in enumerate(sums):
-                write(picked[at // rows], first + at % rows, total)
+            places = [(tile, first + row) for tile in picked for row in range(rows)]
+            sums = [begin(*place) if begin else e.zeros(F32) for place in places]
+            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (height, first), sums, panel, runs)
+            for place, total in zip(places, sums):
+                write(*place, total)
 
 
 def _block_sums(
-    e: Emitter, kind: PlainKind, isa: Isa, tiles: list[Any], block: tuple[int, int, int], panel: Any, runs: Any
+    e: Emitter,
+    kind: PlainKind,
+    isa: Isa,
+    tiles: list[Any],
+    block: tuple[int, int],
+    sums: list[Any],
+    panel: Any,
+    runs: Any,
 ) -> list[Any]:
-    """`emit_sums` of some rows, (of how many, the first, how many): sums that stay in registers, [tile, row]."""
-    height, first, rows = block
+    """`emit_sums` of some rows, (of how many, the first): sums that stay in registers, [tile, row]."""
+    (height, first), rows = block, len(sums) // len(tiles)
     b, element = e.b, F32 if kind is not PlainKind.BF16 else I32
 
     def body(index: Any, totals: list[Any]) -> list[Any]:
@@ -141,7 +152,7 @@ def _block_sums(
                     totals[at] = _add_step(e, kind, isa, totals[at], vectors, splat)
         return totals
 
-    return e.loop(runs, [e.zeros(F32)] * (len(tiles) * rows), body)
+    return e.loop(runs, sums, body)
 
 
 @njit
