@@ -65,11 +65,7 @@ class ThreadTeam:
     def close(self) -> None:
         """Ends the helpers and waits for them."""
         self._word(STOP).value = 1
-        self._word(JOB).value += 2
-        for number in range(1, self.threads):
-            at = WORKERS + number * WORKER_BYTES
-            if self._word(at + ASLEEP).value:
-                ctypes.CDLL(None).sem_post(ctypes.c_void_p(self._shared + at + SEMAPHORE))
+        self._enter(0, 0, self._shared, self.threads)  # a job without rows, which wakes them
         for helper in self._helpers:
             if helper.ident is not None:
                 helper.join()
