@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.sampling import reference
 from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
@@ -197,3 +199,22 @@ def test_rows_need_not_follow_each_other() -> None:
     spread, dense = kernels.stand(padded, ids, tops), kernels.stand(logits, ids, tops)
     assert np.array_equal(spread.top_ids, dense.top_ids)
     assert np.array_equal(spread.offsets, dense.offsets)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_team_draws_what_one_thread_draws(threads: int) -> None:
+    """Step after step of other rows, fewer than threads too, from logits that stand where they stood."""
+    most, vocabulary = 7, 3001
+    logits, numbers = np.empty((most, vocabulary), np.float32), np.zeros(StepNumber.COUNT, np.int64)
+    team = ThreadTeam(threads)
+    try:
+        drawn = kernels.RowDraw(logits, numbers, team)
+        for seed, rows in enumerate((7, 1, 4, 2, 7)):
+            logits[:rows] = noise(rows, vocabulary, seed).numpy()
+            given = np.tile(np.array([0.8, 0.01, 40.0, 0.9, 0.0]), (rows, 1))
+            given[:, 0], given[:, 4] = np.where(np.arange(rows) % 3, 0.8, 0.0), (np.arange(rows) + 0.5) / rows
+            alone = kernels.draw(logits[:rows], given)
+            for found, expected in zip(drawn(given), alone, strict=True):
+                np.testing.assert_array_equal(found, expected)
+    finally:
+        team.close()

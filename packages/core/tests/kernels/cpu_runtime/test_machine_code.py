@@ -175,4 +175,4 @@ def test_an_unknown_level_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_function_of_integers_can_be_called_from_python() -> None:
-    assert callable(c_function("sampling.cpu:draw", 8))
+    assert callable(c_function("sampling.cpu:draw_rows", 3))

@@ -12,6 +12,8 @@ from candle_vllm.core.engine.sequence import Run, Sequence
 
 Ints = NDArray[np.int64]
 
+_ONE_ON = np.array([[0], [1], [1], [0]])  # what a step's positions and slots are more than those of the step before
+
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64.
@@ -65,7 +67,8 @@ class BatchBuilder:
     """Lays out one step after the other.
 
     Block tables stay from step to step, for most sequences of a step were in the one before: only those that are new,
-    or have begun a block since, are written.
+    or have begun a block since, are written. Where a step is one more token of each sequence of the step before, and
+    none begins a block, its arrays are those of that step with one added.
 
     Args:
         block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
@@ -78,6 +81,8 @@ class BatchBuilder:
         self._known: list[int] = []  # blocks that stand in each row
         self._version = object()
         self._numbers = np.arange(1)
+        self._last: Batch | None = None  # the step before, if all of its sequences decoded
+        self._room = 0  # steps until one of them begins a block
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = ()) -> Batch:
         """Lays the scheduled tokens of all sequences behind each other.
@@ -86,6 +91,9 @@ class BatchBuilder:
             scheduled: what runs, decoding sequences first.
             before: the sequences whose next token is not known yet, in the order in which the step before drew them.
         """
+        last = self._last
+        if last is not None and self._room and _goes_on(last, scheduled, before):
+            return self._next(last, scheduled, before)
         count = len(scheduled)
         if scheduled[-1].decodes:  # so do all others
             total, decodes = count, count
@@ -120,7 +128,7 @@ class BatchBuilder:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, places] = [drawn.get(item.sequence, -1) for item in scheduled]
         self._name_tokens(scheduled, tokens)
-        return Batch(
+        batch = Batch(
             tokens=tokens,
             query_start=query_start,
             context_lens=contexts,
@@ -132,6 +140,30 @@ class BatchBuilder:
             drafted=drafted,
             drawn_rows=drawn_rows,
         )
+        self._last = batch if decodes == count and self._block_size else None
+        if self._last is not None:
+            self._room = self._block_size - 1 - int((positions % self._block_size).max())
+        return batch
+
+    def _next(self, last: Batch, scheduled: Seq[Run], before: Seq[Run]) -> Batch:
+        """The step behind `last`, where `_goes_on` says so."""
+        tokens = last.tokens + _ONE_ON
+        tokens[0] = 0 if before else [item.sequence.tokens[item.start] for item in scheduled]
+        tokens[3] = last.drawn_rows if before else -1  # what the step before drew, all of it and in this order
+        self._room -= 1
+        self._last = batch = Batch(
+            tokens=tokens,
+            query_start=last.query_start,
+            context_lens=last.context_lens + 1,
+            block_tables=last.block_tables,
+            tables_version=last.tables_version,
+            num_decodes=last.num_decodes,
+            runs=scheduled,
+            drawing=scheduled,
+            drafted=False,
+            drawn_rows=last.drawn_rows,
+        )
+        return batch
 
     @staticmethod
     def _name_tokens(scheduled: Seq[Run], tokens: Ints) -> None:
@@ -180,6 +212,18 @@ class BatchBuilder:
         if count > len(self._numbers):
             self._numbers = np.arange(2 * count)
         return self._numbers[:count]
+
+
+def _goes_on(last: Batch, scheduled: Seq[Run], before: Seq[Run]) -> bool:
+    """Whether a step runs the next token of each sequence of `last`, where all of them decoded, and of no other."""
+    if len(scheduled) != len(last.runs) or (before and before is not last.drawing):
+        return False
+    for item, old in zip(scheduled, last.runs):
+        if item.sequence is not old.sequence or item.start != old.start + 1 or not item.decodes:
+            return False
+        if item.admission != old.admission:
+            return False
+    return True
 
 
 def _last_rows(scheduled: Seq[Run], places: Ints) -> Ints:

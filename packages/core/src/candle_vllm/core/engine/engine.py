@@ -139,7 +139,7 @@ class Engine:
             lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
             states = [live.state for live in lives]
             self.runner.forward(batch, states)
-            if any(state.reads_tokens for state in states):
+            if self._flight is not None and any(state.reads_tokens for state in states):
                 pieces += self._land()
             launched = self.runner.draw(states)
         except self.runner.fatal:
@@ -186,7 +186,7 @@ class Engine:
                 if live.sequence in self._live:
                     piece = self._accept(live, token)
                     pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
-        self._counts["generation"] += sum(len(piece.token_ids) for piece in pieces)
+        self._counts["generation"] += sum([len(piece.token_ids) for piece in pieces])
         for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
                 pieces += self._end_pooled(item)
@@ -244,6 +244,8 @@ class Engine:
     def _read_prompts(self, batch: Batch) -> list[TokenOutput]:
         """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
         failed, first = [], batch.num_decodes
+        if first == len(batch.runs):
+            return failed
         now = time.monotonic()
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)

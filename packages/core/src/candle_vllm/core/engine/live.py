@@ -156,18 +156,16 @@ class LiveSequence(Live):
     def _plain_piece(self, token: int) -> TokenOutput:
         """As `_piece`, of a token that neither ends a sequence nor begins it: nearly all of them."""
         sequence, text = self.sequence, self.detokenizer.add(token)
-        special_tokens = self.detokenizer.special_tokens
-        piece = TokenOutput(
+        if self.detokenizer.special_tokens:
+            return self._piece(text, (token,), None, None, None)
+        return TokenOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,
             text=text,
             token_ids=(token,),
-            special_tokens=tuple(special_tokens) if special_tokens else (),
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0,
         )
-        special_tokens.clear()
-        return piece
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
         """The last piece where no token could be drawn."""

@@ -92,8 +92,8 @@ class StepwiseRunner(ABC):
     overlaps = False
     fatal: tuple[type[Exception], ...] = ()
 
-    def __init__(self) -> None:
-        self._sampler = Sampler()
+    def __init__(self, sampler: Sampler | None = None) -> None:
+        self._sampler = Sampler() if sampler is None else sampler
         self._drawn_from: Value = None
         self._drafts: list[Tokens] | None = None
 

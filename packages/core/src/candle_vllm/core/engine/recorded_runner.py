@@ -16,15 +16,17 @@ from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded
+from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.models.family import Decoder, Encoder
+from candle_vllm.core.sampling.sampler import Sampler
 
 
 class RecordedRunner(StepwiseRunner):
@@ -40,7 +42,7 @@ class RecordedRunner(StepwiseRunner):
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
         keys, values = _caches(config, num_blocks, limits.block_size)
-        super().__init__()
+        super().__init__(Sampler(self._draw))
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
         step = StepInput(nothing, nothing, nothing, keys, values)
@@ -52,18 +54,24 @@ class RecordedRunner(StepwiseRunner):
         self._plan = np.array(recorder.plan, np.int64)
         self._num_rows = recorder.num_rows
         self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
-        self._logits = recorder.logits
+        self._logits = self._wanted = recorder.logits
         self._team = ThreadTeam(limits.threads)
+        # What the plan's arrays hold: in most steps it is the same object.
+        self._query_start = self._rows = np.empty(0, np.int64)
+        self._tables_version: object = None
+        self._draw_rows = RowDraw(recorder.logits, recorder.arrays.numbers, self._team)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
-        arrays, count, sequences = self._recorder.arrays, len(batch.token_ids), len(batch.context_lens)
-        arrays.token_ids[:count] = batch.token_ids
-        arrays.positions[:count] = batch.positions
-        arrays.slots[:count] = batch.slots
-        arrays.query_start[: sequences + 1] = batch.query_start
+        arrays, count, sequences = self._recorder.arrays, batch.tokens.shape[1], len(batch.context_lens)
+        arrays.tokens[:3, :count] = batch.tokens[:3]
         arrays.context_lens[:sequences] = batch.context_lens
-        arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
+        if batch.query_start is not self._query_start:
+            self._query_start = batch.query_start
+            arrays.query_start[: sequences + 1] = batch.query_start
+        if batch.tables_version is not self._tables_version:
+            self._tables_version = batch.tables_version
+            arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
         return self._with_rows(batch.drawn_rows, self._plan, self._num_rows)
@@ -82,11 +90,17 @@ class RecordedRunner(StepwiseRunner):
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays = self._recorder.arrays
-        arrays.logit_rows[: len(rows)] = rows
+        if rows is not self._rows:
+            self._rows = rows
+            arrays.logit_rows[: len(rows)] = rows
         arrays.numbers[StepNumber.LOGIT_ROWS] = len(rows)
-        assert address_of(plan) % 8 == 0
         self._team.run(plan, num_rows)
-        return self._logits[: len(rows)]
+        self._wanted = self._logits[: len(rows)]
+        return self._wanted
+
+    def _draw(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
+        """As `kernels.draw`; by the team, but for copies of some rows."""
+        return self._draw_rows(controls) if logits is self._wanted else draw(logits, controls)
 
 
 class RecordedEncoderRunner(EncoderRunner):

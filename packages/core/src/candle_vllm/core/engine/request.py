@@ -115,7 +115,7 @@ class RequestMetrics(msgspec.Struct, frozen=True):
     finished_time: float | None = None
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one sequence has to say after one step.
 
     `text` is the new text that is safe to show: never half a character, never part of a possible stop string. It

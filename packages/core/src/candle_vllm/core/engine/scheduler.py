@@ -95,8 +95,10 @@ class Scheduler:
     def launched(self, items: Iterable[Run]) -> None:
         """Books a step that was launched: what is scheduled next comes behind it."""
         for item in items:
-            item.sequence.num_computed_tokens = item.start + item.count
-            item.sequence.num_ahead += item.wanted > 0  # how many drafts were right is not known ahead
+            sequence = item.sequence
+            sequence.num_computed_tokens = item.start + item.count
+            if item.wanted:
+                sequence.num_ahead += 1  # how many drafts were right is not known ahead
 
     def settle(self, items: Iterable[Run]) -> None:
         """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.sampling.processors import apply_processors
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -106,7 +108,7 @@ _NOTHING = (
 )
 
 
-class SampledToken(msgspec.Struct, frozen=True):
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """The token chosen for one sequence.
 
     Attributes:
@@ -122,12 +124,22 @@ class SampledToken(msgspec.Struct, frozen=True):
     by_request: bool = False
 
 
+Draw = Callable[[Any, NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.float32]]]
+
 Drawn = tuple[SampledToken, ...]
 """What was drawn for one run of a sequence: tokens that follow each other; where the last has an error, nothing can."""
 
 
 class Sampler:
-    """Chooses tokens. It keeps nothing between calls: what must last is in each `SamplingState`."""
+    """Chooses tokens. What must last is in each `SamplingState`; rows' parameters are kept as long as the rows are.
+
+    Args:
+        draw: as `kernels.draw`, which it is where nothing else is given.
+    """
+
+    def __init__(self, draw: Draw | None = None) -> None:
+        self._draw = kernels.draw if draw is None else draw
+        self._rows = _Rows([])
 
     @staticmethod
     def prepare(device: Device) -> None:
@@ -145,19 +157,27 @@ class Sampler:
         Returns:
             One entry per row. A row with NaN or +inf, and a row in which every token is forbidden, has an `error`.
         """
-        assert logits.shape[0] == len(states)
-        assert all(state.vocab_size == logits.shape[1] for state in states)
         if not states:
             return []
-        asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        if self._rows.states == states:
+            self._rows.move_on()
+        else:
+            self._rows = _Rows(states)
+        rows = self._rows
+        assert logits.shape == (len(states), rows.vocab_size)
         with _without_gradients(logits):
-            logits = _rows(logits)
-            raw = _rows(logits[asking], fetched=True) if asking else None
-            apply_processors(logits, states)
-            ids, largest = kernels.draw(logits, controls(states))
-            tokens = [sampled_token(token, peak) for token, peak in zip(ids.tolist(), largest.tolist())]
+            logits = _in_one_piece(logits)
+            raw = _in_one_piece(logits[rows.asking], fetched=True) if rows.asking else None
+            if rows.may_edit:
+                apply_processors(logits, states)
+            ids, largest = self._draw(logits, rows.controls)
+            chosen, peaks = ids.tolist(), largest.tolist()
+            if math.isfinite(sum(peaks)):  # as all of them are then
+                tokens = [SampledToken(token) for token in chosen]
+            else:
+                tokens = [sampled_token(token, peak) for token, peak in zip(chosen, peaks)]
             if raw is not None:
-                _add_logprobs(tokens, raw, asking, states)
+                _add_logprobs(tokens, raw, rows.asking, states)
             return tokens
 
     def sample_runs(
@@ -209,7 +229,7 @@ class Sampler:
         rows: list[LogprobRow] = []
         step = max(1, LOGPROB_CHUNK // max(1, logits.shape[1]))
         for start in range(0, len(logits), step):
-            chunk = _rows(logits[start : start + step])
+            chunk = _in_one_piece(logits[start : start + step])
             largest = chunk.max(1) if isinstance(chunk, np.ndarray) else chunk.amax(1).cpu()
             if not np.isfinite(largest).all():
                 raise RequestError(_BROKEN, "prompt_logprobs")
@@ -218,12 +238,38 @@ class Sampler:
         return rows
 
 
-def _rows(logits: Value, *, fetched: bool = False) -> Value:
+class _Rows:
+    """What the same rows ask for, step after step.
+
+    Attributes:
+        states: one per row.
+        vocab_size: V of all of them.
+        asking: rows that want log-probabilities.
+        may_edit: there may be masks, bias or penalties.
+        controls: [R, 5] of their present positions.
+    """
+
+    def __init__(self, states: Sequence[SamplingState]) -> None:
+        self.states = list(states)
+        sizes = {state.vocab_size for state in states}
+        assert len(sizes) <= 1
+        self.vocab_size = max(sizes, default=0)
+        self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        self.may_edit = any(state.may_edit for state in states)
+        self.controls = controls(states)
+        self._random = [(row, state) for row, state in enumerate(states) if not state.params.greedy]
+
+    def move_on(self) -> None:
+        """The rows are at other positions: random numbers are all that changes."""
+        for row, state in self._random:
+            self.controls[row, Control.UNIFORM] = state.uniform()
+
+
+def _in_one_piece(logits: Value, *, fetched: bool = False) -> Value:
     """Logits whose rows are in one piece: an array where compiled functions read them, else a tensor; on the CPU where
     they are to be fetched."""
     host = kernels.host_rows(logits)
     if host is not None:
-        assert host.dtype == np.float32
         return host if host.strides[1] == host.itemsize else np.ascontiguousarray(host)
     assert logits.is_floating_point()
     assert logits.itemsize == 4

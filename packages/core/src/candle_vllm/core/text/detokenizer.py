@@ -48,6 +48,7 @@ class Detokenizer:
         self._decoder = _utf8_decoder("replace")
         self._begun = False  # the decoder holds the beginning of a character
         self._scanner = StopScanner(()) if stops is None else stops
+        self._shows_all = self._scanner.idle
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
 
     @property
@@ -61,6 +62,11 @@ class Detokenizer:
             InvalidParameterError: the vocabulary has no such token.
         """
         self._num_tokens += 1
+        if self._shows_all and not (self._begun or self._strip_space):
+            text = self._tokenizer.plain_text(token_id)
+            if text is not None:  # as nearly always
+                self._length += len(text)
+                return text
         data, special = self._tokenizer.token_bytes(token_id), self._tokenizer.is_special(token_id)
         if not data or (self._skip_special_tokens and special):
             return ""
@@ -71,7 +77,7 @@ class Detokenizer:
         self._length += len(text)
         if special:
             self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
-        if self._scanner.idle:
+        if self._shows_all:
             return text
         return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
 

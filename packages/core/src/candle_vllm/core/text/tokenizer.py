@@ -64,6 +64,7 @@ class Tokenizer:
         self.strips_leading_space: bool = rule.strips_leading_space
         self._convert = rule.convert
         self._bytes: list[bytes | None] = [None] * self.vocab_size
+        self._texts: dict[int, str] = {}  # of those that `plain_text` was asked for
         self.longest_token = max(map(len, tokens), default=1)
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
@@ -176,6 +177,20 @@ class Tokenizer:
         if data is None:
             data = self._bytes[token_id] = self._make_bytes(token_id)
         return data
+
+    def plain_text(self, token_id: int) -> str | None:
+        """The text of one token, where that follows from it alone; None of special tokens and of parts of characters.
+
+        Raises:
+            InvalidParameterError: an id outside the vocabulary.
+        """
+        text = self._texts.get(token_id)
+        if text is None and token_id not in self._special:
+            try:
+                text = self._texts[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                return None
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token alone as text; U+FFFD where its bytes are no complete character."""

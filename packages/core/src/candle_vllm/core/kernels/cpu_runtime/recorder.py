@@ -52,9 +52,8 @@ class StepArrays:
 
     def __init__(self, limits: StepLimits) -> None:
         self.numbers = np.zeros(StepNumber.COUNT, np.int64)
-        self.token_ids, self.positions, self.slots, self.token_types = (
-            np.zeros(limits.tokens, np.int64) for _ in range(4)
-        )
+        self.tokens = np.zeros((4, limits.tokens), np.int64)
+        self.token_ids, self.positions, self.slots, self.token_types = self.tokens
         self.query_start = np.zeros(limits.sequences + 1, np.int64)
         self.context_lens = np.zeros(limits.sequences, np.int64)
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)

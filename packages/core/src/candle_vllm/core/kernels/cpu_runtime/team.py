@@ -42,7 +42,7 @@ class ThreadTeam:
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
-        self._plans: dict[int, np.ndarray] = {}
+        self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
         self.threads = threads if self._make_semaphores(threads) else 1
         self._enter = c_function("cpu_runtime.walk:run", 4)
         helper = c_function("cpu_runtime.walk:work", 3)
@@ -56,11 +56,12 @@ class ThreadTeam:
 
     def run(self, plan: np.ndarray, rows: int) -> None:
         """Runs a plan: `rows` operations behind each other in an int64 array. One caller at a time."""
-        if id(plan) not in self._plans:
+        known = self._plans.get(id(plan))
+        if known is None:
             if len(self._plans) == _KEPT_PLANS:
                 self._forget_plans()
-            self._plans[id(plan)] = plan
-        self._enter(address_of(plan), rows, self._shared, self.threads)
+            known = self._plans[id(plan)] = plan, address_of(plan)
+        self._enter(known[1], rows, self._shared, self.threads)
 
     def close(self) -> None:
         """Ends the helpers and waits for them."""

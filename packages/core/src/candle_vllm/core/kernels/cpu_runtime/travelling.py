@@ -45,7 +45,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "moe.cpu:route",
         "position_scale.cpu:position_scale",
         "sampling.cpu:adjust",
-        "sampling.cpu:draw",
+        "sampling.cpu:draw_rows",
         "sampling.cpu:stand",
         "whole_attention.cpu:lay_out",
     ):

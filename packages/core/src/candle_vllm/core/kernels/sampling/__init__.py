@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, c_function, operation, plan_row
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.contract import (
@@ -37,6 +37,7 @@ from candle_vllm.core.kernels.sampling.contract import (
     Control,
     DeviceEdits,
     DeviceStanding,
+    DrawArguments,
     Standing,
     workspace_bytes,
 )
@@ -44,9 +45,11 @@ from candle_vllm.core.kernels.sampling.contract import (
 if TYPE_CHECKING:
     import torch
 
+    from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+
 
 # The compiled functions, and how many arguments they take.
-_DRAW, _STAND, _ADJUST = ("sampling.cpu:draw", 8), ("sampling.cpu:stand", 11), ("sampling.cpu:adjust", 15)
+_DRAW, _STAND, _ADJUST = ("sampling.cpu:draw_rows", 3), ("sampling.cpu:stand", 11), ("sampling.cpu:adjust", 15)
 
 
 @cache
@@ -67,6 +70,7 @@ def host_rows(logits: Value) -> NDArray[np.float32] | None:
     if not compiled():
         return None
     if isinstance(logits, np.ndarray):
+        assert logits.dtype == np.float32
         return logits
     return logits.numpy() if logits.device.type == "cpu" else None
 
@@ -85,7 +89,7 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
     assert logits.shape[0] == controls.shape[0]
     host = host_rows(logits)
     if host is not None:
-        return _draw(host, controls)
+        return RowDraw(host, np.zeros(StepNumber.COUNT, np.int64))(controls)
     import torch
 
     from candle_vllm.core.kernels.sampling import reference
@@ -95,6 +99,46 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
         both = torch.stack((ids.double(), largest.double())).cpu().numpy()
         return both[0].astype(np.int64), both[1].astype(np.float32)
     return reference.draw(logits, controls)
+
+
+class RowDraw:
+    """`draw` of logits that stand in one place, step after step, by the threads of a team.
+
+    Args:
+        logits: [most, V], each row contiguous.
+        numbers: of the steps, by `StepNumber`.
+        team: None for the caller's thread alone.
+    """
+
+    def __init__(self, logits: NDArray[np.float32], numbers: NDArray[np.int64], team: ThreadTeam | None = None) -> None:
+        (rows, vocabulary), threads = logits.shape, 1 if team is None else team.threads
+        work_bytes = -(-workspace_bytes(vocabulary) // 64) * 64
+        work = np.empty(threads * work_bytes, np.uint8)
+        self._controls = np.empty((rows, 5))
+        self._ids, self._largest = np.empty(rows, np.int64), np.empty(rows, np.float32)
+        self._numbers, self._team, self._kept = numbers, team, (logits, work)
+        arguments = DrawArguments(
+            logits=address_of(logits),
+            row_bytes=logits.strides[0],
+            vocabulary=vocabulary,
+            controls=address_of(self._controls),
+            work=address_of(work),
+            work_bytes=work_bytes,
+            chosen=address_of(self._ids),
+            largest=address_of(self._largest),
+        )
+        self._plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
+
+    def __call__(self, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """As `draw`, of the first rows, one for each of `controls`; what it returns is valid until the next call."""
+        count = len(controls)
+        self._controls[:count] = controls
+        self._numbers[StepNumber.LOGIT_ROWS] = count
+        if self._team is None or count == 1:
+            c_function(*_DRAW)(address_of(self._plan), 0, 1)
+        else:
+            self._team.run(self._plan, 1)
+        return self._ids[:count], self._largest[:count]
 
 
 def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
@@ -122,14 +166,6 @@ def adjust(row: NDArray[np.float32], adjustment: Adjustment) -> None:
     bias, seen = (address_of(a.bias_ids), *_place(a.bias)), (address_of(a.seen_ids), *_place(a.counts))
     penalties = np.array(a.penalties, np.float64)
     c_function(*_ADJUST)(*_place(row), a.masked, a.allowed is not None, *ids, *bias, *seen, address_of(penalties))
-
-
-def _draw(logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    (rows, size), work = logits.shape, np.empty(workspace_bytes(logits.shape[1]), np.uint8)
-    ids, largest = np.empty(rows, np.int64), np.empty(rows, np.float32)
-    written = (address_of(work), address_of(ids), address_of(largest))
-    c_function(*_DRAW)(address_of(logits), logits.strides[0], rows, size, address_of(controls), *written)
-    return ids, largest
 
 
 def _stand(logits: NDArray[np.float32], token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,27 @@ class Adjustment:
     seen_ids: NDArray[np.int64]
     counts: NDArray[np.float32]
     penalties: tuple[float, float, float]
+
+
+class DrawArguments(NamedTuple):
+    """The arguments of the operation that draws; its rows are the step's `StepNumber.LOGIT_ROWS`.
+
+    Attributes:
+        logits, row_bytes: address of the first row, and bytes from one to the next.
+        vocabulary: V.
+        controls: address of float64 [rows, 5], see `Control`.
+        work, work_bytes: address of a workspace for each thread, and bytes from one to the next.
+        chosen, largest: addresses of what is written, int64 and float32 [rows].
+    """
+
+    logits: int
+    row_bytes: int
+    vocabulary: int
+    controls: int
+    work: int
+    work_bytes: int
+    chosen: int
+    largest: int
 
 
 # ---- the workspace of the compiled functions -------------------------------------------------------------------------

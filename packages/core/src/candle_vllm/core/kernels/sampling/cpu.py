@@ -14,8 +14,17 @@ import math
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int64_at
-from candle_vllm.core.kernels.sampling.contract import CHUNK, MAXIMA_AT, MAXIMA_BYTES, SUMS_AT, TAIL_AT, WEIGHTS_AT
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int64_at, read, step_number
+from candle_vllm.core.kernels.sampling.contract import (
+    CHUNK,
+    MAXIMA_AT,
+    MAXIMA_BYTES,
+    SUMS_AT,
+    TAIL_AT,
+    WEIGHTS_AT,
+    DrawArguments,
+)
 from candle_vllm.core.kernels.sampling.cpu_chunks import (
     GROUP,
     above,
@@ -95,30 +104,43 @@ def _pick_inside(weights, target, mass):
     return chosen
 
 
-def draw(logits, row_bytes, rows, vocabulary, parameters, work, chosen, tops):
-    """Of `rows` rows `row_bytes` apart: parameters float64 [R, 5], chosen int64 [R], tops float32 [R], by address."""
-    ids, largest = int64_at(chosen), float32_at(tops)
+@inner
+def _draw_row(row, vocabulary, controls, work, chosen, largest):
+    """Draws from one row: its parameters are float64 [5], see `Control`; an int64 and a float32 are written."""
     chunks = (vocabulary + CHUNK - 1) // CHUNK
-    for number in range(rows):
-        row, controls = logits + number * row_bytes, float64_at(parameters + 40 * number)  # see `Control`
-        temperature, min_p, top_p = controls[0], controls[1], controls[3]
-        top, ids[number] = survey(row, vocabulary, work), 0
-        largest[number] = top
-        if not -INFINITE < top < INFINITE:
-            continue
-        if temperature == 0.0:
-            ids[number] = first_at(row, chunks, work, top, INFINITE, np.int64(0))
-            continue
-        cut, last_tie, rate = LOWEST, ALL, 1.0 / temperature
-        if controls[2] > 0.0:
-            cut, _ = kth_largest(row, chunks, work, int(controls[2]), top)
-        if min_p > 0.0:
-            cut = max(cut, min_p_bound(min_p, top, temperature))
-        if top_p < 1.0:
-            cut, ties = nucleus(row, chunks, work, cut, top_p, top, rate)
-            if ties != ALL:
-                last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
-        ids[number] = _pick(row, chunks, work, cut, last_tie, top, rate, controls[4])
+    temperature, min_p, top_k, top_p = controls[0], controls[1], controls[2], controls[3]
+    top = survey(row, vocabulary, work)
+    chosen[0], largest[0] = 0, top
+    if not -INFINITE < top < INFINITE:
+        return
+    if temperature == 0.0:
+        chosen[0] = first_at(row, chunks, work, top, INFINITE, np.int64(0))
+        return
+    cut, last_tie, rate = LOWEST, ALL, 1.0 / temperature
+    if top_k > 0.0:
+        cut, _ = kth_largest(row, chunks, work, int(top_k), top)
+    if min_p > 0.0:
+        cut = max(cut, min_p_bound(min_p, top, temperature))
+    if top_p < 1.0:
+        cut, ties = nucleus(row, chunks, work, cut, top_p, top, rate)
+        if ties != ALL:
+            last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
+    chosen[0] = _pick(row, chunks, work, cut, last_tie, top, rate, controls[4])
+
+
+def draw_rows(row, thread, threads):
+    """An operation, see `DrawArguments`: draws from a thread's share of the rows."""
+    given = read(DrawArguments, row)
+    rows, work = step_number(row, StepNumber.LOGIT_ROWS), given.work + thread * given.work_bytes
+    for number in range(rows * thread // threads, rows * (thread + 1) // threads):
+        _draw_row(
+            given.logits + number * given.row_bytes,
+            given.vocabulary,
+            float64_at(given.controls + 40 * number),
+            work,
+            int64_at(given.chosen + 8 * number),
+            float32_at(given.largest + 4 * number),
+        )
 
 
 @inner
