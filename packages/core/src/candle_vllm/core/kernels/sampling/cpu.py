@@ -2,7 +2,7 @@
 """Sampling as compiled functions: two or three passes over a row's memory, nothing sorted (step 7 of ten).
 
 A row's result has the same bits whatever the other rows are, for each is worked on alone. The functions hold no lock
-of Python's and use the caller's thread.
+of Python's. `draw_rows` is an operation, whose rows the threads of a team share; the others use the caller's thread.
 
 Weights are float32, summed in float32 within a chunk of 512 and in float64 beyond: a draw differs from the
 reference's only where its random number all but touches the edge between two tokens.
