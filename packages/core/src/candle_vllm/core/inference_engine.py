@@ -21,6 +21,7 @@ from candle_vllm.core.engine.request import TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import COMPILING
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.prompts import Prompt
@@ -58,7 +59,9 @@ class InferenceEngine(EngineFront):
         with progress_bar() if on_progress is None else nullcontext(on_progress) as progress:
             loaded = load_any_model(config, device, progress)
         self._loaded: LoadedModel | LoadedEncoder | None = loaded
-        self._engine: Engine | None = build_engine(config, loaded)
+        with progress_bar("compiling the CPU kernels, once for this machine", " kernels") as progress:
+            COMPILING.set(progress)
+            self._engine: Engine | None = build_engine(config, loaded)
         self._thread: EngineThread | None = None
         self._manual = False
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps

@@ -193,9 +193,20 @@ def test_an_error_in_the_code_of_a_kernel_is_not_hidden() -> None:
         compiled_address("wrong", lambda: wrong)
 
 
+def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
+    told: list[tuple[int, int]] = []
+    token = cache_module.COMPILING.set(lambda done, total: told.append((done, total)))
+    assert sum_of(6, 60) == 66
+    assert sum_of(6, 60) == 66  # read, not compiled
+    cache_module.COMPILING.reset(token)
+    assert [total for _, total in told] == [0] * len(told)
+    assert len(data_files(root)) == 2
+    assert told[-1][0] - told[-2][0] == 1
+
+
 def test_without_numba_what_does_not_travel_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"add\.5 does not travel .* pip install numba"):
+    with pytest.raises(ConfigError, match=r"add\.5 does not travel .* pip install"):
         sum_of(5)
 
 

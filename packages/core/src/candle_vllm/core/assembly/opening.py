@@ -113,8 +113,8 @@ def stored_types(checkpoint: Checkpoint) -> str | None:
 
 
 @contextmanager
-def progress_bar(what: str = "loading") -> Iterator[Any]:
-    """A bar for what is done to a model's weights, on a terminal, when it takes longer than a second."""
+def progress_bar(what: str = "loading", unit: str = "B") -> Iterator[Any]:
+    """A bar for what is done to a model, on a terminal, when it takes longer than a second; of 0 in all, a count."""
     bar: Any = None
     shown_from = time.monotonic() + 1.0 if sys.stderr.isatty() else math.inf
 
@@ -125,8 +125,8 @@ def progress_bar(what: str = "loading") -> Iterator[Any]:
         if bar is None:
             from tqdm import tqdm  # takes as long to import as a small model's weights
 
-            bar = tqdm(desc=what, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, initial=done)
-        bar.total = total
+            bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True, initial=done)
+        bar.total = total or None
         bar.update(done - bar.n)
 
     try:

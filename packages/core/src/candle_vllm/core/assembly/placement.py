@@ -147,7 +147,10 @@ def _matrix_obstacle(checkpoint: Checkpoint) -> str | None:
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
 
     if not can_compile():
-        return "numba is not installed"
+        return (
+            "no machine code for the CPU travels with this package, and Numba, which makes it, is not installed (pip "
+            "install 'candle-vllm-core[compile]')"
+        )
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) >= 2 and not _has_kernel(tensor):
             return f"{tensor.name} is {tensor.type_name} {list(tensor.shape)}, which has no kernel"

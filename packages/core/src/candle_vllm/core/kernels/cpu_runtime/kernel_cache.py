@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 from candle_vllm.core.config import cache_folder
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 TRAVELLING = Path(__file__).parent.parent / "compiled"
 """Where code lies that travels with the package, a folder for each fingerprint; see `travelling`."""
+
+COMPILING: ContextVar[Callable[[int, int], object] | None] = ContextVar("COMPILING", default=None)
+"""Is told how many kernels have been compiled, of 0 in all, whenever another one is."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _TRAVELLING = Path(__file__).parent.parent / "compiled"  # made by `benchmarks`...
@@ -80,6 +85,8 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
         code = _read(folder / name) if folder is not None else None
         if code is None:
             code = compile_image(_checked(name, make), level)
+            if progress := COMPILING.get():
+                progress(next(_compiled()), 0)
             if folder is not None:
                 keep(folder / name, code)
     if is_linux_x86():
@@ -97,11 +104,17 @@ def compile_image(function: Callable[..., None], level: Level) -> bytes:
     return machine_code.to_bytes(machine_code.link(made)) if is_linux_x86() else made
 
 
+@cache
+def _compiled() -> count[int]:
+    """Counts what this process has compiled."""
+    return count(1)
+
+
 def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
     if importlib.util.find_spec("numba") is None:
         raise ConfigError(
             f"the CPU kernel {name} does not travel with this package, and Numba, which compiles it, is not installed: "
-            "pip install numba",
+            "pip install 'candle-vllm-core[compile]'",
             "device",
         )
     return make()
