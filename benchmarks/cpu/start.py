@@ -2,13 +2,13 @@
 
     python benchmarks/cpu/start.py MODEL.gguf [--python OLD/.venv/bin/python --python NEW/.venv/bin/python] [--rounds 5]
 
-Every figure is of a process of its own, from exec on. An installation's first start is not measured: it compiles
-bytecode and kernels. Prints one JSON line for each installation, the medians, and with two a third, the second's over
-the first's (the median of the rounds' ratios).
+Every figure is of a process of its own, from exec on, with bytecode there. Prints one JSON line for each installation,
+the medians, and with two a third, the second's over the first's (the median of the rounds' ratios).
 
 `help_s`         `candle-vllm --help`, to its end
 `first_token_s`  `candle-vllm generate PROMPT --max-tokens 1`, to the first byte of the text
 `generate_s`     the same, to its end
+`first_start_s`  to the first byte of the text where no kernel has been kept: compiled, or read where code travels
 `port_s`         `candle-vllm`, to any answer of `/ready`          `ready_s`  to its 200
 `peak_mb`        most resident memory of a process that makes 64 tokens behind a prompt of 1,024 with two threads
 
@@ -28,6 +28,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
@@ -89,13 +90,15 @@ def measure(python: str, model: str) -> Mapping[str, float]:
     started = time.perf_counter()
     subprocess.run([*command, "--help"], env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
     found = {"help_s": time.perf_counter() - started}
+    with tempfile.TemporaryDirectory() as empty:
+        found["first_start_s"] = _generate(command, model, XDG_CACHE_HOME=empty)["first_token_s"]
     return found | _generate(command, model) | _serve(command, model) | _parts(python, model) | _memory(python, model)
 
 
-def _generate(command: list[str], model: str) -> dict[str, float]:
+def _generate(command: list[str], model: str, **changes: str) -> dict[str, float]:
     arguments = ["generate", PROMPT, "--m", model, "--max-tokens", "1"]
-    started = time.perf_counter()
-    with subprocess.Popen([*command, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+    environment, started = {**ENVIRONMENT, **changes}, time.perf_counter()
+    with subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)
         first = time.perf_counter() - started
