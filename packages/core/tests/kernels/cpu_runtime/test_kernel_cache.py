@@ -18,9 +18,10 @@ import pytest
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache as cache_module
+from candle_vllm.core.kernels.cpu_runtime import operation as operation_module
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address, kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
@@ -130,6 +131,63 @@ def test_processes_that_compile_at_once_all_succeed(root: Path) -> None:
     after = start("1", "20", "300")  # each file holds the variant that its name says, and all are there
     assert after.communicate(timeout=240)[0] == "compiled 0\n"
     assert after.returncode == 0
+
+
+# ---- the first start -------------------------------------------------------------------------------------------------
+
+ASKED = ("column_order.cpu:column_order", "position_scale.cpu:position_scale", "embedding.cpu:add")
+
+
+def ask() -> None:
+    for code in ASKED:
+        assert operation(code) == 0
+
+
+def kept(root: Path) -> set[str]:
+    return {path.name.replace(".cpu.", ".cpu:") for path in root.glob("kernels/*/*.cpu.*")}
+
+
+@pytest.fixture
+def _nothing_loaded() -> Iterator[None]:
+    address = operation_module._address  # which a test may replace
+    address.cache_clear()
+    yield
+    address.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes what this one has not come to: here it is not let come to anything until the other is done."""
+    names = compiled_now(monkeypatch)
+    real, begun = operation_module._address, time.monotonic()
+
+    def late(code: str, *constants: int) -> int:
+        while len(kept(root)) < len(ASKED) and time.monotonic() < begun + 60:
+            time.sleep(0.05)
+        return real(code, *constants)
+
+    monkeypatch.setattr(operation_module, "_address", late)
+    compile_first(ask)
+    assert kept(root) == set(ASKED)
+    assert names == []
+    assert operation(ASKED[0]) != 0
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+@pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python"])
+def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    compile_first(ask)
+    assert operation(ASKED[0]) != 0
+    assert ASKED[0] in kept(root)
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_later_starts_ask_nobody(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum_of(1) == 1
+    monkeypatch.setattr(operation_module.subprocess, "Popen", None)
+    compile_first(ask)
+    assert kept(root) == set()
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

@@ -141,10 +141,10 @@ def _build_on_cpu(
     plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(available_memory(), share))
     logger.info(plan.message)
     loaded.decoder.prepare(plan.max_model_len)
-    Sampler.prepare(placement.device)
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerRunner
 
+        Sampler.prepare(placement.device)
         eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.torch_dtype)
         return eager, plan
     from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
@@ -158,7 +158,9 @@ def _build_on_cpu(
         block_size=config.block_size,
         threads=config.threads or default_threads(),
     )
-    return RecordedRunner(loaded.decoder, plan.num_blocks, limits), plan
+    runner = RecordedRunner(loaded.decoder, plan.num_blocks, limits)
+    Sampler.prepare(placement.device)
+    return runner, plan
 
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:

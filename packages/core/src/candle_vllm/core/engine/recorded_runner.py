@@ -7,6 +7,7 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
+from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
+from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
@@ -47,9 +50,15 @@ class RecordedRunner(StepwiseRunner):
         nothing: Any = None  # what varies is read when the plan runs
         step = StepInput(nothing, nothing, nothing, keys, values)
         self._caches = (keys, values)
-        self._hidden: Recorded = decoder.forward(step_tokens(recorder), step)
-        head_start, layer_rows = len(recorder.plan), recorder.num_rows
-        decoder.logits(self._hidden)
+
+        def record(recorder: Recorder) -> tuple[Recorded, int, int]:
+            hidden: Recorded = decoder.forward(step_tokens(recorder), step)
+            ends = len(recorder.plan), recorder.num_rows
+            decoder.logits(hidden)
+            return hidden, *ends
+
+        _compile_first(lambda: record(Recorder(limits, recorder.isa)), *sampling.CODE)
+        self._hidden, head_start, layer_rows = record(recorder)
         assert recorder.logits is not None
         self._plan = np.array(recorder.plan, np.int64)
         self._num_rows = recorder.num_rows
@@ -103,6 +112,17 @@ class RecordedRunner(StepwiseRunner):
         return self._draw_rows(controls) if logits is self._wanted else draw(logits, controls)
 
 
+def _compile_first(record: Callable[[], object], *more: str) -> None:
+    """Has what a plan needs compiled side by side at a machine's first start."""
+
+    def ask() -> None:
+        record()
+        for code in (*team.CODE, *more):
+            operation(code)
+
+    compile_first(ask)
+
+
 class RecordedEncoderRunner(EncoderRunner):
     """Replays an encoder on the CPU; see `EncoderRunner`.
 
@@ -115,11 +135,17 @@ class RecordedEncoderRunner(EncoderRunner):
     def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:
         super().__init__(encoder.config)
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
-        arrays = recorder.arrays
-        ids, places = step_tokens(recorder), step_tokens(recorder, arrays.positions)
-        self._hidden: Recorded = encoder.forward(ids, places, step_tokens(recorder, arrays.token_types), ())
-        if encoder.config.scores:
-            encoder.scores(self._hidden.wanted()).logits(None, 1.0, None)
+
+        def record(recorder: Recorder) -> Recorded:
+            arrays = recorder.arrays
+            ids, places = step_tokens(recorder), step_tokens(recorder, arrays.positions)
+            hidden: Recorded = encoder.forward(ids, places, step_tokens(recorder, arrays.token_types), ())
+            if encoder.config.scores:
+                encoder.scores(hidden.wanted()).logits(None, 1.0, None)
+            return hidden
+
+        _compile_first(lambda: record(Recorder(limits, recorder.isa)))
+        self._hidden = record(recorder)
         self._logits = recorder.logits
         self._plan = np.array(recorder.plan, np.int64)
         self._team = ThreadTeam(limits.threads)

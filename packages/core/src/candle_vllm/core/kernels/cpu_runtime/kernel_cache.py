@@ -66,6 +66,14 @@ def can_compile() -> bool:
     return importlib.util.find_spec("numba") is not None or (TRAVELLING / fingerprint(host_level())).is_dir()
 
 
+def is_first_start() -> bool:
+    """Whether nothing has been compiled yet, by this version on this machine, and it can be compiled and kept."""
+    if importlib.util.find_spec("numba") is None or (TRAVELLING / fingerprint(host_level())).is_dir():
+        return False
+    folder = kernel_cache()
+    return folder is not None and next(folder.iterdir(), None) is None
+
+
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     """The address of a compiled function: of code that travels with the package, or is kept on disk, or is made now.
 

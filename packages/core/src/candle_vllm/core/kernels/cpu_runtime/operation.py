@@ -17,13 +17,16 @@ import enum
 import importlib
 import platform
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple, Protocol, get_type_hints
+from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address, is_first_start
 
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -41,7 +44,6 @@ class StepNumber(enum.IntEnum):
     COUNT = 8
 
 
-@cache
 def operation(code: str, *constants: int) -> int:
     """The address of an operation, compiled or from what is kept; it is valid for the life of the process.
 
@@ -52,7 +54,52 @@ def operation(code: str, *constants: int) -> int:
     Raises:
         ConfigError: it has to be compiled, and Numba is not installed.
     """
+    asked = _ASKED.get()
+    if asked is None:
+        return _address(code, *map(int, constants))
+    asked.append((code, *map(int, constants)))
+    return 0
+
+
+@cache
+def _address(code: str, *constants: int) -> int:
     return compiled_address(*named_function(code, *constants))
+
+
+_Named: TypeAlias = tuple[Any, ...]  # code and constants of an operation
+_ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
+
+
+def compile_first(ask: Callable[[], object]) -> None:
+    """Compiles operations in two processes, where nothing has been compiled on this machine yet; else does nothing.
+
+    They take what is left from both ends, so that one is compiled twice at most. A second process that cannot be
+    started, or fails, is not missed.
+
+    Args:
+        ask: asks for them as usual, but gets 0 for every address.
+    """
+    if not is_first_start():
+        return
+    token = _ASKED.set(asked := list[_Named]())
+    try:
+        ask()
+    finally:
+        _ASKED.reset(token)
+    wanted = list(dict.fromkeys(asked))
+    names = [",".join(map(str, named)) for named in reversed(wanted)]
+    program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
+    try:
+        quiet = subprocess.DEVNULL
+        helper = subprocess.Popen(program, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:
+        return
+    try:
+        for named in wanted:
+            _address(*named)
+    finally:
+        helper.terminate()
+        helper.wait()
 
 
 def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:

@@ -28,6 +28,10 @@ WORKER_BYTES = 4 * 64
 _KEPT_PLANS = 8
 
 
+CODE = ("cpu_runtime.walk:run", "cpu_runtime.walk:work")
+"""The compiled side."""
+
+
 class ThreadTeam:
     """A fixed number of threads that run plans together.
 
@@ -44,8 +48,8 @@ class ThreadTeam:
         self._word(JOB).value = 1  # odd while there is none
         self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
         self.threads = threads if self._make_semaphores(threads) else 1
-        self._enter = c_function("cpu_runtime.walk:run", 4)
-        helper = c_function("cpu_runtime.walk:work", 3)
+        self._enter = c_function(CODE[0], 4)
+        helper = c_function(CODE[1], 3)
         self._helpers = [
             threading.Thread(
                 target=helper, args=(self._shared, number, self.threads), name=f"candle-vllm-cpu-{number}", daemon=True

@@ -20,7 +20,7 @@ from pathlib import Path
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
@@ -77,6 +77,16 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "weight_quant.cpu:make_quantise", (GGMLQuantizationType[name],)
 
 
+def keep_here(named: Sequence[str]) -> None:
+    """Compiles operations for this machine, as far as they are not kept: code and constants, with commas between."""
+    folder = kernel_cache.kernel_cache()
+    for text in named:
+        code, *constants = text.split(",")
+        name, make = named_function(code, *map(int, constants))
+        if folder is not None and not (folder / name).exists():
+            kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), host_level()))
+
+
 def write(level: Level, folder: Path) -> None:
     """Compiles all of it for a level; to be called in a process whose Numba compiles for that level."""
     folder = folder / kernel_cache.fingerprint(level)
@@ -95,7 +105,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
+    parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # for this machine: `operation.compile_first`
     options = parser.parse_args(given)
+    if options.keep:
+        keep_here(options.keep)
+        return
     levels = [level for level in LEVELS if not options.levels or level.name in options.levels]
     if unknown := set(options.levels) - {level.name for level in levels}:
         parser.error(f"no level is called {', '.join(sorted(unknown))}")

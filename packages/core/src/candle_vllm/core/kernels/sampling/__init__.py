@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 _DRAW, _STAND, _ADJUST = ("sampling.cpu:draw_rows", 3), ("sampling.cpu:stand", 11), ("sampling.cpu:adjust", 15)
 
 
+CODE = tuple(code for code, _ in (_DRAW, _STAND, _ADJUST))
+
+
 @cache
 def compiled() -> bool:
     """Whether the CPU has compiled functions."""
