@@ -82,12 +82,13 @@ def test_loaded_code_cannot_be_written() -> None:
 
 
 def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
-    best, middle, least = LEVELS
+    best, middle, plain, least = LEVELS
     assert level_of(best.flags | {"something"}) is best
     assert level_of(best.flags - {"avx512_bf16"}) is middle
-    assert level_of(best.flags - {"avx512_vnni"}) is least
+    assert level_of(best.flags - {"avx512_vnni"}) is plain
+    assert level_of(best.flags - {"avx512f"}) is least
     assert level_of(least.flags - {"fma"}) is None
-    assert [entry.isa for entry in LEVELS] == [Isa.VNNI | Isa.BF16, Isa.VNNI, Isa.GENERIC]
+    assert [entry.isa for entry in LEVELS] == [Isa.VNNI | Isa.BF16, Isa.VNNI, Isa.GENERIC, Isa.GENERIC]
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------

@@ -42,10 +42,11 @@ class Level(NamedTuple):
 
 
 _AVX2 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
-_AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"])
+_AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 LEVELS = (
-    Level("avx512-bf16", "cooperlake", Isa.VNNI | Isa.BF16, _AVX512 | {"avx512_bf16"}),
-    Level("avx512-vnni", "cascadelake", Isa.VNNI, _AVX512),
+    Level("avx512-bf16", "cooperlake", Isa.VNNI | Isa.BF16, _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    Level("avx512-vnni", "cascadelake", Isa.VNNI, _AVX512 | {"avx512_vnni"}),
+    Level("avx512", "skylake-avx512", Isa.GENERIC, _AVX512),
     Level("avx2", "x86-64-v3", Isa.GENERIC, _AVX2),
 )
 """Of x86-64, the most able first. Source: the x86-64 psABI (v3), Intel's and LLVM's tables of CPUs."""

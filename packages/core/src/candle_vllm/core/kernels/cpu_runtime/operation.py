@@ -79,7 +79,7 @@ def compile_first(ask: Callable[[], object]) -> None:
     Args:
         ask: asks for them as usual, but gets 0 for every address.
     """
-    if not is_first_start():
+    if getattr(sys, "frozen", False) or not is_first_start():  # frozen: `sys.executable` is some program, not Python
         return
     token = _ASKED.set(asked := list[_Named]())
     try:
