@@ -30,6 +30,7 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import COMPILING
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -381,6 +382,12 @@ def test_threads_share_a_short_queue(toy_model: Path) -> None:
     with make(toy_model, max_queued_requests=2) as engine, ThreadPoolExecutor(3) as pool:
         jobs = [pool.submit(engine.generate, [[i]] * 5, asked, use_tqdm=False) for i in range(3)]
         assert [len(job.result()) for job in jobs] == [5, 5, 5]
+
+
+def test_nobody_is_told_of_kernels_once_an_engine_is_there(engine: InferenceEngine) -> None:
+    """Else one that is compiled later would draw a bar that nothing ends."""
+    assert engine.is_alive
+    assert COMPILING.get() is None
 
 
 def test_a_reused_request_id_is_not_aborted_by_its_former_owner(engine: InferenceEngine) -> None:

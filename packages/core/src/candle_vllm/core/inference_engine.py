@@ -60,8 +60,11 @@ class InferenceEngine(EngineFront):
             loaded = load_any_model(config, device, progress)
         self._loaded: LoadedModel | LoadedEncoder | None = loaded
         with progress_bar("compiling the CPU kernels, once for this machine", " kernels") as progress:
-            COMPILING.set(progress)
-            self._engine: Engine | None = build_engine(config, loaded)
+            token = COMPILING.set(progress)
+            try:
+                self._engine: Engine | None = build_engine(config, loaded)
+            finally:
+                COMPILING.reset(token)
         self._thread: EngineThread | None = None
         self._manual = False
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps

@@ -32,7 +32,6 @@ COMPILING: ContextVar[Callable[[int, int], object] | None] = ContextVar("COMPILI
 """Is told how many kernels have been compiled, of 0 in all, whenever another one is."""
 
 _MAGIC = b"candle-vllm code 1\n"
-_TRAVELLING = Path(__file__).parent.parent / "compiled"  # made by `benchmarks`...
 _KEPT_VERSIONS = 4
 _KEPT_SECONDS = 24 * 3600
 
@@ -63,12 +62,12 @@ def kernel_cache() -> Path | None:
 @cache
 def can_compile() -> bool:
     """Whether there is machine code for this CPU, or what makes it."""
-    return importlib.util.find_spec("numba") is not None or (TRAVELLING / fingerprint(host_level())).is_dir()
+    return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
 
 
 def is_first_start() -> bool:
     """Whether nothing has been compiled yet, by this version on this machine, and it can be compiled and kept."""
-    if importlib.util.find_spec("numba") is None or (TRAVELLING / fingerprint(host_level())).is_dir():
+    if importlib.util.find_spec("numba") is None or _travelling().is_dir():
         return False
     folder = kernel_cache()
     return folder is not None and next(folder.iterdir(), None) is None
@@ -86,13 +85,12 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     Raises:
         ConfigError: it has to be compiled, and Numba is not installed.
     """
-    level = host_level()
-    code = _read(TRAVELLING / fingerprint(level) / name)
+    code = _read(_travelling() / name)
     if code is None:
         folder = kernel_cache()
         code = _read(folder / name) if folder is not None else None
         if code is None:
-            code = compile_image(_checked(name, make), level)
+            code = compile_image(_checked(name, make), host_level())
             if progress := COMPILING.get():
                 progress(next(_compiled()), 0)
             if folder is not None:
@@ -102,6 +100,11 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
 
     return load_object(code)
+
+
+def _travelling() -> Path:
+    """Where this version's code for this CPU would lie in the package."""
+    return TRAVELLING / fingerprint(host_level())
 
 
 def compile_image(function: Callable[..., None], level: Level) -> bytes:

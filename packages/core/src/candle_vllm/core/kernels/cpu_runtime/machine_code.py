@@ -67,10 +67,8 @@ def link(made: bytes) -> Image:
     code, starts = bytearray(), dict[int, int]()
     wanted = [entry[1]]
     for number in wanted:  # which grows: what the code names, and what that names
-        if number >= len(sections):  # numbers that stand for no section: memory without contents
-            raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
-        section = sections[number]
-        if section.kind != _PROGBITS or section.flags & _WRITABLE:
+        section = sections[number] if number < len(sections) else None  # higher ones: memory without contents
+        if section is None or section.kind != _PROGBITS or section.flags & _WRITABLE:
             raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
         code += bytes(-len(code) % max(section.align, 1))
         starts[number] = len(code)

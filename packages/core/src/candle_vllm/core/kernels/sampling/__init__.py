@@ -22,7 +22,6 @@ wait for it, so that a captured step may hold them. Elsewhere than on a GPU the 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,13 +48,14 @@ if TYPE_CHECKING:
 
 
 # The compiled functions, and how many arguments they take.
-_DRAW, _STAND, _ADJUST = ("sampling.cpu:draw_rows", 3), ("sampling.cpu:stand", 11), ("sampling.cpu:adjust", 15)
+_DRAW, _STAND, _ADJUST = _FUNCTIONS = (
+    ("sampling.cpu:draw_rows", 3),
+    ("sampling.cpu:stand", 11),
+    ("sampling.cpu:adjust", 15),
+)
+CODE = tuple(code for code, _ in _FUNCTIONS)
 
 
-CODE = tuple(code for code, _ in (_DRAW, _STAND, _ADJUST))
-
-
-@cache
 def compiled() -> bool:
     """Whether the CPU has compiled functions."""
     return can_compile()
@@ -64,7 +64,7 @@ def compiled() -> bool:
 def prepare() -> None:
     """Compiles what the CPU needs, or loads it, so that the first request does not wait for it."""
     if compiled():
-        for function in (_DRAW, _STAND, _ADJUST):
+        for function in _FUNCTIONS:
             c_function(*function)
 
 
