@@ -14,7 +14,7 @@ from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, reasoning_is_open, template_needs
+from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, open_mark, template_needs
 
 # What other servers call formats. Those that we do not have are refused: inkling, k2_horizon, gigachat35, and
 # minimax_m2_append_think, which puts thoughts into content.
@@ -230,12 +230,12 @@ def test_what_a_template_needs() -> None:
     ],
 )
 def test_whether_a_prompt_leaves_thoughts_open(tail: str, reasoning: str, is_open: bool) -> None:
-    assert reasoning_is_open(tail, reasoning_names()[reasoning]) is is_open
-    assert not reasoning_is_open(tail, None)
+    assert bool(open_mark(tail, reasoning_names()[reasoning])) is is_open
+    assert not open_mark(tail, None)
 
 
 def test_an_answer_to_go_on_with() -> None:
     think = reasoning_names()["think"]
-    assert reasoning_is_open("<think>\nFirst I", think, continued=True)
-    assert not reasoning_is_open("<think>\nFirst I", think)
-    assert not reasoning_is_open("<think>\nFirst I</think>So", think, continued=True)
+    assert open_mark("<think>\nFirst I", think, continued=True)
+    assert not open_mark("<think>\nFirst I", think)
+    assert not open_mark("<think>\nFirst I</think>So", think, continued=True)

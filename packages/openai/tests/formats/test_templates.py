@@ -14,8 +14,9 @@ from messages import parse
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.formats.choice import Choice, choose_layout
+from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.template_needs import reasoning_is_open, split
+from candle_vllm.openai.formats.template_needs import open_mark, split
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ENDS = (  # of messages with calls, where those have ends of their own; and what stands behind a message
@@ -250,9 +251,9 @@ def changes(model: Model, key: str) -> str:
     text = text[: min((text.find(end) for end in ends(model) if end in text), default=len(text))]
     expected = Said(said.content * (said.content in text), said.thoughts * (said.thoughts in text), said.calls)
     choice = model.choice
-    parser = OutputParser(
-        choice.layout, tools=SCHEMAS, in_reasoning=reasoning_is_open(written.head, choice.reasoning), make_id=str
-    )
+    opening = open_mark(written.head, choice.reasoning)
+    layout = Layout(choice.reasoning and choice.reasoning.led_by(opening), choice.tools)
+    parser = OutputParser(layout, tools=SCHEMAS, in_reasoning=bool(opening), make_id=str)
     parsed = parse(parser, [text])
     found = Said(parsed.content, parsed.thoughts, parsed.values)
     return "" if found == expected else f"{model.name} wrote {text!r}, which reads {found}"

@@ -22,7 +22,7 @@ from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.reader import SPACE
-from candle_vllm.openai.formats.template_needs import reasoning_is_open
+from candle_vllm.openai.formats.template_needs import open_mark
 from candle_vllm.openai.task import Task, ToolUse
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,12 @@ class AnswerPlanner:
         logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
         logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
         self._special = conventions.special_tokens
-        self._with_tools = bind(Layout(reasoning, tools), self._special)
         frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
-        self._without = bind(Layout(reasoning, frame), self._special)
+        leads = reasoning.pairs if reasoning is not None else {}
+        self._bound = {  # by the mark that opened the thoughts; "" where the prompt did not
+            opening: (bind(Layout(row, tools), self._special), bind(Layout(row, frame), self._special))
+            for opening, row in {"": reasoning, **{one: reasoning and reasoning.led_by(one) for one in leads}}.items()
+        }
 
     def plan(self, task: Task, prompt: str, *, loose: Collection[str] = ()) -> Planned:
         """The plan for a task whose rendered prompt is `prompt`; raises `RequestError`.
@@ -86,7 +89,9 @@ class AnswerPlanner:
             use = replace(use, parallel=False)  # the conversation could not be rendered with more
         called = tools if use.mode != "none" else None
         tail = prompt[-_TAIL:]
-        is_open = reasoning_is_open(tail, reasoning, continued=continued)
+        opening = open_mark(tail, reasoning, continued=continued)
+        is_open = bool(opening)
+        reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
         structured = constrain(
             task.form,
@@ -98,7 +103,8 @@ class AnswerPlanner:
             loose=loose,
             continued=continued,
         )
-        bound = self._with_tools if called else self._without
+        with_tools, without = self._bound.get(opening, self._bound[""])
+        bound = with_tools if called else without
         if bound.layout == Layout():
             return Planned(AnswerPlan(), structured)
         answers = AnswerPlan(

@@ -68,11 +68,13 @@ class Harmony:
     body: Body | None = None
     body_open: str = ""
 
-    def run(self, reader: Reader, output: Output, *, tools: bool) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`."""
+    def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
+        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
         stops = markers(self.start, self.channel, *self.ends)
+        opened = _Header(self.reasoning[0], role=self.role) if in_reasoning else None
         while True:
-            header = yield from self._header(reader)
+            header = opened or (yield from self._header(reader))
+            opened = None
             if not header.role.startswith(self.role):
                 yield from self._text(reader, stops, nowhere)
             elif header.recipient and tools:
@@ -152,8 +154,8 @@ class Headed:
     mark: str = ">>>"
     answer: str = "all"
 
-    def run(self, reader: Reader, output: Output, *, tools: bool) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`."""
+    def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:  # noqa: ARG002
+        """Reads a message to its end; calls are text unless `tools`. It has no thoughts."""
         parts = _Parts(self, reader, output, tools)
         name = yield from parts.first()
         while name:

@@ -56,7 +56,7 @@ def tool_grammar(
         mode: whether a call must come.
         parallel: more than one call may come.
         reasoning: how the model writes thoughts, which are free.
-        in_reasoning: the prompt has opened the thoughts already.
+        in_reasoning: the prompt has opened the thoughts already, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
         loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict are.
         always: calls are held to their form in mode "auto" even where no tool is strict.
@@ -80,7 +80,7 @@ def tool_grammar(
         many=parallel,
     )
     if form.flow is not None:
-        return context.writer.lark(_message(form.flow, context, required=not auto))
+        return context.writer.lark(_message(form.flow, context, required=not auto, in_reasoning=in_reasoning))
     message = _Message(context, reasoning, in_reasoning)
     start = message.lazy() if auto else message.required()
     return start and context.writer.lark(start)
@@ -108,7 +108,7 @@ def answer_grammar(
     context = Context(Writer(special), row, tools, loose=loose, many=parallel)
     flow = row.flow or (reasoning and reasoning.flow)
     if isinstance(flow, Harmony):
-        return context.writer.lark(harmony_answer(flow, context, _one_call(flow, context)))
+        return context.writer.lark(harmony_answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
     if isinstance(flow, Headed):
         return context.writer.lark(headed_answer(flow, context))
     if not row.answer and not tools:
@@ -133,10 +133,10 @@ _block.register(Gemma, gemma)
 _block.register(Nested, nested)
 
 
-def _message(flow: Any, context: Context, *, required: bool) -> str:
+def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool) -> str:
     """Messages that are no text with marks in it."""
     if isinstance(flow, Harmony):
-        return harmony(flow, context, _one_call(flow, context), required=required)
+        return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     if isinstance(flow, Headed):
         return headed(flow, context, required=required)
     return _block(flow, context).rest

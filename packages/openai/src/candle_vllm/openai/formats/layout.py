@@ -27,8 +27,8 @@ class Body(Protocol):
 class Flow(Protocol):
     """A way to write whole messages, where they are not text with marks in it."""
 
-    def run(self, reader: Reader, output: Output, *, tools: bool) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`."""
+    def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
+        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
         ...
 
 
@@ -63,6 +63,14 @@ class ReasoningFormat:
     def pairs(self) -> dict[str, str]:
         """Opening mark -> closing mark."""
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
+
+    def led_by(self, opening: str) -> ReasoningFormat:
+        """The same with the pair first that `opening` begins; where a prompt opened the thoughts, that one counts."""
+        if opening == self.open or opening not in self.pairs:
+            return self
+        closing = self.pairs[opening]
+        others = tuple((begin, end) for begin, end in self.pairs.items() if begin != opening)
+        return dataclasses.replace(self, open=opening, close=closing, others=others)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ class OutputParser:
     Args:
         layout: what it may hold.
         tools: what the request offers: name -> schema of the arguments; None where calls are not looked for.
-        in_reasoning: the prompt has opened the thoughts already.
+        in_reasoning: the prompt has opened the thoughts already, with the layout's first pair of marks.
         behind_reasoning: the prompt has closed them already; white space at the beginning belongs to it.
         held: calls are held to their form by a grammar.
         lazy: it begins with the call; what it does not hold is no call.
@@ -53,7 +53,7 @@ class OutputParser:
             self._output.part_ends()
         flow = (layout.tools and layout.tools.flow) or (layout.reasoning and layout.reasoning.flow)
         if flow:
-            run = flow.run(self._reader, self._output, tools=form is not None)
+            run = flow.run(self._reader, self._output, tools=form is not None, in_reasoning=in_reasoning)
         else:
             run = TextFlow(
                 layout, form, self._reader, self._output, in_reasoning=in_reasoning, held=held, lazy=lazy

@@ -210,8 +210,8 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     )
 
 
-def reasoning_is_open(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> bool:
-    """Whether a prompt leaves the thoughts open, so that the model begins within them.
+def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
+    """The mark by which a prompt leaves the thoughts open, so that the model begins within them; "" where it does not.
 
     Args:
         prompt_tail: the end of the prompt, at least from the answer's beginning on.
@@ -219,12 +219,20 @@ def reasoning_is_open(prompt_tail: str, reasoning: ReasoningFormat | None, *, co
         continued: the prompt ends with the beginning of an answer that the model is to go on with, so that thoughts may
             have been written already.
     """
-    for opening, closing in reasoning.pairs.items() if reasoning else ():
+    found, last = "", -1
+    for opening, ends in _ends(reasoning).items() if reasoning else ():
         place = prompt_tail.rfind(opening)
         rest = prompt_tail[place + len(opening) :]
-        if place >= 0 and (closing not in rest if continued else not rest.strip(SPACE)):
-            return True
-    return False
+        if place > last and (not any(end in rest for end in ends) if continued else not rest.strip(SPACE)):
+            found, last = opening, place
+    return found
+
+
+def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
+    """Opening mark -> the marks that end the thoughts behind it."""
+    if reasoning.flow is not None:
+        return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
+    return {opening: (closing,) for opening, closing in reasoning.pairs.items()}
 
 
 def _as_text(probe: TemplateProbe) -> bool | None:

@@ -31,7 +31,7 @@ from candle_vllm.openai.formats.template_needs import (
     THOUGHTS,
     TemplateProbe,
     Written,
-    reasoning_is_open,
+    open_mark,
 )
 
 _COMMON = frozenset({"```json", "functools"})  # too common in texts to tell of a format
@@ -140,7 +140,8 @@ def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
 
 def _thoughts(row: ReasoningFormat, written: Written) -> str:
     """The thoughts that a row reads in what a template wrote."""
-    parser = OutputParser(Layout(row, None), in_reasoning=reasoning_is_open(written.head, row))
+    opening = open_mark(written.head, row)
+    parser = OutputParser(Layout(row.led_by(opening), None), in_reasoning=bool(opening))
     events = (*parser.feed(written.text), *parser.finish(True))
     return "".join(event.text for event in events if isinstance(event, TextPiece) and event.kind == "reasoning")
 

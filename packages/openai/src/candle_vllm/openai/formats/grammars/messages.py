@@ -14,12 +14,16 @@ _ROLE = '"assistant"'
 _CHANNELS = '("analysis" | "commentary" | "final")'
 
 
-def harmony(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block], *, required: bool) -> str:
-    """A message whose prompt ends with the role of its first part."""
+_Write = Callable[[FunctionShape], Block]
+
+
+def harmony(flow: Harmony, context: Context, write: _Write, *, required: bool, in_reasoning: bool = False) -> str:
+    """A message whose prompt ends with the role of its first part, or within its thoughts."""
     writer, mark = context.writer, context.writer.mark
     calls = _calls(flow, context, write)
+    opened = _rest_of_thoughts(flow, context) if in_reasoning else ""
     if required:
-        return sequence(_thoughts(flow, context), calls)
+        return sequence(opened, _thoughts(flow, context), calls)
     message, text = mark(flow.message), _text(flow, context)
     if flow.channel:
         part = f"{mark(flow.channel)} {_CHANNELS} {message}"
@@ -29,10 +33,11 @@ def harmony(flow: Harmony, context: Context, write: Callable[[FunctionShape], Bl
     begun = writer.rule(f"{part} | {message}" if flow.channel else f"({part}) | {message}")
     lead = writer.rule(sequence(begun, writer.until(flow.ends[0], text), _next_part(flow, context)))
     ends = writer.rule(" | ".join(writer.until(end, text) for end in flow.ends))
-    return f"{lead}* ({calls} | {begun} ({text} | {ends}))"
+    main = f"{lead}* ({calls} | {begun} ({text} | {ends}))"
+    return f"{opened} {main} | {text}" if opened else main
 
 
-def harmony_answer(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
+def harmony_answer(flow: Harmony, context: Context, write: _Write, *, in_reasoning: bool = False) -> str:
     """Thoughts, and then an answer that has a form, or calls."""
     mark = context.writer.mark
     if flow.channel:
@@ -41,10 +46,11 @@ def harmony_answer(flow: Harmony, context: Context, write: Callable[[FunctionSha
         header = f"{quoted(f' to={flow.people[-1]}')} {mark(flow.message)}"
     answer = f"{header} @form ({mark(flow.ends[1])})?"
     calls = [_calls(flow, context, write)] if context.tools else []
-    return sequence(_thoughts(flow, context), context.writer.rule(" | ".join([answer, *calls])))
+    opened = _rest_of_thoughts(flow, context) if in_reasoning else ""
+    return sequence(opened, _thoughts(flow, context), context.writer.rule(" | ".join([answer, *calls])))
 
 
-def _calls(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
+def _calls(flow: Harmony, context: Context, write: _Write) -> str:
     writer, mark = context.writer, context.writer.mark
     call = _named(flow, context) if flow.body is None else _written(flow, context, write)
     between = mark(flow.ends[-1] if flow.channel else flow.ends[0])
@@ -56,8 +62,12 @@ def _thoughts(flow: Harmony, context: Context) -> str:
     """Parts of reasoning, with the beginnings of the parts behind them."""
     writer = context.writer
     head = writer.mark(flow.reasoning[0]) if flow.channel else quoted(" " + flow.reasoning[0])
-    text = writer.until(flow.ends[0], _text(flow, context))
-    return writer.rule(sequence(head, writer.mark(flow.message), text, _next_part(flow, context))) + _THOUGHTS
+    return writer.rule(sequence(head, writer.mark(flow.message), _rest_of_thoughts(flow, context))) + _THOUGHTS
+
+
+def _rest_of_thoughts(flow: Harmony, context: Context) -> str:
+    """A part's text, its end, and the beginning of the part behind it."""
+    return sequence(context.writer.until(flow.ends[0], _text(flow, context)), _next_part(flow, context))
 
 
 def _next_part(flow: Harmony, context: Context) -> str:
@@ -83,7 +93,7 @@ def _named(flow: Harmony, context: Context) -> str:
     return writer.rule(f'{mark(flow.channel)} "commentary" {to} {channel} | {to} {role}')
 
 
-def _written(flow: Harmony, context: Context, write: Callable[[FunctionShape], Block]) -> str:
+def _written(flow: Harmony, context: Context, write: _Write) -> str:
     """A header with the function's name, and a call as another format writes it."""
     writer = context.writer
     parts = []
