@@ -15,6 +15,7 @@ from candle_vllm.core.engine.request import (
     GenerationRequest,
     OutputCollector,
 )
+from candle_vllm.core.progress import tell
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -99,6 +100,7 @@ class FakeLoader:
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
         assert self._lock.acquire(blocking=False), "two models are loaded at the same time"
         try:
+            tell("testing", 434, 1000)
             time.sleep(self.seconds)
             if entry.name in self.broken:
                 raise self.broken[entry.name]

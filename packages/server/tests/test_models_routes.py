@@ -156,6 +156,21 @@ def test_readiness_follows_the_default_model(start) -> None:
         assert client.get("/ready").status_code == 200  # it comes when it is asked for
 
 
+def test_who_waits_is_told_what_loading_is_at(start) -> None:
+    loader = FakeLoader(seconds=1.0)
+    loading = {"what": "testing, 43 %", "percent": 43}
+    with start(_manager(loader)).http() as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_chat, client, "small")
+        end = time.monotonic() + 5
+        while (said := client.get("/ready")).json() != {"status": "loading", "loading": loading}:
+            assert time.monotonic() < end, said.text
+        assert said.status_code == 503
+        models = {each["id"]: each["loading"] for each in client.get("/v1/models/status").json()["models"]}
+        assert models == {"small": loading, "org/large": None, "broken": None}
+        asked.result(20)
+        assert not any(each["loading"] for each in client.get("/v1/models/status").json()["models"])
+
+
 def test_a_request_has_a_deadline(start) -> None:
     loader = FakeLoader(seconds=2)
     with start(_manager(loader), request_timeout=1).http() as client:

@@ -154,7 +154,9 @@ def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals)
         assert rest.endswith("data: [DONE]")
         assert process.wait(20) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == "aborted 0 closed True\n"
+        said, ended = process.stderr.read().splitlines()
+        assert said.endswith("finishing 1 request, up to 30 s; Ctrl+C again to stop now")
+        assert ended == "aborted 0 closed True"
 
 
 def test_the_drain_has_a_limit(tmp_path: Path) -> None:
@@ -189,6 +191,10 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
             assert time.monotonic() - begin < 5
+            assert process.stderr is not None
+            first, second, _ = process.stderr.read().splitlines()
+            assert first.endswith("finishing 1 request, up to 30 s; Ctrl+C again to stop now")
+            assert second.endswith("stopping now: what still ran is cut off")
     assert not path.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from candle_vllm.core.testing.toy_model import write_toy_model
 
 TESTS = str(Path(__file__).parent)
 SCRIPT = """
@@ -72,8 +75,108 @@ def test_a_signal_while_the_model_loads_ends_the_server_in_peace(tmp_path: Path,
         process.send_signal(number)
         out, error = process.communicate(timeout=30)
     assert process.returncode == 0, error
+    assert error.splitlines()[0] == "candle-vllm: stopped while SmolLM2-135M-Instruct.Q4_1 was loaded (testing, 43 %)"
     assert "Traceback" not in error
     assert out == ""
+
+
+# ---- Ctrl+C at any moment --------------------------------------------------------------------------------------------
+
+AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from candle_vllm.server.cli import main
+sys.argv[1:] = {arguments!r}
+sys.exit(main())
+"""
+STARTED = "candle-vllm: stopped while it started\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "said"),
+    [
+        ("candle_vllm.core.errors", "serve", STARTED),
+        ("candle_vllm.server.settings.table", "serve", STARTED),
+        ("fastapi", "serve", STARTED),
+        ("candle_vllm.server.commands.chat", "chat", STARTED),
+        ("candle_vllm.core.sampling.params", "generate", STARTED),
+        ("tokenizers", "generate", STARTED),
+        (
+            "candle_vllm.core.engine.recorded_runner",
+            "chat",
+            "candle-vllm: stopped while the model loaded (preparing the steps)\n",
+        ),
+    ],
+)
+def test_ctrl_c_amid_imports_is_one_line(module: str, command: str, said: str, toy: Path) -> None:
+    arguments = [command, "--m", str(toy), *(["hi"] if command == "generate" else [])]
+    script = AT_IMPORT.format(module=module, arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder that loads in no time, once its kernels are there."""
+    return write_toy_model(tmp_path / "toy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["generate", "hi"], 130, "candle-vllm: stopped while the model loaded ("),
+        (["serve", "--p", "0"], 0, "candle-vllm: stopped while toy was loaded ("),
+    ],
+)
+def test_ctrl_c_while_kernels_are_compiled_ends_both_processes(
+    arguments: list[str], status: int, said: str, toy: Path, tmp_path: Path
+) -> None:
+    """LLVM must not be taken down under a thread that uses it."""
+    command = [sys.executable, "-m", "candle_vllm.server.cli", *arguments, "--m", str(toy)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            end = time.monotonic() + 60
+            while _compiled(tmp_path / "cache") < 2:
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            helpers = _children(process.pid)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                process.kill()
+    assert process.returncode == status, error
+    assert error.splitlines()[-1].startswith(said)
+    assert "Traceback" not in error
+    end = time.monotonic() + 20
+    while any(_runs(helper) for helper in helpers):
+        assert time.monotonic() < end, "the second process still compiles"
+        time.sleep(0.05)
+
+
+def _compiled(cache: Path) -> int:
+    """How many kernels a first start has kept so far."""
+    return sum(path.suffix != ".tmp" for path in cache.glob("candle-vllm/kernels/*/*"))
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.glob("*/children") for child in task.read_text().split()]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from candle_vllm.core import (
     StructuredOutputsParams,
     TokenOutput,
 )
+from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
@@ -294,6 +295,14 @@ async def test_a_gguf_engine_is_the_same_until_it_is_killed(tmp_path: Path) -> N
     assert not os.path.exists(folder)
     with pytest.raises(EngineDeadError, match="closed"):
         engine.stats()
+
+
+def test_who_waits_for_the_process_hears_what_it_is_at(toy_model: Path) -> None:
+    told: list[Progress] = []
+    with heard_by(told.append), RemoteEngine(str(toy_model), max_model_len=64):
+        pass
+    assert [each.done for each in told if each.what == "loading the weights"][-1] > 0
+    assert told[-1].what == "preparing the steps"
 
 
 async def test_an_encoder_and_an_orderly_end(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.assembly.opening import progress_bar
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_engine, model_info
@@ -21,7 +20,7 @@ from candle_vllm.core.engine.request import TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import COMPILING
+from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.prompts import Prompt
@@ -56,15 +55,18 @@ class InferenceEngine(EngineFront):
         self.config = config
         device = choose_device(config.device)
         LOADING_THREADS.set(config.threads)
-        with progress_bar() if on_progress is None else nullcontext(on_progress) as progress:
-            loaded = load_any_model(config, device, progress)
-        self._loaded: LoadedModel | LoadedEncoder | None = loaded
-        with progress_bar("compiling the CPU kernels, once for this machine", " kernels") as progress:
-            token = COMPILING.set(progress)
-            try:
-                self._engine: Engine | None = build_engine(config, loaded)
-            finally:
-                COMPILING.reset(token)
+
+        def weights(done: int, total: int) -> None:
+            tell("loading the weights", done, total)
+            if on_progress is not None:
+                on_progress(done, total)
+
+        with nullcontext() if on_progress is not None else progress_bar():
+            tell("reading the model's files")
+            loaded = load_any_model(config, device, weights)
+            self._loaded: LoadedModel | LoadedEncoder | None = loaded
+            tell("preparing the steps")
+            self._engine: Engine | None = build_engine(config, loaded)
         self._thread: EngineThread | None = None
         self._manual = False
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps

@@ -24,6 +24,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.progress import Progress, heard_by
 
 OTHER_USER = 12345
 
@@ -167,7 +168,10 @@ def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: p
         return real(code, *constants)
 
     monkeypatch.setattr(operation_module, "_address", late)
-    compile_first(ask)
+    told: list[Progress] = []
+    with heard_by(told.append):
+        compile_first(ask)
+    assert {(each.done, each.total) for each in told} <= {(len(ASKED), len(ASKED))}
     assert kept(root) == set(ASKED)
     assert names == []
     assert operation(ASKED[0]) != 0
@@ -252,14 +256,13 @@ def test_an_error_in_the_code_of_a_kernel_is_not_hidden() -> None:
 
 
 def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
-    told: list[tuple[int, int]] = []
-    token = cache_module.COMPILING.set(lambda done, total: told.append((done, total)))
-    assert sum_of(6, 60) == 66
-    assert sum_of(6, 60) == 66  # read, not compiled
-    cache_module.COMPILING.reset(token)
-    assert [total for _, total in told] == [0] * len(told)
+    told: list[Progress] = []
+    with heard_by(told.append):
+        assert sum_of(6, 60) == 66
+        assert sum_of(6, 60) == 66  # read, not compiled
+    assert [(each.total, each.unit) for each in told] == [(0, " kernels")] * 2
     assert len(data_files(root)) == 2
-    assert told[-1][0] - told[-2][0] == 1
+    assert told[-1].done - told[-2].done == 1
 
 
 def test_without_numba_what_does_not_travel_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

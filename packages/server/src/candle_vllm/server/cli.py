@@ -1,57 +1,67 @@
 """The `candle-vllm` command: serve, generate, chat, agent, bench, quantize, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
-the traceback is shown only with `--log-level debug`.
+the traceback is shown only with `--log-level debug`. What takes a while to import is imported where Ctrl+C is heard.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.core.threads import collect_seldom, collector_paused
-from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.command_line import parse, split_command
+from candle_vllm.server.interrupts import EXIT_INTERRUPTED, leave, leaving_at_once, say_stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from candle_vllm.server.settings import Settings
     from candle_vllm.server.settings.configuration import Configuration
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
 
-    `agent` has 1 as well, where the request was not carried out.
+    `agent` has 1 as well, where the request was not carried out. Without `argv` the process is all ours, and ends here
+    where threads still work.
     """
-    debug = False
-    collect_seldom()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    try:
-        command, rest = split_command(sys.argv[1:] if argv is None else argv)
-        given, own = parse(command, rest)
-        from candle_vllm.server.settings.configuration import load_configuration
+    return leave(_run(sys.argv[1:])) if argv is None else _run(argv)
 
-        configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home())
-        settings = configuration.settings
-        debug = settings.log_level == "debug"
-        level = settings.log_level if command == "serve" else _quiet(given.values, settings)
-        configure_logging(level, settings.log_format)
+
+def _run(argv: Sequence[str]) -> int:
+    with leaving_at_once(lambda: "it started"):
+        import io
+        import os
+        from pathlib import Path
+
+        from candle_vllm.core.errors import CandleVllmError
+        from candle_vllm.core.threads import collect_seldom
+
+        debug = False
+        collect_seldom()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    try:
+        with leaving_at_once(lambda: "it started"):
+            from candle_vllm.server.settings.command_line import parse, split_command
+            from candle_vllm.server.settings.configuration import load_configuration
+
+            command, rest = split_command(argv)
+            given, own = parse(command, rest)
+            configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home())
+            settings = configuration.settings
+            debug = settings.log_level == "debug"
+            level = settings.log_level if command == "serve" else _quiet(given.values, settings)
+            configure_logging(level, settings.log_format)
         return run_command(command, configuration, own)
     except BrokenPipeError:
         # Whoever read our output has left: standard output must not be flushed again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
+        say_stopped()
         return EXIT_INTERRUPTED
     except CandleVllmError as error:
         if debug:
@@ -62,32 +72,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Runs one command."""
-    with collector_paused():  # modules are many objects, and none of them is garbage
+    with leaving_at_once(lambda: "it started"):
         program = _program(command)
     return program(configuration if command in ("serve", "config") else configuration.settings, **own)
 
 
 def _program(command: str) -> Callable[..., int]:
     """What runs a command; its module, and with it the engine, is imported only here."""
-    if command == "serve":
-        from candle_vllm.server.serve import serve as program
-    elif command == "config":
-        from candle_vllm.server.commands.config import config as program
-    elif command == "generate":
-        from candle_vllm.server.commands.generate import generate as program
-    elif command == "chat":
-        from candle_vllm.server.commands.chat import chat as program
-    elif command == "agent":
-        from candle_vllm.server.commands.agent import agent as program
-    elif command == "quantize":
-        from candle_vllm.server.commands.quantize import quantize as program
-    else:
-        from candle_vllm.server.commands.bench import bench as program
+    from candle_vllm.core.threads import collector_paused
+
+    with collector_paused():  # modules are many objects, and none of them is garbage
+        if command == "serve":
+            from candle_vllm.server.serve import serve as program
+        elif command == "config":
+            from candle_vllm.server.commands.config import config as program
+        elif command == "generate":
+            from candle_vllm.server.commands.generate import generate as program
+        elif command == "chat":
+            from candle_vllm.server.commands.chat import chat as program
+        elif command == "agent":
+            from candle_vllm.server.commands.agent import agent as program
+        elif command == "quantize":
+            from candle_vllm.server.commands.quantize import quantize as program
+        else:
+            from candle_vllm.server.commands.bench import bench as program
     return program
 
 
 def configure_logging(level: str, style: str = "text") -> None:
     """Sends the log to standard error, one line per record: as text, or as one JSON object."""
+    import logging
+
     from candle_vllm.server.observing.request_log import log_formatter
 
     handler = logging.StreamHandler(sys.stderr)

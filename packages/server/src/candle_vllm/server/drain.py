@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -20,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
@@ -62,7 +65,21 @@ class DrainingServer(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    def _announce(self) -> None:
+        """Says what is waited for, and how to wait no longer."""
+        busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
+        if count := len(self.server_state.tasks):
+            what = f"{count} request{'s' if count > 1 else ''}"
+        elif busy is not None and busy():
+            what = "answers that are kept for clients which left"
+        else:
+            return
+        seconds = self.config.timeout_graceful_shutdown
+        logger.warning("finishing %s, up to %s s; Ctrl+C again to stop now", what, seconds)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self.force_exit:
+            self._announce()
         # uvicorn waits for these tasks, as long as for a request.
         outlived = asyncio.create_task(self._outlived())
         self.server_state.tasks.add(outlived)
@@ -71,6 +88,8 @@ class DrainingServer(uvicorn.Server):
         forced = asyncio.create_task(self._forced())
         await asyncio.wait({drained, forced}, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
+        if self.force_exit and self.server_state.tasks - {outlived}:
+            logger.warning("stopping now: what still ran is cut off")
         running = list(self.server_state.tasks)
         for task in running:
             task.cancel()

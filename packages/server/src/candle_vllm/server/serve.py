@@ -27,6 +27,7 @@ from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import http_protocol
+from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.loader import ModelLoader
@@ -83,6 +84,8 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     failure = app.state.failure or starting.failure
     if failure is not None:
         raise failure
+    if starting.stopped is not None:
+        say_stopped(f" while {starting.stopped}")
     return 0
 
 
@@ -131,6 +134,7 @@ class Start:
 
     Attributes:
         failure: why it could not be loaded; the server stops then.
+        stopped: what was being done when the server was stopped before it was there.
     """
 
     def __init__(self, app: FastAPI, server: DrainingServer, address: Address) -> None:
@@ -138,17 +142,23 @@ class Start:
         self._server = server
         self._address = address
         self.failure: Exception | None = None
+        self.stopped: str | None = None
 
     async def run(self) -> None:
         """To the banner, or to the end of the server."""
         manager: ModelManager = self._app.state.manager
+        slot = manager.slots[manager.active]
+        self.stopped = "it started"
         try:
             slot = await manager.start()
         except Exception as error:
-            if not self._server.should_exit:  # else it was stopped while it loaded
-                self.failure = error
+            if self._server.should_exit:  # it was stopped while it loaded
+                self.stopped = f"{slot.entry.name} was loaded" + (f" ({slot.progress})" if slot.progress else "")
+            else:
+                self.failure, self.stopped = error, None
             self._server.should_exit = True
             return
+        self.stopped = None
         # The model's objects live as long as the process: no collection need look at them again, and none does now,
         # for a start leaves some fifty objects to collect, and looking takes a tenth of its time.
         gc.freeze()

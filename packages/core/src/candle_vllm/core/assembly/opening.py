@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,27 +107,3 @@ def stored_types(checkpoint: Checkpoint) -> str | None:
     if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # whole numbers are buffers
         return None
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
-
-
-@contextmanager
-def progress_bar(what: str = "loading", unit: str = "B") -> Iterator[Any]:
-    """A bar for what is done to a model, on a terminal, when it takes longer than a second; of 0 in all, a count."""
-    bar: Any = None
-    shown_from = time.monotonic() + 1.0 if sys.stderr.isatty() else math.inf
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and time.monotonic() < shown_from:
-            return
-        if bar is None:
-            from tqdm import tqdm  # takes as long to import as a small model's weights
-
-            bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True, initial=done)
-        bar.total = total or None
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()

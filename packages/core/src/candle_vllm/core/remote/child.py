@@ -20,9 +20,11 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.progress import heard_by
 from candle_vllm.core.remote.line import CONTROL, END, STEPS, Bell, Start, read_start, set_limits
 from candle_vllm.core.remote.wire import (
     Failed,
+    Loading,
     MalformedMessageError,
     Ready,
     TokenizerParts,
@@ -69,7 +71,8 @@ def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> 
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
 
         outbox = Outbox(connected(context, STEPS, start), told.bell.ring)
-        engine = ChildEngine(EngineConfig(**start.config), outbox)
+        with heard_by(lambda progress: control.send(encode(Loading(**progress._asdict())))):
+            engine = ChildEngine(EngineConfig(**start.config), outbox)
     except CandleVllmError as error:
         control.send(encode(Failed(error=describe_error(error))))
         return 1

@@ -26,11 +26,13 @@ import zmq
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import EngineDeadError, ModelLoadError
+from candle_vllm.core.progress import tell
 from candle_vllm.core.remote.line import CONTROL, END, STEPS, TOKEN_BYTES, set_limits, write_start
 from candle_vllm.core.remote.wire import (
     PATIENCE,
     Failed,
     Greeting,
+    Loading,
     MalformedMessageError,
     Reader,
     Ready,
@@ -96,7 +98,7 @@ class EngineProcess:
             raise
 
     def greeting(self) -> Ready:
-        """Waits until the child has loaded its model.
+        """Waits until the child has loaded its model, and passes on how far it is.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: it has not; what it said.
@@ -114,6 +116,9 @@ class EngineProcess:
                     raise ModelLoadError(f"the engine process sent what is no message: {error}") from None
                 if isinstance(message, Failed):
                     raise make_error(message.error)
+                if isinstance(message, Loading):
+                    tell(message.what, message.done, message.total, message.unit)
+                    continue
                 return message
             if ended:
                 raise ModelLoadError(

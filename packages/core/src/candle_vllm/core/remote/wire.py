@@ -97,6 +97,15 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     stats: EngineStats
 
 
+class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):
+    """How far loading is; see `Progress`."""
+
+    what: str
+    done: int
+    total: int
+    unit: str
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The model cannot be loaded."""
 
@@ -132,7 +141,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
 
 ToChild = Submit | Pool | Abort | Check
 FromChild = Pieces | Refused | Checked | Ended
-Greeting = Ready | Failed
+Greeting = Ready | Failed | Loading
 
 
 # ---- writing and reading ---------------------------------------------------------------------------------------------

@@ -38,6 +38,18 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
     default: bool
 
 
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """What is being done while a model is loaded.
+
+    Attributes:
+        what: for people, as "loading the weights".
+        percent: how much of that is done; null where nobody knows.
+    """
+
+    what: str
+    percent: int | None
+
+
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model for operators.
 
@@ -52,6 +64,7 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
         idle_seconds: since it was last used.
         memory_bytes: of weights and a full cache.
         error: why it could not be loaded, or died.
+        loading: what is being done, while it is loaded.
     """
 
     id: str
@@ -65,6 +78,7 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_seconds: float | None
     memory_bytes: int
     error: str | None
+    loading: LoadProgress | None
 
 
 class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +136,14 @@ def slot_status(slot: ModelSlot) -> SlotStatus:
         idle_seconds=time.monotonic() - slot.last_used if slot.model and not slot.in_flight else None,
         memory_bytes=slot.model.memory if slot.model else 0,
         error=str(slot.error)[:MAX_ERROR] if slot.error else None,
+        loading=load_progress(slot),
     )
+
+
+def load_progress(slot: ModelSlot) -> LoadProgress | None:
+    """How far a model is that is being loaded; None of any other."""
+    progress = slot.progress if slot.state is ModelState.LOADING else None
+    return None if progress is None else LoadProgress(what=str(progress), percent=progress.percent)
 
 
 def status(manager: ModelManager) -> ManagerStatus:

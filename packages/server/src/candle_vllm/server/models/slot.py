@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from candle_vllm.core.progress import Progress
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.server.models.admission import Admission
@@ -72,6 +73,7 @@ class ModelSlot:
         deaths: `time.monotonic()` of its engine's latest deaths.
         last_used, loaded_at: `time.monotonic()` and Unix seconds.
         load_seconds: how long the last load took.
+        progress: what is being done while it is loaded, and how far that is.
         timer: runs until the model has rested long enough to be unloaded.
     """
 
@@ -88,6 +90,7 @@ class ModelSlot:
     last_used: float = 0.0
     loaded_at: float | None = None
     load_seconds: float | None = None
+    progress: Progress | None = None
     timer: asyncio.TimerHandle | None = None
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.loop_threads import call_in, in_thread
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -178,7 +179,7 @@ class ModelSwitcher:
     async def _bring(self, slot: ModelSlot) -> None:
         """Loads a model, and makes room for it first where need be."""
         started = time.monotonic()
-        slot.state, slot.error, slot.asked = ModelState.LOADING, None, False
+        slot.state, slot.error, slot.asked, slot.progress = ModelState.LOADING, None, False, None
         try:
             if self.loaded:  # else nobody makes room for it, and loading finds out the same
                 await in_thread(lambda: self._load.check(slot.entry, self.loaded), f"check-{slot.entry.name}")
@@ -193,10 +194,17 @@ class ModelSwitcher:
         self._settle(slot, model)
 
     async def _load_beside(self, slot: ModelSlot) -> ServedModel:
+        def hear(progress: Progress) -> None:  # in the thread that loads; the next one is put in its place
+            slot.progress = progress
+
+        def load() -> ServedModel:
+            with heard_by(hear):
+                tell("importing the engine")
+                return self._load(slot.entry, self.loaded)
+
         while True:
             try:
-                name = f"load-{slot.entry.name}"
-                return await in_thread(lambda: self._load(slot.entry, self.loaded), name, _unload)
+                return await in_thread(load, f"load-{slot.entry.name}", _unload)
             except NoRoomError as error:
                 if not self.loaded:
                     raise

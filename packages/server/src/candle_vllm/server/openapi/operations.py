@@ -45,7 +45,14 @@ from candle_vllm.responses.protocol.response import InputTokens, Response
 from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.mailbox.record import Record, RecordList
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpServerInfo, McpToolInfo
-from candle_vllm.server.models.cards import LoadedCard, ManagerStatus, ModelRequest, SlotStatus, UnloadedCard
+from candle_vllm.server.models.cards import (
+    LoadedCard,
+    LoadProgress,
+    ManagerStatus,
+    ModelRequest,
+    SlotStatus,
+    UnloadedCard,
+)
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
@@ -59,6 +66,13 @@ class Standing(msgspec.Struct, frozen=True):
     """One word on how things stand."""
 
     status: str
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Whether the default model can answer, and while it is loaded how far that is."""
+
+    status: str
+    loading: LoadProgress | msgspec.UnsetType = msgspec.UNSET
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -375,7 +389,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         id="ready",
         tag="server",
         summary="200 while a request for the default model would be answered at once",
-        answers={200: (Standing,), 503: (Standing,)},
+        answers={200: (Readiness,), 503: (Readiness,)},
     ),
     ("GET", "/version"): Operation(
         id="version", tag="server", summary="The server's version", answers={200: (Version,)}

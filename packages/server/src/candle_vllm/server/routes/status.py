@@ -13,6 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from candle_vllm.server.models.cards import load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.observing.exposition import render
@@ -56,7 +57,10 @@ async def ready(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
     # A model that was unloaded because nobody used it is loaded when it is asked for.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
-    return JSONResponse({"status": slot.state.value}, status_code=200 if rested else 503)
+    content: dict[str, object] = {"status": slot.state.value}
+    if (loading := load_progress(slot)) is not None:
+        content["loading"] = msgspec.structs.asdict(loading)
+    return JSONResponse(content, status_code=200 if rested else 503)
 
 
 @router.get("/version")

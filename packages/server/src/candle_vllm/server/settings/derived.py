@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
+from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import OPTIONS
@@ -91,9 +92,18 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
 
 def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
     """Loads the model; `changes` override fields of `EngineConfig`."""
-    from candle_vllm.core import InferenceEngine
+    from candle_vllm.core.progress import Progress, heard_by
 
-    return InferenceEngine(engine_config(settings, **changes))
+    latest = Progress("importing the engine")
+
+    def hear(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+
+    with leaving_at_once(lambda: f"the model loaded ({latest})"), heard_by(hear):
+        from candle_vllm.core import InferenceEngine
+
+        return InferenceEngine(engine_config(settings, **changes))
 
 
 def _template(path: Path | None) -> str | None:

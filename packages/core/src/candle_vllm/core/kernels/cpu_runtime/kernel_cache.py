@@ -22,14 +22,15 @@ from candle_vllm.core.config import cache_folder
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, is_linux_x86
+from candle_vllm.core.progress import tell
 
 logger = logging.getLogger(__name__)
 
 TRAVELLING = Path(__file__).parent.parent / "compiled"
 """Where code lies that travels with the package, a folder for each fingerprint; see `travelling`."""
 
-COMPILING: ContextVar[Callable[[int, int], object] | None] = ContextVar("COMPILING", default=None)
-"""Is told how many kernels have been compiled, of 0 in all, whenever another one is."""
+WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
+"""The names of all that is being compiled together, by whichever process, where somebody knows them."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _KEPT_VERSIONS = 4
@@ -91,10 +92,9 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
         code = _read(folder / name) if folder is not None else None
         if code is None:
             code = compile_image(_checked(name, make), host_level())
-            if progress := COMPILING.get():
-                progress(next(_compiled()), 0)
             if folder is not None:
                 keep(folder / name, code)
+            _tell(folder)
     if is_linux_x86():
         return machine_code.load(machine_code.from_bytes(code))
     from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
@@ -119,6 +119,14 @@ def compile_image(function: Callable[..., None], level: Level) -> bytes:
 def _compiled() -> count[int]:
     """Counts what this process has compiled."""
     return count(1)
+
+
+def _tell(folder: Path | None) -> None:
+    """Says how many kernels there are now, of those that are wanted together, else how many were compiled here."""
+    done, wanted = next(_compiled()), WANTED.get()
+    if folder is not None and wanted:
+        done = sum((folder / name).exists() for name in wanted)
+    tell("compiling the CPU kernels, once for this machine", done, len(wanted), " kernels")
 
 
 def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:

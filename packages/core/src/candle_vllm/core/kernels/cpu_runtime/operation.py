@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address, is_first_start
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start
 
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -91,15 +91,18 @@ def compile_first(ask: Callable[[], object]) -> None:
     program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
     try:
         quiet = subprocess.DEVNULL
-        helper = subprocess.Popen(program, stdin=quiet, stdout=quiet, stderr=quiet)
+        # It ends with this process, however that ends: by the other end of its standard input.
+        helper = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     except OSError:
         return
+    token = WANTED.set(tuple(named_function(*named)[0] for named in wanted))
     try:
         for named in wanted:
             _address(*named)
     finally:
+        WANTED.reset(token)
         helper.terminate()
-        helper.wait()
+        helper.communicate()
 
 
 def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:

@@ -14,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -79,12 +80,20 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def keep_here(named: Sequence[str]) -> None:
     """Compiles operations for this machine, as far as they are not kept: code and constants, with commas between."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
     for text in named:
         code, *constants = text.split(",")
         name, make = named_function(code, *map(int, constants))
         if folder is not None and not (folder / name).exists():
             kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), host_level()))
+
+
+def _end_with_parent() -> None:
+    """Ends the process at the end of its standard input, whose other end goes with who started it."""
+    while os.read(0, 64):
+        pass
+    os._exit(1)
 
 
 def write(level: Level, folder: Path) -> None:

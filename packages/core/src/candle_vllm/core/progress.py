@@ -1,0 +1,102 @@
+"""What is done while a model loads, and how much of it: told where it happens, heard by whoever shows it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
+
+
+class Progress(NamedTuple):
+    """How far something is.
+
+    Attributes:
+        what: is done, as "loading the weights".
+        done, total: how much of it, and of how much; 0 in all where nobody knows.
+        unit: of both, "B" for bytes.
+    """
+
+    what: str
+    done: int = 0
+    total: int = 0
+    unit: str = "B"
+
+    @property
+    def percent(self) -> int | None:
+        """How much is done, in hundredths, rounded down; None where nobody knows."""
+        return min(100, 100 * self.done // self.total) if self.total else None
+
+    def __str__(self) -> str:
+        if self.total and self.unit == "B":
+            return f"{self.what}, {self.percent} %"
+        if self.done:
+            return f"{self.what}, {self.done}{f' of {self.total}' if self.total else ''}"
+        return self.what
+
+
+Listener: TypeAlias = Callable[[Progress], object]
+
+_COUNTED = "{desc}: {n_fmt} of {total_fmt} |{bar}| {elapsed}"
+_LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("_LISTENERS", default=())
+
+
+def tell(what: str, done: int = 0, total: int = 0, unit: str = "B") -> None:
+    """Says to all who listen in this context how far something is; see `Progress`."""
+    for listener in _LISTENERS.get():
+        listener(Progress(what, done, total, unit))
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Inside, the listener hears what is told, beside those that do already."""
+    token = _LISTENERS.set((*_LISTENERS.get(), listener))
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(token)
+
+
+@contextmanager
+def progress_bar() -> Iterator[None]:
+    """Inside, what is told is shown as a bar, on a terminal, once a second has passed; without a total, as a count."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    bar: Any = None
+    shown: str | None = None
+    shown_from = time.monotonic() + 1.0
+
+    def show(progress: Progress) -> None:
+        nonlocal bar, shown
+        if bar is not None and progress.what != shown:
+            bar.close()
+            bar = None
+        if bar is None:
+            if not progress.done or time.monotonic() < shown_from:
+                return
+            from tqdm import tqdm  # takes as long to import as a small model's weights
+
+            in_bytes = progress.unit == "B"
+            bar = tqdm(
+                desc=progress.what,
+                total=progress.total or None,
+                unit=progress.unit,
+                unit_scale=in_bytes,
+                initial=progress.done,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=None if in_bytes or not progress.total else _COUNTED,
+            )
+            shown = progress.what
+        bar.total = progress.total or None
+        bar.update(progress.done - bar.n)
+
+    with heard_by(show):
+        try:
+            yield
+        finally:
+            if bar is not None:
+                bar.close()
