@@ -305,6 +305,21 @@ def test_it_serves(light: Installed) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
 
 
+def test_a_later_start_imports_no_compiler_and_nothing_else_that_takes_long(light: Installed) -> None:
+    """Numpy's masked arrays take 15 ms, and some of its functions import them when they are first called."""
+    code = (
+        "import sys\n"
+        "from candle_vllm.core import InferenceEngine, SamplingParams\n"
+        "from candle_vllm.server.settings.derived import demo_model\n"
+        "with InferenceEngine(str(demo_model())) as engine:\n"
+        "    engine.generate('Hi', SamplingParams(max_tokens=2, top_p=0.9, seed=1), use_tqdm=False)\n"
+        "    engine.chat([{'role': 'user', 'content': 'Hi'}], SamplingParams(max_tokens=2), use_tqdm=False)\n"
+        "print(*sys.modules)"
+    )
+    light.python(code)  # compiles, where nobody has yet
+    assert not {"numba", "llvmlite", "numpy.ma", "pydantic", "fastapi", "tqdm"} & set(light.python(code).split())
+
+
 def _ready(client: httpx.Client) -> bool:
     try:
         return client.get("/ready").status_code == 200

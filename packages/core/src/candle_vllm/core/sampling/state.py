@@ -79,7 +79,7 @@ class SamplingState:
         self.bias_ids, self.bias_values = self._bias()
         stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
         eos_ids = [token for token in eos_token_ids if 0 <= token < vocab_size]
-        self._stop_ids = np.union1d(stop_ids, np.array(eos_ids, np.int64))
+        self._stop_ids = _distinct(np.concatenate((stop_ids, np.array(eos_ids, np.int64))))
         self.bad_words = BadWords(bad_word_token_ids, vocab_size)
         prompt_ids = _checked("prompt_token_ids", prompt_token_ids, vocab_size)
         self.counts = _penalty_counts(params, prompt_ids)
@@ -191,7 +191,7 @@ class SamplingState:
     def _allowed_ids(self) -> NDArray[np.int64] | None:
         if self.params.allowed_token_ids is None:
             return None
-        return np.unique(_checked("allowed_token_ids", self.params.allowed_token_ids, self.vocab_size))
+        return _distinct(_checked("allowed_token_ids", self.params.allowed_token_ids, self.vocab_size))
 
     def _bias(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         bias = self.params.logit_bias or {}
@@ -206,7 +206,7 @@ class TokenCounts:
     """
 
     def __init__(self, prompt_token_ids: NDArray[np.int64]) -> None:
-        ids = np.unique(prompt_token_ids)
+        ids = _distinct(prompt_token_ids)
         self._size = self._num_prompt_ids = len(ids)
         self._slots = dict(zip(ids.tolist(), range(len(ids))))
         self._ids = np.concatenate((ids, np.zeros(64, np.int64)))
@@ -269,6 +269,12 @@ class BadWords:
             return self._singles
         ends = [last for prefix, last in self._by_previous[output[-1]] if output[-len(prefix) :] == prefix]
         return np.concatenate((self._singles, np.array(ends, np.int64)))
+
+
+def _distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """In rising order, each once. Numpy's own function imports masked arrays at its first call: 15 ms of a start."""
+    ordered = np.sort(ids)
+    return ordered[np.diff(ordered, prepend=-1) > 0]
 
 
 def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int64]:
