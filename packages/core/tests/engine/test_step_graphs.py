@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, FinishReason, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.request import GenerationOutput, GenerationRequest
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf
 
 # Every row a whole number of groups.
 CONFIG = toy_config(hidden_size=128, head_dim=32, intermediate_size=160)
 QWEN = toy_config("qwen2", hidden_size=128, head_dim=32, intermediate_size=160, tie_word_embeddings=True)
+BLOCK_BYTES = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * 2 * 16
 PROMPTS = [[(7 * i) % 256 for i in range(3 + 11 * n)] for n in range(12)]
 
 
@@ -81,8 +86,7 @@ def test_nothing_around_a_request_changes_a_bit_of_it(model: Path) -> None:
 def test_preemption_changes_no_bit(model: Path) -> None:
     with make(model, enable_prefix_caching=False, max_num_seqs=1) as engine:
         alone = numbers(run(engine))
-    per_token = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * 2
-    with make(model, kv_cache_memory=per_token * 16 * 12, max_model_len=160) as engine:
+    with make(model, kv_cache_memory=BLOCK_BYTES * 12, max_model_len=160) as engine:
         assert numbers(run(engine)) == alone
         assert engine.stats().preemptions > 0
 
@@ -111,3 +115,80 @@ def test_packed_weights_take_the_memory_of_the_file(model: Path) -> None:
     layer = loaded.decoder.layers[0]  # type: ignore[attr-defined]
     packed = sum(matrix.data.nbytes for matrix in layer.attention.qkv.pieces.values())
     assert packed == 128 * (4 + 2 + 2) * 32 // 32 * 34
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "ignore_eos": True},
+    {"temperature": 0.0},
+    {"temperature": 1.5, "ignore_eos": True},
+    {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.001, "n": 2},
+    {"temperature": 1.5, "stop": ["e", "qu", "  "], "min_tokens": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 1.5, "stop_token_ids": [*range(40)]},
+    {"temperature": 1.5, "ignore_eos": True, "logprobs": 1},
+]
+
+
+def any_requests(rng: random.Random) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=str(index),
+            prompt_token_ids=[rng.randrange(256) for _ in range(rng.randrange(1, 50))],
+            params=SamplingParams(seed=index, max_tokens=rng.randrange(1, 90), **rng.choice(KINDS)),
+        )
+        for index in range(14)
+    ]
+
+
+def drive(engine: Engine, requests: list[GenerationRequest], rng: random.Random, plain: float) -> dict[Any, Any]:
+    """What every sequence has said when it ends; requests come, and some are aborted, at any step.
+
+    Of the requests that ask for no log-probabilities, a share of 1 - `plain` is made to.
+    """
+    said: dict[Any, Any] = defaultdict(lambda: ["", [], None])
+    requests = [
+        request
+        if request.params.logprobs is not None or rng.random() < plain
+        else replace(request, params=replace(request.params, logprobs=0))
+        for request in requests
+    ]
+    while requests or engine.has_work:
+        while requests and rng.random() < 0.2:
+            engine.add(engine.prepare(requests.pop()))
+        pieces = engine.step()
+        going = [key for key, entry in said.items() if entry[2] is None]
+        if going and rng.random() < 0.02:
+            pieces += engine.abort(rng.choice(going)[0])
+        for piece in pieces:
+            entry = said[piece.request_id, piece.index]
+            entry[0] += piece.text
+            entry[1] += piece.token_ids
+            entry[2] = piece.finish_reason and (piece.finish_reason, piece.stop_reason, piece.error)
+    return said
+
+
+def test_no_answer_shows_how_a_step_was_run(model: Path) -> None:
+    """Rows that are only drawn from beside rows of every other kind, and each alone where logits come to the sampler.
+
+    So steps that draw by their plan, and those that go on from the step before, are met by steps that do neither.
+    """
+    rng, ended = random.Random(1), Counter[str]()
+    scarce: dict[str, Any] = {"kv_cache_memory": BLOCK_BYTES * 14, "max_model_len": 160, "max_num_seqs": 9}
+    with make(model, max_num_seqs=1) as single, make(model, **scarce) as front:
+        alone, together = single._engine, front._engine
+        assert isinstance(alone, Engine)
+        assert isinstance(together, Engine)
+        for share in (1.0, 0.7, 1.0, 0.9):
+            requests = any_requests(rng)
+            wanted = drive(alone, requests, random.Random(0), 0.0)
+            found = drive(together, requests, rng, share)
+            assert found.keys() == wanted.keys()
+            for key, (text, tokens, end) in found.items():
+                aborted = end[0] is FinishReason.ABORT or wanted[key][2][0] is FinishReason.ABORT
+                assert wanted[key] == [text, tokens, end] or aborted
+                length = min(len(tokens), len(wanted[key][1]))
+                assert tokens[:length] == wanted[key][1][:length]
+                ended[end[0].value] += 1
+            assert together.scheduler.blocks.num_free == together.scheduler.blocks.num_blocks
+        assert together.scheduler.num_preemptions > 3
+    assert min(ended[reason] for reason in ("abort", "length", "stop")) > 3, ended

@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.sampling import reference
 from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.processors import apply_processors
-from candle_vllm.core.sampling.sampler import Sampler
+from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
 pytest.importorskip("numba")
@@ -174,10 +174,10 @@ def test_without_numba_the_reference_draws(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     states = [SamplingState(entry, [1, 2], vocab_size=901, eos_token_ids=[0]) for entry in params]
     logits = noise(4, 901)
-    compiled = Sampler().sample(logits.clone(), states)
+    compiled = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
     monkeypatch.setattr(kernels, "compiled", lambda: False)
     Sampler.prepare(torch.device("cpu"))
-    plain = Sampler().sample(logits.clone(), states)
+    plain = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
     assert [token.token_id for token in plain] == [token.token_id for token in compiled]
     for ours, theirs in zip(compiled, plain):
         if theirs.logprobs is not None:

@@ -11,7 +11,7 @@ import torch
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.sampling import sampler as module
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.sampling.sampler import Sampler, logprob_rows
+from candle_vllm.core.sampling.sampler import SampledToken, Sampler, logprob_rows
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -60,7 +60,7 @@ def test_sampled_logprobs_are_raw_and_only_where_asked() -> None:
     ]
     states = [SamplingState(entry, [7], vocab_size=300, eos_token_ids=[]) for entry in params]
     exact = logits.double().log_softmax(1)
-    rows = Sampler().sample(logits.clone(), states)
+    rows = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
     assert rows[1].logprobs is None
     for at, count in ((0, 0), (2, 3), (3, 5)):
         entry = rows[at].logprobs
@@ -75,7 +75,7 @@ def test_a_broken_row_has_no_logprobs_and_does_not_disturb_others() -> None:
     logits = noise(3, 50)
     logits[1, 4] = math.nan
     states = [SamplingState(SamplingParams(logprobs=2, seed=1), [], vocab_size=50, eos_token_ids=[]) for _ in range(3)]
-    rows = Sampler().sample(logits.clone(), states)
+    rows = [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
     assert rows[1].error
     assert rows[1].logprobs is None
     assert rows[0] == Sampler().sample(logits[:1].clone(), states[:1])[0]

@@ -34,18 +34,23 @@ def test_layout_of_the_counter() -> None:
     words = seed_words(0x0123456789ABCDEF, 7)
     block = philox4x32(np.array([[5, 7, 0, 0]], np.uint32), np.array([[0x89ABCDEF, 0x01234567]], np.uint32))[0]
     bits = (int(block[0]) << 20) | (int(block[1]) >> 12)
-    assert uniforms(words, 5, 1)[0] == (bits + 0.5) / 2**52
+    assert uniforms([words], [5], 1).tolist() == [[(bits + 0.5) / 2**52]]
 
 
 def test_positions_do_not_depend_on_how_they_are_grouped() -> None:
     words = seed_words(3, 0)
-    assert np.array_equal(
-        uniforms(words, 0, 100)[40:], np.concatenate([uniforms(words, at, 1) for at in range(40, 100)])
-    )
+    (whole,) = uniforms([words], [0], 100)
+    assert np.array_equal(whole[40:], np.concatenate([uniforms([words], [at], 1)[0] for at in range(40, 100)]))
+
+
+def test_sequences_do_not_depend_on_each_other() -> None:
+    words, first = [seed_words(seed, index) for seed, index in ((3, 0), (-1, 2), (1 << 63, 1))], [7, 0, 1 << 31]
+    alone = [uniforms([own], [at], 5)[0] for own, at in zip(words, first)]
+    assert np.array_equal(uniforms(words, first, 5), alone)
 
 
 def test_uniform_and_open() -> None:
-    numbers = uniforms(seed_words(1, 0), 0, 20_000)
+    (numbers,) = uniforms([seed_words(1, 0)], [0], 20_000)
     assert 0 < numbers.min() < 1e-3
     assert 1 - 1e-3 < numbers.max() < 1
     bins = np.bincount((numbers * 20).astype(int), minlength=20)
@@ -58,7 +63,7 @@ def test_extremes_of_the_bits_stay_inside() -> None:
 
 def test_seeds_signs_and_sequences_are_distinct() -> None:
     seeds = [0, 1, -1, -(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 32]
-    streams = {tuple(uniforms(seed_words(seed, index), 0, 4)) for seed in seeds for index in range(3)}
+    streams = {tuple(uniforms([seed_words(seed, index)], [0], 4)[0]) for seed in seeds for index in range(3)}
     assert len(streams) == 3 * len(seeds)
 
 

@@ -35,7 +35,7 @@ def make(
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
-    return Sampler().sample(logits.clone(), states)
+    return [SampledToken.of(token) for token in Sampler().sample(logits.clone(), states)]
 
 
 # --- a literal reference, one row at a time, plain Python and float64 ------------------------------------------------
@@ -260,7 +260,7 @@ def run(state: SamplingState, steps: int, sampler: Sampler) -> list[int]:
     generator = torch.Generator().manual_seed(5)
     for _ in range(steps):
         row = torch.randn(1, 1000, generator=generator)
-        state.append(sampler.sample(row, [state])[0].token_id)
+        state.append(SampledToken.of(sampler.sample(row, [state])[0]).token_id)
     return state.output_token_ids
 
 
@@ -365,4 +365,4 @@ def test_padded_logits_are_accepted() -> None:
     padded[:, 10:] = 99.0
     padded[:, 7] = 5.0
     states = [make(10, temperature=0), make(10, temperature=0)]
-    assert [token.token_id for token in Sampler().sample(padded[:, :10], states)] == [7, 7]
+    assert Sampler().sample(padded[:, :10], states) == [7, 7]

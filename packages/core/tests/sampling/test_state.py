@@ -6,12 +6,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import seed_words, uniforms
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
 
 
 def make(
@@ -101,10 +102,29 @@ def test_top_k_that_keeps_all_is_no_top_k() -> None:
 
 def test_uniform_follows_position_seed_and_index() -> None:
     state = make(seed=-5, index=2)
-    expected = uniforms(seed_words(-5, 2), 0, 200)
+    (expected,) = uniforms([seed_words(-5, 2)], [0], 200)
     for number in expected:
         assert state.uniform() == state.uniform() == number
         state.append(0)
+
+
+def test_random_numbers_ahead_are_those_that_come() -> None:
+    """Of sequences at different positions: some have numbers left, some none, and some had tokens taken back."""
+    rng = random.Random(2)
+    states = [make(seed=seed, index=seed) for seed in range(4)]
+    expected = uniforms([seed_words(seed, seed) for seed in range(4)], [0] * 4, 400)
+    lengths = set()
+    for _ in range(60):
+        for state in states:
+            for _ in range(rng.randrange(6)):
+                state.append(0)
+            state.rollback(min(rng.randrange(4), state.position))
+            assert rng.random() < 0.8 or state.uniform() == expected[state.index, state.position]
+        ahead = uniforms_ahead(states)
+        lengths.add(len(ahead))
+        for state, numbers in zip(states, ahead.T, strict=True):
+            assert np.array_equal(numbers, expected[state.index, state.position :][: len(numbers)])
+    assert len(lengths) > 5
 
 
 def test_unseeded_states_differ() -> None:

@@ -38,7 +38,7 @@ from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import DeviceStream, Work
 from candle_vllm.core.kernels.triton_build import SHARED_LIMITS, compile_together
 from candle_vllm.core.sampling import device_sampler
-from candle_vllm.core.sampling.sampler import Drawn, SampledToken
+from candle_vllm.core.sampling.sampler import Token
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
@@ -225,9 +225,9 @@ def main() -> None:
             serve(load(path, device, change), watch, captured_prompts)
 
 
-def drawn(rows: device_sampler.DrawnRows) -> list[Drawn]:
+def drawn(rows: device_sampler.DrawnRows) -> list[Token]:
     rows._mark.wait()
-    return [(SampledToken(5),)] * rows._rows
+    return [5] * rows._rows
 
 
 def load(path: Path, device: torch.device, change: dict[str, Any]) -> LoadedModel:

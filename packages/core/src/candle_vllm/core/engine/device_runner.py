@@ -29,7 +29,6 @@ from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
-from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
@@ -292,10 +291,10 @@ class Passed:
 
     mark: Mark
 
-    def tokens(self) -> list[Drawn]:
+    def tokens(self) -> tuple[()]:
         """Nothing; waits for the step."""
         self.mark.wait()
-        return []
+        return ()
 
 
 _ONE = StepSize(1, 1, False)

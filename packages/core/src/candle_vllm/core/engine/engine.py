@@ -23,7 +23,7 @@ from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutp
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.errors import InvalidParameterError, RequestError
-from candle_vllm.core.sampling.sampler import Drawn, SampledToken
+from candle_vllm.core.sampling.sampler import Drawn, Token
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +178,12 @@ class Engine:
         self._count_prompts(prompts)
         pieces: list[TokenOutput] = []
         if drafted:
-            for run, live, tokens in zip(batch.drawing, flight.lives, drawn, strict=True):
+            runs = cast("Seq[tuple[Token, ...]]", drawn)
+            for run, live, tokens in zip(batch.drawing, flight.lives, runs, strict=True):
                 if live.sequence in self._live:  # it may have ended since it was launched
                     pieces.append(self._advance_run(run, live, tokens))
         else:
-            for live, (token,) in zip(flight.lives, drawn, strict=True):
+            for live, token in zip(flight.lives, cast("Seq[Token]", drawn), strict=True):
                 if live.sequence in self._live:
                     piece = self._accept(live, token)
                     pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
@@ -201,7 +202,7 @@ class Engine:
                 self._counts["prompt"] += sequence.num_prompt_tokens
                 self._counts["cached"] += sequence.num_cached_tokens or 0
 
-    def _accept(self, live: LiveSequence, token: SampledToken) -> TokenOutput:
+    def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
         """Gives one sequence a token; a failure ends this sequence alone."""
         try:
             return live.accept(token)
@@ -211,7 +212,7 @@ class Engine:
             logger.exception("a token could not be added to its sequence")
             return _failed(live, error)
 
-    def _advance_run(self, run: Run, live: LiveSequence, drawn: Drawn) -> TokenOutput:
+    def _advance_run(self, run: Run, live: LiveSequence, drawn: Seq[Token]) -> TokenOutput:
         """Gives one sequence what came of its drafts, up to its end; its cache keeps no more than that."""
         pieces: list[TokenOutput] = []
         for token in drawn:

@@ -21,7 +21,7 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.errors import RequestError
-from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Sampler, Token
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.text.detokenizer import Detokenizer
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -137,8 +137,9 @@ class LiveSequence(Live):
         """Tokens generated so far."""
         return len(self.sequence.tokens) - self.sequence.num_prompt_tokens
 
-    def accept(self, sampled: SampledToken) -> TokenOutput:
-        """Appends a sampled token; the piece has a finish reason when it was the last."""
+    def accept(self, drawn: Token) -> TokenOutput:
+        """Appends a token that was drawn; the piece has a finish reason when it was the last."""
+        sampled = SampledToken.of(drawn)
         if sampled.error is not None:
             return self._failed(sampled)
         token, sequence = sampled.token_id, self.sequence

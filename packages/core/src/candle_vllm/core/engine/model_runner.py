@@ -22,7 +22,7 @@ from candle_vllm.core.sampling.state import SamplingState
 class Launched(Protocol):
     """A step that was launched and may still be running."""
 
-    def tokens(self) -> list[Drawn]:
+    def tokens(self) -> Sequence[Drawn]:
         """What it drew, one entry per item of `Batch.drawing`; waits for it. Called once."""
         ...
 
@@ -79,9 +79,9 @@ MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
 class Landed:
     """A step that was over when it was drawn."""
 
-    drawn: list[Drawn]
+    drawn: Sequence[Drawn]
 
-    def tokens(self) -> list[Drawn]:
+    def tokens(self) -> Sequence[Drawn]:
         """See `Launched`."""
         return self.drawn
 
@@ -106,7 +106,7 @@ class StepwiseRunner(ABC):
         """See `ModelRunner`."""
         if self._drafts is not None:
             return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
-        return Landed(list(zip(self._sampler.sample(self._drawn_from, states))) if states else [])
+        return Landed(self._sampler.sample(self._drawn_from, states))
 
     @abstractmethod
     def run(self, batch: Batch) -> Value:

@@ -7,14 +7,14 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
+from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime import team
@@ -29,7 +29,8 @@ from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.models.family import Decoder, Encoder
-from candle_vllm.core.sampling.sampler import Sampler
+from candle_vllm.core.sampling.sampler import Sampler, drawn_tokens
+from candle_vllm.core.sampling.state import SamplingState
 
 
 class RecordedRunner(StepwiseRunner):
@@ -45,7 +46,7 @@ class RecordedRunner(StepwiseRunner):
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
         keys, values = _caches(config, num_blocks, limits.block_size)
-        super().__init__(Sampler(self._draw))
+        super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
         step = StepInput(nothing, nothing, nothing, keys, values)
@@ -60,15 +61,30 @@ class RecordedRunner(StepwiseRunner):
         _compile_first(lambda: record(Recorder(limits, recorder.isa)), *sampling.CODE)
         self._hidden, head_start, layer_rows = record(recorder)
         assert recorder.logits is not None
-        self._plan = np.array(recorder.plan, np.int64)
-        self._num_rows = recorder.num_rows
-        self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
         self._logits = self._wanted = recorder.logits
         self._team = ThreadTeam(limits.threads)
+        self._draw_rows = RowDraw(recorder.logits, recorder.arrays.numbers, self._team)
+        self._sampler = Sampler(self._draw, self._draw_rows.controls)
+        self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
+        self._num_rows = recorder.num_rows
+        self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
+        self._drawn: int | None = None  # rows that the last step drew by its plan
         # What the plan's arrays hold: in most steps it is the same object.
         self._query_start = self._rows = np.empty(0, np.int64)
         self._tables_version: object = None
-        self._draw_rows = RowDraw(recorder.logits, recorder.arrays.numbers, self._team)
+
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`. Where logits are drawn from as they are, the plan does that too."""
+        plain = bool(states) and not batch.drafted and self._sampler.only_draws(states, goes_on=False)
+        self._drawn = len(states) if plain else None
+        super().forward(batch, states)
+
+    def draw(self, states: Sequence[SamplingState]) -> Landed:
+        """See `ModelRunner`."""
+        if (count := self._drawn) is None:
+            return super().draw(states)
+        drawn = self._draw_rows
+        return Landed(drawn_tokens(drawn.ids[:count].tolist(), drawn.largest[:count].tolist()))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
@@ -83,7 +99,7 @@ class RecordedRunner(StepwiseRunner):
             arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return self._with_rows(batch.drawn_rows, self._plan, self._num_rows)
+        return self._with_rows(batch.drawn_rows, self._plan, self._num_rows + (self._drawn is not None))
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""

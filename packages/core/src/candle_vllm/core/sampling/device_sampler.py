@@ -10,7 +10,6 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
-from candle_vllm.core.sampling.sampler import Drawn, LogprobRow, SampledToken, sampled_token
+from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
 _PIECES = 2  # steps whose results may be on their way
@@ -211,18 +210,15 @@ class DrawnRows:
         self._rows = rows
         self._logprobs = logprobs
 
-    def tokens(self) -> list[Drawn]:
-        """One entry per row, of one token; waits for the step."""
+    def tokens(self) -> list[Token]:
+        """One per row; waits for the step."""
         self._mark.wait()
         ids, largest = (part[: self._rows].tolist() for part in self._landing)
-        if math.isfinite(sum(largest)):
-            drawn = list(zip([SampledToken(token) for token in ids]))
-        else:
-            drawn = list(zip([sampled_token(token, peak) for token, peak in zip(ids, largest)]))
+        drawn = drawn_tokens(ids, largest)
         if self._logprobs is not None:
             for place, row in enumerate(self._logprobs.rows):
-                if drawn[row][0].error is None:
-                    drawn[row] = (SampledToken(ids[row], self._logprobs.entry(place, ids[row])),)
+                if isinstance(token := drawn[row], int):
+                    drawn[row] = SampledToken(token, self._logprobs.entry(place, token))
         return drawn
 
 

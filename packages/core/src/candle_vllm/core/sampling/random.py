@@ -15,6 +15,7 @@ further streams of the same request.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,22 +43,23 @@ def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
     return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)
 
 
-def uniforms(words: tuple[int, int, int, int], first: int, count: int) -> NDArray[np.float64]:
-    """The numbers of one sequence at the positions `first` to `first + count - 1`.
+def uniforms(words: Sequence[tuple[int, int, int, int]], first: Sequence[int], count: int) -> NDArray[np.float64]:
+    """The numbers of some sequences, each at `count` positions from its first on; one by one they would be the same.
 
     Args:
-        words: `seed_words` of the sequence.
-        first: how many tokens the sequence has generated when the first number is used; below 2**32 - `count`.
+        words: `seed_words` of R sequences.
+        first: [R] how many tokens a sequence has generated when its first number is used; below 2**32 - `count`.
 
     Returns:
-        [count] float64, uniform on the open interval (0, 1): odd multiples of 2**-53, made of 52 random bits.
+        [R, count] float64, uniform on the open interval (0, 1): odd multiples of 2**-53, made of 52 random bits.
     """
-    counter = np.zeros((count, 4), np.uint32)
-    counter[:, 0] = np.arange(first, first + count)
-    counter[:, 1:3] = words[2:]
-    block = philox4x32(counter, np.broadcast_to(np.array(words[:2], np.uint32), (count, 2)))
+    given = np.array(words, np.uint32).repeat(count, 0)  # [R * count, 4]
+    counter = np.zeros_like(given)
+    counter[:, 0] = (np.array(first)[:, None] + np.arange(count)).reshape(-1)
+    counter[:, 1:3] = given[:, 2:]
+    block = philox4x32(counter, given[:, :2])
     bits = (block[:, 0].astype(np.uint64) << np.uint64(20)) | (block[:, 1] >> np.uint32(12))
-    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+    return ((bits.astype(np.float64) + 0.5) * 2.0**-52).reshape(-1, count)
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

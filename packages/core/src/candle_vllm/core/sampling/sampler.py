@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.sampling.processors import apply_processors
-from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
 
 
 class LogprobRow(msgspec.Struct, frozen=True):
@@ -123,11 +123,20 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     by_request: bool = False
 
+    @classmethod
+    def of(cls, token: Token) -> SampledToken:
+        """A token, with what there is to be said of it."""
+        return cls(token) if isinstance(token, int) else token
+
 
 Draw = Callable[[Any, NDArray[np.float64]], tuple[NDArray[np.int64], NDArray[np.float32]]]
 
-Drawn = tuple[SampledToken, ...]
-"""What was drawn for one run of a sequence: tokens that follow each other; where the last has an error, nothing can."""
+Token: TypeAlias = int | SampledToken
+"""A token that was drawn, and no more than its id where there is nothing else to be said of it."""
+
+Drawn: TypeAlias = Token | tuple[Token, ...]
+"""What was drawn for one run of a sequence; in a step with drafts, of each run the tokens that follow each other. Where
+the last has an error, nothing can."""
 
 
 class Sampler:
@@ -135,10 +144,12 @@ class Sampler:
 
     Args:
         draw: as `kernels.draw`, which it is where nothing else is given.
+        controls: [most, 5] where the parameters of the rows that are drawn next are to stand; None for anywhere.
     """
 
-    def __init__(self, draw: Draw | None = None) -> None:
+    def __init__(self, draw: Draw | None = None, controls: NDArray[np.float64] | None = None) -> None:
         self._draw = kernels.draw if draw is None else draw
+        self._controls = controls
         self._rows = _Rows([])
 
     @staticmethod
@@ -147,7 +158,28 @@ class Sampler:
         if device.type == "cpu":
             kernels.prepare()
 
-    def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[SampledToken]:
+    def only_draws(self, states: Sequence[SamplingState], *, goes_on: bool) -> bool:
+        """Whether rows are drawn from as they are, and nothing is asked of them; if so, `controls` are theirs now.
+
+        Args:
+            states: one per row.
+            goes_on: this was said of the same rows when each was at the position before.
+        """
+        if not goes_on:
+            self._rows_of(states)
+        elif self._rows.only_draws:
+            self._rows.go_on()
+        return self._rows.only_draws
+
+    def _rows_of(self, states: Sequence[SamplingState]) -> _Rows:
+        """What these rows ask for at their present positions."""
+        if self._rows.states == states:
+            self._rows.move_on()
+        else:
+            self._rows = _Rows(states, self._controls)
+        return self._rows
+
+    def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[Token]:
         """Chooses the next token of each sequence. The caller appends it to the state.
 
         Args:
@@ -159,11 +191,7 @@ class Sampler:
         """
         if not states:
             return []
-        if self._rows.states == states:
-            self._rows.move_on()
-        else:
-            self._rows = _Rows(states)
-        rows = self._rows
+        rows = self._rows_of(states)
         assert logits.shape == (len(states), rows.vocab_size)
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
@@ -171,18 +199,14 @@ class Sampler:
             if rows.may_edit:
                 apply_processors(logits, states)
             ids, largest = self._draw(logits, rows.controls)
-            chosen, peaks = ids.tolist(), largest.tolist()
-            if math.isfinite(sum(peaks)):  # as all of them are then
-                tokens = [SampledToken(token) for token in chosen]
-            else:
-                tokens = [sampled_token(token, peak) for token, peak in zip(chosen, peaks)]
+            tokens = drawn_tokens(ids.tolist(), largest.tolist())
             if raw is not None:
                 _add_logprobs(tokens, raw, rows.asking, states)
             return tokens
 
     def sample_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
-    ) -> list[Drawn]:
+    ) -> list[tuple[Token, ...]]:
         """Chooses the next tokens of each sequence, as far as its drafts are right: those of `sample`, one at a time.
 
         A row counts where the draft in it is what was drawn before it. So the tokens, and the random numbers behind
@@ -193,7 +217,7 @@ class Sampler:
             states: one per sequence; as they were when this returns.
             drafts: of each sequence, what is in its rows behind the first.
         """
-        drawn: list[list[SampledToken]] = [[] for _ in states]
+        drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         taken = [0] * len(states)
         depth, going = 0, list(range(len(states)))
@@ -203,7 +227,8 @@ class Sampler:
             for run, token in zip(going, tokens):
                 drawn[run].append(token)
                 state, own = states[run], drafts[run]
-                if depth < len(own) and token.token_id == own[depth] and state.may_take(own[depth]):
+                drafted = depth < len(own) and SampledToken.of(token).token_id == own[depth]
+                if drafted and state.may_take(own[depth]):
                     state.append(own[depth])
                     taken[run] += 1
                     if state.grammar is None or not state.grammar.exhausted:
@@ -246,23 +271,46 @@ class _Rows:
         vocab_size: V of all of them.
         asking: rows that want log-probabilities.
         may_edit: there may be masks, bias or penalties.
+        only_draws: neither is the case.
         controls: [R, 5] of their present positions.
+
+    Args:
+        states: one per row.
+        controls: see `Sampler`.
     """
 
-    def __init__(self, states: Sequence[SamplingState]) -> None:
+    def __init__(self, states: Sequence[SamplingState], place: NDArray[np.float64] | None = None) -> None:
         self.states = list(states)
         sizes = {state.vocab_size for state in states}
         assert len(sizes) <= 1
         self.vocab_size = max(sizes, default=0)
         self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self.may_edit = any(state.may_edit for state in states)
+        self.only_draws = not (self.asking or self.may_edit)
         self.controls = controls(states)
-        self._random = [(row, state) for row, state in enumerate(states) if not state.params.greedy]
+        if place is not None:
+            place[: len(states)] = self.controls
+            self.controls = place[: len(states)]
+        random = [row for row, state in enumerate(states) if not state.params.greedy]
+        self._random = [states[row] for row in random]
+        self._uniforms = self.controls[:, Control.UNIFORM] if self._random else np.empty(0)
+        self._places = slice(None) if len(random) == len(states) else random
+        self._ahead, self._begin = np.empty((0, 0)), 0  # random numbers of the next positions, and the first's first
 
     def move_on(self) -> None:
         """The rows are at other positions: random numbers are all that changes."""
-        for row, state in self._random:
-            self.controls[row, Control.UNIFORM] = state.uniform()
+        if self._random:
+            self._uniforms[self._places] = [state.uniform() for state in self._random]
+            self._ahead = self._ahead[:0]
+
+    def go_on(self) -> None:
+        """The same where each row is at the position behind that of the last time."""
+        if not self._random:
+            return
+        position = self._random[0].position
+        if not 0 <= position - self._begin < len(self._ahead):
+            self._ahead, self._begin = uniforms_ahead(self._random), position
+        self._uniforms[self._places] = self._ahead[position - self._begin]
 
 
 def _in_one_piece(logits: Value, *, fetched: bool = False) -> Value:
@@ -289,24 +337,27 @@ def controls(states: Sequence[SamplingState]) -> NDArray[np.float64]:
     return np.array([(*state.controls, 0.5 if state.params.greedy else state.uniform()) for state in states])
 
 
-def sampled_token(token_id: int, largest: float) -> SampledToken:
-    """The token that was drawn from a row with this largest logit, or why there is none."""
+def drawn_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Token]:
+    """The tokens that were drawn from rows with these largest logits, or why there is none."""
+    if math.isfinite(sum(largest)):  # as all of them are then
+        return list(token_ids)
+    return [_drawn_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
+
+
+def _drawn_token(token_id: int, largest: float) -> Token:
     if largest == -math.inf:
         return SampledToken(-1, error=_NOTHING, by_request=True)
     if not math.isfinite(largest):
         return SampledToken(-1, error=_BROKEN)
-    return SampledToken(token_id)
+    return token_id
 
 
-def _add_logprobs(tokens: list[SampledToken], raw: Value, asking: list[int], states: Sequence[SamplingState]) -> None:
-    sound = [(place, row) for place, row in enumerate(asking) if tokens[row].error is None]
+def _add_logprobs(tokens: list[Token], raw: Value, asking: list[int], states: Sequence[SamplingState]) -> None:
+    sound = [(place, row, token) for place, row in enumerate(asking) if isinstance(token := tokens[row], int)]
     if not sound:
         return
     if len(sound) < len(asking):
-        raw = raw[[place for place, _ in sound]]
-    rows = [row for _, row in sound]
-    entries = logprob_rows(
-        raw, [tokens[row].token_id for row in rows], [states[row].params.logprobs or 0 for row in rows]
-    )
-    for row, entry in zip(rows, entries):
-        tokens[row] = SampledToken(tokens[row].token_id, entry)
+        raw = raw[[place for place, _, _ in sound]]
+    asked = [states[row].params.logprobs or 0 for _, row, _ in sound]
+    for (_, row, token), entry in zip(sound, logprob_rows(raw, [token for _, _, token in sound], asked)):
+        tokens[row] = SampledToken(token, entry)

@@ -19,7 +19,7 @@ from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
 
-_UNIFORMS = 64  # random numbers made at a time
+_UNIFORMS = 64  # random numbers of a sequence that are made at a time
 
 
 class SamplingState:
@@ -71,7 +71,7 @@ class SamplingState:
         self.vocab_size = vocab_size
         self.index = index
         self.seed = fresh_seed() if params.seed is None else params.seed
-        self._uniforms = (-1, [0.0])  # which run of positions, and its numbers
+        self._uniforms: tuple[int, list[float]] = (0, [])  # the random numbers from some position on
         self.output_token_ids: list[int] = []
         self.num_ahead = 0
         self.grammar = grammar
@@ -99,16 +99,17 @@ class SamplingState:
         other.num_ahead = 0
         other.counts = copy.deepcopy(self.counts)
         other.grammar = None if self.grammar is None else self.grammar.sibling()
-        other._uniforms = (-1, [0.0])
+        other._uniforms = (0, [])
         return other
 
     def uniform(self) -> float:
         """The random number in (0, 1) of the next token: a function of seed, index and position alone."""
-        run, offset = divmod(self.position, _UNIFORMS)
-        if run != self._uniforms[0]:
-            numbers = uniforms(seed_words(self.seed, self.index), run * _UNIFORMS, _UNIFORMS)
-            self._uniforms = (run, numbers.tolist())
-        return self._uniforms[1][offset]
+        first, numbers = self._uniforms
+        offset = self.position - first
+        if 0 <= offset < len(numbers):
+            return numbers[offset]
+        _make_uniforms([self])
+        return self._uniforms[1][0]
 
     @property
     def position(self) -> int:
@@ -197,6 +198,31 @@ class SamplingState:
         bias = self.params.logit_bias or {}
         ids = _checked("logit_bias", list(bias), self.vocab_size)
         return ids, np.array(list(bias.values()), np.float32)
+
+
+def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
+    """[K, R] the random numbers of the next K tokens of some sequences, as many as are at hand, at least one."""
+    left = [_uniforms_left(state) for state in states]
+    if not all(left):
+        _make_uniforms(states)  # all at once, which costs what the numbers of one do
+        left = [_UNIFORMS] * len(states)
+    most = min(left)
+    ahead = [state._uniforms[1][-count:][:most] for state, count in zip(states, left)]
+    return np.array(ahead).T.copy()
+
+
+def _uniforms_left(state: SamplingState) -> int:
+    """How many random numbers there are from the next token on."""
+    first, numbers = state._uniforms
+    offset = state.position - first
+    return len(numbers) - offset if 0 <= offset < len(numbers) else 0
+
+
+def _make_uniforms(states: Sequence[SamplingState]) -> None:
+    """Random numbers of some sequences from their next token on."""
+    words, positions = [seed_words(state.seed, state.index) for state in states], [state.position for state in states]
+    for state, first, numbers in zip(states, positions, uniforms(words, positions, _UNIFORMS).tolist()):
+        state._uniforms = (first, numbers)
 
 
 class TokenCounts:

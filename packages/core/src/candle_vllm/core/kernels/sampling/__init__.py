@@ -107,41 +107,55 @@ def draw(logits: Value, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64
 class RowDraw:
     """`draw` of logits that stand in one place, step after step, by the threads of a team.
 
+    Attributes:
+        plan: its row, for a plan that draws from the logits it has made.
+        controls: [most, 5], what the row reads.
+        ids, largest: [most], what it writes.
+
     Args:
         logits: [most, V], each row contiguous.
         numbers: of the steps, by `StepNumber`.
         team: None for the caller's thread alone.
+        ids: where ids are to be written; None for memory of its own.
     """
 
-    def __init__(self, logits: NDArray[np.float32], numbers: NDArray[np.int64], team: ThreadTeam | None = None) -> None:
+    def __init__(
+        self,
+        logits: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+        team: ThreadTeam | None = None,
+        ids: NDArray[np.int64] | None = None,
+    ) -> None:
         (rows, vocabulary), threads = logits.shape, 1 if team is None else team.threads
         work_bytes = -(-workspace_bytes(vocabulary) // 64) * 64
         work = np.empty(threads * work_bytes, np.uint8)
-        self._controls = np.empty((rows, 5))
-        self._ids, self._largest = np.empty(rows, np.int64), np.empty(rows, np.float32)
+        self.controls = np.empty((rows, 5))
+        self.ids = np.empty(rows, np.int64) if ids is None else ids
+        self.largest = np.empty(rows, np.float32)
+        assert len(self.ids) >= rows
         self._numbers, self._team, self._kept = numbers, team, (logits, work)
         arguments = DrawArguments(
             logits=address_of(logits),
             row_bytes=logits.strides[0],
             vocabulary=vocabulary,
-            controls=address_of(self._controls),
+            controls=address_of(self.controls),
             work=address_of(work),
             work_bytes=work_bytes,
-            chosen=address_of(self._ids),
-            largest=address_of(self._largest),
+            chosen=address_of(self.ids),
+            largest=address_of(self.largest),
         )
-        self._plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
+        self.plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
 
     def __call__(self, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """As `draw`, of the first rows, one for each of `controls`; what it returns is valid until the next call."""
         count = len(controls)
-        self._controls[:count] = controls
+        self.controls[:count] = controls
         self._numbers[StepNumber.LOGIT_ROWS] = count
         if self._team is None or count == 1:
-            c_function(*_DRAW)(address_of(self._plan), 0, 1)
+            c_function(*_DRAW)(address_of(self.plan), 0, 1)
         else:
-            self._team.run(self._plan, 1)
-        return self._ids[:count], self._largest[:count]
+            self._team.run(self.plan, 1)
+        return self.ids[:count], self.largest[:count]
 
 
 def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) -> Standing:
