@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
-from candle_vllm.openai.formats.json_value import read_string, read_text_of_string, read_value
+from candle_vllm.openai.formats.json_text import read_text_of_string
+from candle_vllm.openai.formats.json_value import read_string, read_value
 from candle_vllm.openai.formats.output import NAME, CallSink, call_id
-from candle_vllm.openai.formats.reader import Markers, Need, Reader, markers, nowhere
+from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
 
 NAME_KEYS = ("name", "tool_name", "function", "function_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
@@ -16,6 +18,7 @@ _HARMLESS = ("type", "index", *_IDS)
 _MOST_KEY = 1 << 10
 _MOST_DEPTH = 4  # of `{"function": {...}}`
 _FENCE = "```"
+_BRACKETS = re.compile(r"[ \t\r\n}\])]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ class JsonCalls:
                 return calls.count > before
             found = True
             yield from reader.skip_space()
+            while listed and (yield from reader.take("}")):  # one too many
+                yield from reader.skip_space()
             yield from reader.take(",", ";")
             if not listed and self.known_only and not (yield from self._another(reader)):
                 break
@@ -89,7 +94,12 @@ class JsonCalls:
 
 
 def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
-    """Reads closing marks and the white space between them, and the beginning of one where the text was cut in it."""
+    """Reads closing marks and the white space between them, and the beginning of one where the text was cut in it.
+
+    So are brackets that close nothing, before a mark or at the end.
+    """
+    if not any(closer.startswith(tuple("}])")) for closer in closers):
+        yield from _skip_brackets(reader, closers)
     while closers:
         yield from reader.skip_space()
         if (yield from reader.take(*closers)) in ("", _FENCE):  # behind a fence another one opens the next block
@@ -97,6 +107,18 @@ def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
     rest = reader.text[reader.at :]
     if rest and reader.ended and not reader.whole and any(closer.startswith(rest) for closer in closers):
         reader.at = len(reader.text)
+
+
+def _skip_brackets(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
+    parts: list[str] = []
+    yield from reader.match(_BRACKETS, parts.append)
+    text = "".join(parts)
+    closer = (yield from reader.take(*closers)) if closers and text.strip(SPACE) else ""
+    reader.put_back(closer)
+    rest = reader.text[reader.at :]
+    begun = reader.ended and any(one.startswith(rest) for one in closers)
+    if not (text.strip(SPACE) and (closer or begun or not (yield from reader.peek()))):
+        reader.put_back(text)
 
 
 class _ObjectReader:

@@ -1,8 +1,9 @@
 """One JSON value, passed on as it comes (step 10).
 
 What is valid is passed on byte for byte. Slips that models make and that have one meaning are mended on the way: raw
-control characters and unknown escapes in strings, single quotes, Python's True, False and None, commas before a closing
-bracket, closing brackets that are missing where the model was done.
+control characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that
+JSON does not know, keys without quotes, commas before a closing bracket, closing brackets that are missing where the
+model was done.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import re
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink
 
 _ESCAPES = 'bfnrtu"\\/'
-_WORDS = {"True": "true", "False": "false", "None": "null", "undefined": "null"}
+_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null", "undefined": "null"}
 _RUNS = {quote: re.compile(rf'[^"\\\x00-\x1f\ud800-\udfff{quote}]*') for quote in ('"', "'")}
-_WORD = re.compile(r"[A-Za-z0-9_+\-.]*")
+_WORD = re.compile(r"[\w+\-.$@/%]*")
+_NUMBER = re.compile(r"([+-]?)([0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CLOSING = {"{": "}", "[": "]"}
 _NOTHING = Markers(())
@@ -43,7 +45,7 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
     if quote not in ('"', "'") or not quote:
         return None
     parts: list[str] = []
-    closed = yield from _Value(reader, parts.append, _NOTHING, most).string()
+    closed = yield from read_quoted(reader, parts.append, most)
     if not closed:
         return None
     try:
@@ -53,28 +55,26 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
     return value if isinstance(value, str) else None
 
 
-def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
-    """Reads a quoted string and hands on what it means: JSON inside of JSON. True when it is closed."""
-    held = ""
+def read_quoted(reader: Reader, sink: Sink, most: int = 1 << 30) -> Need[bool]:
+    """Reads a quoted string as JSON: runs of characters and whole escapes, one at a time. True when it is closed."""
+    return (yield from _Value(reader, sink, _NOTHING, most).string())
 
-    def decoded(text: str) -> None:
-        nonlocal held  # runs of characters and whole escapes come, one at a time
-        if _LONE.fullmatch(text):  # a special token
-            return
-        if text == '"':  # one of the quotes around it: those inside are escaped
-            whole, held = held, ""
-        elif _FIRST_HALF.fullmatch(text):
-            whole, held = held, text
-        else:
-            whole, held = held + text, ""
-        if whole:
-            sink(_LONE.sub("\ufffd", json.loads(f'"{whole}"')))
 
-    return (yield from _Value(reader, decoded, _NOTHING).string())
+def number(text: str) -> str | None:
+    """A number as JSON writes it: without zeros or a plus before it, and with digits on both sides of its point."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or not (match[2] or len(match[3] or "") > 1):
+        return None
+    fraction = match[3] + "0" * (match[3] == ".") if match[3] else ""
+    return f"{match[1].strip('+')}{match[2].lstrip('0') or '0'}{fraction}{match[4] or ''}"
+
+
+def _plain(word: str) -> str:
+    """A word without quotes: a number, one of JSON's or Python's, or a text."""
+    return _WORDS.get(word.lower()) or number(word) or json.dumps(word, ensure_ascii=False)
 
 
 _LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
-_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that is one character
 
 
 class _Value:
@@ -114,7 +114,6 @@ class _Value:
             else:
                 self._begin_value()
                 yield from self._word()
-                self._state = "more"
             if not self._open and self._state == "more":
                 return True
 
@@ -182,7 +181,7 @@ class _Value:
         return True
 
     def _word(self) -> Need[None]:
-        """A number or a word; any other character as it is."""
+        """A number or a word, or a key without quotes, unless it was cut; any other character as it is."""
         parts: list[str] = []
         yield from self._reader.match(_WORD, parts.append)
         word = "".join(parts)
@@ -191,8 +190,10 @@ class _Value:
             self._reader.at += 1
             if not "\ud800" <= character <= "\udfff":
                 self._sink(character)
-        elif not self._cut() or not any(one.startswith(word) for one in _WORDS):
-            self._sink(_WORDS.get(word, word))
+            self._state = "more"
+        elif not self._cut():
+            self._sink(json.dumps(word, ensure_ascii=False) if self._state == "key" else _plain(word))
+            self._state = "colon" if self._state == "key" else "more"
 
     def _cut(self) -> bool:
         reader = self._reader

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from candle_vllm.openai.formats.json_calls import skip_closers
-from candle_vllm.openai.formats.json_value import read_text_of_string, read_value
+from candle_vllm.openai.formats.json_text import read_text_of_string
+from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
 from candle_vllm.openai.formats.values import argument_types, escaped
@@ -83,34 +84,42 @@ class NamedJson:
 
     def _arguments(self, reader: Reader, calls: CallSink, name: str, given_id: str) -> Need[bool]:
         yield from reader.skip_space()
-        if self.fenced and (yield from reader.take("```json", "```")):
+        fence = self.fenced and bool((yield from reader.take("```json", "```")))
+        if fence:
             yield from reader.skip_space()
+        told = fence or self.name_end not in _COMMON  # what stands here are arguments, whatever they look like
         mark = yield from reader.peek()
         if mark == '"':
             calls.begin(name, given_id)
             calls.end((yield from read_text_of_string(reader, calls.arguments)))
-            return True
-        if mark == "{":
+        elif mark == "{" or (mark == "[" and told):
             calls.begin(name, given_id)
             calls.end((yield from read_value(reader, calls.arguments, markers(*self.closers))))
-        elif (self.closers and (yield from self._closed(reader))) or (not mark and reader.whole):
+        elif (yield from self._nothing(reader, told, fence)):
             calls.begin(name, given_id)
             calls.arguments("{}")
             calls.end()
-            return True
         else:
             return False
-        if self.fenced:
-            yield from reader.skip_space()
-            yield from reader.take("```")
+        if fence:
+            yield from skip_closers(reader, ("```",))
         return True
 
-    def _closed(self, reader: Reader) -> Need[bool]:
-        closer = yield from reader.take(*self.closers)
-        reader.put_back(closer)
-        return bool(closer)
+    def _nothing(self, reader: Reader, told: bool, fence: bool) -> Need[bool]:
+        """Whether there are no arguments, or null in their place, which is read."""
+        word = (yield from reader.take("null")) if told else ""
+        yield from reader.skip_space()
+        ends = (*self.closers, *(("```",) if fence else ()))
+        end = (yield from reader.take(*ends)) if ends else ""
+        reader.put_back(end)
+        if end:
+            return True
+        following = yield from reader.peek()
+        return reader.whole if not following else bool(word) and not ends and not _WORD.match(following)
 
 
+_COMMON = ("", ">", "\n")  # behind a name that is no call's, too
+_WORD = re.compile(r"\w")
 _COUNTED = re.compile(r"([\w.\-:/]+):\d+")
 
 

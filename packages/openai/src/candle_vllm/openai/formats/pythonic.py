@@ -7,6 +7,7 @@ import json
 import re
 
 from candle_vllm.openai.formats.json_calls import skip_closers
+from candle_vllm.openai.formats.json_text import is_json
 from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
 from candle_vllm.openai.formats.values import python_value
@@ -164,8 +165,4 @@ def _to_json(text: str) -> str:
         value = python_value(text.replace("\n", "\\n")) or json.dumps(text[1:-1], ensure_ascii=False)
     if value is not None:
         return value
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    return text
+    return text if is_json(text) else json.dumps(text, ensure_ascii=False)

@@ -300,7 +300,11 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bodies=(Nested("]<]minimax[>[", closers=("]<]minimax[>[</tool_call>",)),),
         model_types=("minimax_m3",),
     ),
-    ToolFormat("dots", opens=("<dots_function_call>",), bodies=(invokes("</dots_function_call>"), JsonCalls())),
+    ToolFormat(
+        "dots",
+        opens=("<dots_function_call>",),
+        bodies=(invokes("</dots_function_call>"), JsonCalls(closers=("</dots_function_call>",))),
+    ),
     ToolFormat("openai", flow=Harmony(), aliases=("gpt_oss", "harmony"), model_types=("gpt_oss",)),
     ToolFormat("muse", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
     ToolFormat(

@@ -62,9 +62,11 @@ class Tagged:
             yield from reader.skip_space()
             if not self.name_open or self.known_only:
                 break
+        if calls.count == before:
+            return False
         if self.closers:
             yield from skip_closers(reader, (*self.closers, self.value_end))
-        return calls.count > before
+        return True
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()

@@ -9,8 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from candle_vllm.openai.formats.json_text import is_json, mended
+from candle_vllm.openai.formats.json_value import number
+
 _MOST_STEPS = 64  # of a schema looked at for one argument
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_SPELT = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
+_NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
 _YES, _NO = ("true", "yes"), ("false", "no")
 _MOST_LITERAL = 1 << 16  # characters of a Python literal: its tree takes hundreds of bytes for each
@@ -59,6 +64,8 @@ def to_json(text: str, types: frozenset[str]) -> str:
     if quoted is not None and not types:
         return bare
     bare, plain = (bare, text) if quoted is None else (quoted.strip(), quoted)
+    if types & _NUMBERS and "string" not in types:
+        bare = number(bare) or bare
     for kind, read in _READERS:
         if types and kind not in types:
             continue
@@ -103,9 +110,9 @@ def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
         part = todo.pop()
         kind = part.get("type")
         if isinstance(kind, str):
-            yield kind
+            yield _SPELT.get(kind, kind)
         elif isinstance(kind, list):
-            yield from (one for one in kind if isinstance(one, str))
+            yield from (_SPELT.get(one, one) for one in kind if isinstance(one, str))
         elif "const" in part or isinstance(part.get("enum"), list):
             values = [part["const"]] if "const" in part else part["enum"][:_MOST_STEPS]
             yield from ("null" if value is None else _TYPES.get(type(value), "string") for value in values)
@@ -163,11 +170,7 @@ def _container(opening: str) -> Callable[[str, bool], str | None]:
     def read(text: str, _: bool) -> str | None:
         if not text.startswith(opening):
             return None
-        try:
-            json.loads(text)
-        except (ValueError, RecursionError):
-            return python_value(text)
-        return text
+        return text if is_json(text) else python_value(text) or mended(text)
 
     return read
 

@@ -1,0 +1,173 @@
+"""Slips that models make in any format and that have one meaning: each is read the same way wherever it stands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from messages import Parsed, parse, parser
+from samples import SHORT, SMALL, TOOLS, Sample
+
+JSON = [sample for sample in SHORT if SMALL in sample.text]  # arguments are an object of JSON
+IN_OBJECTS = [sample for sample in JSON if f'": {SMALL}' in sample.text and sample.tools != "apertus"]
+with_json = pytest.mark.parametrize("sample", [pytest.param(one, id=one.tools) for one in JSON])
+with_objects = pytest.mark.parametrize("sample", [pytest.param(one, id=one.tools) for one in IN_OBJECTS])
+
+
+def said(sample: Sample, text: str, whole: bool = True, schemas: dict[str, Any] = TOOLS) -> Parsed:
+    """What a text says, whole, by characters, and in threes; where it is cut off, its calls are beginnings of these."""
+
+    def read(text: str, whole: bool) -> Parsed:
+        pieces = ([text], text, [text[place : place + 3] for place in range(0, len(text), 3)])
+        found = {parse(parser(sample.tools, schemas, sample.reasoning), one, whole) for one in pieces}
+        assert len(found) == 1, (text, whole, found)
+        return found.pop()
+
+    full = read(text, whole)
+    for end in range(len(text)):
+        part = read(text[:end], False)
+        assert len(part.calls) <= len(full.calls), end
+        assert all(call[2].startswith(cut[2]) for cut, call in zip(part.calls, full.calls)), (end, part)
+    return full
+
+
+def strictly(text: str) -> Any:
+    """The value of a JSON text; raises where it is none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@with_objects
+@pytest.mark.parametrize("nothing", ['""', '" "', '"{}"', '"null"', "null"])
+def test_arguments_that_are_nothing(sample: Sample, nothing: str) -> None:
+    parsed = said(sample, sample.text.replace(SMALL, nothing))
+    assert (parsed.content, parsed.calls) == (sample.content, (("id0", "f2", "{}", True),))
+
+
+@with_json
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("NaN", "NaN"),
+        ("Infinity", "Infinity"),
+        ("-Infinity", "-Infinity"),
+        ("01", 1),
+        ("-007.50", -7.5),
+        ("00", 0),
+        ("+5", 5),
+        (".5", 0.5),
+        ("-.5", -0.5),
+        ("5.", 5.0),
+        ("1.e3", 1000.0),
+        ("1.2.3", "1.2.3"),
+        ("2024-01-01", "2024-01-01"),
+        ("TRUE", True),
+        ("rain", "rain"),
+        ("été", "été"),
+        ("{a: 1, true: None, b-c: x}", {"a": 1, "true": None, "b-c": "x"}),
+        ("[NaN, 01, .5]", ["NaN", 1, 0.5]),
+    ],
+)
+def test_words_that_are_no_json(sample: Sample, written: str, value: object) -> None:
+    parsed = said(sample, sample.text.replace('"x"', written))
+    assert (parsed.content, [call[3] for call in parsed.calls]) == (sample.content, [True])
+    assert strictly(parsed.calls[0][2]) == {"city": value}
+
+
+@with_objects
+def test_words_in_arguments_that_are_a_text(sample: Sample) -> None:
+    text = json.dumps('{\'city\': NaN, on: 01, "a": "\\ud83d\\ude42"').replace("\\\\", "\\\\")
+    parsed = said(sample, sample.text.replace(SMALL, text))
+    assert strictly(parsed.calls[0][2]) == {"city": "NaN", "on": 1, "a": "\U0001f642"}
+
+
+@with_json
+@pytest.mark.parametrize("more", ["}", "}}", "\n}", "} ]"])
+def test_a_bracket_too_many(sample: Sample, more: str) -> None:
+    parsed = said(sample, sample.text.replace(SMALL, SMALL + more) + ("" if more == "}" else "\n"))
+    assert parsed.values == sample.calls
+    assert parsed.content.strip() == sample.content
+
+
+def test_a_bracket_too_many_between_calls() -> None:
+    sample = next(one for one in JSON if one.tools == "mistral")
+    call = '{"name": "f2", "arguments": {"city": "x"}}'
+    parsed = said(sample, f"[TOOL_CALLS][{call}}}, {call}]")
+    assert (parsed.content, parsed.values) == ("", [("f2", {"city": "x"})] * 2)
+
+
+def test_brackets_behind_a_call_are_text_where_text_goes_on() -> None:
+    sample = next(one for one in JSON if one.tools == "granite_20b")
+    call = '<function_call>{"name": "f2", "arguments": {"city": "x"}}'
+    assert said(sample, call + "\n} is a bracket").content == "} is a bracket"
+
+
+def test_the_closing_mark_of_a_json_call_in_dots() -> None:
+    sample = next(one for one in SHORT if one.tools == "dots")
+    text = '<dots_function_call>{"name": "f2", "arguments": {"city": "x"}}</dots_function_call>Ok'
+    parsed = said(sample, text)
+    assert (parsed.content, parsed.values) == ("Ok", [("f2", {"city": "x"})])
+
+
+NAMED = ("mistral_v11", "mistral_v13", "kimi_k2", "deepseek_v3", "deepseek_v31", "solar")
+BEHIND_NAMES = [one for one in JSON if one.tools in NAMED]
+
+
+@pytest.mark.parametrize("sample", [pytest.param(one, id=one.tools) for one in BEHIND_NAMES])
+@pytest.mark.parametrize(("written", "arguments"), [('""', "{}"), ("null", "{}"), ("[1, 2]", "[1, 2]"), ("[]", "[]")])
+def test_what_is_no_object_behind_a_name(sample: Sample, written: str, arguments: str) -> None:
+    parsed = said(sample, sample.text.replace(SMALL, written))
+    assert (parsed.content, [call[1:] for call in parsed.calls]) == (sample.content, [("f2", arguments, True)])
+
+
+@pytest.mark.parametrize("inside", ["", "\n", "\n\n"])
+def test_an_empty_fence(inside: str) -> None:
+    sample = next(one for one in SHORT if one.tools == "deepseek_v3")
+    parsed = said(sample, sample.text.replace(f"\n{SMALL}\n", inside or "\n"))
+    assert (parsed.content, [call[1:] for call in parsed.calls]) == ("Ok", [("f2", "{}", True)])
+
+
+def test_words_behind_a_name_are_text() -> None:
+    sample = next(one for one in SHORT if one.tools == "mistral_v13")
+    for text in ("[TOOL_CALLS]f2[ARGS]nullable", "[TOOL_CALLS]f2[ARGS]7 days", "[TOOL_CALLS]f2 [1]"):
+        assert said(sample, text) == Parsed(text, "", ())
+
+
+NUMBERS: dict[str, Any] = {"type": "object", "properties": {
+    "a": {"type": "integer"}, "b": {"type": ["float"]}, "c": {"anyOf": [{"type": "int"}, {"type": "null"}]},
+    "d": {"type": "bool"}, "e": {"type": "dict"}, "f": {"type": "list"}, "g": {"type": "str"},
+    "h": {"type": ["integer", "string"]},
+}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("a", "007", 7),
+        ("a", "+5", 5),
+        ("a", "-010", -10),
+        ("b", ".5", 0.5),
+        ("b", "01.50", 1.5),
+        ("b", "NaN", "NaN"),
+        ("c", "03", 3),
+        ("c", "none", None),
+        ("d", "yes", True),
+        ("e", '{"x": NaN}', {"x": "NaN"}),
+        ("e", "{x: 01}", {"x": 1}),
+        ("f", "[1, Infinity]", [1, "Infinity"]),
+        ("f", "[1", "[1"),
+        ("g", "007", "007"),
+        ("h", "007", "007"),
+        ("free", "007", "007"),
+        ("free", "[NaN]", ["NaN"]),
+    ],
+)
+def test_values_that_a_schema_tells_of(key: str, written: str, value: object) -> None:
+    sample = next(one for one in SHORT if one.tools == "glm45")
+    text = f"<tool_call>f<arg_key>{key}</arg_key><arg_value>{written}</arg_value></tool_call>"
+    parsed = said(sample, text, schemas={"f": NUMBERS})
+    assert strictly(parsed.calls[0][2]) == {key: value}
