@@ -20,6 +20,7 @@ from candle_vllm.core.engine.request import TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.memory import room_for
 from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -149,7 +150,8 @@ class InferenceEngine(EngineFront):
             if self._manual:
                 raise EngineDeadError("this engine is driven by add_request and step: use those, or another engine")
             if self._thread is None:
-                self._thread = self._make_thread(engine)
+                with room_for("the engine", 0):
+                    self._thread = self._make_thread(engine)
                 self._finalizer.detach()
                 self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine)
             return self._thread

@@ -1,17 +1,26 @@
-"""How many KV-cache blocks fit, with the arithmetic in the message."""
+"""How much memory there is, how many KV-cache blocks fit, and what to say where something does not."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
 
 MIB = 1 << 20
+SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
+"""What a raised limit leaves for the rest: a step's rows, requests, what threads take, and what they only reserve."""
+_FOR_STEPS = 64 * MIB
+_SHORT = 96 * MIB  # a library may take so much
 
 
 def _size(count: float) -> str:
@@ -44,11 +53,26 @@ class Room:
         available: bytes free on the device once the weights are there, and what a step needs is put aside.
         share: how much of it the cache may take, unless `kv_fraction` says.
         kept: what was put aside, for the message; may be empty.
+        limit: what somebody set and bounds it, if anything.
     """
 
     available: int
     share: float
     kept: str = ""
+    limit: Limit | None = None
+
+
+def main_room(threads: int, share: float) -> Room:
+    """The main memory that there is for a KV cache.
+
+    Args:
+        threads: that will compute; limits of what a process reserves count their stacks.
+        share: see `Room`.
+    """
+    limit = tightest_limit()
+    aside = min(limit.left // 2, threads * STACK_BYTES + _FOR_STEPS) if limit.unit else 0
+    kept = f" of {limit.name}, {_size(aside)} put aside" if aside else ""
+    return Room(limit.left - aside, share, kept, limit if limit.allowed else None)
 
 
 def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room) -> CachePlan:
@@ -77,14 +101,14 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
             f"set --mem {int(available * 0.9) // MIB} or less",
             "kv_cache_memory",
         )
-    token_bytes = model.num_layers * model.cache.numbers * dtype_bytes
+    token_bytes = cache_bytes(model, 1, dtype_bytes)
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     per_sequence = -(-model.max_position // config.block_size)
     affordable = budget // block_bytes
     context = model.max_position
     if affordable < per_sequence:
-        context = _shrunk_context(config, context, affordable, block_bytes, available, budget)
+        context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     message = (
@@ -93,6 +117,11 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context}"
     )
     return CachePlan(num_blocks, block_bytes, context, message)
+
+
+def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+    """Bytes of so many tokens in the cache, of all layers, keys and values."""
+    return tokens * model.num_layers * model.cache.numbers * dtype_bytes
 
 
 def _numbers(model: ModelConfig) -> str:
@@ -104,7 +133,7 @@ def _numbers(model: ModelConfig) -> str:
 
 
 def _shrunk_context(
-    config: EngineConfig, context: int, affordable: int, block_bytes: int, available: int, budget: int
+    config: EngineConfig, context: int, affordable: int, block_bytes: int, room: Room, budget: int
 ) -> int:
     """The context that fits, where the caller left it open; otherwise a ConfigError that says what would work."""
     fits = affordable * config.block_size
@@ -112,9 +141,12 @@ def _shrunk_context(
     if config.max_model_len is None and fits >= config.block_size:
         return fits
     ways = [f"--max-model-len {fits}"] if fits else []
-    ways.append(f"--mem {-(-needed // MIB)}")
-    if config.kv_cache_memory is None and needed < available * 0.95:
-        ways.append(f"--kv-fraction {min(0.99, needed / available + 0.01):.2f}")
+    if needed <= room.available or room.limit is None:
+        ways.append(f"--mem {-(-needed // MIB)}")
+    if config.kv_cache_memory is None and needed < room.available * 0.95:
+        ways.append(f"--kv-fraction {min(0.99, needed / room.available + 0.01):.2f}")
+    if needed > room.available and room.limit is not None:
+        ways.append(f"to {room.limit.raised_by(needed - room.available)}")
     raise ConfigError(
         f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}: "
         f"try {' or '.join(ways)}",
@@ -128,27 +160,129 @@ def free_memory(device: Device) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that this process may still take: the machine's, or its control group's if that is less."""
-    return min(_machine_memory(), _group_memory())
+    """Bytes of main memory that this process may still take: the machine's, or what a limit leaves if that is less."""
+    return tightest_limit().left
 
 
-def _machine_memory() -> int:
+class Limit(NamedTuple):
+    """What bounds the memory of this process.
+
+    Attributes:
+        left: bytes that it leaves.
+        name: what it is, for people.
+        allowed: the whole of it; 0 is the machine's memory, which nobody set.
+        unit: bytes of the unit that it is set in, where somebody sets it by a command, `name`; else 0.
+        spare: what it should leave when it is raised.
+    """
+
+    left: int
+    name: str
+    allowed: int = 0
+    unit: int = 0
+    spare: int = SPARE
+
+    def raised_by(self, missing: int) -> str:
+        """What to do where `missing` bytes more are needed."""
+        if self.unit:
+            return f"raise it ({self.name} {-(-(self.allowed + missing + self.spare) // self.unit)})"
+        if self.allowed:
+            return f"raise it to {-(-(self.allowed + missing + self.spare) // MIB)} MiB"
+        return "end other programs"
+
+
+def tightest_limit(root: Path = Path("/")) -> Limit:
+    """Of the machine's memory, the limits of this process and those of its control groups, what leaves least."""
+    return min((_machine_memory(root), *_process_limits(root), *_group_limits(root)), key=lambda limit: limit.left)
+
+
+def _machine_memory(root: Path) -> Limit:
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # where it does not say
+    for line in read_or_nothing(root / "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            left = int(line.split()[1]) * 1024
+    return Limit(left, "this machine")
+
+
+def _process_limits(root: Path) -> Iterator[Limit]:
+    """Limits of addresses and of data (`ulimit -v`, `ulimit -d`), which count what is reserved, used or not."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _group_memory() -> int:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        import resource
+    except ImportError:  # Windows
+        return
+    pages = read_or_nothing(root / "proc/self/statm").split()  # all, resident, shared, code, -, data and stacks, -
+    for kind, place, name, spare in (
+        (resource.RLIMIT_AS, 0, "ulimit -v", SPARE_ADDRESSES),
+        (resource.RLIMIT_DATA, 5, "ulimit -d", SPARE),
     ):
-        try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such group, or "max"
-    return 1 << 62
+        allowed = resource.getrlimit(kind)[0]
+        if allowed != resource.RLIM_INFINITY and len(pages) > place:
+            yield Limit(max(0, allowed - int(pages[place]) * resource.getpagesize()), name, allowed, 1024, spare)
+
+
+def _group_limits(root: Path) -> Iterator[Limit]:
+    """Limits of control groups; what files take in memory and nobody has open is not counted as used."""
+    for group in control_groups("memory", root):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            allowed, taken = (read_or_nothing(group / name).strip() for name in (limit, used))
+            if allowed.isdecimal() and taken.isdecimal():  # else "max", or no such group
+                lines = (line.split() for line in read_or_nothing(group / "memory.stat").splitlines())
+                idle = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached)
+                left = int(allowed) - max(0, int(taken) - idle)
+                yield Limit(max(0, left), "the control group (container)", int(allowed))
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(
+    what: str, size: int, setting: str | None = None, way: Callable[[int], str] | None = None
+) -> Iterator[None]:
+    """Says in one sentence what did not fit in main memory, and what would help.
+
+    Args:
+        what: takes memory inside, as "the weights of NAME".
+        size: its bytes, as far as known. Where a limit that somebody set leaves less, nothing is tried.
+        setting: field of `EngineConfig` that it depends on.
+        way: what to do beside raising the limit, given the bytes that are left.
+
+    Raises:
+        ConfigError: instead of MemoryError, and of what the system says where it starts no thread or maps no file.
+    """
+    limit = tightest_limit()
+    if limit.allowed and size > limit.left:
+        raise _no_room(what, size, setting, way)
+    try:
+        yield
+    except MemoryError as error:
+        raise _no_room(what, size, setting, way) from error
+    except (OSError, ImportError) as error:  # libraries that cannot be mapped do not say why
+        if getattr(error, "errno", None) == errno.ENOMEM or _is_short():
+            raise _no_room(what, size, setting, way) from error
+        raise
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        if loading_threads() > 1:
+            setting, way = "threads", lambda _: "set --threads 1"
+        raise _no_room(f"one more thread for {what}", STACK_BYTES, setting, way) from error
+
+
+def _is_short() -> bool:
+    limit = tightest_limit()
+    return limit.allowed > 0 and limit.left < _SHORT
+
+
+def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str] | None) -> ConfigError:
+    limit = tightest_limit()
+    ways = [] if way is None else [way(limit.left)]
+    if limit.allowed:
+        ways.append(limit.raised_by(max(size - limit.left, 0)))
+        bound = f"{_size(limit.left)} of the {_size(limit.allowed)} are left that {limit.name} allows"
+    else:
+        bound = f"{_size(limit.left)} are free on {limit.name}"
+    takes = f" ({_size(size)})" if size else ""
+    return ConfigError(f"there is no memory for {what}{takes}: {bound}; {' or '.join(ways) or 'free some'}", setting)

@@ -70,36 +70,47 @@ def _cores_of(cpus: frozenset[int]) -> int:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """How many CPUs' time the control groups of this process allow, the least of all above it; None without a limit.
 
-    Both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`. In a container the groups' paths may be
-    the host's, which are not there: then what is mounted at the top is the container's own.
+    Both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`.
     """
-    limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    return min((limit for group in control_groups("cpu", root) for limit in _limits(group)), default=None)
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, of both versions, and of all above them.
+
+    In a container the groups' paths may be the host's, which are not there: then what is mounted at the top is the
+    container's own.
+
+    Args:
+        controller: of version 1, as "cpu" or "memory"; version 2 has one group for all.
+        root: where the file system begins.
+    """
+    for line in read_or_nothing(root / "proc/self/cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not controllers:  # version 2, alone or beside version 1
             tops = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif "cpu" in controllers.split(","):
-            tops = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, "cpu"))]
+        elif controller in controllers.split(","):
+            tops = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, controller))]
         else:
             continue
         parts = [part for part in path.split("/") if part and part != ".."]
         for top in tops:
             for depth in range(len(parts) + 1):
-                limits += _limits(top.joinpath(*parts[:depth]))
-    return min(limits, default=None)
+                yield top.joinpath(*parts[:depth])
 
 
 def _limits(group: Path) -> list[float]:
     """The limit of one control group, if it has one."""
-    quota, period = (*_read(group / "cpu.max").split(), "", "")[:2]
+    quota, period = (*read_or_nothing(group / "cpu.max").split(), "", "")[:2]
     if not quota:
-        quota, period = (_read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+        quota, period = (read_or_nothing(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     if not (quota.isdecimal() and period.isdecimal()):  # "max" or -1: none
         return []
     return [int(quota) / int(period)] if int(period) else []
 
 
-def _read(path: Path) -> str:
+def read_or_nothing(path: Path) -> str:
+    """The text of a file of the system, empty where it cannot be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):

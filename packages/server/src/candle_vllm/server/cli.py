@@ -63,10 +63,11 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say_stopped()
         return EXIT_INTERRUPTED
-    except CandleVllmError as error:
+    except (CandleVllmError, MemoryError) as error:
         if debug:
             raise
-        sys.stderr.write(f"candle-vllm: error: {error}\n")
+        reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
+        sys.stderr.write(f"candle-vllm: error: {reason if isinstance(error, MemoryError) else error}\n")
         return EXIT_USAGE
 
 

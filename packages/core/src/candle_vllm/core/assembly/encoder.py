@@ -17,9 +17,9 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, memory_of
+from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, room_for_weights
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, fitting
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.parameters import SHAPES
@@ -89,7 +89,7 @@ def _load_encoder(
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
     with naming(described, checkpoint.path):
         check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
-        with fitting(device, f"the weights of {files.name}", memory_of(placement, checkpoint)):
+        with room_for_weights(files.name, placement, checkpoint):
             encoder = family.build(model, placement)
             fill(encoder, table, ignored, model, checkpoint, progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)

@@ -19,9 +19,9 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
-from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, memory_of
+from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, fitting
+from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
@@ -128,7 +128,7 @@ def load_model(
             stored = _as_loaded(config, family, model_config, checkpoint)
             placement = choose_placement(config, device, stored, model_config)
             weight_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
-            with fitting(device, f"the weights of {files.name}", memory_of(placement, stored)):
+            with room_for_weights(files.name, placement, stored):
                 decoder = family.build(model_config, placement, checkpoint)
                 fill(decoder, family.weights, family.ignored(model_config), model_config, stored, progress)
                 if config.kv_cache_dtype == "fp8":

@@ -17,6 +17,7 @@ from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
+from candle_vllm.core.memory import room_for
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -44,6 +45,9 @@ def model_files(config: EngineConfig) -> ModelFiles:
     )
 
 
+_WORDS_BYTES, _WORD_BYTES = 16 << 20, 1 << 10
+
+
 def config_file(files: ModelFiles) -> Path:
     """The file that describes the model."""
     return files.weights[0] if files.format == "gguf" else files.config or files.folder
@@ -65,7 +69,7 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
 
     Each format's readers are imported with it: a GGUF file, from which most people start, needs none of the others'.
     """
-    with naming(config_file(files)):
+    with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
             gguf = open_gguf(files.weights[0])
             return Opened(files, gguf, gguf.metadata)
@@ -96,7 +100,8 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
     """The tokenizer, brought to the `rows` of the embedding table."""
     inside = files.format == "gguf" and config.tokenizer is None
     source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    with naming(source):
+    # Its own library ends the process where memory runs out, so what it takes about is asked for before.
+    with naming(source), room_for(f"the tokenizer of {files.name}", _WORDS_BYTES + rows * _WORD_BYTES):
         tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
         return fit_tokenizer(tokenizer, rows, source)
 

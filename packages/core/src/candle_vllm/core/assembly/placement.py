@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, is_amd, require_torch, use_threads
+from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
@@ -17,11 +19,17 @@ from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.memory import room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
+
+_SMALLER = (("q8_0", 8.5), ("q6k", 6.6), ("q5k", 5.5), ("q4k", 4.5), ("q3k", 3.5), ("q2k", 2.7))
+"""Types of `--isq`, and about how many bits a number takes in each."""
+
+_FEWER = "take a model with fewer bits"
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """The settings of a type, and their names in `quantization/plain.py`."""
@@ -171,6 +179,21 @@ def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
 def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
     """Bytes that the weights take about, once they are loaded; decoded ones take more than they are stored in."""
     return sum(_memory_of(placement, tensor) for tensor in checkpoint.tensors.values())
+
+
+@contextmanager
+def room_for_weights(name: str, placement: Placement, checkpoint: Checkpoint) -> Iterator[None]:
+    """Around loading weights: where memory runs out, a ConfigError says of which, and what would fit."""
+    what, size = f"the weights of {name}", memory_of(placement, checkpoint)
+    numbers = sum(tensor.numel for tensor in checkpoint.tensors.values())
+
+    def way(left: int) -> str:
+        smaller = [kind for kind, bits in _SMALLER if bits < 8 * size / numbers - 1 and numbers * bits / 8 < left * 0.8]
+        plain = all(tensor.dtype is not None for tensor in checkpoint.tensors.values())
+        return f"quantise it while it is loaded (--isq {smaller[0]})" if plain and smaller else _FEWER
+
+    with fitting(placement.device, what, size), room_for(what, size if placement.device.type == "cpu" else 0, way=way):
+        yield
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:

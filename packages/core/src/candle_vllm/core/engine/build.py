@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import AbstractContextManager
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
@@ -17,10 +19,15 @@ from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPrepa
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.memory import CachePlan, Room, available_memory, plan_cache
+from candle_vllm.core.memory import MIB, CachePlan, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
+
+_COMPILER_BYTES = 256 * MIB
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +118,8 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             block_size=1,
             threads=config.threads or default_threads(),
         )
-        runner = RecordedEncoderRunner(loaded.encoder, limits)
+        with _room_for_rows(limits):
+            runner = RecordedEncoderRunner(loaded.encoder, limits)
     else:
         from candle_vllm.core.engine.eager_runner import EagerEncoderRunner
 
@@ -138,7 +146,9 @@ def _build_on_cpu(
             "attention_backend",
         )
     dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
-    plan = plan_cache(config, loaded.config, dtype_bytes, sequences, Room(available_memory(), share))
+    plan = plan_cache(
+        config, loaded.config, dtype_bytes, sequences, main_room(config.threads or default_threads(), share)
+    )
     logger.info(plan.message)
     loaded.decoder.prepare(plan.max_model_len)
     if not placement.recorded:
@@ -158,9 +168,21 @@ def _build_on_cpu(
         block_size=config.block_size,
         threads=config.threads or default_threads(),
     )
-    runner = RecordedRunner(loaded.decoder, plan.num_blocks, limits)
+    with _room_for_rows(limits):
+        runner = RecordedRunner(loaded.decoder, plan.num_blocks, limits)
     Sampler.prepare(placement.device)
     return runner, plan
+
+
+def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
+    """Around making what a step computes with."""
+    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_first_start
+
+    fewer = max(limits.sequences, limits.tokens // 4)
+    way = f"set --prefill-chunk-size {fewer}" if fewer < limits.tokens else "take fewer --threads"
+    compiler = _COMPILER_BYTES if is_first_start() else 0  # which ends the process where memory runs out
+    what = f"the rows of a step of {limits.tokens} tokens" + (", and for compiling its kernels" if compiler else "")
+    return room_for(what, compiler, "max_num_batched_tokens", lambda _: way)
 
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:

@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, Encoder
 from candle_vllm.core.sampling.sampler import Sampler, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
@@ -45,7 +46,9 @@ class RecordedRunner(StepwiseRunner):
 
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
-        keys, values = _caches(config, num_blocks, limits.block_size)
+        size = cache_bytes(config, num_blocks * limits.block_size, 2)
+        with room_for("the KV cache", size, "kv_cache_memory", lambda left: f"set --mem {max(1, left // 2 // MIB)}"):
+            keys, values = _caches(config, num_blocks, limits.block_size)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs

@@ -9,6 +9,7 @@ A mapped file must not be shortened while it is open; the operating system ends 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import mmap
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,8 @@ class MappedFile:
                     raise InvalidFileError(f"{path} is empty (0 bytes); download or convert it again")
                 self._map = mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise MemoryError(f"{path} cannot be mapped") from error
             raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
         self.path = path
         self._bytes: np.ndarray | None = np.frombuffer(self._map, dtype=np.uint8)

@@ -17,7 +17,7 @@ import numpy as np
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
-from candle_vllm.core.threads import deep_stacks
+from candle_vllm.core.threads import STACK_BYTES, deep_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,12 @@ class ThreadTeam:
                 for helper in self._helpers:
                     helper.start()
         except RuntimeError as error:
+            started = sum(helper.ident is not None for helper in self._helpers)
             self.close()
             raise ConfigError(
-                f"the system does not start {self.threads} threads ({error}): set --threads {cpus} or less", "threads"
+                f"the system does not start {self.threads} threads ({error}), each of which takes a stack of "
+                f"{STACK_BYTES >> 20} MiB: set --threads {max(1, min(started, cpus))}",
+                "threads",
             ) from error
 
     def _make_semaphores(self, threads: int) -> bool:

@@ -1,0 +1,232 @@
+"""How much memory there is, and what is said where something does not fit."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from candle_vllm.core import EngineConfig, InferenceEngine, memory
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.loading.tensors import MappedFile
+from candle_vllm.core.memory import MIB, Limit, room_for, tightest_limit
+
+MEMINFO = "MemTotal: 9000000 kB\nMemAvailable: 8388608 kB\n"
+V1 = "9:name=systemd:/\n4:memory:/a/b\n1:cpu:/c\n0::/\n"
+GIB = 1 << 30
+
+
+def tree(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """A file system with a machine of 8 GiB and the control groups of a process."""
+    whole = {"proc/self/cgroup": groups, "proc/meminfo": MEMINFO, "proc/self/statm": "1000 1 1 1 0 500 0\n"}
+    for name, text in (whole | {f"sys/fs/cgroup/{n}": t for n, t in files.items()}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        ("0::/\n", {}, 8 * GIB),
+        ("0::/\n", {"memory.max": f"{2 * GIB}\n", "memory.current": f"{GIB}\n"}, GIB),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": f"{GIB}\n"}, 8 * GIB),
+        # The group above allows less than the process's own.
+        (
+            "0::/a/b\n",
+            {
+                "a/memory.max": f"{3 * GIB}",
+                "a/memory.current": f"{GIB}",
+                "a/b/memory.max": f"{4 * GIB}",
+                "a/b/memory.current": "0",
+            },
+            2 * GIB,
+        ),
+        # Pages of files that nobody has open are given back when they are needed.
+        (
+            "0::/\n",
+            {
+                "memory.max": f"{2 * GIB}",
+                "memory.current": f"{2 * GIB}",
+                "memory.stat": f"anon 5\ninactive_file {GIB}\nactive_file 7\n",
+            },
+            GIB,
+        ),
+        (
+            V1,
+            {
+                "memory/a/memory.limit_in_bytes": f"{3 * GIB}",
+                "memory/a/memory.usage_in_bytes": f"{2 * GIB}",
+                "memory/a/memory.stat": f"total_inactive_file {GIB // 2}\n",
+                "memory/a/b/memory.limit_in_bytes": "9223372036854771712",
+                "memory/a/b/memory.usage_in_bytes": "5",
+            },
+            3 * GIB // 2,
+        ),
+        # In a container the group's path is the host's.
+        (V1, {"memory/memory.limit_in_bytes": f"{GIB}", "memory/memory.usage_in_bytes": f"{2 * GIB}"}, 0),
+        ("0::/\n", {"memory.max": "garbage", "memory.current": "?"}, 8 * GIB),
+    ],
+)
+def test_control_groups_count_as_the_machines_memory(
+    groups: str, files: dict[str, str], left: int, tmp_path: Path
+) -> None:
+    assert tightest_limit(tree(tmp_path, groups, files)).left == left
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "pages"), [(resource.RLIMIT_AS, "ulimit -v", 1000), (resource.RLIMIT_DATA, "ulimit -d", 500)]
+)
+def test_limits_of_the_process_count_as_the_machines_memory(
+    kind: int, name: str, pages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = resource.getrlimit
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: (GIB, GIB) if asked == kind else real(asked))
+    limit = tightest_limit(tree(tmp_path, "0::/\n", {}))
+    assert (limit.left, limit.name) == (GIB - pages * resource.getpagesize(), name)
+    assert limit.raised_by(0) == f"raise it ({name} {(GIB + limit.spare) // 1024})"
+
+
+# ---- one sentence for what does not fit ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = Limit(100 * MIB, "the control group (container)", 512 * MIB)
+    monkeypatch.setattr(memory, "tightest_limit", lambda: limit)
+
+
+def _map_without_room(*_: object, **__: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
+
+
+def _start_without_room() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def _take_too_much() -> None:
+    np.empty(1 << 60, np.uint8)
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        (_take_too_much, "the cake"),
+        (_map_without_room, "the cake"),
+        (_start_without_room, "one more thread for the cake"),
+    ],
+)
+def test_whatever_runs_out_is_one_sentence(fail: Callable[[], None], words: str) -> None:
+    with (
+        pytest.raises(ConfigError) as caught,
+        room_for("the cake", 0, "kv_cache_memory", lambda left: f"{left // MIB}"),
+    ):
+        fail()
+    assert str(caught.value).startswith(f"there is no memory for {words}")
+    assert "100 MiB of the 512 MiB are left that the control group (container) allows; " in str(caught.value)
+    assert "raise it to 768 MiB" in str(caught.value)
+
+
+@pytest.mark.usefixtures("limited")
+def test_what_cannot_fit_is_not_tried() -> None:
+    words = r"no memory for the cake \(300 MiB\): .*; eat 100 or raise it to 968 MiB$"
+    with (
+        pytest.raises(ConfigError, match=words),
+        room_for("the cake", 300 * MIB, way=lambda left: f"eat {left // MIB}"),
+    ):
+        raise AssertionError("it was tried")
+
+
+@pytest.mark.usefixtures("limited")
+def test_other_failures_stay_what_they_are() -> None:
+    for error in (OSError(2, "No such file"), RuntimeError("other"), ImportError("no module")):
+        with pytest.raises(type(error)), room_for("the cake", 0):
+            raise error
+
+
+def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"x" * 100)
+    monkeypatch.setattr("candle_vllm.core.loading.tensors.mmap.mmap", _map_without_room)
+    with pytest.raises(ConfigError, match="there is no memory for the file"), room_for("the file", 0):
+        MappedFile(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("patched", "sentence"),
+    [
+        ("candle_vllm.core.engine.recorded_runner._caches", r"for the KV cache \(.*; set --mem \d+"),
+        (
+            "candle_vllm.core.engine.recorded_runner.Recorder",
+            r"a step of 512 tokens.*; set --prefill-chunk-size 128",
+        ),
+        ("candle_vllm.core.assembly.model.fill", r"for the weights of toy.*; quantise it while it is loaded \(--isq "),
+    ],
+)
+def test_each_allocation_names_its_flag(
+    patched: str, sentence: str, toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patched, lambda *_, **__: _take_too_much())
+    with pytest.raises(ConfigError, match=sentence):
+        InferenceEngine(str(toy_model))
+
+
+def test_a_thread_that_does_not_start_is_one_sentence(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if "engine" in self.name:
+            _start_without_room()
+        real(self)
+
+    with InferenceEngine(EngineConfig(model=str(toy_model), threads=1)) as engine:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ConfigError, match="no memory for one more thread for the engine"):
+            engine.generate([[1]], use_tqdm=False)
+        monkeypatch.undo()
+
+
+PROGRAM = """
+import resource, sys
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.errors import ConfigError
+limit = int(sys.argv[2]) << 10
+resource.setrlimit(getattr(resource, sys.argv[1]), (limit, limit))
+try:
+    with InferenceEngine(sys.argv[3], threads=int(sys.argv[4])) as engine:
+        asked = SamplingParams(max_tokens=2, ignore_eos=True)
+        print(len(engine.generate([[1, 2]], asked, use_tqdm=False)[0].token_ids))
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("kind", "name", "kib"), [("RLIMIT_AS", "v", 240_000), ("RLIMIT_DATA", "d", 90_000)])
+def test_a_limited_process_says_what_would_fit(kind: str, name: str, kib: int, toy_model: Path) -> None:
+    with InferenceEngine(str(toy_model)):  # its kernels are there then
+        pass
+
+    threads, said = 2, ""
+    for _ in range(4):  # what it says is done until it works
+        command = [sys.executable, "-c", PROGRAM, kind, str(kib), str(toy_model), str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        if done == "2\n":
+            break
+        said = done
+        if found := re.search(rf"raise it \(ulimit -{name} (\d+)\)$", done):
+            kib = int(found[1])
+        else:
+            found = re.search(r"set --threads (\d)$", done)
+            assert found, done
+            threads = int(found[1])
+    assert said
+    assert done == "2\n"
