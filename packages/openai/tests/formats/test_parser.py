@@ -76,6 +76,7 @@ def test_a_sample_that_is_cut_off_invents_nothing(sample: Sample) -> None:
     for end in range(len(sample.text)):
         part = read(sample, [sample.text[:end]], whole=False)
         assert len(part.calls) <= len(whole.calls), end
+        assert not part.calls or whole.content.startswith(part.content), (end, part.content)
         for (_, name, arguments, _), (_, full_name, full_arguments, _) in zip(part.calls, whole.calls):
             assert name == full_name, end
             assert full_arguments.startswith(arguments), (end, arguments)

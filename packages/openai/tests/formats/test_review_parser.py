@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from candle_vllm.openai.formats.events import CallArguments, Event
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.shapes import QWEN
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "f2": {"type": "object", "properties": {"city": {"type": "string"}, "on": {"type": "boolean"}}},
@@ -332,14 +330,29 @@ class TestQwen:
         assert said("qwen3_coder", text).values == [("write", {"tags": ["a"], "days": 3})]
 
     @pytest.mark.parametrize(
-        ("value", "read"), [("\na\n", "a"), ("a\n", "a\n"), ("a", "a"), ("\na", "a"), ("\n\na\n\n", "\na\n")]
+        ("value", "read"),
+        [
+            ("\na\n", "a"),
+            ("a\n", "a\n"),
+            ("a\nb\n", "a\nb\n"),
+            ("a", "a"),
+            ("\na", "a"),
+            ("\n\na\n\n", "\na\n"),
+            ("\n\n", ""),
+            ("\n", ""),
+        ],
     )
-    def test_line_breaks_in_pairs(self, value: str, read: str) -> None:
-        row = dataclasses.replace(TOOLS["qwen3_coder"], bodies=(dataclasses.replace(QWEN, paired=True),))
-        text = f"<tool_call><function=f2><parameter=city>{value}</parameter></function></tool_call>"
-        for pieces in ([text], text):
-            engine = OutputParser(Layout(None, row), tools=SCHEMAS)
-            assert parse(engine, pieces).values == [("f2", {"city": read})]
+    @pytest.mark.parametrize("tools", ["qwen3_coder", "seed_oss"])
+    def test_line_breaks_in_pairs(self, tools: str, value: str, read: str) -> None:
+        call = f"<function=f2><parameter=city>{value}</parameter></function>"
+        text = f"<tool_call>{call}</tool_call>".replace(
+            "tool_call", "seed:tool_call" if tools == "seed_oss" else "tool_call"
+        )
+        assert said(tools, text).values == [("f2", {"city": read})]
+
+    def test_a_line_break_before_the_next_key(self) -> None:
+        text = "<tool_call><function=write>\n<parameter=path>a\n<parameter=content>b\n</parameter></function>"
+        assert said("qwen3_coder", text).values == [("write", {"path": "a", "content": "b\n"})]
 
 
 class TestGlm:
@@ -357,7 +370,7 @@ class TestGlm:
 def test_a_closing_mark_that_was_cut_is_no_content(cut: int) -> None:
     call = '<tool_call>{"name": "f2", "arguments": {"city": "x"}}'
     text = call + "</tool_call>"[: cut - 1]
-    parsed = parse(parser("hermes", TOOLS), text, whole=False)
+    parsed = parse(parser("hermes", SCHEMAS), text, whole=False)
     assert (parsed.content, [name for _, name, _, _ in parsed.calls]) == ("", ["f2"])
-    thoughts = parse(parser("hermes", TOOLS), "<think>hm" + "</think>"[: min(cut - 1, 8)], whole=False)
+    thoughts = parse(parser("hermes", SCHEMAS), "<think>hm" + "</think>"[: min(cut - 1, 8)], whole=False)
     assert (thoughts.content, thoughts.thoughts) == ("", "hm")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from messages import Parsed, parse, parser
-from samples import SHORT, SMALL, TOOLS, Sample
+from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
 
 JSON = [sample for sample in SHORT if SMALL in sample.text]  # arguments are an object of JSON
 IN_OBJECTS = [sample for sample in JSON if f'": {SMALL}' in sample.text and sample.tools != "apertus"]
@@ -171,3 +171,17 @@ def test_values_that_a_schema_tells_of(key: str, written: str, value: object) ->
     text = f"<tool_call>f<arg_key>{key}</arg_key><arg_value>{written}</arg_value></tool_call>"
     parsed = said(sample, text, schemas={"f": NUMBERS})
     assert strictly(parsed.calls[0][2]) == {key: value}
+
+
+NUMBERED = [one for one in SAMPLES if one.calls and "3</" in one.text.replace("3\n</", "3</").replace("3<|", "3</")]
+
+
+@pytest.mark.parametrize("sample", [pytest.param(one, id=f"{at}-{one.tools}") for at, one in enumerate(NUMBERED)])
+def test_a_number_is_finished_where_its_closing_mark_begins(sample: Sample) -> None:
+    """Wherever the text is cut behind that; and nothing of the mark is part of a value."""
+    begin = sample.text.index("<", sample.text.index("3", sample.text.index("days")))
+    for end in range(begin + 1, len(sample.text)):
+        engine = parser(sample.tools, TOOLS, sample.reasoning, in_reasoning=sample.prefilled)
+        parsed = parse(engine, [sample.text[:end]], False)
+        assert '"days": 3' in parsed.calls[0][2].replace(" ", "").replace(":", ": "), (end, parsed)
+        assert "<" not in parsed.calls[0][2].replace("</b>", ""), end

@@ -105,7 +105,7 @@ class Harmony:
         if self.body_open:
             yield from reader.take(self.body_open)
         called = yield from self.body.read(reader, output.calls)
-        if not called:
+        if not called and not reader.cut and not reader.drop_begun(self.body_open):
             reader.unread()
         reader.forget()
         reader.put_back((yield from reader.until(stops, nowhere if called else output.content)))
@@ -117,7 +117,7 @@ class Harmony:
         begun = yield from reader.take(*begins)
         if begun in ("", self.message):
             if not begun:
-                _drop_begun(reader, begins)
+                reader.drop_begun(*begins)
             return _Header(role=self.role)
         text, mark = yield from reader.name(markers(self.message, self.start, *self.ends), _MOST_HEADER)
         if mark == self.message:
@@ -125,7 +125,7 @@ class Harmony:
             recipient = found[1] if found and found[1] not in self.people else ""
             return _Header(begun + text, recipient, role[1] if role and role[1] else self.role)
         reader.put_back(mark)
-        if _cut(reader):
+        if reader.cut:
             return _Header(role=self.role)
         return self._unended(begun, text)
 
@@ -180,7 +180,7 @@ class _Parts:
         reader, heads = self._reader, self._heads
         yield from reader.take(self._shape.mark)
         line, end = yield from reader.name(markers("\n"))
-        if not end and _cut(reader):
+        if not end and reader.cut:
             if not any(head.startswith(line.rstrip(SPACE)) for head in heads):
                 self._output.content(line)
             return ""
@@ -235,7 +235,7 @@ class _Parts:
                 continue
             head = yield from reader.take(*self._heads)
             if not head:
-                if _drop_begun(reader, self._heads):
+                if reader.drop_begun(*self._heads) or reader.cut:
                     return ""
                 text(mark[0])
                 reader.put_back(mark[1:])
@@ -247,7 +247,7 @@ class _Parts:
             start = yield from reader.peek()
             if start == "{" or (start and self._text_argument(name)):
                 return name
-            if _cut(reader):
+            if reader.cut:
                 return ""
             text(mark + head + "".join(spaces))
 
@@ -258,19 +258,3 @@ def _in_code(code: CodeSpans, last: str) -> bool:
         code = copy.copy(code)
         code.end_line()
     return code.inside
-
-
-def _cut(reader: Reader) -> bool:
-    """Whether all was read of a text that was cut."""
-    return reader.ended and not reader.whole and reader.at == len(reader.text)
-
-
-def _drop_begun(reader: Reader, literals: tuple[str, ...] | dict[str, str]) -> bool:
-    """Reads what may be the beginning of one of the literals, where the text was cut in it; False where it was not."""
-    rest = len(reader.text) - reader.at
-    longest = max(map(len, literals))
-    if not reader.ended or reader.whole or rest > longest:
-        return False
-    begun = any(one.startswith(reader.text[reader.at :]) for one in literals)
-    reader.at += rest if begun else 0
-    return begun

@@ -39,6 +39,7 @@ class Gemma:
         while True:
             yield from reader.skip_space()
             if not (yield from reader.take(self.prefix, ":" + self.prefix)):
+                reader.drop_begun(self.prefix)
                 break
             name, mark = yield from reader.name(markers("{"))
             name = name.strip(SPACE)

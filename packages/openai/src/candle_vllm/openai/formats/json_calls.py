@@ -104,9 +104,7 @@ def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
         yield from reader.skip_space()
         if (yield from reader.take(*closers)) in ("", _FENCE):  # behind a fence another one opens the next block
             break
-    rest = reader.text[reader.at :]
-    if rest and reader.ended and not reader.whole and any(closer.startswith(rest) for closer in closers):
-        reader.at = len(reader.text)
+    reader.drop_begun(*closers)
 
 
 def _skip_brackets(reader: Reader, closers: tuple[str, ...]) -> Need[None]:

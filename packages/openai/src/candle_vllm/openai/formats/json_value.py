@@ -191,13 +191,9 @@ class _Value:
             if not "\ud800" <= character <= "\udfff":
                 self._sink(character)
             self._state = "more"
-        elif not self._cut():
+        elif not self._reader.cut:
             self._sink(json.dumps(word, ensure_ascii=False) if self._state == "key" else _plain(word))
             self._state = "colon" if self._state == "key" else "more"
-
-    def _cut(self) -> bool:
-        reader = self._reader
-        return reader.ended and not reader.whole and reader.at == len(reader.text)
 
     def _space(self, text: str) -> None:
         if self._comma:

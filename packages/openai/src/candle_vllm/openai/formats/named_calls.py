@@ -84,7 +84,7 @@ class NamedJson:
 
     def _arguments(self, reader: Reader, calls: CallSink, name: str, given_id: str) -> Need[bool]:
         yield from reader.skip_space()
-        fence = self.fenced and bool((yield from reader.take("```json", "```")))
+        fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
         told = fence or self.name_end not in _COMMON  # what stands here are arguments, whatever they look like
@@ -100,6 +100,7 @@ class NamedJson:
             calls.arguments("{}")
             calls.end()
         else:
+            reader.drop_begun(*(("json", *_FENCES) if self.fenced else ()))
             return False
         if fence:
             yield from skip_closers(reader, ("```",))
@@ -118,6 +119,7 @@ class NamedJson:
         return reader.whole if not following else bool(word) and not ends and not _WORD.match(following)
 
 
+_FENCES = ("```json", "```")
 _COMMON = ("", ">", "\n")  # behind a name that is no call's, too
 _WORD = re.compile(r"\w")
 _COUNTED = re.compile(r"([\w.\-:/]+):\d+")

@@ -47,6 +47,7 @@ class Nested:
         if calls.count == before:
             return False
         yield from skip_closers(reader, self.closers)
+        reader.drop_begun(f'{self.tag}<{self.call} name="')
         return True
 
 

@@ -71,15 +71,17 @@ class Reader:
         text, at: what has come, and how far it was read.
         ended: no more will come.
         whole: it has ended because the model was done, not because it was cut.
+        begun: the beginning of a mark in which it was cut, where that was left out.
     """
 
-    __slots__ = ("_from", "_kept", "at", "ended", "text", "whole")
+    __slots__ = ("_from", "_kept", "at", "begun", "ended", "text", "whole")
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.ended = False
         self.whole = False
+        self.begun = ""
         self._kept: list[str] | None = None  # read since the mark and no longer in `text`
         self._from = 0  # where in `text` what is kept of it begins
 
@@ -196,9 +198,24 @@ class Reader:
                 sink(self.text[self.at : stop])
                 self.at = stop
             if self.ended:
+                self.begun = self.text[self.at :]
                 self.at = len(self.text)
                 return ""
             yield
+
+    def drop_begun(self, *literals: str) -> bool:
+        """Reads the beginning of one of the literals, where the text was cut in it; False where it was not."""
+        rest = len(self.text) - self.at
+        if not self.ended or self.whole or not rest or rest > max(map(len, literals), default=0):
+            return False
+        begun = any(one.startswith(self.text[self.at :]) for one in literals)
+        self.at += rest if begun else 0
+        return begun
+
+    @property
+    def cut(self) -> bool:
+        """All was read of a text that was cut."""
+        return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
         """A short text and the marker that ended it; the marker is "" where there is none in reach."""

@@ -32,8 +32,8 @@ class Tagged:
         closers: what may follow the calls.
         head: reads attributes that stand beside the key; its groups are `key`, and `text`, "true" where the value is
             a string and "false" where it is JSON, or `type`, a JSON type.
-        newlines: a line break stands before and behind each value and is no part of it.
-        paired: that behind a value is part of it where none stands before.
+        newlines: a line break stands before and behind each value and is no part of it; that behind it is, where none
+            stands before.
         text_open, text_end: stand around a text that could be mistaken for tags (XML's CDATA).
         known_only: one tool that the request offers, and its arguments or its end, are a call; for names that no mark
             stands before: `std::function<function=f>` is text.
@@ -50,7 +50,6 @@ class Tagged:
     name_head: str = ""
     head: str = ""
     newlines: bool = False
-    paired: bool = False
     text_open: str = ""
     text_end: str = ""
     known_only: bool = False
@@ -66,11 +65,13 @@ class Tagged:
             return False
         if self.closers:
             yield from skip_closers(reader, (*self.closers, self.value_end))
+        reader.drop_begun(*filter(None, (self.name_open, self.key_open, self.value_end, self.call_end, *self.closers)))
         return True
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
         if self.name_open and not (yield from reader.take(self.name_open)):
+            reader.drop_begun(self.name_open)
             return False
         first = "" if self.name_open else self.key_open
         ends = markers(self.name_end, first, self.call_end, "" if self.name_open else "{")
@@ -92,6 +93,7 @@ class Tagged:
         yield from reader.skip_space()
         found = yield from reader.take(self.key_open, self.call_end, "{")
         reader.put_back(found)
+        reader.drop_begun(self.key_open, self.call_end)
         return bool(found)
 
 
@@ -151,8 +153,7 @@ class _Arguments:
         if shape.text_open:
             if (yield from reader.take(shape.text_open)):
                 return (yield from self._plain_text(sink))
-            rest = reader.text[reader.at :]
-            if reader.ended and not reader.whole and shape.text_open.startswith(rest):
+            if reader.drop_begun(shape.text_open) or reader.cut:
                 return False
         return (yield from self._text(sink) if types == {"string"} else self._other(sink, types))
 
@@ -165,8 +166,7 @@ class _Arguments:
         """A value that may be an object of the tool's arguments; False when the text was cut within."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
-        closed = yield from self._value(inner.add, short=False)
-        if closed:
+        if (yield from self._value(inner, short=False)):
             value = to_json("".join(parts), types)
             found = json.loads(value)
             if isinstance(found, dict) and found.keys() <= self._schema["properties"].keys():
@@ -174,7 +174,8 @@ class _Arguments:
                     self._begin(own)(_quoted(one))
             else:
                 self._begin(key)(value)
-        return closed
+            return True
+        return False
 
     def _unopened(self, head: str) -> Need[bool]:
         """A value without the mark before it; a key without a value is left out. False when the text was cut within."""
@@ -214,7 +215,7 @@ class _Arguments:
         """A string, handed on as it comes."""
         sink('"')
         inner = _Inner(lambda text: sink(escaped(text)), self._shape)
-        closed = yield from self._value(inner.add, short=False)
+        closed = yield from self._value(inner, short=False)
         if closed:
             sink('"')
         return closed
@@ -234,19 +235,28 @@ class _Arguments:
         """A value that can be understood only when it is there."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
-        closed = yield from self._value(inner.add, short=bool(types) and types <= _SHORT)
-        if closed:
-            text = "".join(parts)
-            plain = _SPECIAL.sub("", text)
-            value = to_json(plain, types)
-            sink(_quoted(text) if value == _quoted(plain) else value)
+        closed = yield from self._value(inner, short=bool(types) and types <= _SHORT)
+        text = "".join(parts)
+        plain = _SPECIAL.sub("", text)
+        value = to_json(plain, types)
+        is_text = value == _quoted(plain)
+        if closed or (inner.ended and not is_text):  # no number goes on behind the beginning of a mark
+            sink(_quoted(text) if is_text else value)
         return closed
 
-    def _value(self, sink: Sink, *, short: bool) -> Need[bool]:
+    def _value(self, inner: _Inner, *, short: bool) -> Need[bool]:
         """The text up to the end of the value; False when the text was cut within.
 
         What ends a value is believed where it makes sense: a text may well hold the same tags, a `short` value none.
         """
+        marked = yield from self._until_end(inner, short)
+        if marked is None:
+            return False
+        inner.end(marked)
+        return True
+
+    def _until_end(self, inner: _Inner, short: bool) -> Need[bool | None]:
+        """Whether the value ended with its mark; None when the text was cut within."""
         shape, reader = self._shape, self._reader
         outer = [closer for closer in shape.closers if closer != shape.call_end]
         ends = markers(
@@ -260,21 +270,22 @@ class _Arguments:
         def text(part: str) -> None:
             nonlocal last
             last = part[-1:]
-            sink(part)
+            inner.add(part)
 
         while True:
             mark = yield from reader.until(ends, text, inside=True)
             if not mark:
-                return reader.whole
+                inner.ended = bool(reader.begun)
+                return False if reader.whole else None
             if mark != shape.value_end and short:
                 reader.put_back(mark)
-                return True
+                return False
             if mark == shape.key_open:
                 if last == "\n" and (yield from self._new_key()):
                     reader.put_back(mark)
-                    return True
-                if reader.ended and reader.at == len(reader.text) and not reader.whole:
                     return False
+                if reader.cut:
+                    return None
                 text(mark)
                 continue
             spaces: list[str] = []
@@ -284,16 +295,17 @@ class _Arguments:
             reader.put_back(following)
             rest = reader.text[reader.at : reader.at + max(map(len, next_ones))] if next_ones else ""
             if following or (not rest and reader.whole):
-                return True
+                return mark == shape.value_end
             if reader.ended and not reader.whole and any(one.startswith(rest) for one in next_ones):
-                return False
+                inner.ended = True
+                return None
             text(mark + "".join(spaces))
 
     def _new_key(self) -> Need[bool]:
         """Whether the name of an argument that has no value yet stands here; it is not read unless it was cut."""
         reader = self._reader
         head, mark = yield from reader.name(markers(self._shape.key_end))
-        if not mark and reader.ended and reader.at == len(reader.text) and not reader.whole:
+        if not mark and reader.cut:
             return False
         reader.put_back(head + mark)
         key, properties = self._key(head)[0], self._schema.get("properties")
@@ -301,23 +313,34 @@ class _Arguments:
 
 
 class _Inner:
-    """A value without the line breaks that stand around it."""
+    """A value without the line breaks that stand around it.
+
+    Attributes:
+        ended: the text was cut where the value has ended, as far as can be seen.
+    """
 
     def __init__(self, sink: Sink, shape: Tagged) -> None:
         self._sink = sink
-        self._first = self._newlines = shape.newlines
-        self._paired = shape.paired
+        self._newlines = self._first = shape.newlines
+        self._paired = False  # one stands before the value
         self._held = ""
+        self.ended = False
 
     def add(self, text: str) -> None:
+        """More of the value."""
         if self._first:
             self._first = False
-            self._newlines = text.startswith("\n") or not self._paired
+            self._paired = text.startswith("\n")
             text = text.removeprefix("\n")
         text = self._held + text
         self._held = "\n" if self._newlines and text.endswith("\n") else ""
         if text := text.removesuffix(self._held):
             self._sink(text)
+
+    def end(self, marked: bool) -> None:
+        """The value is over, with the mark behind it or without: then the line break stands before something else."""
+        if self._held and marked and not self._paired:
+            self._sink(self._held)
 
 
 def _quoted(value: object) -> str:

@@ -160,18 +160,27 @@ class TextFlow:
         else:
             text = yield from self._repeated(mark)
         reader.mark()
-        before, most = calls.count, 0
+        before, most, cut = calls.count, 0, False
         for body in self._bodies(mark):
             yield from reader.skip_space()
             if (yield from self._read(body)) or calls.count > before:
                 reader.forget()
                 self._part_ends()
                 return
+            cut = cut or reader.cut
             most = max(most, reader.unread())
         reader.forget()
+        if cut and self._behind_calls:
+            reader.next(most)
+            return
         if mark in form.names:
             text = yield from reader.take(mark)
         self._no_calls(max(0, most - len(mark)) if mark in form.names else most, text)
+
+    @property
+    def _behind_calls(self) -> bool:
+        """Nothing but white space has come since calls: what was cut there is the beginning of a further one."""
+        return self._output.calls.count > 0 and not self._output.in_content
 
     def _read(self, body: Body) -> Need[bool]:
         """Whether calls are here; where they are held to a form, those without a mark must begin in it."""
@@ -276,7 +285,9 @@ class TextFlow:
             sink(part)
 
         while True:
-            mark = yield from reader.until(marks, text, inside=bool(always))
+            mark = yield from reader.until(marks, text, inside=True)
+            if not mark and not always and not self._behind_calls:
+                text(reader.begun)
             if not mark or is_special(mark):
                 return mark
             quoted = last != "" and last in _QUOTES and (yield from reader.peek()) == last

@@ -140,7 +140,7 @@ class _TaggedCall:
         parts = []
         for value in filter(None, values):
             bare = value.startswith("\n") or value.endswith("\n")
-            parts.append(f'"\\n" {quoted(value)} "\\n"' if bare else f"/\\n?/ {quoted(value)} /\\n?/")
+            parts.append(f'"\\n" {quoted(value)} "\\n"' if bare else f'{quoted(value)} | "\\n" {quoted(value)} /\\n?/')
         return self._writer.terminal(" | ".join(parts) or '"\\n"')
 
     def _json(self, branch: Branch) -> str:

@@ -195,11 +195,12 @@ def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None =
 
 
 def edged(writer: Writer, body: str) -> str:
-    """A text that a line break may stand before and behind, which are no part of it."""
+    """A text that a line break may stand before, and then another behind it, which are no part of it."""
     if body == "TEXT":
         return body
-    inner = writer.terminal(rf"{body} & ~/\n(?s:.*)/ & ~/(?s:.*)\n/")
-    return writer.terminal(rf"/\n?/ {inner} /\n?/")
+    bare = writer.terminal(rf"{body} & ~/\n(?s:.*)/")
+    last = writer.terminal(rf"{body} & ~/(?s:.*)\n/")
+    return writer.terminal(rf'{bare} | "\n" {last} | "\n" {body} "\n"')
 
 
 def _lengths(root: Root, schema: Schema) -> list[str]:
