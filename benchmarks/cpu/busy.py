@@ -308,7 +308,10 @@ def main() -> None:
                 for count in options.loops:
                     for name, measure in engines.items():
                         with loops.running(count):
-                            found[name, shape, count].append(watched(measure, SHAPES[shape]))
+                            run = watched(measure, SHAPES[shape])
+                        found[name, shape, count].append(run)
+                        told = f"{name}, {shape}, beside {count}: {run.rate:.1f} tok/s, foreign {run.foreign:.2f}"
+                        print(told, file=sys.stderr, flush=True)
         show(found, options)
 
 
