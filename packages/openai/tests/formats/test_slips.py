@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from typing import Any
 
 import pytest
-from messages import Parsed, parse, parser
+from messages import REASONING, Parsed, parse, parser
+from messages import TOOLS as FORMATS
 from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
+
+from candle_vllm.openai.formats.layout import Layout, bind
+from candle_vllm.openai.formats.parser import OutputParser
 
 JSON = [sample for sample in SHORT if SMALL in sample.text]  # arguments are an object of JSON
 IN_OBJECTS = [sample for sample in JSON if f'": {SMALL}' in sample.text and sample.tools != "apertus"]
@@ -185,3 +191,118 @@ def test_a_number_is_finished_where_its_closing_mark_begins(sample: Sample) -> N
         parsed = parse(engine, [sample.text[:end]], False)
         assert '"days": 3' in parsed.calls[0][2].replace(" ", "").replace(":", ": "), (end, parsed)
         assert "<" not in parsed.calls[0][2].replace("</b>", ""), end
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'say "a, b" c',
+        'say "a"',
+        '"a" b',
+        'print("a", "b")',
+        'print("a")',
+        'a = {"x": ["y"]}; b',
+        "it's, well",
+        'a "b\nc" d',
+    ],
+)
+@pytest.mark.parametrize("tools", ["lfm2", "pythonic", "olmo3"])
+def test_quotes_in_quotes(tools: str, value: str) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    quote = "'" if "'" in value else '"'
+    parsed = said(sample, sample.text.replace("city='x'", f"city={quote}{value}{quote}, on=True"))
+    assert (parsed.content, parsed.values) == (sample.content, [("f2", {"city": value, "on": True})])
+    last = said(sample, sample.text.replace("'x'", f"{quote}{value}{quote}"))
+    assert (last.content, last.values) == (sample.content, [("f2", {"city": value})])
+
+
+@pytest.mark.parametrize(
+    "text", ["['a \"b\" c', \"d 'e' f\"]", "{'a': 'b', \"c\": \"d\"}", "'a' 'b'", "'a' + 'b'", "''"]
+)
+def test_quotes_that_are_python(text: str) -> None:
+    sample = next(one for one in SHORT if one.tools == "lfm2")
+    parsed = said(sample, sample.text.replace("'x'", text))
+    assert parsed.values == [("f2", {"city": ast.literal_eval(text.replace("+", ""))})]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<functionname="f2"><paramname="city">x</param></function>',
+        '<function name="f2"><paramname="city">x</param></function>',
+        '<functionname="f2"><param name="on">yes</param><paramname="city">x</param></function>',
+        '<functionname="now"></function>',
+    ],
+)
+def test_spaces_that_minicpm_leaves_out(text: str) -> None:
+    sample = next(one for one in SHORT if one.tools == "minicpm5")
+    spaced = text.replace("functionname", "function name").replace("paramname", "param name")
+    parsed = said(sample, f"Ok{text}\n{text}")
+    assert parsed == said(sample, f"Ok{spaced}\n{spaced}")
+    assert (parsed.content, len(parsed.calls)) == ("Ok", 2)
+    prose = 'I saw <functionname="f2"> there'
+    assert said(sample, prose) == Parsed(prose, "", ())
+
+
+def as_tokens(sample: Sample, text: str, tokens: list[str], **options: Any) -> Parsed:
+    """What a text says in which these are special tokens, whole and by characters."""
+    bound = bind(Layout(REASONING[sample.reasoning], FORMATS[sample.tools]), {one: at for at, one in enumerate(tokens)})
+    for at in sorted(bound.characters, key=lambda one: -len(bound.names[one])):
+        text = text.replace(bound.names[at], bound.characters[at])
+    made = lambda: OutputParser(bound.layout, tools=TOOLS, names=bound.shown, make_id=str, **options)  # noqa: E731
+    assert parse(made(), text) == parse(made(), [text])
+    return parse(made(), [text])
+
+
+SPECIAL = {
+    "mistral": ["[TOOL_CALLS]"],
+    "mistral_v13": ["[TOOL_CALLS]", "[ARGS]"],
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>"],
+    "gemma4": ["<|tool_call>", "<tool_call|>", '<|"|>'],
+    "granite": ["<|tool_call|>"],
+}
+
+
+@pytest.mark.parametrize("tools", SPECIAL)
+def test_a_call_of_special_tokens_in_thoughts_is_a_thought(tools: str) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    call = sample.text.removeprefix("Ok")
+    for text, options in ((f"<think>Hm {call} so</think>No", {}), (f"Hm {call} so</think>No", {"in_reasoning": True})):
+        parsed = as_tokens(sample, text, [*SPECIAL[tools], "<think>", "</think>"], **options)
+        assert parsed == Parsed("No", f"Hm {call} so", ())
+        assert as_tokens(sample, text + call, SPECIAL[tools], **options).values == sample.calls
+
+
+@pytest.mark.parametrize(
+    ("tools", "value"),
+    [
+        ("kimi_k2", "a <|tool_call_end|> b"),
+        ("kimi_k2", "<|tool_calls_section_end|><|tool_call_begin|>functions.now:1"),
+        ("kimi_k2", "<|tool_call_end|>"),
+        ("openai", "<|start|>assistant<|channel|>final<|message|>Hi<|end|><|call|>"),
+        ("openai", "<|call|>"),
+        ("deepseek_v31", "<｜tool▁call▁end｜>"),
+        ("solar", "<|tool_call:end|><|calls|>"),
+    ],
+)
+def test_special_tokens_in_strings_end_nothing(tools: str, value: str) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    tokens = re.findall(r"<[|｜][^<>]*[|｜]>", sample.text + value)
+    parsed = as_tokens(sample, sample.text.replace('"x"', json.dumps(value, ensure_ascii=False)), tokens)
+    assert (parsed.content, parsed.values) == (sample.content, [("f2", {"city": value})])
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        ("mistral_v13", "[TOOL_CALLS]f2[ARGS]7 days"),
+        ("kimi_k2", "<|tool_call_begin|>functions.f2:0<|tool_call_argument_begin|>7<|tool_call_end|>"),
+        ("deepseek_v31", "<｜tool▁call▁begin｜>f2<｜tool▁sep｜>days<｜tool▁call▁end｜>"),
+        ("lfm2", "Look: <|tool_call_start|>no<|tool_call_end|>"),
+    ],
+)
+def test_special_tokens_of_what_is_no_call_are_text(tools: str, text: str) -> None:
+    sample = next(one for one in SHORT if one.tools == tools)
+    tokens = re.findall(r"<[|｜][^<>]*[|｜]>|\[[A-Z_]+\]", sample.text + text)
+    assert as_tokens(sample, text, tokens) == Parsed(text, "", ())
+    assert as_tokens(sample, text + sample.text, tokens).values == sample.calls

@@ -29,8 +29,7 @@ def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bo
     Args:
         reader: stands at the value's first character, or at white space before it.
         sink: gets the text.
-        stops: markers that end the value early where they stand outside of its strings; they are not read. A marker
-            of one special token (see `layout`) ends it inside of a string too.
+        stops: markers that end the value early where they stand outside of its strings; they are not read.
 
     Returns:
         True when the value is closed, by itself or by brackets that were missing.
@@ -135,10 +134,8 @@ class _Value:
             if character == "\\":
                 if not (yield from self._escape()):
                     return False
-            elif character in self._stops.literals:  # a special token: the model has left the string
-                return False
             else:
-                reader.at += 1  # a special token that means nothing here is what it reads like
+                reader.at += 1  # a special token is what it reads like: marks mean nothing in here
                 self._run(character if _LONE.match(character) else json.dumps(character)[1:-1])
 
     def _run(self, text: str) -> None:

@@ -120,7 +120,7 @@ class Output:
         most_calls: further calls are left out; None is no limit.
         shown: texts of the special tokens that are to be shown, by their characters here (see `layout`); the others
             are left out.
-        names: texts of special tokens by their characters, for the strings in arguments.
+        names: texts of special tokens by their characters, for the strings in arguments and what is text after all.
 
     Attributes:
         calls: where calls go.
@@ -137,6 +137,7 @@ class Output:
     ) -> None:
         self._events: list[Event] = []
         self._shown = shown
+        self._names = names or {}
         self.thinking = False
         self._reasoning = _Text(self._piece("reasoning"))
         self._content = _Text(self._piece("content"), joined="\n")
@@ -155,6 +156,13 @@ class Output:
     def reasoning(self, text: str) -> None:
         """Text of the thoughts."""
         self._reasoning.add(_named(text, self._shown))
+
+    def spelt(self, text: str, but: str = "") -> str:
+        """A text with the names of special tokens in it, but for those characters in `but`."""
+        return text if text.isascii() else _SPECIAL.sub(lambda one: self._spelt(one.group(), but), text)
+
+    def _spelt(self, character: str, but: str) -> str:
+        return character if character in but else self._names.get(character, character)
 
     def part_ends(self) -> None:
         """What comes next is something else."""

@@ -9,7 +9,7 @@ import re
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_text import is_json
 from candle_vllm.openai.formats.output import CallSink
-from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
+from candle_vllm.openai.formats.reader import SPACE, SPACES, Need, Reader, markers
 from candle_vllm.openai.formats.values import python_value
 
 _NAME = re.compile(r"[A-Za-z_][\w.\-]{0,255}")
@@ -20,6 +20,8 @@ _SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
 _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
+_BEHIND, _INSIDE = ",)+", ",)]}:+"  # the string of a keyword, and one in a list or an object
+_KEYS = re.compile(r"\w*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
 
@@ -119,7 +121,7 @@ class _Arguments:
                 reader.at += 1
                 return "".join(parts).strip(SPACE), mark
             if mark in "\"'":
-                yield from self._string(mark, parts)
+                yield from self._string(mark, parts, keyed=inside and not stack)
                 continue
             if "\ud800" <= mark <= "\udfff":  # a special token: the model has left the call
                 return "".join(parts).strip(SPACE), ""
@@ -130,8 +132,8 @@ class _Arguments:
             elif mark in _CLOSE and stack:
                 stack.pop()
 
-    def _string(self, quote: str, parts: list[str]) -> Need[None]:
-        """A quoted text with its quotes, single or triple."""
+    def _string(self, quote: str, parts: list[str], *, keyed: bool) -> Need[None]:
+        """A quoted text with its quotes, single or triple. Those in it that the model did not escape are escaped."""
         reader = self._reader
         mark = yield from reader.take(quote * 3, quote)
         parts.append(mark)
@@ -145,12 +147,35 @@ class _Arguments:
                     yield
                 parts.append(reader.text[reader.at : reader.at + 2])
                 reader.at = min(reader.at + 2, len(reader.text))
-            elif (yield from reader.take(mark)):
+            elif not (yield from reader.take(mark)):
+                reader.at += 1
+                parts.append(found)
+            elif len(mark) > 1 or (yield from self._closes(keyed)):
                 parts.append(mark)
                 return
             else:
-                reader.at += 1
-                parts.append(found)
+                parts.append("\\" + mark)
+
+    def _closes(self, keyed: bool) -> Need[bool]:
+        """Whether what follows a quote can stand behind a string; the value of a keyword has more to tell."""
+        reader, read = self._reader, list[str]()
+        yield from reader.match(SPACES, read.append)
+        following = yield from reader.peek()
+        closes = not following or following in (_BEHIND if keyed else _INSIDE) or "\ud800" <= following <= "\udfff"
+        closes = closes or (bool(read) and following in "\"'")
+        if keyed and following and following in ",)":
+            read.append(reader.next(1))
+            yield from reader.match(SPACES, read.append)
+            if following == ",":
+                yield from reader.match(_KEYS, read.append)
+                yield from reader.match(SPACES, read.append)
+                closes = (yield from reader.peek()) in ("=", ")", "")
+            else:
+                closes = (yield from reader.peek()) not in ('"', "'")
+        if reader.cut:  # it cannot be known
+            return True
+        reader.put_back("".join(read))
+        return closes
 
 
 def _to_json(text: str) -> str:

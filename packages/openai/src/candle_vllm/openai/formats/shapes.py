@@ -36,6 +36,7 @@ MINICPM = Tagged(
     call_end="</function>",
     text_open="<![CDATA[",
     text_end="]]>",
+    tight=('<functionname="', '<paramname="'),
 )
 MINICPM_NAMED = dataclasses.replace(MINICPM, known_only=True)
 GLM = Tagged(

@@ -406,7 +406,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ),
     ToolFormat(
         "minicpm5",
-        names=('<function name="',),
+        names=('<function name="', '<functionname="'),
         bodies=(MINICPM,),
         named=MINICPM_NAMED,
     ),

@@ -35,6 +35,7 @@ class Tagged:
         newlines: a line break stands before and behind each value and is no part of it; that behind it is, where none
             stands before.
         text_open, text_end: stand around a text that could be mistaken for tags (XML's CDATA).
+        tight: how models spell `name_open` and `key_open` that leave a space out.
         known_only: one tool that the request offers, and its arguments or its end, are a call; for names that no mark
             stands before: `std::function<function=f>` is text.
     """
@@ -52,7 +53,18 @@ class Tagged:
     newlines: bool = False
     text_open: str = ""
     text_end: str = ""
+    tight: tuple[str, ...] = ()
     known_only: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What begins a call."""
+        return (self.name_open, *self.tight[:1]) if self.name_open else ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What begins an argument."""
+        return (self.key_open, *self.tight[1:])
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
@@ -65,13 +77,13 @@ class Tagged:
             return False
         if self.closers:
             yield from skip_closers(reader, (*self.closers, self.value_end))
-        reader.drop_begun(*filter(None, (self.name_open, self.key_open, self.value_end, self.call_end, *self.closers)))
+        reader.drop_begun(*self.names, *self.keys, self.value_end, self.call_end, *self.closers)
         return True
 
     def _call(self, reader: Reader, calls: CallSink) -> Need[bool]:
         yield from reader.skip_space()
-        if self.name_open and not (yield from reader.take(self.name_open)):
-            reader.drop_begun(self.name_open)
+        if self.names and not (yield from reader.take(*self.names)):
+            reader.drop_begun(*self.names)
             return False
         first = "" if self.name_open else self.key_open
         ends = markers(self.name_end, first, self.call_end, "" if self.name_open else "{")
@@ -91,9 +103,9 @@ class Tagged:
 
     def _goes_on(self, reader: Reader) -> Need[bool]:
         yield from reader.skip_space()
-        found = yield from reader.take(self.key_open, self.call_end, "{")
+        found = yield from reader.take(*self.keys, self.call_end, "{")
         reader.put_back(found)
-        reader.drop_begun(self.key_open, self.call_end)
+        reader.drop_begun(*self.keys, self.call_end)
         return bool(found)
 
 
@@ -116,10 +128,10 @@ class _Arguments:
         closed = True
         while closed:
             yield from reader.skip_space()
-            mark = yield from reader.take(shape.key_open, shape.value_end, shape.call_end, *shape.closers)
+            mark = yield from reader.take(*shape.keys, shape.value_end, shape.call_end, *shape.closers)
             if mark == shape.value_end:  # a stray one
                 continue
-            if mark != shape.key_open:
+            if mark not in shape.keys:
                 closed = bool(mark) or reader.whole or not reader.ended
                 break
             closed = yield from self._argument()
@@ -180,7 +192,7 @@ class _Arguments:
     def _unopened(self, head: str) -> Need[bool]:
         """A value without the mark before it; a key without a value is left out. False when the text was cut within."""
         shape, reader, parts = self._shape, self._reader, list[str]()
-        ends = markers(shape.value_end, shape.key_open, shape.call_end, *shape.closers)
+        ends = markers(shape.value_end, *shape.keys, shape.call_end, *shape.closers)
         mark = yield from reader.until(ends, parts.append, inside=True)
         if mark == shape.value_end:
             key, types = self._key(head)
@@ -262,7 +274,7 @@ class _Arguments:
         ends = markers(
             shape.value_end,
             shape.call_end if outer or short else "",
-            shape.key_open if shape.newlines or short else "",
+            *(shape.keys if shape.newlines or short else ()),
             *(outer if short else ()),
         )
         last = ""
@@ -280,7 +292,7 @@ class _Arguments:
             if mark != shape.value_end and short:
                 reader.put_back(mark)
                 return False
-            if mark == shape.key_open:
+            if mark in shape.keys:
                 if last == "\n" and (yield from self._new_key()):
                     reader.put_back(mark)
                     return False
@@ -290,7 +302,7 @@ class _Arguments:
                 continue
             spaces: list[str] = []
             yield from reader.match(_SPACES, spaces.append)
-            next_ones = (shape.key_open, shape.call_end, *shape.closers) if mark == shape.value_end else outer
+            next_ones = (*shape.keys, shape.call_end, *shape.closers) if mark == shape.value_end else outer
             following = yield from reader.take(*next_ones)
             reader.put_back(following)
             rest = reader.text[reader.at : reader.at + max(map(len, next_ones))] if next_ones else ""

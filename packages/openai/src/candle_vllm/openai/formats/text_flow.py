@@ -71,9 +71,15 @@ class TextFlow:
         self._marks = markers(*sorted({*self._pairs, *self._pairs.values(), *self._opens, *strays}))
         tags = (*form.opens, *form.names, *form.strays) if form and form.ends_thoughts and not held else ()
         self._tags = frozenset(tag for tag in tags if not is_special(tag))  # those end thoughts whatever follows
+        opens = "".join(self._opens)
+        others = "".join((*self._pairs, *self._pairs.values(), *strays, *self._answers))
+        self._silent = "".join(
+            set(others).difference(opens)
+        )  # what calls have none of: left out where it means nothing
         self._in_reasoning = in_reasoning
         self._lazy = lazy
         self._code = CodeSpans()
+        self._spelt = False  # marks were no calls: special tokens are text up to the next part
         self._unclosed = False  # thoughts were ended by a call
         self._again = 0  # characters that were looked at again
 
@@ -85,7 +91,7 @@ class TextFlow:
         while True:
             if fresh and (yield from self._bare()):
                 continue
-            mark = yield from self._until_mark(self._marks, self._output.content, self._code)
+            mark = yield from self._until_mark(self._marks, self._content, self._code)
             if not mark:
                 return
             fresh = mark in self._pairs and (is_special(mark) or self._code.at_line_start)
@@ -115,11 +121,15 @@ class TextFlow:
 
     def _text(self, text: str) -> None:
         self._code.add(text)
-        self._output.content(text)
+        self._content(text)
+
+    def _content(self, text: str) -> None:
+        self._output.content(self._output.spelt(text, self._silent) if self._spelt else text)
 
     def _part_ends(self) -> None:
         self._output.part_ends()
         self._code.end_line()
+        self._spelt = False
 
     def _no_calls(self, read: int, text: str = "") -> None:
         """What was taken for calls is text.
@@ -175,6 +185,7 @@ class TextFlow:
             return
         if mark in form.names:
             text = yield from reader.take(mark)
+        self._spelt = True
         self._no_calls(max(0, most - len(mark)) if mark in form.names else most, text)
 
     @property
@@ -222,21 +233,25 @@ class TextFlow:
         yield from reader.skip_space()
         yield from reader.take(opened)  # a prompt that opened them, and a model that does so again
         close = self._pairs[opened]
-        ends = {close, *filter(is_special, self._opens | self._answers)}
+        calls = self._opens if self._form and self._form.ends_thoughts else frozenset[str]()
+        ends = {close, *filter(is_special, calls | self._answers)}
         marks = markers(*sorted(ends | self._tags))
         while True:
-            mark = yield from self._until_mark(marks, output.reasoning, code, close)
+            mark = yield from self._until_mark(marks, self._thought, code, close)
             text = "" if mark in ends else (yield from self._no_call_in_thoughts(mark, code))
             if not text:
                 break
             code.add(text)
-            output.reasoning(text)
+            self._thought(text)
         output.thinking = False
         self._part_ends()
         self._unclosed = mark != close
         if self._unclosed:
             self._code = CodeSpans()
             reader.put_back(mark if mark in ends else "")
+
+    def _thought(self, text: str) -> None:
+        self._output.reasoning(self._output.spelt(text, self._silent))
 
     def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
         """The text that a mark is; "", and it is unread, where a call of a tool that is offered begins with it."""
