@@ -158,7 +158,7 @@ class PacedEngine(ScriptedEngine):
             )
             inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
             thread.submit(self._paced.prepare(request), inbox)
-        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox.take, watch)
+        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
 
     def stats(self) -> EngineStats:
         return self._paced.stats()

@@ -15,6 +15,7 @@ from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.scripted_sequence import made_up_logprobs
 from candle_vllm.openai import (
+    ChunkStream,
     GenerationFailedError,
     OpenAIAdapter,
     parse_chat_request,
@@ -138,6 +139,44 @@ HEAD = Head("id", 1, "m", "fp")
 
 
 ECHOED_TWICE = Task(paths=Paths({}), prompts=("pq",), choices=2, echo_prompts=True, sampling={"logprobs": 1})
+
+
+@settings(max_examples=30)
+@given(scripts(), OPTIONS, st.lists(st.booleans(), min_size=1, max_size=5), st.booleans())
+async def test_chunks_past_the_reader_are_those_that_it_would_have_read(
+    script: list[bytes], options: dict[str, Any], ready: list[bool], chat: bool
+) -> None:
+    body = options | ({"messages": [{"role": "user", "content": "?"}]} if chat else {"prompt": "?"})
+    body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+    async def start() -> ChunkStream[Any]:
+        adapter = OpenAIAdapter(ScriptedEngine(script))
+        return await (adapter.chat_stream(body) if chat else adapter.complete_stream(body))
+
+    plain = [to_json_bytes(chunk) async for chunk in await start()]
+    stream, found, turns = await start(), list[bytes](), itertools.cycle(ready)
+    stream.shortcut(lambda: next(turns), lambda chunks: found.extend(map(to_json_bytes, chunks)))
+    async for chunk in stream:
+        found.append(to_json_bytes(chunk))
+
+    def told(chunks: list[bytes]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in json.loads(one).items() if name not in OWN} for one in chunks]
+
+    assert told(found) == told(plain)
+
+
+async def test_a_failure_past_the_reader_ends_the_stream_and_the_request() -> None:
+    engine = ScriptedEngine(["a"] * 100)
+    stream = await OpenAIAdapter(engine).complete_stream({"prompt": "?", "max_tokens": 100})
+
+    def broken(_: object) -> None:
+        raise ValueError("broken")
+
+    stream.shortcut(lambda: True, broken)
+    with pytest.raises(ValueError, match="broken"):
+        async for _ in stream:
+            pass
+    assert engine.aborted == ["cmpl-" + engine.requests[0].request_id.removeprefix("cmpl-")]
 
 
 def reader() -> AnswerReader:

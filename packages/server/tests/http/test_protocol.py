@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from typing import Any
 
 import pytest
 from server_fakes import PacedEngine
+
+from candle_vllm.server.http import protocol
 
 COMPLETION = {"model": "scripted", "prompt": "x"}
 
@@ -71,3 +74,35 @@ def test_a_client_that_leaves_is_gone_for_each_of_its_requests(start, caplog: py
     running.wait_for(lambda: len(running.engine.aborted) == 1)
     running.stop()
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def _events(answer: bytes) -> tuple[int, bytes]:
+    """How many chunks an answer's body came in, and the body without what differs between two answers."""
+    _, _, body = answer.partition(b"\r\n\r\n")
+    chunks: list[bytes] = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        chunks.append(body[: int(size, 16)])
+        assert body[int(size, 16) :].startswith(b"\r\n")
+        body = body[int(size, 16) + 2 :]
+    assert chunks.pop() == b""
+    return len(chunks), re.sub(rb'"(id|created)":[^,]+,', b"", b"".join(chunks))
+
+
+def test_tokens_that_pass_the_layers_are_those_that_go_through_them(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"w{number} " for number in range(30)]
+    passed: list[int] = []
+    write = protocol._ChunkedBody.write  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: Any, data: bytes) -> None:
+        passed.append(len(data))
+        write(self, data)
+
+    monkeypatch.setattr(protocol._ChunkedBody, "write", noted)  # pyright: ignore[reportPrivateUsage]
+    request = _request(stream=True, max_tokens=200, stream_options={"include_usage": True}).replace(
+        b"Host", b"Connection: close\r\nHost"
+    )
+    direct = _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))
+    assert len(passed) >= len(words) - 1
+    monkeypatch.setattr(protocol._ChunkedBody, "is_free", lambda _: False)  # pyright: ignore[reportPrivateUsage]
+    assert direct == _events(_answers(start(PacedEngine(words, pause=0.005)).port, request))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from candle_vllm.server.http.sse import DONE, KEEP_ALIVE, EventStream, data_event
+from candle_vllm.server.http.sse import DIRECT_BODY, DONE, KEEP_ALIVE, EventStream, data_event
 
 
 class Connection:
@@ -194,3 +194,83 @@ async def test_a_stream_that_ends_too_late_has_not_delivered_everything() -> Non
     assert b"".join(connection.sent) == b"late"
     assert source.closed
     assert not source.taken
+
+
+class Direct:
+    """A connection's body as the HTTP protocol offers it: what is written, and whether the client keeps up."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._sent = connection.sent
+        self.free = True
+
+    def is_free(self) -> bool:
+        return self.free
+
+    def write(self, data: bytes) -> None:
+        assert data
+        self._sent.append(b"direct " + data)
+
+
+class Passing(Source):
+    """Chunks that can pass their reader while it waits."""
+
+    ready: Callable[[], bool] = staticmethod(lambda: False)
+    take: Callable[[Sequence[bytes]], None]
+
+    def shortcut(self, ready: Callable[[], bool], take: Callable[[Sequence[bytes]], None]) -> None:
+        self.ready, self.take = ready, take
+
+
+async def _run_direct(source: Source, connection: Connection, direct: Direct, keep_alive: float = 15.0) -> None:
+    stream = EventStream(source, data_event, lambda _: b"", keep_alive=keep_alive)
+    await stream({"type": "http", "extensions": {DIRECT_BODY: direct}}, connection.receive, connection.send)
+
+
+async def test_what_passes_is_written_at_once_unless_something_waits_before_it() -> None:
+    connection = Connection()
+    direct = Direct(connection)
+    found: list[bool] = []
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield b"first"
+        found.append(source.ready())  # the first one is not written yet
+        await asyncio.sleep(0.01)
+        found.append(source.ready())
+        source.take([b"a", b"b"])
+        source.take([])
+        assert connection.sent[-1] == b"direct data: a\n\ndata: b\n\n"
+        direct.free = False
+        found.append(source.ready())
+        yield b"slow"
+        await asyncio.sleep(0.01)
+        direct.free = True
+        found.append(source.ready())
+
+    source = Passing(chunks)
+    await _run_direct(source, connection, direct)
+    assert found == [False, True, False, True]
+    assert connection.sent == [
+        b"direct data: first\n\n",
+        b"direct data: a\n\ndata: b\n\n",
+        b"data: slow\n\n",
+        DONE,
+    ]
+    assert connection.closed
+    assert not source.ready()  # nothing follows the end
+
+
+async def test_what_passes_breaks_the_silence() -> None:
+    connection = Connection()
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            source.take([b"x"])
+        await asyncio.sleep(0.25)
+        yield b"y"
+
+    source = Passing(chunks)
+    await _run_direct(source, connection, Direct(connection), keep_alive=0.2)
+    before, comment, _ = b"".join(connection.sent).partition(KEEP_ALIVE)
+    assert comment
+    assert before.count(b"data: x") == 20

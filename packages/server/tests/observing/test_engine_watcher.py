@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from server_fakes import PacedEngine, watched, whole_answer
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.stream import TokenStream
+from candle_vllm.core.engine.stream import Shortcut, TokenStream
 from candle_vllm.core.engine.watching import RequestInfo, watched_submit
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -423,13 +423,16 @@ async def test_a_client_that_goes_away_is_an_abort(noted: Any, serve_app: Any) -
 def _stream(pieces: list[TokenOutput], watcher: EngineWatcher | None, params: SamplingParams) -> TokenStream:
     """A stream of pieces that were made before, which costs next to nothing."""
     request = GenerationRequest(request_id="r", prompt=None, prompt_token_ids=[1], params=params)
-    coming = iter(pieces)
 
-    async def take() -> TokenOutput:
-        return next(coming)
+    class Made:
+        shortcut: Shortcut | None = None
+        coming = iter(pieces)
+
+        async def take(self) -> TokenOutput:
+            return next(self.coming)
 
     with watched_submit(watcher, RequestInfo("r", "generate", [1], params, lambda ids, skip: "")) as watch:
-        return TokenStream(request, lambda: None, take, watch)
+        return TokenStream(request, lambda: None, Made(), watch)
 
 
 async def test_counting_a_token_costs_little() -> None:

@@ -286,7 +286,7 @@ class EngineFront(ABC):
             thread = self._running_thread()
             inbox = Inbox(asyncio.get_running_loop())
             thread.submit(prepared, inbox)
-        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox.take, watch)
+        return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
 
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 

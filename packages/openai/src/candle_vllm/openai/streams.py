@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from candle_vllm.core.engine.request import TokenOutput
@@ -35,6 +35,7 @@ class AnswerStream:
         self._reader = reader
         self._ready: deque[Event] = deque()
         self._closed = False
+        self._failure: Exception | None = None  # of the shortcut, for the reader
         self._pieces: asyncio.Queue[_Piece] = asyncio.Queue()
         self._open = len(sources)
         # One stream, the usual case, is read directly and costs no task.
@@ -58,6 +59,8 @@ class AnswerStream:
             return None
         try:
             number, piece = await self._next()
+            if self._failure is not None:
+                raise self._failure
             return self._reader.add(number, piece)
         except StopAsyncIteration:
             await self.aclose()
@@ -65,6 +68,27 @@ class AnswerStream:
         except BaseException:
             await self.aclose()
             raise
+
+    def shortcut(self, ready: Callable[[], bool], take: Callable[[Sequence[Event]], None]) -> None:
+        """Hands the events of a piece that the reader waits for to `take` in its stead, where it is `ready` for them.
+
+        Beginnings, ends and failures are the reader's, which sleeps meanwhile; so are all events of several streams.
+        """
+        shortcut = getattr(self._sources[0], "shortcut", None)
+        if shortcut is None or self._tasks:
+            return
+
+        def pass_by(piece: TokenOutput) -> bool:
+            if not ready():
+                return False
+            try:
+                take(self._reader.add(0, piece))
+            except Exception as failure:
+                self._failure = failure
+                return False
+            return True
+
+        shortcut(pass_by)
 
     async def aclose(self) -> None:
         """Ends the stream and aborts what has not finished."""
@@ -122,6 +146,10 @@ class ChunkStream(Generic[ChunkT]):
                 raise StopAsyncIteration
             self._ready.extend(self._writer.write(events))
         return self._ready.popleft()
+
+    def shortcut(self, ready: Callable[[], bool], take: Callable[[Sequence[ChunkT]], None]) -> None:
+        """As the events' own, with chunks."""
+        self._events.shortcut(ready, lambda events: take(self._writer.write(events)))
 
     async def aclose(self) -> None:
         """Ends the stream and aborts the request if it is still running."""

@@ -7,9 +7,9 @@ import dataclasses
 import queue
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -28,21 +28,43 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 
+Shortcut = Callable[[TokenOutput], bool]
+"""Takes a piece in the tick in which it comes, or leaves it to the reader: False."""
+
+
+class Source(Protocol):
+    """Where a `TokenStream` has its pieces from.
+
+    Attributes:
+        shortcut: asked first for a piece that the reader waits for; may be ignored.
+    """
+
+    shortcut: Shortcut | None
+
+    async def take(self) -> TokenOutput | Exception:
+        """The next piece, or the error that ends the request."""
+        ...
+
 
 class Inbox:
-    """Where the engine puts the pieces of one request; it does not keep the stream alive."""
+    """Where the engine puts the pieces of one request; without a shortcut it does not keep the stream alive."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.shortcut: Shortcut | None = None
         self._items: deque[Delivery] = deque()
-        self._arrival: asyncio.Future[None] | None = None
+        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for; nothing is kept then
 
     def put(self, item: Delivery) -> None:
         """Takes one piece, or the error that ends the request; called in `loop`."""
-        self._items.append(item)
-        arrival, self._arrival = self._arrival, None
+        arrival = self._arrival
         if arrival is not None and not arrival.done():
+            shortcut = self.shortcut
+            if shortcut is not None and isinstance(item, TokenOutput) and shortcut(item):
+                return  # the reader sleeps on: waking it costs more than all the rest
             arrival.set_result(None)
+        self._arrival = None
+        self._items.append(item)
 
     async def take(self) -> Delivery:
         """The next item; for one reader."""
@@ -61,7 +83,7 @@ class TokenStream(AsyncIterator[TokenOutput]):
     Args:
         request: the request it belongs to.
         abort: called when the consumer goes away early.
-        take: gives the next piece, or the error that ends the request.
+        source: gives the next piece, or the error that ends the request.
         watch: told of every piece on its way to the consumer, and of the end; None where nobody watches.
     """
 
@@ -69,11 +91,11 @@ class TokenStream(AsyncIterator[TokenOutput]):
         self,
         request: GenerationRequest,
         abort: Callable[[], None],
-        take: Callable[[], Awaitable[TokenOutput | Exception]],
+        source: Source,
         watch: RequestWatch | None = None,
     ) -> None:
         self.request = request
-        self._take = take
+        self._source = source
         self._abort = abort
         self._watch = watch
         self._unfinished = request.params.n
@@ -86,7 +108,7 @@ class TokenStream(AsyncIterator[TokenOutput]):
         if self._unfinished == 0 or self._closed:
             raise StopAsyncIteration
         try:
-            item = await self._take()
+            item = await self._source.take()
         except asyncio.CancelledError:
             self._close()
             raise
@@ -100,11 +122,28 @@ class TokenStream(AsyncIterator[TokenOutput]):
             self._watch.take(item)
         return item
 
+    def shortcut(self, take: Shortcut) -> None:
+        """Offers `take` each piece that comes while the consumer waits for one, but the last of a sequence.
+
+        What it takes, the consumer does not get. The stream must be closed then: dropping it is not enough.
+        """
+        watch = self._watch
+
+        def pass_by(piece: TokenOutput) -> bool:
+            if piece.finish_reason is not None or not take(piece):
+                return False
+            if watch is not None:
+                watch.take(piece)
+            return True
+
+        self._source.shortcut = pass_by
+
     async def aclose(self) -> None:
         """Aborts the request unless it has finished."""
         self._close()
 
     def _close(self) -> None:
+        self._source.shortcut = None
         if self._unfinished and not self._closed:
             self._closed = True
             if self._watch is not None:

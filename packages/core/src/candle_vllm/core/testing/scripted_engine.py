@@ -22,7 +22,7 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     TokenOutput,
 )
-from candle_vllm.core.engine.stream import TokenStream, raise_failure
+from candle_vllm.core.engine.stream import Shortcut, TokenStream, raise_failure
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
@@ -193,7 +193,7 @@ class ScriptedEngine(ScriptedVectors):
             self._live.add(request_id)
             sequences = [self._sequence(request, index) for index in range(params.n)]
         pieces = ScriptedPieces(self, request, sequences)
-        return TokenStream(request, pieces.abort, pieces.take, watch)
+        return TokenStream(request, pieces.abort, pieces, watch)
 
     async def agenerate(
         self,
@@ -290,6 +290,8 @@ class ScriptedEngine(ScriptedVectors):
 class ScriptedPieces:
     """Makes the pieces of one request, its sequences in turn, as they are taken."""
 
+    shortcut: Shortcut | None = None
+
     def __init__(
         self, engine: ScriptedEngine, request: GenerationRequest, sequences: Sequence[ScriptedSequence]
     ) -> None:
@@ -300,6 +302,13 @@ class ScriptedPieces:
 
     async def take(self) -> TokenOutput | Exception:
         """The next piece, or the error that ends the request."""
+        while True:
+            piece = await self._made()
+            passed = self.shortcut is not None and isinstance(piece, TokenOutput) and self.shortcut(piece)
+            if not passed:
+                return piece
+
+    async def _made(self) -> TokenOutput | Exception:
         pause = self._engine.pause
         await asyncio.sleep(pause if self._given else self._engine.first_pause or pause)  # lets the loop go on at least
         piece = self._next_piece()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from candle_vllm.server.http.sse import DIRECT_BODY
+
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -86,6 +88,24 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
     return TimedProtocol
 
 
+class _ChunkedBody:
+    """A `DirectBody` over one of uvicorn's answers, in the form of its own `send`."""
+
+    __slots__ = ("_cycle", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+
+    def is_free(self) -> bool:
+        cycle = self._cycle
+        paused = cycle.flow.write_paused or cycle.disconnected
+        return not paused and cycle.chunked_encoding is True and not cycle.response_complete
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
 def _limited() -> type[HttpToolsProtocol]:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -115,6 +135,8 @@ def _limited() -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
+            extensions: dict[str, Any] = {DIRECT_BODY: _ChunkedBody(self.cycle)}
+            self.cycle.scope["extensions"] = extensions
             if not self.pipeline:
                 self._answering = self.cycle
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -41,6 +41,26 @@ def data_event(data: bytes) -> bytes:
 def named_event(name: str, data: bytes) -> bytes:
     """One event with a name; `data` has no line ends."""
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+DIRECT_BODY = "candle_vllm.direct_body"
+"""The ASGI extension under which the HTTP protocol of this server offers a `DirectBody`."""
+
+
+class DirectBody(Protocol):
+    """Writes parts of one answer's body to the connection at once, past every layer between.
+
+    Those layers look at the beginning and at the end of an answer, which go the usual way; calling each of them for
+    each token takes longer than the token's own way.
+    """
+
+    def is_free(self) -> bool:
+        """Whether the answer has begun and the client takes what is written."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Writes a part, which is not the last and not empty; only where it is free."""
+        ...
 
 
 class EventStream(Response):
@@ -91,14 +111,20 @@ class EventStream(Response):
         self._ended = False
         self._complete = False  # the last message has been sent
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
+        self._direct: DirectBody | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._loop = asyncio.get_running_loop()
         producer = asyncio.create_task(self._produce())
         watcher = asyncio.create_task(disconnected(receive))
         watcher.add_done_callback(lambda _: self._end())
         tasks = [producer, watcher]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._direct = scope.get("extensions", {}).get(DIRECT_BODY)
+            shortcut = getattr(self._chunks, "shortcut", None)
+            if self._direct is not None and shortcut is not None:
+                shortcut(self._is_free, self._pass)
             # A task of its own: waking this one costs every layer around it, for every token.
             writer = asyncio.create_task(self._write(send, watcher))
             tasks.append(writer)
@@ -111,7 +137,7 @@ class EventStream(Response):
             await asyncio.shield(self._close(tasks))
 
     async def _write(self, send: Send, watcher: asyncio.Task[None]) -> None:
-        loop = asyncio.get_running_loop()
+        loop, direct = self._loop, self._direct
         self._idle_since = loop.time()
         self._watch_time()
         while True:
@@ -127,18 +153,32 @@ class EventStream(Response):
             self._drained.set()
             # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
             last = ended and not (data and self._delivered)
-            await send({"type": "http.response.body", "body": data, "more_body": not last})
+            if direct is not None and not last and direct.is_free():
+                direct.write(data)
+            else:
+                await send({"type": "http.response.body", "body": data, "more_body": not last})
             self._complete = last
             if last:
                 if self._delivered is not None and not watcher.done():
                     self._delivered()
                 return
 
+    def _is_free(self) -> bool:
+        """Whether what comes now may be written now: nothing waits before it, and the client keeps up."""
+        return self._idle is not None and self._direct is not None and self._direct.is_free()
+
+    def _pass(self, chunks: Sequence[Any]) -> None:
+        """Writes chunks in the tick in which they come, past both tasks, which sleep."""
+        if chunks:
+            assert self._direct is not None
+            self._idle_since = self._loop.time()
+            self._direct.write(b"".join(map(self._encode, chunks)))
+
     def _watch_time(self) -> None:
         """Breaks a silence and ends what is too late: one timer for the stream, not one for every event."""
         if self._ended:
             return
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         left = float("inf") if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             self._delivered = None
