@@ -193,7 +193,7 @@ async def test_structured_output_comes_behind_thoughts_and_beside_tools() -> Non
          "response_format.json_schema.schema"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {
-            "properties": {"a": {"not": {"type": "string"}}}}}}]}, "tools"),
+            "properties": {"a": {"not": {"type": "integer"}}}}}}]}, "tools"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ],
 )  # fmt: skip

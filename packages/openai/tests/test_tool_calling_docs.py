@@ -16,19 +16,31 @@ from candle_vllm.openai.formats.table import TOOL_FORMATS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "tool-calling.md").read_text(encoding="utf-8")
 REFUSED: dict[str, Any] = {
-    "uniqueItems": {"type": "array", "uniqueItems": True},
-    "not": {"not": {"type": "string"}},
-    "if": {"if": {"type": "string"}, "then": {"minLength": 1}},
-    "contains": {"type": "array", "contains": {"type": "string"}},
-    "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
-    "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a"}},
+    "`uniqueItems` of texts": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+    "the opposite of a pattern": {"not": {"pattern": "a+"}},
+    "of `multipleOf`": {"if": {"multipleOf": 2}, "then": {"minimum": 1}},
+    'of "an integer"': {"not": {"type": "integer"}},
+    "`propertyNames` beside `patternProperties`": {"propertyNames": {"maxLength": 3}, "patternProperties": {"a": {}}},
+    "`unevaluatedProperties` beside `allOf`": {"allOf": [{}], "unevaluatedProperties": False},
+    "more than 256 cases": {"allOf": [{}], "dependentRequired": {f"a{number}": ["b"] for number in range(9)}},
     "$dynamicRef": {"$dynamicRef": "#a"},
     "other documents": {"$ref": "https://example.com/schema.json"},
-    "unknown formats": {"type": "string", "format": "no-such-format"},
     "look-around": {"type": "string", "pattern": "(?=a)a"},
-    "`oneOf` whose branches may overlap": {"oneOf": [{"type": "number"}, {"type": "integer"}]},
     "`minLength` above `maxLength`": {"type": "string", "minLength": 3, "maxLength": 2},
     "a recursion that never ends": {"$ref": "#"},
+}
+HELD: dict[str, Any] = {
+    "`if`/`then`/`else`": {"if": {"type": "string"}, "then": {"minLength": 1}, "else": {"const": 1}},
+    "`not`": {"not": {"type": "string"}},
+    "`oneOf` whose options overlap": {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    "`dependentRequired`": {"type": "object", "dependentRequired": {"a": ["b"]}},
+    "`dependentSchemas`": {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
+    "`dependencies`": {"type": "object", "dependencies": {"a": ["b"]}},
+    "`contains`": {"type": "array", "contains": {"type": "string"}},
+    "`propertyNames`": {"type": "object", "propertyNames": {"pattern": "^a"}},
+    "`uniqueItems` of few values": {"items": {"enum": ["a", "b"]}, "uniqueItems": True},
+    "anchors and ids of the same document": {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "type": "null"}}},
+    "unknown keywords": {"type": "string", "maxLenght": 3, "format": "no-such-format"},
 }
 
 
@@ -55,3 +67,9 @@ def test_what_the_page_says_is_refused_is(what: str) -> None:
     assert what in " ".join(PAGE.split())
     with pytest.raises(InvalidParameterError):
         ScriptedEngine().check_structured_outputs(StructuredOutputsParams(json=REFUSED[what]))
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_what_the_page_says_is_held_is(what: str) -> None:
+    assert what in " ".join(PAGE.split())
+    ScriptedEngine().check_structured_outputs(StructuredOutputsParams(json=HELD[what]))

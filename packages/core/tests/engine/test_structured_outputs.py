@@ -345,12 +345,12 @@ def test_the_front_door(toy_model: Path) -> None:
         for output in engine.generate(["a", "b"], params, use_tqdm=False):
             jsonschema.validate(json.loads(output.text), SCHEMAS[0])
         engine.check_structured_outputs(form)
-        wrong = StructuredOutputsParams(json={"not": {}})
+        wrong = StructuredOutputsParams(json={"not": {}, "unevaluatedItems": False})
         for call in (
             lambda: engine.check_structured_outputs(wrong),
             lambda: engine.generate("a", SamplingParams(structured_outputs=wrong), use_tqdm=False),
         ):
-            with pytest.raises(InvalidParameterError, match="keyword 'not'") as caught:
+            with pytest.raises(InvalidParameterError, match="keyword 'unevaluatedItems'") as caught:
                 call()
             assert caught.value.param == "structured_outputs"
     new = {thread.name for thread in set(threading.enumerate()) - before}
@@ -363,10 +363,10 @@ async def test_the_scripted_engine_refuses_what_the_real_one_refuses() -> None:
     engine.check_structured_outputs(form)
     output = await engine.agenerate("a", SamplingParams(structured_outputs=form))
     assert output.text == "free text"
-    wrong = StructuredOutputsParams(json={"not": {}})
-    with pytest.raises(RequestError, match="keyword 'not'"):
+    wrong = StructuredOutputsParams(json={"not": {}, "unevaluatedItems": False})
+    with pytest.raises(RequestError, match="keyword 'unevaluatedItems'"):
         engine.check_structured_outputs(wrong)
-    with pytest.raises(RequestError, match="keyword 'not'"):
+    with pytest.raises(RequestError, match="keyword 'unevaluatedItems'"):
         engine.stream("a", SamplingParams(structured_outputs=wrong))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from registry_packages import CACHE, pypi_file, unpacked
 
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+
+sys.path.append(str(Path(__file__).parent))  # for schema_texts; --import-mode=importlib does not
 
 WORDS = (
     '{"',

@@ -34,6 +34,13 @@ def slow(number: int) -> dict[str, Any]:
     return {"type": "string", "pattern": f".*a.{{{number + 5}}}b.*"}
 
 
+def if_in_if(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for level in range(levels):
+        schema = {"if": schema, "then": {"const": level}, "else": schema}
+    return schema
+
+
 SCHEMAS: dict[str, Callable[[], Any]] = {
     "enum of 50,000": lambda: {"enum": [f"value_{i}_{i * 7919 % 10007}" for i in range(50_000)]},
     "enum with one beginning": lambda: {"enum": ["x" * 15 + str(i) for i in range(50_000)]},
@@ -90,6 +97,15 @@ SCHEMAS: dict[str, Callable[[], Any]] = {
     "objects as alternatives": lambda: {
         "oneOf": [{"type": "object", "properties": {"k": {"const": i}}, "required": ["k"]} for i in range(2_500)]
     },
+    "if in if": lambda: if_in_if(14),
+    "opposites in a circle": lambda: {
+        "not": {"$ref": "#/$defs/d0"},
+        "$defs": {f"d{i}": {"not": {"$ref": f"#/$defs/d{(i + 1) % 500}"}} for i in range(500)},
+    },
+    "cases that multiply": lambda: {"allOf": [{"dependentRequired": {f"a{i}": [f"b{i}"]}} for i in range(40)]},
+    "many names": lambda: {"propertyNames": {"pattern": "^p"}, "required": [f"p{i}" for i in range(4_000)]},
+    "much is contained": lambda: {"contains": {"const": 1}, "minContains": 3, "maxContains": 1 << 30},
+    "all orders": lambda: {"uniqueItems": True, "items": {"enum": ["x" * 100 + str(i) for i in range(6)]}},
 }  # fmt: skip
 
 OTHERS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -11,27 +11,37 @@ import jsonschema
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling import json_schema
-from candle_vllm.core.sampling.json_rules import FORMATS
-from candle_vllm.core.sampling.json_schema import checked_schema
+from candle_vllm.core.sampling import json_dialect
+from candle_vllm.core.sampling.json_dialect import FORMATS
+from candle_vllm.core.sampling.json_schema import checked_schema, compilable_schema
 
 
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"not": {}}, "keyword 'not' is not supported .at #."),
-        ({"properties": {"a": {"if": {}}}}, "keyword 'if' is not supported .at #/properties/a."),
-        ({"items": {"uniqueItems": True}}, "'uniqueItems'"),
-        ({"contains": {}}, "'contains'"),
-        ({"propertyNames": {}}, "'propertyNames'"),
-        ({"dependentRequired": {}}, "'dependentRequired'"),
-        ({"unevaluatedProperties": False}, "'unevaluatedProperties'"),
+        ({"not": {"pattern": "a+"}}, "keyword 'not' is not supported here .at #.: no grammar holds what 'pattern'"),
+        (
+            {"properties": {"a": {"if": {"multipleOf": 2}, "then": {}}}},
+            "'if' is not supported here .at #/properties/a.",
+        ),
+        ({"not": {"properties": {"a": {"type": "integer"}}}}, "keyword 'not' .*.at #.: no grammar holds what 'type'"),
+        ({"oneOf": [{"pattern": "a+b"}, {"pattern": "b"}]}, "keyword 'oneOf' is not supported here .at #."),
+        (
+            {"items": {"uniqueItems": True}},
+            "'uniqueItems' .*.at #/items.: .*elements of few values",
+        ),
+        ({"uniqueItems": True, "items": {"enum": [*range(7)]}}, "'uniqueItems' .* more than 2000 arrays"),
+        ({"contains": {"pattern": "a+"}, "maxContains": 1}, "'contains' is not supported here .at #."),
+        ({"contains": {}, "minContains": 1 << 31}, "minContains must be a whole number"),
+        ({"contains": {}, "minContains": 40}, "minContains 40 is not supported"),
+        ({"propertyNames": {"not": {"const": "a"}}}, "'propertyNames' is not supported here"),
+        ({"dependentRequired": {f"a{i}": ["b"] for i in range(9)}}, "'dependentRequired' names 9 properties"),
+        ({"allOf": [{}], "unevaluatedProperties": False}, "keyword 'unevaluatedProperties' is not supported .at #."),
+        ({"type": "float"}, "JSON type 'float' is unknown .at #.; it is one of null, boolean, integer, number"),
         ({"$dynamicRef": "#a"}, "dynamicRef"),
         ({"x-guidance": {"lenient": True}}, "'x-guidance' is not supported"),
-        ({"minLenght": 3}, "is 'minLength' meant"),
-        ({"propertys": {}}, "is 'properties' meant"),
         ({"$schema": "http://example.com/mine"}, "follows 'http://example.com/mine'"),
-        ({"properties": {"a": {"$id": "b"}}}, "only the root may have one"),
+        ({"$ref": "b#/a", "properties": {"a": {"$id": "b"}}}, "points to nothing"),
         ({"prefixItems": [{}], "items": [{}]}, "only one can be meant"),
         ({"$ref": "http://example.com/x.json"}, "refer to a place of the same schema"),
         ({"$ref": "file:///etc/passwd"}, "refer to a place of the same schema"),
@@ -43,11 +53,14 @@ from candle_vllm.core.sampling.json_schema import checked_schema
         ({"multipleOf": 0}, "multipleOf must be a number above 0"),
         ({"multipleOf": 1234567}, "multipleOf is supported up to 50000"),
         ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple"),
-        ({"minimum": (1 << 53) + 1}, "number that is too large .at #/minimum."),
+        ({"minimum": 1 << 58}, "number that is too large .at #/minimum."),
         ({"const": (1 << 53) + 1}, "number that is too large"),
         ({"enum": [{"a": [1e999]}]}, "number that is too large"),
         ({"minimum": "1"}, "a bound must be a number"),
-        ({"const": "a\x00"}, r"control character U\+0000"),
+        (
+            {"properties": {"a": {"const": "a\x00"}}},
+            r"control character U\+0000 .at #/properties/a. beside",
+        ),
         ({"enum": "abc"}, "enum must be a list"),
         ({"required": "a"}, "required must be a list of names"),
         ({"properties": []}, "properties must be an object"),
@@ -106,7 +119,11 @@ def test_recursion_with_an_end_is_not(schema: Any) -> None:
         (lambda: {"patternProperties": {f"^{i}$": {} for i in range(65)}}, "more than 64 patternProperties"),
         (lambda: {"anyOf": [{"type": "string"}] * 10_001}, "more than 10000 subschemas"),
         (lambda: {"anyOf": [{"pattern": "a"}] * 1_001}, "more than 1000 patterns"),
-        (lambda: {f"word{i}": 1 for i in range(1_001)}, "more than 1000 keywords that are none"),
+        (lambda: {"allOf": [{"not": {"enum": [*"abc"]}}] * 20_000}, "more than 12000 subschemas"),
+        (lambda: {"not": {"const": [1] * 9_000}}, "no grammar holds what 'const' does not take"),
+        (lambda: {"not": {"prefixItems": [{"type": "null"}] * 5_000}}, "no grammar holds what 'prefixItems'"),
+        (lambda: {"not": {"enum": ["a" * 900_000]}}, "no grammar holds what 'enum'"),
+        (lambda: {"$defs": {f"d{i}": {} for i in range(50_001)}}, "more than 50000 schemas in it"),
         (lambda: {"anyOf": [{"multipleOf": 49_999}] * 5}, "added up"),
         (
             lambda: {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}},
@@ -167,8 +184,16 @@ def test_older_drafts_are_brought_forward() -> None:
     ("name", "right", "wrong"),
     [
         ("date", ["2024-02-29", "2000-02-29", "1963-06-19"], ["2023-02-29", "1900-02-29", "2020-04-31", "2020-1-01"]),
-        ("time", ["08:30:06Z", "23:59:59.123+01:30"], ["24:00:00Z", "23:59:60Z", "08:30:06", "08:30Z"]),
-        ("date-time", ["2024-02-29T08:30:06Z"], ["2023-02-29T08:30:06Z", "2024-02-29 08:30:06Z"]),
+        (
+            "time",
+            ["08:30:06Z", "23:59:59.123+01:30", "23:59:60Z", "01:29:60.5+01:30", "15:59:60-08:00", "23:29:60+23:30"],
+            ["24:00:00Z", "22:59:60Z", "23:59:60+01:00", "23:58:60Z", "08:30:06", "08:30Z"],
+        ),
+        (
+            "date-time",
+            ["2024-02-29T08:30:06Z", "1998-12-31T23:59:60Z"],
+            ["2023-02-29T08:30:06Z", "2024-02-29 08:30:06Z"],
+        ),
     ],
 )
 def test_time_formats(name: str, right: list[str], wrong: list[str]) -> None:
@@ -197,6 +222,41 @@ def test_only_the_first_unknown_keywords_are_compared(monkeypatch: pytest.Monkey
         compared.append(name)
         return []
 
-    monkeypatch.setattr(json_schema.difflib, "get_close_matches", counting)
+    monkeypatch.setattr(json_dialect.difflib, "get_close_matches", counting)
     checked_schema({f"word{i}": 1 for i in range(900)})
     assert compared == [f"word{i}" for i in range(8)]
+
+
+def test_what_nobody_holds_is_an_annotation_and_a_near_miss_is_remarked_on() -> None:
+    schema = {
+        "type": "string",
+        "minLenght": 3,
+        "colour": "red",
+        "format": "date-tme",
+        "anyOf": [{"propertys": {}}, {"format": "color"}],
+    }
+    found = compilable_schema(schema)
+    assert found.schema["type"] == "string"
+    assert "format" not in found.schema
+    assert found.remarks == [
+        "the JSON schema's format 'date-tme' (at #) is not held: is 'date-time' meant?",
+        "the JSON schema has 'minLenght' (at #), which says nothing: is 'minLength' meant?",
+        "the JSON schema has 'propertys' (at #/anyOf/0), which says nothing: is 'properties' meant?",
+        "the JSON schema's format 'color' (at #/anyOf/1) is not held",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "bounds"),
+    [
+        ({"type": "integer", "minimum": -(1 << 63), "maximum": (1 << 63) - 1}, (1024 - (1 << 63), (1 << 63) - 1)),
+        ({"type": "integer", "maximum": (1 << 64) - 1}, (None, (1 << 63) - 1024)),
+        ({"type": "integer", "exclusiveMaximum": 1 << 60}, (None, (1 << 60) - 128)),
+        ({"type": "number", "maximum": 10**18, "minimum": -1.7e308}, (-(10**18), 10**18)),
+        ({"maximum": (1 << 53) + 3}, (None, (1 << 53) + 2)),
+    ],
+)
+def test_large_bounds_are_held_within_what_is_exact(schema: Any, bounds: tuple[int | None, int]) -> None:
+    found = checked_schema(schema)
+    assert (found.get("minimum"), found["maximum"]) == bounds
+    assert "exclusiveMaximum" not in found

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
+from schema_texts import walk
 
-from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 SEEDS = 12
-MOST_TOKENS = 3_000
 SHORT = {"type": "string", "maxLength": 4}
 SCHEMAS: list[Any] = [
     {"type": "integer"},
@@ -69,25 +66,6 @@ SCHEMAS: list[Any] = [
     {},
     True,
 ]  # fmt: skip
-
-
-def walk(backend: LlguidanceBackend, vocabulary: Any, spec: StructuredOutputsParams, seed: int) -> str | None:
-    """A text of tokens that the masks allow; None where it did not end. It leans to what ends parts."""
-    rng, grammar, said = random.Random(seed), backend.compile(spec), []
-    closing = {token for token, data in enumerate(vocabulary.tokens) if data[:1] in (b'"', b"}", b"]", b"0", b":")}
-    bits = np.zeros(-(-vocabulary.vocab_size // 32), np.int32)
-    while not grammar.exhausted:
-        grammar.fill_mask(bits)
-        choices = np.flatnonzero(mask_flags(bits, vocabulary.vocab_size)).tolist()
-        wanted = [token for token in choices if token in closing or token in vocabulary.ends]
-        token = rng.choice(wanted if wanted and rng.random() < 0.5 else choices)
-        assert grammar.accept(token)
-        if token in vocabulary.ends:
-            break
-        said.append(token)
-        if len(said) > MOST_TOKENS:
-            return None
-    return vocabulary.text(said)
 
 
 def plain(schema: Any) -> Any:

@@ -382,7 +382,8 @@ def test_only_strict_tools_are_held_to_their_schemas_in_free_text() -> None:
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("hermes", {"a": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
-    ("hermes", {"a": {"not": {}}}, "not"),
+    ("hermes", {"a": {"not": {"pattern": "a+"}}}, "not"),
+    ("qwen3_coder", {"a": {"minLength": 1, "not": {"const": "x"}, "oneOf": [{}]}}, "not"),
     ("hermes", {"a": {"$ref": "https://example.com/x"}}, "ref"),
     ("hermes", {"a": {"type": "object", "x-guidance": {"lenient": True}}}, "x-guidance"),
     ("qwen3_coder", {"a": {"type": "string", "format": "hostname"}}, "hostname"),

@@ -108,7 +108,7 @@ SHARED = [
             {"enum": []},
             {"type": "string", "minLength": -1},
             {"type": "object", "properties": 1},
-            {"not": {"type": "string"}},
+            {"not": {"type": "integer"}},
             deep(25),
         )
     ],

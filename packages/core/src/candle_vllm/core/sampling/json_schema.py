@@ -1,30 +1,28 @@
 """JSON schemas before they are compiled: what cannot be guaranteed is refused by name, and what would explode, too.
 
-llguidance answers most of what it does not know with an error. The rest is decided here: keywords that it passes over,
-numbers that it rounds, keys that it would let appear twice, and schemas whose compilation takes time or memory without
-bound or overflows the stack. Every number is a measured one: each limit alone costs a second at most.
-
-A schema is read as draft 2020-12; what older drafts spell differently (`definitions`, a list as `items`, a boolean
-`exclusiveMinimum`) means what it meant there. Keywords that no draft knows are annotations, as the specification says,
-unless they look like a misspelt one.
+A schema is first said in llguidance's own keywords (`json_cases`). Here is decided what those may ask for: numbers that
+are rounded, keys that could be spelt in two ways or appear twice, and schemas whose compilation takes time or memory
+without bound or overflows the stack. Every number is a measured one: each limit alone costs a second at most.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from fractions import Fraction
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, NamedTuple
 
-from candle_vllm.core.sampling.json_rules import check_finite, check_meeting, modernise
-from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.json_cases import in_known_keywords
+from candle_vllm.core.sampling.json_dialect import Remarks
+from candle_vllm.core.sampling.json_facts import FRACTION, types_of
+from candle_vllm.core.sampling.json_references import MAX_NESTING
+from candle_vllm.core.sampling.json_rules import check_finite, check_meeting
+from candle_vllm.core.sampling.structured import parsed_json, refused
 
 MAX_SUBSCHEMAS = 10_000
 MAX_LEVELS = 600  # nesting of the schema and of all definitions that it refers to, added up: the compiler recurses
-MAX_NESTING = 100
 MAX_PROPERTIES = 4_000
 MAX_OPTIONAL = 480  # optional properties of an object: each is four items of a parser that has 2,000 for one place
 MAX_COUNTED_OPTIONAL = 64  # optional properties of an object with minProperties or maxProperties
@@ -32,12 +30,10 @@ MAX_PATTERNS = 1_000
 MAX_PATTERN_PROPERTIES = 64
 MAX_VALUES = 50_000  # of all enums
 MAX_COMPOUND_VALUES = 2_000  # of these, objects and arrays
-MAX_COUNT = (1 << 31) - 1  # of minLength and the like
 MAX_MULTIPLE = 50_000  # of multipleOf, its decimal point left out
 MAX_MULTIPLES = 200_000  # the same, summed up
-MAX_UNKNOWN = 1_000  # keywords that no draft knows
-MAX_LOOKED_UP = 8  # of them, those that are compared with the known ones, in search of what was meant
-MAX_INTEGER = 1 << 53  # beyond it, neighbours are the same float
+EXACT = 1 << 53  # beyond it, neighbours are the same float
+MAX_INTEGER = (1 << 63) - 1
 
 _ONE = ("items", "additionalProperties")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -48,16 +44,8 @@ SUPPORTED = frozenset(
     {*_ONE, *_LISTS, *_MAPS, *_COUNTS, *_BOUNDS, "type", "enum", "const", "$ref", "required", "pattern", "format"}
     | {"multipleOf"}
 )
-UNSUPPORTED = frozenset(
-    {"not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"}
-    | {"dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"}
-    | {"$dynamicRef", "$recursiveRef", "x-guidance", "extends", "disallow", "divisibleBy"}
-)
-_ANNOTATIONS = frozenset(
-    {"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$comment", "$defs"}
-    | {"definitions", "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"}
-    | {"contentEncoding", "contentMediaType", "contentSchema", "nullable"}
-)
+
+
 _ESCAPED = "\b\t\n\f\r"
 
 
@@ -74,15 +62,31 @@ class Budget:
         self.multiples = 0
 
 
+class Compilable(NamedTuple):
+    """A schema that may be compiled.
+
+    Attributes:
+        schema: in llguidance's keywords.
+        any_escape: whether texts may have `\\u`: any character, or a control character where a pattern holds them.
+        remarks: what the user should know.
+    """
+
+    schema: dict[str, Any]
+    any_escape: bool
+    remarks: list[str]
+
+
 def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
-    """A schema as it may be compiled.
+    """A schema as it may be compiled; see `compilable_schema`."""
+    return compilable_schema(schema, budget).schema
+
+
+def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
+    """What is compiled for a schema.
 
     Args:
-        schema: as `json.loads` gives it; its dicts may be changed.
+        schema: as `json.loads` gives it.
         budget: of all schemas of one form; None where this is the only one.
-
-    Returns:
-        The same, without what says nothing to the compiler.
 
     Raises:
         InvalidParameterError: the schema is wrong, not supported, too large, or has no finite instance.
@@ -91,22 +95,31 @@ def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
         schema = {}
     if not isinstance(schema, dict):
         raise refused("the JSON schema must be an object or true")
-    _Check(schema, budget or Budget()).run()
-    return schema
+    remarks = Remarks()
+    known = in_known_keywords(schema, remarks)
+    check = _Check(known, budget or Budget(), remarks)
+    check.run()
+    return Compilable(known, check.any_escape(), remarks.texts)
+
+
+def schema_remarks(schema: str | Mapping[str, Any] | bool) -> list[str]:
+    """What the user of a schema should know that is followed; raises what `compilable_schema` raises."""
+    return compilable_schema(parsed_json("json", schema)).remarks
 
 
 class _Check:
     """One walk over what can be reached from the root, in the order of the text, each definition once."""
 
-    def __init__(self, root: dict[str, Any], budget: Budget) -> None:
+    def __init__(self, root: dict[str, Any], budget: Budget, remarks: Remarks) -> None:
         self.root = root
         self.budget = budget
+        self.remarks = remarks
         self.counts: Counter[str] = Counter()
         self.targets: dict[str, Any] = {"#": root}  # JSON pointer -> schema
         self.waiting: list[tuple[str, Any]] = []
         self.multiples: list[Fraction] = []  # of this schema
         self.nodes: list[tuple[dict[str, Any], str]] = []
-        self.base = root.get("$id") if isinstance(root.get("$id"), str) else None
+        self.control: tuple[str, str] | None = None  # a character that has an escape alone, and where it is
 
     def run(self) -> None:
         levels = self.subschema(self.root, "#", 0)
@@ -121,23 +134,32 @@ class _Check:
         self.check_multiples()
         check_finite(self.nodes, self.targets)
         check_meeting(self.nodes, self.targets, SUPPORTED)
+        if self.control and not self.any_escape():
+            raise refused(
+                f"a value of enum or const has the control character U+{ord(self.control[0]):04X} (at "
+                f"{self.control[1]}) beside objects whose keys could be spelt with such characters in two ways: "
+                "close them by additionalProperties false"
+            )
+
+    def any_escape(self) -> bool:
+        """Whether texts may have `\\u`: a key that is named could be said again, spelt so, where others may come."""
+        named = [node for node, _ in self.nodes if {"properties", "required"} & node.keys()]
+        patterns = any("patternProperties" in node for node, _ in self.nodes)
+        return not any(patterns or node.get("additionalProperties", True) is not False for node in named)
 
     def subschema(self, schema: Any, place: str, depth: int) -> int:
         """Checks a schema and those inside it; how deep they are nested."""
         if isinstance(schema, bool):
             return 1
-        if not isinstance(schema, dict):
-            raise refused(f"a JSON schema must be an object or a boolean (at {place})")
         if depth > MAX_NESTING:
             raise refused(f"the JSON schema is nested more than {MAX_NESTING} deep (at {place[:80]}...)")
         self.count("subschemas", MAX_SUBSCHEMAS)
         self.nodes.append((schema, place))
-        self.keywords(schema, place)
         self.numbers(schema, place)
         self.values(schema, place)
         self.objects(schema, place)
         if "$ref" in schema:
-            self.reference(schema, place)
+            self.reference(schema["$ref"])
         return 1 + max((self.subschema(part, at, depth + 1) for part, at in _parts(schema, place)), default=0)
 
     def count(self, what: str, most: int, number: int = 1) -> None:
@@ -148,40 +170,45 @@ class _Check:
         if self.budget.counts[what] > 2 * most:
             raise refused(f"the JSON schemas have more than {2 * most} {what} together")
 
-    def keywords(self, schema: dict[str, Any], place: str) -> None:
-        modernise(schema, place)
-        if schema is not self.root and isinstance(schema.get("$id"), str):
-            raise refused(f"the JSON schema has an $id inside it (at {place}); only the root may have one")
-        for name in schema:
-            if name in UNSUPPORTED:
-                raise refused(f"the JSON schema keyword {name!r} is not supported (at {place}); leave it out")
-            if name not in SUPPORTED and name not in _ANNOTATIONS and not name.startswith("x-"):
-                self.count("keywords that are none", MAX_UNKNOWN)
-                if self.counts["keywords that are none"] <= MAX_LOOKED_UP:
-                    _check_spelling(name, place)
-
     def numbers(self, schema: dict[str, Any], place: str) -> None:
-        for name in _COUNTS:
-            value = schema.get(name)
-            if isinstance(value, float) and value.is_integer():
-                value = schema[name] = int(value)
-            if value is not None and not (type(value) is int and 0 <= value <= MAX_COUNT):
-                raise refused(f"{name} must be a whole number of 0 to {MAX_COUNT} (at {place})")
         for name in _BOUNDS:
-            if not isinstance(schema.get(name), bool):
-                _exact(schema.get(name), f"{place}/{name}")
-        multiple = schema.get("multipleOf")
-        if multiple is not None:
-            if isinstance(multiple, bool) or not isinstance(multiple, (int, float)) or not 0 < multiple < math.inf:
-                raise refused(f"multipleOf must be a number above 0 (at {place})")
-            self.multiples.append(Fraction(str(multiple)))
+            value = schema.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) > EXACT:
+                self.large_bound(schema, name, f"{place}/{name}")
+        if "multipleOf" in schema:
+            self.multiples.append(Fraction(str(schema["multipleOf"])))
         if "pattern" in schema or "format" in schema:
             self.count("patterns and formats", MAX_PATTERNS)
 
+    def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
+        """Bounds become floats on the way, and then their shortest decimals: what is not exact gets narrower.
+
+        An end of a range from below zero up is moved towards zero; others, between which may be nothing, are refused.
+        """
+        value, sign = schema.pop(name), 1 if name.endswith("aximum") else -1
+        whole = types_of(schema) & {"integer", FRACTION} == {"integer"}
+        if not math.isfinite(value) or (
+            sign * value < 0 and (abs(value) > 10**17 or Decimal(repr(float(value))) != value)
+        ):
+            raise refused(f"the JSON schema has a number that is too large (at {place}); at most 2^53 is supported")
+        if sign * value < 0:
+            schema[name] = value
+            return
+        held = int(value)
+        if whole and name.startswith("exclusive"):
+            name, held = ("maximum" if sign > 0 else "minimum"), held - sign
+            held = sign * min(sign * held, sign * schema.get(name, held))
+        if not (whole and held == MAX_INTEGER):
+            bound = float(min(abs(held), MAX_INTEGER - 1023 if whole else 10**18))
+            while (int(bound) if whole else Decimal(repr(bound))) > abs(held):
+                bound = math.nextafter(bound, 0)
+            held = sign * int(bound if whole else Decimal(repr(bound)))
+        schema[name] = held
+        if held != value and not whole:
+            self.remarks.add(f"the JSON schema's bound {value} (at {place}) is held as {held}")
+
     def values(self, schema: dict[str, Any], place: str) -> None:
         listed = schema.get("enum", [])
-        if not isinstance(listed, list):
-            raise refused(f"enum must be a list (at {place})")
         self.count("enum values", MAX_VALUES, len(listed))
         for value in [*listed, *([schema["const"]] if "const" in schema else [])]:
             if isinstance(value, (dict, list)):
@@ -194,21 +221,16 @@ class _Check:
         if isinstance(value, str):
             wrong = next((c for c in value if (c < " " and c not in _ESCAPED) or c == "\x7f"), None)
             if wrong is not None:
-                raise refused(f"a value of enum or const has the control character U+{ord(wrong):04X} (at {place})")
+                self.control = wrong, place
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            _exact(value, place)
+            _check_number(value, place)
         elif isinstance(value, (dict, list)):
             self.count("values inside enum and const", MAX_VALUES, len(value))
             for inner in value.values() if isinstance(value, dict) else value:
                 self.value(inner, place, depth + 1)
 
     def objects(self, schema: dict[str, Any], place: str) -> None:
-        for name in _MAPS:
-            if not isinstance(schema.get(name, {}), dict):
-                raise refused(f"{name} must be an object (at {place})")
         required = schema.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise refused(f"required must be a list of names (at {place})")
         properties = schema.get("properties", {})
         self.count("properties", MAX_PROPERTIES, len({*properties, *required}))
         self.count("patternProperties", MAX_PATTERN_PROPERTIES, len(schema.get("patternProperties", {})))
@@ -230,20 +252,12 @@ class _Check:
                 f"properties (at {place})"
             )
 
-    def reference(self, schema: dict[str, Any], place: str) -> None:
-        """Notes where a `$ref` points, and spells it as a pointer into this document."""
-        pointer = schema["$ref"]
-        if isinstance(pointer, str) and self.base and pointer.startswith(self.base.rstrip("#")):
-            pointer = "#" + pointer.removeprefix(self.base.rstrip("#")).removeprefix("#")
-        if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
-            raise refused(
-                f"$ref {schema['$ref']!r:.80} is not supported (at {place}): refer to a place of the same schema, as "
-                "in #/$defs/name"
-            )
-        schema["$ref"] = pointer
+    def reference(self, pointer: str) -> None:
+        """Notes a `$ref`, which points into the root's definitions."""
         if pointer not in self.targets:
-            self.targets[pointer] = target = _resolved(self.root, pointer)
-            self.waiting.append((pointer, target))
+            section, name = pointer.split("/")[1:]
+            self.targets[pointer] = self.root[section][name]
+            self.waiting.append((pointer, self.targets[pointer]))
 
     def check_multiples(self) -> None:
         """llguidance counts remainders, and those of the common multiple where two meet (`allOf`)."""
@@ -258,49 +272,24 @@ class _Check:
                 )
 
 
-def _check_spelling(name: str, place: str) -> None:
-    """Refuses a keyword that looks like a misspelt one."""
-    close = difflib.get_close_matches(name[:40], (*SUPPORTED, *UNSUPPORTED), 1, 0.8)
-    if close:
-        raise refused(f"the JSON schema has {name!r:.80} (at {place}): is {close[0]!r} meant?")
-
-
 def _parts(schema: dict[str, Any], place: str) -> Iterator[tuple[Any, str]]:
     """The schemas inside a schema, and where they are."""
     for name in _ONE:
         if name in schema:
             yield schema[name], f"{place}/{name}"
     for name in _LISTS:
-        listed = schema.get(name, [])
-        if not isinstance(listed, list):
-            raise refused(f"{name} must be a list of schemas (at {place})")
-        yield from ((part, f"{place}/{name}/{index}") for index, part in enumerate(listed))
+        yield from ((part, f"{place}/{name}/{index}") for index, part in enumerate(schema.get(name, ())))
     for name in _MAPS:
         yield from ((part, f"{place}/{name}/{key}") for key, part in schema.get(name, {}).items())
 
 
-def _resolved(root: Any, pointer: str) -> Any:
-    """What a JSON pointer (RFC 6901, in a URI fragment) points to."""
-    found = root
-    for part in pointer.split("/")[1:]:
-        name = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-        elif isinstance(found, list) and name.isdecimal() and len(name) < 7 and int(name) < len(found):
-            found = found[int(name)]
-        else:
-            raise refused(f"$ref {pointer!r:.80} points to nothing in the schema")
-    return found
-
-
-def _exact(value: Any, place: str) -> None:
-    """Numbers become floats on the way."""
-    if value is None:
+def _check_number(value: float, place: str) -> None:
+    """Numbers become floats on the way, and their shortest decimals."""
+    if abs(value) <= EXACT or (abs(value) <= 10**22 and Decimal(repr(float(value))) == value):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise refused(f"a bound must be a number (at {place})")
-    if (isinstance(value, int) and abs(value) > MAX_INTEGER) or not math.isfinite(value):
-        raise refused(f"the JSON schema has a number that is too large (at {place}); at most 2^53 is supported")
+    if isinstance(value, int) and abs(value) <= 1 << 62 and int(float(value)) == value:
+        return
+    raise refused(f"the JSON schema has a number that is too large (at {place}); at most 2^53 is supported")
 
 
 def _digits(value: Fraction) -> int:

@@ -7,6 +7,7 @@ engine promises are refused by name, JSON schemas in it are checked as any other
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from typing import Any
 
 from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-from candle_vllm.core.sampling.json_schema import Budget, checked_schema
+from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
+
+logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 2_000
 MAX_WORDS = 100_000  # names, strings and expressions of all rules
@@ -133,7 +136,7 @@ def _is_terminal(name: str) -> bool:
 DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"
 ANY_TEXT = "/(?s:.*)/"
 MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
-_ESCAPES = 'nrbtf\\"'  # no \u: it would let a key be spelled in two ways
+_ESCAPES = 'nrbtf\\"'  # without \u, which would let a key be spelled in two ways where it matters
 _TOKENS = re.compile(  # llguidance's own, as far as they matter here
     r"""(?P<string>"(?:\\.|[^"\\\n])*"i?)|(?P<comment>(?://|\#)[^\n]*)|(?P<regex>/(?:\\.|[^/\\])+/[a-z]*)"""
     r"""|(?P<token><[^<>\s]+>)|(?P<json>%json\b)|(?P<option>\b(?:temperature|max_tokens|stop)\s*=)"""
@@ -209,13 +212,18 @@ def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Bu
 
 
 def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> dict[str, Any]:
-    checked = checked_schema(schema, budget)
-    options: dict[str, Any] = {"json_allowed_escapes": _ESCAPES}
+    checked = compilable_schema(schema, budget)
+    for remark in checked.remarks:
+        logger.warning("%s", remark)
+    options: dict[str, Any] = {
+        "json_allowed_escapes": _ESCAPES + ("u" if checked.any_escape else ""),
+        "json_allow_general_unicode_escapes": checked.any_escape,
+    }
     if spec.disable_any_whitespace:
         options["whitespace_flexible"] = False
     else:
         options["whitespace_pattern"] = spec.whitespace_pattern or DEFAULT_WHITESPACE
-    return {"x-guidance": options} | checked
+    return {"x-guidance": options} | checked.schema
 
 
 def _from_gbnf(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.json_cases import CASES
 from candle_vllm.core.sampling.json_schema import SUPPORTED, checked_schema
 from candle_vllm.openai.errors import UnsupportedParameterError
 
@@ -154,7 +155,7 @@ class Root:
     def _alternatives(self, schema: Schema, name: str, depth: int) -> Iterator[Branch]:
         options = schema[name]
         if name == "allOf" and len(options) != 1:
-            raise self.refused("allOf", "write its parts as one schema")
+            raise self.refused(schema.get(CASES, "allOf"), "write its parts as one schema")
         rest = {key: value for key, value in schema.items() if key != name}
         seen: set[str] = set()
         for option in options:
@@ -214,7 +215,8 @@ def entries(root: Root, schema: Schema) -> Entries:
     schema = root.resolved(schema)
     for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):
         if keyword in schema and schema[keyword] not in ({}, 0 if keyword == "minProperties" else None):
-            raise root.refused(keyword, "it says something about the arguments together; leave it out")
+            named = schema.get(CASES, keyword)
+            raise root.refused(named, "it says something about the arguments together; leave it out")
     properties = schema.get("properties", {})
     required = schema.get("required", [])
     others = schema.get("additionalProperties", None if properties else True)

@@ -1,0 +1,184 @@
+"""JSON schemas in the keywords that llguidance has: what others say is said by cases.
+
+`if`, `dependentRequired` and their like are alternatives; `contains` is one for each place where the match may be;
+`oneOf` is an `anyOf` of schemas that exclude each other, where it has to be by the opposites of the others
+(`json_opposites`). What is written so takes the same values, or is refused by the keyword's name; where it takes fewer,
+a remark says so. What such a keyword asks for comes behind the schema that it stands in, so that the order of the
+properties stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+from candle_vllm.core.sampling.json_dialect import Remarks, check_shape, modernise, taker
+from candle_vllm.core.sampling.json_facts import Facts
+from candle_vllm.core.sampling.json_keywords import MAX_CASES, WRITERS, At, Case
+from candle_vllm.core.sampling.json_opposites import ASSERTING, OppositeUnknown, opposite
+from candle_vllm.core.sampling.json_references import MAX_NESTING, References, Target
+from candle_vllm.core.sampling.structured import refused
+
+Schema = dict[str, Any]
+
+MAX_WRITTEN = 12_000  # schemas, in all cases
+CASES = "x-cases"
+"""Beside `allOf` that was written for the sake of a keyword: its name. It says nothing to the compiler."""
+_SINGLE = ("items", "additionalProperties")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_MAPS = ("properties", "patternProperties")
+_LEFT_OUT = frozenset({"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$defs", "definitions"})
+_APPLIED = frozenset({"const", "enum", "allOf", "anyOf", "oneOf", "$ref"})
+_SIMPLE = re.compile(r"#/(?:\$defs|definitions)/[\w.-]{1,64}", re.ASCII)
+
+
+class _Written(str):
+    """A `$ref` to a definition that was written here."""
+
+    __slots__ = ()
+
+
+def in_known_keywords(root: Schema, remarks: Remarks) -> Schema:
+    """The schema in llguidance's keywords, its references as `#`, `#/$defs/...` or `#/definitions/...`.
+
+    Args:
+        root: as `json.loads` gives it.
+        remarks: get what the user should know.
+
+    Raises:
+        InvalidParameterError: it is wrong, or something cannot be guaranteed.
+    """
+    return _Cases(root, remarks).run()
+
+
+class _Cases:
+    def __init__(self, root: Schema, remarks: Remarks) -> None:
+        self.root = root
+        self.remarks = remarks
+        self.references = References(root)
+        self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}))
+        self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, with "not" before it -> reference
+        self.waiting: list[tuple[_Written, Any, At]] = []
+        self.written = 0
+
+    def run(self) -> Schema:
+        found = self.schema(self.root, At("#", ""))
+        assert isinstance(found, dict)
+        defined: dict[str, Schema] = {}
+        while self.waiting:
+            name, schema, at = self.waiting.pop()
+            section, key = name.split("/")[1:]
+            defined.setdefault(section, {})[key] = self.schema(schema, at)
+        return found | defined
+
+    def schema(self, schema: Any, at: At) -> Schema | bool:
+        """A schema and what is inside it, in known keywords."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise refused(f"a JSON schema must be an object or a boolean (at {at.place})")
+        if at.depth > MAX_NESTING:
+            raise refused(f"the JSON schema is nested more than {MAX_NESTING} deep (at {at.place[:80]}...)")
+        self.written += 1
+        if self.written > MAX_WRITTEN:
+            raise refused(f"the JSON schema has more than {MAX_WRITTEN} subschemas, those of all its cases included")
+        at = at._replace(base=self.references.base(schema, at.base))
+        if isinstance(schema, Case):
+            at = at._replace(asking=at.asking or schema.asking)
+        own = self.own(schema, at)
+        more, cases = list[Any](), 1
+        for keyword, write in WRITERS.items():
+            if keyword in own and (one := write(self, own, at)) is not None:
+                more.append((keyword, one))
+                cases *= len(one["anyOf"]) if isinstance(one, dict) and "anyOf" in one else 1
+        if cases > MAX_CASES:
+            raise refused(
+                f"the JSON schema keywords {', '.join(keyword for keyword, _ in more)} make {cases} cases together (at "
+                f"{at.place}); at most {MAX_CASES} are supported"
+            )
+        known = self.known({name: value for name, value in own.items() if name not in WRITERS or name == "oneOf"}, at)
+        parts = [
+            self.schema(one, at._replace(depth=at.depth + 1, asking=at.asking or (keyword, at.place)))
+            for keyword, one in more
+        ]
+        found: Schema = dict(known)
+        if parts:
+            found = {"allOf": [known, *parts]} if "allOf" in known else {**known, "allOf": parts}
+        if isinstance(schema, Case) or more:
+            found[CASES] = schema.asking[0] if isinstance(schema, Case) else more[0][0]
+        return found
+
+    def own(self, schema: Schema, at: At) -> Schema:
+        """A copy that may be changed, of the right shape, in today's dialect."""
+        found = dict(schema)
+        modernise(found, at.place, self.remarks)
+        check_shape(found, at.place)
+        self.remarks.keywords(found, at.place)
+        return found
+
+    def known(self, schema: Schema, at: At) -> Schema:
+        """What llguidance knows stays, in its order."""
+        found: Schema = {}
+        for name, value in schema.items():
+            if name == "$ref":
+                found[name] = self.reference(value, at)
+            elif name in _SINGLE:
+                found[name] = self.schema(value, at.inside(name))
+            elif name in _LISTS:
+                found[name] = [self.schema(one, at.inside(f"{name}/{place}")) for place, one in enumerate(value)]
+            elif name in _MAPS:
+                found[name] = {key: self.schema(one, at.inside(f"{name}/{key}")) for key, one in value.items()}
+            elif name not in _LEFT_OUT:
+                found[name] = value
+        return _together(found)
+
+    def reference(self, value: Any, at: At) -> str:
+        if isinstance(value, _Written):
+            return value
+        return self.definition(self.references.resolve(value, at.base, at.place))
+
+    def definition(self, target: Target, opposed: tuple[str, str] | None = None) -> _Written:
+        """A reference to what a `$ref` points to, or, for the sake of a keyword, to its opposite."""
+        key = target.pointer if opposed is None else f"not {target.pointer}"
+        if key not in self.names:
+            taken = {"$defs": self.root.get("$defs"), "definitions": self.root.get("definitions")}
+            name = key
+            if not _SIMPLE.fullmatch(name):
+                free = (f"case{number}" for number in itertools.count(len(self.names)))
+                name = "#/$defs/" + next(one for one in free if one not in (taken["$defs"] or ()))
+            schema = target.schema if opposed is None else {"not": target.schema}
+            self.names[key] = _Written(name)
+            self.waiting.append((self.names[key], schema, At(target.pointer, target.base, 0, opposed)))
+        return self.names[key]
+
+    def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
+        """What the schema does not take, in any keywords."""
+        asking = at.asking or (keyword, at.place)
+        if isinstance(schema, bool):
+            return not schema
+        if not isinstance(schema, dict):
+            raise refused(f"a JSON schema must be an object or a boolean (at {at.place}/{keyword})")
+        base = self.references.base(schema, at.base)
+        own = self.own(schema, at._replace(place=f"{at.place}/{keyword}"))
+        if own.keys() & ASSERTING == {"$ref"}:
+            return {"$ref": self.definition(self.references.resolve(own["$ref"], base, at.place), asking)}
+        try:
+            found = opposite(own, types)
+        except OppositeUnknown as error:
+            raise refused(
+                f"the JSON schema keyword {asking[0]!r} is not supported here (at {asking[1]}): no grammar holds what "
+                f"{error.keyword!r} does not take"
+            ) from None
+        return {"anyOf": found} if found else False
+
+
+def _together(schema: Schema) -> Schema:
+    """Keeps `patternProperties` and what depends on it in one schema; llguidance takes them apart behind others."""
+    if "patternProperties" not in schema or not schema.keys() & _APPLIED:
+        return schema
+    names = [name for name in schema if name in ("properties", "patternProperties", "additionalProperties")]
+    first = list(schema).index(names[0])
+    rest = [(name, value) for name, value in schema.items() if name not in names]
+    parts = [dict(rest[:first]), {name: schema[name] for name in names}, dict(rest[first:])]
+    return {"allOf": [part for part in parts if part]}

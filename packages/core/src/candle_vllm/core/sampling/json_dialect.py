@@ -1,0 +1,204 @@
+"""One JSON schema as it was sent: the spelling of its draft, the shape of its keywords, what in it says nothing.
+
+A schema is read as draft 2020-12; what older drafts spell differently (`definitions`, a list as `items`, a boolean
+`exclusiveMinimum`) means what it meant there. Keywords and formats that nobody holds are annotations, as the
+specification says; a remark names those that look like a misspelt one.
+
+llguidance's own dates let the 29th of February pass in every year, and a leap second at any minute, so they are written
+out: a leap second is the last one of a day of UTC, which other zones, each some quarters of an hour away, have at other
+times.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from candle_vllm.core.sampling.json_facts import types_of
+from candle_vllm.core.sampling.structured import refused
+
+MAX_COUNT = (1 << 31) - 1  # of minLength and the like
+MAX_UNKNOWN = 8  # unknown names that are compared with the known ones, in search of what was meant
+MAX_REMARKS = 8
+_DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12")
+_REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
+_SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_MAPS = ("properties", "patternProperties", "dependentSchemas", "dependentRequired", "dependencies")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_COUNTS += ("minContains", "maxContains")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_OTHERS = ("type", "enum", "const", "$ref", "required", "pattern", "format", "multipleOf", "uniqueItems")
+_UNEVALUATED = ("unevaluatedItems", "unevaluatedProperties")
+KNOWN = frozenset({*_SCHEMAS, *_LISTS, *_MAPS, *_COUNTS, *_BOUNDS, *_OTHERS, *_UNEVALUATED, *_REFUSED})
+_ANNOTATIONS = frozenset(
+    {"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "$comment", "$defs"}
+    | {"definitions", "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"}
+    | {"contentEncoding", "contentMediaType", "contentSchema", "nullable", "discriminator", "xml", "externalDocs"}
+)
+
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = (
+    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+)
+_CLOCK = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_DECIMALS = r"(?:\.[0-9]+)?"
+
+
+def _leap_seconds() -> Iterator[str]:
+    """23:59:60 of UTC, on the clocks of all zones."""
+    yield f"23:59:60{_DECIMALS}[zZ]"
+    for sign, way in (("+", 1), ("-", -1)):
+        offsets = {(1439 + way * offset) % 1440: offset for offset in range(0, 1440, 15)}  # minute of a day -> offset
+        for hour in range(24):
+            ends = [
+                rf"{time % 60:02}:60{_DECIMALS}[{sign}]{offset // 60:02}:{offset % 60:02}"
+                for time, offset in sorted(offsets.items())
+                if time // 60 == hour
+            ]
+            yield f"{hour:02}:(?:{'|'.join(ends)})"
+
+
+_TIME = rf"(?:{_CLOCK}:[0-5][0-9]{_DECIMALS}(?:[zZ]|[+-]{_CLOCK})|{'|'.join(_leap_seconds())})"
+FORMATS: Mapping[str, str] = MappingProxyType(
+    {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
+)
+"""RFC 3339 formats as patterns."""
+_COMPILED = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # by llguidance
+_HELD = (*FORMATS, *_COMPILED)
+
+
+class Remarks:
+    """What a user should know of a schema that is followed, in the order in which it was found."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._compared = 0
+
+    def add(self, text: str) -> None:
+        """Notes a sentence once; those beyond a few are dropped."""
+        if text not in self.texts and len(self.texts) < MAX_REMARKS:
+            self.texts.append(text)
+
+    def keywords(self, schema: dict[str, Any], place: str) -> None:
+        """Looks for names that are none: annotations, which may have been meant as something else."""
+        for name in schema:
+            if name in KNOWN or name in _ANNOTATIONS or name.startswith("x-"):
+                continue
+            if close := self._near(name, tuple(sorted(KNOWN))):
+                self.add(f"the JSON schema has {name!r:.80} (at {place:.120}), which says nothing: is {close!r} meant?")
+
+    def format(self, name: str, place: str) -> None:
+        """Notes a format that is not held."""
+        meant = f": is {close!r} meant?" if (close := self._near(name, _HELD)) else ""
+        self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not held{meant}")
+
+    def _near(self, name: str, known: tuple[str, ...]) -> str | None:
+        """Each comparison takes a millisecond in which no other thread runs."""
+        self._compared += 1
+        if self._compared > MAX_UNKNOWN:
+            return None
+        return next(iter(difflib.get_close_matches(name[:40], known, 1, 0.8)), None)
+
+
+def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
+    """Rewrites the keywords of one schema, not of those inside it, in place.
+
+    Raises:
+        InvalidParameterError: a dialect that is not known, a keyword that nobody follows, or two spellings at once.
+    """
+    draft = schema.pop("$schema", None)
+    if draft is not None and not (isinstance(draft, str) and any(known in draft for known in _DRAFTS)):
+        raise refused(f"the JSON schema follows {draft!r:.80}; known are the drafts 4, 6, 7, 2019-09 and 2020-12")
+    for name in _REFUSED:
+        if name in schema:
+            raise refused(f"the JSON schema keyword {name!r} is not supported (at {place}); leave it out")
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    _lists_of_items(schema, place)
+    name = schema.get("format")
+    if not isinstance(name, str) or name in _COMPILED:
+        return
+    del schema["format"]
+    if name in FORMATS:
+        _also(schema, {"pattern": FORMATS[name]}, place)
+    else:
+        remarks.format(name, place)
+
+
+def check_shape(schema: dict[str, Any], place: str) -> None:
+    """Refuses values that the keywords of one schema cannot have, those of schemas inside it left out.
+
+    Raises:
+        InvalidParameterError: with the keyword's name.
+    """
+    types_of(schema, place)
+    for name in _COUNTS:
+        value = schema.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = schema[name] = int(value)
+        if value is not None and not (type(value) is int and 0 <= value <= MAX_COUNT):
+            raise refused(f"{name} must be a whole number of 0 to {MAX_COUNT} (at {place})")
+    for name in _BOUNDS:
+        value = schema.get(name)
+        if value is not None and not isinstance(value, (int, float)):
+            raise refused(f"a bound must be a number (at {place}/{name})")
+    multiple = schema.get("multipleOf", 1)
+    if isinstance(multiple, bool) or not isinstance(multiple, (int, float)) or not 0 < multiple < math.inf:
+        raise refused(f"multipleOf must be a number above 0 (at {place})")
+    if not isinstance(schema.get("enum", []), list):
+        raise refused(f"enum must be a list (at {place})")
+    for name in _LISTS:
+        if not isinstance(schema.get(name, []), list):
+            raise refused(f"{name} must be a list of schemas (at {place})")
+    for name in _MAPS:
+        if not isinstance(schema.get(name, {}), dict):
+            raise refused(f"{name} must be an object (at {place})")
+    listed = [schema.get("required", []), *schema.get("dependentRequired", {}).values()]
+    listed += [needs for needs in schema.get("dependencies", {}).values() if isinstance(needs, list)]
+    for names in listed:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise refused(f"required must be a list of names (at {place})")
+    if not isinstance(schema.get("pattern", ""), str):
+        raise refused(f"pattern must be a text (at {place})")
+
+
+def taker(schema: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a text is an instance of a schema of texts, in llguidance's keywords; False where that is not certain."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    grammar = json.dumps({"grammars": [{"json_schema": {**schema, "type": "string"}}]})
+    begun = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+
+    def takes(text: str) -> bool:
+        said = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f").encode(errors="replace")
+        matcher = begun.deep_copy()
+        return not matcher.is_error() and matcher.consume_tokens([*said]) and matcher.is_accepting()
+
+    return takes
+
+
+def _lists_of_items(schema: dict[str, Any], place: str) -> None:
+    """Before 2020-12, a list as `items` had the first ones, and `additionalItems` the others."""
+    others = schema.pop("additionalItems", None)  # without a list as `items`, it says nothing
+    if isinstance(schema.get("items"), list):
+        if "prefixItems" in schema:
+            raise refused(f"the JSON schema has prefixItems and a list as items (at {place}); only one can be meant")
+        schema["prefixItems"] = schema.pop("items")
+        if others is not None:
+            schema["items"] = others
+
+
+def _also(schema: dict[str, Any], more: dict[str, Any], place: str) -> None:
+    """Adds keywords that must hold beside those that are there."""
+    if not more.keys() & schema.keys():
+        schema.update(more)
+        return
+    if not isinstance(schema.get("allOf", []), list):
+        raise refused(f"allOf must be a list of schemas (at {place})")
+    schema["allOf"] = [*schema.get("allOf", []), more]

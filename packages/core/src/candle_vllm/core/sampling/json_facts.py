@@ -1,0 +1,260 @@
+"""What is certain about a JSON schema without compiling it: types, values, and which schemas exclude each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from candle_vllm.core.sampling.json_references import References
+from candle_vllm.core.sampling.structured import refused
+
+FRACTION = "fraction"
+TYPES = frozenset({"null", "boolean", "integer", FRACTION, "string", "array", "object"})
+"""What JSON Schema calls a number is an integer or a fraction here."""
+NAMES = ("null", "boolean", "integer", "number", "string", "array", "object")
+MAX_LOOKS = 100_000  # of one schema at others, before nothing more is certain
+MAX_VALUES = 16  # of a domain that is counted as finite
+_MAX_DEPTH = 8
+
+
+class Place(NamedTuple):
+    """A schema, and the URI that references in it are relative to."""
+
+    schema: Any
+    base: str
+
+
+def types_of(schema: dict[str, Any], place: str = "#") -> frozenset[str]:
+    """What the keyword `type` allows.
+
+    Raises:
+        InvalidParameterError: it names a type that JSON does not have.
+    """
+    named = schema.get("type", NAMES)
+    listed = [named] if isinstance(named, str) else named
+    wrong = [one for one in listed if one not in NAMES] if isinstance(listed, (list, tuple)) else [named]
+    if wrong:
+        raise refused(f"the JSON type {wrong[0]!r:.80} is unknown (at {place}); it is one of {', '.join(NAMES)}")
+    return frozenset(kind for one in listed for kind in (("integer", FRACTION) if one == "number" else (one,)))
+
+
+def type_names(types: Iterable[str]) -> list[str] | None:
+    """The value of `type` that allows these; None for fractions without integers, which it cannot say."""
+    found = set(types)
+    if FRACTION in found:
+        if "integer" not in found:
+            return None
+        found -= {FRACTION, "integer"}
+        found.add("number")
+    return [name for name in NAMES if name in found]
+
+
+def type_of(value: Any) -> str:
+    """The type of a JSON value, with `FRACTION` for numbers that are no integers."""
+    if isinstance(value, float):
+        return "integer" if value.is_integer() else FRACTION
+    kinds = {type(None): "null", bool: "boolean", int: "integer", str: "string", list: "array"}
+    return kinds.get(type(value), "object")
+
+
+def canonical(value: Any) -> str:
+    """A text that is the same for values that JSON Schema calls equal: 1 and 1.0, objects in any order."""
+
+    def plain(one: Any) -> Any:
+        if isinstance(one, float) and one.is_integer():
+            return int(one)
+        if isinstance(one, list):
+            return [plain(each) for each in one]
+        return {key: plain(each) for key, each in one.items()} if isinstance(one, dict) else one
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
+def values_of(schema: dict[str, Any]) -> list[Any] | None:
+    """The values that `enum`, `const` and `type` leave; None where neither of the first two stands."""
+    if "const" not in schema and not isinstance(schema.get("enum"), list):
+        return None
+    listed: list[Any] = [schema["const"]] if "const" in schema else schema["enum"]
+    if "const" in schema and isinstance(schema.get("enum"), list):
+        both = set(map(canonical, schema["enum"]))
+        listed = [value for value in listed if canonical(value) in both]
+    types = types_of(schema)
+    return [value for value in listed if type_of(value) in types]
+
+
+class Span(NamedTuple):
+    """The numbers of a schema; an open end is not in it."""
+
+    low: float = -math.inf
+    low_open: bool = False
+    high: float = math.inf
+    high_open: bool = False
+
+    def misses(self, other: Span) -> bool:
+        """Whether no number is in both."""
+        return self._ends_before(other) or other._ends_before(self)
+
+    def _ends_before(self, other: Span) -> bool:
+        return self.high < other.low or (self.high == other.low and (self.high_open or other.low_open))
+
+
+def span_of(schema: dict[str, Any]) -> Span:
+    """What the bounds say, also as draft 4 spelt them."""
+
+    def end(plain: str, exclusive: str, sign: int, none: float) -> tuple[float, bool]:
+        bound, opened = schema.get(plain), schema.get(exclusive)
+        ends = [(_as_float(bound), opened is True)] if _is_number(bound) else []
+        ends += [(_as_float(opened), True)] if _is_number(opened) else []
+        return max(ends, key=lambda one: (sign * one[0], one[1]), default=(none, False))
+
+    low = end("minimum", "exclusiveMinimum", 1, -math.inf)
+    return Span(*low, *end("maximum", "exclusiveMaximum", -1, math.inf))
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class Facts:
+    """Answers for the schemas of one document. What is not certain is False or None; so is what takes too long.
+
+    Args:
+        references: of the document.
+        taker: of a pattern, whether it is found in a text.
+    """
+
+    def __init__(self, references: References, taker: Callable[[str], Callable[[str], bool]]) -> None:
+        self._references = references
+        self._taker = taker
+        self._takers: dict[str, Callable[[str], bool]] = {}
+        self._looks = 0
+
+    def parts(self, place: Place, depth: int = 0) -> list[Place]:
+        """The schema and those that hold beside it by `$ref` and `allOf`; `False` alone where none can hold."""
+        schema, base = place
+        if schema is False:
+            return [place]
+        if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+            return []
+        base = self._references.base(schema, base)
+        found = [Place(schema, base)]
+        if "$ref" in schema:
+            target = self._references.resolve(schema["$ref"], base, "#")
+            found += self.parts(Place(target.schema, target.base), depth + 1)
+        for part in schema.get("allOf", ()) if isinstance(schema.get("allOf", ()), list) else ():
+            found += self.parts(Place(part, base), depth + 1)
+        none = [part for part in found if part.schema is False]
+        return none[:1] or found
+
+    def domain(self, place: Place) -> tuple[list[Any], bool] | None:
+        """All values of a schema, where they are few, and whether each of them is one for certain."""
+        parts = self.parts(place)
+        for schema, _ in parts:
+            if schema is False:
+                return [], True
+            alone = len(parts) == 1 and not set(schema) - {"type", "enum", "const", "title", "description"}
+            values = values_of(schema)
+            if values is not None:
+                return [json.loads(text) for text in dict.fromkeys(map(canonical, values))], alone
+            types = types_of(schema)
+            span = span_of(schema)
+            if types == {"integer"} and span.high - span.low <= MAX_VALUES:
+                low, high = math.ceil(span.low), math.floor(span.high)
+                inside = [n for n in range(low, high + 1) if not span.misses(Span(n, False, n, False))]
+                return inside, False
+            if types <= {"null", "boolean"}:
+                booleans = [True, False] if "boolean" in types else []
+                return [*booleans, *([None] if "null" in types else [])], alone
+        return None
+
+    def apart(self, one: Sequence[Place], other: Sequence[Place], depth: int = 0) -> bool:
+        """Whether no value is in both, for certain.
+
+        Args:
+            one, other: schemas that must hold together; see `parts`.
+            depth: of the question inside others.
+        """
+        self._looks += len(one) + len(other)
+        if self._looks > MAX_LOOKS or depth > _MAX_DEPTH:
+            return False
+        if any(part.schema is False for part in (*one, *other)):
+            return True
+        both = [part.schema for part in (*one, *other)]
+        types = frozenset.intersection(TYPES, *map(types_of, both))
+        listed = [values for values in map(values_of, both) if values is not None]
+        if listed:
+            common = set[str].intersection(*({canonical(value) for value in values} for values in listed))
+            left = [value for value in listed[0] if canonical(value) in common and type_of(value) in types]
+            return not any(self._may_be(value, both) for value in left)
+        if any(self._branches_apart(mine, theirs, depth) for mine, theirs in ((one, other), (other, one))):
+            return True
+        return all(self._type_apart(kind, one, other, depth) for kind in types)
+
+    def _may_be(self, value: Any, schemas: Sequence[dict[str, Any]]) -> bool:
+        """Whether a value may satisfy all of these; only what takes no time is looked at."""
+        if isinstance(value, str):
+            patterns = [schema["pattern"] for schema in schemas if isinstance(schema.get("pattern"), str)]
+            self._takers |= {pattern: self._taker(pattern) for pattern in patterns if pattern not in self._takers}
+            return all(_fits(len(value), schema, "Length") for schema in schemas) and all(
+                self._takers[pattern](value) for pattern in patterns
+            )
+        if _is_number(value):
+            return not any(span_of(schema).misses(Span(value, False, value, False)) for schema in schemas)
+        return True
+
+    def _branches_apart(self, mine: Sequence[Place], theirs: Sequence[Place], depth: int) -> bool:
+        for schema, base in mine:
+            for name in ("anyOf", "oneOf"):
+                options = schema.get(name)
+                if isinstance(options, list) and all(
+                    self.apart(self.parts(Place(option, base)), theirs, depth + 1) for option in options
+                ):
+                    return True
+        return False
+
+    def _type_apart(self, kind: str, one: Sequence[Place], other: Sequence[Place], depth: int) -> bool:
+        mine, theirs = [part.schema for part in one], [part.schema for part in other]
+        if kind in ("integer", FRACTION):
+            return any(span_of(a).misses(span_of(b)) for a in mine for b in theirs)
+        if kind == "string":
+            return _lengths_apart([*mine, *theirs], "Length")
+        if kind == "array":
+            return _lengths_apart([*mine, *theirs], "Items")
+        if kind != "object":
+            return False
+        listed = [schema.get("required") for schema in (*mine, *theirs)]
+        required = [name for names in listed if isinstance(names, list) for name in names]
+        return any(
+            self.apart(a, b, depth + 1)
+            for name in dict.fromkeys(name for name in required if isinstance(name, str))
+            for a in self._entries(one, name)
+            for b in self._entries(other, name)
+        )
+
+    def _entries(self, parts: Sequence[Place], name: str) -> Iterator[list[Place]]:
+        """What the schemas say of a property."""
+        for schema, base in parts:
+            properties = schema.get("properties", {})
+            if isinstance(properties, dict) and name in properties:
+                yield self.parts(Place(properties[name], base))
+            elif "additionalProperties" in schema and not schema.get("patternProperties"):
+                yield self.parts(Place(schema["additionalProperties"], base))
+
+
+def _fits(count: int, schema: dict[str, Any], what: str) -> bool:
+    least, most = schema.get(f"min{what}", 0), schema.get(f"max{what}", math.inf)
+    return not (_is_number(least) and count < least) and not (_is_number(most) and count > most)
+
+
+def _lengths_apart(schemas: Sequence[dict[str, Any]], what: str) -> bool:
+    least = max((schema[f"min{what}"] for schema in schemas if _is_number(schema.get(f"min{what}"))), default=0)
+    return not all(_fits(least, schema, what) for schema in schemas)

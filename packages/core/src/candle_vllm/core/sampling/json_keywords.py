@@ -1,0 +1,315 @@
+"""The keywords that llguidance lacks, each in others: alternatives, and schemas that must hold too (see `json_cases`).
+
+Every function gets the schema that the keyword stands in, which it may change, and gives what must hold beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from candle_vllm.core.sampling.json_dialect import Remarks, taker
+from candle_vllm.core.sampling.json_facts import TYPES, Facts, Place, canonical, type_names, types_of, values_of
+from candle_vllm.core.sampling.json_opposites import ASSERTING
+from candle_vllm.core.sampling.structured import refused
+
+Schema = dict[str, Any]
+
+MAX_CASES = 256  # alternatives of the keywords of one schema, multiplied
+MAX_PLACES = 16  # of an array without a bound, in which what it contains is looked for
+MAX_OPTIONS = 128  # of oneOf, that are compared with each other
+MAX_ARRAYS = 2_000  # of different values, for uniqueItems
+IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "dependencies"})
+
+
+class At(NamedTuple):
+    """Where a schema is.
+
+    Attributes:
+        place: for messages.
+        base: the URI that references are relative to.
+        depth: of nesting.
+        asking: the keyword for whose sake a case was written, and its place.
+    """
+
+    place: str
+    base: str
+    depth: int = 0
+    asking: tuple[str, str] | None = None
+
+    def inside(self, step: str) -> At:
+        return self._replace(place=f"{self.place}/{step}", depth=self.depth + 1)
+
+
+class Case(dict[str, Any]):
+    """A schema that was written for the sake of a keyword."""
+
+    def __init__(self, schema: Schema, asking: tuple[str, str]) -> None:
+        super().__init__(schema)
+        self.asking = asking
+
+
+class Cases(Protocol):
+    """What writes a schema in known keywords."""
+
+    facts: Facts
+    remarks: Remarks
+
+    def own(self, schema: Schema, at: At) -> Schema:
+        """A copy that may be changed, of the right shape, in today's dialect."""
+        ...
+
+    def opposed(self, schema: Any, keyword: str, types: frozenset[str], at: At) -> Schema | bool:
+        """What the schema does not take, in any keywords."""
+        ...
+
+
+def _not(cases: Cases, own: Schema, at: At) -> Any:
+    return cases.opposed(own["not"], "not", types_of(own), at)
+
+
+def _if(cases: Cases, own: Schema, at: At) -> Any:
+    if "then" not in own and "else" not in own:
+        return None
+    other = cases.opposed(own["if"], "if", types_of(own), at)
+    return {"anyOf": [{"allOf": [own["if"], own.get("then", True)]}, {"allOf": [other, own.get("else", True)]}]}
+
+
+def _dependent(keyword: str) -> Callable[[Cases, Schema, At], Any]:
+    def write(_: Cases, own: Schema, at: At) -> Any:
+        found = list[Any]()
+        if "object" not in types_of(own):
+            return None
+        for name, needs in own[keyword].items():
+            there: Schema = {"required": [name, *needs]} if isinstance(needs, list) else {"allOf": [needs]}
+            there.setdefault("required", [name])
+            absent = [] if name in own.get("required", ()) else [{"properties": {name: False}}]
+            found.append(_only("object", own, [*absent, there]))
+        if math.prod(len(one["anyOf"]) for one in found) > MAX_CASES:
+            raise refused(
+                f"the JSON schema keyword {keyword!r} names {len(found)} properties (at {at.place}); at most 8 are "
+                "supported, as the cases multiply"
+            )
+        return {"allOf": found} if found else None
+
+    return write
+
+
+def _contains(cases: Cases, own: Schema, at: At) -> Any:
+    """One case for each choice of places for the matches."""
+    least, most, longest = own.get("minContains", 1), own.get("maxContains"), own.get("maxItems", math.inf)
+    if (least == 0 and most is None) or "array" not in types_of(own):
+        return None
+    match = own["contains"]
+    other = True if most is None else cases.opposed(match, "contains", TYPES, at)
+    places = int(min(longest, MAX_PLACES))
+    counts = range(least, min(least if most is None else most, places) + 1)
+    while sum(math.comb(places, count) for count in counts) > MAX_CASES // 4:
+        places -= 1
+    if least > places:
+        raise refused(f"minContains {least} is not supported (at {at.place}): the cases are too many")
+    if places < longest:
+        cases.remarks.add(
+            f"the JSON schema's 'contains' is looked for in the first {places} elements of an array (at {at.place})"
+        )
+    found = list[Schema]()
+    for count in counts:
+        for chosen in itertools.combinations(range(places), count):
+            last = chosen[-1] + 1 if chosen else 0
+            first = [match if place in chosen else other for place in range(last)]
+            found.append({"prefixItems": first, "minItems": last, **({} if most is None else {"items": other})})
+    return _only("array", own, found)
+
+
+def _unique(cases: Cases, own: Schema, at: At) -> Any:
+    """Every array of different values, where those are few."""
+    longest = own.get("maxItems", math.inf)
+    if own["uniqueItems"] is not True or longest < 2 or "array" not in types_of(own):
+        return None
+    first = [Place(one, at.base) for one in own.get("prefixItems", ())]
+    others = Place(own.get("items", True), at.base)
+    if others.schema is False:
+        parts = [cases.facts.parts(one) for one in first]
+        if all(cases.facts.apart(one, two) for one, two in itertools.combinations(parts, 2)):
+            return None
+    domains = [cases.facts.domain(one) for one in (*first, others)]
+    values = [domain[0] for domain in domains if domain is not None]
+    if len(values) < len(domains):
+        raise refused(
+            f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): it can be guaranteed for "
+            "elements of few values, as of an enum"
+        )
+    arrays = _different(values, own.get("minItems", 0), longest)
+    if arrays is None:
+        raise refused(
+            f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): there are more than "
+            f"{MAX_ARRAYS} arrays of different elements; set maxItems, or use fewer values"
+        )
+    if all(domain is not None and domain[1] for domain in domains):  # the arrays say it all
+        for name in ("items", "prefixItems", "minItems", "maxItems"):
+            own.pop(name, None)
+    return _only("array", own, [{"enum": arrays}])
+
+
+def _different(domains: list[list[Any]], least: int, most: float) -> list[list[Any]] | None:
+    """Arrays of different values, of the first domains in turn and then of the last; None where they are too many."""
+    found: list[list[Any]] = []
+    longer: list[tuple[list[Any], frozenset[str]]] = [([], frozenset())]
+    while longer:
+        length = len(longer[0][0])
+        found += [said for said, _ in longer] if length >= least else []
+        if length >= most:
+            break
+        named = [(value, canonical(value)) for value in domains[min(length, len(domains) - 1)]]
+        if len(longer) * len(named) + len(found) > 2 * MAX_ARRAYS:
+            return None
+        longer = [
+            ([*said, value], known | {name}) for said, known in longer for value, name in named if name not in known
+        ]
+    return found if len(found) <= MAX_ARRAYS else None
+
+
+def _names(cases: Cases, own: Schema, at: At) -> Any:
+    """What keys may be is said by `properties` and `patternProperties`."""
+    held = own["propertyNames"]
+    if "object" not in types_of(own) or held is True or held == {}:
+        return None
+    if held is False:
+        return _only("object", own, [{"maxProperties": 0}])
+    parts = [
+        cases.own(one.schema, at._replace(place=f"{at.place}/propertyNames"))
+        for one in cases.facts.parts(Place(held, at.base))
+        if one.schema is not False
+    ]
+    told = [(name, value) for part in parts for name, value in part.items() if name in _OF_NAMES]
+    whole = dict(told)
+    others = {name for part in parts for name in part} & (ASSERTING - _OF_NAMES - {"$ref", "allOf", "type"})
+    if len(told) > len(whole) or own.get("patternProperties") or others & _OF_ALL:
+        raise _no_names(at)
+    if not parts or not all("string" in types_of(part) for part in parts):
+        return _only("object", own, [{"maxProperties": 0}])
+    named = dict.fromkeys([*own.get("properties", {}), *own.get("required", [])])
+    takes = taker(whole)
+    wrong = dict.fromkeys((name for name in named if not takes(name)), False)
+    own["properties"] = {**own.get("properties", {}), **wrong}
+    rest = own.get("additionalProperties", True)
+    if rest is False:
+        return None
+    own["additionalProperties"] = False
+    if "enum" in whole or "const" in whole:
+        values = filter(takes, filter(_is_text, values_of(whole) or ()))
+        own["properties"] = {**dict.fromkeys(values, rest), **own["properties"]}
+    elif rest not in (True, {}) and len(wrong) < len(named):
+        raise _no_names(at)  # the pattern is that of a named property, too, and what others must be is not
+    else:
+        own["patternProperties"] = {_one_pattern(whole, at): rest}
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_OF_NAMES = frozenset({"enum", "const", "pattern", "minLength", "maxLength", "format"})
+_OF_ALL = frozenset({"anyOf", "oneOf", "not", "if"})
+
+
+def _one_pattern(schema: Schema, at: At) -> str:
+    """What keys must be like as one pattern."""
+    lengths = schema.get("minLength", 0), schema.get("maxLength", "")
+    patterns = [schema["pattern"]] if "pattern" in schema else []
+    patterns += [f"^(?s:.{{{lengths[0]},{lengths[1]}}})$"] if lengths != (0, "") else []
+    if "format" in schema or len(patterns) > 1:
+        raise _no_names(at)
+    return patterns[0] if patterns else "^(?s:.*)$"
+
+
+def _no_names(at: At) -> Exception:
+    return refused(
+        f"the JSON schema keyword 'propertyNames' is not supported here (at {at.place}): it can be guaranteed for an "
+        "enum, a pattern or lengths alone, without patternProperties, and properties beside a schema of others"
+    )
+
+
+def _one_of(cases: Cases, own: Schema, at: At) -> Any:
+    """`anyOf`, where need be of options without what is in the others; llguidance decides where that is too much."""
+    options = own["oneOf"]
+    beside = cases.facts.parts(Place({name: value for name, value in own.items() if name != "oneOf"}, at.base))
+    parts = [cases.facts.parts(Place(one, at.base)) for one in options]
+    meeting = _meeting(cases.facts, parts, beside)
+    if meeting is None:
+        return None
+    asking = at.asking or ("oneOf", at.place)
+    alone = list[Any]()
+    for place, one in enumerate(options):
+        others = [cases.opposed(options[other], "oneOf", types_of(own), at) for other in meeting.get(place, ())]
+        alone.append(Case({"allOf": [one, *others]}, asking) if others else one)
+    if "anyOf" in own:
+        del own["oneOf"]
+        return {"anyOf": alone}
+    told = [("anyOf", alone) if name == "oneOf" else (name, value) for name, value in own.items()]
+    own.clear()
+    own.update(told)  # in its place, for the order of properties
+    return None
+
+
+def _meeting(facts: Facts, options: list[list[Place]], beside: list[Place]) -> dict[int, list[int]] | None:
+    """Options that may take the same value -> the others that do; None where there are too many."""
+    listed = [values_of(option[0].schema) if option and option[0].schema is not False else None for option in options]
+    values = [canonical(value) for one in listed if one is not None for value in one]
+    if all(one is not None for one in listed) and len(set(values)) == len(values):
+        return {}
+    if len(options) > MAX_OPTIONS:
+        return None
+    found: dict[int, list[int]] = {}
+    for one, two in itertools.combinations(range(len(options)), 2):
+        if not facts.apart([*options[one], *beside], options[two]):
+            found.setdefault(one, []).append(two)
+            found.setdefault(two, []).append(one)
+    return found if sum(map(len, found.values())) <= MAX_CASES else None
+
+
+def _unevaluated(keyword: str, known: str, *beside: str) -> Callable[[Cases, Schema, At], Any]:
+    def write(_: Cases, own: Schema, at: At) -> Any:
+        if own[keyword] is True or own[keyword] == {}:
+            return None
+        if own.keys() & {*IN_PLACE, *beside}:
+            raise refused(f"the JSON schema keyword {keyword!r} is not supported (at {at.place}); leave it out")
+        own.setdefault(known, own[keyword])
+        return None
+
+    return write
+
+
+def _only(kind: str, own: Schema, cases: list[Any]) -> Schema:
+    """Cases for values of one type; others pass."""
+    rest = type_names(types_of(own) - {kind})
+    return {"anyOf": [*([{"type": rest}] if rest else []), *({"type": kind, **one} for one in cases)]}
+
+
+def _nothing(_: Cases, __: Schema, ___: At) -> None:
+    """A keyword that another one reads."""
+
+
+WRITERS: Mapping[str, Callable[[Cases, Schema, At], Any]] = MappingProxyType(
+    {
+        "unevaluatedProperties": _unevaluated("unevaluatedProperties", "additionalProperties"),
+        "unevaluatedItems": _unevaluated("unevaluatedItems", "items", "contains"),
+        "propertyNames": _names,
+        "oneOf": _one_of,
+        "not": _not,
+        "if": _if,
+        "then": _nothing,
+        "else": _nothing,
+        "dependentRequired": _dependent("dependentRequired"),
+        "dependentSchemas": _dependent("dependentSchemas"),
+        "dependencies": _dependent("dependencies"),
+        "contains": _contains,
+        "minContains": _nothing,
+        "maxContains": _nothing,
+        "uniqueItems": _unique,
+    }
+)

@@ -1,0 +1,144 @@
+"""What a `$ref` of a JSON schema points to: places, anchors and ids of the same document.
+
+Nothing is fetched: a reference to another document is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urldefrag, urljoin
+
+from candle_vllm.core.sampling.structured import refused
+
+MAX_INDEXED = 50_000  # schemas of one document, those that nothing refers to included
+MAX_NESTING = 100
+_SINGLE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+_SINGLE += ("unevaluatedItems", "unevaluatedProperties", "contentSchema")
+_LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
+
+
+class Target(NamedTuple):
+    """What a reference points to.
+
+    Attributes:
+        pointer: where it is in the document, or a name that no place has.
+        schema: a schema, as far as nobody has looked.
+        base: the URI that references in it are relative to.
+    """
+
+    pointer: str
+    schema: Any
+    base: str
+
+
+class References:
+    """The places of one document that can be referred to.
+
+    Args:
+        root: the document.
+
+    Raises:
+        InvalidParameterError: it has too many schemas, or is nested too deeply.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._ids = ("$id", "id") if "draft-04" in str(root.get("$schema")) else ("$id",)
+        self._resources: dict[str, Any] = {"": root}
+        self._anchors: dict[str, tuple[Any, str]] = {}
+        self._bases: dict[int, str] = {}
+        waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
+        while waiting:
+            schema, base, depth = waiting.pop()
+            if not isinstance(schema, dict):
+                continue
+            if depth > MAX_NESTING:
+                raise refused(f"the JSON schema is nested more than {MAX_NESTING} deep")
+            base = self._enter(schema, base)
+            if len(self._bases) > MAX_INDEXED:
+                raise refused(f"the JSON schema has more than {MAX_INDEXED} schemas in it")
+            waiting += [(part, base, depth + 1) for part in _children(schema)]
+
+    def base(self, schema: dict[str, Any], outer: str) -> str:
+        """The URI that references in a schema are relative to."""
+        return self._bases.get(id(schema), outer)
+
+    def resolve(self, reference: Any, base: str, place: str) -> Target:
+        """What a `$ref` at `place` points to.
+
+        Raises:
+            InvalidParameterError: nothing, or something in another document.
+        """
+        if not isinstance(reference, str):
+            raise _elsewhere(reference, place)
+        document, fragment = urldefrag(reference)
+        uri = _joined(base, document) if document else base
+        if uri not in self._resources:
+            raise _elsewhere(reference, place)
+        resource = self._resources[uri]
+        if fragment and not fragment.startswith("/"):
+            found = self._anchors.get(f"{uri}#{unquote(fragment)}")
+            if found is None:
+                raise refused(f"$ref {reference!r:.80} points to nothing in the schema (at {place})")
+            return Target(f"{uri}#{fragment}", *found)
+        schema = _walked(resource, fragment, reference)
+        inner = self._bases.get(id(schema), uri) if isinstance(schema, dict) else uri
+        return Target(f"#{fragment}" if resource is self._root else f"{uri}#{fragment}", schema, inner)
+
+    def _enter(self, schema: dict[str, Any], base: str) -> str:
+        """Notes the names that a schema gives itself; the URI that references in it are relative to."""
+        for own in map(schema.get, self._ids):
+            if not isinstance(own, str):
+                continue
+            document, fragment = urldefrag(own)
+            base = _joined(base, document) if document else base
+            if document:
+                self._resources.setdefault(base, schema)
+            if fragment:  # how the older drafts spelt an anchor
+                self._anchors.setdefault(f"{base}#{fragment}", (schema, base))
+        self._bases[id(schema)] = base
+        for name in ("$anchor", "$dynamicAnchor"):
+            if isinstance(schema.get(name), str):
+                self._anchors.setdefault(f"{base}#{schema[name]}", (schema, base))
+        return base
+
+
+def _children(schema: dict[str, Any]) -> Iterator[Any]:
+    for name in _SINGLE:
+        if isinstance(schema.get(name), dict):
+            yield schema[name]
+    for name in _LISTED:
+        if isinstance(schema.get(name), list):
+            yield from schema[name]
+    for name in _NAMED:
+        if isinstance(schema.get(name), dict):
+            yield from schema[name].values()
+
+
+def _joined(base: str, document: str) -> str:
+    try:
+        return urljoin(base, document)
+    except ValueError:  # no URI
+        return document
+
+
+def _walked(root: Any, pointer: str, reference: str) -> Any:
+    """What a JSON pointer (RFC 6901, in a URI fragment) points to."""
+    found = root
+    for part in pointer.split("/")[1:]:
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+        elif isinstance(found, list) and name.isdecimal() and len(name) < 7 and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            raise refused(f"$ref {reference!r:.80} points to nothing in the schema")
+    return found
+
+
+def _elsewhere(reference: Any, place: str) -> Exception:
+    return refused(
+        f"$ref {reference!r:.80} is not supported (at {place}): refer to a place of the same schema, as in #/$defs/name"
+    )

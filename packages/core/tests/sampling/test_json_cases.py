@@ -1,0 +1,139 @@
+"""Keywords that are said by cases: with a validator as judge, what a grammar takes are the instances of its schema."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from schema_texts import accepts, spellings, walk
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.json_schema import compilable_schema
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.testing import ByteTokenizer
+
+VALUES: list[Any] = [None, True, False, 0, 1, 2, 5, -1, 1.5, "", "a", "ab", "b", "abc", [], [1], [1, 1], [1, "a"], {}]
+VALUES += [{"a": 1}, {"b": "a"}, {"a": 1, "b": 2}, {"a": "a", "c": None}, {"a": 1, "b": "b", "c": 2}, [[1], [1]]]
+VALUES += [["a", "b"], {"a": []}, [None, 1, "a"], {"b": {"a": 1}}]
+SCALARS = [value for value in VALUES if not isinstance(value, (list, dict))]
+LEAVES: list[Any] = [
+    *(True, False, {"type": "null"}, {"type": "boolean"}, {"type": "integer"}, {"type": "number"}, {"type": "string"}),
+    *({"type": "array"}, {"type": "object"}, {"type": ["string", "null"]}, {"type": "array", "maxItems": 1}),
+    *({"const": value} for value in VALUES),
+    *({"enum": values} for values in (["a", "b"], [1, "a", None], [True, 0], [[1], {"a": 1}, 2])),
+    *({"type": "integer", "minimum": 1}, {"type": "number", "exclusiveMaximum": 1.5}, {"minimum": 2}, {"maximum": 1}),
+    *({"minLength": 2}, {"maxLength": 1}, {"type": "string", "pattern": "^a"}, {"pattern": "^ab$"}, {"pattern": "b"}),
+    *(
+        {"required": ["a"]},
+        {"required": ["b", "c"]},
+        {"minItems": 2},
+        {"maxProperties": 1},
+        {"type": "object", "minProperties": 1},
+    ),
+]
+KEYWORDS = (
+    *("type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
+    *("propertyNames", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
+)
+
+
+@st.composite
+def schemas(draw: Any, depth: int = 2) -> Any:
+    """A schema of a few keywords, and of others inside it."""
+    if depth == 0 or draw(st.integers(0, 3)) == 0:
+        return draw(st.sampled_from(LEAVES))
+    inner = schemas(depth - 1)
+    names = st.sampled_from(["a", "b", "c"])
+
+    def value(keyword: str) -> Any:
+        if keyword in ("allOf", "anyOf", "oneOf", "prefixItems"):
+            return draw(st.lists(inner, min_size=1, max_size=3))
+        if keyword in ("properties", "dependentSchemas"):
+            return draw(st.dictionaries(names, inner, min_size=1, max_size=2))
+        if keyword in ("dependentRequired", "dependencies"):
+            return draw(
+                st.dictionaries(names, st.lists(names, min_size=1, max_size=2, unique=True), min_size=1, max_size=2)
+            )
+        if keyword == "required":
+            return draw(st.lists(names, max_size=2, unique=True))
+        if keyword == "propertyNames":
+            return draw(
+                st.sampled_from([{"pattern": "^a"}, {"maxLength": 1}, {"enum": ["a", "b"]}, False, {"minLength": 2}])
+            )
+        if keyword in ("minItems", "maxItems", "minContains", "maxContains"):
+            return draw(st.integers(0, 2))
+        if keyword == "type":
+            return draw(st.sampled_from(["object", "array", "integer", ["object", "null"], ["array", "string"]]))
+        return draw(st.booleans()) if keyword in ("uniqueItems", "unevaluatedProperties") else draw(inner)
+
+    return {keyword: value(keyword) for keyword in draw(st.lists(st.sampled_from(KEYWORDS), min_size=1, max_size=4))}
+
+
+OBJECTS = schemas().filter(lambda schema: isinstance(schema, dict))
+
+
+@pytest.fixture(scope="module")
+def letters() -> LlguidanceBackend:
+    tokenizer = ByteTokenizer()
+    return LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))
+
+
+def judge(schema: Any) -> Any:
+    """Draft 2020-12 has no `dependencies` any more."""
+
+    def today(part: Any) -> Any:
+        if isinstance(part, list):
+            return [today(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        found = {name: today(value) for name, value in part.items() if name != "dependencies"}
+        if "dependencies" in part:
+            found["allOf"] = [*found.get("allOf", []), {"dependentRequired": part["dependencies"]}]
+        return found
+
+    return jsonschema.Draft202012Validator(today(schema))
+
+
+def spec_of(schema: Any) -> StructuredOutputsParams:
+    return StructuredOutputsParams(json=json.loads(json.dumps(schema)), disable_any_whitespace=True)
+
+
+@example({"properties": {"a": True}, "additionalProperties": {"type": "null"}, "propertyNames": {"pattern": "^a"}}, [])
+@example({"allOf": [True], "propertyNames": {"pattern": "^a"}}, [])
+@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(schema=OBJECTS, values=st.lists(st.sampled_from(VALUES), max_size=4))
+def test_a_grammar_takes_the_instances_of_its_schema(
+    letters: LlguidanceBackend, schema: Any, values: list[Any]
+) -> None:
+    spec = spec_of(schema)
+    try:
+        letters.compile(spec)
+    except InvalidParameterError as error:
+        if "no text that" in str(error) or "Unsatisfiable" in str(error):
+            assert not any(map(judge(schema).is_valid, VALUES))
+        assume(False)
+    narrowed = compilable_schema(json.loads(json.dumps(schema))).remarks
+    for value in [*VALUES, *values]:
+        texts = itertools.islice(spellings(value), 30)
+        found = any(accepts(letters, spec, text) for text in texts)
+        valid = judge(schema).is_valid(value)
+        assert found == valid or (valid and narrowed), value
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@given(schema=OBJECTS, seed=st.integers(0, 1000))
+def test_whatever_is_said_is_an_instance(backend: LlguidanceBackend, vocabulary: Any, schema: Any, seed: int) -> None:
+    spec = spec_of(schema)
+    try:
+        text = walk(backend, vocabulary, spec, seed)
+    except InvalidParameterError:
+        assume(False)
+    if text is not None:
+        judge(schema).validate(json.loads(text))
