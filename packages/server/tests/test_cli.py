@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -285,6 +286,81 @@ def test_a_server_starts_with_the_imports_that_it_needs(starting_model: Path) ->
     imported = _imported(error)
     assert {"fastapi", "candle_vllm.core.inference_engine"} <= imported
     assert imported & _NOT_FOR_SERVING == set()
+
+
+def _config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, Any]]:
+    assert main(["config", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)["settings"]
+
+
+def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine has it that is then loaded."""
+    model = str(write_toy_model(tmp_path / "toy"))
+    shown = _config(capsys, "--m", model, "--device", "cpu", "--max-num-seqs", "3", "--dtype", "bf16")
+    with derived.load_engine(Settings(model=model, device="cpu", max_num_seqs=3, dtype="bf16")) as engine:
+        info, stats = engine.model_info, engine.stats()
+    assert shown["max_model_len"]["value"] == info.max_model_len
+    assert shown["kv_cache_memory_bytes"]["value"] == info.kv_cache_bytes
+    assert shown["block_size"]["value"] == stats.block_size
+    assert shown["max_num_seqs"] == {"value": 3, "from": "the command line (--max-num-seqs)"}
+    assert shown["prefill_chunk_size"]["value"] == 512
+    assert shown["threads"]["value"] >= 1
+    assert shown["served_model_name"]["value"] == ["toy"]
+    assert shown["kv_cache_dtype"]["value"] == "bf16"
+    assert shown["dtype"]["value"] == "bf16"
+    assert shown["device"]["value"] == "cpu"
+    assert shown["temperature"] == {"value": 1.0, "from": "default"}
+    for name, value in (
+        ("tool_parser", "llama3_json"),
+        ("reasoning_parser", "none"),
+        ("chat_template", "the model's own"),
+    ):
+        assert (shown[name]["value"], shown[name]["from"][:7]) == (value, "derived"), name
+    engine_settings = {option.name for option in OPTIONS if option.engine}
+    assert {name for name in engine_settings if shown[name]["value"] is None} <= {"revision", "hf_token", "tokenizer"}
+
+
+def test_config_says_which_format_and_how_much_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_toy_model(tmp_path / "toy"))
+    shown = _config(capsys, "--m", model, "--device", "cpu", "--tool-parser", "hermes", "--mem", "1")
+    assert shown["tool_parser"] == {"value": "hermes", "from": "the command line (--tool-parser)"}
+    assert shown["kv_fraction"]["value"] == "does not count"
+
+
+def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _config(capsys, "--m", "nobody/nothing", "--device", "cpu")
+    assert shown["max_model_len"] == {
+        "value": "the model says it",
+        "from": "derived: the model is not on this machine yet",
+    }
+    assert shown["max_num_seqs"]["value"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tool-parser", "hermez"], "tool_parser is 'hermez', which is no format"),
+        (["--reasoning-parser", "qwen99"], "reasoning_parser is 'qwen99', which is no format"),
+        (["--block-size", "7"], "block_size 7 is not a power of two"),
+        (["--prefill-chunk-size", "8"], "max_num_batched_tokens 8 is below max_num_seqs 64"),
+        (["--kv-cache-dtype", "fp8"], "needs a GPU"),
+        (["--mem", "999999999"], "set --mem"),
+        (["--max-model-len", "99999"], "is beyond the model's context"),
+        (["--api-key-file", "none.txt"], "cannot read the API keys in none.txt"),
+        (["--responses-store", "redis://x"], "responses_store must be"),
+        (["--mcp-execute"], "mcp_execute needs MCP servers"),
+        (["--m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
+        (["--m", "nobody/nothing", "--offline"], "is not in the cache"),
+    ],
+)
+def test_config_refuses_what_serving_would(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--m" in arguments else ["--m", str(write_toy_model(tmp_path / "toy"))]
+    assert main(["config", "--device", "cpu", *model, *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert message in error.splitlines()[-1]
 
 
 def test_version_from_a_process() -> None:

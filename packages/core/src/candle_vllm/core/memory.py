@@ -62,14 +62,16 @@ class Room:
     limit: Limit | None = None
 
 
-def main_room(threads: int, share: float) -> Room:
+def main_room(threads: int, share: float, weights: int = 0) -> Room:
     """The main memory that there is for a KV cache.
 
     Args:
         threads: that will compute; limits of what a process reserves count their stacks.
         share: see `Room`.
+        weights: bytes of those that are not there yet.
     """
     limit = tightest_limit()
+    limit = limit._replace(left=max(0, limit.left - weights))
     aside = min(limit.left // 2, threads * STACK_BYTES + _FOR_STEPS) if limit.unit else 0
     kept = f" of {limit.name}, {_size(aside)} put aside" if aside else ""
     return Room(limit.left - aside, share, kept, limit if limit.allowed else None)

@@ -24,6 +24,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.pooling import longest_text
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.weights import check_weights
@@ -66,6 +67,15 @@ def load_any_model(
     with opened.checkpoint:
         _check_isq(config)
         return _load_encoder(config, device, progress, opened, *found)
+
+
+def is_encoder(files: ModelFiles) -> bool:
+    """Whether files hold an encoder, by what they say of it."""
+    with naming(config_file(files)):
+        if files.format != "gguf":
+            return files.config is not None and encoder_from_hf(read_json(files.config), files.config) is not None
+        with open_gguf(files.weights[0]) as checkpoint:
+            return encoder_from_gguf(checkpoint.metadata, checkpoint) is not None
 
 
 @collector_paused()

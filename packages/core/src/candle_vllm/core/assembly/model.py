@@ -87,6 +87,15 @@ class LoadedModel(Loaded):
     config: ModelConfig
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described(Loaded):
+    """A decoder before its weights are read; `stored` are the tensors that will be loaded."""
+
+    config: ModelConfig
+    family: Family
+    stored: Checkpoint
+
+
 @collector_paused()
 def load_model(
     config: EngineConfig,
@@ -107,52 +116,62 @@ def load_model(
         ModelLoadError: its files cannot be used; the message names the file.
     """
     opened = opened or open_model(model_files(config), device)
-    files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
-    started = time.perf_counter()
-    described = config_file(files)
-    with checkpoint:
-        with naming(described):
-            family, model_config = _describe(files, checkpoint, metadata)
-        model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
-        limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
-        model_config = dataclasses.replace(model_config, max_position=limit)
-        # What is small comes first: a model that cannot be served is refused before its weights are read.
-        generation = _generation_config(files)
-        default_sampling = _default_sampling(generation)
-        tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
-        template = _template(config, tokenizer, described)
-        pooling = pooling_of(files, metadata, model_config.hidden_size, "last")
-        eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
-        with naming(described, checkpoint.path):
-            _check_weights(family, model_config, checkpoint)
-            stored = _as_loaded(config, family, model_config, checkpoint)
-            placement = choose_placement(config, device, stored, model_config)
-            weight_bytes = sum(tensor.nbytes for tensor in stored.tensors.values())
-            with room_for_weights(files.name, placement, stored):
-                decoder = family.build(model_config, placement, checkpoint)
-                fill(decoder, family.weights, family.ignored(model_config), model_config, stored, progress)
-                if config.kv_cache_dtype == "fp8":
-                    from candle_vllm.core.assembly.cache_scales import give_cache_scales
+    files, started = opened.files, time.perf_counter()
+    with opened.checkpoint as checkpoint:
+        model = describe_model(config, device, opened)
+        placement, stored = model.placement, model.stored
+        with naming(config_file(files), checkpoint.path), room_for_weights(files.name, placement, stored):
+            decoder = model.family.build(model.config, placement, checkpoint)
+            fill(decoder, model.family.weights, model.family.ignored(model.config), model.config, stored, progress)
+            if config.kv_cache_dtype == "fp8":
+                from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
-                    give_cache_scales(decoder, opened.cache_scales, model_config, placement)
-        loaded = LoadedModel(
-            name=files.name,
-            decoder=decoder,
-            placement=placement,
-            dtype=computing_dtype(placement, stored),
-            config=model_config,
-            tokenizer=tokenizer,
-            template=template,
-            eos_token_ids=eos_token_ids,
-            default_sampling=default_sampling,
-            pooling=pooling,
-            quantization=stored_types(stored),
-            num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
-            weight_bytes=weight_bytes,
-        )
+                give_cache_scales(decoder, opened.cache_scales, model.config, placement)
+    said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
-    logger.info("loaded %s: %.1f MB in %.2f s", files.name, loaded.weight_bytes / 1e6, seconds)
-    return loaded
+    logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
+    return LoadedModel(decoder=decoder, **said)
+
+
+def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:
+    """All of a model but its weights: it comes first, so that a model that cannot be served is refused early.
+
+    Raises:
+        ModelLoadError: its files cannot be used; the message names the file.
+    """
+    files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
+    described = config_file(files)
+    with naming(described):
+        family, model_config = _describe(files, checkpoint, metadata)
+    model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
+    limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
+    model_config = dataclasses.replace(model_config, max_position=limit)
+    generation = _generation_config(files)
+    default_sampling = _default_sampling(generation)
+    tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
+    template = _template(config, tokenizer, described)
+    pooling = pooling_of(files, metadata, model_config.hidden_size, "last")
+    eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
+    with naming(described, checkpoint.path):
+        _check_weights(family, model_config, checkpoint)
+        stored = _as_loaded(config, family, model_config, checkpoint)
+        placement = choose_placement(config, device, stored, model_config)
+    return Described(
+        name=files.name,
+        placement=placement,
+        dtype=computing_dtype(placement, stored),
+        config=model_config,
+        family=family,
+        stored=stored,
+        tokenizer=tokenizer,
+        template=template,
+        eos_token_ids=eos_token_ids,
+        default_sampling=default_sampling,
+        pooling=pooling,
+        quantization=stored_types(stored),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+        weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
+    )
 
 
 def _describe(files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> tuple[Family, ModelConfig]:

@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder
-from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.model import Described, LoadedModel
+from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import leave_cores_to_others
+from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
@@ -67,14 +68,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         return _build_encoder(config, loaded)
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
-    sequences = config.max_num_seqs or defaults.sequences
-    budget = config.max_num_batched_tokens or max(defaults.tokens, sequences)
-    if budget < sequences:
-        raise ConfigError(
-            f"max_num_batched_tokens {budget} is below max_num_seqs {sequences}, so not every sequence could take a "
-            f"step: set --prefill-chunk-size {sequences} or --max-num-seqs {budget}",
-            "max_num_batched_tokens",
-        )
+    sequences, budget = step_size(config, placement.device)
     if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import build_on_gpu
 
@@ -87,6 +81,27 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed))
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
+
+
+def step_size(config: EngineConfig, device: Device) -> tuple[int, int]:
+    """Most sequences and most tokens of one step of a decoder; ConfigError where not every sequence could take one."""
+    defaults = DEFAULTS[device.type]
+    sequences = config.max_num_seqs or defaults.sequences
+    budget = config.max_num_batched_tokens or max(defaults.tokens, sequences)
+    if budget < sequences:
+        raise ConfigError(
+            f"max_num_batched_tokens {budget} is below max_num_seqs {sequences}, so not every sequence could take a "
+            f"step: set --prefill-chunk-size {sequences} or --max-num-seqs {budget}",
+            "max_num_batched_tokens",
+        )
+    return sequences, budget
+
+
+def foreseen_cache(config: EngineConfig, model: Described) -> CachePlan:
+    """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`."""
+    sequences, _ = step_size(config, model.placement.device)
+    share = DEFAULTS[model.placement.device.type].share
+    return _plan_on_cpu(config, model, sequences, share, memory_of(model.placement, model.stored))
 
 
 def preparation_for(loaded: LoadedModel, max_model_len: int, seed: int | None = None) -> DecoderPreparation:
@@ -131,10 +146,11 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
     )
 
 
-def _build_on_cpu(
-    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
-) -> tuple[ModelRunner, CachePlan]:
-    placement = loaded.placement
+def _plan_on_cpu(
+    config: EngineConfig, model: LoadedModel | Described, sequences: int, share: float, weights: int = 0
+) -> CachePlan:
+    """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
+    placement = model.placement
     if config.kv_cache_dtype != "auto":
         raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype} needs a GPU: leave it out", "kv_cache_dtype")
     if config.max_cudagraph_capture_size:
@@ -146,9 +162,15 @@ def _build_on_cpu(
             "attention_backend",
         )
     dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
-    plan = plan_cache(
-        config, loaded.config, dtype_bytes, sequences, main_room(config.threads or default_threads(), share)
-    )
+    room = main_room(config.threads or default_threads(), share, weights)
+    return plan_cache(config, model.config, dtype_bytes, sequences, room)
+
+
+def _build_on_cpu(
+    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
+) -> tuple[ModelRunner, CachePlan]:
+    placement = loaded.placement
+    plan = _plan_on_cpu(config, loaded, sequences, share)
     logger.info(plan.message)
     loaded.decoder.prepare(plan.max_model_len)
     if not placement.recorded:

@@ -1,17 +1,39 @@
-"""`candle-vllm config`: every setting with its value and where that comes from; loads nothing."""
+"""`candle-vllm config`: every setting with its value and where that comes from; reads no weights.
+
+What nobody gave is shown as it will be: from the model's files, where they are on this machine, and from the machine.
+What serving would refuse is refused here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from candle_vllm.core.assembly.encoder import is_encoder
+from candle_vllm.core.assembly.model import describe_model
+from candle_vllm.core.assembly.opening import model_files, open_model
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import Device, choose_device
+from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
+from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.loading.source import HUB_ID, ModelFiles
+from candle_vllm.core.memory import cache_bytes
+from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Secret
+from candle_vllm.core.text.chat_conventions import chat_conventions
+from candle_vllm.core.threads import default_threads
+from candle_vllm.openai.formats.choice import choose_layout
+from candle_vllm.openai.planning import AnswerPlanner
+from candle_vllm.server.http.auth import read_keys
 from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.derived import engine_config, store_options
 from candle_vllm.server.settings.options import GROUPS, Option
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS
@@ -36,8 +58,13 @@ class Effective:
 
 
 def config(configuration: Configuration, *, as_json: bool = False) -> int:
-    """Prints the settings of the model that the server would start with, and the other models' names."""
-    settings = effective(configuration)
+    """Prints the settings of the model that the server would start with, and the other models' names.
+
+    Raises:
+        CandleVllmError: what serving would raise, as far as that shows without weights and without the network.
+    """
+    check(configuration)
+    settings = effective(configuration, derived(configuration))
     models = [entry.names for entry in configuration.catalogue.entries]
     mailbox = None if configuration.mailbox is None else _mailbox(configuration.mailbox)
     if as_json:
@@ -61,12 +88,15 @@ def _mailbox(options: MailboxOptions) -> dict[str, Any]:
     return shown(options)
 
 
-def effective(configuration: Configuration) -> list[Effective]:
-    """Every setting, in the order of the help."""
+def effective(configuration: Configuration, derived: Mapping[str, Derived] | None = None) -> list[Effective]:
+    """Every setting, in the order of the help, and where nobody gave it what is derived for it."""
     deciding = origins(configuration.sources)
     found = []
     for option in sorted(OPTIONS, key=lambda option: GROUPS.index(option.group)):
         source = deciding.get(option.name)
+        if source is None and derived is not None and option.name in derived:
+            found.append(Effective(option, *derived[option.name]))
+            continue
         spelled = "" if source is None else f" ({source.given_as.get(option.name, option.name)})"
         found.append(
             Effective(
@@ -74,6 +104,142 @@ def effective(configuration: Configuration) -> list[Effective]:
             )
         )
     return found
+
+
+def check(configuration: Configuration) -> None:
+    """Refuses what serving would refuse later."""
+    for entry in configuration.catalogue.entries:
+        settings = entry.settings
+        if entry is configuration.catalogue.default or settings.weight_path is None:
+            engine_config(settings)
+        choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
+    settings = configuration.settings
+    store_options(settings)
+    mcp_options(settings)
+    if settings.api_key_file is not None:
+        read_keys(settings.api_key_file)
+
+
+class Derived(NamedTuple):
+    """What a setting will be that nobody gave, and why."""
+
+    value: Any
+    source: str
+
+
+_UNSET = {  # what it means that nobody gave it, where that is not the engine's business
+    "isq": "off",
+    "yarn_scaling_factor": "off",
+    "seed": "another one for each request",
+    "max_loaded_models": "as many as fit",
+    "idle_unload_secs": "never",
+    "mailbox": "off",
+    "otlp_endpoint": "off",
+    "mcp_tool_timeout": "as mcp.json says",
+    "max_queued_per_key": "no limit",
+    "management_key": "the API keys do",
+    "api_key": "none: everybody who reaches the address may use it",
+    "hf_token": "that of `hf auth login`, where there is one",
+}
+
+
+def derived(configuration: Configuration) -> dict[str, Derived]:
+    """What will be where nobody gave it; of a model that is not on this machine yet, what is known without it."""
+    settings, names = configuration.settings, configuration.catalogue.default.names
+    config = engine_config(settings)
+    found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
+    for option in OPTIONS:
+        if option.engine is not None and (value := getattr(config, option.engine)) is not None:
+            found[option.name] = Derived(_plain(value), DEFAULT)
+    device = choose_device(config.device)
+    sequences, tokens = step_size(config, device)
+    share = DEFAULTS[device.type].share
+    found |= {
+        "model": Derived(config.model, "default: the demo model"),
+        "served_model_name": Derived(list(names), "derived: what the model is called"),
+        "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
+        "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
+        "max_num_seqs": Derived(sequences, f"default on {device.type}"),
+        "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
+        "kv_fraction": Derived(share, f"default on {device.type}"),
+    }
+    if config.kv_cache_memory is not None:
+        found["kv_fraction"] = Derived("does not count", "the KV cache's size was given")
+    if config.download_dir is None:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        found["download_dir"] = Derived(HF_HUB_CACHE, "default: Hugging Face's own cache")
+    if settings.max_num_seqs is not None and settings.prefill_chunk_size is None:
+        found["prefill_chunk_size"] = Derived(tokens, "derived: at least max_num_seqs")
+    try:
+        files = model_files(dataclasses.replace(config, offline=True))
+    except ModelNotFoundError:
+        if settings.offline or not HUB_ID.fullmatch(config.model) or Path(config.model).exists():
+            raise
+        later = Derived("the model says it", "derived: the model is not on this machine yet")
+        return found | dict.fromkeys(_OF_MODEL, later)
+    return found | _of_model(settings, config, files, device)
+
+
+_OF_MODEL = (
+    "dtype", "kv_cache_dtype", "max_model_len", "mem", "kv_cache_memory_bytes", "tokenizer", "chat_template",
+    "tool_parser", "reasoning_parser", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
+    "presence_penalty",
+)  # fmt: skip
+
+
+def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
+    """What a model's files say, its weights unread."""
+    own = Derived("the model's own", f"derived from {files.name}")
+    if is_encoder(files):
+        none = Derived("none", f"derived: {files.name} reads texts whole and generates none")
+        return dict.fromkeys(_OF_MODEL, none) | {"tokenizer": own}
+    opened = open_model(files, device)
+    with opened.checkpoint:
+        model = describe_model(config, device, opened)
+        cache = foreseen_cache(config, model) if device.type == "cpu" else None
+    template = None if model.template is None else model.template.source
+    choice = AnswerPlanner(
+        chat_conventions(model.tokenizer, template),
+        model.config.model_type,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
+    ).choice
+    source = own.source
+    found = {
+        "dtype": Derived(model.dtype, source),
+        "tokenizer": own,
+        "chat_template": own if template is not None else Derived("none", source),
+        "tool_parser": Derived(choice.tools.name if choice.tools else "none", f"derived: {choice.tools_reason}"),
+        "reasoning_parser": Derived(
+            choice.reasoning.name if choice.reasoning else "none", f"derived: {choice.reasoning_reason}"
+        ),
+        "max_model_len": Derived(model.config.max_position, source),
+    }
+    for name, value in {**_SAMPLING, **model.default_sampling}.items():
+        found[name] = Derived(value, source if name in model.default_sampling else DEFAULT)
+    left = Derived("what is left of the GPU after loading, times kv_fraction", "derived when the model is loaded")
+    if cache is None:
+        return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
+    size, room = cache.num_blocks * cache.block_bytes, cache.num_blocks * config.block_size
+    words = f"derived: {room:,} tokens, reserved and taken as they fill"
+    number_bytes = size // cache_bytes(model.config, room, 1)
+    found |= {
+        "kv_cache_dtype": Derived("bf16" if number_bytes == 2 else "f32", source),
+        "kv_cache_memory_bytes": Derived(size, words),
+        "mem": Derived(size >> 20, words),
+    }
+    if cache.max_model_len < model.config.max_position:
+        found["max_model_len"] = Derived(cache.max_model_len, "derived: no more fits into the KV cache")
+    return found
+
+
+_SAMPLING = {name: getattr(SamplingParams(), name) for name in (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _shown(option: Option, settings: Settings) -> Any:
@@ -98,7 +264,7 @@ def _table(
         if each.option.group != group:
             group = each.option.group
             lines += ["", f"{group}:"]
-        value = "-" if each.value is None or each.value == [] else json.dumps(each.value, ensure_ascii=False)
+        value = "-" if each.value in (None, []) else json.dumps(each.value, ensure_ascii=False)
         lines.append(f"  {each.option.name:{width}}  {value:24}  {each.source}")
     if mailbox is not None:
         lines += ["", "the mailbox, with what models.yaml says of it:"]
