@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
+from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
+from candle_vllm.server.settings.foreign_flags import foreign_flags, hint
 from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
 from candle_vllm.server.settings.sources import SettingsSource, convert
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
@@ -101,6 +103,8 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith("-"):
         return "serve", list(argv)
     if argv[0] not in COMMANDS:
+        if argv[0] in FOREIGN_COMMANDS:
+            raise UsageError(f"there is no command {argv[0]!r}: {FOREIGN_COMMANDS[argv[0]]}")
         raise UsageError(
             f"unknown command {argv[0]!r:.60}{nearest(argv[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"
         )
@@ -114,6 +118,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
         UsageError: an unknown flag, a missing or a refused value.
         SystemExit: after `--help` or `--version`.
     """
+    _refuse_foreign(command, argv)
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
     if rest:
@@ -203,10 +208,34 @@ def _value(option: Option, given: Any) -> Any:
     return convert(option.kind, given, spelled)
 
 
+def _refuse_foreign(command: str, argv: Sequence[str]) -> None:
+    """UsageError for a flag of another program, before argparse takes -hf for -h."""
+    asked = [text.split("=", 1)[0] for text in argv if text.startswith("-")]
+    if "--" in asked:
+        asked = asked[: asked.index("--")]
+    foreign = [flag for flag in asked if flag in foreign_flags()]
+    if foreign:
+        raise UsageError(hint(foreign[0], flag_commands(), command))
+
+
+def flag_commands() -> dict[str, list[str]]:
+    """The commands that each flag belongs to."""
+    known: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        for option in (*settings_of(command), *COMMAND_OPTIONS[command]):
+            for flag in (*option.flags, *option.constants):
+                known.setdefault(flag, []).append(command)
+    return known
+
+
 def _unknown(command: str, text: str) -> str:
     if not text.startswith("-"):
-        hint = f": the command comes first (candle-vllm {text} ...)" if text in COMMANDS else ""
-        return f"unexpected argument {text!r:.60}{hint}"
+        more = (
+            f": a model is named with --m {text}" if (command not in _TEXTS and "/" in text) or ".gguf" in text else ""
+        )
+        if text in COMMANDS:
+            more = f": the command comes first (candle-vllm {text} ...)"
+        return f"unexpected argument {text!r:.60}{more:.200}"
     flag = text.split("=", 1)[0]
     elsewhere = [option for option in OPTIONS if flag in (*option.flags, *option.constants)]
     if elsewhere:
