@@ -228,7 +228,7 @@ async def test_a_tool_that_is_not_strict_is_called_even_if_its_schema_cannot_be_
 @pytest.mark.parametrize("beside", [{}, {"response_format": {"type": "json_object"}}, {"tool_choice": "required"}])
 async def test_a_strict_tool_that_cannot_be_guaranteed_is_blamed_by_name(beside: dict[str, Any]) -> None:
     made = adapter([CALL])
-    for schema, keyword in ((ODD, "uniqueItems"), ({"properties": {"a": {"type": "strin"}}}, "strin")):
+    for schema, keyword in ((ODD, "uniqueItems"), ({"properties": {"a": {"not": {"multipleOf": 2}}}}, "multipleOf")):
         with pytest.raises(RequestError, match=f"'odd'.*{keyword}") as caught:
             await made.chat({"messages": HI, "tools": [tool("f2", EVEN), tool("odd", schema, True)], **beside})
         assert caught.value.param == "tools.1.function.parameters"

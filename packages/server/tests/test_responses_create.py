@@ -69,8 +69,30 @@ def test_every_event_is_judged(start: Start) -> None:
     with start(engine, reasoning_parser="think").http() as client:
         answer = client.post("/v1/responses", json={**ASK, "stream": True, "tools": [FUNCTION, {"type": "web_search"}]})
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-warning"] == "tools.1: a tool of type 'web_search' does not run here and is left out"
     made = judge_events(events_of(answer.text))
     assert [item["type"] for item in made["output"]] == ["reasoning", "message", "function_call"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_sender_should_know_is_in_the_headers(start: Start, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"é\nß": {"maxLenght": 3}}}
+    chat = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    ours = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    with start(PacedEngine("{}")).http() as client:
+        answers = [
+            client.post(
+                "/v1/chat/completions",
+                json={"messages": [{"role": "user", "content": "Hi"}], "response_format": chat, "stream": stream},
+            ),
+            client.post("/v1/completions", json={"prompt": "Hi", "response_format": chat, "stream": stream}),
+            client.post("/v1/responses", json={**ASK, "text": ours, "stream": stream}),
+        ]
+        plain = client.post("/v1/completions", json={"prompt": "Hi", "stream": stream})
+    place = "#/properties/\\xe9\\u000a\\xdf"
+    told = f"the JSON schema has 'maxLenght' (at {place}), which says nothing: is 'maxLength' meant?"
+    assert [answer.headers.get("x-warning") for answer in answers] == [told] * 3
+    assert "x-warning" not in plain.headers
 
 
 def test_a_tool_of_the_client(start: Start) -> None:
@@ -168,7 +190,11 @@ def test_a_key_is_needed_and_separates_owners(start: Start) -> None:
     [
         ({"model": "other"}, openai.NotFoundError, "model"),
         ({"max_output_tokens": 0}, openai.BadRequestError, "max_output_tokens"),
-        ({"tools": [{**FUNCTION, "parameters": {"$ref": "http://a/b"}}]}, openai.BadRequestError, "tools.0.parameters"),
+        (
+            {"tools": [{**FUNCTION, "parameters": {"$ref": "http://a/b"}}]},
+            openai.BadRequestError,
+            "tools.0.parameters.$ref",
+        ),
         ({"input": "x" * 5000}, openai.BadRequestError, "input"),
     ],
 )

@@ -49,7 +49,7 @@ def names(use: ToolUse) -> list[str]:
 
 
 def test_no_tools_are_no_tools_however_they_are_not_given() -> None:
-    for fields in ({}, {"tools": []}, {"tools": None, "tool_choice": "auto"}, {"tool_choice": "none"}):
+    for fields in ({}, {"tools": []}, {"tools": None, "tool_choice": None}, {"tool_choice": "none"}):
         assert chat(**fields).tool_use() == ToolUse()
         assert chat(**fields).tool_use().as_template() is None
 
@@ -203,11 +203,52 @@ def test_what_others_define_is_unsupported(fields: dict[str, Any], param: str, m
     assert message in str(error)
 
 
+def of(schema: Any, **beside: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, **beside}
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "required", "none", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(
+    ("schema", "path", "message"),
+    [
+        (of({"type": "any"}), "properties.a.type", "has the unknown JSON type 'any'; it is one of null, boolean"),
+        (of({"items": {"type": ["string", 5]}}), "properties.a.items.type", "unknown JSON type 5"),
+        (of({"$ref": "#/$defs/b"}, **{"$defs": {}}), "properties.a.$ref", "'#/$defs/b' points to nothing"),
+        (of({"$ref": "https://example.com/b"}), "properties.a.$ref", "refer to a place of the same schema"),
+        (of({"$ref": "#/properties/a"}), "properties.a.$ref", "'#/properties/a' refers to nothing but itself"),
+        ({"$ref": "#"}, "$ref", "'#' refers to nothing but itself"),
+        (
+            of({"$ref": "#/$defs/b"}, **{"$defs": {"b": {"$ref": "#/$defs/c"}, "c": {"$ref": "#/$defs/b"}}}),
+            "$defs.c.$ref",
+            "refers to nothing but itself",
+        ),
+    ],
+)
+def test_schemas_of_which_nobody_can_make_sense(choice: Any, schema: Any, path: str, message: str) -> None:
+    error = refusal(tools=[tool("f", parameters=schema)], tool_choice=choice)
+    assert error.param == f"tools.0.function.parameters.{path}"
+    assert message in str(error)
+
+
+def test_types_of_python_are_those_of_json() -> None:
+    parameters = of({"type": "float"}, required=["a"]) | {"type": "dict"}
+    parameters["properties"] |= {"b": {"items": {"type": ["int", "null"]}, "default": {"type": "float"}}}
+    (made,) = chat(tools=[tool(parameters=parameters)]).tool_use().tools
+    assert made.parameters["type"] == "object"
+    assert made.parameters["properties"]["a"] == {"type": "number"}
+    assert made.parameters["properties"]["b"] == {"items": {"type": ["integer", "null"]}, "default": {"type": "float"}}
+
+
+def test_a_choice_needs_tools() -> None:
+    for choice in ("auto", "required"):
+        assert refusal(tool_choice=choice).param == "tool_choice"
+    assert chat(tool_choice="none").tool_use() == chat(tools=[], tool_choice="auto").tool_use() == ToolUse()
+
+
 def test_as_many_and_as_deep_as_allowed() -> None:
     full = chat(tools=[tool(f"f{n}") for n in range(MAX_TOOLS)], tool_choice=allowed("auto", "f1023"))
     assert names(full.tool_use()) == ["f1023"]
     assert chat(tools=[tool(parameters=nested(MAX_SCHEMA_DEPTH))]).tool_use().tools
-    assert chat(tools=[tool(parameters={"$ref": "#"})]).tool_use().tools  # who compiles a schema judges references
 
 
 def test_hostile_tools_are_refused_in_bounded_time() -> None:

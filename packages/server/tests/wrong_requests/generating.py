@@ -278,7 +278,7 @@ CHAT_ROWS = [
     Row(
         "tools.1",
         strict({"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}),
-        "tools.1.function.parameters",
+        "tools.1.function.parameters.properties.a.$ref",
     ),
     Row(
         "tools.1",

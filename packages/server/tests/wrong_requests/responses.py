@@ -105,7 +105,7 @@ PROMPT = [
     tool({"type": "function", "name": "x", "allowed_callers": ["programmatic"]}, ".allowed_callers"),
     tool(
         {"type": "function", "name": "x", "strict": True, "parameters": {"type": "object", "$ref": "http://a/b"}},
-        ".parameters",
+        ".parameters.$ref",
     ),
     tool(FUNCTION, ".name"),
     tool({"type": "function", "name": "n__g"}, ".name"),  # what the model calls the tool of the namespace

@@ -40,6 +40,7 @@ from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingReque
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
@@ -187,7 +188,7 @@ class OpenAIAdapter:
     ) -> ChunkStream[ChatCompletionChunk]:
         request = _checked_chat(given)
         ready = await self._ready(partial(read_chat, request))
-        prompt, _, plan, _ = ready.prepared
+        prompt, plan = ready.prepared.prompt, ready.prepared.answers
         return ChunkStream(self._submitted(ready), ChatWriter(request, prompt, calls=bool(plan.tools), whole=whole))
 
     async def _ready(self, read: Callable[[], Task]) -> _Ready:
@@ -195,6 +196,7 @@ class OpenAIAdapter:
         task, prepared = ready.task, ready.prepared
         if prepared.params.structured_outputs is not None or task.form is not None:
             ready = ready._replace(prepared=await self._work.compile(self._preparation.hold, task, prepared))
+            remark(ready.prepared.remarks)
         return ready
 
     def _prepared(self, read: Callable[[], Task]) -> _Ready:
@@ -214,7 +216,7 @@ class OpenAIAdapter:
         head = self._head("cmpl-", task.request_id, self._names.served(task.model))
         prompts, params = await self._work.prepare(self._preparation.prompts, task)
         if task.form is not None:
-            await self._work.compile(self._preparation.check_form, task)
+            remark(await self._work.compile(self._preparation.check_form, task))
         sources: list[TokenStream] = []
         try:
             for number, prompt in enumerate(prompts):

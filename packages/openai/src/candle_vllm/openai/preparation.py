@@ -6,12 +6,13 @@ of an event loop: call these in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError, UnsupportedModelError
+from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
@@ -35,12 +36,14 @@ class PreparedChat(NamedTuple):
         params: how they are continued; with the form that answers must have.
         answers: how answers are read.
         text: the prompt as text.
+        remarks: what the user should know of the form.
     """
 
     prompt: list[int]
     params: SamplingParams
     answers: AnswerPlan
     text: str
+    remarks: tuple[str, ...] = ()
 
 
 class PreparedPrompts(NamedTuple):
@@ -96,7 +99,7 @@ class TaskPreparation:
             try:
                 if form is not None:
                     self._engine.check_structured_outputs(form)
-                return prepared
+                return prepared._replace(remarks=_remarks(task))
             except RequestError:
                 if asked is not None:
                     self._engine.check_structured_outputs(asked)
@@ -106,7 +109,8 @@ class TaskPreparation:
             answers, form = self._planner.plan(task, prepared.text, loose=loose)
             if form is not None:
                 self._engine.check_structured_outputs(form)
-            return prepared._replace(params=replace(prepared.params, structured_outputs=form), answers=answers)
+            params = replace(prepared.params, structured_outputs=form)
+            return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
 
     def _planned(self, task: Task, text: str) -> Planned:
         try:
@@ -156,11 +160,16 @@ class TaskPreparation:
                 _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
             return PreparedPrompts(prompts, params)
 
-    def check_form(self, task: Task) -> None:
-        """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`."""
+    def check_form(self, task: Task) -> tuple[str, ...]:
+        """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`.
+
+        Returns:
+            What the user should know of it.
+        """
         with task.paths.blamed():
             if task.form is not None:
                 self._engine.check_structured_outputs(task.form)
+            return _remarks(task)
 
     def _check(self, task: Task) -> None:
         """The rules that depend on the model and on this adapter."""
@@ -243,3 +252,14 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     except InvalidParameterError as error:
         raise ConfigError(f"the model's default_sampling cannot be used: {error}") from error
     return dict(defaults)
+
+
+def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
+    """What the user should know of the schemas that an answer is held to; they have been compiled."""
+    found = list[str]()
+    if task.form is not None and task.form.json is not None:
+        found += schema_remarks(task.form.json)
+    for tool in task.tools.tools:
+        if (tool.strict or task.tools.mode == "required") and tool.name not in loose:
+            found += [f"of the parameters of {tool.name!r}: {text}" for text in schema_remarks(tool.parameters)]
+    return tuple(found)

@@ -81,7 +81,8 @@ class Remarks:
         self._compared = 0
 
     def add(self, text: str) -> None:
-        """Notes a sentence once; those beyond a few are dropped."""
+        """Notes a sentence once, keys of the schema in it made plain; those beyond a few are dropped."""
+        text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)
         if text not in self.texts and len(self.texts) < MAX_REMARKS:
             self.texts.append(text)
 

@@ -13,10 +13,10 @@ from candle_vllm.core.sampling.structured import refused
 
 MAX_INDEXED = 50_000  # schemas of one document, those that nothing refers to included
 MAX_NESTING = 100
-_SINGLE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-_SINGLE += ("unevaluatedItems", "unevaluatedProperties", "contentSchema")
-_LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
+SINGLE_PARTS = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
+SINGLE_PARTS += ("propertyNames", "unevaluatedItems", "unevaluatedProperties", "contentSchema")
+LISTED_PARTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+NAMED_PARTS = ("properties", "patternProperties", "dependentSchemas", "dependencies", "$defs", "definitions")
 
 
 class Target(NamedTuple):
@@ -59,7 +59,7 @@ class References:
             base = self._enter(schema, base)
             if len(self._bases) > MAX_INDEXED:
                 raise refused(f"the JSON schema has more than {MAX_INDEXED} schemas in it")
-            waiting += [(part, base, depth + 1) for part in _children(schema)]
+            waiting += [(part, base, depth + 1) for _, part in children(schema)]
 
     def base(self, schema: dict[str, Any], outer: str) -> str:
         """The URI that references in a schema are relative to."""
@@ -105,16 +105,17 @@ class References:
         return base
 
 
-def _children(schema: dict[str, Any]) -> Iterator[Any]:
-    for name in _SINGLE:
+def children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of a schema may be a schema, and the steps to it, dots between them."""
+    for name in SINGLE_PARTS:
         if isinstance(schema.get(name), dict):
-            yield schema[name]
-    for name in _LISTED:
+            yield name, schema[name]
+    for name in LISTED_PARTS:
         if isinstance(schema.get(name), list):
-            yield from schema[name]
-    for name in _NAMED:
+            yield from ((f"{name}.{place}", part) for place, part in enumerate(schema[name]))
+    for name in NAMED_PARTS:
         if isinstance(schema.get(name), dict):
-            yield from schema[name].values()
+            yield from ((f"{name}.{key}", part) for key, part in schema[name].items())
 
 
 def _joined(base: str, document: str) -> str:

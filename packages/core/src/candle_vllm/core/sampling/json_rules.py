@@ -11,8 +11,18 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.json_facts import NAMES
+from candle_vllm.core.sampling.json_references import (
+    LISTED_PARTS,
+    NAMED_PARTS,
+    SINGLE_PARTS,
+    References,
+    children,
+)
 from candle_vllm.core.sampling.structured import refused
 
 MAX_MEETING = 8  # 12 take 0.4 s, 15 take half a minute
@@ -128,3 +138,82 @@ def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, An
         needed = [*first[:least], *([schema["items"]] if least > len(first) and "items" in schema else [])]
         return all(map(known, needed))
     return True
+
+
+TYPE_ALIASES: Mapping[str, str] = MappingProxyType(
+    {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
+)
+"""Names of Python's types that tools are described with."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with a schema.
+
+    Attributes:
+        path: the steps to the place, dots between them.
+        text: what it must be.
+    """
+
+    path: str
+    text: str
+
+
+def arguments_fault(root: Schema) -> Fault | None:
+    """What no model and no reader could make sense of in the schema of a tool: unknown types, references to nothing."""
+    try:
+        references = References(root)
+    except InvalidParameterError as error:
+        return Fault("", str(error).removeprefix("structured_outputs: "))
+    waiting: list[tuple[Any, str, str]] = [(root, "", "")]
+    while waiting:
+        schema, path, base = waiting.pop()
+        if not isinstance(schema, dict):
+            continue
+        base = references.base(schema, base)
+        named = schema.get("type", "object")
+        for one in named if isinstance(named, list) else [named]:
+            if not isinstance(one, str) or (one not in NAMES and one not in TYPE_ALIASES):
+                text = f"has the unknown JSON type {one!r:.60}; it is one of {', '.join(NAMES)}"
+                return Fault(f"{path}.type".removeprefix("."), text)
+        if "$ref" in schema:
+            try:
+                fault = _leads_nowhere(references, schema["$ref"], base)
+            except InvalidParameterError as error:
+                fault = str(error).removeprefix("structured_outputs: ")
+            if fault:
+                return Fault(f"{path}.$ref".removeprefix("."), fault)
+        waiting += [(part, f"{path}.{step}".removeprefix("."), base) for step, part in children(schema)]
+    return None
+
+
+def _leads_nowhere(references: References, reference: Any, base: str) -> str | None:
+    """Why a chain of references has no end."""
+    seen = set[str]()
+    while True:
+        target = references.resolve(reference, base, "$ref")
+        if target.pointer in seen:
+            return f"{reference!r:.80} refers to nothing but itself"
+        seen.add(target.pointer)
+        if not isinstance(target.schema, dict) or "$ref" not in target.schema:
+            return None
+        reference, base = target.schema["$ref"], target.base
+
+
+def in_json_types(schema: Any) -> Any:
+    """A copy of a tool's schema in JSON's names of types."""
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    named = schema.get("type")
+    if isinstance(named, str):
+        found["type"] = TYPE_ALIASES.get(named, named)
+    elif isinstance(named, list):
+        found["type"] = [TYPE_ALIASES.get(one, one) if isinstance(one, str) else one for one in named]
+    for name, value in schema.items():
+        if name in NAMED_PARTS and isinstance(value, dict):
+            found[name] = {key: in_json_types(part) for key, part in value.items()}
+        elif name in LISTED_PARTS and isinstance(value, list):
+            found[name] = [in_json_types(part) for part in value]
+        elif name in SINGLE_PARTS:
+            found[name] = in_json_types(value)
+    return found

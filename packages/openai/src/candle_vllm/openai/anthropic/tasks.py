@@ -109,6 +109,8 @@ def _tool_use(request: MessagesRequest | CountTokensRequest) -> ToolUse:
     tools = [tool for tool in request.tools or () if isinstance(tool, Tool)]
     functions = [function_of(one.name, one.description, one.input_schema, one.strict) for one in tools]
     given = request.tool_choice
+    if given is not None and given.type != "none" and request.tools is None:
+        raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
     choice = _CHOICES["auto" if given is None else given.type]
     if isinstance(given, ToolNameChoice):
         choice = choice._replace(named=given.name)

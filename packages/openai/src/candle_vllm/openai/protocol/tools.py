@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from candle_vllm.core.sampling.json_rules import arguments_fault, in_json_types
 from candle_vllm.openai.json_body import is_deeper
 from candle_vllm.openai.protocol.fields import (
     MAX_SCHEMA_DEPTH,
@@ -60,7 +61,7 @@ def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema of a function's arguments as it is; refuses what cannot be one, with paths that begin below it."""
     check_depth(schema)
     kind = schema.get("type", "object")
-    if kind != "object":
+    if kind not in ("object", "dict"):
         raise invalid("type", f"must be 'object', because arguments have names; it is {kind!r:.60}")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict):
@@ -70,6 +71,9 @@ def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
             raise invalid(f"properties.{name:.80}", "must be a JSON schema: an object, true or false")
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise invalid("required", "must be a list of property names")
+    fault = arguments_fault(schema)
+    if fault is not None:
+        raise invalid(fault.path, fault.text)
     return schema
 
 
@@ -216,7 +220,7 @@ def check_tools(
 def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
     """The three fields as one; raises the error that pydantic reports where they contradict each other."""
     functions = [_function(tool) for tool in tools or ()]
-    if not functions and choice not in (None, "none", "auto"):
+    if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
         raise invalid("tool_choice", "needs tools: there is nothing to choose from")
     chosen = read_choice(choice, [function.name for function in functions])
     return chosen.among(functions, [tool.shown() for tool in tools or ()], parallel=parallel)
@@ -257,4 +261,4 @@ def function_of(
 ) -> ToolFunction:
     """A function as it stands in a task."""
     schema = {"type": "object", **(parameters or {"properties": {}, "additionalProperties": False})}
-    return ToolFunction(name, description, schema, bool(strict))
+    return ToolFunction(name, description, in_json_types(schema), bool(strict))

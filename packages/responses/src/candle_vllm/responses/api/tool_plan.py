@@ -12,6 +12,7 @@ import msgspec
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.tools import function_of
+from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Choice, ToolUse
 from candle_vllm.responses.api.mcp_source import OpenServer
 from candle_vllm.responses.api.messages import CUSTOM_INPUT
@@ -113,6 +114,7 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
         path = f"tools.{place}"
         if isinstance(tool, HostedTool):
             logger.info("the tool of type %.80r is left out of a request: it does not run here", tool.type)
+            remark([f"{path}: a tool of type {tool.type!r:.80} does not run here and is left out"])
         elif isinstance(tool, McpTool):
             _add_server(plan, tool, servers[place], path)
         elif isinstance(tool, NamespaceTool):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from candle_vllm.core.sampling.json_rules import arguments_fault
 from candle_vllm.openai.json_body import is_deeper
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ def schema_fault(parameters: Mapping[str, Any]) -> str | None:
         return f"its schema has {size} bytes of JSON, and {MAX_SCHEMA} are allowed"
     if is_deeper(dict(parameters), MAX_SCHEMA_DEPTH):
         return f"its schema is nested more than {MAX_SCHEMA_DEPTH} levels deep"
-    if parameters.get("type", "object") != "object":
+    if parameters.get("type", "object") not in ("object", "dict"):
         return 'its schema must have "type": "object"'
-    return None
+    fault = arguments_fault(dict(parameters))
+    return None if fault is None else f"its schema's {fault.path or 'root':.120} {fault.text}"
 
 
 class ArgumentsChecker:

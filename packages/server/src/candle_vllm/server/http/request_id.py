@@ -1,4 +1,4 @@
-"""Request ids and the request log: the outermost ASGI layer.
+"""Request ids, the request log, and what the sender should know (`x-warning`): the outermost ASGI layer.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is kept when it is harmless; every response
 carries one. The log has method, path, status, time and id, never content or headers.
@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from candle_vllm.openai.remarks import collect_remarks
 
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -34,6 +36,7 @@ class RequestIdMiddleware:
         request_id = given if _HARMLESS.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 0
+        remarks = collect_remarks()
 
         def send_with_id(message: Message) -> Awaitable[None]:
             """No coroutine of its own: it is called for every token of every stream."""
@@ -41,7 +44,8 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 ids = ((b"x-request-id", request_id), (b"request-id", request_id))  # OpenAI's name, Anthropic's
-                message["headers"] = [*message.get("headers", ()), *ids]
+                warnings = [(b"x-warning", text.encode("ascii", "backslashreplace")) for text in remarks]
+                message["headers"] = [*message.get("headers", ()), *ids, *warnings]
             return send(message)
 
         start = time.perf_counter()
