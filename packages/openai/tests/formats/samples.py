@@ -75,6 +75,22 @@ def _invokes(tag: str) -> str:
     )
 
 
+_DSML41 = _DSML.format("calls").replace("｜DSML｜", "｜DSML｜ ")
+_HORIZON = (
+    f"<ifm|tool_call>get_weather\n<ifm|arg_key>city</ifm|arg_key>\n{{}}<ifm|arg_value>{QUOTED}</ifm|arg_value>\n"
+    "<ifm|arg_key>days</ifm|arg_key>\n{}<ifm|arg_value>3</ifm|arg_value>\n<ifm|arg_key>tags</ifm|arg_key>\n{}"
+    '<ifm|arg_value>["a", "</b>"]</ifm|arg_value>\n</ifm|tool_call>\n<ifm|tool_call>f2\n<ifm|arg_key>city'
+    "</ifm|arg_key>\n<ifm|arg_value>x</ifm|arg_value>\n</ifm|tool_call>"
+)
+
+
+def _plamo(name: str, arguments: str) -> str:
+    return (
+        f"<|plamo:begin_tool_request:plamo|><|plamo:begin_tool_name:plamo|>{name}<|plamo:end_tool_name:plamo|>"
+        f"<|plamo:begin_tool_arguments:plamo|>{arguments}<|plamo:end_tool_arguments:plamo|><|plamo:end_tool_request:plamo|>"
+    )
+
+
 _PYTHON = f"get_weather(city='{QUOTED}', days=3, tags=['a', '</b>'])"
 _GEMMA = "call:get_weather{{city:{0}" + QUOTED + "{0},days:3,tags:[{0}a{0},{0}</b>{0}]}}"
 _K3 = (
@@ -428,6 +444,35 @@ SAMPLES: tuple[Sample, ...] = (
         TWO,
     ),
     Sample("dots", f"<dots_function_call>\n{_invokes('')}</dots_function_call>", TWO),
+    Sample("deepseek_v41", "Ok.\n\n" + _DSML41, TWO, "Ok."),
+    Sample("deepseek_v41", "Hm.\n</think>" + _DSML41, TWO, "", "Hm.", prefilled=True),
+    Sample(
+        "k2_horizon",
+        "Hm.</ifm|think>Ok.<ifm|tool_calls>\n"
+        + _HORIZON.format(*[f"<ifm|arg_type>{one}</ifm|arg_type>\n" for one in ("string", "integer", "array")])
+        + "</ifm|tool_calls>",
+        TWO,
+        "Ok.",
+        "Hm.",
+        "k2_horizon",
+        prefilled=True,
+    ),
+    Sample(
+        "k2_horizon", "<ifm|think_fast>Hm.</ifm|think_fast>" + _HORIZON.format("", "", ""), TWO, "", "Hm.", "k2_horizon"
+    ),
+    Sample("k2_horizon", f"<ifm|tool_calls>\n<ifm|tool_call>{_A}</ifm|tool_call>\n</ifm|tool_calls>", ONE),
+    Sample(
+        "plamo3",
+        "Hm.<|plamo:end_think:plamo|>Ok.<|plamo:begin_tool_requests:plamo|>"
+        + _plamo("get_weather", "<|plamo:constrain|>json" + "<|plamo:msg|>" + ARGS)
+        + _plamo("f2", "<|plamo:constrain|>json<|plamo:msg|>" + SMALL)
+        + "<|plamo:end_tool_requests:plamo|>",
+        TWO,
+        "Ok.",
+        "Hm.",
+        "plamo3",
+        prefilled=True,
+    ),
 )
 
 
@@ -444,6 +489,10 @@ _SHORT_TEXTS = {
     "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜function_calls>",
     "deepseek_v4": 'Ok<｜DSML｜tool_calls><｜DSML｜invoke name="f2"><｜DSML｜parameter name="city" string="true">x'
     "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>",
+    "deepseek_v41": 'Ok<｜DSML｜ calls><｜DSML｜ invoke name="f2"><｜DSML｜ parameter name="city" string="true">x'
+    "</｜DSML｜ parameter></｜DSML｜ invoke></｜DSML｜ calls>",
+    "k2_horizon": "Ok<ifm|tool_call>f2\n<ifm|arg_key>city</ifm|arg_key><ifm|arg_value>x</ifm|arg_value></ifm|tool_call>",
+    "plamo3": "Ok" + _plamo("f2", "<|plamo:constrain|>json<|plamo:msg|>" + SMALL),
     "functiongemma": "Ok<start_function_call>call:f2{city:<escape>x<escape>}<end_function_call>",
     "gemma4": 'Ok<|tool_call>call:f2{city:<|"|>x<|"|>}<tool_call|>',
     "kimi_k2": f"Ok<|tool_call_begin|>functions.f2:0<|tool_call_argument_begin|>{SMALL}<|tool_call_end|>",

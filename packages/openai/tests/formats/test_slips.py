@@ -47,6 +47,7 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.one_of_each
 @with_objects
 @pytest.mark.parametrize("nothing", ['""', '" "', '"{}"', '"null"', "null"])
 def test_arguments_that_are_nothing(sample: Sample, nothing: str) -> None:
@@ -54,6 +55,7 @@ def test_arguments_that_are_nothing(sample: Sample, nothing: str) -> None:
     assert (parsed.content, parsed.calls) == (sample.content, (("id0", "f2", "{}", True),))
 
 
+@pytest.mark.one_of_each
 @with_json
 @pytest.mark.parametrize(
     ("written", "value"),
@@ -91,6 +93,7 @@ def test_words_in_arguments_that_are_a_text(sample: Sample) -> None:
     assert strictly(parsed.calls[0][2]) == {"city": "NaN", "on": 1, "a": "\U0001f642"}
 
 
+@pytest.mark.one_of_each
 @with_json
 @pytest.mark.parametrize("more", ["}", "}}", "\n}", "} ]"])
 def test_a_bracket_too_many(sample: Sample, more: str) -> None:

@@ -19,6 +19,7 @@ from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.choice import Choice, choose_layout
+from candle_vllm.openai.formats.elsewhere import COMMON
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.reader import SPACE
@@ -74,7 +75,7 @@ class AnswerPlanner:
         frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
         leads = reasoning.pairs if reasoning is not None else {}
         self._bound = {  # by the mark that opened the thoughts; "" where the prompt did not
-            opening: (bind(Layout(row, tools), self._special), bind(Layout(row, frame), self._special))
+            opening: (bind(Layout(row, tools, COMMON), self._special), bind(Layout(row, frame), self._special))
             for opening, row in {"": reasoning, **{one: reasoning and reasoning.led_by(one) for one in leads}}.items()
         }
 

@@ -29,8 +29,8 @@ from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.tagged import Tagged
 
-_LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<[^/]*tool.?calls(?!.*end)")
-_TRAILING = re.compile("tool.?calls|calls.?>|message|end_of")
+_LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<(?!.*end)[^/]*tool.?(calls|requests)")
+_TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")
 _NONE = re.compile("(?!)")
 _FENCE = "```json"
 _WORD = re.compile(r"[\w :]+")  # marks that text may hold without meaning a call

@@ -132,6 +132,7 @@ class _ObjectReader:
         self._early: list[str] | None = None  # arguments that came before the name
         self._begun = False
         self._whole = True
+        self._closed = False  # its closing bracket was read
 
     def read(self) -> Need[bool]:
         """True when a call was made of it."""
@@ -146,7 +147,7 @@ class _ObjectReader:
         if not self._begun and sound and self._name and (self._early is not None or not self._shape.known_only):
             yield from self._begin(None)
         if self._begun:
-            self._calls.end(self._whole)
+            self._calls.end(self._whole and (self._closed or reader.lenient))
         return self._begun
 
     def _entries(self, depth: int = 1) -> Need[bool]:
@@ -157,6 +158,7 @@ class _ObjectReader:
             mark = yield from reader.peek()
             if mark == "}":
                 reader.at += 1
+                self._closed = True
                 return True
             if mark == ",":
                 reader.at += 1

@@ -127,10 +127,12 @@ class Layout:
 
     Attributes:
         reasoning, tools: the formats.
+        elsewhere: ways to write calls that are other models': a mark, "" where there is none, and what follows it.
     """
 
     reasoning: ReasoningFormat | None = None
     tools: ToolFormat | None = None
+    elsewhere: tuple[tuple[str, Body], ...] = ()
 
 
 _FIRST = 0xD800

@@ -24,22 +24,26 @@ class NamedJson:
     Attributes:
         before_name: what may stand before the name and says nothing of it (DeepSeek's type, Kimi's name space).
         name_end: the mark between name and arguments, "" where the arguments' bracket follows the name.
+        between: marks that may stand behind that one too, before the arguments.
         id_mark: a mark after which an id stands before `name_end` (Mistral).
         id_end: a mark before which an id stands, in front of the name (Solar).
         counted: the name is followed by its number, and both are the call's id: `functions.f:0` (Kimi).
         fenced: arguments stand in a fenced block (DeepSeek V3).
         again: what begins a further call without an opening mark of its own.
         closers: what follows the arguments.
+        closed: how many of those `grammar` writes.
     """
 
     before_name: tuple[str, ...] = ()
     name_end: str = ""
+    between: tuple[str, ...] = ()
     id_mark: str = ""
     id_end: str = ""
     counted: bool = False
     fenced: bool = False
     again: tuple[str, ...] = ()
     closers: tuple[str, ...] = ()
+    closed: int = 1
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
@@ -84,6 +88,8 @@ class NamedJson:
 
     def _arguments(self, reader: Reader, calls: CallSink, name: str, given_id: str) -> Need[bool]:
         yield from reader.skip_space()
+        while self.between and (yield from reader.take(*self.between)):
+            yield from reader.skip_space()
         fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
@@ -100,7 +106,7 @@ class NamedJson:
             calls.arguments("{}")
             calls.end()
         else:
-            reader.drop_begun(*(("json", *_FENCES) if self.fenced else ()))
+            reader.drop_begun(*(("json", *_FENCES) if self.fenced else ()), *self.between)
             return False
         if fence:
             yield from skip_closers(reader, ("```",))

@@ -9,10 +9,11 @@ import re
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_text import is_json
 from candle_vllm.openai.formats.output import CallSink
-from candle_vllm.openai.formats.reader import SPACE, SPACES, Need, Reader, markers
+from candle_vllm.openai.formats.reader import SPACE, SPACES, Need, Reader
 from candle_vllm.openai.formats.values import python_value
 
 _NAME = re.compile(r"[A-Za-z_][\w.\-]{0,255}")
+_NAMES = re.compile(r"[\w.\-]*")
 _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 _PLAIN = re.compile(r"[^\"'()\[\]{},=\ud800-\udfff]*")
 _STRING = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
@@ -62,8 +63,10 @@ class Pythonic:
         first = yield from reader.peek()
         if not first or not (first.isalpha() or first == "_"):
             return False
-        name, mark = yield from reader.name(markers("("))
-        name = name.removesuffix(_METHOD)
+        read: list[str] = []
+        yield from reader.match(_NAMES, read.append)
+        mark = yield from reader.take("(")
+        name = "".join(read).removesuffix(_METHOD)
         if not mark or _NAME.fullmatch(name) is None or (self.known_only and name not in calls.tools):
             return False
         calls.begin(name)

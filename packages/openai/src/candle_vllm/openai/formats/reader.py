@@ -70,17 +70,19 @@ class Reader:
     Attributes:
         text, at: what has come, and how far it was read.
         ended: no more will come.
-        whole: it has ended because the model was done, not because it was cut.
+        lenient: what a text lacks at its end may be added to it; otherwise one that is whole is read like one that was
+            cut.
         begun: the beginning of a mark in which it was cut, where that was left out.
     """
 
-    __slots__ = ("_from", "_kept", "at", "begun", "ended", "text", "whole")
+    __slots__ = ("_done", "_from", "_kept", "at", "begun", "ended", "lenient", "text")
 
     def __init__(self) -> None:
         self.text = ""
         self.at = 0
         self.ended = False
-        self.whole = False
+        self.lenient = True
+        self._done = False
         self.begun = ""
         self._kept: list[str] | None = None  # read since the mark and no longer in `text`
         self._from = 0  # where in `text` what is kept of it begins
@@ -95,7 +97,12 @@ class Reader:
     def end(self, whole: bool) -> None:
         """No more text."""
         self.ended = True
-        self.whole = whole
+        self._done = whole
+
+    @property
+    def whole(self) -> bool:
+        """The text has ended because the model was done, not because it was cut."""
+        return self._done and self.lenient
 
     def mark(self) -> None:
         """Keeps what is read from here on, for `unread`."""

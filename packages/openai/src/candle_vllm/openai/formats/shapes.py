@@ -48,6 +48,16 @@ GLM = Tagged(
     value_end="</arg_value>",
     call_end="</tool_call>",
 )
+HORIZON = dataclasses.replace(
+    GLM,
+    key_open="<ifm|arg_key>",
+    key_end="</ifm|arg_key>",
+    type_open="<ifm|arg_type>",
+    type_end="</ifm|arg_type>",
+    value_open="<ifm|arg_value>",
+    value_end="</ifm|arg_value>",
+    call_end="</ifm|tool_call>",
+)
 HUNYUAN = (
     dataclasses.replace(
         GLM,
@@ -78,21 +88,22 @@ DEEPSEEK = NamedJson(
 DEEPSEEK_PLAIN = NamedJson(name_end="<｜tool▁sep｜>", closers=("<｜tool▁call▁end｜>",))
 
 
-def dsml(section: str) -> Tagged:
+def dsml(section: str, space: str = "") -> Tagged:
     return Tagged(
-        name_open='<｜DSML｜invoke name="',
+        name_open=f'<｜DSML｜{space}invoke name="',
         name_end='">',
-        key_open='<｜DSML｜parameter name="',
+        key_open=f'<｜DSML｜{space}parameter name="',
         key_end=">",
         head=r'(?P<key>[^"]*)"(?: string="(?P<text>true|false)")?',
-        value_end="</｜DSML｜parameter>",
-        call_end="</｜DSML｜invoke>",
-        closers=(f"</｜DSML｜{section}>",),
+        value_end=f"</｜DSML｜{space}parameter>",
+        call_end=f"</｜DSML｜{space}invoke>",
+        closers=(f"</｜DSML｜{space}{section}>",),
     )
 
 
 DSML_NAMED = dataclasses.replace(dsml("function_calls"), known_only=True)
 DSML_NAMED_V4 = dataclasses.replace(dsml("tool_calls"), known_only=True)
+DSML_NAMED_V41 = dataclasses.replace(dsml("calls", " "), known_only=True)
 
 
 def invokes(section: str, tag: str = "") -> Tagged:

@@ -11,7 +11,7 @@ from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers, nowhere
-from candle_vllm.openai.formats.values import argument_types, escaped, to_json
+from candle_vllm.openai.formats.values import JSON_TYPES, argument_types, escaped, to_json
 
 _SPACES = re.compile(r"[ \t\r\n]*")
 _SPECIAL = re.compile("[\ud800-\udfff]")
@@ -27,6 +27,7 @@ class Tagged:
         name_head: reads attributes that stand beside the name; its group is `name`.
         key_open, key_end: around the key.
         value_open: between key and value.
+        type_open, type_end: around the value's JSON type, which may stand before that.
         value_end: behind the value. It is a mark only where another key, the end of the call, or nothing follows.
         call_end: behind the last value.
         closers: what may follow the calls.
@@ -48,6 +49,8 @@ class Tagged:
     call_end: str
     closers: tuple[str, ...] = ()
     value_open: str = ""
+    type_open: str = ""
+    type_end: str = ""
     name_head: str = ""
     head: str = ""
     newlines: bool = False
@@ -152,13 +155,18 @@ class _Arguments:
         """One key and its value; False when the text was cut within."""
         shape, reader = self._shape, self._reader
         head, mark = yield from reader.name(markers(shape.key_end))
+        told = ""
         if mark and shape.value_open:
             yield from reader.skip_space()
+            if shape.type_open and (yield from reader.take(shape.type_open)):
+                told, _ = yield from reader.name(markers(shape.type_end))
+                yield from reader.skip_space()
             if not (yield from reader.take(shape.value_open)):
                 return (yield from self._unopened(head))
         if not mark:
             return reader.whole
         key, types = self._key(head)
+        types = frozenset({told}) if told in JSON_TYPES else types
         if types != {"string"} and self._may_wrap(key):
             return (yield from self._wrapped(key, types))
         sink = self._begin(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from candle_vllm.openai.formats.elsewhere import Way, read_elsewhere, ways_beside
 from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat
 from candle_vllm.openai.formats.output import CallBegins, CallSink, Output, call_id
 from candle_vllm.openai.formats.reader import SPACES, CodeSpans, Markers, Need, Reader, Sink, markers, nowhere
@@ -77,6 +78,10 @@ class TextFlow:
             set(others).difference(opens)
         )  # what calls have none of: left out where it means nothing
         self._in_reasoning = in_reasoning
+        ways = ways_beside(form, layout.elsewhere) if form and not (held or lazy) else ()
+        own = {*form.opens, *form.names} if form else set[str]()
+        self._ways = tuple(way for way in ways if way[0] not in own)
+        self._later = tuple(way for way in ways if way[0] in own)  # where its mark begins no call of the model's own
         self._lazy = lazy
         self._code = CodeSpans()
         self._spelt = False  # marks were no calls: special tokens are text up to the next part
@@ -89,7 +94,7 @@ class TextFlow:
             yield from self._reasoning(next(iter(self._pairs)))
         fresh = True
         while True:
-            if fresh and (yield from self._bare()):
+            if fresh and ((yield from self._bare()) or (yield from self._elsewhere(self._ways))):
                 continue
             mark = yield from self._until_mark(self._marks, self._content, self._code)
             if not mark:
@@ -101,7 +106,7 @@ class TextFlow:
             elif mark in self._opens and self._in_line(mark):
                 self._text(mark)
             elif mark in self._opens:
-                yield from self._calls(mark)
+                fresh = yield from self._calls(mark)
             elif mark not in self._strays:
                 fresh = self._is_end(mark)
 
@@ -160,8 +165,19 @@ class TextFlow:
         self._no_calls(read)
         return False
 
-    def _calls(self, mark: str) -> Need[None]:
-        """Calls behind a mark; where there is none, the mark is text."""
+    def _elsewhere(self, ways: tuple[Way, ...]) -> Need[bool]:
+        """Calls as other models write them, where the answer begins."""
+        if not ways:
+            return False
+        read = yield from read_elsewhere(self._reader, self._output.calls, ways)
+        if read < 0:
+            self._part_ends()
+            return True
+        self._no_calls(read)
+        return False
+
+    def _calls(self, mark: str) -> Need[bool]:
+        """Calls behind a mark; where there is none, the mark is text. True where it was another model's."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:
@@ -176,17 +192,20 @@ class TextFlow:
             if (yield from self._read(body)) or calls.count > before:
                 reader.forget()
                 self._part_ends()
-                return
+                return False
             cut = cut or reader.cut
             most = max(most, reader.unread())
         reader.forget()
         if cut and self._behind_calls:
             reader.next(most)
-            return
-        if mark in form.names:
-            text = yield from reader.take(mark)
+            return False
+        reader.put_back(text)
+        if self._later and not self._output.in_content and (yield from self._elsewhere(self._later)):
+            return True
+        text = reader.next(len(text or mark))
         self._spelt = True
         self._no_calls(max(0, most - len(mark)) if mark in form.names else most, text)
+        return False
 
     @property
     def _behind_calls(self) -> bool:

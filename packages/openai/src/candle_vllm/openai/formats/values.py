@@ -15,6 +15,7 @@ from candle_vllm.openai.formats.json_value import number
 _MOST_STEPS = 64  # of a schema looked at for one argument
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _SPELT = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
+JSON_TYPES = frozenset({"null", *_TYPES.values()})
 _NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
 _YES, _NO = ("true", "yes"), ("false", "no")

@@ -83,11 +83,11 @@ def named_json(body: NamedJson, context: Context) -> Block:
     writer, mark = context.writer, context.writer.mark
     lead = body.before_name[0] if body.before_name else ""
     given_id = _FREE_ID if context.form.make_id is not mistral_id else _MISTRAL_ID
-    middle = mark(body.name_end)
+    middle = mark(body.name_end + "".join(body.between))
     if body.id_mark:
         middle = writer.rule(sequence(f"({mark(body.id_mark)} {given_id})?", middle))
     fence = sequence(f'"{_FENCE}json"', SPACE) if body.fenced else ""
-    end = sequence(sequence(SPACE, f'"{_FENCE}"') if body.fenced else "", *map(mark, body.closers[:1]))
+    end = sequence(sequence(SPACE, f'"{_FENCE}"') if body.fenced else "", *map(mark, body.closers[: body.closed]))
 
     def call(tool: FunctionShape) -> str:
         head = quoted(f"{tool.name}:") + " " + _NUMBER if body.counted else quoted(tool.name)

@@ -1,0 +1,105 @@
+"""Calls in the way of other models, where an answer begins with them: complete, of tools that are offered (step 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from candle_vllm.openai.formats.layout import Body, ToolFormat
+from candle_vllm.openai.formats.named_calls import NamedJson
+from candle_vllm.openai.formats.output import CallBegins, CallSink, Schemas, call_id
+from candle_vllm.openai.formats.pythonic import Pythonic
+from candle_vllm.openai.formats.reader import SPACE, Need, Reader, nowhere
+from candle_vllm.openai.formats.shapes import BARE_JSON, HERMES, MISTRAL, QWEN
+from candle_vllm.openai.formats.tagged import Tagged
+
+Way = tuple[str, Body]  # a mark, "" where there is none, and what follows it
+COMMON: tuple[Way, ...] = (
+    ("<tool_call>", HERMES),
+    ("<tool_call>", QWEN),
+    ("<function=", QWEN),
+    ("[TOOL_CALLS]", MISTRAL[0]),
+    ("[TOOL_CALLS]", NamedJson(name_end="[ARGS]")),
+    ("", BARE_JSON),
+    ("", Pythonic(known_only=True)),
+)
+
+
+def ways_beside(form: ToolFormat, ways: Iterable[Way]) -> tuple[Way, ...]:
+    """Those of the ways that are not the format's own."""
+    own = dict.fromkeys((*form.opens, *form.names), form.bodies)
+    own[""] = tuple(body for body in (form.bare, form.unmarked) if body is not None)
+    return tuple(way for way in ways if not any(_alike(way[1], body) for body in own.get(way[0], ())))
+
+
+def _alike(body: Body, other: Body) -> bool:
+    if isinstance(body, Tagged) and isinstance(other, Tagged):
+        return body.name_open == other.name_open
+    return type(body) is type(other)
+
+
+class _Kept(CallSink):
+    """Calls of one message that may turn out to be text."""
+
+    def __init__(self, tools: Schemas) -> None:
+        super().__init__(nowhere, tools, call_id)
+        self._calls: list[tuple[str, str, list[str]]] = []
+        self._whole = True
+
+    @property
+    def complete(self) -> bool:
+        """There are calls, and all were closed."""
+        return bool(self._calls) and self._whole
+
+    def begin(self, name: str, given_id: str = "") -> None:
+        if name not in self.tools:
+            raise CallBegins(name)
+        self.count += 1
+        self._calls.append((name, given_id, []))
+        self._whole = False
+
+    def arguments(self, text: str) -> None:
+        self._calls[-1][2].append(text)
+
+    def end(self, whole: bool = True) -> None:
+        self._whole = whole
+
+    def give(self, calls: CallSink) -> None:
+        """Makes them calls."""
+        for name, given_id, parts in self._calls:
+            calls.begin(name, given_id)
+            calls.arguments("".join(parts))
+            calls.end()
+
+
+def _is_closed(text: str) -> bool:
+    """Whether a list of calls has its end."""
+    return not text.lstrip(SPACE).startswith("[") or text.endswith(("]", ">"))
+
+
+def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need[int]:
+    """Reads calls that one of the ways has written; -1 where it has.
+
+    Returns:
+        Where none has, nothing was read: how many characters were looked at.
+    """
+    reader.mark()
+    most = 0
+    for mark, body in ways:
+        yield from reader.skip_space()
+        if not mark or (yield from reader.take(mark)):
+            reader.put_back(mark if mark and mark in getattr(body, "names", ())[:1] else "")
+            kept = _Kept(calls.tools)
+            reader.lenient = False
+            try:
+                read = yield from body.read(reader, kept)
+            except CallBegins:
+                read = False
+            finally:
+                reader.lenient = True
+            if read and kept.complete and _is_closed(reader.since_mark().strip(SPACE).removeprefix(mark)):
+                reader.forget()
+                kept.give(calls)
+                return -1
+        most = max(most, reader.unread())
+    reader.forget()
+    return most
