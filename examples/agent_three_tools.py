@@ -2,9 +2,9 @@
 
     python examples/agent_three_tools.py MODEL [--free]
 
-MODEL is a Hugging Face id, a folder or a .gguf file of a chat model. Small models seldom find the way by themselves, so
-the conversation is led: each step says which tool is called, and the arguments follow its schema. With --free the model
-chooses, in one call of `run_conversation`.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file of a chat model. Small models seldom find the way by
+themselves, so the conversation is led: each step says which tool is called, and the arguments follow its schema. With
+--free the model chooses, in one call of `run_conversation`.
 """
 
 import asyncio
@@ -67,4 +67,6 @@ def show(result: ConversationResult) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
     asyncio.run(main(*sys.argv[1:]))

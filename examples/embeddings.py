@@ -2,8 +2,8 @@
 
     python examples/embeddings.py MODEL
 
-MODEL is a Hugging Face id, a folder or a .gguf file: an embedding model (all-MiniLM-L6-v2, Qwen3-Embedding), or any
-model that generates text, whose vectors are less good at this.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file: an embedding model (all-MiniLM-L6-v2, Qwen3-Embedding), or
+any model that generates text, whose vectors are less good at this.
 """
 
 import sys
@@ -34,4 +34,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
     main(sys.argv[1])

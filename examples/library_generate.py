@@ -2,7 +2,7 @@
 
     python examples/library_generate.py MODEL
 
-MODEL is a Hugging Face id, a folder or a .gguf file.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file.
 """
 
 import sys
@@ -20,4 +20,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
     main(sys.argv[1])

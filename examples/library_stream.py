@@ -2,7 +2,7 @@
 
     python examples/library_stream.py MODEL
 
-MODEL is a Hugging Face id, a folder or a .gguf file, with a chat template.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file, with a chat template.
 """
 
 import asyncio
@@ -31,4 +31,6 @@ async def main(model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
     asyncio.run(main(sys.argv[1]))

@@ -8,7 +8,7 @@ MODEL is a name that the server lists, or `default`, which always means the serv
 
 import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 
 def main(model: str = "default", base_url: str = "http://127.0.0.1:2000/v1") -> None:
@@ -31,4 +31,7 @@ def main(model: str = "default", base_url: str = "http://127.0.0.1:2000/v1") -> 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except APIConnectionError as error:
+        sys.exit(f"no server answers at {error.request.url}: start one with `candle-vllm`")

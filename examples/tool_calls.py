@@ -2,7 +2,8 @@
 
     python examples/tool_calls.py MODEL [--sync]
 
-MODEL is a Hugging Face id, a folder or a .gguf file of a chat model. With --sync the same runs without an event loop.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file of a chat model. With --sync the same runs without an
+event loop.
 """
 
 import asyncio
@@ -80,4 +81,6 @@ def main(model: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
     main(*sys.argv[1:])

@@ -45,6 +45,16 @@ def test_every_example_has_a_test() -> None:
     }
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_without_a_model_or_a_server_it_is_a_sentence(name: str, run: Callable[..., str]) -> None:
+    client = name.endswith("_client")
+    arguments = ["default", "http://127.0.0.1:9"] if client else []  # where nobody listens
+    with pytest.raises(SystemExit) as end:
+        run(name, *arguments)
+    words = "no server answers at http://127.0.0.1:9/" if client else "name a model, for example: python"
+    assert str(end.value.code).startswith(words)
+
+
 def test_library_generate(run: Callable[..., str], toy_model: Path) -> None:
     lines = run("library_generate", str(toy_model)).splitlines()
     assert len(lines) == 3

@@ -195,6 +195,17 @@ def test_a_thread_that_does_not_start_is_one_sentence(toy_model: Path, monkeypat
         monkeypatch.undo()
 
 
+def test_the_cache_is_said_in_words_that_do_not_frighten(toy_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), InferenceEngine(str(toy_model), max_num_seqs=3, block_size=64) as engine:
+        info, stats = engine.model_info, engine.stats()
+    most = 3 * -(-info.max_model_len // 64)
+    assert stats.num_blocks == most  # never more than the sequences can need
+    (line,) = [message for message in caplog.messages if "KV cache" in message]
+    assert f"room for {most * 64:,} tokens in blocks of 64; at most " in line
+    assert f"all that 3 sequences of {info.max_model_len:,} tokens can need" in line
+    assert "reserved now and taken from the machine only as it fills" in line
+
+
 PROGRAM = """
 import resource, sys
 from candle_vllm.core import InferenceEngine, SamplingParams

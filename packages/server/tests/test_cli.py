@@ -17,12 +17,15 @@ import pytest
 from server_fakes import PacedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from candle_vllm.core import config as core_config
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, derived
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import COMMANDS, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -36,6 +39,33 @@ def _empty_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "candle_vllm.server.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "config"])
+def test_a_mistyped_file_is_refused_at_once_with_the_nearest_name(command: str, tmp_path: Path) -> None:
+    (tmp_path / "SmolLM2-Q4_1.gguf").write_bytes(b"x")
+    began = time.perf_counter()
+    done = _run(command, "--m", "./SmolLM-Q4_1.gguf", *(["hi"] if command == "generate" else []), cwd=tmp_path)
+    seconds = time.perf_counter() - began
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "there is no file or folder './SmolLM-Q4_1.gguf' (did you mean SmolLM2-Q4_1.gguf?)" in line
+    assert seconds < 3  # 0.3 s on an idle machine; the engine's and a web framework's imports are not made
+
+
+@pytest.mark.parametrize("given", [[], ["--m", "demo"]])
+def test_the_demo_model_has_a_name(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / core_config.DEMO_FILE).write_bytes(b"x")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(core_config, "DEMO_PACKAGE", "llm")
+    settings, _ = parse("serve", given)
+    configuration = load_configuration(settings, {}, folder=tmp_path, home=tmp_path)
+    assert derived.model_source(configuration.settings) == (str(tmp_path / "llm" / core_config.DEMO_FILE), None)
+    assert configuration.catalogue.default.names == ("SmolLM2-135M-Instruct.Q4_1",)
+    (tmp_path / "demo").mkdir()  # a folder of that name is meant before it
+    monkeypatch.chdir(tmp_path)
+    assert derived.model_source(Settings(model="demo")) == ("demo", None)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -106,7 +136,7 @@ def test_a_user_error_is_one_line_and_status_2(
 
 
 def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(settings: Settings) -> None:
+    def fail(settings: Settings, **changes: Any) -> None:
         raise ModelNotFoundError("no such model")
 
     monkeypatch.setattr(generate_module, "load_engine", fail)
@@ -116,7 +146,7 @@ def test_no_traceback_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_demo_model_the_message_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derived, "DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr(core_config, "DEMO_PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match="pass --m with a Hugging Face id"):
         derived.model_source(Settings())
 
@@ -144,7 +174,7 @@ def test_engine_config_gets_what_was_given_and_keeps_its_own_defaults(tmp_path: 
 def engine(monkeypatch: pytest.MonkeyPatch) -> PacedEngine:
     engine = PacedEngine(["Hel", "lo!"])
     for module in (generate_module, chat_module):
-        monkeypatch.setattr(module, "load_engine", lambda *_: engine)
+        monkeypatch.setattr(module, "load_engine", lambda *_, **__: engine)
     return engine
 
 
@@ -156,6 +186,18 @@ def test_generate(engine: PacedEngine, capsys: pytest.CaptureFixture[str]) -> No
     assert (request.params.temperature, request.params.max_tokens) == (0, 20)
     assert request.params.stop_strings == ("zzz",)
     assert engine.closed
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_who_talks_alone_reserves_room_for_one(
+    command: str, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    module = generate_module if command == "generate" else chat_module
+    monkeypatch.setattr(module, "load_engine", lambda _, **changes: asked.append(changes) or engine)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main([command, *(["Hi"] if command == "generate" else [])]) == 0
+    assert asked == [{"max_num_seqs": 1}]
 
 
 def test_texts_of_people_are_taken_as_they_are(engine: PacedEngine) -> None:

@@ -183,5 +183,4 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
     with _starting(tmp_path, 0, 0.0, fails=True) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "candle-vllm: error: it is damaged" in error
-    assert "Traceback" not in error
+    assert error.splitlines()[:-1] == ["candle-vllm: error: it is damaged"]  # once, and not in the log as well

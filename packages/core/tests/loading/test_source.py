@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 
 from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.source import choose_weights, resolve
+from candle_vllm.core.progress import Progress, heard_by
 
 SAFETENSORS = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
 SPLIT = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"]
@@ -46,6 +48,76 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+# ---- names that are nearly right ----
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [("SmolLM.Q4_1.gguf", "SmolLM2.Q4_1.gguf"), ("smolm2", "smollm2"), ("./zzz.gguf", None), ("none/x.gguf", None)],
+)
+def test_a_name_that_is_nearly_right_is_said(
+    asked: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, ["SmolLM2.Q4_1.gguf", "smollm2/config.json", "SmolLM.Q4_1.txt"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve(asked)
+    assert (f"(did you mean {meant}?)" in str(caught.value)) == (meant is not None)
+
+
+def test_of_a_repository_that_is_not_there_the_caches_names_are_said(
+    tmp_path: Path, hub: Callable[[list[str]], FakeHub]
+) -> None:
+    (tmp_path / "models--Qwen--Qwen3-4B").mkdir()
+    fake = hub([])
+    with pytest.raises(ModelNotFoundError, match=r"is not in the cache \(did you mean Qwen/Qwen3-4B\?\)"):
+        resolve("Qwen/Qwen-4B", cache_dir=tmp_path, offline=True)
+    assert fake.calls[0][1]["local_files_only"]
+
+
+def test_the_demo_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("candle_vllm.core.config.DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(ModelNotFoundError, match="the demo model is not installed"):
+        resolve("demo")
+    fill(tmp_path, ["llm/SmolLM2-135M-Instruct.Q4_1.gguf"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("candle_vllm.core.config.DEMO_PACKAGE", "llm")
+    assert resolve("demo").name == "SmolLM2-135M-Instruct.Q4_1"
+
+
+def test_a_download_is_told_as_any_other_progress(tmp_path: Path, hub: Callable[[list[str]], FakeHub]) -> None:
+    """As the hub does it: bars of its class, for received and written bytes, updated in its own threads."""
+    fake = hub(["model.gguf"])
+
+    def download(model: str, *, tqdm_class: Any, **options: Any) -> str:
+        def work() -> None:
+            received = tqdm_class(desc="Downloading bytes", total=0, unit="B", unit_scale=True)
+            written = tqdm_class(desc="Reconstructing", total=0, unit="B", unit_scale=True)
+            files = tqdm_class(desc="Fetching 1 files", total=1)
+            for bar in (received, written):
+                bar.total += 1000
+                bar.refresh()
+                bar.update(400)
+                bar.refresh()
+            files.update(1)
+            for bar in (files, written, received):
+                bar.close()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return fake.snapshot_download(model, **options)
+
+    told: list[Progress] = []
+    with pytest.MonkeyPatch.context() as patch, heard_by(told.append):
+        patch.setattr(huggingface_hub, "snapshot_download", download)
+        resolve("org/name")
+    assert {(each.what, each.total) for each in told} == {("downloading org/name", 1000)}
+    assert [each.done for each in told] == sorted(each.done for each in told)
+    assert told[-1].done == 400
 
 
 # ---- files and folders ----

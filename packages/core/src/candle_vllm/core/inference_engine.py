@@ -34,7 +34,7 @@ class InferenceEngine(EngineFront):
     """A loaded model that continues prompts, many at a time.
 
     Args:
-        model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", or a whole `EngineConfig`.
         on_progress: called while the weights are loaded, with bytes done and bytes in all; None shows a bar on a
             terminal.
         settings: fields of `EngineConfig`, where `model` is not one.

@@ -54,12 +54,14 @@ class Room:
         share: how much of it the cache may take, unless `kv_fraction` says.
         kept: what was put aside, for the message; may be empty.
         limit: what somebody set and bounds it, if anything.
+        as_it_fills: a cache takes it only as it fills.
     """
 
     available: int
     share: float
     kept: str = ""
     limit: Limit | None = None
+    as_it_fills: bool = False
 
 
 def main_room(threads: int, share: float, weights: int = 0) -> Room:
@@ -74,7 +76,7 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     limit = limit._replace(left=max(0, limit.left - weights))
     aside = min(limit.left // 2, threads * STACK_BYTES + _FOR_STEPS) if limit.unit else 0
     kept = f" of {limit.name}, {_size(aside)} put aside" if aside else ""
-    return Room(limit.left - aside, share, kept, limit if limit.allowed else None)
+    return Room(limit.left - aside, share, kept, limit if limit.allowed else None, as_it_fills=True)
 
 
 def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room) -> CachePlan:
@@ -113,10 +115,14 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
+    whole = num_blocks == per_sequence * sequences
+    several = f"{sequences} sequences" if sequences > 1 else "one sequence"
+    needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
+    kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
-        f"KV cache: {num_blocks} blocks of {config.block_size} tokens = {num_blocks * config.block_size} tokens, "
-        f"{_size(num_blocks * block_bytes)} of {_size(budget)} ({source}); one token takes "
-        f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context}"
+        f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
+        f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
+        f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context:,}"
     )
     return CachePlan(num_blocks, block_bytes, context, message)
 

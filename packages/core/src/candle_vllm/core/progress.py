@@ -45,8 +45,18 @@ _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("_LISTENERS", default=
 
 def tell(what: str, done: int = 0, total: int = 0, unit: str = "B") -> None:
     """Says to all who listen in this context how far something is; see `Progress`."""
-    for listener in _LISTENERS.get():
-        listener(Progress(what, done, total, unit))
+    teller()(Progress(what, done, total, unit))
+
+
+def teller() -> Listener:
+    """Says what it is given to all who listen in this context, from whichever thread it is called."""
+    listeners = _LISTENERS.get()
+
+    def told(progress: Progress) -> None:
+        for listener in listeners:
+            listener(progress)
+
+    return told
 
 
 @contextmanager

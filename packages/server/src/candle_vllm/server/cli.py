@@ -74,6 +74,10 @@ def _run(argv: Sequence[str]) -> int:
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Runs one command."""
     with leaving_at_once(lambda: "it started"):
+        if command != "agent":  # whose model may be the name of one elsewhere
+            from candle_vllm.server.settings.derived import refuse_missing
+
+            refuse_missing(configuration.settings)
         program = _program(command)
     return program(configuration if command in ("serve", "config") else configuration.settings, **own)
 

@@ -42,6 +42,7 @@ from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
+    from candle_vllm.core.engine.request import ModelInfo
     from candle_vllm.server.mailbox.service import Mailbox
     from candle_vllm.server.mcp.service import McpService
 
@@ -294,7 +295,8 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         f"device           {info.device}, {info.dtype}",
         f"tool calls       {_format(choice.tools, choice.tools_reason)}",
         f"reasoning        {_format(choice.reasoning, choice.reasoning_reason)}",
-        f"KV cache         {stats.num_blocks * stats.block_size:,} tokens; longest request {info.max_model_len:,}",
+        f"KV cache         {stats.num_blocks * stats.block_size:,} tokens{_cache_size(info)}; longest request "
+        f"{info.max_model_len:,}",
         f"address          {url}",
         *([f"web UI           {page_address(url, page_key)}"] if settings.ui_server else []),
         f"OpenAI base URL  {url}/v1",
@@ -303,6 +305,14 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         "Ctrl+C to stop",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cache_size(info: ModelInfo) -> str:
+    """How much memory the cache may take; on the CPU it does so as it fills."""
+    if not info.kv_cache_bytes:
+        return ""
+    fills = ", taken as they fill" if info.device == "cpu" else ""
+    return f" (at most {info.kv_cache_bytes / (1 << 20):,.0f} MiB{fills})"
 
 
 def _mcp_line(app: FastAPI) -> list[str]:

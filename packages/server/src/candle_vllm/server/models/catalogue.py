@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from candle_vllm.core.config import is_demo
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 
@@ -80,6 +81,8 @@ def source_name(settings: Settings, demo: Path | None) -> str:
     """What a model that stands in no models.yaml is called before it is loaded: as its files are."""
     if settings.model is None and settings.weight_path is None and settings.weight_file is None:
         return "default" if demo is None else demo.stem
+    if settings.weight_path is None and is_demo(settings.model or "") and demo is not None:
+        return demo.stem
     source = str(settings.weight_path or settings.model or settings.weight_file)
     path = Path(source).expanduser()
     if path.suffix == ".gguf":

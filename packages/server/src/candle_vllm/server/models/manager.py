@@ -102,12 +102,15 @@ class ModelManager:
             CandleVllmError: why it cannot be loaded.
         """
         slot = self.slots[self.active]
+        slot.awaited = True
         try:
             (await self._wait(slot, None)).release()
         except HttpError:
             if slot.error is not None:
                 raise slot.error from None
             raise
+        finally:
+            slot.awaited = False
         return slot
 
     def _check_queue(self, slot: ModelSlot) -> None:

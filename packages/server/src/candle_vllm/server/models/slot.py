@@ -74,6 +74,7 @@ class ModelSlot:
         last_used, loaded_at: `time.monotonic()` and Unix seconds.
         load_seconds: how long the last load took.
         progress: what is being done while it is loaded, and how far that is.
+        awaited: the start waits for it, and says itself why it cannot be loaded.
         timer: runs until the model has rested long enough to be unloaded.
     """
 
@@ -91,6 +92,7 @@ class ModelSlot:
     loaded_at: float | None = None
     load_seconds: float | None = None
     progress: Progress | None = None
+    awaited: bool = False
     timer: asyncio.TimerHandle | None = None
 
     @property

@@ -214,7 +214,8 @@ class ModelSwitcher:
 
     def _failed(self, slot: ModelSlot, error: Exception) -> None:
         ours = not isinstance(error, (CandleVllmError, NoRoomError))  # what a file or setting causes has no traceback
-        logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
+        if ours or not slot.awaited:
+            logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
         _forget_frames(error)
         slot.state, slot.error, slot.failed_at = ModelState.FAILED, error, time.monotonic()
         self._metrics.model_failed(slot.entry.names[0])

