@@ -444,6 +444,31 @@ SAMPLES: tuple[Sample, ...] = (
         TWO,
     ),
     Sample("dots", f"<dots_function_call>\n{_invokes('')}</dots_function_call>", TWO),
+    Sample(
+        "inkling",
+        "<|content_thinking|>Hm.<|end_message|><|message_model|><|content_text|>Ok.<|end_message|><|message_model|>"
+        f'get_weather<|content_invoke_tool_json|>{{"name": "get_weather", "args": {ARGS}}}<|end_message|><|message_model|>f2'
+        f'<|content_invoke_tool_json|>{{"name": "f2", "args": {SMALL}}}<|end_message|><|content_model_end_sampling|>',
+        TWO,
+        "Ok.",
+        "Hm.",
+        "inkling",
+    ),
+    Sample(
+        "inkling",
+        "Hm.<|end_message|><|message_model|><|content_text|>2 < 3",
+        [],
+        "2 < 3",
+        "Hm.",
+        "inkling",
+        prefilled=True,
+    ),
+    Sample(
+        "inkling",
+        f'<|content_invoke_tool_json|>{{"args": {SMALL}, "name": "f2"}}<|end_message|>',
+        TWO[1:],
+        reasoning="inkling",
+    ),
     Sample("deepseek_v41", "Ok.\n\n" + _DSML41, TWO, "Ok."),
     Sample("deepseek_v41", "Hm.\n</think>" + _DSML41, TWO, "", "Hm.", prefilled=True),
     Sample(
@@ -489,6 +514,8 @@ _SHORT_TEXTS = {
     "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜function_calls>",
     "deepseek_v4": 'Ok<｜DSML｜tool_calls><｜DSML｜invoke name="f2"><｜DSML｜parameter name="city" string="true">x'
     "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜tool_calls>",
+    "inkling": "<|content_text|>Ok<|end_message|><|message_model|>f2<|content_invoke_tool_json|>"
+    f'{{"name": "f2", "args": {SMALL}}}<|end_message|>',
     "deepseek_v41": 'Ok<｜DSML｜ calls><｜DSML｜ invoke name="f2"><｜DSML｜ parameter name="city" string="true">x'
     "</｜DSML｜ parameter></｜DSML｜ invoke></｜DSML｜ calls>",
     "k2_horizon": "Ok<ifm|tool_call>f2\n<ifm|arg_key>city</ifm|arg_key><ifm|arg_value>x</ifm|arg_value></ifm|tool_call>",

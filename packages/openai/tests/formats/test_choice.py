@@ -21,7 +21,8 @@ from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplatePro
 VLLM_TOOLS = (
     "apertus cohere_command3 cohere_command4 deepseek_v3 deepseek_v31 deepseek_v32 deepseek_v4 deepseek_v41 "
     "ernie45 functiongemma "
-    "gemma4 gigachat3 glm45 glm47 granite granite-20b-fc granite4 hermes hunyuan_a13b hy_v3 internlm jamba kimi_k2 "
+    "gemma4 gigachat3 glm45 glm47 granite granite-20b-fc granite4 hermes hunyuan_a13b hy_v3 inkling internlm "
+    "jamba kimi_k2 "
     "kimi_k3 lfm2 llama3_json llama4_json llama4_pythonic longcat mimo minicpm5 minimax minimax_m2 minimax_m3 mistral "
     "olmo3 openai phi4_mini_json plamo3 k2_horizon poolside_v1 pythonic qwen3_coder qwen3_xml seed_oss "
     "solar_open2 step3 step3p5 xlam"
@@ -29,7 +30,8 @@ VLLM_TOOLS = (
 VLLM_REASONING = (
     "cohere_command3 cohere_command4 deepseek_r1 deepseek_v3 deepseek_v4 deepseek_v41 k2_horizon plamo3 ernie45 "
     "gemma4 glm45 glm47 granite holo2 "
-    "hunyuan_a13b hy_v3 kimi_k2 kimi_k3 mimo minimax_m2 minimax_m3 mistral nemotron_v3 olmo3 openai_gptoss poolside_v1 "
+    "hunyuan_a13b hy_v3 inkling kimi_k2 kimi_k3 mimo minimax_m2 minimax_m3 mistral nemotron_v3 olmo3 "
+    "openai_gptoss poolside_v1 "
     "qwen3 seed_oss step3 step3p5"
 )
 SGLANG_TOOLS = (

@@ -255,6 +255,7 @@ def _beginning(form: ToolFormat, number: int) -> str:
 # Texts that parsers understand and that no model should write where its calls are constrained: (format, part of the
 # text, why).
 NOT_WRITTEN = (
+    ("inkling", '{"args"', "arguments before the name"),
     ("k2_horizon", '<ifm|tool_call>{"name"', "JSON in place of tags"),
     ("k2_horizon", "<ifm|arg_type>", "types beside values"),
     ("hermes", '{"arguments": {}, "name"', "arguments before the name"),

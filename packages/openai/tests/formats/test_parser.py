@@ -234,6 +234,7 @@ def test_without_tools_calls_are_text(sample: Sample) -> None:
     text = {
         "openai": f"Ok\n{SMALL}",
         "muse": "Ok\n" + sample.text[sample.text.find("<atem") :].removesuffix("<|eot|>"),
+        "inkling": f'Ok\n{{"name": "f2", "args": {SMALL}}}',
         "functionary_v32": f"Ok>>>f2\n{SMALL}",
     }
     parsed = parse(parser(sample.tools, None, None), sample.text)
@@ -265,5 +266,5 @@ def test_any_two_formats_go_together(reasoning: str) -> None:
     for sample in SHORT:
         form = next(row for row in TOOL_FORMATS if row.name == sample.tools)
         parsed = parse(parser(sample.tools, TOOLS, reasoning), [sample.text])
-        if reasoning not in ("openai", "muse") or form.flow is not None:
+        if reasoning not in ("openai", "muse", "inkling") or form.flow is not None:
             assert (parsed.content, parsed.values) == (sample.content, sample.calls), sample.tools

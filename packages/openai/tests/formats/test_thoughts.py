@@ -26,7 +26,11 @@ PAIRS = [
     for opening, closing in ((row.open, row.close), *row.others)
 ]
 SPECIAL = re.compile(r"<[|/]?[\w:|]+>|\[/?[A-Z_]+\]")
-HEADS = {"openai": "<|channel|>final<|message|>", "muse": " to=user<|message|>"}  # before the text of an answer
+HEADS = {  # before the text of an answer, and before the part that it is
+    "openai": ("<|channel|>final<|message|>", "<|end|><|start|>assistant"),
+    "muse": (" to=user<|message|>", "<|eom|><|start|>assistant"),
+    "inkling": ("<|content_text|>", "<|end_message|><|message_model|>"),
+}
 every_pair = pytest.mark.parametrize(("reasoning", "opening", "closing"), PAIRS)
 bound_or_not = pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 
@@ -68,8 +72,7 @@ def test_a_form_begins_behind_the_mark_beside_it(reasoning: str, opening: str, c
             return
     model = Model(reasoning if reasoning in HEADS else "hermes", reasoning, bound=False, prompt=prompt,
                   tools=TOOLS if offered else [])  # fmt: skip
-    head = HEADS.get(reasoning, "")
-    closed = closing.partition(">")[0] + "><|start|>assistant" if head else closing
+    head, closed = HEADS.get(reasoning, ("", closing))
     assert model.takes(f"plan{closed}{head}{ANSWER}")
     assert not model.takes(f"{head}{ANSWER}")
 

@@ -14,11 +14,19 @@ from functools import singledispatch
 from typing import Any, Literal
 
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.grammars.json_bodies import begun_objects, json_calls, named_json
 from candle_vllm.openai.formats.grammars.literals import begun_calls, gemma, pythonic
-from candle_vllm.openai.formats.grammars.messages import harmony, harmony_answer, headed, headed_answer
+from candle_vllm.openai.formats.grammars.messages import (
+    blocks,
+    blocks_answer,
+    harmony,
+    harmony_answer,
+    headed,
+    headed_answer,
+)
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.tagged import nested, tagged
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
@@ -111,6 +119,8 @@ def answer_grammar(
         return context.writer.lark(harmony_answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
     if isinstance(flow, Headed):
         return context.writer.lark(headed_answer(flow, context))
+    if isinstance(flow, Blocks):
+        return context.writer.lark(blocks_answer(flow, context, _one_call(flow, context), in_reasoning=in_reasoning))
     if not row.answer and not tools:
         return None
     return context.writer.lark(_Message(context, reasoning, in_reasoning).answer())
@@ -139,10 +149,12 @@ def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool)
         return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     if isinstance(flow, Headed):
         return headed(flow, context, required=required)
+    if isinstance(flow, Blocks):
+        return blocks(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     return _block(flow, context).rest
 
 
-def _one_call(flow: Harmony, context: Context) -> Callable[[FunctionShape], Block]:
+def _one_call(flow: Harmony | Blocks, context: Context) -> Callable[[FunctionShape], Block]:
     """Writes a call of one tool as the body of a message has it."""
     return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
 

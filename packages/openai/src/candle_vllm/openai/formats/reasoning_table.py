@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony
 from candle_vllm.openai.formats.layout import ReasoningFormat
 from candle_vllm.openai.formats.shapes import COHERE_STRAYS, K3_STRAYS, MUSE, SOLAR_STRAYS, words
@@ -106,6 +107,13 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         flow=Harmony(),
         aliases=("openai_gptoss", "gpt_oss", "harmony"),
         model_types=("gpt_oss",),
+    ),
+    ReasoningFormat(
+        "inkling",
+        "<|content_thinking|>",
+        "<|end_message|>",
+        flow=Blocks(),
+        model_types=words("inkling_mm_model inkling_model"),
     ),
     ReasoningFormat(
         "muse", "to=self<|message|>", "<|eom|>", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
+from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.json_calls import JsonCalls
@@ -318,6 +319,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bodies=(invokes("</dots_function_call>"), JsonCalls(closers=("</dots_function_call>",))),
     ),
     ToolFormat("openai", flow=Harmony(), aliases=("gpt_oss", "harmony"), model_types=("gpt_oss",)),
+    ToolFormat("inkling", flow=Blocks(), model_types=words("inkling_mm_model inkling_model")),
     ToolFormat("muse", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)),
     ToolFormat(
         "solar",

@@ -1,10 +1,11 @@
-"""Grammars of whole messages that come in parts with headers: `Harmony` and `Headed`."""
+"""Grammars of whole messages that come in parts with headers: `Harmony`, `Headed` and `Blocks`."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 
+from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
@@ -126,6 +127,50 @@ def _headed_calls(flow: Headed, context: Context) -> str:
     call = context.writer.rule(" | ".join(named))
     again = f"({SPACE} {context.writer.mark(flow.mark)} {call})*" if context.many else ""
     return sequence(call, again)
+
+
+def blocks(flow: Blocks, context: Context, write: _Write, *, required: bool, in_reasoning: bool = False) -> str:
+    """A message whose prompt ends with the mark before its first block, or within its thoughts."""
+    writer, mark = context.writer, context.writer.mark
+    calls, text = _block_calls(flow, context, write), _block_text(flow, context)
+    opened = sequence(writer.until(flow.ends[0], text), mark(flow.start)) if in_reasoning else ""
+    if required:
+        return sequence(opened, _block_thoughts(flow, context), calls)
+    kind = writer.rule(f"{mark(flow.texts[0])} | {mark(flow.thoughts)}")
+    lead = writer.rule(sequence(kind, writer.until(flow.ends[0], text), mark(flow.start)))
+    ends = writer.rule(" | ".join(writer.until(end, text) for end in flow.ends))
+    main = f"{lead}* ({calls} | {kind} ({text} | {ends}))"
+    return f"{opened} {main} | {text}" if opened else main
+
+
+def blocks_answer(flow: Blocks, context: Context, write: _Write, *, in_reasoning: bool = False) -> str:
+    """Thoughts, and then an answer that has a form, or calls."""
+    writer, mark = context.writer, context.writer.mark
+    opened = writer.until(flow.ends[0], _block_text(flow, context)) if in_reasoning else ""
+    answer = f"{mark(flow.texts[0])} @form ({mark(flow.ends[0])})?"
+    calls = [_block_calls(flow, context, write)] if context.tools else []
+    behind = sequence(opened, mark(flow.start)) if opened else ""
+    return sequence(behind, _block_thoughts(flow, context), writer.rule(" | ".join([answer, *calls])))
+
+
+def _block_calls(flow: Blocks, context: Context, write: _Write) -> str:
+    writer, mark = context.writer, context.writer.mark
+    blocks = [(tool, write(tool)) for tool in context.tools]
+    parts = [sequence(f"({quoted(tool.name)})?", mark(flow.call), mark(one.lead), one.rest) for tool, one in blocks]
+    call = writer.rule(" | ".join(parts))
+    again = f"({mark(flow.start)} {call})*" if context.many else ""
+    return sequence(call, again, f"({mark(flow.ends[1])})?")
+
+
+def _block_thoughts(flow: Blocks, context: Context) -> str:
+    writer, mark = context.writer, context.writer.mark
+    text = writer.until(flow.ends[0], _block_text(flow, context))
+    return writer.rule(sequence(mark(flow.thoughts), text, mark(flow.start))) + _THOUGHTS
+
+
+def _block_text(flow: Blocks, context: Context) -> str:
+    """A block's text, which holds no mark."""
+    return context.writer.without("TEXT", [_common(flow.start, flow.thoughts, *flow.ends)])
 
 
 def _common(*marks: str) -> str:

@@ -1,0 +1,89 @@
+"""Messages in blocks, each behind a mark that says what it is (Inkling)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from candle_vllm.openai.formats.json_calls import JsonCalls
+from candle_vllm.openai.formats.layout import Body
+from candle_vllm.openai.formats.output import Output
+from candle_vllm.openai.formats.reader import Need, Reader, markers
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-:/]*")
+_ENDS = ("<|end_message|>", "<|content_model_end_sampling|>")
+_CALL = JsonCalls(arguments_key="args", closers=_ENDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Inkling's: `<|message_model|>f<|content_invoke_tool_json|>{"name": "f", "args": {"a": 1}}<|end_message|>`.
+
+    The prompt ends with the first block's `start`. A name may stand between that and the mark of a block's kind; it
+    is no text. What stands behind no such mark is text of the answer. Source: vLLM, `vllm/parser/inkling.py`.
+
+    Attributes:
+        start: the mark before a block.
+        thoughts, call: marks of the kinds.
+        texts: those of text, as the first of them is written.
+        ends: marks behind a block.
+        body: how a call is written.
+    """
+
+    start: str = "<|message_model|>"
+    thoughts: str = "<|content_thinking|>"
+    call: str = "<|content_invoke_tool_json|>"
+    texts: tuple[str, ...] = ("<|content_text|>", "<|content_invoke_tool_text|>", "<|content_tool_error|>")
+    ends: tuple[str, ...] = _ENDS
+    body: Body = _CALL
+
+    def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
+        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
+        kind = self.thoughts if in_reasoning else (yield from self._header(reader, output))
+        while kind:
+            if kind == self.call and tools:
+                yield from self._call(reader, output)
+            else:
+                output.thinking = kind == self.thoughts
+                yield from self._text(reader, output)
+                output.thinking = False
+            if not (yield from reader.peek()):
+                return
+            output.part_ends()
+            kind = yield from self._header(reader, output)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return (self.thoughts, self.call, *self.texts)
+
+    def _text(self, reader: Reader, output: Output) -> Need[None]:
+        """A block's text, and the mark that ends it."""
+        sink = output.reasoning if output.thinking else output.content
+        mark = yield from reader.until(markers(self.start, *self._kinds, *self.ends), sink)
+        reader.put_back("" if mark in self.ends else mark)
+
+    def _call(self, reader: Reader, output: Output) -> Need[None]:
+        """A call; what is none is text."""
+        reader.mark()
+        yield from reader.skip_space()
+        called = yield from self.body.read(reader, output.calls)
+        if not called and not reader.cut:
+            reader.unread()
+        reader.forget()
+        if not called:
+            yield from self._text(reader, output)
+
+    def _header(self, reader: Reader, output: Output) -> Need[str]:
+        """The kind of the next block, read with what stands before it; "" at the end."""
+        while (yield from reader.take(self.start, *self.ends)):
+            pass
+        name: list[str] = []
+        yield from reader.match(_NAME, name.append)
+        text = "".join(name)
+        kind = yield from reader.take(*self._kinds)
+        if kind:
+            return kind
+        begun = reader.drop_begun(self.start, *self._kinds, *self.ends) or reader.cut
+        if not (begun and any(tool.startswith(text) for tool in ("", *output.calls.tools))):
+            output.content(text)
+        return self.texts[0] if (yield from reader.peek()) else ""
