@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 from client import Notes, chat_request, connect
 from figures import report
 from process import ServerProcess, server
 
 PATIENCE = 300.0  # seconds for a round
+Loop = Literal["asyncio", "uvloop"]
+LOOPS: dict[Loop, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": lambda: importlib.import_module("uvloop").new_event_loop(),
+}
 TOPICS = ("rivers", "bread", "clocks", "glass", "birds", "maps", "salt", "bridges")
 
 
@@ -25,20 +32,24 @@ async def http_round(target: ServerProcess, prompts: list[str], max_tokens: int)
     notes = Notes()
     notes.open = True
     requests = [chat_request(text, max_tokens, stream_options={"include_usage": True}) for text in prompts]
-    cpu, start = target.cpu_seconds(), time.perf_counter()
+    cpu, own, start = target.cpu_seconds(), time.process_time(), time.perf_counter()
     clients = await asyncio.gather(*(connect(target.address, request, notes) for request in requests))
     await asyncio.wait_for(asyncio.gather(*(client.done for client in clients)), PATIENCE)
     seconds = time.perf_counter() - start
     if notes.failures:
         raise RuntimeError(notes.failures[0])
-    return {"seconds": seconds, "cpu_s": target.cpu_seconds() - cpu, "notes": notes}
+    cpus = {"cpu_s": target.cpu_seconds() - cpu, "client_cpu_s": time.process_time() - own}
+    return {"seconds": seconds, "notes": notes, **cpus}
 
 
-def compare(streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ...], how: str) -> dict[str, Any]:
+def compare(
+    streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ...], how: str, loop: Loop
+) -> dict[str, Any]:
     """Tokens per second of both sides, alternating; medians, and the median of the rounds' ratios."""
     tokens = streams * max_tokens
     library: list[float] = []
     served: list[float] = []
+    client_cpu: list[float] = []
     notes = Notes()
     with server("model", *arguments) as target:
         for number in range(rounds + 1):
@@ -50,8 +61,10 @@ def compare(streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ..
                     if end["tokens"] != tokens:
                         raise RuntimeError(f"the library made {end['tokens']} tokens instead of {tokens}")
                 else:
-                    end = asyncio.run(http_round(target, prompts, max_tokens))
+                    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+                        end = runner.run(http_round(target, prompts, max_tokens))
                     notes = end["notes"]
+                    client_cpu.append(end["client_cpu_s"])
                 if number:  # the first round warms up
                     found.append(tokens / end["seconds"])
         memory = target.resident_mb()
@@ -64,6 +77,8 @@ def compare(streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ..
         "library_tokens_per_s": round(statistics.median(library), 1),
         "http_tokens_per_s": round(statistics.median(served), 1),
         "http_over_library": round(ratio, 4),
+        "client_loop": loop,
+        "client_cpu_us_per_token": round(1e6 * statistics.median(client_cpu) / tokens, 1),
         "ratios": [round(b / a, 3) for a, b in zip(library, served)],
         "last_gap_ms": notes.gaps.milliseconds(),
         "last_first_token_ms": notes.first.milliseconds(),
@@ -71,10 +86,12 @@ def compare(streams: int, max_tokens: int, rounds: int, arguments: tuple[str, ..
     }
 
 
-def run(streams: int, max_tokens: int, rounds: int, *, engine: str, model: str | None, how: str) -> dict[str, Any]:
+def run(
+    streams: int, max_tokens: int, rounds: int, *, engine: str, model: str | None, how: str, loop: Loop = "asyncio"
+) -> dict[str, Any]:
     """One line: HTTP over the library at so many streams."""
     arguments = ("--engine", engine, *(("--m", model) if model else ()))
-    figures = compare(streams, max_tokens, rounds, arguments, how)
+    figures = compare(streams, max_tokens, rounds, arguments, how, loop)
     met = {"http_at_least_95_percent": figures["http_over_library"] >= 0.95}
     report("library", engine=engine, model=model or "demo", **figures, bars=met)
     return figures

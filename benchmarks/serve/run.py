@@ -3,13 +3,15 @@
     python benchmarks/serve/run.py load [--streams 1 32 256 1000] [--rate 20] [--seconds 20]
     python benchmarks/serve/run.py load --streams 1000 --minutes 10        memory, every minute
     python benchmarks/serve/run.py library [--streams 32] [--rounds 7] [--engine thread|process] [--m MODEL]
+                                            [--client-loop asyncio|uvloop]
     python benchmarks/serve/run.py all [--quick]
 
 `load` puts streams of a fixed rate through the server, from an engine that writes the time into every token: `gap_ms`
 lies between two tokens of a stream, `delay_ms` between a token's making and its arrival, and
 `first_token_above_engine_ms` is what the way in and out adds to a first token while the streams run. All streams have
 their token in the same tick, as in a batched step. `library` is the same prompts through `InferenceEngine` and through
-HTTP, on one engine and in turns; the clients run on the same machine, so what they take is part of it. `bars` says
+HTTP, on one engine and in turns; the clients run on the same machine, so what they take is part of it, and is told
+(`client_cpu_us_per_token`): with `--client-loop uvloop` it is half as much, for what is the server's own. `bars` says
 which of the project's bars a line meets.
 """
 
@@ -39,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-tokens", type=int, default=64, help="of an answer of the model")
     made.add_argument("--engine", choices=("thread", "process"), default="thread")
     made.add_argument("--how", choices=("generate", "stream"), default="generate", help="which call of the library")
+    made.add_argument("--client-loop", choices=tuple(library.LOOPS), default="asyncio", help="of the library's clients")
     made.add_argument("--m", help="the model; default: the demo model")
     made.add_argument("--quick", action="store_true", help="a few seconds of everything, to see that it runs")
     return made
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.what in ("library", "all"):
         streams = counts if args.what == "library" and args.streams else [8 if args.quick else 32]
         for count in streams:
-            library.run(count, tokens, rounds, engine=args.engine, model=args.m, how=args.how)
+            library.run(count, tokens, rounds, engine=args.engine, model=args.m, how=args.how, loop=args.client_loop)
     return 0
 
 
