@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import (
@@ -557,9 +558,42 @@ def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
     folder = write_toy_model(tmp_path)
     (folder / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7, "eos_token_id": [258, 256]}')
     with make(folder) as engine:
-        assert dict(engine.model_info.default_sampling) == {"temperature": 0.3, "top_k": 7}
+        defaults = {"temperature": 0.3, "top_k": 7, "top_p": 0.95, "min_p": 0.05}
+        assert dict(engine.model_info.default_sampling) == defaults
         assert engine.default_sampling_params.top_k == 7
         assert set(engine.model_info.eos_token_ids) >= {256, 258}
+
+
+def sampled(engine: InferenceEngine, params: SamplingParams | None) -> SamplingParams:
+    """The parameters that a prompt runs with."""
+    (request, _) = next(iter(engine._requests([[1]], params)))
+    return request.params
+
+
+def test_what_nobody_says_is_llama_cpps_and_what_is_said_counts(engine: InferenceEngine) -> None:
+    ours = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+    assert dict(engine.model_info.default_sampling) == ours
+    for params in (None, SamplingParams(), SamplingParams(seed=3, max_tokens=16), engine.default_sampling_params):
+        used = sampled(engine, params)
+        assert {name: getattr(used, name) for name in ours} == ours
+        assert used.max_tokens == 16
+    said = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=16)
+    assert said == SamplingParams()  # the values of the class, given
+    assert sampled(engine, said) == said
+    assert sampled(engine, replace(SamplingParams(top_k=0), n=2)).top_k == 0
+    used = sampled(engine, SamplingParams(temperature=1.0))
+    assert (used.temperature, used.top_k, used.repetition_penalty) == (1.0, 40, 1.0)
+    assert {type(getattr(used, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")} == {float}
+    assert type(used.top_k) is type(used.max_tokens) is int
+
+
+def test_chat_goes_on_to_the_end_and_generate_for_sixteen_tokens(engine: InferenceEngine) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    prompt = len(engine.chat(messages, GREEDY).prompt_token_ids)
+    assert len(engine.chat(messages, endless).token_ids) == engine.model_info.max_model_len - prompt
+    assert len(engine.chat(messages, replace(endless, max_tokens=16)).token_ids) == 16
+    assert len(engine.generate([[1]], endless, use_tqdm=False)[0].token_ids) == 16
 
 
 def test_chat_renders_the_models_template(engine: InferenceEngine) -> None:

@@ -351,7 +351,8 @@ def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown["kv_cache_dtype"]["value"] == "bf16"
     assert shown["dtype"]["value"] == "bf16"
     assert shown["device"]["value"] == "cpu"
-    assert shown["temperature"] == {"value": 1.0, "from": "default"}
+    ours = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "presence_penalty": 0.0}
+    assert {name: shown[name] for name in ours} == {name: {"value": ours[name], "from": "default"} for name in ours}
     for name, value in (
         ("tool_parser", "llama3_json"),
         ("reasoning_parser", "none"),

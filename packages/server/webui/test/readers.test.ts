@@ -14,8 +14,8 @@ test("rubbish is left out", () => {
 });
 
 test("what is right comes through", () => {
-  const card = { id: "m", status: "ready", default: true, root: "r", max_model_len: 5, tool_parser: null, reasoning_parser: "think" };
-  assert.deepEqual(readModel({ ...card, object: "model" }), [card]);
+  const card = { id: "m", status: "ready", default: true, root: "r", max_model_len: 5, tool_parser: null, reasoning_parser: "think", default_sampling: { top_k: 40 } };
+  assert.deepEqual(readModel({ ...card, object: "model", default_sampling: { top_k: 40, top_p: "a" } }), [card]);
   const tool = { type: "function", function: { name: "n", description: "d", parameters: { type: "object" } }, server: "s", original_name: "o", read_only: true };
   assert.deepEqual(readTool(tool), [tool]);
   const server = { name: "s", transport: "stdio", state: "ready", error: null, protocol_version: "1", reconnects: 2, log: ["a"] };

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { rate, sampleOf, sums } from "../src/api/metrics.ts";
-import { merged, RANGES, readNumber, readSettings, wireFields } from "../src/chat/settings.ts";
+import { merged, RANGES, readNumber, readSettings, served, wireFields } from "../src/chat/settings.ts";
 import type { AssistantMessage, Conversation, UserMessage } from "../src/chat/types.ts";
 import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
@@ -99,4 +99,9 @@ test("an imported file says what it likes, and gets nothing of it", () => {
   assert.deepEqual([read.leaf, read.created, read.settings.temperature, messages[0]!.parent], [null, 0, undefined, null]);
   assert.ok(read.updated <= Date.now() && messages[0]!.created <= Date.now());
   assert.equal(({} as { polluted?: number }).polluted, undefined);
+});
+
+test("what the server takes for what is left out is shown by our names", () => {
+  assert.deepEqual(served({ temperature: 0.8, top_k: 40, unknown: 1 }), { temperature: 0.8, topK: 40 });
+  assert.deepEqual(served(), {});
 });

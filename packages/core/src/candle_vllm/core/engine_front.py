@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import msgspec
+from msgspec.structs import replace
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.admission import check_encoder_task
@@ -63,13 +64,25 @@ class EngineFront(ABC):
 
     @property
     def model_info(self) -> ModelInfo:
-        """Name, architecture, size, context, and the sampling defaults that the model itself brings."""
+        """Name, architecture, size, context, and the sampling defaults."""
         return self._info
 
     @property
     def default_sampling_params(self) -> SamplingParams:
-        """SamplingParams with the defaults of the model's generation config."""
+        """SamplingParams with the defaults of the model's files, and ours where those say nothing."""
         return msgspec.convert(self._info.default_sampling, SamplingParams)
+
+    def _filled(self, params: SamplingParams | None) -> SamplingParams:
+        """The parameters with the model's defaults in what they leave open.
+
+        Raises:
+            InvalidParameterError: they are none.
+        """
+        if not isinstance(params, (SamplingParams, type(None))):
+            raise InvalidParameterError(
+                f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params"
+            )
+        return (params or SamplingParams()).filled(self._info.default_sampling)
 
     @property
     def chat_conventions(self) -> ChatConventions:
@@ -153,7 +166,8 @@ class EngineFront(ABC):
 
         Args:
             prompts: one prompt or a list; a prompt is a text or a list of token ids.
-            sampling_params: one for all, or one each; None is the model's defaults.
+            sampling_params: one for all, or one each. What they leave open is the model's (`default_sampling_params`);
+                16 tokens where they leave `max_tokens` open.
             use_tqdm: show a progress bar.
 
         Raises:
@@ -167,9 +181,15 @@ class EngineFront(ABC):
     def chat(
         self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
     ) -> GenerationOutput:
-        """Answers one conversation; `options` go to `apply_chat_template`."""
+        """Answers one conversation; `options` go to `apply_chat_template`.
+
+        Where `max_tokens` is left open the answer goes on to the end of the turn, or to that of the context.
+        """
+        params = self._filled(sampling_params)
+        if sampling_params is None or sampling_params.leaves_open("max_tokens"):
+            params = replace(params, max_tokens=None)
         tokens = self.tokenize(self.apply_chat_template(messages, **options), add_special_tokens=False)
-        return self.generate([tokens], sampling_params, use_tqdm=False)[0]
+        return self.generate([tokens], params, use_tqdm=False)[0]
 
     async def agenerate(
         self,
@@ -277,7 +297,7 @@ class EngineFront(ABC):
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
         """
-        params = self.default_sampling_params if sampling_params is None else sampling_params
+        params = self._filled(sampling_params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
         with watched_submit(watcher, info) as watch:
@@ -334,7 +354,7 @@ class EngineFront(ABC):
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
             prompt_token_ids=ids,
-            params=self.default_sampling_params if params is None else params,
+            params=self._filled(params),
             priority=priority,
         )
 

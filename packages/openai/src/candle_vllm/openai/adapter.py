@@ -118,6 +118,7 @@ class OpenAIAdapter:
                     max_model_len=info.max_model_len,
                     tool_parser=choice.tools.name if choice.tools else UNSET,
                     reasoning_parser=choice.reasoning.name if choice.reasoning else UNSET,
+                    default_sampling=info.default_sampling or UNSET,
                 )
                 for name in self._names.all
             )

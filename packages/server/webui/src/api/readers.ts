@@ -87,6 +87,8 @@ export function readModel(data: unknown): ModelCard[] {
     const value = given[name];
     if (value === null || typeof value === "string") card[name] = value;
   }
+  const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);
+  if (defaults.length) card.default_sampling = Object.fromEntries(defaults);
   return [card];
 }
 

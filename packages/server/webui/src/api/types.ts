@@ -8,6 +8,7 @@ export interface ModelCard {
   max_model_len?: number;
   tool_parser?: string | null;
   reasoning_parser?: string | null;
+  default_sampling?: Record<string, number>;
 }
 
 export interface Usage {

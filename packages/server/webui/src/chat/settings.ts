@@ -50,6 +50,11 @@ export function merged(general: ChatSettings, chat: ChatSettings): ChatSettings 
   return { ...general, ...chat };
 }
 
+/** What the server takes for numbers that a request leaves out. */
+export function served(defaults: Readonly<Record<string, number>> = {}): ChatSettings {
+  return Object.fromEntries(NUMBER_SETTINGS.filter((name) => WIRE[name] in defaults).map((name) => [name, defaults[WIRE[name]]]));
+}
+
 /** Reads a number from a field; undefined where the field is empty, null where it holds no allowed number. */
 export function readNumber(text: string, range: NumberRange): number | undefined | null {
   const trimmed = text.trim().replace(",", ".");

@@ -2,9 +2,11 @@
 
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
+import { merged, served } from "../chat/settings.ts";
 import type { ChatSettings } from "../chat/types.ts";
 import { LANGUAGES, t } from "../i18n/index.ts";
 import { close } from "../state/dialogs.ts";
+import { cardFor } from "../state/models.ts";
 import { changeChatSettings, shownStart } from "../state/new-chat.ts";
 import { prefer, preferences } from "../state/preferences.ts";
 import type { Theme } from "../store/preferences.ts";
@@ -45,11 +47,12 @@ export function SettingsDialog({ tab: first }: { tab: Tab }) {
 }
 
 function ChatTab() {
-  const { settings } = shownStart.value;
+  const { settings, model } = shownStart.value;
+  const wider = merged(served(cardFor(model)?.default_sampling), preferences.value.settings);
   return (
     <>
       <Lead text={t.value.chatSettingsText} onReset={Object.keys(settings).length ? () => changeChatSettings({}) : undefined} />
-      <SettingsFields settings={settings} inherited={preferences.value.settings} onChange={changeChatSettings} />
+      <SettingsFields settings={settings} inherited={wider} onChange={changeChatSettings} />
     </>
   );
 }
@@ -77,7 +80,7 @@ function GeneralTab() {
       <KeyForm />
       <h3>{t.value.answers}</h3>
       <Lead text={t.value.generalText} onReset={Object.keys(settings).length ? () => change({}) : undefined} />
-      <SettingsFields settings={settings} inherited={{}} onChange={change} />
+      <SettingsFields settings={settings} inherited={served(cardFor(shownStart.value.model)?.default_sampling)} onChange={change} />
     </>
   );
 }

@@ -22,6 +22,7 @@ from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.memory import MIB, CachePlan, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
 
@@ -210,6 +211,7 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
     vectors = ("embed", "score") if loaded.pooling is not None else ("score",)
+    generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
@@ -222,8 +224,8 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         weight_bytes=loaded.weight_bytes,
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=loaded.template is not None,
-        default_sampling=loaded.default_sampling,
-        tasks=("generate", *vectors) if isinstance(loaded, LoadedModel) and loaded.config.has_head else vectors,
+        default_sampling={**DEFAULT_SAMPLING, **loaded.default_sampling} if generates else {},
+        tasks=("generate", *vectors) if generates else vectors,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,

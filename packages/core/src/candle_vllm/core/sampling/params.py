@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -21,8 +23,27 @@ MAX_TOKENS = 1 << 24
 MAX_TOP_K = 1 << 24
 
 
+DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+)
+"""What counts where neither a request nor the model's files say it: llama.cpp's."""
+
+
+class _Open(float):
+    """A number that nobody gave."""
+
+    __slots__ = ()
+
+
+class _OpenCount(int):
+    __slots__ = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one request are chosen.
+
+    An engine fills what is left open of temperature, top_p, top_k, min_p and repetition_penalty from its
+    `ModelInfo.default_sampling`; what was given stays, also where it is equal to the value that stands here.
 
     Attributes:
         n: sequences generated for the prompt, 1 to 128.
@@ -34,7 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
-        max_tokens: most tokens to generate; None means up to the context length.
+        max_tokens: most tokens to generate; None means up to the context length, as `chat` does where it is left open.
         min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
             leaves nothing but the end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
@@ -54,15 +75,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float = _Open(1.0)
+    top_p: float = _Open(1.0)
+    top_k: int = _OpenCount(0)
+    min_p: float = _Open(0.0)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = _Open(1.0)
     seed: int | None = None
-    max_tokens: int | None = 16
+    max_tokens: int | None = _OpenCount(16)
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -136,6 +157,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
+
+    def leaves_open(self, name: str) -> bool:
+        """Whether nobody gave this field."""
+        return isinstance(getattr(self, name), (_Open, _OpenCount))
+
+    def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
+        """The same with `defaults` in the place of what was left open, and plain numbers everywhere.
+
+        Raises:
+            InvalidParameterError: a default cannot be used.
+        """
+        given: dict[str, Any] = {}
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, _Open):
+                given[name] = defaults.get(name, float(value))
+            elif isinstance(value, _OpenCount):
+                given[name] = defaults.get(name, int(value))
+        return replace(self, **given) if given else self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ class ScriptedEngine(ScriptedVectors):
         watcher: RequestWatcher | None = None,
     ) -> TokenStream:
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
-        params = sampling_params or SamplingParams(**self._default_sampling)
+        params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
         with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
             self._check_generates()

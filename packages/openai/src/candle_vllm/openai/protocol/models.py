@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 from msgspec import UNSET, UnsetType
 
@@ -17,6 +19,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         modalities: what the model takes and gives.
         tool_parser: the format that the model's tool calls are read in; null where it calls no tools.
         reasoning_parser: the format that its thoughts are read in; null where they are not told apart.
+        default_sampling: what counts where a request says nothing of it.
     """
 
     id: str
@@ -28,6 +31,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     modalities: tuple[str, ...] = ("text",)
     tool_parser: str | UnsetType | None = UNSET
     reasoning_parser: str | UnsetType | None = UNSET
+    default_sampling: Mapping[str, float | int] | UnsetType = UNSET
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

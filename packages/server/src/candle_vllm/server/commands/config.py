@@ -22,7 +22,7 @@ from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
 from candle_vllm.core.memory import cache_bytes
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
@@ -234,7 +234,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     return found
 
 
-_SAMPLING = {name: getattr(SamplingParams(), name) for name in (
+_SAMPLING = {name: getattr(SamplingParams().filled(DEFAULT_SAMPLING), name) for name in (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")}  # fmt: skip
 
 

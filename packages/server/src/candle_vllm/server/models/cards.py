@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from pydantic import model_validator
 
 from candle_vllm.openai import ModelCard
@@ -115,8 +116,13 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
             UnloadedCard(id=name, created=0, root=slot.entry.name, status=slot.state.value, default=default)
             for name in slot.entry.names
         ]
+    given = slot.entry.settings.default_sampling
     return [
-        LoadedCard(**msgspec.structs.asdict(card), status=slot.state.value, default=default)
+        LoadedCard(
+            **{**msgspec.structs.asdict(card), "default_sampling": {**(card.default_sampling or {}), **given} or UNSET},
+            status=slot.state.value,
+            default=default,
+        )
         for card in slot.model.adapter.models().data
     ]
 
