@@ -1,11 +1,14 @@
 """What Python does between two steps of the compiled CPU engine: everything outside of the recorded plan.
 
-    python benchmarks/cpu/between.py [MODEL.gguf] [--batches 1 32] [--prompt 64] [--steps 200] [--kinds greedy sampled]
+    python benchmarks/cpu/between.py [MODEL.gguf] [--batches 1 32] [--prompt 64] [--spread 0] [--steps 200]
+        [--kinds greedy sampled]
 
 One JSON line per batch and kind of draw, medians over the steps: `step_ms`, `outside_ms` on the clock outside of the
 plan, `outside_cpu_ms` of this thread's own time (what another program takes is not in it), and of that the draw's and
-the settling's share. Without a model the demo's is used. The engine is stepped by this thread, so what the server and
-its event loop add is not in it (`benchmarks/serve/run.py library`).
+the settling's share. Where nothing else is asked of them the plan draws the tokens; what it takes for that is not in
+the figures. With `--spread` each prompt is so many tokens longer than the one before, so that blocks begin in most
+steps. Without a model the demo's is used. The engine is stepped by this thread, so what the server and its event loop
+add is not in it (`benchmarks/serve/run.py library`).
 """
 
 from __future__ import annotations
@@ -67,12 +70,14 @@ def clocks_of(engine: Engine) -> dict[str, Clock]:
     return clocks
 
 
-def measure(engine: Engine, clocks: dict[str, Clock], batch: int, prompt: int, steps: int, kind: str) -> dict[str, Any]:
-    """Medians in milliseconds over steps in which `batch` sequences decode."""
+def measure(
+    engine: Engine, clocks: dict[str, Clock], batch: int, prompts: list[int], steps: int, kind: str
+) -> dict[str, Any]:
+    """Medians in milliseconds over steps in which `batch` sequences decode, behind prompts of these lengths."""
     rng = np.random.default_rng(batch)
-    params = SamplingParams(max_tokens=prompt + steps + 64, ignore_eos=True, **KINDS[kind])
-    for index in range(batch):
-        tokens = rng.integers(1000, 40000, prompt).tolist()
+    params = SamplingParams(max_tokens=steps + 128, ignore_eos=True, **KINDS[kind])
+    for index, length in enumerate(prompts):
+        tokens = rng.integers(1000, 40000, length).tolist()
         engine.add(engine.prepare(GenerationRequest(request_id=str(index), prompt_token_ids=tokens, params=params)))
     seen: set[str] = set()
     while len(seen) < batch:
@@ -102,6 +107,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--spread", type=int, default=0, help="tokens")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), default=["greedy", "sampled"])
     options = parser.parse_args()
@@ -111,7 +117,8 @@ def main() -> None:
         clocks = clocks_of(engine)
         for batch in options.batches:
             for kind in options.kinds:
-                figures = measure(engine, clocks, batch, options.prompt, options.steps, kind)
+                prompts = [options.prompt + options.spread * index for index in range(batch)]
+                figures = measure(engine, clocks, batch, prompts, options.steps, kind)
                 print(json.dumps({"batch": batch, "kind": kind, **figures}), flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -242,3 +243,65 @@ def test_any_load_ends_where_steps_overlap(seed: int, seqs: int, size: int, repr
     assert not alive
     assert engine.blocks.num_free == blocks
     assert not (reproducible and engine.num_preemptions)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_a_step_that_goes_on_is_what_would_be_scheduled_anew(size: int, overlapping: bool) -> None:
+    """Two schedulers have the same load, and one of them forgets what ran before; sequences end, and are aborted."""
+    outcomes = [same_steps(random.Random(seed), size, overlapping) for seed in range(24)]
+    assert sum(went_on for went_on, _ in outcomes) > 150
+    assert sum(preempted for _, preempted in outcomes) > 0
+
+
+def same_steps(rng: random.Random, size: int, overlapping: bool) -> tuple[int, int]:
+    """How many steps went on, and how often one was preempted."""
+    seqs, cache = rng.randrange(2, 9), rng.random() < 0.5
+    blocks = rng.randrange(48 // size + 1, 96 // size + 3)
+    engines = [Scheduler(BlockManager(blocks, size, enable_prefix_caching=cache), seqs, seqs + 9) for _ in range(2)]
+    alive: dict[int, list[Sequence]] = {}
+    flight, order, went_on = [], 0, 0
+    for _ in range(120):
+        if rng.random() < 0.15 and len(alive) < 2 * seqs:
+            tokens, most = [rng.randrange(2) for _ in range(rng.randrange(1, 20))], rng.randrange(1, 28)
+            priority = rng.randrange(2)
+            alive[order] = [make(tokens, order, max_tokens=most, priority=priority) for _ in engines]
+            for engine, sequence in zip(engines, alive[order]):
+                sequence.max_length = len(tokens) + most
+                engine.add(sequence)
+            order += 1
+        engines[1]._going = None
+        steps = [engine.schedule() for engine in engines]
+        told = [
+            [(r.sequence.order, r.start, r.count, r.wanted, r.decodes, r.sequence.block_table) for r in step]
+            for step in steps
+        ]
+        assert told[0] == told[1]
+        went_on += steps[0].goes_on
+        assert not steps[1].goes_on
+        if steps[0].goes_on:
+            assert list(steps[0].begins) == [at for at, run in enumerate(steps[0]) if run.start % size == 0]
+            assert list(steps[0].filling) == [run for run in steps[0] if (run.start + 1) % size == 0]
+        for engine, step in zip(engines, steps):
+            engine.launched(step)
+        landing, flight = (flight, steps) if overlapping else (steps, [])
+        for engine, step in zip(engines, landing):
+            engine.settle(step.filling)
+        drawn = {run.sequence.order: rng.randrange(2) for run in (landing[0] if landing else ()) if run.wanted}
+        leaving = [number for number in alive if rng.random() < 0.01]
+        for at, engine in enumerate(engines):
+            for number, token in drawn.items():
+                if number in alive:
+                    alive[number][at].append(token)
+            for number, copies in alive.items():
+                if number in leaving or len(copies[at].tokens) == copies[at].max_length:
+                    engine.remove(copies[at])
+        alive = {number: copies for number, copies in alive.items() if number not in leaving and not _is_full(copies)}
+        assert len({(engine.num_preemptions, engine.blocks.num_free) for engine in engines}) == 1
+        assert engines[0].blocks._published == engines[1].blocks._published
+        assert +engines[0]._computing == +engines[1]._computing
+    return went_on, engines[0].num_preemptions
+
+
+def _is_full(copies: list[Sequence]) -> bool:
+    return len(copies[0].tokens) == copies[0].max_length

@@ -126,6 +126,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
     {"temperature": 1.5, "stop_token_ids": [*range(40)]},
     {"temperature": 1.5, "ignore_eos": True, "logprobs": 1},
+    {"temperature": 2.0, "ignore_eos": True, "skip_special_tokens": False, "logit_bias": {257: 5.0}},
 ]
 
 
@@ -145,7 +146,7 @@ def drive(engine: Engine, requests: list[GenerationRequest], rng: random.Random,
 
     Of the requests that ask for no log-probabilities, a share of 1 - `plain` is made to.
     """
-    said: dict[Any, Any] = defaultdict(lambda: ["", [], None])
+    said: dict[Any, Any] = defaultdict(lambda: ["", [], [], None])
     requests = [
         request
         if request.params.logprobs is not None or rng.random() < plain
@@ -156,14 +157,15 @@ def drive(engine: Engine, requests: list[GenerationRequest], rng: random.Random,
         while requests and rng.random() < 0.2:
             engine.add(engine.prepare(requests.pop()))
         pieces = engine.step()
-        going = [key for key, entry in said.items() if entry[2] is None]
+        going = [key for key, entry in said.items() if entry[3] is None]
         if going and rng.random() < 0.02:
             pieces += engine.abort(rng.choice(going)[0])
         for piece in pieces:
             entry = said[piece.request_id, piece.index]
             entry[0] += piece.text
             entry[1] += piece.token_ids
-            entry[2] = piece.finish_reason and (piece.finish_reason, piece.stop_reason, piece.error)
+            entry[2] += piece.special_tokens
+            entry[3] = piece.finish_reason and (piece.finish_reason, piece.stop_reason, piece.error)
     return said
 
 
@@ -172,7 +174,7 @@ def test_no_answer_shows_how_a_step_was_run(model: Path) -> None:
 
     So steps that draw by their plan, and those that go on from the step before, are met by steps that do neither.
     """
-    rng, ended = random.Random(1), Counter[str]()
+    rng, ended, specials = random.Random(1), Counter[str](), 0
     scarce: dict[str, Any] = {"kv_cache_memory": BLOCK_BYTES * 14, "max_model_len": 160, "max_num_seqs": 9}
     with make(model, max_num_seqs=1) as single, make(model, **scarce) as front:
         alone, together = single._engine, front._engine
@@ -183,12 +185,54 @@ def test_no_answer_shows_how_a_step_was_run(model: Path) -> None:
             wanted = drive(alone, requests, random.Random(0), 0.0)
             found = drive(together, requests, rng, share)
             assert found.keys() == wanted.keys()
-            for key, (text, tokens, end) in found.items():
-                aborted = end[0] is FinishReason.ABORT or wanted[key][2][0] is FinishReason.ABORT
-                assert wanted[key] == [text, tokens, end] or aborted
+            for key, said in found.items():
+                _, tokens, special, end = said
+                specials += len(special)
+                assert said == wanted[key] or FinishReason.ABORT in (end[0], wanted[key][3][0])
                 length = min(len(tokens), len(wanted[key][1]))
                 assert tokens[:length] == wanted[key][1][:length]
                 ended[end[0].value] += 1
             assert together.scheduler.blocks.num_free == together.scheduler.blocks.num_blocks
         assert together.scheduler.num_preemptions > 3
+    assert specials > 5
     assert min(ended[reason] for reason in ("abort", "length", "stop")) > 3, ended
+
+
+@pytest.mark.parametrize("others", [{}, {"logprobs": 0}])
+def test_a_row_without_finite_logits_ends_alone(model: Path, others: dict[str, Any]) -> None:
+    """Where the plan draws, and where logits come to the sampler; the other goes on as if it were not there."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=8, **others)
+    with make(model) as front:
+        engine = front._engine
+        assert isinstance(engine, Engine)
+        runner: Any = engine.runner
+        alone = engine_run(engine, {"a": params})
+        logits, run_plan, steps = runner._logits, runner._team.run, 0
+
+        def spoilt(plan: Any, rows: int) -> None:
+            nonlocal steps
+            steps += plan is runner._plan
+            if plan is not runner._plan or steps != 4:
+                run_plan(plan, rows)
+                return
+            run_plan(plan, runner._num_rows)
+            logits[1] = np.nan
+            if rows > runner._num_rows:
+                run_plan(runner._draw_rows.plan, 1)
+
+        runner._team.run = spoilt
+        found = engine_run(engine, {"a": params, "b": params})
+    assert found["a"] == alone["a"]
+    assert "NaN" in str(found["b"][-1])
+    assert len(found["b"]) == 4
+
+
+def engine_run(engine: Engine, params: dict[str, SamplingParams]) -> dict[str, list[Any]]:
+    """Tokens of each request, and its error if there is one."""
+    for name, asked_for in params.items():
+        engine.add(engine.prepare(GenerationRequest(request_id=name, prompt_token_ids=[5, 6, 7], params=asked_for)))
+    said: dict[str, list[Any]] = {name: [] for name in params}
+    while engine.has_work:
+        for piece in engine.step():
+            said[piece.request_id] += [*piece.token_ids, *([piece.error] if piece.error else [])]
+    return said

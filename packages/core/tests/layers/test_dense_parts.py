@@ -292,8 +292,8 @@ def outcomes(runner: ModelRunner, chunks: list[int]) -> tuple[torch.Tensor, torc
     sequence.block_table = array("i", reversed(range(8)))
     logits, hidden, start = [], [], 0
     for chunk in chunks:
-        sequence.num_computed_tokens = start
-        runner.forward(BatchBuilder(BLOCK).build([Run.next(sequence, chunk)]), [])
+        sequence.num_uncomputed_tokens = len(tokens) - start
+        runner.forward(BatchBuilder(BLOCK, runner.step_memory).build([Run.next(sequence, chunk)]), [])
         for first in range(0, chunk, 64):
             rows = np.arange(first, min(first + 64, chunk))
             logits.append(torch.as_tensor(runner.score(rows)).clone())

@@ -35,7 +35,7 @@ def our_logits(folder: Path, tokens: list[int], chunk: int, **settings: Any) -> 
     sequence.block_table = array("i", reversed(range(blocks)))
     rows = []
     for start in range(0, len(tokens), chunk):
-        sequence.num_computed_tokens = start
+        sequence.num_uncomputed_tokens = len(tokens) - start
         item = Run.next(sequence, min(chunk, len(tokens) - start))
         runner.run(BatchBuilder(BLOCK).build([item]))
         rows += [runner.score(np.arange(first, min(first + 64, item.count))) for first in range(0, item.count, 64)]

@@ -129,9 +129,9 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> to
     sequence.block_table = array("i", reversed(range(-(-len(tokens) // BLOCK))))
     found, start = [], 0
     for chunk in chunks:
-        sequence.num_computed_tokens = start
+        sequence.num_uncomputed_tokens = len(tokens) - start
         item = Run.next(sequence, chunk)
-        runner.forward(BatchBuilder(BLOCK).build([item]), [])
+        runner.forward(BatchBuilder(BLOCK, runner.step_memory).build([item]), [])
         scored = (runner.score(np.arange(first, min(first + 64, chunk))) for first in range(0, chunk, 64))
         found += [torch.as_tensor(logits).clone() for logits in scored]
         start += chunk

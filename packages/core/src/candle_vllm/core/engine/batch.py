@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Protocol, TypeGuard
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence, Step
 
 Ints = NDArray[np.int64]
 
-_ONE_ON = np.array([[0], [1], [1], [0]])  # what a step's positions and slots are more than those of the step before
+
+class StepMemory(Protocol):
+    """Where a runner reads the numbers of steps, as in `Batch`, with room for the largest.
+
+    Attributes:
+        tokens, context_lens, block_tables: the memory.
+        moved_on: where the step before was one token of each sequence, they hold the one that goes on from it already.
+    """
+
+    @property
+    def tokens(self) -> Ints: ...
+    @property
+    def context_lens(self) -> Ints: ...
+    @property
+    def block_tables(self) -> Ints: ...
+    @property
+    def moved_on(self) -> bool: ...
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
-    """The numbers of one step, all int64.
+    """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 
     Attributes:
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
         query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
         context_lens: [R] tokens of each sequence, the new ones included.
-        block_tables: [R, most blocks]; a row's tail beyond its context is not read. Valid until the next step is built.
+        block_tables: [R, most blocks]; a row's tail beyond its context is not read.
         tables_version: the same object as of the step before where the tables are the same.
         num_decodes: how many sequences at the front have one token that was generated.
         runs: what was scheduled.
         drawing: those of the runs that draw.
         drafted: whether any of the runs has drafts.
         drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
+        goes_on: as in `Step`, and the step before was built here, too.
     """
 
     tokens: Ints
@@ -41,6 +59,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     drawing: Seq[Run]
     drafted: bool
     drawn_rows: Ints
+    goes_on: bool = False
 
     @property
     def token_ids(self) -> Ints:
@@ -67,22 +86,24 @@ class BatchBuilder:
     """Lays out one step after the other.
 
     Block tables stay from step to step, for most sequences of a step were in the one before: only those that are new,
-    or have begun a block since, are written. Where a step is one more token of each sequence of the step before, and
-    none begins a block, its arrays are those of that step with one added.
+    or have begun a block since, are written. Where a step goes on, its arrays are those of the step before, with one
+    added in place.
 
     Args:
         block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
+        memory: where the arrays are to be; None for anywhere.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, memory: StepMemory | None = None) -> None:
         self._block_size = block_size
+        self._memory = memory
         self._rows: list[tuple[Sequence, int]] = []  # whose each row of the tables is, and since which admission
-        self._tables = np.zeros((0, 1), np.int64)
+        self._tables = np.zeros((0, 1), np.int64) if memory is None else memory.block_tables
         self._known: list[int] = []  # blocks that stand in each row
         self._version = object()
         self._numbers = np.arange(1)
         self._last: Batch | None = None  # the step before, if all of its sequences decoded
-        self._room = 0  # steps until one of them begins a block
+        self._moving = self._tables  # its positions and slots
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = ()) -> Batch:
         """Lays the scheduled tokens of all sequences behind each other.
@@ -92,7 +113,7 @@ class BatchBuilder:
             before: the sequences whose next token is not known yet, in the order in which the step before drew them.
         """
         last = self._last
-        if last is not None and self._room and _goes_on(last, scheduled, before):
+        if last is not None and _goes_on(scheduled, last, before):
             return self._next(last, scheduled, before)
         count = len(scheduled)
         if scheduled[-1].decodes:  # so do all others
@@ -116,7 +137,12 @@ class BatchBuilder:
         else:
             drawn_rows = places if whole else places[[item.wanted > 0 for item in scheduled]]
         tables = self._follow(scheduled) if self._block_size else np.zeros((count, 0), np.int64)
-        tokens = np.empty((4, total), np.int64)
+        if self._memory is None:
+            tokens = np.empty((4, total), np.int64)
+        else:
+            tokens, context_lens = self._memory.tokens[:, :total], self._memory.context_lens[:count]
+            context_lens[:] = contexts
+            contexts = context_lens
         tokens[1] = positions
         if self._block_size:
             blocks = positions // self._block_size
@@ -141,29 +167,49 @@ class BatchBuilder:
             drawn_rows=drawn_rows,
         )
         self._last = batch if decodes == count and self._block_size else None
-        if self._last is not None:
-            self._room = self._block_size - 1 - int((positions % self._block_size).max())
+        self._moving = tokens[1:3]
         return batch
 
-    def _next(self, last: Batch, scheduled: Seq[Run], before: Seq[Run]) -> Batch:
+    def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
         """The step behind `last`, where `_goes_on` says so."""
-        tokens = last.tokens + _ONE_ON
-        tokens[0] = 0 if before else [item.sequence.tokens[item.start] for item in scheduled]
-        tokens[3] = last.drawn_rows if before else -1  # what the step before drew, all of it and in this order
-        self._room -= 1
+        tokens, contexts, tables = last.tokens, last.context_lens, last.block_tables
+        if self._memory is None or not self._memory.moved_on:
+            self._moving += 1
+            contexts += 1
+            if before:  # what the step before drew, all of it and in this order
+                tokens[0], tokens[3] = 0, last.drawn_rows
+            else:
+                tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
+        if step.begins:
+            tables = self._begin_blocks(step, last)
         self._last = batch = Batch(
             tokens=tokens,
             query_start=last.query_start,
-            context_lens=last.context_lens + 1,
-            block_tables=last.block_tables,
-            tables_version=last.tables_version,
+            context_lens=contexts,
+            block_tables=tables,
+            tables_version=self._version,
             num_decodes=last.num_decodes,
-            runs=scheduled,
-            drawing=scheduled,
+            runs=step,
+            drawing=step,
             drafted=False,
             drawn_rows=last.drawn_rows,
+            goes_on=True,
         )
         return batch
+
+    def _begin_blocks(self, step: Step, last: Batch) -> Ints:
+        """The tables where some sequences of a step that goes on begin a block; their slots are those of that."""
+        self._version = object()
+        tables, slots = self._tables, last.slots
+        for row in step.begins:
+            run, number = step[row], self._known[row]
+            assert number * self._block_size == run.start
+            if number == tables.shape[1]:
+                tables = self._widen(number + 1)
+            block = tables[row, number] = run.sequence.block_table[number]
+            slots[row] = block * self._block_size
+            self._known[row] = number + 1
+        return tables[: len(step), : max(self._known)]
 
     @staticmethod
     def _name_tokens(scheduled: Seq[Run], tokens: Ints) -> None:
@@ -190,21 +236,32 @@ class BatchBuilder:
         if needed != known:
             self._version = object()
             if most > self._tables.shape[1]:
-                wider = np.zeros((len(rows), max(most, 2 * self._tables.shape[1])), np.int64)
-                wider[:, : self._tables.shape[1]] = self._tables
-                self._tables = wider
+                self._widen(most)
             for row, (first, last) in enumerate(zip(known, needed)):
                 if first < last:
                     self._tables[row, first:last] = scheduled[row].sequence.block_table[first:last]
             self._known = needed
-        return self._tables[:, :most]
+        return self._tables[: len(rows), :most]
+
+    def _widen(self, most: int) -> Ints:
+        """Makes room for more blocks in a row of the tables, where they have no given memory."""
+        assert self._memory is None
+        rows, width = self._tables.shape
+        wider = np.zeros((rows, max(most, 2 * width)), np.int64)
+        wider[:, :width] = self._tables
+        self._tables = wider
+        return wider
 
     def _take_over(self, rows: list[tuple[Sequence, int]]) -> None:
         """Makes the tables those of other rows; of new ones nothing is known."""
         places = {row: place for place, row in enumerate(self._rows)}
         found = [places.get(row, -1) for row in rows]
+        width = max(self._known, default=0)
         self._known = [self._known[place] if place >= 0 else 0 for place in found]
-        self._tables = self._tables[found] if self._rows else np.zeros((len(rows), 1), np.int64)
+        if self._memory is not None:
+            self._tables[: len(rows), :width] = self._tables[found, :width]
+        else:
+            self._tables = self._tables[found] if self._rows else np.zeros((len(rows), 1), np.int64)
         self._rows, self._version = rows, object()
 
     def _up_to(self, count: int) -> Ints:
@@ -214,16 +271,12 @@ class BatchBuilder:
         return self._numbers[:count]
 
 
-def _goes_on(last: Batch, scheduled: Seq[Run], before: Seq[Run]) -> bool:
-    """Whether a step runs the next token of each sequence of `last`, where all of them decoded, and of no other."""
-    if len(scheduled) != len(last.runs) or (before and before is not last.drawing):
+def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[Step]:
+    """Whether a step is the one behind `last` and goes on from it."""
+    if not (isinstance(scheduled, Step) and scheduled.goes_on) or (before and before is not last.drawing):
         return False
-    for item, old in zip(scheduled, last.runs):
-        if item.sequence is not old.sequence or item.start != old.start + 1 or not item.decodes:
-            return False
-        if item.admission != old.admission:
-            return False
-    return True
+    run, old = scheduled[0], last.runs[0]
+    return run.sequence is old.sequence and run.start == old.start + 1 and len(scheduled) == len(last.runs)
 
 
 def _last_rows(scheduled: Seq[Run], places: Ints) -> Ints:

@@ -69,6 +69,7 @@ class DeviceRunner:
 
     overlaps = True
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+    step_memory = None
 
     def __init__(
         self,

@@ -21,19 +21,22 @@ from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.preparation import Preparation
 from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.sequence import Run, Sequence, Step
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.sampler import Drawn, Token
+from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A step that was launched and is not settled; `lives` are those that it draws for."""
+    """A step that was launched and is not settled; `lives` are those that it draws for, `ahead` by sequences booked."""
 
+    step: Step
     batch: Batch
     lives: Seq[LiveSequence]
     launched: Launched
+    ahead: bool
 
 
 class Engine:
@@ -53,12 +56,15 @@ class Engine:
         self.max_model_len = preparation.max_model_len
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
-        self._batches = BatchBuilder(scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0)
+        block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
+        self._batches = BatchBuilder(block_size, runner.step_memory)
+        self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # those that the last step draws for
         self._flight: _Flight | None = None
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
         self._counts: Counter[str] = Counter()
+        self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
 
     @property
@@ -122,10 +128,10 @@ class Engine:
             block_size=blocks.block_size,
             prompt_tokens=self._counts["prompt"],
             cached_prompt_tokens=self._counts["cached"],
-            generation_tokens=self._counts["generation"],
+            generation_tokens=self._num_generated,
             finished=dict(self._finished),
             preemptions=self.scheduler.num_preemptions,
-            steps=self._counts["steps"],
+            steps=self._num_steps,
         )
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
@@ -136,8 +142,10 @@ class Engine:
         before = self._flight.batch.drawing if self._flight is not None else ()
         try:
             batch = self._batches.build(scheduled, before)
-            lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
-            states = [live.state for live in lives]
+            if not batch.goes_on:
+                lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
+                self._drawing = lives, [live.state for live in lives]
+            lives, states = self._drawing
             self.runner.forward(batch, states)
             if self._flight is not None and any(state.reads_tokens for state in states):
                 pieces += self._land()
@@ -149,11 +157,14 @@ class Engine:
             pieces += self._land()  # what was drawn before is not lost
             pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
-        self.scheduler.launched(scheduled)
-        for state in states:
-            state.num_ahead += 1  # of more than one nothing is known ahead: a sequence with drafts waits for its step
-        pieces += self._read_prompts(batch)
-        return _Flight(batch, lives, launched)
+        ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before anything else is scheduled
+        if ahead:
+            self.scheduler.launched(scheduled)
+            for state in states:
+                state.num_ahead += 1  # of drafts nothing is known ahead: a sequence with them waits for its step
+        if batch.num_decodes < len(scheduled):
+            pieces += self._read_prompts(batch)
+        return _Flight(scheduled, batch, lives, launched, ahead)
 
     def _land(self) -> list[TokenOutput]:
         """Waits for the step that was launched last, if any, and settles it."""
@@ -171,27 +182,37 @@ class Engine:
 
     def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
-        self._counts["steps"] += 1
-        batch, drafted = flight.batch, flight.batch.drafted
-        self.scheduler.settle([run for run in batch.runs if not run.drafts] if drafted else batch.runs)
-        prompts = batch.runs[batch.num_decodes :]
+        self._num_steps += 1
+        step, batch = flight.step, flight.batch
+        if flight.ahead:
+            for live in flight.lives:
+                live.sequence.num_ahead -= 1
+                live.state.num_ahead -= 1
+        if batch.drafted:
+            self.scheduler.settle([run for run in step if not run.drafts])
+        elif step.fills or not step.goes_on:
+            self.scheduler.settle(step.filling)
+        prompts = step[batch.num_decodes :]
         self._count_prompts(prompts)
-        pieces: list[TokenOutput] = []
-        if drafted:
-            runs = cast("Seq[tuple[Token, ...]]", drawn)
-            for run, live, tokens in zip(batch.drawing, flight.lives, runs, strict=True):
-                if live.sequence in self._live:  # it may have ended since it was launched
-                    pieces.append(self._advance_run(run, live, tokens))
+        if batch.drafted:
+            pieces = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", drawn))
         else:
+            pieces: list[TokenOutput] = []
             for live, token in zip(flight.lives, cast("Seq[Token]", drawn), strict=True):
-                if live.sequence in self._live:
-                    piece = self._accept(live, token)
-                    pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
-        self._counts["generation"] += sum([len(piece.token_ids) for piece in pieces])
+                if live.is_over:  # it has ended since it was launched
+                    continue
+                piece = self._accept(live, token)
+                pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
+        self._num_generated += sum([len(piece.token_ids) for piece in pieces])
         for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
                 pieces += self._end_pooled(item)
         return pieces
+
+    def _advance_runs(self, flight: _Flight, drawn: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
+        """Gives each sequence what came of a step with drafts."""
+        lives = zip(flight.batch.drawing, flight.lives, drawn, strict=True)
+        return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
     def _count_prompts(self, prompts: Seq[Run]) -> None:
         """Books the prompts that a step has ended, each once however often its sequence was preempted."""
@@ -228,6 +249,7 @@ class Engine:
     def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
         """Takes an ended sequence out of the engine."""
         self.scheduler.remove(live.sequence)
+        live.is_over = True
         del self._live[live.sequence]
         siblings = self._requests[piece.request_id]
         siblings.remove(live)
@@ -245,8 +267,6 @@ class Engine:
     def _read_prompts(self, batch: Batch) -> list[TokenOutput]:
         """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
         failed, first = [], batch.num_decodes
-        if first == len(batch.runs):
-            return failed
         now = time.monotonic()
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)

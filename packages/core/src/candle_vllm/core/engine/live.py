@@ -34,8 +34,11 @@ class Live(ABC):
         sequence: the scheduler's view.
     """
 
+    __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "sequence")
+
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
+        self.is_over = False  # the engine has taken it out
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
@@ -101,6 +104,26 @@ class LiveSequence(Live):
         max_length: total length, prompt included, at which it ends.
     """
 
+    __slots__ = (
+        "_ends",
+        "_index",
+        "_is_plain",
+        "_max_length",
+        "_notes_texts",
+        "_num_cached_tokens",
+        "_num_prompt_tokens",
+        "_only_appends",
+        "_request_id",
+        "_texts",
+        "_tokens",
+        "detokenizer",
+        "eos_token_ids",
+        "prompt_logprobs",
+        "state",
+        "stop_token_ids",
+        "tokenizer",
+    )
+
     def __init__(
         self,
         sequence: Sequence,
@@ -114,15 +137,22 @@ class LiveSequence(Live):
         sequence.max_length = max_length
         self.state = state
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self._max_length = max_length
         # A grammar takes an end token where the text may end, and then nothing else: `ignore_eos` only holds it back.
         ends = not params.ignore_eos or state.grammar is not None
         self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         # Where a token is none of these, only the length can end the sequence.
-        self._ends = self.eos_token_ids | self.stop_token_ids
+        self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
         stops = params.stop_scanner()
-        self._any_text = state.grammar is None and stops.idle
+        sequence.tokens = state.tokens  # from here on there is one list
+        self._tokens, self._texts = state.tokens, tokenizer.plain_texts
+        # What `accept` needs of nearly every token, in one place: a step has driven all of it out of the caches.
+        self._only_appends = False  # the state does nothing with a token but to append it; never before the first one
+        self._is_plain = False  # as of the detokenizer
+        self._request_id, self._index = sequence.request.request_id, sequence.index
+        self._num_prompt_tokens, self._num_cached_tokens = sequence.num_prompt_tokens, 0
+        self._notes_texts = not params.skip_special_tokens
         self.detokenizer = Detokenizer(
             tokenizer,
             prompt_token_ids=sequence.request.prompt_token_ids,
@@ -139,34 +169,43 @@ class LiveSequence(Live):
 
     def accept(self, drawn: Token) -> TokenOutput:
         """Appends a token that was drawn; the piece has a finish reason when it was the last."""
-        sampled = SampledToken.of(drawn)
+        tokens = self._tokens
+        ends = not self._only_appends or len(tokens) + 1 >= self._max_length
+        if ends or not isinstance(drawn, int) or drawn in self._ends:
+            return self._accept(SampledToken.of(drawn))
+        tokens.append(drawn)
+        text = self._texts.get(drawn) if self._is_plain else None
+        if text is None:
+            detokenizer = self.detokenizer
+            text, self._is_plain = detokenizer.add(drawn), detokenizer.is_plain
+            if detokenizer.stopped_by is not None:
+                return self._piece(text, (drawn,), None, FinishReason.STOP, detokenizer.stopped_by)
+            if detokenizer.special_tokens:
+                return self._piece(text, (drawn,), None, None, None)
+        elif self._notes_texts:
+            self.detokenizer.note_plain(text)
+        return TokenOutput(
+            request_id=self._request_id,
+            index=self._index,
+            text=text,
+            token_ids=(drawn,),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def _accept(self, sampled: SampledToken) -> TokenOutput:
+        """As `accept`, of any token."""
         if sampled.error is not None:
             return self._failed(sampled)
-        token, sequence = sampled.token_id, self.sequence
-        sequence.append(token)
+        token = sampled.token_id
         self.state.append(token)
-        goes_on = self._any_text and token not in self._ends and len(sequence.tokens) < self.max_length
-        if goes_on and sampled.logprobs is None and self.first_token_time is not None:
-            return self._plain_piece(token)
         first = self.num_output_tokens == 1
         self.first_token_time = self.first_token_time or time.monotonic()
         logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
         reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
+        self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
+        self._num_cached_tokens = self.sequence.num_cached_tokens or 0
         return self._piece(text, (token,), logprobs, reason, stop_reason, first=first)
-
-    def _plain_piece(self, token: int) -> TokenOutput:
-        """As `_piece`, of a token that neither ends a sequence nor begins it: nearly all of them."""
-        sequence, text = self.sequence, self.detokenizer.add(token)
-        if self.detokenizer.special_tokens:
-            return self._piece(text, (token,), None, None, None)
-        return TokenOutput(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
-            text=text,
-            token_ids=(token,),
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-        )
 
     def _failed(self, sampled: SampledToken) -> TokenOutput:
         """The last piece where no token could be drawn."""
@@ -215,7 +254,7 @@ class LiveSequence(Live):
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped_by is not None:
             return FinishReason.STOP, self.detokenizer.stopped_by, text
-        if exhausted or len(self.sequence.tokens) >= self.max_length:
+        if exhausted or len(self.sequence.tokens) >= self._max_length:
             text += self.detokenizer.finish()
             if self.detokenizer.stopped_by is not None:
                 return FinishReason.STOP, self.detokenizer.stopped_by, text

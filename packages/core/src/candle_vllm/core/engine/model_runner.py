@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
 from candle_vllm.core.engine.request import PoolingRequest
 from candle_vllm.core.engine.sequence import Run, Tokens
 from candle_vllm.core.kernels.recorded import Value
@@ -35,6 +35,11 @@ class ModelRunner(Protocol):
 
     fatal: tuple[type[Exception], ...]
     """Errors after which nothing that is on the device can be trusted."""
+
+    @property
+    def step_memory(self) -> StepMemory | None:
+        """Where batches must have their arrays; None for anywhere."""
+        ...
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """Starts the model's part of a step: its keys and values will be in the cache when it is over.
@@ -75,8 +80,7 @@ MAX_SCORED_ROWS = 64
 MAX_HIDDEN_ROWS = 512  # of 8,192 numbers they take 16 MiB
 
 
-@dataclasses.dataclass(frozen=True)
-class Landed:
+class Landed(msgspec.Struct, frozen=True):
     """A step that was over when it was drawn."""
 
     drawn: Sequence[Drawn]
@@ -96,6 +100,11 @@ class StepwiseRunner(ABC):
         self._sampler = Sampler() if sampler is None else sampler
         self._drawn_from: Value = None
         self._drafts: list[Tokens] | None = None
+
+    @property
+    def step_memory(self) -> StepMemory | None:
+        """See `ModelRunner`."""
+        return None
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:  # noqa: ARG002  # drawn at once
         """See `ModelRunner`."""

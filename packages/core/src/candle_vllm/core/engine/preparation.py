@@ -114,6 +114,7 @@ class DecoderPreparation(Preparation):
     ) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
+        self._ends = frozenset(eos_token_ids)  # one for all sequences
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._pooling = pooling
@@ -138,7 +139,7 @@ class DecoderPreparation(Preparation):
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
         return [
-            LiveSequence(Sequence(request, index, order=-1), own, self._tokenizer, self._eos_token_ids, max_length)
+            LiveSequence(Sequence(request, index, order=-1), own, self._tokenizer, self._ends, max_length)
             for index, own in enumerate(states)
         ]
 

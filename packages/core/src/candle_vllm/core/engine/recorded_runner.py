@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
@@ -66,43 +66,47 @@ class RecordedRunner(StepwiseRunner):
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
         self._team = ThreadTeam(limits.threads)
-        self._draw_rows = RowDraw(recorder.logits, recorder.arrays.numbers, self._team)
+        self._arrays = arrays = recorder.arrays
+        self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self._team, arrays)
         self._sampler = Sampler(self._draw, self._draw_rows.controls)
         self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
         self._num_rows = recorder.num_rows
         self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
-        self._drawn: int | None = None  # rows that the last step drew by its plan
-        # What the plan's arrays hold: in most steps it is the same object.
-        self._query_start = self._rows = np.empty(0, np.int64)
-        self._tables_version: object = None
+        self._plan_draws = False  # the last step's did
+        # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
+        # on, nothing of numpy is called: the weights have driven it out of the caches.
+        self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
+
+    @property
+    def step_memory(self) -> StepMemory:
+        """See `ModelRunner`."""
+        return self._arrays
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`. Where logits are drawn from as they are, the plan does that too."""
-        plain = bool(states) and not batch.drafted and self._sampler.only_draws(states, goes_on=False)
-        self._drawn = len(states) if plain else None
+        plain = bool(states) and not batch.drafted and self._sampler.only_draws(states, goes_on=batch.goes_on)
+        self._plan_draws = self._arrays.moved_on = plain
         super().forward(batch, states)
 
     def draw(self, states: Sequence[SamplingState]) -> Landed:
         """See `ModelRunner`."""
-        if (count := self._drawn) is None:
+        if not self._plan_draws:
             return super().draw(states)
-        drawn = self._draw_rows
-        return Landed(drawn_tokens(drawn.ids[:count].tolist(), drawn.largest[:count].tolist()))
+        ids = self._ids.tolist()
+        return Landed(drawn_tokens(ids, self._draw_rows.largest[: len(ids)].tolist()) if -1 in ids else ids)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
-        arrays, count, sequences = self._recorder.arrays, batch.tokens.shape[1], len(batch.context_lens)
-        arrays.tokens[:3, :count] = batch.tokens[:3]
-        arrays.context_lens[:sequences] = batch.context_lens
-        if batch.query_start is not self._query_start:
-            self._query_start = batch.query_start
-            arrays.query_start[: sequences + 1] = batch.query_start
-        if batch.tables_version is not self._tables_version:
-            self._tables_version = batch.tables_version
-            arrays.block_tables[:sequences, : batch.block_tables.shape[1]] = batch.block_tables
+        num_rows = self._num_rows + self._plan_draws
+        if batch.goes_on and batch.drawn_rows is self._rows:
+            self._team.run(self._plan, num_rows)
+            return self._wanted
+        arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
+        assert batch.tokens.base is arrays.tokens
+        arrays.query_start[: sequences + 1] = batch.query_start
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return self._with_rows(batch.drawn_rows, self._plan, self._num_rows + (self._drawn is not None))
+        return self._with_rows(batch.drawn_rows, self._plan, num_rows)
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
@@ -117,18 +121,21 @@ class RecordedRunner(StepwiseRunner):
         self._team.close()
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
-        arrays = self._recorder.arrays
-        if rows is not self._rows:
-            self._rows = rows
-            arrays.logit_rows[: len(rows)] = rows
-        arrays.numbers[StepNumber.LOGIT_ROWS] = len(rows)
+        arrays, count = self._arrays, len(rows)
+        self._rows = rows
+        arrays.logit_rows[:count] = rows
+        arrays.numbers[StepNumber.LOGIT_ROWS] = count
+        self._wanted = self._logits[:count]
+        self._ids = self._draw_rows.ids[:count].data
         self._team.run(plan, num_rows)
-        self._wanted = self._logits[: len(rows)]
         return self._wanted
 
     def _draw(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
         """As `kernels.draw`; by the team, but for copies of some rows."""
-        return self._draw_rows(controls) if logits is self._wanted else draw(logits, controls)
+        if logits is not self._wanted:
+            return draw(logits, controls)
+        self._arrays.moved_on = True
+        return self._draw_rows(controls)
 
 
 def _compile_first(record: Callable[[], object], *more: str) -> None:

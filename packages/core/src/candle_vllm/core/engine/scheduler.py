@@ -27,9 +27,10 @@ import bisect
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.sequence import Run, Sequence, Tokens
+from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
 
 
 class Scheduler:
@@ -62,6 +63,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish
+        self._going: _Going | None = None  # the step before, while all that runs is what decoded there
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
@@ -74,8 +76,31 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Run]:
-        """What the next step runs, decoding sequences first; empty when there is nothing to do."""
+    def schedule(self) -> Step:
+        """What the step behind the one that was launched last runs; empty when there is nothing to do."""
+        if self._going is not None and (step := self._go_on(self._going)) is not None:
+            return step
+        step = self._schedule()
+        decode = len(step) == len(self.running) and step and step[-1].decodes  # so do all before it
+        self._going = _Going(step, self.blocks.block_size) if decode and not self.draft_rows else None
+        return step
+
+    def _go_on(self, going: _Going) -> Step | None:
+        """One more token of each sequence; None where not all can go on, or others may join them."""
+        if not going.left or (self.waiting and len(self.running) < self.max_num_seqs):
+            return None
+        begins, fills, size = going.begins(1), going.begins(2), self.blocks.block_size
+        for place in begins:
+            run = going.step[place]
+            if run.start + 1 >= size * len(run.sequence.block_table) and not self._grow(run.sequence):
+                return None
+        runs = [Run(run.sequence, run.start + 1, 1, 1, run.admission, True) for run in going.step]
+        step = Step(runs, goes_on=True, begins=begins, fills=fills)
+        going.move_on(step)
+        return step
+
+    def _schedule(self) -> Step:
+        """As `schedule`, whatever the step before was."""
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in prompts:
@@ -90,26 +115,27 @@ class Scheduler:
             if not budget:
                 break
         decodes = [item for item in scheduled if item.decodes]
-        return decodes if len(decodes) == len(scheduled) else decodes + [i for i in scheduled if not i.decodes]
+        others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
+        return Step([*decodes, *others])
 
     def launched(self, items: Iterable[Run]) -> None:
         """Books a step that was launched: what is scheduled next comes behind it."""
         for item in items:
             sequence = item.sequence
-            sequence.num_computed_tokens = item.start + item.count
             if item.wanted:
                 sequence.num_ahead += 1  # how many drafts were right is not known ahead
+                sequence.num_uncomputed_tokens += 1 - item.count
+            else:
+                sequence.num_uncomputed_tokens -= item.count
 
     def settle(self, items: Iterable[Run]) -> None:
         """Publishes the blocks that a launched step has filled; its tokens, but for what it drew, are known."""
         size = self.blocks.block_size
         for item in items:
-            sequence, end = item.sequence, item.start + item.count
-            if item.admission != sequence.num_admissions or not sequence.block_table:
-                continue  # it has not held its blocks ever since
-            if end // size > item.start // size:
-                self._publish(sequence, item.start // size, end // size)
-            sequence.num_settled_tokens = end
+            sequence, first, last = item.sequence, item.start // size, (item.start + item.count) // size
+            if last == first or item.admission != sequence.num_admissions or not sequence.block_table:
+                continue  # nothing is filled, or it has not held its blocks ever since
+            self._publish(sequence, first, last)
 
     def settle_drafts(self, run: Run) -> None:
         """Settles a run with drafts, when its sequence has taken what was drawn.
@@ -122,7 +148,7 @@ class Scheduler:
             return
         end = len(sequence.tokens) - 1
         self._publish(sequence, run.start // size, end // size)
-        sequence.num_settled_tokens = sequence.num_computed_tokens = end
+        sequence.num_uncomputed_tokens = 1
         needed = self.blocks.blocks_for(end)
         if needed < len(sequence.block_table):
             self.blocks.release(sequence.block_table[needed:])
@@ -131,6 +157,9 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
         """Blocks `first` to `last` of a sequence are full."""
+        sequence.num_full_blocks = last
+        if not self.blocks.enable_prefix_caching:
+            return
         size = self.blocks.block_size
         hashes = sequence.hashes(size)
         for position in range(first, last):
@@ -149,8 +178,9 @@ class Scheduler:
         position = 0
         while position < len(running):
             sequence = running[position]
-            start, length = sequence.num_computed_tokens, len(sequence.tokens) + sequence.num_ahead
-            if start + 1 == length and length < sequence.max_length:
+            length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
+            if left == 1 and length < sequence.max_length:
+                start = length - 1
                 if start >= size * len(sequence.block_table) and not self._grow(sequence):
                     self._preempt(running[-1])
                     continue
@@ -161,7 +191,7 @@ class Scheduler:
                     scheduled.append(Run(sequence, start, 1, 1, sequence.num_admissions, True))
                 else:
                     scheduled.append(Run.next(sequence, 1))
-            elif start + 1 < length:
+            elif left > 1:
                 prompts.append(sequence)
             position += 1
         return scheduled, prompts, tried
@@ -235,10 +265,12 @@ class Scheduler:
         assert taken is not None
         sequence.block_table = array("i", shared + taken)
         sequence.num_admissions += 1
-        sequence.num_computed_tokens = sequence.num_settled_tokens = len(shared) * self.blocks.block_size
+        cached = len(shared) * self.blocks.block_size
+        sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens - cached, len(shared)
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.num_cached_tokens = cached
         _insert(self.running, sequence)
+        self._going = None
         if self.blocks.enable_prefix_caching:
             self._computing.update(self._unpublished(sequence))
 
@@ -250,22 +282,52 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Takes a sequence out of `running`, back to where nothing of it is computed."""
         self.running.remove(sequence)
-        for digest in self._unpublished(sequence):
-            self._computed(digest)
+        self._going = None
+        if self.blocks.enable_prefix_caching:
+            for digest in self._unpublished(sequence):
+                self._computed(digest)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
-        sequence.num_computed_tokens = sequence.num_settled_tokens = 0
+        sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0
 
     def _unpublished(self, sequence: Sequence) -> list[bytes]:
         """Hashes of the sequence's full blocks that are not in the cache yet."""
-        size = self.blocks.block_size
-        return sequence.hashes(size)[sequence.num_settled_tokens // size :]
+        return sequence.hashes(self.blocks.block_size)[sequence.num_full_blocks :]
 
     def _computed(self, digest: bytes) -> None:
         if self._computing[digest] > 1:
             self._computing[digest] -= 1
         else:
             del self._computing[digest]
+
+
+class _Going:
+    """Sequences that decode together, step after step.
+
+    Attributes:
+        step: the last of their steps.
+        left: how many more there may be before one of them has its full length.
+    """
+
+    __slots__ = ("_begins", "_count", "_size", "left", "step")
+
+    def __init__(self, step: Step, block_size: int) -> None:
+        self.step = step
+        self.left = min([run.sequence.max_length - run.start for run in step]) - 2
+        self._size, self._count = block_size, 0
+        self._begins: dict[int, list[int]] = {}  # who begins a block at which step from the first on, up to a block's
+        for place, run in enumerate(step):
+            self._begins.setdefault(-run.start % block_size, []).append(place)
+
+    def begins(self, ahead: int) -> Seq[int]:
+        """The places of those that begin a block so many steps behind the last."""
+        return self._begins.get((self._count + ahead) % self._size, ())
+
+    def move_on(self, step: Step) -> None:
+        """The next step has been scheduled."""
+        self.step = step
+        self._count += 1
+        self.left -= 1
 
 
 class WholeTexts:
@@ -296,7 +358,7 @@ class WholeTexts:
         if not sequence.num_admissions:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Run]:
+    def schedule(self) -> Step:
         """The next texts in order of rank, as far as the budget goes; those of one length together."""
         taken: list[Sequence] = []
         room = self.max_num_batched_tokens
@@ -308,7 +370,7 @@ class WholeTexts:
         del self.waiting[: len(taken)]
         for sequence in taken:
             sequence.num_admissions += 1
-        return [Run.next(sequence, sequence.num_tokens) for sequence in sorted(taken, key=lambda text: text.num_tokens)]
+        return Step(Run.next(text, text.num_tokens) for text in sorted(taken, key=lambda text: text.num_tokens))
 
     def launched(self, items: Iterable[Run]) -> None:
         """Nothing comes behind a text."""

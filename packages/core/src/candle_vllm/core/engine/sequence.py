@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 import msgspec
 
@@ -14,7 +16,7 @@ NO_LIMIT = 1 << 62
 Tokens = tuple[int, ...]
 
 
-class Sequence:
+class Sequence:  # its attributes have slots: a step finds them in one place
     """One of the `n` sequences of a request.
 
     Attributes:
@@ -26,13 +28,33 @@ class Sequence:
         is_pooled: its hidden states are wanted, and no token behind the prompt.
         drafts: tokens that may come next, to be tried in the next step that has room for them.
         num_ahead: tokens behind `tokens` that launched steps will draw; more than 0 only where steps overlap.
-        num_computed_tokens: tokens whose keys and values are in the cache, or will be when what was launched has run.
-        num_settled_tokens: tokens that are in the cache for certain, because their step is over.
+        num_uncomputed_tokens: tokens that steps must still run, with those that launched steps will draw; 1 while
+            decoding, and between its steps. The keys and values of all before them are in the cache, or will be when
+            what was launched has run.
+        num_full_blocks: blocks that are full for certain, because the step that filled them is over.
         max_length: total length at which the sequence ends in any case.
         num_admissions: how often it began to run; tells its present blocks from those before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
     """
+
+    __slots__ = (
+        "_hashes",
+        "block_table",
+        "drafts",
+        "index",
+        "is_pooled",
+        "max_length",
+        "num_admissions",
+        "num_ahead",
+        "num_cached_tokens",
+        "num_full_blocks",
+        "num_prompt_tokens",
+        "num_uncomputed_tokens",
+        "order",
+        "request",
+        "tokens",
+    )
 
     def __init__(self, request: GenerationRequest, index: int, order: int) -> None:
         self.request = request
@@ -43,8 +65,8 @@ class Sequence:
         self.is_pooled = isinstance(request, PoolingRequest)
         self.drafts: Tokens = ()
         self.num_ahead = 0
-        self.num_computed_tokens = 0
-        self.num_settled_tokens = 0
+        self.num_uncomputed_tokens = len(self.tokens)
+        self.num_full_blocks = 0
         self.max_length = NO_LIMIT
         self.num_admissions = 0
         self.num_cached_tokens: int | None = None
@@ -62,9 +84,9 @@ class Sequence:
         return len(self.tokens) + self.num_ahead
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens that the next steps must still run; 1 while decoding."""
-        return self.num_tokens - self.num_computed_tokens
+    def num_computed_tokens(self) -> int:
+        """Tokens whose keys and values are in the cache, or will be when what was launched has run."""
+        return len(self.tokens) + self.num_ahead - self.num_uncomputed_tokens
 
     def append(self, token_id: int) -> None:
         """Takes the token that was drawn next."""
@@ -111,3 +133,26 @@ class Run(msgspec.Struct, frozen=True, gc=False):
             return cls(sequence, start, count + len(drafts), 1 + len(drafts), sequence.num_admissions, False, drafts)
         decodes = last and count == 1 and start >= sequence.num_prompt_tokens
         return cls(sequence, start, count, int(last), sequence.num_admissions, decodes)
+
+
+class Step(list[Run]):
+    """What a step runs, decoding sequences first.
+
+    Attributes:
+        goes_on: it is one more token of each sequence of the step before, in the same order; all of them decoded there.
+        begins: where it goes on, the places of those whose token is the first of a block.
+        fills: the same of those whose token is the last of a block.
+    """
+
+    __slots__ = ("begins", "fills", "goes_on")
+
+    def __init__(
+        self, runs: Iterable[Run], *, goes_on: bool = False, begins: Seq[int] = (), fills: Seq[int] = ()
+    ) -> None:
+        super().__init__(runs)
+        self.goes_on, self.begins, self.fills = goes_on, begins, fills
+
+    @property
+    def filling(self) -> Seq[Run]:
+        """Those that may fill blocks: all where it does not go on."""
+        return [self[place] for place in self.fills] if self.goes_on else self

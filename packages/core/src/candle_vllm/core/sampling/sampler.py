@@ -291,26 +291,26 @@ class _Rows:
         if place is not None:
             place[: len(states)] = self.controls
             self.controls = place[: len(states)]
-        random = [row for row, state in enumerate(states) if not state.params.greedy]
-        self._random = [states[row] for row in random]
-        self._uniforms = self.controls[:, Control.UNIFORM] if self._random else np.empty(0)
-        self._places = slice(None) if len(random) == len(states) else random
-        self._ahead, self._begin = np.empty((0, 0)), 0  # random numbers of the next positions, and the first's first
+        self._random = [(row, state) for row, state in enumerate(states) if not state.params.greedy]
+        # Random numbers of the next positions, the first of these, and where they go: without numpy, see `go_on`.
+        self._ahead, self._begin = memoryview(b""), 0
+        self._column = self.controls.reshape(-1).data[Control.UNIFORM :: len(Control)]
 
     def move_on(self) -> None:
         """The rows are at other positions: random numbers are all that changes."""
-        if self._random:
-            self._uniforms[self._places] = [state.uniform() for state in self._random]
-            self._ahead = self._ahead[:0]
+        for row, state in self._random:
+            self.controls[row, Control.UNIFORM] = state.uniform()
+        self._ahead = memoryview(b"")
 
     def go_on(self) -> None:
-        """The same where each row is at the position behind that of the last time."""
+        """The same where each row is at the position behind that of the last time: a copy of numbers made before."""
         if not self._random:
             return
-        position = self._random[0].position
-        if not 0 <= position - self._begin < len(self._ahead):
-            self._ahead, self._begin = uniforms_ahead(self._random), position
-        self._uniforms[self._places] = self._ahead[position - self._begin]
+        count, position = len(self.states), self._random[0][1].position
+        place = (position - self._begin) * count
+        if not 0 <= place < len(self._ahead):
+            self._ahead, self._begin, place = uniforms_ahead(self.states).reshape(-1).data, position, 0
+        self._column[:] = self._ahead[place : place + count]
 
 
 def _in_one_piece(logits: Value, *, fetched: bool = False) -> Value:

@@ -35,8 +35,9 @@ class SamplingState:
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
         grammar: which tokens the form of the text leaves, or None where any text will do.
-        output_token_ids: tokens generated so far; changed by `append` and `rollback` only.
+        tokens: prompt and output so far. Who plans the steps may read the same list; `append` and `rollback` change it.
         reads_tokens: the tokens before the next one must be known on the host before it is drawn.
+        notes_tokens: `append` does more than to append.
         may_edit: its logits may be changed before a draw: there are masks, bias or penalties, now or at some position.
         num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
     """
@@ -72,7 +73,8 @@ class SamplingState:
         self.index = index
         self.seed = fresh_seed() if params.seed is None else params.seed
         self._uniforms: tuple[int, list[float]] = (0, [])  # the random numbers from some position on
-        self.output_token_ids: list[int] = []
+        self.tokens = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.tokens)
         self.num_ahead = 0
         self.grammar = grammar
         self.allowed = self._allowed_ids()
@@ -89,13 +91,14 @@ class SamplingState:
         self.reads_tokens = self.bad_words.has_sequences or grammar is not None
         edits = self.counts is not None or len(self.bias_ids) > 0
         self.may_edit = self._always_masks or edits or params.min_tokens > 0
+        self.notes_tokens = self.counts is not None or grammar is not None
 
     def sibling(self, index: int) -> SamplingState:
         """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
-        assert not self.output_token_ids
+        assert len(self.tokens) == self.num_prompt_tokens
         other = copy.copy(self)
         other.index = index
-        other.output_token_ids = []
+        other.tokens = list(self.tokens)
         other.num_ahead = 0
         other.counts = copy.deepcopy(self.counts)
         other.grammar = None if self.grammar is None else self.grammar.sibling()
@@ -114,7 +117,12 @@ class SamplingState:
     @property
     def position(self) -> int:
         """How many tokens were drawn before the next one."""
-        return len(self.output_token_ids) + self.num_ahead
+        return len(self.tokens) - self.num_prompt_tokens + self.num_ahead
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.num_prompt_tokens :]
 
     def append(self, token_id: int) -> None:
         """Takes note of the token that was chosen.
@@ -124,9 +132,7 @@ class SamplingState:
             RuntimeError: the grammar does not take it.
         """
         assert 0 <= token_id < self.vocab_size
-        self.output_token_ids.append(token_id)
-        if self.num_ahead:
-            self.num_ahead -= 1
+        self.tokens.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
         if self.grammar is not None:
@@ -141,9 +147,9 @@ class SamplingState:
         if not count:
             return
         if self.counts is not None:
-            for token_id in reversed(self.output_token_ids[-count:]):
+            for token_id in reversed(self.tokens[-count:]):
                 self.counts.remove(token_id)
-        del self.output_token_ids[-count:]
+        del self.tokens[-count:]
         if self.grammar is not None:
             self.grammar.rollback(count)
 
@@ -176,7 +182,9 @@ class SamplingState:
         As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too. The form of a text wins:
         where it leaves nothing but these, they may come.
         """
-        words = self.bad_words.completions(self.output_token_ids)
+        words = self.bad_words.completions(
+            self.tokens[max(self.num_prompt_tokens, len(self.tokens) - self.bad_words.longest) :]
+        )
         if self.position >= self.params.min_tokens or self._must_stop():
             return words
         return np.concatenate((words, self._stop_ids))
@@ -273,6 +281,7 @@ class BadWords:
 
     def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
         singles: list[int] = []
+        self.longest = max(map(len, words), default=0)  # tokens of a word
         self._by_previous: dict[int, list[tuple[list[int], int]]] = {}
         for word in words:
             ids = _checked("bad_words", word, vocab_size).tolist()

@@ -25,6 +25,8 @@ class Detokenizer:
     pieces add up to `tokenizer.decode(output)`.
 
     Attributes:
+        is_plain: the next token's text is all that it shows, if it is one of `Tokenizer.plain_texts`: no stop string
+            may begin in it, no half a character waits, no space is left out.
         stopped_by: the stop string that ended the text, or None.
         special_tokens: (offset, id) of each special token that stands in the text, offsets in characters of the whole
             text; the caller takes them out. A text that reads like a special token can so be told from one.
@@ -50,6 +52,7 @@ class Detokenizer:
         self._scanner = StopScanner(()) if stops is None else stops
         self._shows_all = self._scanner.idle
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
+        self.is_plain = self._shows_all and not self._strip_space
 
     @property
     def stopped_by(self) -> str | None:
@@ -62,7 +65,7 @@ class Detokenizer:
             InvalidParameterError: the vocabulary has no such token.
         """
         self._num_tokens += 1
-        if self._shows_all and not (self._begun or self._strip_space):
+        if self.is_plain:
             text = self._tokenizer.plain_text(token_id)
             if text is not None:  # as nearly always
                 self._length += len(text)
@@ -74,12 +77,17 @@ class Detokenizer:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._decode(data)
+        self.is_plain = self._shows_all and not self._begun
         self._length += len(text)
         if special:
             self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
         if self._shows_all:
             return text
         return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
+
+    def note_plain(self, text: str) -> None:
+        """Takes note of a plain token's text that was shown without being asked for here."""
+        self._length += len(text)
 
     def finish(self) -> str:
         """Returns what was held back: the sequence has ended. Half a character becomes U+FFFD."""

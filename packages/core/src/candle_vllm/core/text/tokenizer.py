@@ -64,7 +64,7 @@ class Tokenizer:
         self.strips_leading_space: bool = rule.strips_leading_space
         self._convert = rule.convert
         self._bytes: list[bytes | None] = [None] * self.vocab_size
-        self._texts: dict[int, str] = {}  # of those that `plain_text` was asked for
+        self.plain_texts: dict[int, str] = {}  # what `plain_text` has been asked for and found
         self.longest_token = max(map(len, tokens), default=1)
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
@@ -184,10 +184,10 @@ class Tokenizer:
         Raises:
             InvalidParameterError: an id outside the vocabulary.
         """
-        text = self._texts.get(token_id)
+        text = self.plain_texts.get(token_id)
         if text is None and token_id not in self._special:
             try:
-                text = self._texts[token_id] = self.token_bytes(token_id).decode()
+                text = self.plain_texts[token_id] = self.token_bytes(token_id).decode()
             except UnicodeDecodeError:
                 return None
         return text

@@ -48,7 +48,11 @@ class StepLimits:
 
 
 class StepArrays:
-    """The numbers of a step, at fixed addresses; the runner fills them before each run."""
+    """The numbers of a step, at fixed addresses, which are filled before each run.
+
+    Attributes:
+        moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
+    """
 
     def __init__(self, limits: StepLimits) -> None:
         self.numbers = np.zeros(StepNumber.COUNT, np.int64)
@@ -58,6 +62,7 @@ class StepArrays:
         self.context_lens = np.zeros(limits.sequences, np.int64)
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
+        self.moved_on = False
 
 
 class Recorder:

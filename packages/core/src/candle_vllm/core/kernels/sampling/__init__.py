@@ -44,6 +44,7 @@ from candle_vllm.core.kernels.sampling.contract import (
 if TYPE_CHECKING:
     import torch
 
+    from candle_vllm.core.kernels.cpu_runtime.recorder import StepArrays
     from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 
@@ -110,13 +111,14 @@ class RowDraw:
     Attributes:
         plan: its row, for a plan that draws from the logits it has made.
         controls: [most, 5], what the row reads.
-        ids, largest: [most], what it writes.
+        ids, largest: [most], what it writes; the id of a row whose largest logit is not finite is -1.
 
     Args:
         logits: [most, V], each row contiguous.
         numbers: of the steps, by `StepNumber`.
         team: None for the caller's thread alone.
-        ids: where ids are to be written; None for memory of its own.
+        step: the arrays of the step that the logits are of. Each draw makes them those of a next step in which the
+            tokens that were drawn are run, one of each row: the ids are written there, the other numbers counted up.
     """
 
     def __init__(
@@ -124,15 +126,17 @@ class RowDraw:
         logits: NDArray[np.float32],
         numbers: NDArray[np.int64],
         team: ThreadTeam | None = None,
-        ids: NDArray[np.int64] | None = None,
+        step: StepArrays | None = None,
     ) -> None:
         (rows, vocabulary), threads = logits.shape, 1 if team is None else team.threads
         work_bytes = -(-workspace_bytes(vocabulary) // 64) * 64
         work = np.empty(threads * work_bytes, np.uint8)
+        if step is not None:
+            rows = min(rows, len(step.context_lens))  # of the others nothing is drawn
         self.controls = np.empty((rows, 5))
-        self.ids = np.empty(rows, np.int64) if ids is None else ids
+        self.ids = np.empty(rows, np.int64) if step is None else step.token_ids
         self.largest = np.empty(rows, np.float32)
-        assert len(self.ids) >= rows
+        counted = (0, 0, 0) if step is None else tuple(map(address_of, (step.positions, step.slots, step.context_lens)))
         self._numbers, self._team, self._kept = numbers, team, (logits, work)
         arguments = DrawArguments(
             logits=address_of(logits),
@@ -143,6 +147,9 @@ class RowDraw:
             work_bytes=work_bytes,
             chosen=address_of(self.ids),
             largest=address_of(self.largest),
+            positions=counted[0],
+            slots=counted[1],
+            context_lens=counted[2],
         )
         self.plan = np.array(plan_row(operation(_DRAW[0]), address_of(numbers), arguments), np.int64)
 

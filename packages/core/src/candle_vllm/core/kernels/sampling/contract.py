@@ -116,6 +116,8 @@ class DrawArguments(NamedTuple):
         controls: address of float64 [rows, 5], see `Control`.
         work, work_bytes: address of a workspace for each thread, and bytes from one to the next.
         chosen, largest: addresses of what is written, int64 and float32 [rows].
+        positions, slots, context_lens: addresses of int64 [rows] that are counted up, for a next step in which each row
+            is the token that was drawn; 0 for none.
     """
 
     logits: int
@@ -126,6 +128,9 @@ class DrawArguments(NamedTuple):
     work_bytes: int
     chosen: int
     largest: int
+    positions: int
+    slots: int
+    context_lens: int
 
 
 # ---- the workspace of the compiled functions -------------------------------------------------------------------------

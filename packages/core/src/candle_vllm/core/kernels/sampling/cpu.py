@@ -110,7 +110,7 @@ def _draw_row(row, vocabulary, controls, work, chosen, largest):
     chunks = (vocabulary + CHUNK - 1) // CHUNK
     temperature, min_p, top_k, top_p = controls[0], controls[1], controls[2], controls[3]
     top = survey(row, vocabulary, work)
-    chosen[0], largest[0] = 0, top
+    chosen[0], largest[0] = -1, top
     if not -INFINITE < top < INFINITE:
         return
     if temperature == 0.0:
@@ -141,6 +141,10 @@ def draw_rows(row, thread, threads):
             int64_at(given.chosen + 8 * number),
             float32_at(given.largest + 4 * number),
         )
+        if given.positions != 0:
+            int64_at(given.positions)[number] += 1
+            int64_at(given.slots)[number] += 1
+            int64_at(given.context_lens)[number] += 1
 
 
 @inner
