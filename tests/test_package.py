@@ -259,7 +259,7 @@ def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: 
         assert b"Paris" in file.read()
     if any((light.folder / "cache" / "candle-vllm" / "kernels").rglob("*.*")):  # compiled here, not brought along
         assert "compiling the CPU kernels, once for this machine: " in shown
-        assert re.search(r"\d+ kernels \[", shown)
+        assert re.search(r"\d+ of \d+ \|", shown)
 
 
 def _all_shown(terminal: int) -> str:
