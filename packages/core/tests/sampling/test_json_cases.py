@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import json
 from typing import Any
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from schema_texts import accepts, spellings, walk
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling.json_schema import compilable_schema
+from candle_vllm.core.sampling.json_dialect import KNOWN
+from candle_vllm.core.sampling.json_schema import checked_schema, compilable_schema
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing import ByteTokenizer
@@ -137,3 +140,34 @@ def test_whatever_is_said_is_an_instance(backend: LlguidanceBackend, vocabulary:
         assume(False)
     if text is not None:
         judge(schema).validate(json.loads(text))
+
+
+NONSENSE: list[Any] = [
+    None,
+    1,
+    1.5,
+    "a",
+    [],
+    ["a"],
+    [1],
+    [None],
+    {},
+    {"a": 1},
+    {"a": None},
+    {"a": ["b", 1]},
+    True,
+    [[]],
+]
+NONSENSE += [{"type": 5}, {"$ref": 1}, 10**400, -(10**400), float("inf"), 1 << 63]
+
+
+@pytest.mark.parametrize("keyword", sorted(KNOWN))
+def test_nonsense_is_followed_or_refused(keyword: str) -> None:
+    for value in NONSENSE:
+        wrong = {keyword: value}
+        for schema in (
+            *(wrong, {"not": wrong}, {"if": wrong, "then": wrong}, {"oneOf": [wrong, {"type": "string"}]}),
+            *({"uniqueItems": True, "items": wrong}, {"propertyNames": wrong}, {"contains": wrong, "maxContains": 1}),
+        ):
+            with contextlib.suppress(InvalidParameterError):
+                checked_schema(copy.deepcopy(schema))

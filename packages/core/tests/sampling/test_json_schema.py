@@ -54,6 +54,9 @@ from candle_vllm.core.sampling.json_schema import checked_schema, compilable_sch
         ({"multipleOf": 1234567}, "multipleOf is supported up to 50000"),
         ({"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}, "least common multiple"),
         ({"minimum": 1 << 58}, "number that is too large .at #/minimum."),
+        ({"minimum": 10**400}, "number that is too large .at #/minimum."),
+        ({"maximum": 1e999}, "number that is too large .at #/maximum."),
+        ({"not": {"enum": [10**400]}}, "number that is too large"),
         ({"const": (1 << 53) + 1}, "number that is too large"),
         ({"enum": [{"a": [1e999]}]}, "number that is too large"),
         ({"minimum": "1"}, "a bound must be a number"),
@@ -254,6 +257,7 @@ def test_what_nobody_holds_is_an_annotation_and_a_near_miss_is_remarked_on() -> 
         ({"type": "integer", "exclusiveMaximum": 1 << 60}, (None, (1 << 60) - 128)),
         ({"type": "number", "maximum": 10**18, "minimum": -1.7e308}, (-(10**18), 10**18)),
         ({"maximum": (1 << 53) + 3}, (None, (1 << 53) + 2)),
+        ({"type": "integer", "maximum": 10**400}, (None, (1 << 63) - 1024)),
     ],
 )
 def test_large_bounds_are_held_within_what_is_exact(schema: Any, bounds: tuple[int | None, int]) -> None:

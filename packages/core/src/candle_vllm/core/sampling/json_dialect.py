@@ -143,11 +143,11 @@ def check_shape(schema: dict[str, Any], place: str) -> None:
         value = schema.get(name)
         if isinstance(value, float) and value.is_integer():
             value = schema[name] = int(value)
-        if value is not None and not (type(value) is int and 0 <= value <= MAX_COUNT):
+        if name in schema and not (type(value) is int and 0 <= value <= MAX_COUNT):
             raise refused(f"{name} must be a whole number of 0 to {MAX_COUNT} (at {place})")
     for name in _BOUNDS:
         value = schema.get(name)
-        if value is not None and not isinstance(value, (int, float)):
+        if name in schema and not isinstance(value, (int, float)):
             raise refused(f"a bound must be a number (at {place}/{name})")
     multiple = schema.get("multipleOf", 1)
     if isinstance(multiple, bool) or not isinstance(multiple, (int, float)) or not 0 < multiple < math.inf:

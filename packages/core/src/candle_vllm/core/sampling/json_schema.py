@@ -187,7 +187,7 @@ class _Check:
         """
         value, sign = schema.pop(name), 1 if name.endswith("aximum") else -1
         whole = types_of(schema) & {"integer", FRACTION} == {"integer"}
-        if not math.isfinite(value) or (
+        if abs(value) == math.inf or (
             sign * value < 0 and (abs(value) > 10**17 or Decimal(repr(float(value))) != value)
         ):
             raise refused(f"the JSON schema has a number that is too large (at {place}); at most 2^53 is supported")
