@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
+from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.setting_kinds import (
     Boolean,
@@ -56,7 +57,7 @@ def is_demo(model: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(ExplainedSettings):
     """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does.
 
     Each says beside it what it does; the server's command line is made from the same lines. What more some of them need

@@ -10,11 +10,12 @@ import asyncio
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, overload
 
 import msgspec
 from msgspec.structs import replace
 
+from candle_vllm.core.arguments import explained, refuse_lost
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
@@ -27,7 +28,7 @@ from candle_vllm.core.engine.request import (
     OutputCollector,
     ScoreOutput,
 )
-from candle_vllm.core.engine.stream import Inbox, TokenStream, raise_failure, run_all
+from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, raise_failure, run_all
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
@@ -36,8 +37,10 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
+from candle_vllm.core.text.prompts import Message, Prompt, as_conversations, as_prompts, as_token_ids
 from candle_vllm.core.text.tokenizer import Tokenizer
+
+_SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 
 
 class Texts(Protocol):
@@ -104,6 +107,7 @@ class EngineFront(ABC):
         """Counters since the start and gauges of now."""
         return self._require()[0].stats()
 
+    @explained()
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the beginning token that the model asks for.
 
@@ -121,11 +125,12 @@ class EngineFront(ABC):
             )
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    @explained()
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as one prompt text, by the model's own template.
 
         Args:
@@ -134,13 +139,17 @@ class EngineFront(ABC):
                 template itself understands (`enable_thinking`, ...).
 
         Raises:
+            InvalidParameterError: a message is wrong; the error names its place.
             ChatTemplateError: the model has no template, or it refused the conversation.
         """
+        return self._template().render(_one_conversation(messages), **options)
+
+    def _template(self) -> ChatTemplate:
         self._check_generates()
         template = self._require()[1].template
         if template is None:
             raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (--chat-template)", "messages")
-        return template.render([dict(message) for message in messages], **options)
+        return template
 
     @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
@@ -155,6 +164,7 @@ class EngineFront(ABC):
 
     # ---- whole answers -----------------------------------------------------------------------------------------------
 
+    @explained(**_SAMPLING)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -178,19 +188,60 @@ class EngineFront(ABC):
         todo = self._requests(as_prompts(prompts), sampling_params)
         return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
 
+    @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None, **options: Any
-    ) -> GenerationOutput:
-        """Answers one conversation; `options` go to `apply_chat_template`.
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> GenerationOutput: ...
 
-        Where `max_tokens` is left open the answer goes on to the end of the turn, or to that of the context.
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[GenerationOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> GenerationOutput | list[GenerationOutput]:
+        """Answers a conversation, or every one of a list; outputs in the order of the conversations.
+
+        Where `max_tokens` is left open an answer goes on to the end of the turn, or to that of the context.
+
+        Args:
+            messages: the messages of one conversation, or a list of conversations.
+            sampling_params: one for all, or one each, as of `generate`.
+            use_tqdm: show a progress bar for a list.
+            options: as of `apply_chat_template`.
+
+        Raises:
+            RequestError: a conversation or its parameters are wrong, with the place of the fault (`messages[2].content:
+                ...`); nothing has run then.
+            TypeError: an option is a field of `SamplingParams`, or a misspelt name.
+            RequestAbortedError, CandleVllmError: as of `generate`.
         """
-        params = self._filled(sampling_params)
-        if sampling_params is None or sampling_params.leaves_open("max_tokens"):
-            params = replace(params, max_tokens=None)
-        tokens = self.tokenize(self.apply_chat_template(messages, **options), add_special_tokens=False)
-        return self.generate([tokens], params, use_tqdm=False)[0]
+        conversations, several = as_conversations(messages)
+        prompts = [self._chat_prompt("chat", each, options) for each in conversations]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = self._chat_params(sampling_params)
+        else:
+            params = [self._chat_params(each) for each in sampling_params]
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm and several)
+        return outputs if several else outputs[0]
 
+    @explained(**_SAMPLING)
     async def agenerate(
         self,
         prompt: Prompt,
@@ -215,6 +266,7 @@ class EngineFront(ABC):
 
     # ---- vectors and scores ------------------------------------------------------------------------------------------
 
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     def embed(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, *, use_tqdm: bool = True
     ) -> list[EmbeddingOutput]:
@@ -234,6 +286,7 @@ class EngineFront(ABC):
         """
         return self._pooling().embed(inputs, params, use_tqdm=use_tqdm)
 
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aembed(
         self,
         inputs: Prompt | Sequence[Prompt],
@@ -253,6 +306,7 @@ class EngineFront(ABC):
             answered(outputs)
         return outputs
 
+    @explained()
     def score(self, pairs: Sequence[Pair], *, use_tqdm: bool = True) -> list[ScoreOutput]:
         """How well the two texts of each pair belong together.
 
@@ -262,6 +316,7 @@ class EngineFront(ABC):
         """
         return self._pooling().score(pairs, use_tqdm=use_tqdm)
 
+    @explained()
     async def ascore(
         self,
         pairs: Sequence[Pair],
@@ -279,6 +334,7 @@ class EngineFront(ABC):
 
     # ---- pieces as they come -----------------------------------------------------------------------------------------
 
+    @explained(**_SAMPLING)
     def stream(
         self,
         prompt: Prompt,
@@ -307,6 +363,35 @@ class EngineFront(ABC):
             inbox = Inbox(asyncio.get_running_loop())
             thread.submit(prepared, inbox)
         return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
+
+    @explained(**_SAMPLING)
+    def generate_stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> TokenIterator:
+        """`stream` for a program without an event loop: submits a prompt and returns an iterator of its pieces.
+
+        The request is checked and queued before this returns. Closing the iterator, leaving its `with` block or
+        dropping it aborts the request.
+
+        Raises:
+            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+        """
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        prepared = self._require()[0].prepare(request)
+        return TokenIterator(self._running_thread(), request, prepared)
+
+    def chat_stream(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> TokenIterator:
+        """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
+        prompt = self._chat_prompt("chat_stream", _one_conversation(messages), options)
+        return self.generate_stream(prompt, self._chat_params(sampling_params))
 
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
@@ -339,6 +424,18 @@ class EngineFront(ABC):
         if "generate" not in self._info.tasks:
             check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
 
+    def _chat_prompt(self, method: str, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
+        """Token ids of a conversation that was checked."""
+        template = self._template()
+        known = ("tools", "documents", "add_generation_prompt", "continue_final_message", "sampling_params", "use_tqdm")
+        refuse_lost(method, options, known, template.variables, _SAMPLING)
+        return self.tokenize(template.render(messages, **options), add_special_tokens=False)
+
+    def _chat_params(self, params: SamplingParams | None) -> SamplingParams:
+        filled = self._filled(params)
+        ends_turn = params is None or params.leaves_open("max_tokens")
+        return replace(filled, max_tokens=None) if ends_turn else filled
+
     def _request(
         self,
         prompt: Prompt,
@@ -369,3 +466,10 @@ class EngineFront(ABC):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
         return [(request, self._require()[0].prepare(request)) for request in requests]
+
+
+def _one_conversation(messages: Sequence[Message]) -> list[Message]:
+    conversations, several = as_conversations(messages)
+    if several:
+        raise InvalidParameterError("messages: must be one conversation, not a list of them", "messages")
+    return conversations[0]

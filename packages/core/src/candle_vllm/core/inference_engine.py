@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from candle_vllm.core.arguments import explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
@@ -90,6 +91,7 @@ class InferenceEngine(EngineFront):
 
     # ---- a loop of your own ------------------------------------------------------------------------------------------
 
+    @explained(SamplingParams=SamplingParams.__struct_fields__)
     def add_request(
         self,
         prompt: Prompt,

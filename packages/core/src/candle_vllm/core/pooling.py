@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-import msgspec
-
+from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 
 MAX_DIMENSIONS = 1 << 16
@@ -18,7 +17,7 @@ PoolingKind = Literal["mean", "cls", "last"]
 """The mean over all positions, the first one, or the last one."""
 
 
-class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one vector is made of the hidden states of a text; None is what the model itself says.
 
     Attributes:

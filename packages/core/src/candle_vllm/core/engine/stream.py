@@ -157,6 +157,65 @@ class TokenStream(AsyncIterator[TokenOutput]):
         self._close()
 
 
+class TokenIterator(Iterator[TokenOutput]):
+    """`TokenStream` for programs without an event loop: the pieces of a request's sequences as they come.
+
+    Closing it, leaving its `with` block or dropping it aborts what has not finished. A request that fails raises, as in
+    `generate`.
+
+    Args:
+        thread: runs the request.
+        request: the request it belongs to.
+        prepared: what the engine's `prepare` made of it.
+
+    Raises:
+        EngineOverloadedError, EngineDeadError: the request was not taken.
+    """
+
+    def __init__(self, thread: EngineThread, request: GenerationRequest, prepared: Sequence[Any]) -> None:
+        self.request = request
+        self._thread = thread
+        self._mailbox = _Mailbox()
+        self._unfinished = 0
+        thread.submit(prepared, self._mailbox)
+        self._unfinished = request.params.n
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TokenOutput:
+        if not self._unfinished:
+            raise StopIteration
+        try:
+            piece = self._mailbox.items.get()
+            if isinstance(piece, CandleVllmError):
+                raise piece
+            if not self._unfinished:  # closed by another thread meanwhile
+                raise StopIteration
+            raise_failure(piece)
+        except BaseException:  # an interrupt as well
+            self.close()
+            raise
+        self._unfinished -= piece.finished
+        return piece
+
+    def close(self) -> None:
+        """Aborts the request unless it has finished."""
+        if self._unfinished:
+            self._unfinished = 0
+            self._thread.abort(self.request.request_id, self._mailbox)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_unfinished", 0):
+            self.close()
+
+
 def run_all(
     thread: EngineThread, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: bool
 ) -> Iterator[tuple[int, GenerationOutput]]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
 from msgspec.structs import replace
 
+from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.stop_scanner import StopScanner
@@ -39,7 +39,7 @@ class _OpenCount(int):
     __slots__ = ()
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one request are chosen.
 
     An engine fills what is left open of temperature, top_p, top_k, min_p and repetition_penalty from its

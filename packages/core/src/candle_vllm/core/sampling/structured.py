@@ -9,8 +9,7 @@ import json as _json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
+from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
@@ -24,7 +23,7 @@ MAX_REASONING_MARK = 256  # characters
 _PARAM = "structured_outputs"
 
 
-class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The form that a generated text must have. Exactly one of the first six is given.
 
     The form wins over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.

@@ -49,6 +49,11 @@ class ChatTemplate:
         for name, text in self._sources.items():
             self._compile(sandbox, name, text)
 
+    @property
+    def variables(self) -> set[str]:
+        """What the template looks at, of whatever it is given."""
+        return set().union(*self._reads.values())
+
     def render(
         self,
         messages: Sequence[Message],

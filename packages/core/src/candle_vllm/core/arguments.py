@@ -1,0 +1,227 @@
+"""What is said to an argument that there is not: the nearest name, and to the names of other libraries ours.
+
+A row of the tables is the names and the answer: a name of ours that does the same, perhaps with what else there is to
+say, or a sentence that says why there is none. What exists here under that very name is not in the tables; a test sees
+to that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import msgspec
+
+from candle_vllm.core.setting_kinds import nearest
+
+_WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
+_ONE_DEVICE = "an engine computes on one device; for several GPUs make an engine on each (device='cuda:1')"
+_LORA = "adapters are not loaded beside a model: merge the adapter into its weights first"
+_STORED = "the checkpoint says how it is quantised; isq quantises plain weights while they are loaded"
+_FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SETTINGS: tuple[tuple[str, str], ...] = (
+    ("model_path model_name model_id model_name_or_path pretrained_model_name_or_path repo_id", "model"),
+    ("filename gguf_file", "weight_file"),
+    ("token use_auth_token", "hf_token"),
+    ("cache_dir", "download_dir"),
+    ("local_files_only", "offline"),
+    ("tokenizer_path tokenizer_name", "tokenizer, which is a folder"),
+    ("tokenizer_mode tokenizer_revision skip_tokenizer_init hf_overrides hf_config_path generation_config",
+     "the model's files say it"),
+    ("trust_remote_code", "code of a model's repository is never run: its architecture is built in, or refused"),
+    ("chat_format", "chat_template, which is Jinja source; without it the model's own counts"),
+    ("n_ctx num_ctx ctx_size context_length context_size max_seq_len max_seq_length max_sequence_length",
+     "max_model_len"),
+    ("max_batch_size batch_size n_seq_max n_parallel max_running_requests", "max_num_seqs"),
+    ("n_batch n_ubatch prefill_chunk_size chunked_prefill_size", "max_num_batched_tokens"),
+    ("n_threads n_threads_batch num_threads", "threads"),
+    ("gpu_memory_utilization gpu_memory_fraction mem_fraction_static",
+     "kv_fraction, a share of what is left after loading"),
+    ("kv_cache_memory_bytes num_gpu_blocks_override", "kv_cache_memory, in bytes"),
+    ("type_k type_v", "kv_cache_dtype, for both"),
+    ("flash_attn attn_implementation use_flash_attention_2", "attention_backend, on a GPU"),
+    ("torch_dtype", "dtype"),
+    ("device_map main_gpu", "device"),
+    ("random_seed", "seed"),
+    ("rope_scaling rope_freq_base rope_freq_scale rope_scaling_type yarn_ext_factor",
+     "yarn_scaling_factor, for a longer context; else the model's files say it"),
+    ("n_gpu_layers gpu_layers offload_kqv cpu_offload_gb swap_space max_memory", _WHOLE),
+    ("tensor_parallel_size pipeline_parallel_size data_parallel_size enable_expert_parallel tp_size dp_size pp_size "
+     "tensor_split split_mode distributed_executor_backend", _ONE_DEVICE),
+    ("quantization quantization_config load_in_4bit load_in_8bit", _STORED),
+    ("enable_lora max_loras max_lora_rank lora_path lora_base lora_scale", _LORA),
+    ("speculative_config speculative_model num_speculative_tokens draft_model",
+     "no drafts are made, so there is nothing to set"),
+    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here"),
+    ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
+    ("enable_chunked_prefill", "it is always so"),
+    ("task runner embedding", "an engine generates, embeds and scores, as far as the model can"),
+    ("disable_log_stats verbose", "what is logged goes to Python's logging, by the name candle_vllm"),
+    ("n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty max_tokens min_tokens stop "
+     "stop_token_ids ignore_eos skip_special_tokens logprobs prompt_logprobs logit_bias allowed_token_ids bad_words "
+     "structured_outputs max_new_tokens", "requests have it: generate(prompts, SamplingParams(...))"),
+)  # fmt: skip
+
+_PARAMETERS: tuple[tuple[str, str], ...] = (
+    ("max_new_tokens max_length max_completion_tokens max_output_tokens max_gen_len n_predict num_predict",
+     "max_tokens"),
+    ("min_new_tokens min_length", "min_tokens"),
+    ("do_sample", "temperature: 0 takes the likeliest token, anything above it samples"),
+    ("temp", "temperature"),
+    ("repeat_penalty", "repetition_penalty"),
+    ("num_return_sequences num_samples num_completions", "n"),
+    ("stop_sequences stop_words", "stop"),
+    ("eos_token_id stop_tokens", "stop_token_ids"),
+    ("random_seed manual_seed", "seed"),
+    ("bad_words_ids", "bad_words, which are texts"),
+    ("top_logprobs output_scores output_logits", "logprobs, a number of alternatives"),
+    ("guided_decoding response_format", f"{_FORM}json=...)"),
+    ("guided_json json_schema", f"{_FORM}json=...)"),
+    ("guided_regex", f"{_FORM}regex=...)"),
+    ("guided_choice", f"{_FORM}choice=[...])"),
+    ("guided_grammar grammar", f"{_FORM}grammar=...)"),
+    ("num_beams best_of use_beam_search beam_width length_penalty early_stopping", "there is no beam search"),
+    ("typical_p tfs_z mirostat mirostat_mode mirostat_tau mirostat_eta epsilon_cutoff eta_cutoff top_a penalty_alpha "
+     "no_repeat_ngram_size",
+     "the samplers are temperature, top_p, top_k, min_p and penalties"),
+    ("logits_processors logits_processor",
+     "no code runs between steps: logit_bias, allowed_token_ids and structured_outputs are there"),
+    ("use_cache detokenize", "it is always so"),
+    ("model max_model_len n_ctx max_num_seqs threads device dtype",
+     "it is a setting of the engine: InferenceEngine(...)"),
+    ("output_kind", "generate gives whole outputs, stream and generate_stream pieces"),
+)  # fmt: skip
+
+_ARGUMENTS: tuple[tuple[str, str], ...] = (
+    ("prompt inputs texts prompt_token_ids", "prompts, each a text or token ids"),
+    ("params generation_config", "sampling_params"),
+    ("conversation conversations", "messages"),
+    ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
+    ("lora_request", _LORA),
+    ("progress show_progress", "use_tqdm"),
+    ("chat_template_kwargs", "the template's variables are arguments of chat themselves (enable_thinking=False)"),
+)  # fmt: skip
+
+
+@functools.cache
+def foreign_names(owner: str) -> Mapping[str, str]:
+    """The answer to each name that `EngineConfig`, `SamplingParams` or (for any other owner) a method lacks.
+
+    It begins with a name of ours where that does the same.
+    """
+    rows = {"EngineConfig": _SETTINGS, "SamplingParams": _PARAMETERS}.get(owner, _ARGUMENTS if owner.islower() else ())
+    return dict(_told(rows))
+
+
+def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[str, Iterable[str]] | None = None) -> str:
+    """What is said to somebody who gave `owner` an argument that it does not have.
+
+    Args:
+        owner: a class or a method.
+        name: what was given.
+        known: what `owner` takes.
+        within: the fields of what `owner` takes, by the class; perhaps it is one of them.
+    """
+    known = list(known)
+    head = f"{owner} has no argument {name[:60]!r}"
+    answer = foreign_names(owner).get(name)
+    if answer is not None:
+        called = "it is called " if answer.partition(",")[0].partition(":")[0] in known else ""
+        return f"{head}: {called}{answer}"
+    for other, fields in (within or {}).items():
+        if name in fields:
+            return f"{head}: it is a field of {other}"
+        if name in foreign_names(other):
+            return f"{head}: {unknown_name(other, name, fields)}"
+    return f"{head}{nearest(name[:60], known)}"
+
+
+class _Explaining(type):
+    """Makes objects of a class, and explains an argument that the class does not have."""
+
+    if not TYPE_CHECKING:  # the class's own signature is what is checked
+
+        def __call__(cls, *arguments: Any, **named: Any) -> Any:
+            try:
+                return super().__call__(*arguments, **named)
+            except TypeError:
+                known = getattr(cls, "__struct_fields__", None) or inspect.signature(cls.__init__).parameters
+                for name in named:
+                    if name not in known:
+                        raise TypeError(unknown_name(cls.__name__, name, known)) from None
+                raise
+
+
+class ExplainedSettings(metaclass=_Explaining):
+    """A base of dataclasses that explains arguments which they do not have."""
+
+
+class _ExplainingStruct(_Explaining, msgspec.StructMeta):
+    pass
+
+
+class ExplainedStruct(msgspec.Struct, metaclass=_ExplainingStruct, frozen=True, repr_omit_defaults=True):
+    """A base of structs that explains arguments which they do not have, and shows what differs from the defaults."""
+
+
+def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a method explain arguments which it does not have.
+
+    Args:
+        within: the fields of what it takes, by the class.
+    """
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        known = [name for name in inspect.signature(method).parameters if name != "self"]
+
+        @functools.wraps(method)
+        def call(*arguments: P.args, **named: P.kwargs) -> R:
+            for name in named:
+                if name not in known:
+                    raise TypeError(unknown_name(method.__name__, name, known, within))
+            return method(*arguments, **named)
+
+        return call
+
+    return decorate
+
+
+def refuse_lost(
+    owner: str,
+    given: Iterable[str],
+    known: Iterable[str],
+    variables: Iterable[str],
+    within: Mapping[str, Iterable[str]],
+) -> None:
+    """Refuses variables of a template that it does not read, and that look like something else.
+
+    What looks like nothing else is let by: programs set a variable for whatever model they are given.
+
+    Args:
+        owner: the method that takes them.
+        given: their names.
+        known: arguments of the method.
+        variables: what the template reads.
+        within: as for `unknown_name`.
+
+    Raises:
+        TypeError: one is lost.
+    """
+    taken = {*known, *variables}
+    meant = {*foreign_names(owner), *(name for other in within for name in (*within[other], *foreign_names(other)))}
+    for name in set(given) - taken:
+        if name in meant or difflib.get_close_matches(name[:60], taken, n=1, cutoff=0.8):
+            raise TypeError(unknown_name(owner, name, taken, within))
+
+
+def _told(rows: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:
+    for names, answer in rows:
+        for name in names.split():
+            yield name, answer

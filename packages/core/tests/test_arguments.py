@@ -1,0 +1,132 @@
+"""An argument that there is not is answered with the nearest name, that of another library with ours."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import (
+    EngineConfig,
+    InferenceEngine,
+    InvalidParameterError,
+    PoolingParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from candle_vllm.core.arguments import foreign_names, unknown_name
+from candle_vllm.core.config import SETTINGS
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def engine(toy_model: Path) -> Iterator[InferenceEngine]:
+    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("n_ctx", "it is called max_model_len"),
+        ("max_model_length", "did you mean max_model_len?"),
+        ("n_gpu_layers", "nothing is divided"),
+        ("tensor_parallel_size", "one device"),
+        ("gpu_memory_utilization", "it is called kv_fraction, a share of what is left"),
+        ("temperature", r"generate\(prompts, SamplingParams"),
+        ("trust_remote_code", "never run"),
+    ],
+)
+@pytest.mark.parametrize("make", [EngineConfig, InferenceEngine])
+def test_settings(make: Callable[..., object], name: str, said: str) -> None:
+    arguments: dict[str, Any] = {"model": "nowhere", name: 1}
+    with pytest.raises(TypeError, match=rf"^EngineConfig has no argument '{name}'.*{said}"):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "said"),
+    [
+        (SamplingParams, "max_new_tokens", "it is called max_tokens"),
+        (SamplingParams, "do_sample", "it is called temperature: 0 takes the likeliest"),
+        (SamplingParams, "temperatur", "did you mean temperature?"),
+        (SamplingParams, "guided_json", r"structured_outputs=StructuredOutputsParams\(json="),
+        (SamplingParams, "num_beams", "no beam search"),
+        (SamplingParams, "n_ctx", "setting of the engine"),
+        (PoolingParams, "dimension", "did you mean dimensions?"),
+        (StructuredOutputsParams, "jsn", "did you mean json?"),
+    ],
+)
+def test_parameters(make: Callable[..., object], name: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{make.__name__} has no argument '{name}'.*{said}"):  # type: ignore[attr-defined]
+        make(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "said"),
+    [
+        ("generate", "max_tokens", "it is a field of SamplingParams"),
+        ("generate", "max_new_tokens", "SamplingParams has no argument 'max_new_tokens': it is called max_tokens"),
+        ("generate", "stream", "there are generate_stream"),
+        ("generate", "params", "it is called sampling_params"),
+        ("generate_stream", "priorty", "did you mean priority?"),
+        ("agenerate", "top_p", "it is a field of SamplingParams"),
+        ("stream", "use_tqdm", "$"),
+        ("embed", "dimensions", "it is a field of PoolingParams"),
+        ("add_request", "seed", "it is a field of SamplingParams"),
+    ],
+)
+def test_methods(engine: InferenceEngine, method: str, name: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{method} has no argument '{name}'.*{said}"):
+        getattr(engine, method)("hi", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("max_tokens", "it is a field of SamplingParams"),
+        ("max_new_tokens", "it is called max_tokens"),
+        ("chat_template_kwargs", "arguments of chat themselves"),
+        ("add_generation_promt", "did you mean add_generation_prompt?"),
+    ],
+)
+@pytest.mark.parametrize("method", ["chat", "chat_stream"])
+def test_parameters_are_not_lost_in_a_template(engine: InferenceEngine, method: str, name: str, said: str) -> None:
+    """They would be variables that no template reads."""
+    with pytest.raises(TypeError, match=rf"^{method} has no argument '{name}'.*{said}"):
+        getattr(engine, method)(MESSAGES, **{name: 1})
+
+
+def test_a_variable_that_another_template_reads_is_let_by(engine: InferenceEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2)
+    assert engine.chat(MESSAGES, params, enable_thinking=False).token_ids == engine.chat(MESSAGES, params).token_ids
+
+
+def test_explained_methods_keep_their_signatures_and_stay_awaitable(engine: InferenceEngine) -> None:
+    assert list(inspect.signature(engine.generate).parameters) == ["prompts", "sampling_params", "use_tqdm"]
+    assert len(asyncio.run(engine.agenerate("hi", SamplingParams(max_tokens=2, ignore_eos=True))).token_ids) == 2
+
+
+def test_right_arguments_with_wrong_values_keep_their_errors() -> None:
+    with pytest.raises(InvalidParameterError, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(TypeError, match="model"):
+        EngineConfig()  # type: ignore[call-arg]
+
+
+def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
+    tables = {"EngineConfig": set(SETTINGS), "SamplingParams": set(SamplingParams.__struct_fields__)}
+    for owner, known in tables.items():
+        rows = foreign_names(owner)
+        assert not known & rows.keys()
+        called = [name for name in rows if "it is called" in unknown_name(owner, name, known)]
+        assert len(called) > 20
+        meant = {name for name, answer in rows.items() if " " not in answer}
+        assert meant <= set(called), "an answer of one word is a name of ours"
+    ours = [name for name, answer in foreign_names("EngineConfig").items() if answer.startswith("requests have it")]
+    assert set(ours) - {"max_new_tokens"} <= tables["SamplingParams"]
