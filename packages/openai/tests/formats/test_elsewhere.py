@@ -96,6 +96,33 @@ def test_several_and_then_an_answer() -> None:
     assert said("llama3_json", text) == Parsed(text, "", ())
 
 
+@pytest.mark.parametrize("second", WAYS)
+@pytest.mark.parametrize("first", WAYS)
+def test_one_way_behind_another(first: str, second: str) -> None:
+    parsed = said("gemma4", f"{WAYS[first]}\n{WAYS[second]}\nDone.")
+    assert (parsed.content, parsed.values) == ("Done.", [("f2", {"city": "x"})] * 2)
+
+
+def test_a_bracket_too_many_changes_nothing() -> None:
+    for text in ("[f2(city='x')]", "[f2(city='x')]}}", "[f2(city='x')]\n}"):
+        assert said("minimax_m3", text).calls == (("id0", "f2", X, True),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[f2(city='x')]}",
+        "[f2(city='x')]}x",
+        "[f2(city='x', \"a\") ]",
+        "[f2(city='x\"', ) }\"",
+        "[f2([f2(city='x')]`(\"",
+    ],
+)
+def test_what_is_put_back_stays_what_it_was(text: str) -> None:
+    parsed = said("gemma4", text)
+    assert parsed.calls or parsed.content == text
+
+
 def test_in_thoughts_it_is_a_thought() -> None:
     text = f"Like {WAYS['qwen tags']} so."
     assert said("llama3_json", f"<think>{text}</think>Ok") == Parsed("Ok", text, ())

@@ -72,8 +72,8 @@ class _Kept(CallSink):
 
 
 def _is_closed(text: str) -> bool:
-    """Whether a list of calls has its end."""
-    return not text.lstrip(SPACE).startswith("[") or text.endswith(("]", ">"))
+    """Whether a list of calls has its end, brackets too many behind it aside."""
+    return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 
 def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need[int]:

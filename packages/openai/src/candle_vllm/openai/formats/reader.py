@@ -122,19 +122,25 @@ class Reader:
 
     def since_mark(self) -> str:
         """What was read since the mark."""
-        return "".join(self._kept or ()) + self.text[: self.at]
+        return "".join(self._kept or ()) + self.text[self._from : self.at]
 
     def forget(self) -> None:
         """There is no way back to the mark."""
         self._kept = None
 
     def put_back(self, text: str) -> None:
-        """Makes the text that was read last unread; not across a mark."""
-        if self.at >= len(text):
+        """Makes the text that was read last unread; not from before a mark."""
+        gone = len(text) - self.at  # characters that are no longer in `text`
+        if gone <= 0:
             self.at -= len(text)
-        else:
-            self.text = text + self.text[self.at :]
-            self.at = 0
+            return
+        self.text = text[:gone] + self.text
+        self.at = self._from = 0
+        while gone and self._kept:
+            last = self._kept.pop()
+            if len(last) > gone:
+                self._kept.append(last[:-gone])
+            gone = max(0, gone - len(last))
 
     def next(self, count: int) -> str:
         """Reads characters that have come already."""
