@@ -1,88 +1,277 @@
 """`candle-vllm chat`: a conversation on the terminal.
 
-Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said;
-Ctrl+C or Ctrl+D at the prompt ends the conversation.
+Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import os
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.errors import RequestError
-from candle_vllm.server.commands.terminal import Display, Message, answer_pieces
+from candle_vllm.core.errors import CandleVllmError, RequestError
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.server.commands.interactive import answer_display, line_reader
+from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import load_engine
+from candle_vllm.server.settings.command_line import MAX_TOKENS
+from candle_vllm.server.settings.derived import load_engine, refuse_missing
+from candle_vllm.server.settings.options import SAMPLING, UsageError
+from candle_vllm.server.settings.sources import convert
+from candle_vllm.server.settings.table import OPTIONS
 
-_HELP = "/reset starts over, /exit ends; Ctrl+C stops an answer"
+_MAX_SAVED = 64 << 20  # bytes of a saved conversation
+_SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
+_OTHER_MODEL: dict[str, Any] = dict.fromkeys(
+    ("weight_path", "weight_file", "revision", "tokenizer", "chat_template", "tool_parser", "reasoning_parser")
+)
 
 
 def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
-    """Talks until /exit, end of input, or Ctrl+C at the prompt."""
-    with load_engine(settings, max_num_seqs=1) as engine, asyncio.Runner() as runner:
-        _say(f"{engine.model_info.name}: {_HELP}\n")
-        start: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-        messages = list(start)
-        while (line := _read_line()) is not None:
-            if line == "/reset":
-                messages = list(start)
-                _say("(new conversation)\n")
-            elif line.startswith("/"):
-                _say(f"unknown command {line.split()[0]}: {_HELP}\n")
-            elif line:
-                _turn(runner, engine, settings, messages, line, max_tokens)
+    """Talks until /exit or the end of input; without a terminal, also until Ctrl+C between answers."""
+    with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
+        read = line_reader(Path.home())
+        talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
+        while (line := read()) is not None and line != "/exit":
+            talk.take(line)
     return 0
 
 
-def _turn(
-    runner: asyncio.Runner,
-    engine: InferenceEngine,
-    settings: Settings,
-    messages: list[Message],
-    line: str,
-    max_tokens: int | None,
-) -> None:
-    """One question and its answer; a question that the engine refuses leaves the conversation as it was."""
-    messages.append({"role": "user", "content": line})
-    parts: list[str] = []
+class _Command(NamedTuple):
+    run: Callable[[str], None]
+    usage: str
+    help: str
+
+
+class _Saved(msgspec.Struct, forbid_unknown_fields=True):
+    """What /save writes."""
+
+    model: str
+    messages: list[Message]
+
+
+class Chat:
+    """One conversation and the model that answers in it.
+
+    Args:
+        settings: of the model and its sampling.
+        system: the system message that every conversation begins with.
+        max_tokens: most tokens of an answer.
+    """
+
+    def __init__(self, settings: Settings, system: str | None, max_tokens: int | None) -> None:
+        self._runner = asyncio.Runner()
+        self._settings = settings
+        self._engine: InferenceEngine | None = load_engine(settings, max_num_seqs=1)
+        self._max_tokens = max_tokens
+        self._messages: list[Message] = []
+        self._own_file: Path | None = None
+        self._set_system(system)
+        self._commands = {
+            "/help": _Command(self._help, "", "this list"),
+            "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({', '.join(_SET)}); default resets"),
+            "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
+            "/model": _Command(self._model, "[MODEL [FILE]]", "another model: an id, a folder or a .gguf file"),
+            "/save": _Command(self._save, "FILE", "keeps the conversation"),
+            "/load": _Command(self._load, "FILE", "goes on with a kept one"),
+            "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
+            "/regenerate": _Command(self._regenerate, "", "another answer in the place of the last"),
+            "/exit": _Command(lambda _: None, "", "ends; so does Ctrl+D"),
+        }
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        assert self._engine is not None
+        return self._engine.model_info.name
+
+    def close(self) -> None:
+        """Lets the model go."""
+        self._runner.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    def say(self, text: str) -> None:
+        """Writes a line to standard output."""
+        sys.stdout.write(terminal_safe(text) + "\n")
+        sys.stdout.flush()
+
+    def take(self, line: str) -> None:
+        """Carries out one input: a command, or a text for the model."""
+        if not line.startswith("/"):
+            if line:
+                self._turn([*self._messages, {"role": "user", "content": line}])
+            return
+        word, _, rest = line.partition(" ")
+        command = self._commands.get("/clear" if word == "/reset" else word)
+        if command is None:
+            known = ", ".join(self._commands)
+            self.say(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
+            return
+        try:
+            command.run(rest.strip())
+        except UsageError as error:
+            self.say(f"error: {error}")
+
+    def _turn(self, messages: list[Message]) -> None:
+        """One answer; a question that the engine refuses leaves the conversation as it was."""
+        parts: list[str] = []
+        try:
+            self._runner.run(self._answer(messages, parts))
+        except RequestError as error:
+            self.say(f"error: {error}")
+            return
+        except KeyboardInterrupt:
+            self.say("(stopped)")
+        self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
+
+    async def _answer(self, messages: list[Message], parts: list[str]) -> None:
+        assert self._engine is not None
+        first: float | None = None
+        answer = answer_pieces(self._engine, messages, self._settings, self._max_tokens)
+        with contextlib.closing(answer_display()) as display:
+            async with contextlib.aclosing(answer) as pieces:
+                async for piece in pieces:
+                    first = first or time.perf_counter()
+                    if not piece.thought:
+                        parts.append(piece.text)
+                    display.show(piece)
+                    if piece.tokens is not None:
+                        display.tell_rate(piece.tokens, time.perf_counter() - first)
+
+    # ---- commands ----------------------------------------------------------------------------------------------------
+
+    def _help(self, _: str) -> None:
+        lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in self._commands.items()]
+        self.say("\n".join(f"{usage:<24}{text}" for usage, text in lines))
+        if sys.stdin.isatty():
+            self.say('Several lines: paste them, or put them between """ and """. Ctrl+C clears the line.')
+
+    def _set(self, rest: str) -> None:
+        name, _, text = rest.partition(" ")
+        if not name:
+            self.say("\n".join(f"{each} {self._value(each)}" for each in _SET))
+            return
+        option = _SET.get(name)
+        if option is None:
+            raise UsageError(f"/set knows no {name}{nearest(name, _SET)}: there are {', '.join(_SET)}")
+        if not text.strip():
+            raise UsageError(f"/set {name} needs a value ({option.help}), or default; it is {self._value(name)}")
+        value = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
+        if option is MAX_TOKENS:
+            self._max_tokens = value
+        else:
+            self._settings = dataclasses.replace(self._settings, **{name: value})
+        self.say(f"{name} is {self._value(name)}")
+
+    def _value(self, name: str) -> Any:
+        value = self._max_tokens if name == MAX_TOKENS.name else getattr(self._settings, name)
+        return "default" if value is None else value
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._set_system(None if rest == "-" else rest)
+        self.say(f"the system message is: {self._start[0]['content']}" if self._start else "there is no system message")
+
+    def _set_system(self, text: str | None) -> None:
+        turns = [message for message in self._messages if message["role"] != "system"]
+        self._start: list[Message] = [{"role": "system", "content": text}] if text is not None else []
+        self._messages = [*self._start, *turns]
+
+    def _model(self, rest: str) -> None:
+        """Two models may not fit, so the old one goes first, and comes back where the new one cannot be loaded."""
+        if not rest:
+            self.say(self.name)
+            return
+        model, _, file = rest.partition(" ")
+        whole = Path(rest).expanduser()  # a path may have blanks
+        settings = dataclasses.replace(
+            self._settings,
+            **{**_OTHER_MODEL, "model": str(whole) if whole.exists() else model},
+            **({} if whole.exists() or not file else {"weight_file": file.strip()}),
+        )
+        assert self._engine is not None
+        try:
+            refuse_missing(settings)
+        except CandleVllmError as error:
+            self.say(f"error: {error}")
+            return
+        self._engine.close()
+        self._engine = None
+        try:
+            self._engine = load_engine(settings, max_num_seqs=1)
+        except CandleVllmError as error:
+            self.say(f"error: {error}; going back to the model before")
+            self._engine = load_engine(self._settings, max_num_seqs=1)
+            return
+        self._settings = settings
+        self.say(f"{self.name} answers from here on")
+
+    def _save(self, rest: str) -> None:
+        path = _path(rest, "/save")
+        data = msgspec.json.format(msgspec.json.encode(_Saved(self.name, self._messages)), indent=1)
+        mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # what this conversation did not write stays
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "wb") as file:
+                file.write(data + b"\n")
+        except FileExistsError:
+            raise UsageError(f"{path} exists and is kept: name another file, or /load it first") from None
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        self._own_file = path
+        self.say(f"{len(self._messages)} messages are in {path}")
+
+    def _load(self, rest: str) -> None:
+        path = _path(rest, "/load")
+        self._messages = read_saved(path)
+        self._start = [message for message in self._messages[:1] if message["role"] == "system"]
+        self._own_file = path
+        self.say(f"{len(self._messages)} messages of {path}")
+
+    def _clear(self, _: str) -> None:
+        self._messages = list(self._start)
+        self.say("(new conversation)")
+
+    def _regenerate(self, _: str) -> None:
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            raise UsageError("there is no answer yet: write something first")
+        self._turn(self._messages[:-1])
+
+
+def read_saved(path: Path) -> list[Message]:
+    """The messages of a file that /save wrote.
+
+    Raises:
+        UsageError: it cannot be read, or is something else.
+    """
     try:
-        runner.run(_answer(engine, settings, messages, max_tokens, parts))
-    except RequestError as error:
-        messages.pop()
-        _say(f"error: {error}\n")
-        return
-    except KeyboardInterrupt:
-        _say("\n(stopped)")
-    _say("\n")
-    messages.append({"role": "assistant", "content": "".join(parts)})
-
-
-async def _answer(
-    engine: InferenceEngine, settings: Settings, messages: list[Message], max_tokens: int | None, parts: list[str]
-) -> None:
-    display = Display()
-    async with contextlib.aclosing(answer_pieces(engine, messages, settings, max_tokens)) as pieces:
-        async for piece in pieces:
-            if not piece.thought:
-                parts.append(piece.text)
-            display.show(piece)
-
-
-def _read_line() -> str | None:
-    """The next line without its end; None for /exit, end of input, or Ctrl+C."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives input() editing and history
+        with path.open("rb") as file:
+            data = file.read(_MAX_SAVED + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > _MAX_SAVED:
+        raise UsageError(f"{path} is larger than {_MAX_SAVED >> 20} MB")
     try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        _say("\n" if sys.stdin.isatty() else "")
-        return None
-    return None if line == "/exit" else line
+        messages = msgspec.json.decode(data, type=_Saved).messages
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is no conversation of /save: {error}") from None
+    for number, message in enumerate(messages, 1):
+        roles = ("user", "assistant") if number > 1 else ("system", "user", "assistant")
+        if message.keys() != {"role", "content"} or message["role"] not in roles:
+            raise UsageError(f"{path}: message {number} must have content, and a role of {', '.join(roles)}")
+    return messages
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _path(text: str, command: str) -> Path:
+    if not text:
+        raise UsageError(f"{command} needs the name of a file")
+    return Path(text).expanduser()

@@ -31,6 +31,7 @@ class Said(NamedTuple):
 
     text: str
     thought: bool = False
+    tokens: int | None = None  # of the whole answer, thoughts among them, where it has ended
 
 
 async def answer_pieces(
@@ -42,7 +43,7 @@ async def answer_pieces(
 ) -> AsyncGenerator[Said, None]:
     """The pieces of the model's answer to a conversation; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # which a plain prompt has no need of
-    from candle_vllm.openai.events import Text, Thought
+    from candle_vllm.openai.events import Text, Thought, Usage
 
     name = engine.model_info.name
     adapter = OpenAIAdapter(engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser)
@@ -56,6 +57,8 @@ async def answer_pieces(
         async for event in answer:
             if isinstance(event, Thought | Text):
                 yield Said(event.text, thought=isinstance(event, Thought))
+            elif isinstance(event, Usage) and event.final:
+                yield Said("", tokens=event.completion_tokens)
     finally:
         await answer.aclose()
 
@@ -65,10 +68,13 @@ class Display:
 
     def __init__(self) -> None:
         self._thinking = False
+        self._rate = ""
+        self._begun = False
 
     def show(self, piece: Said) -> None:
         """Writes one piece."""
-        if piece.thought and not sys.stdout.isatty():
+        self._begun = True
+        if not piece.text or (piece.thought and not sys.stdout.isatty()):
             return
         text = terminal_safe(piece.text)
         if piece.thought:
@@ -77,6 +83,21 @@ class Display:
             text = "\n\n" + text
         self._thinking = piece.thought
         sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def tell_rate(self, tokens: int, seconds: float) -> None:
+        """Keeps for the end, on a terminal, how fast the answer came: `tokens`, of which the first was at 0 s."""
+        if sys.stdout.isatty():
+            rate = f", {(tokens - 1) / seconds:.1f} a second" if tokens > 1 and seconds > 0 else ""
+            self._rate = f"\x1b[2m({tokens} tokens{rate})\x1b[0m\n"
+
+    def close(self) -> None:
+        """Ends the answer and its line, if there is one."""
+        sys.stdout.write("\n" if self._begun else "")
+        self._write_rate()
+
+    def _write_rate(self) -> None:
+        sys.stdout.write(self._rate)
         sys.stdout.flush()
 
 

@@ -27,7 +27,7 @@ _TOKENS = Integer(1, 1 << 24)
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
-_MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
+MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
 
 _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
 
@@ -36,12 +36,12 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "generate": (
         switch("chat", "command", "put the prompt into the model's chat template as a user message"),
         _SYSTEM,
-        _MAX_TOKENS,
+        MAX_TOKENS,
         Option(
             "stop", "command", ("--stop",), FreeText(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
         ),
     ),
-    "chat": (_SYSTEM, _MAX_TOKENS),
+    "chat": (_SYSTEM, MAX_TOKENS),
     "agent": (
         Option(
             "base_url",
@@ -65,7 +65,7 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         ),
         Option("max_turns", "command", ("--max-turns",), Integer(1, 1000), "most turns of the model", "N"),
         _SYSTEM,
-        _MAX_TOKENS,
+        MAX_TOKENS,
         Option("as_json", "command", (), Boolean(), "print every event as a line of JSON", constants={"--json": True}),
     ),
     "bench": (

@@ -1,0 +1,129 @@
+"""What a person at a terminal has and a pipe has not: a line that is edited and kept, and answers in colour.
+
+Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported for a terminal only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from candle_vllm.server.commands.terminal import Display
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.input import Input
+    from prompt_toolkit.output import Output
+
+HISTORY_FILE = ".candle-vllm/chat_history"
+MAX_HISTORY = 1 << 20  # bytes of the file; a start that finds more keeps the newer half
+_MAX_ENTRY = 1 << 16  # characters; what is longer is not kept
+_QUOTES = '"""'
+
+ReadLine = Callable[[], str | None]
+
+
+def answer_display() -> Display:
+    """What shows an answer on standard output: in colour on a terminal that has it and where nobody set NO_COLOR."""
+    if sys.stdout.isatty():
+        from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
+
+        if (console := colour_console()) is not None:
+            return MarkdownDisplay(console)
+    return Display()
+
+
+def line_reader(home: Path) -> ReadLine:
+    """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before."""
+    if not sys.stdin.isatty():
+        return _next_line
+    if not sys.stdout.isatty():
+        return _asked_line
+    return editor(home / HISTORY_FILE)
+
+
+def editor(history: Path, source: Input | None = None, output: Output | None = None) -> ReadLine:
+    """Reads texts on a terminal: pasted lines are one text, and so is what stands between triple quotes.
+
+    Ctrl+C clears what was typed, Ctrl+D on an empty line is the end of input.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.filters import Condition
+
+    session: PromptSession[str] = PromptSession(
+        "> ",
+        history=private_history(history),
+        multiline=Condition(lambda: _is_open(session.default_buffer.text)),
+        prompt_continuation="... ",
+        input=source,
+        output=output,
+    )
+
+    def read() -> str | None:
+        while True:
+            try:
+                return _unquoted(session.prompt())
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return None
+
+    return read
+
+
+def private_history(path: Path) -> History:
+    """What was typed before, in a file that its owner alone can read; in memory where there can be no file."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class Kept(FileHistory):
+        def store_string(self, string: str) -> None:
+            if len(string) <= _MAX_ENTRY:
+                with contextlib.suppress(OSError):
+                    super().store_string(string)
+
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            path.chmod(0o600)
+            if file.seek(0, os.SEEK_END) > MAX_HISTORY:
+                file.seek(-MAX_HISTORY // 2, os.SEEK_END)
+                newer = file.read()
+                file.seek(0)
+                file.truncate()
+                file.write(newer[newer.find(b"\n# ") :])  # an entry begins there: lines of texts begin with "+"
+    except OSError:
+        return InMemoryHistory()
+    return Kept(path)
+
+
+def _is_open(text: str) -> bool:
+    """Whether a text begins with triple quotes that nothing closes."""
+    begun = text.lstrip()
+    return begun.startswith(_QUOTES) and not (begun.rstrip().endswith(_QUOTES) and len(begun.rstrip()) >= 6)
+
+
+def _unquoted(text: str) -> str:
+    text = text.strip()
+    return text[3:-3].strip("\n") if text.startswith(_QUOTES) and not _is_open(text) else text
+
+
+def _next_line() -> str | None:
+    try:
+        return input().strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _asked_line() -> str | None:
+    """A line from a terminal while the answers go elsewhere."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() editing
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        sys.stdout.write("\n")
+        return None

@@ -1,0 +1,180 @@
+"""An answer's Markdown in colour while it is written, on a terminal.
+
+A block of Markdown that has ended is printed once and for all; the one that is being written is drawn anew below it, in
+the last lines of the screen. What rich cannot show whole is shown as it was written.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+from candle_vllm.server.commands.terminal import Display, Said, terminal_safe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_EVERY = 0.08  # seconds between two drawings of the open block
+_MAX_BLOCK = 1 << 15  # characters of a block; a longer one goes out as it was written, so that its end is not awaited
+_MAX_DRAWN = 1 << 13  # characters of an open block that are drawn as Markdown again and again
+_FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
+_CODE_THEME = "ansi_dark"  # the terminal's own colours
+
+
+def colour_console() -> Console | None:
+    """Standard output for rich; None where there shall be no colour."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return None if console.no_color or console.is_dumb_terminal or not console.is_terminal else console
+
+
+class MarkdownDisplay(Display):
+    """Shows an answer block by block; thoughts as they come."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+        self._parser.disable(["escape", "reference"])  # \( is TeX more often than an escape
+        self._live: Live | None = None
+        self._drawn_at = 0.0
+        self._block = ""  # lines of the block that is being written
+        self._line = ""  # and the line that is
+        self._fence = ""  # the mark that closes its code
+        self._fence_is_block = False
+        self._after_blank = False
+        self._torn = False  # its beginning went out already, for it is too long
+        self._any = False
+
+    def show(self, piece: Said) -> None:
+        """Takes one piece."""
+        if piece.thought:
+            self._finish()
+            super().show(piece)
+            return
+        if not piece.text:
+            return
+        if self._thinking:
+            self._console.out("\n")
+            self._thinking = False
+        *lines, self._line = (self._line + terminal_safe(piece.text)).split("\n")
+        for line in lines:
+            self._take(line + "\n")
+        if len(self._line) > _MAX_BLOCK:
+            self._print(self._line, ended=False)
+            self._line = ""
+        self._draw()
+
+    def close(self) -> None:
+        self._finish()
+        self._write_rate()
+
+    def _take(self, line: str) -> None:
+        """Adds a whole line to the block, or ends the block before it or with it."""
+        mark = _FENCE.match(line)
+        if self._fence:
+            self._block += line
+            closes = mark is not None and mark[2].startswith(self._fence) and not mark[3].strip()
+            if closes:
+                self._fence = ""
+                if self._fence_is_block:
+                    self._print(self._block)
+            self._hold_size()
+            return
+        starts = not line[0].isspace()
+        if mark is not None and "`" not in mark[3]:
+            if starts:
+                self._print(self._block)
+            self._fence, self._fence_is_block = mark[2], starts
+        elif self._after_blank and starts:
+            self._print(self._block)
+        self._after_blank = not line.strip()
+        self._block += line
+        self._hold_size()
+
+    def _hold_size(self) -> None:
+        if len(self._block) > _MAX_BLOCK:
+            self._print(self._block, ended=False)
+
+    def _print(self, source: str, *, ended: bool = True) -> None:
+        """Prints a block above what is drawn."""
+        torn = self._torn or not ended
+        self._block = ""
+        if source.strip():
+            if self._live is not None:
+                self._live.update(Text(""), refresh=False)
+            shown = Text(source.rstrip("\n")) if torn else self._rendered(source)
+            self._console.print(Group(Text(""), shown) if self._any and not self._torn else shown)
+            self._any = True
+        self._torn = not ended
+        if ended:
+            self._after_blank = False
+
+    def _rendered(self, source: str) -> RenderableType:
+        """A block as Markdown, or as it was written where that would show fewer letters and digits."""
+        tokens = self._parser.parse(source)
+        for token in tokens:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"  # lines of a poem stay lines
+        markdown = Markdown("", code_theme=_CODE_THEME, hyperlinks=False)
+        markdown.parsed = tokens
+        segments = list(self._console.render(markdown))
+        needed = _letters(source) - _letters("".join(token.info for token in tokens if token.type == "fence"))
+        if needed - _letters("".join(segment.text for segment in segments)):
+            return Text(source.strip("\n"))
+        return Segments(segments)
+
+    def _draw(self) -> None:
+        now = time.monotonic()
+        if now - self._drawn_at < _EVERY:
+            return
+        self._drawn_at = now
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                vertical_overflow="crop",
+            )
+            self._live.start()
+        source = self._block + self._line
+        small = len(source) <= _MAX_DRAWN and not self._torn
+        shown = self._rendered(source) if small and source.strip() else Text(source[-_MAX_DRAWN:].strip("\n"))
+        self._live.update(_LastLines(Group(Text(""), shown) if self._any else shown), refresh=True)
+
+    def _finish(self) -> None:
+        """Prints what is still open, and stops drawing."""
+        self._print(self._block + self._line)
+        self._line = self._fence = ""
+        if self._live is not None:
+            self._live.update(Text(""), refresh=False)
+            self._live.stop()
+            self._live = None
+
+
+class _LastLines:
+    """As many of the last lines of something as the screen has room for."""
+
+    def __init__(self, whole: RenderableType) -> None:
+        self._whole = whole
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._whole, options.update(height=None), pad=False)
+        for line in lines[-max(1, console.height - 2) :]:
+            yield from line
+            yield Segment.line()
+
+
+def _letters(text: str) -> Counter[str]:
+    return Counter(char for char in text if char.isalnum())

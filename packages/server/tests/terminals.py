@@ -1,0 +1,129 @@
+"""A command on a terminal of its own: what is typed to it, all that it wrote, and what its screen shows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pyte
+
+PROGRAM = """
+import sys
+sys.path.append({tests!r})
+from server_fakes import PacedEngine
+from candle_vllm.server import cli
+from candle_vllm.server.commands import {command} as module
+left = {texts!r}
+engine = PacedEngine(lambda _: left.pop(0), pause={pause})
+module.load_engine = lambda settings, **_: engine if settings.model != "missing" else refuse()
+def refuse():
+    from candle_vllm.core.errors import ModelNotFoundError
+    raise ModelNotFoundError("there is no model missing")
+sys.exit(cli.main({arguments!r}))
+"""
+
+
+class Terminal:
+    """A command with a scripted engine, in a process of its own, on a terminal of `lines` and `columns`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        *texts: str,
+        pause: float = 0.0,
+        environment: Mapping[str, str] | None = None,
+        lines: int = 24,
+        columns: int = 80,
+    ) -> None:
+        code = PROGRAM.format(
+            tests=str(Path(__file__).parent),
+            command=arguments[0],
+            texts=list(texts),
+            pause=pause,
+            arguments=list(arguments),
+        )
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=folder,
+            env={**variables, "HOME": str(folder), "TERM": "xterm-256color", **(environment or {})},
+            preexec_fn=_take_terminal,
+        )
+        os.close(theirs)
+        self.shown = ""
+        self._screen = pyte.HistoryScreen(columns, lines, history=10_000)
+        self._stream = pyte.ByteStream(self._screen)
+
+    @property
+    def screen(self) -> str:
+        """What a person finds on the screen and by scrolling back, without trailing blanks."""
+        columns = self._screen.columns
+        above = ["".join(line[x].data for x in range(columns)) for line in self._screen.history.top]
+        return "\n".join(line.rstrip() for line in [*above, *self._screen.display]).rstrip()
+
+    def wait_for(self, text: str) -> None:
+        """Reads until `text` was written or stands on the screen."""
+        self._wait(lambda: text in self.shown or text in self.screen)
+
+    def wait_for_prompt(self) -> None:
+        """Reads until the cursor stands behind an empty prompt."""
+        cursor = self._screen.cursor
+        self._wait(lambda: cursor.x == 2 and self._screen.display[cursor.y].rstrip() == ">")
+
+    def _wait(self, happened: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not happened():
+            if time.monotonic() > end or (self._waits() and not self._read() and not happened()):
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"{self.screen}\n{self.shown[-2000:]!r}")
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._ours, 65536)
+        except OSError:  # the other side is closed
+            return False
+        if b"\x1b[6n" in data:  # asks where the cursor is
+            os.write(self._ours, f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R".encode())
+        self.shown += data.decode("utf-8", "replace")
+        self._stream.feed(data)
+        return True
+
+    def type(self, text: str) -> None:
+        """Presses keys."""
+        os.write(self._ours, text.encode())
+
+    def end(self) -> int:
+        """Waits for the command's end, and gives its exit status."""
+        try:
+            limit = time.monotonic() + 30
+            while time.monotonic() < limit and (self.process.poll() is None or self._waits()):
+                if self._waits() and not self._read():
+                    break
+            return self.process.wait(max(1.0, limit - time.monotonic()))
+        finally:
+            os.close(self._ours)
+
+    def _waits(self) -> bool:
+        return bool(select.select([self._ours], [], [], 0.05)[0])
+
+
+def _take_terminal() -> None:
+    """The terminal is the process's own, so that Ctrl+C typed there is heard."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -1,0 +1,284 @@
+"""`candle-vllm chat` on a terminal, with a scripted engine."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyte
+import pytest
+from rich.console import Console
+from server_fakes import PacedEngine
+from terminals import Terminal
+
+from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.server.cli import main
+from candle_vllm.server.commands import chat as chat_module
+from candle_vllm.server.commands import markdown
+from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY
+from candle_vllm.server.commands.terminal import Said
+from candle_vllm.server.settings import Settings
+
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+
+
+class TestOnATerminal:
+    def test_a_pasted_text_of_several_lines_is_one_question(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "First.", "Second.")
+        terminal.wait_for_prompt()
+        terminal.type("\x1b[200~one\ntwo\x1b[201~\r")
+        terminal.wait_for("First.")
+        terminal.wait_for_prompt()
+        terminal.type("/save talk.json\r")
+        terminal.wait_for("2 messages are in talk.json")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        (question, answer) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+        assert (question["content"], answer["content"]) == ("one\ntwo", "First.")
+
+    def test_triple_quotes_hold_several_lines(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "First.")
+        terminal.wait_for_prompt()
+        terminal.type('"""one\r')
+        terminal.wait_for("\n...")
+        terminal.type('two"""\r')
+        terminal.wait_for("First.")
+        terminal.wait_for_prompt()
+        terminal.type("/save talk.json\r")
+        terminal.wait_for("2 messages are in talk.json")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
+
+    def test_what_was_typed_is_there_in_the_next_session(self, tmp_path: Path) -> None:
+        for keys, answer in (("remember me\r", "Yes."), (UP + "\r", "Again.")):
+            terminal = Terminal(tmp_path, ["chat"], answer)
+            terminal.wait_for_prompt()
+            terminal.type(keys)
+            terminal.wait_for(answer)
+            terminal.wait_for_prompt()
+            terminal.type(CTRL_D)
+            assert terminal.end() == 0
+        assert "> remember me" in terminal.screen
+        assert (tmp_path / HISTORY_FILE).stat().st_mode & 0o777 == 0o600
+
+    def test_ctrl_c_clears_the_line_and_stops_an_answer(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "word " * 2000, "Short.", pause=0.01)
+        terminal.wait_for_prompt()
+        terminal.type("never sent")
+        terminal.wait_for("never sent")
+        terminal.type(CTRL_C)
+        terminal.wait_for_prompt()
+        terminal.type("One\r")
+        terminal.wait_for("word word")
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped)")
+        terminal.wait_for_prompt()
+        terminal.type("/save talk.json\r")
+        terminal.wait_for("2 messages are in talk.json")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        (question, answer) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+        assert question["content"] == "One"
+        assert answer["content"].startswith("word word")
+        assert "Traceback" not in terminal.shown
+
+    def test_markdown_is_coloured_and_whole(self, tmp_path: Path) -> None:
+        code = "\n".join(f"value_{number} = {number}" for number in range(60))
+        answer = (
+            f"# Title\n\nSome **bold** text with `vector<int>`.\n\n```python\n{code}\n```\n\n- one\n- two <b>\n\nEnd."
+        )
+        terminal = Terminal(tmp_path, ["chat"], answer, pause=0.002, lines=20)
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for("a second)")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        assert "**" not in terminal.screen
+        assert "```" not in terminal.screen
+        assert "\x1b[" in terminal.shown
+        assert [terminal.screen.count(line) for line in ("bold text with vector<int>", "two <b>", "End.")] == [1, 1, 1]
+        assert re.findall(r"value_(\d+) = \1\b", terminal.screen) == [str(number) for number in range(60)]
+        assert re.search(r"\(\d+ tokens, [\d.]+ a second\)", terminal.screen)
+
+    def test_without_colour_the_text_is_as_it_was_written(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "Some **bold** text.\n", environment={"NO_COLOR": "1"})
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for("Some **bold** text.")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+
+
+WHOLE = [
+    "See [one][1] and ![a picture](http://host/p.png).\n\n[1]: http://host/path\n\nDone \\(x\\) &amp; <i>so</i>.",
+    "Roses red\nViolets blue\n\n1. one\n\n1. again\n\n   ```sh\n   ls\n\n   cd\n   ```\n2. last\n",
+    "| a | b |\n|---|---|\n| "
+    + "w" * 90
+    + " | short |\n\nafter\n"
+    + "|x" * 60
+    + "\n"
+    + "|-" * 60
+    + "\n"
+    + "|y" * 60
+    + "\n",
+    "````md\n```py\na = 1\n```\n````\ntext at once\n~~~\nnever closed\n" + "row\n" * 50,
+    "> quoted\n> more\nlazy\n\nSetext\n===\n***\n    indented\n\n    still\n",
+    "long " * 30_000,
+    "```\n" + "many lines\n" * 8000 + "```\nend",
+]
+
+
+@pytest.mark.parametrize("source", WHOLE, ids=range(len(WHOLE)))
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_no_letter_is_lost_or_shown_twice(
+    source: str, size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if size == 1 and len(source) > 5000:
+        size = 50
+    monkeypatch.setattr(markdown, "_EVERY", 0.0 if len(source) < 5000 else 0.5)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="256", width=60, height=20, _environ={})
+    display = markdown.MarkdownDisplay(console)
+    for begin in range(0, len(source), size):
+        display.show(Said(source[begin : begin + size]))
+    display.close()
+    screen = pyte.HistoryScreen(60, 20, history=100_000)
+    pyte.Stream(screen).feed((file.getvalue() + capsys.readouterr().out).replace("\n", "\r\n"))
+    rows = [*screen.history.top, *screen.buffer.values()]
+    seen = Counter(row[x].data for row in rows for x in range(60) if row[x].data.isalnum())
+    languages = Counter("".join(re.findall(r"^ *`{3,}(\w+)$", source, re.MULTILINE)))
+    written = Counter(char for char in source if char.isalnum())
+    assert not seen - written
+    assert not written - seen - languages
+
+
+def test_an_old_history_keeps_its_newer_half(tmp_path: Path) -> None:
+    from candle_vllm.server.commands.interactive import private_history
+
+    path = tmp_path / HISTORY_FILE
+    path.parent.mkdir()
+    path.write_text("".join(f"\n# then\n+entry {number}\n+# more\n" for number in range(MAX_HISTORY // 20)))
+    path.chmod(0o644)
+    kept = list(private_history(path).load_history_strings())
+    assert kept[0] == f"entry {MAX_HISTORY // 20 - 1}\n# more"
+    assert all(re.fullmatch(r"entry \d+\n# more", entry) for entry in kept)
+    assert path.stat().st_size <= MAX_HISTORY // 2
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine = PacedEngine(["Hel", "lo!"])
+    engine.loaded: list[str | None] = []  # type: ignore[attr-defined]
+
+    def load(settings: Settings, **_: object) -> PacedEngine:
+        engine.loaded.append(settings.model)  # type: ignore[attr-defined]
+        if settings.model == "missing":
+            raise ModelNotFoundError("there is no model missing")
+        return engine
+
+    monkeypatch.setattr(chat_module, "load_engine", load)
+    return engine
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *lines: str) -> str:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", "--m", "first", "--system", "S"]) == 0
+    return capsys.readouterr().out
+
+
+def asked(engine: PacedEngine) -> list[list[str]]:
+    return [[message["content"] for message in call.messages] for call in engine.template_calls]
+
+
+class TestCommands:
+    def test_set(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = ["/set temperature 0.5", "/set max_tokens 7", "A", "/set temperature default", "B", "/set temprature 1"]
+        out = talk(monkeypatch, capsys, *lines, "/set top_p 2", "/set top_k", "/set")
+        first, second = (request.params for request in engine.requests)
+        assert (first.temperature, first.max_tokens) == (0.5, 7)
+        assert second.temperature != 0.5
+        assert "no temprature (did you mean temperature?): there are temperature, top_p" in out
+        assert "error: top_p must be" in out
+        assert "/set top_k needs a value (keep the K likeliest" in out
+        assert "max_tokens 7" in out
+
+    def test_system_clear_and_regenerate(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/regenerate", "A", "/system T", "/regenerate", "/clear", "/system -", "B")
+        assert asked(engine) == [["S", "A"], ["T", "A"], ["B"]]
+        assert "error: there is no answer yet" in out
+
+    def test_another_model_and_back(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/model second", "A", "/model missing", "/model no.gguf", "B", "/model")
+        assert engine.loaded == ["first", "second", "missing", "second"]  # type: ignore[attr-defined]
+        assert asked(engine)[-1] == ["S", "A", "Hello!", "B"]
+        assert "error: there is no model missing; going back" in out
+        assert "no.gguf" in out
+
+    def test_a_conversation_is_kept_and_taken_up(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "other.txt").write_text("mine")
+        lines = ["A", "/save t.json", "B", "/save t.json", "/save other.txt", "/clear", "/load t.json", "C"]
+        out = talk(monkeypatch, capsys, *lines, "/save", "/load nowhere", "/load other.txt")
+        assert asked(engine)[-1] == ["S", "A", "Hello!", "B", "Hello!", "C"]
+        assert (tmp_path / "t.json").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "other.txt").read_text() == "mine"
+        assert "other.txt exists and is kept: name another file" in out
+        assert "/save needs the name of a file" in out
+        assert "cannot read nowhere: No such file" in out
+        assert "other.txt is no conversation of /save" in out
+
+    @pytest.mark.parametrize(
+        "messages",
+        [[{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": "x", "name": "n"}]],
+    )
+    def test_a_kept_conversation_is_checked(
+        self,
+        messages: list[dict[str, str]],
+        engine: PacedEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+    ) -> None:
+        (tmp_path / "t.json").write_text(json.dumps({"model": "m", "messages": messages}))
+        assert "t.json: message 1 must have" in talk(monkeypatch, capsys, "/load t.json", "A")
+        assert asked(engine) == [["S", "A"]]
+
+    def test_help_and_unknown_commands(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/help", "/regenrate")
+        assert all(name in out for name in ("/set", "/system", "/model", "/save", "/load", "/clear", "/exit"))
+        assert "unknown command /regenrate (did you mean /regenerate?): there are /help, /set" in out
+        assert engine.requests == []
+
+
+def test_a_pipe_imports_nothing_of_a_terminal() -> None:
+    code = (
+        "import sys\nfrom candle_vllm.server import serve\n"
+        "from candle_vllm.server.commands import chat, generate, agent\n"
+        "from candle_vllm.server.commands.interactive import answer_display\nanswer_display()\n"
+        "sys.exit(', '.join({'prompt_toolkit', 'rich', 'markdown_it'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
