@@ -39,7 +39,8 @@ def test_python_runs(name: str, line: int, code: str, toy_model: Path, monkeypat
     monkeypatch.setenv("no_proxy", "127.0.0.1")  # a client in a document uses the machine's proxies otherwise
     with serving(ScriptedEngine("Hello!")) as url:
         code = FILES.sub(repr(str(toy_model)), code).replace(SERVER, url)
-        program = compile("\n" * (line - 1) + code, name, "exec")  # so that a traceback has the document's line
+        source = "\n" * (line - 1) + code  # so that a traceback has the document's line
+        program = compile(source, name, "exec", dont_inherit=True)
         exec(program, {"__name__": "__main__", "MODEL": str(toy_model)})
 
 

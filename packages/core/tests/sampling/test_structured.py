@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
+import pydantic
 import pytest
 
 from candle_vllm.core import SamplingParams, StructuredOutputsParams
@@ -85,6 +87,36 @@ def test_sampling_params_take_nothing_else() -> None:
     with pytest.raises(InvalidParameterError, match="must be StructuredOutputsParams") as caught:
         SamplingParams(structured_outputs=wrong)
     assert caught.value.param == "structured_outputs"
+
+
+class Size(enum.StrEnum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+class Part(pydantic.BaseModel):
+    name: str
+    size: Size
+
+
+class Thing(pydantic.BaseModel):
+    parts: list[Part]
+    price: float | None = None
+
+
+def test_a_class_of_pydantics_stands_for_its_schema() -> None:
+    form = StructuredOutputsParams(json=Thing)
+    assert form == StructuredOutputsParams(json=Thing.model_json_schema())
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(form), type=StructuredOutputsParams) == form
+
+
+def test_other_classes_are_refused() -> None:
+    class Odd(pydantic.BaseModel):
+        call: Callable[[int], int]
+
+    for wrong, message in ((int, "class int, which has no model_json_schema"), (Odd, "Odd has no JSON schema")):
+        with pytest.raises(InvalidParameterError, match=message):
+            StructuredOutputsParams(json=wrong)  # type: ignore[arg-type]
 
 
 def deep(levels: int) -> Mapping[str, Any]:

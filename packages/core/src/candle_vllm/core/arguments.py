@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import msgspec
 
 from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.core.shown import ShownStruct
 
 _WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
 _ONE_DEVICE = "an engine computes on one device; for several GPUs make an engine on each (device='cuda:1')"
@@ -167,8 +168,8 @@ class _ExplainingStruct(_Explaining, msgspec.StructMeta):
     pass
 
 
-class ExplainedStruct(msgspec.Struct, metaclass=_ExplainingStruct, frozen=True, repr_omit_defaults=True):
-    """A base of structs that explains arguments which they do not have, and shows what differs from the defaults."""
+class ExplainedStruct(ShownStruct, metaclass=_ExplainingStruct, frozen=True):
+    """A base of structs that explains arguments which they do not have."""
 
 
 def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -56,7 +56,7 @@ def is_demo(model: str) -> bool:
     return model == DEMO and not os.path.exists(model)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(ExplainedSettings):
     """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does.
 
@@ -155,6 +155,12 @@ class EngineConfig(ExplainedSettings):
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, without secrets."""
+        given = {each.name: getattr(self, each.name) for each in SETTINGS.values() if not each.secret}
+        told = [f"{name}={value!r:.200}" for name, value in given.items() if value != SETTINGS[name].default]
+        return f"EngineConfig({', '.join(told)})"
 
 
 class Setting(NamedTuple):

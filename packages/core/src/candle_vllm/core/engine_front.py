@@ -393,6 +393,13 @@ class EngineFront(ABC):
         prompt = self._chat_prompt("chat_stream", _one_conversation(messages), options)
         return self.generate_stream(prompt, self._chat_params(sampling_params))
 
+    def __repr__(self) -> str:
+        info: ModelInfo | None = getattr(self, "_info", None)
+        if info is None or not self.is_alive:
+            return f"<{type(self).__name__} {self.config.model!r:.80}, not running>"
+        what = f"{info.name!r:.80}, {info.architecture} on {info.device}, {info.max_model_len} tokens"
+        return f"<{type(self).__name__} {what}>"
+
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -12,13 +12,14 @@ import enum
 import time
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.shown import ShownStruct
 
 if TYPE_CHECKING:
     Numbers = array[float]
@@ -38,7 +39,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the engine failed on this request
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     """One prompt and how to continue it.
 
     Attributes:
@@ -81,7 +82,7 @@ class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
     token_type_ids: Sequence[int] | None = None
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(ShownStruct, frozen=True):
     """The log-probability of one token, before penalties, bias and temperature.
 
     Attributes:
@@ -99,14 +100,14 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     bytes: builtins.bytes
 
 
-class PositionLogprobs(msgspec.Struct, frozen=True):
+class PositionLogprobs(ShownStruct, frozen=True):
     """Log-probabilities at one position: the token that stands there, and the likeliest ones in falling order."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
 
 
-class RequestMetrics(msgspec.Struct, frozen=True):
+class RequestMetrics(ShownStruct, frozen=True):
     """Times of one request, `time.monotonic()` seconds; None while not reached."""
 
     arrival_time: float
@@ -115,7 +116,7 @@ class RequestMetrics(msgspec.Struct, frozen=True):
     finished_time: float | None = None
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     """What one sequence has to say after one step.
 
     `text` is the new text that is safe to show: never half a character, never part of a possible stop string. It
@@ -180,8 +181,10 @@ def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
     )
 
 
-class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
+class CompletionOutput(ShownStruct, frozen=True, kw_only=True):
     """One finished sequence of a request."""
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"logprobs"})
 
     index: int
     text: str
@@ -196,8 +199,10 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.logprobs is None else sum(entry.chosen.logprob for entry in self.logprobs)
 
 
-class GenerationOutput(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationOutput(ShownStruct, frozen=True, kw_only=True):
     """A finished request: its prompt and its `n` sequences in order of index."""
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"request_id", "prompt_logprobs", "metrics"})
 
     request_id: str
     prompt: str | None
@@ -270,7 +275,7 @@ def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:
     )
 
 
-class EmbeddingOutput(msgspec.Struct, frozen=True, kw_only=True):
+class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
     """The vector of one text.
 
     Attributes:
@@ -279,6 +284,8 @@ class EmbeddingOutput(msgspec.Struct, frozen=True, kw_only=True):
         prompt_token_ids: the text's tokens, those that the tokenizer adds included.
         num_cached_tokens: how many of them came from the prefix cache.
     """
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"request_id"})
 
     request_id: str
     embedding: array[float]
@@ -291,7 +298,7 @@ class EmbeddingOutput(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.prompt_token_ids)
 
 
-class ScoreOutput(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
     """How well two texts belong together.
 
     Attributes:
@@ -304,7 +311,7 @@ class ScoreOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
 
 
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """What is served, for people and for `/v1/models`.
 
     Attributes:
@@ -313,6 +320,18 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         max_num_seqs: most sequences in one step.
         kv_cache_bytes: size of the KV cache when it is full; memory of a CPU is taken as it fills.
     """
+
+    unshown: ClassVar[frozenset[str]] = frozenset(
+        {
+            "vocab_size",
+            "weight_bytes",
+            "eos_token_ids",
+            "has_chat_template",
+            "embedding_size",
+            "max_num_seqs",
+            "kv_cache_bytes",
+        }
+    )
 
     name: str
     architecture: str
@@ -332,7 +351,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+class EngineStats(ShownStruct, frozen=True, kw_only=True):
     """A snapshot of the engine's counters.
 
     Attributes:

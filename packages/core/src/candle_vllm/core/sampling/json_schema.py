@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from candle_vllm.core.sampling.json_dialect import Remarks
 from candle_vllm.core.sampling.json_facts import FRACTION, types_of
 from candle_vllm.core.sampling.json_references import MAX_NESTING
 from candle_vllm.core.sampling.json_rules import check_finite, check_meeting
-from candle_vllm.core.sampling.structured import parsed_json, refused
+from candle_vllm.core.sampling.structured import Schema, parsed_json, refused
 
 MAX_SUBSCHEMAS = 10_000
 MAX_LEVELS = 600  # nesting of the schema and of all definitions that it refers to, added up: the compiler recurses
@@ -102,7 +102,7 @@ def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     return Compilable(known, check.any_escape(), remarks.texts)
 
 
-def schema_remarks(schema: str | Mapping[str, Any] | bool) -> list[str]:
+def schema_remarks(schema: Schema) -> list[str]:
     """What the user of a schema should know that is followed; raises what `compilable_schema` raises."""
     return compilable_schema(parsed_json("json", schema)).remarks
 

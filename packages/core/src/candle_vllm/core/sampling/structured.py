@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json as _json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec.structs import force_setattr
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
@@ -23,13 +25,26 @@ MAX_REASONING_MARK = 256  # characters
 _PARAM = "structured_outputs"
 
 
+class HasJsonSchema(Protocol):
+    """A class that says what its objects look like as JSON, as those of pydantic do."""
+
+    def model_json_schema(self) -> Mapping[str, Any]: ...
+
+
+if TYPE_CHECKING:
+    Schema = str | Mapping[str, Any] | bool | HasJsonSchema
+else:
+    Schema = str | Mapping[str, Any] | bool  # what crosses to another process
+
+
 class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The form that a generated text must have. Exactly one of the first six is given.
 
     The form wins over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
 
     Attributes:
-        json: a JSON schema, as a mapping, as its text, or true for any JSON value.
+        json: a JSON schema, as a mapping, as its text, or true for any JSON value. A class with `model_json_schema`, as
+            pydantic's models have it, stands for what that returns.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
         choice: the texts of which one is said.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
@@ -48,7 +63,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
             that the model writes around an answer, or tool calls in place of it.
     """
 
-    json: str | Mapping[str, Any] | bool | None = None
+    json: Schema | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
@@ -61,6 +76,8 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
     around: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.json, type):
+            force_setattr(self, "json", _schema_of(self.json))
         given = [name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ()))]
         if len(given) != 1:
             what = f"it has {' and '.join(given)}" if given else "it has none"
@@ -92,7 +109,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
 
     def _check_kinds(self) -> None:
         if not isinstance(self.json, (str, Mapping, bool, type(None))):
-            raise refused("json must be a JSON schema: an object, its text, or true")
+            raise refused(f"json must be a JSON schema: an object, its text, or true, not {type(self.json).__name__}")
         if not isinstance(self.structural_tag, (str, Mapping, type(None))):
             raise refused("structural_tag must be an object or its text")
         for name in ("json_object", "disable_any_whitespace"):
@@ -118,7 +135,17 @@ def refused(message: str) -> InvalidParameterError:
     return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
 
 
-def parsed_json(name: str, value: str | Mapping[str, Any] | bool) -> Any:
+def _schema_of(model: Any) -> Mapping[str, Any]:
+    """The schema of a class of pydantic's kind, which is not imported for it."""
+    if not callable(getattr(model, "model_json_schema", None)):
+        raise refused(f"json is the class {model.__name__:.80}, which has no model_json_schema: give a JSON schema")
+    try:
+        return model.model_json_schema()
+    except Exception as error:  # of a class with a field that JSON has no form for
+        raise refused(f"json: {model.__name__:.80} has no JSON schema: {error!s:.300}") from error
+
+
+def parsed_json(name: str, value: Schema) -> Any:
     """A schema or a structural tag as fresh dicts and lists, which the caller may change.
 
     Raises:
