@@ -6,16 +6,14 @@ import asyncio
 import io
 import json
 import os
-import pty
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from server_fakes import PacedEngine
+from terminals import Terminal
 
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
@@ -25,6 +23,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgr
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
 from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval
+from candle_vllm.server.commands.changes import changes
 
 SERVER = """
 import sys
@@ -262,53 +261,12 @@ def test_what_a_tool_says_cannot_move_the_cursor(capsys: pytest.CaptureFixture[s
     assert max(map(len, err.splitlines())) < 400
 
 
-PROGRAM = """
-import sys
-sys.path.append({tests!r})
-from server_fakes import PacedEngine
-from candle_vllm.server import cli
-from candle_vllm.server.commands import agent
-left = {texts!r}
-engine = PacedEngine(lambda _: left.pop(0), pause={pause})
-agent.load_engine = lambda *_: engine
-sys.exit(cli.main(["agent", "--tool-parser", "hermes", "x"]))
-"""
-
-
-class Terminal:
-    """The agent in a process of its own, on a terminal."""
-
-    def __init__(self, folder: Path, *texts: str, pause: float = 0.0) -> None:
-        code = PROGRAM.format(tests=str(Path(__file__).parent), texts=list(texts), pause=pause)
-        self._ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, start_new_session=True
-        )
-        os.close(theirs)
-        self.shown = ""
-
-    def wait_for(self, text: str) -> None:
-        end = time.monotonic() + 60
-        while text not in self.shown:
-            assert time.monotonic() < end, self.shown
-            try:
-                self.shown += os.read(self._ours, 4096).decode("utf-8", "replace")
-            except OSError:  # the other side is closed
-                assert text in self.shown, self.shown
-
-    def type(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    def end(self) -> int:
-        try:
-            return self.process.wait(30)
-        finally:
-            os.close(self._ours)
+AGENT = ("agent", "--tool-parser", "hermes", "x")
 
 
 def test_a_person_is_asked_on_the_terminal(folder: Path) -> None:
     write_config(folder)
-    terminal = Terminal(folder, DOUBLE, "It is 42.")
+    terminal = Terminal(folder, AGENT, DOUBLE, "It is 42.")
     terminal.wait_for("[n]o: ")
     assert '{"n": 21}' in terminal.shown
     terminal.type("y\n")
@@ -318,7 +276,7 @@ def test_a_person_is_asked_on_the_terminal(folder: Path) -> None:
 
 def test_what_was_typed_before_the_question_is_no_answer(folder: Path) -> None:
     write_config(folder)
-    terminal = Terminal(folder, "Thinking." + DOUBLE, "It stays undone.", pause=0.01)
+    terminal = Terminal(folder, AGENT, "Thinking." + DOUBLE, "It stays undone.", pause=0.01)
     terminal.wait_for("Thinking.")
     terminal.type("y\n")
     terminal.wait_for("[n]o: ")
@@ -330,15 +288,77 @@ def test_what_was_typed_before_the_question_is_no_answer(folder: Path) -> None:
 
 def test_ctrl_c_while_a_question_is_open(folder: Path) -> None:
     write_config(folder)
-    terminal = Terminal(folder, DOUBLE, "never")
+    terminal = Terminal(folder, AGENT, DOUBLE, "never")
     terminal.wait_for("[n]o: ")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 130
 
 
 def test_ctrl_c_in_an_answer(folder: Path) -> None:
-    terminal = Terminal(folder, "abc" * 1000, pause=0.01)
+    terminal = Terminal(folder, AGENT, "abc" * 1000, pause=0.01)
     terminal.wait_for("abcabc")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.shown
+
+
+WRITER = SERVER.replace(
+    """@server.tool()
+def double""",
+    """@server.tool()
+def write_file(path: str, content: str) -> str:
+    "Writes a file."
+    open(path, "w").write(content)
+    return "written"
+
+@server.tool()
+def double""",
+)
+
+
+def test_who_is_asked_sees_what_would_change_and_agrees_for_all_calls(folder: Path) -> None:
+    write_config(folder)
+    (folder / "server.py").write_text(WRITER)
+    (folder / "notes.txt").write_text("first\nsecond\n")
+    path = str(folder / "notes.txt")
+    writes = [call_text("numbers__write_file", path=path, content=text) for text in ("first\nnew\n", "last\n")]
+    terminal = Terminal(folder, AGENT, *writes, "It is **done**.", columns=250)
+    terminal.wait_for("[n]o: ")
+    assert "beside the file here" in terminal.screen
+    assert "  -second\n  +new" in terminal.screen
+    assert "\x1b[31m  -second" in terminal.shown
+    terminal.type("a\n")
+    terminal.wait_for("a second)")
+    assert terminal.end() == 0
+    assert terminal.screen.count("[n]o: ") == 1
+    assert "It is done." in terminal.screen
+    assert (folder / "notes.txt").read_text() == "last\n"
+
+
+class TestChanges:
+    def of(self, arguments: object, *, read_only: bool = False) -> list[str]:
+        definition = ToolDefinition(name="w", read_only=read_only)
+        return changes(ToolCall(id="c", name="w", arguments=json.dumps(arguments)), definition)
+
+    def test_pieces_that_are_replaced(self) -> None:
+        edits = [{"oldText": "a", "newText": "b"}, {"oldText": "c", "newText": "d"}, 7]
+        assert [line for line in self.of({"path": "p", "edits": edits}) if line[0] in "+-"] == ["-a", "+b", "-c", "+d"]
+        assert self.of({"file_path": "p", "old_string": "a\nb", "new_string": "a"})[-2:] == [" a", "-b"]
+
+    def test_a_new_file_and_one_that_stays(self, folder: Path) -> None:
+        assert self.of({"path": "new", "content": "x"}) == ["new (no such text here):", "@@ -0,0 +1 @@", "+x"]
+        (folder / "same").write_text("x")
+        assert self.of({"path": "same", "content": "x"})[-1] == "(nothing changes)"
+        assert self.of({"path": "same", "content": "x\r\n"})[-1] == "(line ends change, and nothing else)"
+
+    def test_what_says_nothing_of_a_change(self, folder: Path) -> None:
+        assert self.of({"path": "p", "content": "x"}, read_only=True) == []
+        assert [self.of(arguments) for arguments in ({"n": 1}, [], 3, {"path": "p"}, {"content": "x"})] == [[]] * 5
+
+    def test_much_is_cut_and_pipes_are_not_waited_for(self, folder: Path) -> None:
+        os.mkfifo(folder / "pipe")
+        lines = self.of({"path": "pipe", "content": "y" * 5000 + "\nx" * 5000})
+        assert lines[0] == "pipe (no regular file here):"
+        assert len(lines) == 201
+        assert max(map(len, lines)) < 600
+        assert lines[-1] == "... (4803 more lines)"

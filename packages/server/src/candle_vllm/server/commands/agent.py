@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,7 +34,9 @@ from candle_vllm.responses.mcp.config import load_mcp_config
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.names import SEPARATOR, matches
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
-from candle_vllm.server.commands.terminal import Display, Said, conversation, read_stdin
+from candle_vllm.server.commands.changes import changes
+from candle_vllm.server.commands.interactive import answer_display, has_colour
+from candle_vllm.server.commands.terminal import Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
@@ -88,8 +91,9 @@ def _model(settings: Settings, base_url: str | None) -> Iterator[ModelSource]:
 async def _carry_out(
     session: ResponsesSession, messages: list[dict[str, str]], options: ConversationOptions, as_json: bool
 ) -> int:
-    display = AgentDisplay()
-    async with session:
+    async with session, contextlib.AsyncExitStack() as stack:
+        display = AgentDisplay()
+        stack.callback(display.close)
         _introduce(session)
         try:
             async with contextlib.aclosing(session.stream_conversation(messages, options)) as events:
@@ -103,6 +107,7 @@ async def _carry_out(
         except ConfigError:
             raise
         except CandleVllmError as error:
+            display.close()
             note(f"error: {error}")
     return EXIT_UNFINISHED
 
@@ -126,7 +131,8 @@ def _print_json(event: Event) -> None:
     sys.stdout.flush()
 
 
-QUESTION = "may it run? [y]es, [a]lways, [n]o: "
+QUESTION = "may it run? [y]es, [a]lways for this tool, [n]o: "
+_COLOURS = {"+": "32", "-": "31"}
 MAX_SHOWN = 4000  # characters of the arguments that a person sees before agreeing
 _NOBODY = "is not allowed, because standard input is no terminal to ask on: --approve it, or pass --yes"
 
@@ -159,6 +165,8 @@ class TerminalApproval:
             note(f"{call.name} {_NOBODY}")
             return Approval.DENY
         note(f"{call.name} {short(call.arguments, MAX_SHOWN)}")
+        for line in changes(call, definition):
+            note(f"  {line}", colour=_COLOURS.get(line[:1], ""))
         while (line := await read_line(QUESTION)) is not None:
             answer = line.strip().lower()
             if answer in ("y", "yes"):
@@ -215,8 +223,9 @@ class AgentDisplay:
     """Shows the events of one conversation."""
 
     def __init__(self) -> None:
-        self._text = Display()
+        self._text = answer_display()
         self._line_open = False
+        self._began = 0.0
 
     def show(self, event: Event) -> None:
         """Writes what the event has for a person."""
@@ -225,6 +234,8 @@ class AgentDisplay:
         elif isinstance(event, ReasoningDelta):
             self._say(Said(event.text, thought=True))
         elif isinstance(event, TurnFinished):
+            if self._line_open:
+                self._text.tell_rate(event.usage.completion_tokens, time.perf_counter() - self._began)
             self._end_line()
         elif isinstance(event, ToolStarted):
             note(f"-> {event.call.name} {short(event.call.arguments)}")
@@ -240,21 +251,33 @@ class AgentDisplay:
                 reason = event.result.stop_reason
                 note(f"not finished: {_ENDS.get(reason, reason)}")
 
+    def close(self) -> None:
+        """Ends what is on the screen, where the conversation ended in the midst of it."""
+        if sys.stdout.isatty():
+            self._end_line()
+
     def _say(self, said: Said) -> None:
         if said.text:
+            if not self._line_open:
+                self._began = time.perf_counter()
             self._text.show(said)
             self._line_open = not said.thought or sys.stdout.isatty()
 
     def _end_line(self) -> None:
         if self._line_open:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            self._text.close()
             self._line_open = False
 
 
-def note(text: str) -> None:
-    """Writes a line to standard error, without what could move a terminal's cursor."""
-    sys.stderr.write("".join(char if char.isprintable() else " " for char in text) + "\n")
+def note(text: str, colour: str = "") -> None:
+    """Writes a line to standard error, without what could move a terminal's cursor.
+
+    Args:
+        text: of one line.
+        colour: its number, where a terminal has colour.
+    """
+    plain = "".join(char if char.isprintable() else " " for char in text)
+    sys.stderr.write((f"\x1b[{colour}m{plain}\x1b[0m" if colour and has_colour(sys.stderr) else plain) + "\n")
     sys.stderr.flush()
 
 

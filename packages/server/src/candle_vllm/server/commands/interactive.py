@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from candle_vllm.server.commands.terminal import Display
 
@@ -29,12 +29,21 @@ ReadLine = Callable[[], str | None]
 
 def answer_display() -> Display:
     """What shows an answer on standard output: in colour on a terminal that has it and where nobody set NO_COLOR."""
-    if sys.stdout.isatty():
-        from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
+    if not has_colour(sys.stdout):
+        return Display()
+    from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
 
-        if (console := colour_console()) is not None:
-            return MarkdownDisplay(console)
-    return Display()
+    return MarkdownDisplay(colour_console(sys.stdout))
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether a stream is a terminal with colour, and nobody set NO_COLOR."""
+    if not stream.isatty():
+        return False
+    from candle_vllm.server.commands.markdown import colour_console
+
+    console = colour_console(stream)
+    return console.is_terminal and not console.no_color and not console.is_dumb_terminal
 
 
 def line_reader(home: Path) -> ReadLine:

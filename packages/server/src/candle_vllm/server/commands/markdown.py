@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -30,10 +30,9 @@ _FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
 _CODE_THEME = "ansi_dark"  # the terminal's own colours
 
 
-def colour_console() -> Console | None:
-    """Standard output for rich; None where there shall be no colour."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    return None if console.no_color or console.is_dumb_terminal or not console.is_terminal else console
+def colour_console(stream: TextIO) -> Console:
+    """A stream for rich, which shows texts as they are."""
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 class MarkdownDisplay(Display):
@@ -161,6 +160,7 @@ class MarkdownDisplay(Display):
             self._live.update(Text(""), refresh=False)
             self._live.stop()
             self._live = None
+        self._any = False
 
 
 class _LastLines:

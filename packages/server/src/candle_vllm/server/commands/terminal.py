@@ -97,8 +97,11 @@ class Display:
         self._write_rate()
 
     def _write_rate(self) -> None:
+        """Ends with the figure that was kept, and is as new."""
         sys.stdout.write(self._rate)
         sys.stdout.flush()
+        self._rate = ""
+        self._begun = self._thinking = False
 
 
 def read_stdin(name: str) -> str:

@@ -1,0 +1,88 @@
+"""What a call of a tool would change, for the person who is asked whether it may.
+
+Tools that write files take a path and a text, or a text and what stands in its place, under the names below; of other
+tools nobody knows what they change, and their arguments say it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import msgspec
+
+from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
+
+_PATHS = ("path", "file_path", "filepath", "filename", "file")
+_TEXTS = ("content", "contents", "text", "file_text", "new_content")
+_OLD = ("old_string", "old_str", "old_text", "oldText", "search")
+_NEW = ("new_string", "new_str", "new_text", "newText", "replace")
+_MAX_FILE = 1 << 18  # bytes
+_MAX_COMPARED = 1000  # lines of each side: comparing takes their product
+_MAX_LINES = 200
+_MAX_WIDTH = 500  # characters of a line
+
+
+def changes(call: ToolCall, definition: ToolDefinition) -> list[str]:
+    """Lines of what a call would change, "-" before what goes and "+" before what comes; none where nobody knows.
+
+    A file is compared as it lies here, which need not be where the tool writes. Long ones are cut, and it is said.
+    """
+    if definition.read_only:
+        return []
+    try:
+        arguments: Any = msgspec.json.decode(call.arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return []
+    if not isinstance(arguments, dict):
+        return []
+    lines = list(_lines(cast(dict[str, Any], arguments)))
+    more = len(lines) - _MAX_LINES
+    shown = [line if len(line) <= _MAX_WIDTH else f"{line[:_MAX_WIDTH]} ... (cut)" for line in lines[:_MAX_LINES]]
+    return [*shown, f"... ({more} more lines)"] if more > 0 else shown
+
+
+def _lines(arguments: Mapping[str, Any]) -> Iterator[str]:
+    path = _text(arguments, _PATHS)
+    edits: Any = arguments.get("edits")
+    for edit in (arguments, *(edits if isinstance(edits, list) else ())):
+        old, new = (_text(edit, names) if isinstance(edit, dict) else None for names in (_OLD, _NEW))
+        if old is not None and new is not None:
+            yield from _difference(old, new, f"in {path}:" if path else "in a text:")
+    text = _text(arguments, _TEXTS)
+    if path and text is not None and _text(arguments, _OLD) is None:
+        before, state = _file(path)
+        yield from _difference(before, text, f"{path} ({state}):")
+
+
+def _difference(old: str, new: str, title: str) -> Iterator[str]:
+    before, after = old.splitlines(), new.splitlines()
+    yield title
+    if max(len(before), len(after)) > _MAX_COMPARED:
+        yield f"{len(before)} lines go, {len(after)} come: too many to compare; the new ones are"
+        yield from (f"+{line}" for line in after)
+    else:
+        same = "(nothing changes)" if old == new else "(line ends change, and nothing else)"
+        yield from list(difflib.unified_diff(before, after, lineterm="", n=2))[2:] or (same,)
+
+
+def _file(path: str) -> tuple[str, str]:
+    """The text of a file of this machine, and what was found."""
+    try:
+        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return "", "no regular file here"
+            data = file.read(_MAX_FILE + 1)
+        if len(data) > _MAX_FILE:
+            return "", "too large to compare"
+        return data.decode("utf-8"), "beside the file here"
+    except (OSError, ValueError):
+        return "", "no such text here"
+
+
+def _text(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((arguments[name] for name in names if isinstance(arguments.get(name), str)), None)
