@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pyte
 import pytest
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 from server_fakes import PacedEngine
 from terminals import Terminal
@@ -20,7 +22,7 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import markdown
-from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY
+from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
 
@@ -188,6 +190,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
         engine.loaded.append(settings.model)  # type: ignore[attr-defined]
         if settings.model == "missing":
             raise ModelNotFoundError("there is no model missing")
+        if settings.model == "huge":
+            raise MemoryError
         return engine
 
     monkeypatch.setattr(chat_module, "load_engine", load)
@@ -202,6 +206,16 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *l
 
 def asked(engine: PacedEngine) -> list[list[str]]:
     return [[message["content"] for message in call.messages] for call in engine.template_calls]
+
+
+def test_keys_that_are_no_utf8_can_be_kept(tmp_path: Path) -> None:
+    with create_pipe_input() as keys:
+        keys.send_bytes(b"a\xffb\r\x04")
+        read = editor(tmp_path / "history", keys, DummyOutput())
+        text = read()
+        assert read() is None
+    assert text is not None
+    assert (text.encode()[:1], text.encode()[-1:]) == (b"a", b"b")
 
 
 class TestCommands:
@@ -228,11 +242,14 @@ class TestCommands:
     def test_another_model_and_back(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        out = talk(monkeypatch, capsys, "/model second", "A", "/model missing", "/model no.gguf", "B", "/model")
-        assert engine.loaded == ["first", "second", "missing", "second"]  # type: ignore[attr-defined]
+        out = talk(
+            monkeypatch, capsys, "/model second", "A", "/model missing", "/model huge", "/model no.gguf", "B", "/model"
+        )
+        assert engine.loaded == ["first", "second", "missing", "second", "huge", "second"]  # type: ignore[attr-defined]
         assert asked(engine)[-1] == ["S", "A", "Hello!", "B"]
         assert "error: there is no model missing; going back" in out
         assert "no.gguf" in out
+        assert "error: the memory ran out; going back" in out
 
     def test_a_conversation_is_kept_and_taken_up(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -209,8 +209,8 @@ class Chat:
         self._engine = None
         try:
             self._engine = load_engine(settings, max_num_seqs=1)
-        except CandleVllmError as error:
-            self.say(f"error: {error}; going back to the model before")
+        except (CandleVllmError, MemoryError) as error:
+            self.say(f"error: {str(error) or 'the memory ran out'}; going back to the model before")
             self._engine = load_engine(self._settings, max_num_seqs=1)
             return
         self._settings = settings

@@ -75,7 +75,7 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
     def read() -> str | None:
         while True:
             try:
-                return _unquoted(session.prompt())
+                return _unquoted(session.prompt().encode(errors="replace").decode())  # keys that are no UTF-8
             except KeyboardInterrupt:
                 continue
             except EOFError:
