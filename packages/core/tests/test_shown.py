@@ -62,4 +62,8 @@ def test_an_engine_says_what_it_is(toy_model: Path) -> None:
         shown = repr(engine.model_info)
         assert shown.startswith(f"ModelInfo(name='{toy_model.name}', architecture='llama', num_parameters=")
         assert len(shown) < 400
+        stream = engine.generate_stream("a", SamplingParams(max_tokens=2), request_id="r")
+        assert repr(stream) == "<TokenIterator of request 'r', running>"
+        assert list(stream)
+        assert repr(stream) == "<TokenIterator of request 'r', ended>"
     assert repr(engine) == f"<InferenceEngine '{toy_model}', not running>"[:120]

@@ -276,6 +276,7 @@ def test_closing_aborts_what_is_running() -> None:
         time.sleep(0.001)
     made.close()
     asking.join(10)
+    assert repr(made).startswith("<SyncOpenAIAdapter, closed: ")
     assert [type(error) for error in failures] == [RequestAbortedError]
     assert engine.requests[1].request_id in engine.aborted
     stream.close()
@@ -307,6 +308,7 @@ def test_formats_are_shown_and_unknown_ones_refused() -> None:
 def test_without_an_event_loop() -> None:
     request = parse_chat_request({"messages": HI, "tools": TOOLS})
     with SyncOpenAIAdapter(adapter([CALL])) as made:
+        assert repr(made) == "<SyncOpenAIAdapter: <OpenAIAdapter of scripted>>"
         assert made.chat(request).choices[0].finish_reason == "tool_calls"
         with made.chat_stream({"messages": HI, "stream": True}) as stream:
             assert "".join(c.choices[0].delta.content or "" for c in stream) == CALL

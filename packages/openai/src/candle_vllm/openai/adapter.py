@@ -106,6 +106,9 @@ class OpenAIAdapter:
         )
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
+    def __repr__(self) -> str:
+        return f"<OpenAIAdapter of {', '.join(self._names.all):.80}>"
+
     def models(self) -> ModelList:
         """The served names."""
         info, choice = self._engine.model_info, self.planner.choice

@@ -33,6 +33,9 @@ class SyncOpenAIAdapter:
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-adapter", daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        return f"<SyncOpenAIAdapter{', closed' if self._closed else ''}: {self._adapter!r}>"
+
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""

@@ -180,6 +180,10 @@ class TokenIterator(Iterator[TokenOutput]):
         thread.submit(prepared, self._mailbox)
         self._unfinished = request.params.n
 
+    def __repr__(self) -> str:
+        state = "running" if self._unfinished else "ended"
+        return f"<TokenIterator of request {self.request.request_id!r}, {state}>"
+
     def __iter__(self) -> Self:
         return self
 
