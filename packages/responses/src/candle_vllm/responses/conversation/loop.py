@@ -26,10 +26,12 @@ from candle_vllm.responses.conversation.options import (
 from candle_vllm.responses.conversation.transcript import LOST, Transcript
 from candle_vllm.responses.conversation.turn_calls import Decisions, TurnCalls
 from candle_vllm.responses.conversation.turn_reader import TurnReader
+from candle_vllm.responses.tools.execution import parsed_arguments
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition, ToolResult
 
-CUT = "The answer was cut at its token limit, so this call may be incomplete. It did not run."
+CUT = "The answer was cut at its token limit within this call. It did not run."
+WHOLE = "The answer was cut at its token limit behind this call, so it did not run."
 
 
 class Ask(Protocol):
@@ -217,7 +219,10 @@ class _Conversation:
             turn = await self._take_turn()
             if turn.finish_reason == "length":
                 for call in self._transcript.open_calls:
-                    await self._calls.refuse(call, "invalid_arguments", CUT)
+                    if call.arguments.strip() and isinstance(parsed_arguments(call.arguments), dict):
+                        await self._calls.refuse(call, "not_run", WHOLE)
+                    else:
+                        await self._calls.refuse(call, "invalid_arguments", CUT)
                 return "length"
             if not self._transcript.open_calls:
                 return "stop"

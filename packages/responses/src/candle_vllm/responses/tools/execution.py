@@ -108,7 +108,7 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
     if entry is None:
         return _not_run(call, None, "unknown", unknown_text(call.name, registry.names()), max_chars)
     server = entry.definition.server
-    arguments = _parse(call.arguments)
+    arguments = parsed_arguments(call.arguments)
     if isinstance(arguments, str):
         return _not_run(call, server, "invalid_arguments", arguments, max_chars)
     faults = await asyncio.to_thread(entry.checker.faults, arguments)
@@ -193,7 +193,7 @@ async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOu
     return ("failed" if output.is_error else "completed"), output
 
 
-def _parse(text: str) -> dict[str, Any] | str:
+def parsed_arguments(text: str) -> dict[str, Any] | str:
     """The arguments, or what is wrong with them; none at all are an empty object."""
     if len(text) > MAX_ARGUMENTS:
         return f"The arguments have {len(text)} characters, and {MAX_ARGUMENTS} are allowed."

@@ -12,7 +12,9 @@ from candle_vllm.core.errors import CandleVllmError
 
 NOTHING = "(the tool returned nothing)"
 
-ToolStatus = Literal["completed", "failed", "denied", "timed_out", "unknown", "invalid_arguments", "unavailable"]
+ToolStatus = Literal[
+    "completed", "failed", "denied", "timed_out", "unknown", "invalid_arguments", "unavailable", "not_run"
+]
 
 
 class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +101,8 @@ class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         call: what the model asked for.
         server: the label of the MCP server; None for a Python function or a tool that does not exist.
-        status: "completed"; "failed" where the tool says so itself; else why it did not run or has no output.
+        status: "completed"; "failed" where the tool says so itself; else why it did not run or has no output. "not_run"
+            is a call that was whole, in an answer that was cut at its token limit.
         output: for every status: where the tool gave none, a text that tells the model what happened.
         text: the output as the model sees it, cut to the limit.
         seconds: how long it ran.
