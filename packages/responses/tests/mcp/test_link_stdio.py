@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,14 @@ async def test_only_its_own_environment_and_folder(
     scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OUR_SECRET", "x")
+    network = {
+        **{name: f"http://{name}" for name in ("HTTP_PROXY", "https_proxy", "ALL_PROXY", "no_proxy")},
+        **{name: f"/{name}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")},
+    }
+    for name in ("HTTPS_PROXY", "NO_PROXY", "http_proxy", "all_proxy", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in network.items():
+        monkeypatch.setenv(name, value)
     folder = tmp_path / "folder"
     folder.mkdir()
     async with McpLink(scripted("environment", env={"GIVEN": "yes"}, cwd=str(folder))) as link:
@@ -94,8 +103,9 @@ async def test_only_its_own_environment_and_folder(
     assert told["folder"] == str(folder)
     assert told["environment"]["GIVEN"] == "yes"
     assert set(told["environment"]) <= {
-        "GIVEN", "HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER", "LC_CTYPE", "__CF_USER_TEXT_ENCODING",
+        "GIVEN", "HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER", "LC_CTYPE", "__CF_USER_TEXT_ENCODING", *network,
     }  # fmt: skip
+    assert network.items() <= told["environment"].items()
 
 
 @pytest.mark.parametrize(
@@ -117,10 +127,41 @@ async def test_a_program_that_does_not_start(scripted: Scripted, fields: dict[st
 
 async def test_a_program_that_ends_at_once(scripted: Scripted) -> None:
     link = McpLink(scripted("exit", env={"TOKEN": "top-secret"}))
-    with pytest.raises(McpServerError, match="closed the connection: its program ended with status 3"):
+    told = r"closed the connection: its program ended with status 3; it wrote: no licence for \*\*\*$"
+    with pytest.raises(McpServerError, match=told):
         await link.start()
+    assert link.error is not None
+    assert link.error.endswith("no licence for ***")
     assert "no licence for ***" in link.log_lines()
     assert "top-secret" not in repr(link.log_lines()) + repr(link._peer) + repr(link._peer.redact)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (r"Error: Cannot find module 'x'\n    at Object.error\n\nNode.js v22.1.0\n", "Error: Cannot find module 'x'"),
+        (r"Traceback:\n  raise OSError\nOSError: \x1b[1mno\x1b[0m\a \u202emodel\n", "OSError: [1mno[0m model"),
+        (r"Error: " + "w" * 400, "Error: " + "w" * 292 + "…"),
+        (r"starting\nno model\n", "no model"),
+        (r"Error: http://me:hunter22@proxy:1/ refused, hunter22", "Error: http://***@proxy:1/ refused, ***"),
+    ],
+)
+async def test_a_failed_server_s_own_words(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, written: str, told: str
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://me:hunter22@proxy:1/")
+    program = f"import sys; sys.stderr.write({written!r}.encode().decode('unicode-escape')); sys.exit(1)"
+    link = McpLink(scripted("plain", command=sys.executable, args=["-X", "utf8", "-c", program]))
+    with pytest.raises(McpServerError) as failure:
+        await link.start()
+    assert failure.value.why == f"the server closed the connection: its program ended with status 1; it wrote: {told}"
+
+
+async def test_what_a_server_wrote_that_does_not_answer(scripted: Scripted) -> None:
+    program = "import sys, time; print('still loading', file=sys.stderr, flush=True); time.sleep(60)"
+    link = McpLink(scripted("plain", command=sys.executable, args=["-c", program], connect_timeout=1.5))
+    with pytest.raises(McpServerError, match=r"within 1\.5 seconds \(connect_timeout\); it wrote: still loading$"):
+        await link.start()
 
 
 @pytest.mark.parametrize("mode", ["silent", "silent-list", "children-silent"])
@@ -163,7 +204,9 @@ async def test_a_start_that_is_cancelled_at_any_time_leaves_nothing(
 async def test_a_server_that_dies_in_a_call_comes_back(scripted: Scripted, notes: Any) -> None:
     async with McpLink(scripted("exit-in-call")) as link:
         for turn in (1, 2):
-            with pytest.raises(ToolUnavailableError, match=r"lost during the call .*ended with status 7") as failure:
+            with pytest.raises(
+                ToolUnavailableError, match=r"lost during the call .*status 7; it wrote: out of cheese"
+            ) as failure:
                 await link.call("echo", {})
             assert "whether the tool did its work is not known" in str(failure.value)
             task = asyncio.current_task()

@@ -95,7 +95,7 @@ class McpConnection:
         if self._opened.is_set() and not self.is_down:
             return True
         if not self.is_down:
-            self._why = f"it did not answer within {seconds:g} seconds (connect_timeout)"
+            self._why = f"it did not answer within {seconds:g} seconds (connect_timeout){self._opening.last_words()}"
             await self.close(patience=0.0)
         await self.close(patience=_END_SECONDS)
         return False

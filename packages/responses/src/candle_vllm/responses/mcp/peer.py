@@ -14,6 +14,7 @@ from mcp.client.streamable_http import StreamableHTTPError
 from pydantic import ValidationError
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.mcp.processes import inherited_secrets
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import redactor
 
@@ -60,15 +61,17 @@ class Peer:
         self.server = server
         self.auth = auth
         self.public_only = public_only
-        self.redact = redactor(config.secrets())
+        self.redact = redactor([*config.secrets(), *(inherited_secrets() if config.command is not None else ())])
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
 
-    def log(self, line: str) -> None:
-        """Keeps a line; control characters other than tabs are left out, for it is shown to people."""
+    def log(self, line: str) -> str:
+        """Keeps a line, and gives it as it is kept: without secrets, and without control characters other than tabs,
+        for it is shown to people."""
         line = self.redact(line[: 4 * MAX_LINE_CHARS])
-        clean = "".join(char for char in line.rstrip() if char.isprintable() or char == "\t")
+        clean = _cut("".join(char for char in line.rstrip() if char.isprintable() or char == "\t"), MAX_LINE_CHARS)
         if clean:
-            self._lines.append(_cut(clean, MAX_LINE_CHARS))
+            self._lines.append(clean)
+        return clean
 
     def note(self, line: str) -> None:
         """Keeps a line on what happened to the connection, and gives it to the program's log too."""

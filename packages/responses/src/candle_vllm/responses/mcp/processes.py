@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -12,11 +13,34 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
+from mcp.client.stdio import get_default_environment
 
 GRACE = 2.0  # seconds between the end of its input, SIGTERM and SIGKILL
 _KILLED = 0.5  # seconds for SIGKILL to be done; dead members that nobody waits for are in the group for ever
 _POLL = 0.01
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+_CREDENTIALS = re.compile(r"(?:[a-zA-Z0-9+.-]{1,20}://)?([^/?#]*)@")
 _T = TypeVar("_T")
+
+
+def inherited_environment() -> dict[str, str]:
+    """What a program gets of this process's environment: the SDK's few variables, and the way to the network.
+
+    Without its proxy and its certificates, a program that fetches itself first (`npx`, `uvx`) would not even start
+    where there are such.
+    """
+    names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return get_default_environment() | {name: value for name, value in found.items() if not value.startswith("()")}
+
+
+def inherited_secrets() -> list[str]:
+    """Credentials in the addresses of proxies, which programs are given and may print."""
+    environment = inherited_environment()
+    proxies = [environment.get(name, "") for name in (*_PROXIES, *map(str.lower, _PROXIES))]
+    credentials = [match[1] for value in proxies if (match := _CREDENTIALS.match(value))]
+    return credentials + [one.partition(":")[2] for one in credentials]
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:

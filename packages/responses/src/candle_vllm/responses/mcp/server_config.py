@@ -42,7 +42,8 @@ class McpServerConfig:
         transport: "stdio", "http" (streamable HTTP) or "sse"; None with a `url` is HTTP, and SSE where that is refused.
         command: the program; found in PATH, or a path.
         args: its arguments.
-        env: variables that it gets beside HOME, LOGNAME, PATH, SHELL, TERM and USER; no others are passed on.
+        env: variables that it gets beside HOME, LOGNAME, PATH, SHELL, TERM and USER, and those of proxies and
+            certificates; no others are passed on.
         cwd: the folder that it runs in; None is the program's own.
         url: the address, http or https; a user and password in it are sent as Basic credentials.
         headers: sent with each request.

@@ -11,18 +11,25 @@ import asyncio
 import json
 import re
 from asyncio.subprocess import Process
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import anyio
-from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, jsonrpc_message_adapter
 from pydantic import ValidationError
 
 from candle_vllm.responses.mcp.peer import Peer
-from candle_vllm.responses.mcp.processes import end_process, exited, kill_group, start_process, to_the_end
+from candle_vllm.responses.mcp.processes import (
+    end_process,
+    exited,
+    inherited_environment,
+    kill_group,
+    start_process,
+    to_the_end,
+)
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and thrown away, before its server is given up
@@ -35,6 +42,9 @@ _LOOK = 0.25  # seconds between looks at whether the program still runs
 _EXIT = 0.5  # seconds between the end of its output and its own
 _KEPT = 256  # bytes of an oversized line's two ends
 _FLUSH = 0.5  # seconds for what was accepted to reach the pipe at the end
+_LAST_LINES = 20  # of standard error in which its failure is looked for
+_WORDS = 300  # characters of the line that tells of it
+_ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
 _ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
 _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*\}\s*$")
@@ -46,6 +56,7 @@ class StdioServer:
     def __init__(self, peer: Peer) -> None:
         self._config = peer.config
         self._log = peer.log
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)  # of its standard error
         self._exit_status: int | None = None  # where it ended by itself; negative is the signal that ended it
         self._fault: str | None = None  # why this side gave it up
 
@@ -54,7 +65,21 @@ class StdioServer:
         status = self._exit_status
         if self._fault or status is None:
             return self._fault
-        return f"its program was ended by signal {-status}" if status < 0 else f"its program ended with status {status}"
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"its program {how}{self.last_words()}"
+
+    def last_words(self) -> str:
+        """What its standard error says of a failure, to be put behind a sentence; empty where it says nothing.
+
+        That is the last line that speaks of one, for Node ends with its version and a trace with its indented frames;
+        the last line, where none does.
+        """
+        lines = list(self._last_lines)
+        telling = [line for line in lines if not line[0].isspace() and _ERROR.search(line)] or lines
+        if not telling:
+            return ""
+        line = " ".join(telling[-1].split())
+        return f"; it wrote: {line if len(line) <= _WORDS else line[: _WORDS - 1] + '…'}"
 
     @asynccontextmanager
     async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
@@ -64,13 +89,13 @@ class StdioServer:
         process = await start_process(
             config.command,
             config.args,
-            environment=get_default_environment() | dict(config.env),
+            environment=inherited_environment() | dict(config.env),
             folder=str(config.cwd) if config.cwd is not None else None,
         )
         to_session, received = anyio.create_memory_object_stream[SessionMessage | Exception](0)
         sent, from_session = anyio.create_memory_object_stream[SessionMessage](0)
-        reader = asyncio.ensure_future(self._read(process, to_session))
         errors = asyncio.ensure_future(self._read_errors(process))
+        reader = asyncio.ensure_future(self._read(process, to_session, errors))
         writer = asyncio.ensure_future(self._write(process, from_session, to_session))
         watcher = asyncio.ensure_future(self._watch(process, reader))
         try:
@@ -96,7 +121,7 @@ class StdioServer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, process: Process, session: Any) -> None:
+    async def _read(self, process: Process, session: Any, errors: asyncio.Task[None]) -> None:
         """Brings messages to the session; ends it with the pipe, or when the server is given up."""
         assert process.stdout is not None
         splitter = LineSplitter(MAX_MESSAGE)
@@ -114,6 +139,7 @@ class StdioServer:
                     if self._fault:
                         return
                 await exited(process, _EXIT)
+                await asyncio.wait({errors}, timeout=_EXIT)  # what it wrote of its end
                 self._exit_status = process.returncode
         while await process.stdout.read(_CHUNK):
             pass  # nobody listens any more, but a server with a full pipe would not come to its end
@@ -157,7 +183,9 @@ class StdioServer:
 
     def _log_all(self, lines: Iterable[bytes | OversizedLine]) -> None:
         for line in lines:
-            self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+            kept = self._log((line.head if isinstance(line, OversizedLine) else line).decode(errors="replace"))
+            if kept.strip():
+                self._last_lines.append(kept)
 
     async def _write(self, process: Process, outgoing: Any, session: Any) -> None:
         assert process.stdin is not None

@@ -65,6 +65,10 @@ class Opening:
         async with opened() as (received, sent):
             yield WatchedStream(received, self._over, self._peer.log), sent
 
+    def last_words(self) -> str:
+        """What its program said of its failure, to be put behind a sentence; empty where it said nothing."""
+        return self._program.last_words() if self._program is not None else ""
+
     def _over(self, why: str) -> None:
         note = self._program.ending() if self._program is not None else None
         self._ended(f"{why}: {note}" if note else why)
@@ -104,7 +108,7 @@ class WatchedStream:
         log: gets a line for each thing that is no message.
     """
 
-    def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], None]) -> None:
+    def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], object]) -> None:
         self._inner = inner
         self._ended = ended
         self._log = log
