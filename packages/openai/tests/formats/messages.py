@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+import pytest
 
 from candle_vllm.openai.formats.events import CallArguments, CallEnd, CallStart, Event, TextPiece
 from candle_vllm.openai.formats.layout import Layout
@@ -70,3 +74,37 @@ def add_up(events: Sequence[Event]) -> Parsed:
             open_call = False
     assert not open_call
     return Parsed(texts["content"], texts["reasoning"], tuple(map(tuple, calls)))
+
+
+TIMES, MOST = 4, 7
+SMALL = 1 << 12  # characters of the shorter text
+STEP = 4  # of a piece
+
+
+def seconds(make: Callable[[], OutputParser], text: str) -> float:
+    engine, feed = make(), text.__getitem__
+    pieces = [feed(slice(start, start + STEP)) for start in range(0, len(text), STEP)]
+    start = time.process_time()
+    for piece in pieces:
+        engine.feed(piece)
+    engine.finish(True)
+    return time.process_time() - start
+
+
+def check_linear(make: Callable[[], OutputParser], text: Callable[[int], str], size: int = SMALL) -> None:
+    """Raises where four times the text takes more than seven times as long in each of three rounds."""
+    short, long = text(size), text(TIMES * size)
+    ratios = []
+    gc.disable()  # what other tests left behind is not this parser's
+    try:
+        for _ in range(3):
+            ratios.append(seconds(make, long) / seconds(make, short))
+            if ratios[-1] < MOST:
+                return
+    finally:
+        gc.enable()
+    pytest.fail(f"{TIMES} times the text takes {[round(one, 1) for one in ratios]} times as long")
+
+
+def repeated(text: str) -> Callable[[int], str]:
+    return lambda size: text * (size // len(text))

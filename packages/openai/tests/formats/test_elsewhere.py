@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from messages import REASONING, Parsed, parse
+from messages import REASONING, Parsed, check_linear, parse, repeated
 from messages import TOOLS as FORMATS
 from samples import SHORT, TOOLS
-from test_linear import check as in_linear_time
-from test_linear import repeated
 
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
@@ -156,7 +154,7 @@ def test_a_formats_own_calls_stream_as_ever(sample: Any) -> None:
     ],
 )
 def test_time_is_linear(text: str) -> None:
-    in_linear_time(lambda: made("gemma4"), repeated(text))
+    check_linear(lambda: made("gemma4"), repeated(text))
 
 
 def test_plans_look_for_it() -> None:

@@ -6,51 +6,17 @@ piece, or from every mark, takes sixteen times as long for four times the text.
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
 
 import pytest
-from messages import parse, parser
+from messages import SMALL, check_linear, parse, parser, repeated
 from samples import SHORT, TOOLS, Sample
 
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 
-TIMES, MOST = 4, 7
-SMALL = 1 << 12  # characters of the shorter text
-STEP = 4  # of a piece
 HERMES = '<tool_call>{"name": "f2", "arguments": '
-
-
-def seconds(make: Callable[[], OutputParser], text: str) -> float:
-    engine, feed = make(), text.__getitem__
-    pieces = [feed(slice(start, start + STEP)) for start in range(0, len(text), STEP)]
-    start = time.process_time()
-    for piece in pieces:
-        engine.feed(piece)
-    engine.finish(True)
-    return time.process_time() - start
-
-
-def check(make: Callable[[], OutputParser], text: Callable[[int], str], size: int = SMALL) -> None:
-    """Raises where four times the text takes more than seven times as long in each of three rounds."""
-    short, long = text(size), text(TIMES * size)
-    ratios = []
-    gc.disable()  # what other tests left behind is not this parser's
-    try:
-        for _ in range(3):
-            ratios.append(seconds(make, long) / seconds(make, short))
-            if ratios[-1] < MOST:
-                return
-    finally:
-        gc.enable()
-    pytest.fail(f"{TIMES} times the text takes {[round(one, 1) for one in ratios]} times as long")
-
-
-def repeated(text: str) -> Callable[[int], str]:
-    return lambda size: text * (size // len(text))
 
 
 def of(name: str, reasoning: str = "think") -> Callable[[], OutputParser]:
@@ -70,7 +36,7 @@ def value_at(sample: Sample) -> tuple[str, str]:
 def test_a_long_argument(sample: Sample) -> None:
     before, after = value_at(sample)
     words = repeated("a <b `c` {1} ")
-    check(of(sample.tools, sample.reasoning), lambda size: before + words(size) + after)
+    check_linear(of(sample.tools, sample.reasoning), lambda size: before + words(size) + after)
     long = words(SMALL).strip()
     assert parse(of(sample.tools)(), [before + long + after]).values == [("f2", {"city": long})]
 
@@ -78,7 +44,7 @@ def test_a_long_argument(sample: Sample) -> None:
 @by_format
 def test_many_calls(sample: Sample) -> None:
     head, ok, call = sample.text.rpartition("Ok") if "Ok" in sample.text else ("", "", sample.text)
-    check(of(sample.tools, sample.reasoning), lambda size: head + ok + repeated(call + "\n")(size))
+    check_linear(of(sample.tools, sample.reasoning), lambda size: head + ok + repeated(call + "\n")(size))
     assert len(parse(of(sample.tools)(), head + ok + (call + "\n") * 50).calls) == 50
 
 
@@ -86,8 +52,8 @@ def test_many_calls(sample: Sample) -> None:
 def test_long_content_and_reasoning(sample: Sample) -> None:
     head = sample.text.partition("Ok")[0] if "Ok" in sample.text else ""
     words = repeated("Well, `a` < b <tool_c ```\n")
-    check(of(sample.tools), lambda size: head + words(size))
-    check(of(sample.tools), lambda size: "<think>" + words(size))
+    check_linear(of(sample.tools), lambda size: head + words(size))
+    check_linear(of(sample.tools), lambda size: "<think>" + words(size))
 
 
 @pytest.mark.parametrize("form", [row for row in TOOL_FORMATS if row.flow is None], ids=lambda row: row.name)
@@ -95,7 +61,7 @@ def test_long_content_and_reasoning(sample: Sample) -> None:
 def test_marks_that_begin_no_call(form: ToolFormat, text: str) -> None:
     """Models fall into such loops, and people ask for them."""
     mark = (*form.opens, *form.names)[0]
-    check(of(form.name), lambda size: "Ok " + repeated(mark + text)(size))
+    check_linear(of(form.name), lambda size: "Ok " + repeated(mark + text)(size))
 
 
 ODD = {
@@ -137,8 +103,8 @@ ODD = {
 
 @pytest.mark.parametrize(("name", "before", "text"), ODD.values(), ids=ODD)
 def test_odd_texts(name: str, before: str, text: str) -> None:
-    check(of(name, "openai" if name == "openai" else "think"), lambda size: before + repeated(text)(size))
+    check_linear(of(name, "openai" if name == "openai" else "think"), lambda size: before + repeated(text)(size))
 
 
 def test_brackets_that_close_nothing() -> None:
-    check(of("hermes"), lambda size: HERMES + '{"a":' * (size // 10) + "]" * (size // 2))
+    check_linear(of("hermes"), lambda size: HERMES + '{"a":' * (size // 10) + "]" * (size // 2))
