@@ -327,6 +327,60 @@ def test_a_value_may_be_a_text_or_a_word(form: str, schema: dict[str, Any], valu
         assert _parsed(form, _required(a=schema), text) == [("f", {"a": value})]
 
 
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+HERMES = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
+A_AND_B = {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {"b": {"type": "integer"}}}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "invented"),
+    [
+        (OPEN, {"a": 1}, {"a": 1, "b": 2}),
+        ({**OPEN, "additionalProperties": {}}, {"a": 1, "b": 2}, {}),
+        ({"type": "object"}, {"b": 2}, None),
+        ({"type": "object", "properties": {}}, {"b": 2}, None),
+        ({"properties": {"o": {**OPEN, "enum": [{"a": 1, "b": 2}]}}}, {"o": {"a": 1, "b": 2}}, {"c": 1}),
+        ({"type": "object", "properties": {"o": OPEN}}, {"o": {"a": 1}}, {"o": {"a": 1, "b": 2}}),
+        (
+            {"type": "object", "properties": {"l": {"type": "array", "items": OPEN}}},
+            {"l": [{"a": 1}]},
+            {"l": [{"a": 1, "b": 2}]},
+        ),
+        (
+            {"type": "object", "properties": {"o": {"$ref": "#/$defs/o"}}, "$defs": {"o": OPEN}},
+            {"o": {"a": 1}},
+            {"o": {"a": 1, "b": 2}},
+        ),
+        (
+            {"type": "object", "properties": {"o": A_AND_B}, "$defs": {"a": OPEN}},  # either, closed, forbids the other
+            {"o": {"a": 1, "b": 2}},
+            {"c": 1},
+        ),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a", "b"]}, {"a": 1, "b": 2}, {"a": 1}),
+        ({**OPEN, "properties": {**OPEN["properties"], "enum": OPEN}}, {"a": 1, "enum": {"a": 1}}, {"a": 1, "c": 1}),
+    ],
+    ids=str,
+)
+def test_a_call_that_is_held_to_its_schema_invents_no_keys(schema: dict[str, Any], good: Any, invented: Any) -> None:
+    assert _accepted("hermes", schema, HERMES.format(json.dumps(good)))
+    assert invented is None or not _accepted("hermes", schema, HERMES.format(json.dumps(invented)))
+    assert _parsed("hermes", schema, HERMES.format('{"a": 1, "b": 2}')) == [("f", {"a": 1, "b": 2})]  # as ever
+
+
+def test_values_that_are_json_invent_no_keys() -> None:
+    schema = {"type": "object", "properties": {"l": {"type": "array", "items": OPEN}}}
+    vocabulary = Vocabulary([], ["<tool_call>", "</tool_call>", "</arg_value>"])  # texts need not avoid such marks
+    lark = tool_grammar(
+        ROWS["glm45"], [Tool("f", schema)], mode="required", parallel=True, reasoning=None, in_reasoning=False,
+        special=vocabulary.special,
+    )  # fmt: skip
+    assert lark is not None
+    call, entry = WRITERS["glm45"]
+    for value, known in (([{"a": 1}], True), ([{"a": 1, "b": 2}], False)):
+        text = call.format(entry.format("l", json.dumps(value)))
+        assert accepts(vocabulary.compiler(lark)(), vocabulary.encode(text))[1] == known
+
+
 SORTED = _required(
     zone={"type": "integer"},
     Area={"type": "string"},

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root
+from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root, closed
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.output import NAME
 
@@ -170,9 +170,9 @@ class Context:
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters)
 
     def json(self, tool: FunctionShape) -> str:
-        """The arguments of a tool as JSON."""
+        """The arguments of a tool as JSON; see `closed`."""
         root = self.root(tool)
-        schema: dict[str, Any] = root.self_contained(root.schema)
+        schema = closed(root.self_contained(root.schema))
         if not schema.get("properties") and not schema.get("required") and schema.get("additionalProperties") is False:
             return '"{}"'
         return self.writer.json(schema)
