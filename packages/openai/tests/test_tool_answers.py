@@ -258,7 +258,7 @@ async def test_names_in_errors_are_short() -> None:
 
 
 def test_closing_aborts_what_is_running() -> None:
-    engine = ScriptedEngine(lambda _: "a" * 3000)
+    engine = ScriptedEngine(lambda _: "a" * 3000, pause=0.01)  # longer than anything here is held up
     made = SyncOpenAIAdapter(OpenAIAdapter(engine))
     stream = made.chat_stream({"messages": HI})
     next(stream)
