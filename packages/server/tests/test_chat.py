@@ -29,19 +29,24 @@ from candle_vllm.server.settings import Settings
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
 
+def saved(terminal: Terminal, folder: Path) -> list[dict[str, str]]:
+    """The question and the answer that `/save` writes; the session ends."""
+    terminal.wait_for_prompt()
+    terminal.type("/save talk.json\r")
+    terminal.wait_for("2 messages are in talk.json")
+    terminal.wait_for_prompt()
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0
+    return json.loads((folder / "talk.json").read_text())["messages"]
+
+
 class TestOnATerminal:
     def test_a_pasted_text_of_several_lines_is_one_question(self, tmp_path: Path) -> None:
         terminal = Terminal(tmp_path, ["chat"], "First.", "Second.")
         terminal.wait_for_prompt()
         terminal.type("\x1b[200~one\ntwo\x1b[201~\r")
         terminal.wait_for("First.")
-        terminal.wait_for_prompt()
-        terminal.type("/save talk.json\r")
-        terminal.wait_for("2 messages are in talk.json")
-        terminal.wait_for_prompt()
-        terminal.type(CTRL_D)
-        assert terminal.end() == 0
-        (question, answer) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+        question, answer = saved(terminal, tmp_path)
         assert (question["content"], answer["content"]) == ("one\ntwo", "First.")
 
     def test_triple_quotes_hold_several_lines(self, tmp_path: Path) -> None:
@@ -51,13 +56,7 @@ class TestOnATerminal:
         terminal.wait_for("\n...")
         terminal.type('two"""\r')
         terminal.wait_for("First.")
-        terminal.wait_for_prompt()
-        terminal.type("/save talk.json\r")
-        terminal.wait_for("2 messages are in talk.json")
-        terminal.wait_for_prompt()
-        terminal.type(CTRL_D)
-        assert terminal.end() == 0
-        assert json.loads((tmp_path / "talk.json").read_text())["messages"][0]["content"] == "one\ntwo"
+        assert saved(terminal, tmp_path)[0]["content"] == "one\ntwo"
 
     def test_what_was_typed_is_there_in_the_next_session(self, tmp_path: Path) -> None:
         for keys, answer in (("remember me\r", "Yes."), (UP + "\r", "Again.")):
@@ -82,13 +81,7 @@ class TestOnATerminal:
         terminal.wait_for("word word")
         terminal.type(CTRL_C)
         terminal.wait_for("(stopped)")
-        terminal.wait_for_prompt()
-        terminal.type("/save talk.json\r")
-        terminal.wait_for("2 messages are in talk.json")
-        terminal.wait_for_prompt()
-        terminal.type(CTRL_D)
-        assert terminal.end() == 0
-        (question, answer) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+        question, answer = saved(terminal, tmp_path)
         assert question["content"] == "One"
         assert answer["content"].startswith("word word")
         assert "Traceback" not in terminal.shown

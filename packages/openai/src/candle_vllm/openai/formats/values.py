@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
 from candle_vllm.openai.formats.json_text import is_json, mended
 from candle_vllm.openai.formats.json_value import number
 
 _MOST_STEPS = 64  # of a schema looked at for one argument
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-_SPELT = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 JSON_TYPES = frozenset({"null", *_TYPES.values()})
 _NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
@@ -111,9 +111,9 @@ def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
         part = todo.pop()
         kind = part.get("type")
         if isinstance(kind, str):
-            yield _SPELT.get(kind, kind)
+            yield TYPE_ALIASES.get(kind, kind)
         elif isinstance(kind, list):
-            yield from (_SPELT.get(one, one) for one in kind if isinstance(one, str))
+            yield from (TYPE_ALIASES.get(one, one) for one in kind if isinstance(one, str))
         elif "const" in part or isinstance(part.get("enum"), list):
             values = [part["const"]] if "const" in part else part["enum"][:_MOST_STEPS]
             yield from ("null" if value is None else _TYPES.get(type(value), "string") for value in values)
