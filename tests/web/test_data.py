@@ -70,6 +70,45 @@ def test_export_and_import(site: Site, open_page: Callable[..., Any], tmp_path: 
     second.get_by_label("version 2 of 2").wait_for()
 
 
+def import_again(page: Any, path: Path) -> str:
+    """Imports a file, and gives what the page says of it."""
+    page.keyboard.press("Control+,")
+    page.get_by_role("tab", name="Data").click()
+    page.locator("#import-file").set_input_files(str(path))
+    page.locator(".said", has_text="imported").wait_for()
+    said_of_it = str(page.locator(".said").inner_text())
+    page.keyboard.press("Escape")
+    return said_of_it
+
+
+def export_all(page: Any, path: Path) -> Path:
+    """Saves what Export all gives."""
+    page.keyboard.press("Control+,")
+    page.get_by_role("tab", name="Data").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all").click()
+    download.value.save_as(path)
+    page.keyboard.press("Escape")
+    return path
+
+
+def test_an_import_brings_only_what_is_not_here(site: Site, open_page: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = open_page(site.url), open_page(site.url)
+    ask(first, "One")
+    early = export_all(first, tmp_path / "early.json")
+    assert import_again(first, early) == "No new conversations imported, 1 already here."
+    assert import_again(second, early) == "1 conversation imported."
+    assert import_again(second, early) == "No new conversations imported, 1 already here."
+    second.locator(".conversation-link").click()
+    said(second, "You said: One")
+    ask(first, "Two")
+    late = export_all(first, tmp_path / "late.json")
+    assert import_again(second, late) == "No new conversations imported, 1 had new messages."
+    said(second, "You said: Two")  # what follows what was shown
+    assert import_again(second, early) == "No new conversations imported, 1 already here."
+    assert json.loads(export_all(second, tmp_path / "back.json").read_text()) == json.loads(late.read_text())
+
+
 def test_a_file_that_is_no_export(chat: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1}')
     chat.keyboard.press("Control+,")

@@ -6,7 +6,7 @@ import type { AssistantMessage, Conversation, UserMessage } from "../src/chat/ty
 import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
 import { MemoryStore } from "../src/store/database.ts";
-import { exportText, ImportError, importText } from "../src/store/transfer.ts";
+import { type Archive, exportText, ImportError, importText, missing } from "../src/store/transfer.ts";
 
 const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2" };
 const question: UserMessage = { id: "u", role: "user", parent: null, created: 1, text: "q <script>" };
@@ -104,4 +104,69 @@ test("an imported file says what it likes, and gets nothing of it", () => {
 test("what the server takes for what is left out is shown by our names", () => {
   assert.deepEqual(served({ temperature: 0.8, top_k: 40, unknown: 1 }), { temperature: 0.8, topK: 40 });
   assert.deepEqual(served(), {});
+});
+
+const hex = (name: string) => [...name].map((letter) => letter.charCodeAt(0).toString(16)).join("").padStart(32, "0");
+const asked = (id: string, parent: string | null, text = id): UserMessage => ({ id: hex(id), role: "user", parent: parent && hex(parent), created: 1, text });
+const said = (id: string, parent: string, text = id): AssistantMessage => ({ id: hex(id), role: "assistant", parent: hex(parent), created: 2, model: "m", state: "done", steps: [{ reasoning: "", text, calls: [] }] });
+const chatOf = (leaf: string, ...messages: Archive["messages"]): Archive => ({ conversation: { ...conversation, id: hex("chat"), leaf: hex(leaf) }, messages });
+
+/** Imports an export of one into the other, which knows the messages of both, and gives what is there then. */
+function imported(ours: Archive | undefined, theirs: Archive, ...elsewhere: string[]): Archive | undefined {
+  const taken = new Set([...(ours?.messages ?? []).map((one) => one.id), ...elsewhere.map(hex)]);
+  const more = missing(ours, importText(exportText([theirs])).archives[0]!, (id) => taken.has(id));
+  return more && { conversation: more.conversation, messages: [...(ours?.messages ?? []), ...more.messages] };
+}
+const texts = (archive: Archive | undefined) => archive?.messages.map((one) => (one.role === "user" ? one.text : one.steps.at(-1)!.text));
+
+test("an export that is imported again brings nothing, and one that has grown brings what is new", () => {
+  const small = chatOf("a1", asked("u1", null), said("a1", "u1"));
+  const grown = chatOf("a2", ...small.messages, asked("u2", "a1"), said("a2", "u2"));
+  const first = imported(undefined, small)!;
+  assert.deepEqual(first, small);
+  assert.equal(imported(first, small), undefined);
+  const second = imported(first, grown)!;
+  assert.deepEqual(second.messages, grown.messages);
+  assert.equal(second.conversation.leaf, hex("a2")); // what follows the shown answer is shown
+  assert.equal(imported(second, grown), undefined);
+  assert.equal(imported(second, small), undefined); // nor does an older export take anything back
+});
+
+test("a conversation that went on in two places has both ways, and shows the one that was here", () => {
+  const start = [asked("u1", null), said("a1", "u1")];
+  const ours = { ...chatOf("a2", ...start, asked("u2", "a1"), said("a2", "u2")) };
+  ours.conversation = { ...ours.conversation, title: "Ours", updated: 9 };
+  const theirs = chatOf("a3", ...start, asked("u3", "a1"), said("a3", "u3"));
+  const both = imported(ours, theirs)!;
+  assert.deepEqual(texts(both), ["u1", "a1", "u2", "a2", "u3", "a3"]);
+  assert.deepEqual([both.conversation.leaf, both.conversation.title, both.conversation.updated], [hex("a2"), "Ours", 9]);
+});
+
+test("an answer that went on elsewhere comes in beside the one that is here, once", () => {
+  const ours = chatOf("a1", asked("u1", null), said("a1", "u1", "Half"));
+  const theirs = chatOf("u2", asked("u1", null), said("a1", "u1", "Half and half"), asked("u2", "a1"));
+  const both = imported(ours, theirs)!;
+  assert.deepEqual(texts(both), ["u1", "Half", "Half and half", "u2"]);
+  const [u1, , longer, u2] = both.messages;
+  assert.deepEqual([longer!.parent, u2!.parent, both.conversation.leaf], [u1!.id, longer!.id, hex("a1")]);
+  assert.equal(imported(both, theirs), undefined);
+  assert.equal(imported(chatOf("a1", ...theirs.messages), ours), undefined);
+});
+
+test("ids of a file that stand for something else here take nothing away", () => {
+  const theirs = chatOf("a1", asked("u1", null, "mine now"), said("a1", "u1"));
+  const added = imported(undefined, theirs, "u1")!;
+  assert.deepEqual(texts(added), ["mine now", "a1"]);
+  assert.notEqual(added.messages[0]!.id, hex("u1"));
+  assert.deepEqual([added.messages[1]!.parent, added.conversation.leaf], [added.messages[0]!.id, hex("a1")]);
+  assert.equal(imported(added, theirs, "u1"), undefined);
+  const circle = chatOf("b", { ...asked("a", "b") }, { ...asked("b", "a") }, asked("b", "a", "again"));
+  assert.equal(imported(undefined, circle)!.messages.length, 2);
+});
+
+test("messages come in with their conversation or not at all", async () => {
+  const store = new MemoryStore();
+  await store.add(conversation, [question]);
+  await assert.rejects(store.add({ ...conversation, id: "d" }, [answer("a1", 2), question]));
+  assert.deepEqual([(await store.conversations()).length, await store.messageIds(), (await store.messages("d")).length], [1, ["u"], 0]);
 });

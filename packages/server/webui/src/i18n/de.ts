@@ -88,8 +88,9 @@ export const de: Texts = {
   notASchema: "Das ist noch kein JSON-Objekt; es wird nicht verwendet.",
   apiKey: "API-Schlüssel", rememberKey: "Auf diesem Gerät merken", keyNeeded: "Dieser Server braucht einen API-Schlüssel.",
   export: "Exportieren", exportText: "Eine JSON-Datei mit Nachrichten, Zweigen und Einstellungen.", exportAll: (count) => `Alle exportieren (${count})`, exportThis: "Diesen Chat exportieren",
-  import: "Importieren", importText: "Fügt die Unterhaltungen einer exportierten Datei denen hinzu, die hier sind.", chooseFile: "Datei wählen",
-  imported: (added, broken) => `${added} ${added === 1 ? "Unterhaltung" : "Unterhaltungen"} importiert${broken ? `, ${broken} nicht lesbar` : ""}.`,
+  import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
+  imported: ({ added, grown, same, broken }) =>
+    `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
   notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, fileNotText: (name) => `${name} ist keine Textdatei.`,
   deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt jede Unterhaltung aus diesem Browser.",
   deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung ist" : "Unterhaltungen sind"} dann endgültig weg. Exportiere sie vorher, wenn du sie noch brauchen könntest.`,

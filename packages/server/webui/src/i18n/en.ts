@@ -1,5 +1,7 @@
 // English: the dictionary that the others follow.
 
+import type { Imported } from "../store/transfer.ts";
+
 export const en = {
   languageName: "English",
   newChat: "New chat", conversations: "Conversations", search: "Search conversations", settings: "Settings",
@@ -89,8 +91,9 @@ export const en = {
   notASchema: "This is not a JSON object yet; it is not used.",
   apiKey: "API key", rememberKey: "Remember on this device", keyNeeded: "This server needs an API key.",
   export: "Export", exportText: "One JSON file with messages, branches and settings.", exportAll: (count: number) => `Export all (${count})`, exportThis: "Export this chat",
-  import: "Import", importText: "Adds the conversations of an exported file to those that are here.", chooseFile: "Choose a file",
-  imported: (added: number, broken: number) => `${added} ${added === 1 ? "conversation" : "conversations"} imported${broken ? `, ${broken} could not be read` : ""}.`,
+  import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
+  imported: ({ added, grown, same, broken }: Imported) =>
+    `${added || "No new"} ${added === 1 ? "conversation" : "conversations"} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
   notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, fileNotText: (name: string) => `${name} is not a text file.`,
   deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation from this browser.",
   deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} will be gone for good. Export them first if you may want them again.`,

@@ -5,7 +5,7 @@ import type { Conversation } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { MemoryStore, openStore, type Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
-import { type Archive, exportText, importText } from "../store/transfer.ts";
+import { type Archive, exportText, type Imported, importText, missing } from "../store/transfer.ts";
 import { notify } from "./notices.ts";
 import { OpenChat } from "./open-chat.ts";
 import { go, route } from "./route.ts";
@@ -55,9 +55,15 @@ async function reopenChanged(): Promise<void> {
   if (!chat || chat.isBusy) return;
   const id = chat.info.peek().id;
   if (known.value.has(id) && chat.hasLeaf) return;
-  opened.delete(id);
-  current.value = (await openChat(id)) ?? null;
+  await reopen(id);
   if (!current.value && route.value.page === "chat") go({ page: "chat", id: null }, true);
+}
+
+/** Reads a conversation again where it is open and nothing is being written. */
+async function reopen(id: string): Promise<void> {
+  if (opened.get(id)?.isBusy) return;
+  opened.delete(id);
+  if (current.value?.info.peek().id === id) current.value = (await openChat(id)) ?? null;
 }
 
 async function followRoute(): Promise<void> {
@@ -143,25 +149,36 @@ export async function deleteAll(): Promise<void> {
 }
 
 export async function exportChats(ids: readonly string[]): Promise<string> {
-  const archives: Archive[] = [];
-  for (const id of ids) {
-    const info = known.value.get(id);
-    if (!info) continue;
-    const messages = await store.messages(id);
-    archives.push({ conversation: info.value, messages: messages.map(({ conversation: _, ...message }) => message) });
-  }
+  const archives = await Promise.all(ids.flatMap((id) => known.value.get(id)?.value ?? []).map(archiveOf));
   return exportText(archives);
 }
 
-/** Adds what a file holds; returns how many conversations came in and how many were broken. */
-export async function importChats(text: string): Promise<{ added: number; broken: number }> {
+async function archiveOf(conversation: Conversation): Promise<Archive> {
+  const messages = await store.messages(conversation.id);
+  return { conversation, messages: messages.map(({ conversation: _, ...message }) => message) };
+}
+
+/** Adds what a file holds and is not here. Nothing that is here is changed or deleted. */
+export async function importChats(text: string): Promise<Imported> {
   const { archives, broken } = importText(text);
-  for (const { conversation, messages } of archives) {
-    await store.putMessages(messages.map((message) => ({ ...message, conversation: conversation.id })));
-    await store.putConversation(conversation);
+  const count: Imported = { added: 0, grown: 0, same: 0, broken };
+  await readList();
+  const here = new Map([...known.value].map(([id, info]) => [id, info.value]));
+  const taken = new Set(await store.messageIds());
+  const grown: string[] = [];
+  for (const theirs of archives) {
+    const ours = here.get(theirs.conversation.id);
+    const more = missing(ours && (await archiveOf(ours)), theirs, (id) => taken.has(id));
+    count[!ours ? "added" : more ? "grown" : "same"]++;
+    if (!more) continue;
+    await store.add(more.conversation, more.messages);
+    here.set(more.conversation.id, more.conversation);
+    for (const { id } of more.messages) taken.add(id);
+    if (ours) grown.push(ours.id);
   }
   await readList();
-  return { added: archives.length, broken };
+  for (const id of grown) await reopen(id);
+  return count;
 }
 
 /** Conversations whose title or messages hold all words of a query, the newest first. */

@@ -10,6 +10,9 @@ export interface Store {
   messages(conversation: string): Promise<StoredMessage[]>;
   putConversation(conversation: Conversation): Promise<void>;
   putMessages(messages: readonly StoredMessage[]): Promise<void>;
+  messageIds(): Promise<readonly string[]>;
+  /** A conversation with messages that are new: together or not at all. Fails where a message is there already. */
+  add(conversation: Conversation, messages: readonly Message[]): Promise<void>;
   deleteMessages(ids: readonly string[]): Promise<void>;
   deleteConversation(id: string): Promise<void>;
   clear(): Promise<void>;
@@ -70,6 +73,17 @@ class DatabaseStore implements Store {
     return this.change([MESSAGES], (at) => messages.forEach((message) => at(MESSAGES).put(message)));
   }
 
+  async messageIds(): Promise<readonly string[]> {
+    return (await answered(this.database.transaction(MESSAGES).objectStore(MESSAGES).getAllKeys())) as string[];
+  }
+
+  add(conversation: Conversation, messages: readonly Message[]): Promise<void> {
+    return this.change([CHATS, MESSAGES], (at) => {
+      at(CHATS).put(conversation);
+      for (const message of messages) at(MESSAGES).add({ ...message, conversation: conversation.id });
+    });
+  }
+
   deleteMessages(ids: readonly string[]): Promise<void> {
     return this.change([MESSAGES], (at) => ids.forEach((id) => at(MESSAGES).delete(id)));
   }
@@ -121,6 +135,16 @@ export class MemoryStore implements Store {
 
   async putMessages(messages: readonly StoredMessage[]): Promise<void> {
     for (const message of messages) this.kept.set(message.id, structuredClone(message));
+  }
+
+  async messageIds(): Promise<readonly string[]> {
+    return [...this.kept.keys()];
+  }
+
+  async add(conversation: Conversation, messages: readonly Message[]): Promise<void> {
+    if (messages.some(({ id }) => this.kept.has(id))) throw new Error("a message is there already");
+    await this.putConversation(conversation);
+    await this.putMessages(messages.map((message) => ({ ...message, conversation: conversation.id })));
   }
 
   async deleteMessages(ids: readonly string[]): Promise<void> {

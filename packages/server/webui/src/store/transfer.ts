@@ -1,13 +1,22 @@
-// Export and import: one JSON document with conversations. What comes in is checked piece by piece, and gets new ids.
+// Export and import: one JSON document with conversations. What comes in is checked piece by piece. Ids stay, so that
+// what is here already is known again; nothing that is here gives way.
 
 import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
 import { readSettings } from "../chat/settings.ts";
+import { MessageTree } from "../chat/tree.ts";
 import type { AnswerState, AssistantMessage, CallState, Conversation, Message, Step, ToolCall } from "../chat/types.ts";
 import { newId } from "./ids.ts";
 
 export interface Archive {
   conversation: Conversation;
   messages: Message[];
+}
+
+export interface Imported {
+  added: number; // conversations that were not here
+  grown: number; // that were here with fewer messages
+  same: number;
+  broken: number;
 }
 
 const FORMAT = "candle-vllm-conversations";
@@ -42,13 +51,13 @@ function readArchive(data: unknown): Archive | undefined {
   const ids = new Map<string, string>();
   for (const message of messages) {
     const { id } = fields(message);
-    if (typeof id === "string") ids.set(id, newId());
+    if (typeof id === "string") ids.set(id, ownId(id));
   }
   const read = messages.map((message) => readMessage(message, ids));
   if (read.includes(undefined)) return undefined;
   return {
     conversation: {
-      id: newId(),
+      id: ownId(given.id),
       title: given.title.slice(0, 500),
       renamed: given.renamed === true,
       created: timeOf(given.created) ?? Date.now(),
@@ -57,8 +66,74 @@ function readArchive(data: unknown): Archive | undefined {
       settings: readSettings(given.settings),
       leaf: ids.get(text(given.leaf) ?? "") ?? null,
     },
-    messages: read as Message[],
+    messages: [...new Map((read as Message[]).map((one) => [one.id, one])).values()],
   };
+}
+
+const ownId = (id: unknown): string => (typeof id === "string" && /^[0-9a-f]{32}$/.test(id) ? id : newId());
+
+/**
+ * What `theirs` has that is not in `ours`, the same conversation as it is here: the messages to add, and the
+ * conversation as it is with them; undefined where nothing is missing. A message that is here stays as it is: one that
+ * has gone on elsewhere comes in beside it, as another version. `isTaken` knows the ids of all messages that are here.
+ */
+export function missing(ours: Archive | undefined, theirs: Archive, isTaken: (id: string) => boolean): Archive | undefined {
+  const { messages, placed } = newMessages(ours?.messages ?? [], theirs.messages, isTaken);
+  const leaf = placed.get(theirs.conversation.leaf ?? "") ?? null;
+  if (!ours) return { conversation: { ...theirs.conversation, leaf }, messages };
+  if (!messages.length) return undefined;
+  const tree = new MessageTree([...ours.messages, ...messages]);
+  const shown = ours.conversation.leaf;
+  // What is shown stays so, but for what now follows it: there is no other way to that from here.
+  const follows = shown === null || tree.path(leaf).includes(shown);
+  const updated = Math.max(ours.conversation.updated, theirs.conversation.updated);
+  return { conversation: { ...ours.conversation, leaf: follows ? leaf : tree.leafBelow(shown), updated }, messages };
+}
+
+function newMessages(ours: readonly Message[], theirs: readonly Message[], isTaken: (id: string) => boolean) {
+  const here = new Map(ours.map((one) => [one.id, one]));
+  const known = new Map(theirs.map((one) => [one.id, one]));
+  const placed = new Map<string, string>(); // by their id: the id that it has here
+  const messages: Message[] = [];
+  let contents: Map<string, string> | undefined; // ids by what stands in a message
+  const place = (message: Message) => {
+    const one = { ...message, parent: placed.get(message.parent ?? "") ?? null };
+    const same = here.get(one.id);
+    if (same && covers(same, one)) return placed.set(one.id, one.id);
+    if (!isTaken(one.id)) {
+      messages.push(one);
+      return placed.set(one.id, one.id);
+    }
+    contents ??= new Map(ours.map((other) => [contentOf(other), other.id]));
+    const copy = contents.get(contentOf(one)) ?? newId();
+    if (!here.has(copy)) messages.push({ ...one, id: copy });
+    return placed.set(one.id, copy);
+  };
+  for (const message of theirs) {
+    const above = new Set<Message>(); // parents first; in a circle somebody has to begin
+    for (let one: Message | undefined = message; one && !placed.has(one.id) && !above.has(one); one = known.get(one.parent ?? "")) above.add(one);
+    for (const one of [...above].reverse()) place(one);
+  }
+  return { messages, placed };
+}
+
+/** Whether nothing of what stands in `theirs` is missing in `ours`, which may have gone on. */
+function covers(ours: Message, theirs: Message): boolean {
+  if (ours.role === "user") return theirs.role === "user" && ours.text === theirs.text;
+  return theirs.role === "assistant" && theirs.steps.every((step, at) => {
+    const own = ours.steps[at];
+    const hasCall = (call: ToolCall, index: number) => {
+      const other = own?.calls[index];
+      return other?.name === call.name && other.arguments === call.arguments && (call.result === undefined || call.result === other.result);
+    };
+    return !!own && own.reasoning.startsWith(step.reasoning) && own.text.startsWith(step.text) && step.calls.every(hasCall);
+  });
+}
+
+function contentOf(message: Message): string {
+  if (message.role === "user") return JSON.stringify([message.parent, message.text]);
+  const steps = message.steps.map(({ reasoning, text, calls }) => [reasoning, text, calls.map((call) => [call.name, call.arguments, call.result])]);
+  return JSON.stringify([message.parent, steps, message.role]);
 }
 
 function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message | undefined {

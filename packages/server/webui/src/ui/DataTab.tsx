@@ -54,8 +54,8 @@ interface Said {
 async function importFile(file: File): Promise<Said> {
   if (file.size > MAX_IMPORT_BYTES) return { text: t.value.fileTooLarge(file.name), isWrong: true };
   try {
-    const { added, broken } = await importChats(await file.text());
-    return { text: t.value.imported(added, broken), isWrong: broken > 0 };
+    const count = await importChats(await file.text());
+    return { text: t.value.imported(count), isWrong: count.broken > 0 };
   } catch (error) {
     return { text: error instanceof ImportError ? t.value.notAnExport(file.name) : t.value.notSaved, isWrong: true };
   }
