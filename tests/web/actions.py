@@ -39,6 +39,13 @@ def button(page: Any, name: str) -> Any:
     return page.get_by_role("button", name=name, exact=True)
 
 
+def tools_on(page: Any) -> None:
+    """Turns the tools of the shown chat on."""
+    button(page, "Tools off").click()
+    page.get_by_role("switch", name="Use tools in this chat").check()
+    page.keyboard.press("Escape")
+
+
 def import_file(page: Any, path: Path) -> None:
     """Imports a file through the settings."""
     page.keyboard.press("Control+,")

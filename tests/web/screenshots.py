@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from actions import archive, ask, conversation, import_file, say
+from actions import archive, ask, conversation, import_file, say, tools_on
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 from ui_server import ui_server
 
@@ -118,6 +118,7 @@ def main() -> None:
             page = prepared(browser, site.url, Path(work), color_scheme=scheme)
             send(page, QUESTION)
             shoot(page, folder / f"web-ui-{scheme}.png")
+        tools_on(page)
         say(page, "What time is it in Berlin?")
         page.locator(".approval").wait_for()
         shoot(page, folder / "web-ui-tools.png", top=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import button, said, say
+from actions import button, said, say, tools_on
 from scripted_server import ScriptedServer
 
 PROGRAM = """
@@ -46,7 +46,7 @@ def test_a_tool_runs_after_approval(browser: Any, open_page: Callable[..., Any],
         page.set_default_timeout(20_000)
         page.get_by_label("API key", exact=True).fill("sesame")
         button(page, "Use").click()
-        page.get_by_text("Tools 1/1").wait_for()
+        tools_on(page)
         say(page, "Ask the clock")
         button(page, "Allow once").click()
         said(page, "It is noon.")
@@ -67,7 +67,7 @@ def test_the_printed_address_runs_tools_without_a_configured_key(
         (address,) = [line.split()[-1] for line in server.banner if line.startswith("web UI")]
         page = open_page(address)
         page.set_default_timeout(20_000)
-        page.get_by_text("Tools 1/1").wait_for()
+        tools_on(page)
         assert page.url == server.url + "/#/"
         say(page, "Ask the clock")
         button(page, "Allow once").wait_for()
@@ -93,7 +93,7 @@ def test_without_the_key_the_page_says_where_the_address_is(
         (address,) = [line.split()[-1] for line in server.banner if line.startswith("web UI")]
         page = open_page(f"{server.url}/#key={'x' * 32}")  # that of a server that is gone
         page.set_default_timeout(20_000)
-        page.get_by_text("Tools 1/1").wait_for()
+        tools_on(page)
         say(page, "Ask the clock")
         button(page, "Allow once").click()
         page.locator(".answer").get_by_text("open the address that the server printed").wait_for()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import ask, button, said, say, wait_idle
+from actions import archive, ask, button, conversation, import_file, said, say, tools_on, wait_idle
 from ui_server import Site
 
 SERVERS = [
@@ -53,7 +54,7 @@ class Mcp:
         )
         page.route("**/v1/mcp/call", self._call)
         page.reload()
-        page.get_by_text("Tools 2/2").wait_for()
+        page.get_by_text("Tools off").wait_for()
 
     def _call(self, route: Any) -> None:
         self.calls.append(route.request.post_data_json)
@@ -67,11 +68,23 @@ def mcp() -> Mcp:
 
 
 @pytest.fixture
-def page(site: Site, open_page: Callable[..., Any], mcp: Mcp) -> Any:
+def plain(site: Site, open_page: Callable[..., Any], mcp: Mcp) -> Any:
     """A page whose server has MCP servers."""
     opened = open_page(site.url)
     mcp.serve(opened)
     return opened
+
+
+@pytest.fixture
+def page(plain: Any) -> Any:
+    """The same with tools on in its new chat."""
+    tools_on(plain)
+    return plain
+
+
+def offered(site: Site) -> list[str]:
+    """The tools that the last prompt was made with."""
+    return [one["function"]["name"] for one in site.engine.template_calls[-1].options.get("tools") or []]
 
 
 def test_nothing_of_tools_shows_without_mcp(chat: Any) -> None:
@@ -142,6 +155,56 @@ def test_the_panel(page: Any, site: Site) -> None:
     page.get_by_text("<b>ready</b>").wait_for()
     page.get_by_label("clock__now").uncheck()
     page.get_by_role("link", name="New chat").click()
-    page.get_by_text("Tools 1/2").wait_for()
+    page.get_by_text("Tools: 1 of 1 on").wait_for()
     ask(page, "Hello")
-    assert [one["function"]["name"] for one in site.engine.template_calls[-1].options["tools"]] == ["clock__zones"]
+    assert offered(site) == ["clock__zones"]
+
+
+def test_tools_are_off_until_they_are_turned_on_and_belong_to_their_chat(plain: Any, site: Site) -> None:
+    ask(plain, "Hello")
+    assert offered(site) == []
+    tools_on(plain)
+    ask(plain, "Hello again")
+    assert offered(site) == ["clock__now", "clock__zones"]
+    plain.reload()
+    said(plain, "You said: Hello again")
+    button(plain, "Tools: 2 of 2 on").click()
+    plain.get_by_label("clock__zones").uncheck()
+    button(plain, "Tools: 1 of 2 on").wait_for()
+    ask(plain, "Once more")
+    assert offered(site) == ["clock__now"]
+    plain.get_by_role("link", name="New chat").click()
+    plain.get_by_text("Tools off").wait_for()
+    ask(plain, "Elsewhere")
+    assert offered(site) == []
+    plain.get_by_role("link", name="Hello", exact=True).click()
+    button(plain, "Tools: 1 of 2 on").click()
+    plain.get_by_role("switch", name="Use tools in this chat").uncheck()
+    button(plain, "Tools off").wait_for()
+
+
+def test_the_new_chat_after_one_with_tools_starts_without(page: Any, site: Site) -> None:
+    ask(page, "Hello")
+    assert offered(site) == ["clock__now", "clock__zones"]
+    page.get_by_role("link", name="New chat").click()
+    button(page, "Tools off").wait_for()
+
+
+def test_a_tool_that_is_always_allowed_does_not_run_where_it_is_off(page: Any, mcp: Mcp) -> None:
+    say(page, "clock")
+    button(page, "Always allow this tool").click()
+    said(page, "The tool said: 12:00")
+    page.get_by_role("link", name="New chat").click()
+    button(page, "Tools off").wait_for()
+    ask(page, "clock")
+    assert page.locator(".tool-card").count() == 0
+    assert len(mcp.calls) == 1
+
+
+def test_what_is_imported_has_no_tools_on(plain: Any, tmp_path: Path) -> None:
+    other = conversation("Other", 2)
+    other["conversation"]["tools"] = ["clock__now"]
+    import_file(plain, archive(tmp_path / "x.json", [other]))
+    plain.locator(".conversation-link").click()
+    said(plain, "Answer 1")
+    button(plain, "Tools off").wait_for()

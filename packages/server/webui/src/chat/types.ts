@@ -78,6 +78,7 @@ export interface Conversation {
   updated: number;
   model: string | null;
   settings: ChatSettings;
+  tools?: readonly string[]; // names of the tools that are on; none until somebody turns them on
   leaf: string | null; // the last message of the branch that is shown
 }
 

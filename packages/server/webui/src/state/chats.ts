@@ -100,7 +100,7 @@ function changed(conversation: Conversation): void {
 }
 
 /** A new conversation with a first message. */
-export function beginChat(text: string, start: Pick<Conversation, "model" | "settings">): OpenChat {
+export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">): OpenChat {
   const now = Date.now();
   const info = signal<Conversation>({
     ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null,

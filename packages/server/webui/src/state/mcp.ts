@@ -4,13 +4,15 @@ import { computed, signal } from "@preact/signals";
 import { listMcpServers, listMcpTools } from "../api/server.ts";
 import type { McpServer, McpTool } from "../api/types.ts";
 import { fingerprint, isAlwaysAllowed } from "../chat/approval.ts";
+import type { Conversation } from "../chat/types.ts";
 import { prefer, preferences } from "./preferences.ts";
 
 /** undefined: not known yet, or this server has no MCP. */
 export const mcpServers = signal<readonly McpServer[] | undefined>(undefined);
 export const mcpTools = signal<readonly McpTool[]>([]);
 
-export const enabledTools = computed<readonly McpTool[]>(() => {
+/** The tools that may be turned on in chats. */
+export const offeredTools = computed<readonly McpTool[]>(() => {
   const off = new Set(preferences.value.toolsOff);
   return mcpTools.value.filter((tool) => !off.has(tool.function.name));
 });
@@ -28,8 +30,13 @@ export async function refreshMcp(): Promise<void> {
   if (isConnecting) polling = setTimeout(() => void refreshMcp().catch(() => undefined), POLL_MS);
 }
 
-export const findTool = (name: string): McpTool | undefined =>
-  enabledTools.value.find((tool) => tool.function.name === name);
+/** The tools of a chat, by the names that are on in it. */
+export function toolsOf({ tools }: Pick<Conversation, "tools">): readonly McpTool[] {
+  const on = new Set(Array.isArray(tools) ? tools : []); // it was read from the browser's storage
+  return offeredTools.value.filter((tool) => on.has(tool.function.name));
+}
+
+export const findTool = (name: string): McpTool | undefined => mcpTools.value.find((tool) => tool.function.name === name);
 
 export function switchTools(names: readonly string[], on: boolean): void {
   const off = new Set(preferences.value.toolsOff);

@@ -1,10 +1,10 @@
-// Model and settings of the conversation that is shown, or of the one that the next message begins.
+// Model, settings and tools of the conversation that is shown, or of the one that the next message begins.
 
 import { computed, signal } from "@preact/signals";
 import type { ChatSettings, Conversation } from "../chat/types.ts";
 import { beginChat, current } from "./chats.ts";
 
-type Start = Pick<Conversation, "model" | "settings">;
+type Start = Pick<Conversation, "model" | "settings" | "tools">;
 
 const next = signal<Start>({ model: null, settings: {} });
 
@@ -25,7 +25,7 @@ export function sendMessage(text: string): void {
     chat.send(text);
     return;
   }
-  const { model, settings } = next.value;
-  next.value = { model, settings: {} };
-  beginChat(text, { model, settings });
+  const start = next.value;
+  next.value = { model: start.model, settings: {} };
+  beginChat(text, start);
 }

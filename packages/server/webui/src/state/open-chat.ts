@@ -13,7 +13,7 @@ import type { Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
 import { FrameQueue } from "./frames.ts";
 import { isLeaving } from "./leaving.ts";
-import { allowAlways, enabledTools, findTool, isAllowed } from "./mcp.ts";
+import { allowAlways, isAllowed, toolsOf } from "./mcp.ts";
 import { cardFor } from "./models.ts";
 import { announce, notify } from "./notices.ts";
 import { callToolFromPage } from "./page-key.ts";
@@ -199,7 +199,7 @@ export class OpenChat {
       request: (goOn: boolean) => this.request(draft, goOn),
       stream: streamChat,
       callTool: callToolFromPage,
-      tool: findTool,
+      tool: (name: string) => toolsOf(this.info.value).find((tool) => tool.function.name === name),
       isAllowed,
       allowAlways,
       now: () => performance.now(),
@@ -239,7 +239,7 @@ export class OpenChat {
       model: this.model,
       path: [...before, draft],
       settings: merged(preferences.value.settings, this.info.value.settings),
-      tools: card?.tool_parser === null ? [] : enabledTools.value,
+      tools: card?.tool_parser === null ? [] : toolsOf(this.info.value),
       goOn,
     });
   }

@@ -3,13 +3,12 @@
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
-import { enabledTools, mcpTools } from "../state/mcp.ts";
-import { cardFor, connection } from "../state/models.ts";
-import { sendMessage, shownStart } from "../state/new-chat.ts";
+import { connection } from "../state/models.ts";
+import { sendMessage } from "../state/new-chat.ts";
 import { notify } from "../state/notices.ts";
-import { go } from "../state/route.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
 import { Icon } from "./Icon.tsx";
+import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
 const MAX_FILE = 512 * 1024;
@@ -51,7 +50,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
         <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
           onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} />
         <div class="composer-row">
-          <ToolsHint />
+          <ToolsSwitch />
           <span class="spring" />
           {isBusy ? (
             <button type="button" class="send" aria-label={t.value.stop} title={t.value.stop} onClick={() => { chat?.stop(); field.current?.focus(); }}>
@@ -66,17 +65,6 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
       </form>
       <p class="composer-note">{t.value.mayBeWrong}</p>
     </div>
-  );
-}
-
-function ToolsHint() {
-  const all = mcpTools.value.length;
-  if (!all) return null;
-  const card = cardFor(shownStart.value.model);
-  const cannot = card?.tool_parser === null;
-  const label = cannot ? t.value.noToolsHere : t.value.toolsOn(enabledTools.value.length, all);
-  return (
-    <button type="button" class="text-button" onClick={() => go({ page: "tools" })}><Icon name="tool" />{label}</button>
   );
 }
 

@@ -1,4 +1,4 @@
-// A panel that opens below its button and closes at Escape, a click elsewhere, or when the focus leaves.
+// A panel that opens below its button, or above it, and closes at Escape, a click elsewhere, or when the focus leaves.
 
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useRef } from "preact/hooks";
@@ -9,10 +9,11 @@ interface PopoverProps {
   buttonClass: string;
   isOpen: boolean;
   onToggle: (open: boolean) => void;
+  above?: boolean;
   children: ComponentChildren;
 }
 
-export function Popover({ label, button, buttonClass, isOpen, onToggle, children }: PopoverProps) {
+export function Popover({ label, button, buttonClass, isOpen, onToggle, above = false, children }: PopoverProps) {
   const frame = useRef<HTMLDivElement>(null);
   const opener = useRef<HTMLButtonElement>(null);
   const id = useId();
@@ -36,7 +37,7 @@ export function Popover({ label, button, buttonClass, isOpen, onToggle, children
       <button ref={opener} type="button" class={buttonClass} aria-label={label} aria-expanded={isOpen} aria-controls={id} onClick={() => onToggle(!isOpen)}>
         {button}
       </button>
-      <div id={id} class="popover" hidden={!isOpen}>{isOpen && children}</div>
+      <div id={id} class={above ? "popover above" : "popover"} hidden={!isOpen}>{isOpen && children}</div>
     </div>
   );
 }
