@@ -181,7 +181,7 @@ def test_a_model_is_loaded_and_unloaded(chat: Any) -> None:
     chat.route("**/v1/models/load", change("ready"))
     chat.route("**/v1/models/unload", change("unloaded"))
     chat.reload()
-    chat.get_by_text("It is not loaded yet.").wait_for()
+    chat.get_by_text("m is not loaded yet.").wait_for()
     button(chat, "Model: m").click()
     button(chat, "Load m").click()
     button(chat, "Unload m").click()

@@ -17,6 +17,7 @@ from server_fakes import PacedEngine  # pyright: ignore[reportMissingImports]
 
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
@@ -94,15 +95,17 @@ def answer(prompt: str) -> str:
 
 
 @contextlib.contextmanager
-def ui_server(script: Callable[[str], Any] = answer, pause: float = 0.0, **settings: Any) -> Iterator[Any]:
-    """Serves the page; gives an object with `url` and `engine`."""
+def ui_server(
+    script: Callable[[str], Any] = answer, pause: float = 0.0, manager: ModelManager | None = None, **settings: Any
+) -> Iterator[Any]:
+    """Serves the page, with the models of a manager where one is given; gives an object with `url` and `engine`."""
     options = {
         "tool_parser": "hermes", "reasoning_parser": "think", "served_model_name": ("demo-model", "other-name"),
-        **settings,
+        "port": 0, **settings,
     }  # fmt: skip
-    made = Settings(port=0, shutdown_timeout=1, ui_server=True, **options)
+    made = Settings(shutdown_timeout=1, ui_server=True, **options)
     engine = PacedEngine(script, pause=pause, max_model_len=400_000, num_cached_tokens=3)
-    server, listener = make_server(create_app(engine, made), made), bind(made.address)
+    server, listener = make_server(create_app(manager or engine, made), made), bind(made.address)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

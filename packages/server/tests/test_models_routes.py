@@ -12,6 +12,7 @@ import pytest
 from server_fakes import FakeLoader
 
 from candle_vllm.core.errors import ModelLoadError
+from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
@@ -167,8 +168,27 @@ def test_who_waits_is_told_what_loading_is_at(start) -> None:
         assert said.status_code == 503
         models = {each["id"]: each["loading"] for each in client.get("/v1/models/status").json()["models"]}
         assert models == {"small": loading, "org/large": None, "broken": None}
+        cards = {card["id"]: card.get("loading") for card in client.get("/v1/models").json()["data"]}
+        assert cards == {"small": loading, "tiny": loading, "org/large": None, "broken": None}
         asked.result(20)
+        assert not any("loading" in card for card in client.get("/v1/models").json()["data"])
         assert not any(each["loading"] for each in client.get("/v1/models/status").json()["models"])
+
+
+def test_a_download_before_room_is_made_is_told_too(start) -> None:
+    class Downloading(FakeLoader):
+        def check(self, entry: ModelEntry, beside: Any) -> None:
+            tell("downloading org/large", 1, 4)
+            time.sleep(1.0)
+
+    with start(_manager(Downloading())).http() as client, ThreadPoolExecutor(1) as pool:
+        _chat(client, "small")
+        asked = pool.submit(_chat, client, "org/large")
+        wanted = {"what": "downloading org/large, 25 %", "percent": 25}
+        end = time.monotonic() + 5
+        while (said := client.get("/v1/models/org/large").json()).get("loading") != wanted:
+            assert time.monotonic() < end, said
+        assert asked.result(20).status_code == 200
 
 
 def test_a_request_has_a_deadline(start) -> None:

@@ -18,6 +18,7 @@ export class ApiError extends Error {
 }
 
 const MAX_MESSAGE = 2000; // characters of an error that are shown
+const MAX_WAIT_MS = 15_000; // for what the server knows without work
 
 let currentKey: () => string = () => "";
 
@@ -42,7 +43,9 @@ export async function send(path: string, init: RequestInit = {}, ownKey = ""): P
   return response;
 }
 
-export const getJson = async (path: string): Promise<unknown> => readJson(await send(path));
+/** What a path answers with; where that takes too long, the server counts as gone. */
+export const getJson = async (path: string): Promise<unknown> =>
+  readJson(await send(path, { signal: AbortSignal.timeout(MAX_WAIT_MS) }));
 
 export async function postJson(path: string, body: unknown, signal?: AbortSignal, ownKey = ""): Promise<unknown> {
   return readJson(await send(path, jsonRequest(body, signal), ownKey));

@@ -4,11 +4,18 @@ export interface ModelCard {
   id: string;
   status: string;
   default: boolean;
+  loading?: LoadProgress;
   root?: string;
   max_model_len?: number;
   tool_parser?: string | null;
   reasoning_parser?: string | null;
   default_sampling?: Record<string, number>;
+}
+
+/** What is done while a model is loaded, and how much of it; null where nobody knows. */
+export interface LoadProgress {
+  what: string;
+  percent: number | null;
 }
 
 export interface Usage {

@@ -14,7 +14,8 @@ export const de: Texts = {
   close: "Schließen", cancel: "Abbrechen", dismiss: "Ausblenden", retry: "Erneut versuchen", use: "Verwenden", more: "Mehr zeigen",
 
   welcome: "Womit kann ich helfen?", welcomeModel: (name) => `${name} läuft auf deinem eigenen Server.`,
-  loadsOnFirst: "Es ist noch nicht geladen. Deine erste Nachricht lädt es; das kann dauern.",
+  notLoaded: (name) => `${name} ist noch nicht geladen. Deine erste Nachricht lädt es; das kann dauern.`,
+  noModelYet: "Dieser Server hat noch kein Modell. Wer ihn betreibt, kann eines hinzufügen.",
   connecting: "Verbinde…", privacy: "Unterhaltungen bleiben in diesem Browser und gehen an niemanden als diesen Server.",
   suggestions: [
     "Erkläre in fünf Sätzen, wie ein großes Sprachmodell funktioniert.",
@@ -28,6 +29,12 @@ export const de: Texts = {
     ready: "bereit", unloaded: "nicht geladen", loading: "lädt…", waiting: "wartet aufs Laden…", draining: "wird fertig…",
     unloading: "wird entladen…", failed: "fehlgeschlagen",
   },
+  loadingSteps: {
+    importing: "der Motor startet", reading: "liest die Dateien des Modells", downloading: "wird heruntergeladen", loading: "lädt die Gewichte",
+    compiling: "übersetzt für diesen Rechner, nur einmal", preparing: "gleich bereit",
+  },
+  loadingOf: (name) => `${name} wird geladen`, loadNow: "Jetzt laden",
+  writeAlready: "Du kannst schon schreiben: Die Antwort beginnt, sobald das Modell bereit ist.",
   contextTokens: (count) => `${count} Token Kontext`, contextOf: (used, most) => `${used} von ${most} Token Kontext belegt`,
 
   messages: "Nachrichten", you: "Du", answerOf: (model) => (model ? `Antwort von ${model}` : "Antwort"), message: "Nachricht",
@@ -103,6 +110,7 @@ export const de: Texts = {
 
   unreachable: "Der Server ist nicht erreichbar. Läuft er?", dropped: "Die Verbindung ist abgerissen. Was ankam, bleibt erhalten.",
   httpError: (status) => `Der Server antwortete mit Status ${status}.`, streamError: "Die Antwort brach ab.",
+  reconnecting: "Keine Verbindung. Die Seite versucht es von selbst weiter; was du schreibst, bleibt.",
   notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",
 };

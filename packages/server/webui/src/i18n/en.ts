@@ -14,7 +14,8 @@ export const en = {
   close: "Close", cancel: "Cancel", dismiss: "Dismiss", retry: "Try again", use: "Use", more: "Show more",
 
   welcome: "What can I help with?", welcomeModel: (name: string) => `${name} is running on your own server.`,
-  loadsOnFirst: "It is not loaded yet. Your first message loads it, which can take a while.",
+  notLoaded: (name: string) => `${name} is not loaded yet. Your first message loads it, which can take a while.`,
+  noModelYet: "This server has no model yet. Whoever runs it can add one.",
   connecting: "Connecting…", privacy: "Conversations are kept in this browser and are sent to no one but this server.",
   suggestions: [
     "Explain how a large language model works, in five sentences.",
@@ -28,6 +29,12 @@ export const en = {
     ready: "ready", unloaded: "not loaded", loading: "loading…", waiting: "waiting to load…", draining: "finishing…",
     unloading: "unloading…", failed: "failed",
   },
+  loadingSteps: {
+    importing: "starting the engine", reading: "reading the model's files", downloading: "downloading", loading: "loading the weights",
+    compiling: "compiling for this machine, once", preparing: "getting ready",
+  },
+  loadingOf: (name: string) => `Loading ${name}`, loadNow: "Load it now",
+  writeAlready: "You can write already: the answer begins when the model is ready.",
   contextTokens: (count: string) => `${count} tokens of context`,
   contextOf: (used: string, most: string) => `${used} of ${most} tokens of context used`,
 
@@ -106,6 +113,7 @@ export const en = {
 
   unreachable: "The server cannot be reached. Is it running?", dropped: "The connection was lost. What had arrived is kept.",
   httpError: (status: number) => `The server answered with status ${status}.`, streamError: "The answer broke off.",
+  reconnecting: "No connection. The page goes on trying by itself; what you write is kept.",
   notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",
 };

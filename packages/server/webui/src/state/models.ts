@@ -1,9 +1,11 @@
-// The models of the server, and which of them is chosen.
+// The models of the server and which of them is chosen; whether the server is there, asked again and again.
 
 import { computed, signal } from "@preact/signals";
 import { ApiError, errorInfo, type ErrorInfo } from "../api/http.ts";
 import { listModels, loadModel, unloadModel } from "../api/server.ts";
 import type { ModelCard } from "../api/types.ts";
+import { t } from "../i18n/index.ts";
+import { announce } from "./notices.ts";
 import { preferences } from "./preferences.ts";
 
 export type Connection = "connecting" | "ready" | "unreachable" | "locked";
@@ -15,10 +17,18 @@ export const connectionError = signal<ErrorInfo | null>(null);
 /** What is being done to a model by this page, by its id. */
 export const working = signal<Readonly<Record<string, "loading" | "unloading">>>({});
 
-const BUSY = new Set(["waiting", "loading", "draining"]);
-const POLL_MS = 1500;
-const RETRY_MS = 5000; // while the server cannot be reached
+const LOADING = new Set(["waiting", "loading"]);
+const BUSY = new Set([...LOADING, "draining", "unloading"]);
+const BUSY_MS = 1000; // while something changes
+const CALM_MS = 5000; // a server that has gone, or was started again, is noticed within so long
+const LOCKED_MS = 15_000;
+const HIDDEN_MS = 30_000; // nobody looks; what the page shows is asked for at once when it is seen again
+const RETRY_MS = 1000; // while the server cannot be reached: doubled up to CALM_MS
+const SOON_MS = 150; // for the server to begin what it was asked
+
 let polling: ReturnType<typeof setTimeout> | undefined;
+let asked = 0;
+let failures = 0;
 
 export const defaultModel = computed<ModelCard | undefined>(
   () => models.value.find((card) => card.default) ?? models.value[0],
@@ -30,27 +40,65 @@ export function cardFor(name: string | null): ModelCard | undefined {
   return named(name) ?? named(preferences.value.model) ?? defaultModel.value;
 }
 
+export const statusOf = (card: ModelCard): string => working.value[card.id] ?? card.status;
+export const isLoading = (card: ModelCard): boolean => LOADING.has(statusOf(card));
+export const isBusy = (card: ModelCard): boolean => BUSY.has(statusOf(card));
+
+/** Asks for the models, and so whether the server is there; from then on again and again, and sooner while it works. */
 export async function refreshModels(): Promise<void> {
   clearTimeout(polling);
+  const mine = ++asked;
   try {
-    models.value = await listModels();
+    const listed = await listModels();
+    if (mine !== asked) return; // somebody has asked later, with another key perhaps
+    failures = 0;
+    take(listed);
     connection.value = "ready";
     connectionError.value = null;
   } catch (error) {
+    if (mine !== asked) return;
     const status = error instanceof ApiError ? error.info.status : undefined;
     connection.value = status === 401 || status === 403 ? "locked" : "unreachable";
     connectionError.value = errorInfo(error);
-    if (connection.value === "unreachable") polling = setTimeout(() => void refreshModels(), RETRY_MS);
-    return;
+    if (connection.value === "unreachable") failures++;
   }
-  const busy = models.value.some((card) => BUSY.has(card.status)) || Object.keys(working.value).length > 0;
-  if (busy) polling = setTimeout(() => void refreshModels(), POLL_MS);
+  again(pause());
+}
+
+/** Asks a little later: a request is on its way that makes the server load a model. */
+export function refreshSoon(): void {
+  again(SOON_MS);
+}
+
+function again(ms: number): void {
+  clearTimeout(polling);
+  polling = setTimeout(() => void refreshModels(), ms);
+}
+
+function pause(): number {
+  if (document.hidden) return HIDDEN_MS;
+  if (connection.value === "unreachable") return Math.min(CALM_MS, RETRY_MS * 2 ** (failures - 1));
+  if (connection.value === "locked") return LOCKED_MS;
+  return models.value.some(isBusy) ? BUSY_MS : CALM_MS;
+}
+
+function take(listed: readonly ModelCard[]): void {
+  if (JSON.stringify(listed) === JSON.stringify(models.value)) return; // nothing need be drawn again
+  for (const card of listed) {
+    const before = models.value.find((one) => one.id === card.id);
+    if (before && before.status !== card.status) sayChange(card);
+  }
+  models.value = listed;
+}
+
+function sayChange({ id, status }: ModelCard): void {
+  if (status === "loading" || status === "ready" || status === "failed") announce(`${id}: ${t.value.modelStates[status]}`);
 }
 
 export async function changeModel(id: string, work: "loading" | "unloading"): Promise<void> {
   working.value = { ...working.value, [id]: work };
   const done = work === "loading" ? loadModel(id) : unloadModel(id);
-  polling = setTimeout(() => void refreshModels(), 100);
+  refreshSoon();
   try {
     await done;
   } finally {

@@ -14,7 +14,7 @@ import { newId } from "../store/ids.ts";
 import { FrameQueue } from "./frames.ts";
 import { isLeaving } from "./leaving.ts";
 import { allowAlways, isAllowed, toolsOf } from "./mcp.ts";
-import { cardFor } from "./models.ts";
+import { cardFor, refreshModels, refreshSoon } from "./models.ts";
 import { announce, notify } from "./notices.ts";
 import { callToolFromPage } from "./page-key.ts";
 import { preferences } from "./preferences.ts";
@@ -218,11 +218,13 @@ export class OpenChat {
   private begin(id: string): void {
     this.active.value = id;
     announce(t.value.answering);
+    if (cardFor(this.info.peek().model)?.status !== "ready") refreshSoon();
   }
 
   private finish(draft: AssistantMessage): void {
     if (this.active.value === draft.id) this.active.value = null;
     this.turns.delete(draft.id);
+    if (draft.error) void refreshModels(); // the server may have gone, or the model be broken
     this.update({ updated: Date.now() });
     const said = {
       done: textOf(draft).slice(0, MAX_ANNOUNCED), stopped: t.value.stopped, failed: t.value.answerFailed,

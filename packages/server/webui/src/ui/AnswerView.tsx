@@ -4,6 +4,7 @@ import { useState } from "preact/hooks";
 import { type AssistantMessage, type Step, textOf } from "../chat/types.ts";
 import { formatSeconds, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
+import { isLoading, models } from "../state/models.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { CopyButton } from "./CopyButton.tsx";
 import { describe } from "./errors.ts";
@@ -11,6 +12,7 @@ import { Icon } from "./Icon.tsx";
 import { Logprobs } from "./Logprobs.tsx";
 import { memo } from "./memo.ts";
 import { Siblings, removeButton } from "./MessageTools.tsx";
+import { LoadingLine } from "./ModelState.tsx";
 import { Numbers } from "./Numbers.tsx";
 import { ToolCard } from "./ToolCard.tsx";
 
@@ -34,7 +36,7 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
       {message.steps.map((step, index) => (
         <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
       ))}
-      {isSilent && <p class="waiting-dots" aria-label={t.value.answering}><span /><span /><span /></p>}
+      {isSilent && <Silence model={message.model} />}
       {message.error && (
         <div class="notice error" role="alert">
           <Icon name="warning" />
@@ -65,6 +67,13 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
       </footer>
     </article>
   );
+}
+
+/** What stands where the answer will begin: nothing is written while its model is loaded. */
+function Silence({ model }: { model: string }) {
+  const card = models.value.find((one) => one.id === model);
+  if (card && isLoading(card)) return <LoadingLine card={card} />;
+  return <p class="waiting-dots" role="img" aria-label={t.value.answering}><span /><span /><span /></p>;
 }
 
 /** Says why an answer is not whole, and offers to go on. */

@@ -3,11 +3,12 @@
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
-import { connection } from "../state/models.ts";
-import { sendMessage } from "../state/new-chat.ts";
+import { cardFor, connection, isLoading } from "../state/models.ts";
+import { sendMessage, shownStart } from "../state/new-chat.ts";
 import { notify } from "../state/notices.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
 import { Icon } from "./Icon.tsx";
+import { LoadingLine } from "./ModelState.tsx";
 import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
@@ -63,9 +64,19 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
           )}
         </div>
       </form>
-      <p class="composer-note">{t.value.mayBeWrong}</p>
+      <Note chat={chat} />
     </div>
   );
+}
+
+/** Below the input: what keeps the next answer waiting. */
+function Note({ chat }: { chat: OpenChat | null }) {
+  const isWaiting = chat !== null && chat.path.value.length > 0 && !chat.isBusy; // else it is said where the answer will be
+  const card = cardFor(shownStart.value.model);
+  if (connection.value === "unreachable") return <p class="composer-note">{t.value.reconnecting}</p>;
+  if (connection.value === "connecting") return <p class="composer-note">{t.value.connecting}</p>;
+  if (connection.value === "ready" && isWaiting && card && isLoading(card)) return <div class="composer-note"><LoadingLine card={card} /></div>;
+  return <p class="composer-note">{t.value.mayBeWrong}</p>;
 }
 
 function useHeight(field: { current: HTMLTextAreaElement | null }, text: string): void {

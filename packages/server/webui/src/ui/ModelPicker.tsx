@@ -3,13 +3,14 @@
 import { useEffect, useState } from "preact/hooks";
 import { errorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
-import { formatNumber, named, t } from "../i18n/index.ts";
-import { cardFor, changeModel, connection, models, refreshModels, working } from "../state/models.ts";
+import { formatNumber, t } from "../i18n/index.ts";
+import { cardFor, changeModel, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
 import { notify } from "../state/notices.ts";
 import { prefer } from "../state/preferences.ts";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
+import { LoadingBar, stateText } from "./ModelState.tsx";
 import { Popover } from "./Popover.tsx";
 
 export function ModelPicker() {
@@ -40,7 +41,7 @@ export function ModelPicker() {
 
 function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean; onChoose: () => void }) {
   const status = statusOf(card);
-  const busy = ["loading", "waiting", "draining", "unloading"].includes(status);
+  const busy = isBusy(card);
   const isAlias = card.root !== undefined && models.value.some((one) => one !== card && one.root === card.root && models.value.indexOf(one) < models.value.indexOf(card));
   const change = (work: "loading" | "unloading") => {
     changeModel(card.id, work).catch((error) => notify("error", `${card.id}: ${describe(errorInfo(error))}`));
@@ -51,11 +52,11 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
         <span class="model-id">{card.id}</span>
         <span class="model-facts">
           <StatusDot status={status} />
-          {named(t.value.modelStates, status) ?? status}
+          {stateText(card)}
           {card.max_model_len && ` · ${t.value.contextTokens(formatNumber(card.max_model_len))}`}
           {isAlias && ` · ${t.value.alias}`}
         </span>
-        {busy && <progress aria-label={named(t.value.modelStates, status) ?? status} />}
+        {busy && <LoadingBar card={card} />}
       </button>
       {isChosen && <Icon name="check" />}
       {!busy && !isAlias && (status === "ready" ? (
@@ -66,8 +67,6 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
     </li>
   );
 }
-
-const statusOf = (card: ModelCard): string => working.value[card.id] ?? card.status;
 
 function StatusDot({ status }: { status: string }) {
   const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" ? "off" : "busy";

@@ -1,18 +1,21 @@
 // What stands where no message is yet.
 
+import { errorInfo } from "../api/http.ts";
+import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
-import { cardFor, connection } from "../state/models.ts";
+import { cardFor, changeModel, connection, isBusy } from "../state/models.ts";
 import { shownStart } from "../state/new-chat.ts";
+import { notify } from "../state/notices.ts";
+import { describe } from "./errors.ts";
+import { LoadingLine } from "./ModelState.tsx";
 
 export function Welcome() {
   const card = cardFor(shownStart.value.model);
-  const isReady = connection.value === "ready" && card;
   return (
     <section class="welcome">
       <img src="icon.svg" alt="" width="48" height="48" />
       <h2>{t.value.welcome}</h2>
-      {isReady && <p>{t.value.welcomeModel(card.id)}</p>}
-      {isReady && card.status !== "ready" && <p class="faint">{t.value.loadsOnFirst}</p>}
+      {connection.value === "ready" && (card ? <State card={card} /> : <p class="faint">{t.value.noModelYet}</p>)}
       {connection.value === "connecting" && <p class="faint">{t.value.connecting}</p>}
       <ul class="suggestions">
         {t.value.suggestions.map((text) => (
@@ -23,6 +26,27 @@ export function Welcome() {
       </ul>
       <p class="faint small">{t.value.privacy}</p>
     </section>
+  );
+}
+
+function State({ card }: { card: ModelCard }) {
+  if (isBusy(card)) {
+    return (
+      <>
+        <LoadingLine card={card} />
+        <p class="faint">{t.value.writeAlready}</p>
+      </>
+    );
+  }
+  if (card.status === "ready") return <p>{t.value.welcomeModel(card.id)}</p>;
+  const load = () => {
+    changeModel(card.id, "loading").catch((error) => notify("error", `${card.id}: ${describe(errorInfo(error))}`));
+  };
+  return (
+    <>
+      <p class="faint">{t.value.notLoaded(card.id)}</p>
+      <button type="button" class="button" onClick={load}>{t.value.loadNow}</button>
+    </>
   );
 }
 

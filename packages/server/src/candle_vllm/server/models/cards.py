@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from pydantic import model_validator
 
 from candle_vllm.openai import ModelCard
@@ -18,25 +18,6 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
 
 MAX_ERROR = 2000  # characters
-
-
-class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name whose model is not loaded, so that little is known of it."""
-
-    id: str
-    created: int
-    root: str
-    status: str
-    default: bool
-    object: str = "model"
-    owned_by: str = "candle-vllm"
-
-
-class LoadedCard(ModelCard, frozen=True, kw_only=True):
-    """A served name whose model is loaded."""
-
-    status: str
-    default: bool
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +30,30 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
 
     what: str
     percent: int | None
+
+
+class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A served name whose model is not loaded, so that little is known of it.
+
+    Attributes:
+        loading: what is being done, while it is loaded.
+    """
+
+    id: str
+    created: int
+    root: str
+    status: str
+    default: bool
+    object: str = "model"
+    owned_by: str = "candle-vllm"
+    loading: LoadProgress | UnsetType = UNSET
+
+
+class LoadedCard(ModelCard, frozen=True, kw_only=True):
+    """A served name whose model is loaded."""
+
+    status: str
+    default: bool
 
 
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +118,14 @@ def cards(manager: ModelManager) -> list[LoadedCard | UnloadedCard]:
 def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
     if slot.model is None:
         return [
-            UnloadedCard(id=name, created=0, root=slot.entry.name, status=slot.state.value, default=default)
+            UnloadedCard(
+                id=name,
+                created=0,
+                root=slot.entry.name,
+                status=slot.state.value,
+                default=default,
+                loading=load_progress(slot) or UNSET,
+            )
             for name in slot.entry.names
         ]
     given = slot.entry.settings.default_sampling

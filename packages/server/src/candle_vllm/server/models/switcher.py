@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.progress import Progress, heard_by, tell
@@ -24,6 +24,8 @@ from candle_vllm.server.models.slot import ModelSlot, ModelState, ServedModel
 from candle_vllm.server.observing.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class NoRoomError(Exception):
@@ -182,7 +184,8 @@ class ModelSwitcher:
         slot.state, slot.error, slot.asked, slot.progress = ModelState.LOADING, None, False, None
         try:
             if self.loaded:  # else nobody makes room for it, and loading finds out the same
-                await in_thread(lambda: self._load.check(slot.entry, self.loaded), f"check-{slot.entry.name}")
+                check = _heard(slot, lambda: self._load.check(slot.entry, self.loaded))  # which may download it
+                await in_thread(check, f"check-{slot.entry.name}")
             while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
                 await self._retire(self._least_used())
             model = await self._load_beside(slot)
@@ -194,17 +197,13 @@ class ModelSwitcher:
         self._settle(slot, model)
 
     async def _load_beside(self, slot: ModelSlot) -> ServedModel:
-        def hear(progress: Progress) -> None:  # in the thread that loads; the next one is put in its place
-            slot.progress = progress
-
         def load() -> ServedModel:
-            with heard_by(hear):
-                tell("importing the engine")
-                return self._load(slot.entry, self.loaded)
+            tell("importing the engine")
+            return self._load(slot.entry, self.loaded)
 
         while True:
             try:
-                return await in_thread(load, f"load-{slot.entry.name}", _unload)
+                return await in_thread(_heard(slot, load), f"load-{slot.entry.name}", _unload)
             except NoRoomError as error:
                 if not self.loaded:
                     raise
@@ -290,6 +289,19 @@ def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
     left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
     message = f"The model {slot.entry.name!r} could not be loaded; the server's log says why."
     return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})
+
+
+def _heard(slot: ModelSlot, work: Callable[[], T]) -> Callable[[], T]:
+    """Work on a slot's model, in whose thread the slot hears how far it is."""
+
+    def hear(progress: Progress) -> None:  # the next one is put in its place
+        slot.progress = progress
+
+    def heard() -> T:
+        with heard_by(hear):
+            return work()
+
+    return heard
 
 
 def _done(entry: _Unwanted) -> None:

@@ -1,0 +1,102 @@
+"""What the page says and does while models are loaded, cannot be loaded, or go."""
+
+from __future__ import annotations
+
+import queue
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actions import button, said, say
+from ui_server import ui_server
+
+from server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
+
+from candle_vllm.core.progress import tell
+from candle_vllm.server import Settings
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ServedModel
+
+ROOT = Path(__file__).parents[2]
+
+
+class SteppedLoader(FakeLoader):
+    """Loads as far as the test lets it: a step is told, a failure is raised, None ends the load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: queue.Queue[tuple[Any, ...] | Exception | None] = queue.Queue()
+
+    def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
+        while (step := self.steps.get(timeout=60)) is not None:
+            if isinstance(step, Exception):
+                raise step
+            tell(*step)
+        return super().__call__(entry, beside)
+
+
+@pytest.fixture
+def loader() -> Iterator[SteppedLoader]:
+    made = SteppedLoader()
+    yield made
+    made.steps.put(None)  # no thread waits for ever
+
+
+def two_models(loader: SteppedLoader) -> ModelManager:
+    """A manager of two models, neither of them loaded."""
+    entries = [ModelEntry(name, Settings(), (name,)) for name in ("first", "second")]
+    return ModelManager(Catalogue(entries), loader)
+
+
+def test_loading_is_followed_to_its_end(loader: SteppedLoader, open_page: Callable[..., Any]) -> None:
+    with ui_server(manager=two_models(loader)) as site:
+        page = open_page(site.url)
+        page.get_by_text("first is not loaded yet.").wait_for()
+        button(page, "Load it now").click()
+        loader.steps.put(("downloading org/first", 1, 4))
+        page.locator(".welcome").get_by_text("downloading, 25 %").wait_for()
+        page.get_by_text("You can write already").wait_for()
+        assert page.locator(".welcome progress").get_attribute("value") == "25"
+        button(page, "Model: first").click()
+        page.locator(".model-row").first.get_by_text("downloading, 25 %").wait_for()
+        loader.steps.put(("compiling the CPU kernels, once for this machine", 30, 40, " kernels"))
+        page.locator(".model-row").first.get_by_text("compiling for this machine, once, 75 %").wait_for()
+        page.keyboard.press("Escape")
+        loader.steps.put(("preparing the steps",))
+        page.locator(".welcome").get_by_text("getting ready…").wait_for()
+        loader.steps.put(None)
+        page.get_by_text("first is running on your own server").wait_for()
+        assert page.locator("progress").count() == 0
+
+
+def test_a_page_opened_while_the_server_loads_becomes_ready(
+    loader: SteppedLoader, open_page: Callable[..., Any]
+) -> None:
+    manager = two_models(loader)
+    with ui_server(manager=manager) as site:
+        page = open_page(site.url, locale="de")
+        page.get_by_text("first ist noch nicht geladen.").wait_for()
+        say(page, "Hello")  # which loads it
+        loader.steps.put(("loading the weights", 43, 100))
+        page.locator(".answer").get_by_text("lädt die Gewichte, 43 %").wait_for()
+        other = open_page(site.url)
+        other.locator(".welcome").get_by_text("loading the weights, 43 %").wait_for()
+        loader.steps.put(None)
+        said(page, "Hello!")
+        other.get_by_text("first is running on your own server").wait_for()
+
+
+def test_every_step_of_loading_has_words_in_every_language() -> None:
+    sources = [*(ROOT / "packages/core/src").rglob("*.py"), *(ROOT / "packages/server/src").rglob("models/*.py")]
+    told = {
+        word for path in sources for word in re.findall(r'(?:\btell\(|_told_bar\(f)"(\w+) ', path.read_text("utf-8"))
+    }
+    assert {"downloading", "loading", "compiling"} <= told
+    for language in ("en", "de"):
+        text = (ROOT / f"packages/server/webui/src/i18n/{language}.ts").read_text("utf-8")
+        steps = re.search(r"loadingSteps: \{(.*?)\}", text, re.DOTALL)
+        assert steps is not None
+        assert told == set(re.findall(r"(\w+): \"", steps[1]))
