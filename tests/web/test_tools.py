@@ -201,6 +201,17 @@ def test_a_tool_that_is_always_allowed_does_not_run_where_it_is_off(page: Any, m
     assert len(mcp.calls) == 1
 
 
+def test_arguments_that_do_not_fit_are_told_to_the_model_without_asking(page: Any, mcp: Mcp) -> None:
+    strict = tool("now")
+    strict["function"]["parameters"] = {"type": "object", "properties": {"zone": {"enum": ["UTC"]}}}
+    page.route("**/v1/mcp/tools", lambda route: route.fulfill(json={"object": "list", "data": [strict]}))
+    page.reload()
+    tools_on(page)
+    say(page, "clock")
+    said(page, "The tool said: The arguments do not fit the tool's schema: zone: 'Europe/Berlin' is not one of ['UTC']")
+    assert mcp.calls == []
+
+
 def test_what_is_imported_has_no_tools_on(plain: Any, tmp_path: Path) -> None:
     other = conversation("Other", 2)
     other["conversation"]["tools"] = ["clock__now"]

@@ -19,12 +19,13 @@ const usage = (prompt: number, completion: number): ChatChunk => ({
 });
 const ask = (name: string, args = "{}", id = "c1", index = 0) => call({ index, id, function: { name, arguments: args } });
 
-const tool = (name: string): McpTool => ({ type: "function", function: { name, description: "d", parameters: {} }, server: "s", original_name: name, read_only: false });
+const tool = (name: string, parameters: Record<string, unknown> = {}): McpTool => ({ type: "function", function: { name, description: "d", parameters }, server: "s", original_name: name, read_only: false });
 
 function stage(...scripts: Script[]) {
   const message: AssistantMessage = { id: "m".repeat(32), role: "assistant", parent: "u", created: 1, model: "m", steps: [], state: "streaming" };
   const seen = { requests: [] as { goOn: boolean }[], calls: [] as { name: string; args: object }[], settled: 0, always: [] as string[] };
   const allowed = new Set<string>();
+  const tools = new Map<string, Record<string, unknown>>(); // schemas by name
   let clock = 0;
   let result: (name: string, signal: AbortSignal) => Promise<McpResult> = async (name) => ({ status: "completed", content: [], is_error: false, text: `${name} says hi`, seconds: 0.5 });
   const host: TurnHost = {
@@ -42,14 +43,14 @@ function stage(...scripts: Script[]) {
       seen.calls.push({ name, args });
       return result(name, signal);
     },
-    tool: (name) => (name.startsWith("no") ? undefined : tool(name)),
+    tool: (name) => (name.startsWith("no") ? undefined : tool(name, tools.get(name))),
     isAllowed: (one) => allowed.has(one.function.name),
     allowAlways: (one) => { allowed.add(one.function.name); seen.always.push(one.function.name); },
     changed: () => undefined,
     settled: () => { seen.settled++; },
     now: () => (clock += 10),
   };
-  return { turn: new Turn(message, host), message, seen, allowed, answerTools: (by: typeof result) => (result = by) };
+  return { turn: new Turn(message, host), message, seen, allowed, tools, answerTools: (by: typeof result) => (result = by) };
 }
 
 test("a plain answer", async () => {
@@ -112,6 +113,37 @@ test("unknown tools and broken arguments are answered without asking", async () 
   await turn.run();
   assert.deepEqual(message.steps[0]!.calls.map((one) => one.state), ["failed", "failed", "failed"]);
   assert.deepEqual([seen.calls.length, message.state], [0, "done"]);
+});
+
+test("arguments that do not fit the schema are answered to the model, and nobody is asked", async () => {
+  const { turn, message, seen, allowed, tools } = stage([ask("time", '{"zone":5}'), end("tool_calls")], [say("sorry"), end()]);
+  tools.set("time", { type: "object", properties: { zone: { type: "string" } }, required: ["zone"] });
+  allowed.add("time");
+  await turn.run();
+  const [call] = message.steps[0]!.calls;
+  assert.deepEqual([call!.state, call!.result], ["failed", "The arguments do not fit the tool's schema: zone: 5 is not of type 'string'"]);
+  assert.deepEqual([seen.calls.length, seen.requests.length, message.state], [0, 2, "done"]);
+});
+
+test("calls of an answer that was cut do not run, whole ones neither", async () => {
+  const { turn, message, seen, allowed } = stage([ask("a", "{}", "c1", 0), ask("b", '{"x', "c2", 1), end("length")], [say("on"), end()]);
+  allowed.add("a");
+  await turn.run();
+  assert.deepEqual([message.state, seen.calls.length, seen.requests.length], ["done", 0, 1]);
+  assert.deepEqual(message.steps[0]!.calls.map((one) => [one.state, one.result]), [
+    ["failed", "The answer was cut at its token limit behind this call, so it did not run."],
+    ["failed", "The answer was cut at its token limit within this call. It did not run."],
+  ]);
+  await turn.run(true);
+  assert.deepEqual([message.state, message.steps.at(-1)!.text, seen.calls.length], ["done", "on", 0]);
+  const strange = stage([ask("a", "{}"), end("content_filter")]);
+  strange.allowed.add("a");
+  await strange.turn.run();
+  assert.deepEqual([strange.message.state, strange.seen.calls.length, strange.message.steps[0]!.calls[0]!.state], ["done", 0, "failed"]);
+  const endless = stage([ask("a", "{}")]);
+  endless.allowed.add("a");
+  await endless.turn.run();
+  assert.deepEqual([endless.message.state, endless.seen.calls.length], ["done", 0]);
 });
 
 test("a tool that fails, and one that cannot be reached", async () => {

@@ -5,10 +5,14 @@
 import { errorInfo, isAbort, isRefusal } from "../api/http.ts";
 import type { ChatChunk, McpResult, McpTool } from "../api/types.ts";
 import { StepWriter } from "./accumulate.ts";
+import { readArguments } from "./arguments.ts";
 import { type AssistantMessage, emptyStep, type Step, type ToolCall } from "./types.ts";
 
 export const MAX_ROUNDS = 16; // requests of one turn before it pauses
 export const MAX_CALLS = 32; // of one step
+const CUT = "The answer was cut at its token limit within this call. It did not run.";
+const WHOLE = "The answer was cut at its token limit behind this call, so it did not run.";
+const BROKEN = "The answer did not come to its end, so this call did not run.";
 const MAX_RESULT = 100_000; // characters of a result that the model sees
 
 export type Decision = "once" | "always" | "deny";
@@ -103,7 +107,7 @@ export class Turn {
       }
       const step = await this.oneStep(goOn);
       goOn = false;
-      if (!step.calls.length) {
+      if (!step.calls.length || !isWhole(step)) {
         this.message.state = "done";
         return;
       }
@@ -127,18 +131,21 @@ export class Turn {
       writer.close(this.host.now());
     }
     step.calls = step.calls.filter((call) => call?.name).slice(0, MAX_CALLS);
-    for (const [index, call] of step.calls.entries()) this.admit(call, index);
+    for (const [index, call] of step.calls.entries()) this.admit(call, index, step);
+    this.approveAllowed();
     this.host.settled();
     return step;
   }
 
   /** A call that was written to its end: one that cannot run is answered at once, the others wait. */
-  private admit(call: ToolCall, index: number): void {
+  private admit(call: ToolCall, index: number, step: Step): void {
     call.id ||= `call_${this.message.id.slice(0, 8)}_${this.message.steps.length}_${index}`;
-    if (!this.host.tool(call.name)) fail(call, `There is no tool named ${call.name}.`);
-    else if (!argumentsOf(call)) fail(call, "The arguments are not a JSON object; the tool was not run.");
+    const tool = this.host.tool(call.name);
+    const given = readArguments(call.arguments, tool?.function.parameters);
+    if (!isWhole(step)) fail(call, step.finish !== "length" ? BROKEN : call.arguments.trim() && typeof readArguments(call.arguments, {}) === "object" ? WHOLE : CUT);
+    else if (!tool) fail(call, `There is no tool named ${call.name}.`);
+    else if (typeof given === "string") fail(call, given);
     else call.state = "waiting";
-    this.approveAllowed();
   }
 
   private approveAllowed(): void {
@@ -164,7 +171,7 @@ export class Turn {
     call.state = "running";
     this.host.changed();
     try {
-      const result = await this.host.callTool(call.name, argumentsOf(call) ?? {}, this.abort.signal);
+      const result = await this.host.callTool(call.name, argumentsOf(call), this.abort.signal);
       call.state = result.is_error || result.status !== "completed" ? "failed" : "done";
       call.result = (result.text || "(no output)").slice(0, MAX_RESULT);
       call.content = result.content;
@@ -204,13 +211,12 @@ function closeCalls(message: AssistantMessage): void {
   }
 }
 
-function argumentsOf(call: ToolCall): object | undefined {
-  try {
-    const value: unknown = JSON.parse(call.arguments || "{}");
-    return typeof value === "object" && value !== null && !Array.isArray(value) ? value : undefined;
-  } catch {
-    return undefined;
-  }
+/** Only what ended as answers do is known to be all that was meant. */
+const isWhole = (step: Step): boolean => step.finish === "stop" || step.finish === "tool_calls";
+
+function argumentsOf(call: ToolCall): object {
+  const given = readArguments(call.arguments, {});
+  return typeof given === "string" ? {} : given; // it was admitted: they can be read
 }
 
 function fail(call: ToolCall, why: string): void {
