@@ -57,16 +57,19 @@ def slow_site(browser: Any) -> Iterator[Site]:
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """`open_page(url, **options of the context)`: a page in an empty profile.
 
+    With `titles`, the model names conversations, as it does where nobody says otherwise; each is a request more.
     After the test the page must have met no violation of its policy, no script error, and asked nobody else.
     """
     with contextlib.ExitStack() as stack:
         opened: list[tuple[Any, list[str]]] = []
 
-        def open_page(url: str, **options: Any) -> Any:
+        def open_page(url: str, titles: bool = False, **options: Any) -> Any:
             context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **options})
             stack.callback(context.close)
             context.set_default_timeout(6_000)
             context.add_init_script(_WATCH)
+            if not titles:
+                context.add_init_script(_UNNAMED)
             page = context.new_page()
             wrong: list[str] = []
             own = "/".join(url.split("/")[:3])
@@ -81,6 +84,11 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
             assert not page.is_closed()
             assert page.evaluate("window.violations") == []
             assert wrong == []
+
+
+_UNNAMED = """
+localStorage.getItem("candle-vllm.preferences") ?? localStorage.setItem("candle-vllm.preferences", '{"titles":false}');
+"""
 
 
 def _is_foreign(url: str, own: str) -> bool:

@@ -83,6 +83,8 @@ def answer(prompt: str) -> str:
     asked = prompt.rsplit("<|im_start|>", 2)[-2] if prompt.endswith("assistant\n") else prompt
     if "tool\n" in asked[:8]:
         return f"The tool said: {asked.removeprefix('tool').split('<|im_end|>')[0].strip()}"
+    if "Write a title for this conversation" in asked:
+        return "**Title:** “A *good* name.”" if "title" in prompt.split("<|im_start|>")[1] else "<unsure>"
     if not prompt.endswith("assistant\n"):
         return " and it goes on."
     for word, said in (

@@ -317,13 +317,14 @@ async def test_priority_can_be_refused() -> None:
     adapter = OpenAIAdapter(engine, allow_priority=False)
     for answer in (
         adapter.chat(parse_chat_request({"messages": HI, "priority": -1})),
-        adapter.complete(parse_completion_request({"prompt": "a", "priority": 1})),
+        adapter.complete(parse_completion_request({"prompt": "a", "priority": -1})),
     ):
         with pytest.raises(UnsupportedParameterError, match="--enable-request-priority") as caught:
             await answer
         assert caught.value.param == "priority"
-    await adapter.chat(parse_chat_request({"messages": HI, "priority": 0}))
-    assert [request.priority for request in engine.requests] == [0]
+    for priority in (0, 1):  # who lets others go first takes nothing from them
+        await adapter.chat(parse_chat_request({"messages": HI, "priority": priority}))
+    assert [request.priority for request in engine.requests] == [0, 1]
 
 
 async def test_allowed_tokens_are_at_most_the_vocabulary() -> None:

@@ -379,8 +379,8 @@ async def test_priority_where_it_is_not_allowed(name: str) -> None:
     adapter = EmbeddingAdapter(ScriptedEngine(), allow_priority=False)
     _, fields = CALLS[name]
     with pytest.raises(UnsupportedParameterError, match="--enable-request-priority"):
-        await getattr(adapter, name)(parse({**fields, "priority": 1}))
-    assert await getattr(adapter, name)(parse({**fields, "priority": 0}))
+        await getattr(adapter, name)(parse({**fields, "priority": -1}))
+    assert await getattr(adapter, name)(parse({**fields, "priority": 1}))
 
 
 async def test_the_wrong_task_names_the_right_route() -> None:

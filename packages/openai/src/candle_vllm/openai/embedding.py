@@ -169,7 +169,7 @@ class EmbeddingAdapter:
 
     def _check(self, request: PoolingFields, task: str) -> None:
         info = self._engine.model_info
-        if request.priority and not self._allow_priority:
+        if (request.priority or 0) < 0 and not self._allow_priority:
             raise no_priority()
         if task not in info.tasks:
             others = ", ".join(_ROUTES[other] for other in info.tasks)

@@ -56,9 +56,9 @@ class UnsupportedParameterError(InvalidParameterError):
 
 
 def no_priority() -> UnsupportedParameterError:
-    """For a `priority` where no request may go before others."""
+    """For a `priority` below 0 where no request may go before others; one above lets the others go first."""
     return UnsupportedParameterError(
-        "priority is not supported: this server lets no request go before others, unless it is started with "
+        "priority below 0 is not supported: this server lets no request go before others, unless it is started with "
         "--enable-request-priority",
         "priority",
     )

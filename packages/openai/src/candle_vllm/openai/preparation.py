@@ -173,7 +173,7 @@ class TaskPreparation:
 
     def _check(self, task: Task) -> None:
         """The rules that depend on the model and on this adapter."""
-        if task.priority and not self._allow_priority:
+        if task.priority < 0 and not self._allow_priority:
             raise no_priority()
         allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")
         vocabulary = self._engine.model_info.vocab_size

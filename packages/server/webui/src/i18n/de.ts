@@ -78,6 +78,7 @@ export const de: Texts = {
   generalText: "Für alle Chats. Leere Felder bleiben dem Modell und dem Server überlassen.", answers: "Antworten",
   tabs: { chat: "Dieser Chat", general: "Alle Chats", data: "Daten" },
   theme: "Farben", themes: { system: "Wie das System", light: "Hell", dark: "Dunkel" }, language: "Sprache", browserLanguage: "Wie der Browser",
+  titles: "Das Modell benennt Unterhaltungen", titlesHint: "Mit einer kurzen Anfrage nach der ersten Antwort. Sonst ist die erste Zeile deiner Nachricht der Name.",
   resetAll: "Alles zurücksetzen", resetOf: (name) => `${name} zurücksetzen`, modelDefault: "Vorgabe", on: "An", off: "Aus",
   between: (least, most) => `Muss zwischen ${least} und ${most} liegen.`,
   fields: {

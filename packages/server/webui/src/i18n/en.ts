@@ -81,6 +81,7 @@ export const en = {
   generalText: "For all chats. Empty fields are left to the model and the server.", answers: "Answers",
   tabs: { chat: "This chat", general: "All chats", data: "Data" },
   theme: "Theme", themes: { system: "Like the system", light: "Light", dark: "Dark" }, language: "Language", browserLanguage: "Like the browser",
+  titles: "Conversations are named by the model", titlesHint: "A short request after the first answer. Otherwise the first line of your message is the name.",
   resetAll: "Reset all", resetOf: (name: string) => `Reset ${name}`, modelDefault: "default", on: "On", off: "Off",
   between: (least: string, most: string) => `Must be between ${least} and ${most}.`,
   fields: {

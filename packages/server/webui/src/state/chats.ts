@@ -1,6 +1,7 @@
 // All conversations, and the one that is shown.
 
 import { batch, computed, signal, type Signal } from "@preact/signals";
+import { titleOf } from "../chat/title.ts";
 import type { Conversation } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { MemoryStore, openStore, type Store } from "../store/database.ts";
@@ -9,8 +10,6 @@ import { type Archive, exportText, type Imported, importText, missing } from "..
 import { notify } from "./notices.ts";
 import { OpenChat } from "./open-chat.ts";
 import { go, route } from "./route.ts";
-
-const MAX_TITLE = 60;
 
 const known = signal<ReadonlyMap<string, Signal<Conversation>>>(new Map());
 const opened = new Map<string, OpenChat>();
@@ -113,13 +112,6 @@ export function beginChat(text: string, start: Pick<Conversation, "model" | "set
     chat.send(text);
   });
   return chat;
-}
-
-export function titleOf(text: string): string {
-  const line = text.trim().split("\n", 1)[0]!.replace(/\s+/g, " ");
-  if (line.length <= MAX_TITLE) return line;
-  const cut = line.slice(0, MAX_TITLE);
-  return `${cut.slice(0, Math.max(cut.lastIndexOf(" "), MAX_TITLE / 2)).trimEnd()}…`;
 }
 
 export function rename(id: string, title: string): void {

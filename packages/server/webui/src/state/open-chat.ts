@@ -5,6 +5,7 @@ import { streamChat } from "../api/chat.ts";
 import { snapshot } from "../chat/accumulate.ts";
 import { chatRequest } from "../chat/request.ts";
 import { merged } from "../chat/settings.ts";
+import { titleOf, titleRequest } from "../chat/title.ts";
 import { MessageTree } from "../chat/tree.ts";
 import { type Decision, recover, Turn } from "../chat/turn.ts";
 import { type AssistantMessage, type Conversation, type Message, textOf, type UserMessage } from "../chat/types.ts";
@@ -18,9 +19,11 @@ import { cardFor, refreshModels, refreshSoon } from "./models.ts";
 import { announce, notify } from "./notices.ts";
 import { callToolFromPage } from "./page-key.ts";
 import { preferences } from "./preferences.ts";
+import { askForTitle, stopTitles } from "./titles.ts";
 
 const SAVE_MS = 500;
 const MAX_ANNOUNCED = 2000;
+const MAX_UNTITLED = 6; // messages; where the user was faster than a title until then, the first line stays
 
 export class OpenChat {
   readonly path = signal<readonly string[]>([]);
@@ -29,6 +32,7 @@ export class OpenChat {
   private readonly tree: MessageTree;
   private readonly turns = new Map<string, Turn>();
   private deleted = false;
+  private hasAskedForTitle = false;
 
   constructor(
     readonly info: Signal<Conversation>,
@@ -216,6 +220,7 @@ export class OpenChat {
   }
 
   private begin(id: string): void {
+    stopTitles();
     this.active.value = id;
     announce(t.value.answering);
     if (cardFor(this.info.peek().model)?.status !== "ready") refreshSoon();
@@ -231,6 +236,21 @@ export class OpenChat {
       waiting: t.value.approvalNeeded, streaming: "",
     };
     announce(said[draft.state]);
+    if (draft.state === "done") void this.askForTitle(draft.model);
+  }
+
+  /** Has the model name a conversation that has its first answer and whose name is not the user's. */
+  private async askForTitle(model: string): Promise<void> {
+    const { title, renamed, settings } = this.info.peek();
+    const path = this.path.peek().map((id) => this.nodes.get(id)!.peek());
+    const [question, first] = path;
+    const isWanted = preferences.peek().titles && !this.hasAskedForTitle && !renamed && path.length <= MAX_UNTITLED;
+    if (!isWanted || question?.role !== "user" || title !== titleOf(question.text) || !first || !textOf(first)) return;
+    const { system } = merged(preferences.peek().settings, settings);
+    const made = await askForTitle(titleRequest(model, path, system, !!cardFor(model)?.reasoning_parser));
+    this.hasAskedForTitle = made !== undefined;
+    const now = this.info.peek();
+    if (made && !now.renamed && now.title === title) this.update({ title: made });
   }
 
   private request(draft: AssistantMessage, goOn: boolean): object {

@@ -14,6 +14,7 @@ export interface Preferences {
   allowed: AlwaysAllowed;
   toolsOff: readonly string[];
   sidebar: boolean;
+  titles: boolean; // conversations are named by the model
 }
 
 export const KEY = "candle-vllm.preferences";
@@ -31,6 +32,7 @@ export function readPreferences(): Preferences {
     allowed: Object.fromEntries(Object.entries(allowed).filter(([, print]) => typeof print === "string")),
     toolsOff: Array.isArray(given.toolsOff) ? given.toolsOff.filter((one) => typeof one === "string") : [],
     sidebar: given.sidebar !== false,
+    titles: given.titles !== false,
   };
 }
 

@@ -77,6 +77,10 @@ function GeneralTab() {
           </select>
         </label>
       </div>
+      <label class="check">
+        <input type="checkbox" checked={preferences.value.titles} onChange={(event) => prefer({ titles: event.currentTarget.checked })} />
+        <span>{t.value.titles}<br /><span class="hint">{t.value.titlesHint}</span></span>
+      </label>
       <KeyForm />
       <h3>{t.value.answers}</h3>
       <Lead text={t.value.generalText} onReset={Object.keys(settings).length ? () => change({}) : undefined} />

@@ -256,7 +256,9 @@ async def take_turn(
         lease = await manager.acquire(name)
         try:
             allowed = lease.model.entry.settings.enable_request_priority
-            place = await lease.model.admission.enter(caller.label, sequences, priority if allowed else 0)
+            place = await lease.model.admission.enter(
+                caller.label, sequences, priority if allowed else max(priority, 0)
+            )
         except RetiredError:  # its engine has died, or had to go: it is waited for again
             lease.release()
         except BaseException:

@@ -190,7 +190,7 @@ async def _work(
         for event in stream.opening():
             yield event
         allowed = lease.model.entry.settings.enable_request_priority
-        place = await lease.model.admission.enter(caller.label, 1, priority if allowed else 0)
+        place = await lease.model.admission.enter(caller.label, 1, priority if allowed else max(priority, 0))
         try:
             await stream.start()
             async for event in stream:
