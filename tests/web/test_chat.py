@@ -173,6 +173,42 @@ def test_settings_reach_the_engine_and_can_be_reset(chat: Any, site: Site) -> No
     assert site.engine.requests[-1].params.seed is None
 
 
+def test_settings_say_what_counts_where_nothing_is_set(chat: Any, site: Site) -> None:
+    card = {"id": "demo-model", "status": "ready", "default": True}
+    known = {**card, "default_sampling": {"temperature": 0.6, "top_k": 20}}
+    cards = [known]
+    chat.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    chat.reload()
+    button(chat, "Settings of this chat").click()
+    chat.get_by_text("Default: 0.6").wait_for()
+    chat.get_by_text("Default: 20").wait_for()
+    slider = chat.get_by_role("slider", name="Temperature, slider")
+    field = chat.get_by_label("Temperature", exact=True)
+    assert (slider.input_value(), field.input_value(), field.get_attribute("placeholder")) == ("0.6", "", "0.6")
+    slider.fill("1.2")
+    assert field.input_value() == "1.2"
+    slider.press("ArrowRight")
+    assert field.input_value() == "1.25"
+    field.fill("50")  # more than the slider has
+    field.press("Tab")
+    assert slider.input_value() == "2"
+    chat.keyboard.press("Escape")
+    ask(chat, "Hello")
+    assert site.engine.requests[-1].params.temperature == 50
+    button(chat, "Settings of this chat").click()
+    button(chat, "Reset Temperature").click()
+    assert (slider.input_value(), field.input_value()) == ("0.6", "")
+    chat.get_by_role("tab", name="All chats").click()
+    slider.fill("0.3")
+    chat.get_by_role("tab", name="This chat").click()
+    chat.get_by_text("All chats: 0.3").wait_for()
+    assert slider.input_value() == "0.3"
+    cards[0] = card  # a model that is not loaded tells nothing
+    chat.reload()
+    button(chat, "Settings of this chat").click()
+    chat.get_by_text("Default: the model's own").first.wait_for()
+
+
 def test_structured_output(chat: Any, site: Site) -> None:
     button(chat, "Settings of this chat").click()
     chat.get_by_role("textbox", name="Structured output").fill('{"type": "obj')

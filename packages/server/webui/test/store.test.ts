@@ -102,7 +102,7 @@ test("an imported file says what it likes, and gets nothing of it", () => {
 });
 
 test("what the server takes for what is left out is shown by our names", () => {
-  assert.deepEqual(served({ temperature: 0.8, top_k: 40, unknown: 1 }), { temperature: 0.8, topK: 40 });
+  assert.deepEqual(served({ temperature: 0.8, top_k: 40, presence_penalty: 0.5, unknown: 1 }), { temperature: 0.8, topK: 40, presencePenalty: 0.5, frequencyPenalty: 0, repetitionPenalty: 1 });
   assert.deepEqual(served(), {});
 });
 

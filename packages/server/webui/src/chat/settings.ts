@@ -29,6 +29,20 @@ export const RANGES: Readonly<Record<NumberSetting, NumberRange>> = {
   seed: whole(-Number.MAX_SAFE_INTEGER, Number.MAX_SAFE_INTEGER),
 };
 
+/** Where a number is worth looking for: the part of its range that a slider has. Its field takes all of it. */
+export const SLIDERS: Readonly<Partial<Record<NumberSetting, { least: number; most: number; step: number }>>> = {
+  temperature: { least: 0, most: 2, step: 0.05 },
+  topP: { least: 0.01, most: 1, step: 0.01 },
+  topK: { least: 0, most: 200, step: 1 },
+  minP: { least: 0, most: 1, step: 0.01 },
+  presencePenalty: { least: -2, most: 2, step: 0.1 },
+  frequencyPenalty: { least: -2, most: 2, step: 0.1 },
+  repetitionPenalty: { least: 0.5, most: 2, step: 0.05 },
+};
+
+// What counts where neither a request nor the server's card of the model says it.
+const NEUTRAL: ChatSettings = { presencePenalty: 0, frequencyPenalty: 0, repetitionPenalty: 1 };
+
 const WIRE: Readonly<Record<NumberSetting, string>> = {
   temperature: "temperature",
   topP: "top_p",
@@ -50,9 +64,11 @@ export function merged(general: ChatSettings, chat: ChatSettings): ChatSettings 
   return { ...general, ...chat };
 }
 
-/** What the server takes for numbers that a request leaves out. */
-export function served(defaults: Readonly<Record<string, number>> = {}): ChatSettings {
-  return Object.fromEntries(NUMBER_SETTINGS.filter((name) => WIRE[name] in defaults).map((name) => [name, defaults[WIRE[name]]]));
+/** What the server takes for numbers that a request leaves out; nothing where it does not say (a model that is not loaded). */
+export function served(defaults?: Readonly<Record<string, number>>): ChatSettings {
+  if (!defaults) return {};
+  const told = Object.fromEntries(NUMBER_SETTINGS.filter((name) => WIRE[name] in defaults).map((name) => [name, defaults[WIRE[name]]]));
+  return { ...NEUTRAL, ...told };
 }
 
 /** Reads a number from a field; undefined where the field is empty, null where it holds no allowed number. */

@@ -80,6 +80,8 @@ export const de: Texts = {
   theme: "Farben", themes: { system: "Wie das System", light: "Hell", dark: "Dunkel" }, language: "Sprache", browserLanguage: "Wie der Browser",
   titles: "Das Modell benennt Unterhaltungen", titlesHint: "Mit einer kurzen Anfrage nach der ersten Antwort. Sonst ist die erste Zeile deiner Nachricht der Name.",
   resetAll: "Alles zurücksetzen", resetOf: (name) => `${name} zurücksetzen`, modelDefault: "Vorgabe", on: "An", off: "Aus",
+  defaultIs: (value) => `Vorgabe: ${value}`, ofAllChats: (value) => `Alle Chats: ${value}`, ofModel: "die des Modells",
+  untold: { maxTokens: "bis zum Ende", seed: "zufällig" }, sliderOf: (name) => `${name}, Schieberegler`,
   between: (least, most) => `Muss zwischen ${least} und ${most} liegen.`,
   fields: {
     system: "System-Prompt", temperature: "Temperatur", topP: "Top p", topK: "Top k", minP: "Min p", maxTokens: "Höchstens Token",

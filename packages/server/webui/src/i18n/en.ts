@@ -83,6 +83,8 @@ export const en = {
   theme: "Theme", themes: { system: "Like the system", light: "Light", dark: "Dark" }, language: "Language", browserLanguage: "Like the browser",
   titles: "Conversations are named by the model", titlesHint: "A short request after the first answer. Otherwise the first line of your message is the name.",
   resetAll: "Reset all", resetOf: (name: string) => `Reset ${name}`, modelDefault: "default", on: "On", off: "Off",
+  defaultIs: (value: string) => `Default: ${value}`, ofAllChats: (value: string) => `All chats: ${value}`, ofModel: "the model's own",
+  untold: { maxTokens: "until it ends", seed: "random" } as Record<string, string>, sliderOf: (name: string) => `${name}, slider`,
   between: (least: string, most: string) => `Must be between ${least} and ${most}.`,
   fields: {
     system: "System prompt", temperature: "Temperature", topP: "Top p", topK: "Top k", minP: "Min p", maxTokens: "Most tokens",

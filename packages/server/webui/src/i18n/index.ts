@@ -21,8 +21,9 @@ export const t = computed<Texts>(() => LANGUAGES[shownLanguage.value]!);
 export const named = (table: Readonly<Record<string, string>>, name: string): string | undefined =>
   Object.hasOwn(table, name) ? table[name] : undefined;
 
-export function formatNumber(value: number, digits = 0): string {
-  return new Intl.NumberFormat(shownLanguage.value, { maximumFractionDigits: digits, minimumFractionDigits: digits }).format(value);
+/** A number with so many digits behind the point, or with up to `most` where it has them. */
+export function formatNumber(value: number, digits = 0, most = digits): string {
+  return new Intl.NumberFormat(shownLanguage.value, { maximumFractionDigits: most, minimumFractionDigits: digits }).format(value);
 }
 
 export function formatSeconds(seconds: number): string {

@@ -2,7 +2,7 @@
 
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
-import { merged, served } from "../chat/settings.ts";
+import { served } from "../chat/settings.ts";
 import type { ChatSettings } from "../chat/types.ts";
 import { LANGUAGES, t } from "../i18n/index.ts";
 import { close } from "../state/dialogs.ts";
@@ -48,11 +48,11 @@ export function SettingsDialog({ tab: first }: { tab: Tab }) {
 
 function ChatTab() {
   const { settings, model } = shownStart.value;
-  const wider = merged(served(cardFor(model)?.default_sampling), preferences.value.settings);
+  const general = preferences.value.settings;
   return (
     <>
       <Lead text={t.value.chatSettingsText} onReset={Object.keys(settings).length ? () => changeChatSettings({}) : undefined} />
-      <SettingsFields settings={settings} inherited={wider} onChange={changeChatSettings} />
+      <SettingsFields settings={settings} general={general} defaults={served(cardFor(model)?.default_sampling)} onChange={changeChatSettings} />
     </>
   );
 }
@@ -84,7 +84,7 @@ function GeneralTab() {
       <KeyForm />
       <h3>{t.value.answers}</h3>
       <Lead text={t.value.generalText} onReset={Object.keys(settings).length ? () => change({}) : undefined} />
-      <SettingsFields settings={settings} inherited={served(cardFor(shownStart.value.model)?.default_sampling)} onChange={change} />
+      <SettingsFields settings={settings} defaults={served(cardFor(shownStart.value.model)?.default_sampling)} onChange={change} />
     </>
   );
 }

@@ -1,18 +1,23 @@
-// The fields of one set of chat settings. An empty field leaves the value to the wider settings, then to the server.
+// The fields of one set of chat settings. An empty field leaves the value to the wider settings, then to the server; each
+// says what counts then.
 
 import { useId, useState } from "preact/hooks";
-import { isSchema, NUMBER_SETTINGS, type NumberSetting, RANGES, readNumber } from "../chat/settings.ts";
+import { isSchema, merged, NUMBER_SETTINGS, type NumberSetting, RANGES, readNumber, SLIDERS } from "../chat/settings.ts";
 import type { ChatSettings } from "../chat/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
 import { Icon } from "./Icon.tsx";
 
-interface FieldsProps {
+interface GivenProps {
   settings: ChatSettings;
-  inherited: ChatSettings;
+  general?: ChatSettings; // those of all chats, where these are a chat's own
+  defaults: ChatSettings; // the server's, as far as it says them
   onChange: (settings: ChatSettings) => void;
 }
 
-export function SettingsFields(props: FieldsProps) {
+type FieldsProps = GivenProps & { general: ChatSettings; inherited: ChatSettings };
+
+export function SettingsFields({ general = {}, ...given }: GivenProps) {
+  const props: FieldsProps = { ...given, general, inherited: merged(given.defaults, general) };
   return (
     <div class="fields">
       <TextField {...props} name="system" rows={4} />
@@ -56,18 +61,47 @@ function NumberField(props: FieldProps<NumberSetting>) {
     if (number === undefined) onChange(without(settings, name));
     else if (number !== null) onChange({ ...settings, [name]: number });
   };
-  const limits = t.value.between(formatNumber(range.min, range.integer ? 0 : 3).replace(/[.,]?0+$/, (zeros) => (/[.,]/.test(zeros) ? "" : zeros)), formatNumber(range.max));
+  const limits = t.value.between(formatNumber(range.min, 0, 3), formatNumber(range.max));
   return (
     <div class="field">
-      <label for={id}>{t.value.fields[name]}</label>
+      <span class="field-head"><label for={id}>{t.value.fields[name]}</label><Default {...props} id={`${id}-default`} /></span>
       <div class="field-row">
+        <Slider name={name} shown={Number(typed ?? value ?? inherited[name])} isOwn={value !== undefined} onSlide={type} onRead={read} />
         <input id={id} class="input" inputMode={range.min < 0 ? "text" : range.integer ? "numeric" : "decimal"} aria-invalid={isWrong}
-          aria-describedby={`${id}-hint`} value={typed ?? value ?? ""} placeholder={String(inherited[name] ?? t.value.modelDefault)}
+          aria-describedby={`${id}-hint ${id}-default`} value={typed ?? value ?? ""} placeholder={String(inherited[name] ?? "")}
           onChange={(event) => read(event.currentTarget.value)} />
         <Reset {...props} />
       </div>
       <span id={`${id}-hint`} class={isWrong ? "hint wrong" : "hint"}>{isWrong ? limits : t.value.hints[name]}</span>
     </div>
+  );
+}
+
+/** What counts where the field is empty, and whose it is. */
+function Default({ name, general, defaults, id }: FieldProps<NumberSetting> & { id: string }) {
+  const number = (value: number) => formatNumber(value, 0, 6);
+  const [wider, told] = [general[name], defaults[name]];
+  const text = wider !== undefined ? t.value.ofAllChats(number(wider)) : told !== undefined ? t.value.defaultIs(number(told)) : t.value.defaultIs(t.value.untold[name] ?? t.value.ofModel);
+  return <span id={id} class="tag">{text}</span>;
+}
+
+interface SliderProps {
+  name: NumberSetting;
+  shown: number; // NaN where nobody knows
+  isOwn: boolean;
+  onSlide: (text: string) => void;
+  onRead: (text: string) => void;
+}
+
+/** The same number to be pulled; what it comes to while it is pulled shows in the field, and counts when it is let go. */
+function Slider({ name, shown, isOwn, onSlide, onRead }: SliderProps) {
+  const slider = SLIDERS[name];
+  if (!slider) return null;
+  const { least, most, step } = slider;
+  const at = Number.isNaN(shown) ? least : Math.min(most, Math.max(least, shown));
+  return (
+    <input type="range" class={isOwn ? "slider" : "slider unset"} aria-label={t.value.sliderOf(t.value.fields[name])} min={least} max={most} step={step} value={at}
+      onInput={(event) => onSlide(event.currentTarget.value)} onChange={(event) => onRead(event.currentTarget.value)} />
   );
 }
 
