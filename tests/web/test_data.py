@@ -197,7 +197,8 @@ def test_a_failed_load_is_said(chat: Any) -> None:
     )
     chat.reload()
     button(chat, "Model: m").click()
-    button(chat, "Load m").click()
+    chat.locator(".model-row").get_by_text("m could not be loaded. Whoever runs this server").wait_for()
+    chat.locator(".model-row").get_by_role("button", name="Try again to load m").click()
     chat.get_by_text("m: It does not fit into memory.").wait_for()
 
 

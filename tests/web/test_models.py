@@ -14,8 +14,10 @@ from ui_server import ui_server
 
 from server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
 
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, NoMemoryError
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
+from candle_vllm.server.models.cards import FAILURES
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
@@ -87,6 +89,53 @@ def test_a_page_opened_while_the_server_loads_becomes_ready(
         loader.steps.put(None)
         said(page, "Hello!")
         other.get_by_text("first is running on your own server").wait_for()
+
+
+def test_a_load_that_failed_is_explained_and_tried_again(loader: SteppedLoader, open_page: Callable[..., Any]) -> None:
+    with ui_server(manager=two_models(loader)) as site:
+        page = open_page(site.url)
+        page.get_by_text("first is not loaded yet.").wait_for()
+        loader.steps.put(NoMemoryError("there is no memory for the weights: set --mem 12"))
+        say(page, "Hello")
+        refusal = page.locator(".answer").get_by_role("alert")
+        refusal.get_by_text("first could not be loaded. It needs more memory than the server has free.").wait_for()
+        button(page, "Model: first").click()
+        page.locator(".model-row").get_by_text("first could not be loaded. It needs more memory").wait_for()
+        assert page.get_by_text("What the server says").count() == 0  # it speaks of a flag
+        loader.steps.put(InvalidFileError("tensor 7 ends behind the file"))
+        button(page, "Try again to load first").click()
+        page.locator(".model-row").get_by_text("Its files are damaged or incomplete.").wait_for()
+        page.locator(".model-row").get_by_text("What the server says").click()
+        page.get_by_text("tensor 7 ends behind the file").wait_for()
+        page.keyboard.press("Escape")
+        refusal.get_by_text("Its files are damaged or incomplete.").wait_for()
+        refusal.get_by_role(
+            "button", name="Try again"
+        ).click()  # at once, though the server pauses
+        loader.steps.put(("loading the weights", 1, 2))
+        page.locator(".answer").get_by_text("loading the weights, 50 %").wait_for()
+        loader.steps.put(None)
+        said(page, "Hello!")
+        assert page.get_by_role("alert").count() == 0
+        assert "--mem" not in page.content()
+
+
+def test_a_failed_load_on_an_empty_page(loader: SteppedLoader, open_page: Callable[..., Any]) -> None:
+    with ui_server(manager=two_models(loader)) as site:
+        page = open_page(site.url, locale="de")
+        loader.steps.put(ModelNotFoundError("no such model"))
+        button(page, "Jetzt laden").click()
+        page.get_by_text("first konnte nicht geladen werden. Seine Dateien wurden nicht gefunden").wait_for()
+        loader.steps.put(None)
+        button(page, "Noch einmal versuchen, first zu laden").click()
+        page.get_by_text("first läuft auf deinem eigenen Server").wait_for()
+
+
+def test_every_kind_of_failure_has_words() -> None:
+    text = (ROOT / "packages/server/webui/src/i18n/en.ts").read_text("utf-8")
+    words = re.search(r"  failures: \{(.*?)\n  \}", text, re.DOTALL)
+    assert words is not None
+    assert {kind for _, kind in FAILURES} == set(re.findall(r"(\w+): \"", words[1]))
 
 
 def test_every_step_of_loading_has_words_in_every_language() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, memory
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.memory import MIB, Limit, room_for, tightest_limit
 
@@ -139,7 +139,7 @@ def test_whatever_runs_out_is_one_sentence(fail: Callable[[], None], words: str)
 def test_what_cannot_fit_is_not_tried() -> None:
     words = r"no memory for the cake \(300 MiB\): .*; eat 100 or raise it to 968 MiB$"
     with (
-        pytest.raises(ConfigError, match=words),
+        pytest.raises(NoMemoryError, match=words),
         room_for("the cake", 300 * MIB, way=lambda left: f"eat {left // MIB}"),
     ):
         raise AssertionError("it was tried")
@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
 ) -> None:
     (tmp_path / "x").write_bytes(b"x" * 100)
     monkeypatch.setattr("candle_vllm.core.loading.tensors.mmap.mmap", _map_without_room)
-    with pytest.raises(ConfigError, match="there is no memory for the file"), room_for("the file", 0):
+    with pytest.raises(NoMemoryError, match="there is no memory for the file"), room_for("the file", 0):
         MappedFile(tmp_path / "x")
 
 
@@ -190,7 +190,7 @@ def test_a_thread_that_does_not_start_is_one_sentence(toy_model: Path, monkeypat
 
     with InferenceEngine(EngineConfig(model=str(toy_model), threads=1)) as engine:
         monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ConfigError, match="no memory for one more thread for the engine"):
+        with pytest.raises(NoMemoryError, match="no memory for one more thread for the engine"):
             engine.generate([[1]], use_tqdm=False)
         monkeypatch.undo()
 

@@ -11,12 +11,20 @@ import httpx
 import pytest
 from server_fakes import FakeLoader
 
-from candle_vllm.core.errors import ModelLoadError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    ModelLoadError,
+    ModelNotFoundError,
+    NoMemoryError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.models.switcher import ManagerLimits
+from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 
 
 def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:
@@ -126,6 +134,30 @@ def test_a_load_that_fails_reaches_who_waits_and_tells_clients_no_paths(start) -
         assert "no such tensor" in status["last_error"]
         assert _states(client)["broken"] == "failed"
         assert _chat(client, "small").status_code == 200
+        cards = {card["id"]: card.get("failure") for card in client.get("/v1/models").json()["data"]}
+        assert cards == {"small": None, "tiny": None, "org/large": None, "broken": "other"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NoMemoryError("set --mem 5"), "memory"),
+        (NoRoomError("never"), "memory"),
+        (ModelNotFoundError("no such id"), "not_found"),
+        (UnsupportedModelError("no such architecture"), "unsupported"),
+        (InvalidFileError("cut"), "damaged"),
+        (WeightsError("missing"), "damaged"),
+        (ConfigError("--dtype f99"), "settings"),
+        (OSError("/secret"), "other"),
+    ],
+)
+def test_clients_are_told_of_what_kind_a_failure_is(start, error: Exception, kind: str) -> None:
+    loader = FakeLoader()
+    with start(_manager(loader)).http() as client:
+        loader.broken["broken"] = error
+        _chat(client, "broken")
+        card = client.get("/v1/models/broken").json()
+        assert (card["status"], card["failure"]) == ("failed", kind)
 
 
 def test_a_switch_under_load_loses_no_request(start) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, NoMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
         size: its bytes, as far as known.
 
     Raises:
-        ConfigError: instead of torch's OutOfMemoryError.
+        NoMemoryError: instead of torch's OutOfMemoryError.
     """
     if device.type == "cpu":
         yield
@@ -155,7 +155,7 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
-        raise ConfigError(
+        raise NoMemoryError(
             f"{what} take about {size >> 20} MiB and {device} has {total >> 20} MiB, of which {free >> 20} are left: "
             "take a model with fewer bits, another GPU (--device cuda:N) or --device cpu",
             "device",

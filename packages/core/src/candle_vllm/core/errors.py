@@ -2,6 +2,7 @@
 
     CandleVllmError
     ├── ConfigError              a setting that cannot work: names the setting and a value that does
+    │   └── NoMemoryError        what was asked for does not fit into the memory that there is
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
     ├── ModelLoadError           the files are there and cannot be used
     │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file
@@ -35,6 +36,10 @@ class ConfigError(CandleVllmError):
     def __init__(self, message: str, setting: str | None = None) -> None:
         super().__init__(message)
         self.setting = setting
+
+
+class NoMemoryError(ConfigError):
+    """The model, its cache or its steps need more memory than there is."""
 
 
 class ModelNotFoundError(CandleVllmError):

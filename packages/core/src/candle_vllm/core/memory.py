@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
 
@@ -100,7 +100,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         )
     available, share = room.available, config.kv_fraction or room.share
     if config.kv_cache_memory is not None and config.kv_cache_memory > available:
-        raise ConfigError(
+        raise NoMemoryError(
             f"the KV cache was given {_size(config.kv_cache_memory)} and {_size(available)} are free: "
             f"set --mem {int(available * 0.9) // MIB} or less",
             "kv_cache_memory",
@@ -155,7 +155,7 @@ def _shrunk_context(
         ways.append(f"--kv-fraction {min(0.99, needed / room.available + 0.01):.2f}")
     if needed > room.available and room.limit is not None:
         ways.append(f"to {room.limit.raised_by(needed - room.available)}")
-    raise ConfigError(
+    raise NoMemoryError(
         f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}: "
         f"try {' or '.join(ways)}",
         "max_model_len" if config.max_model_len is not None else "kv_cache_memory",
@@ -258,7 +258,7 @@ def room_for(
         way: what to do beside raising the limit, given the bytes that are left.
 
     Raises:
-        ConfigError: instead of MemoryError, and of what the system says where it starts no thread or maps no file.
+        NoMemoryError: instead of MemoryError, and of what the system says where it starts no thread or maps no file.
     """
     limit = tightest_limit()
     if limit.allowed and size > limit.left:
@@ -284,7 +284,7 @@ def _is_short() -> bool:
     return limit.allowed > 0 and limit.left < _SHORT
 
 
-def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str] | None) -> ConfigError:
+def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str] | None) -> NoMemoryError:
     limit = tightest_limit()
     ways = [] if way is None else [way(limit.left)]
     if limit.allowed:
@@ -293,4 +293,4 @@ def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str
     else:
         bound = f"{_size(limit.left)} are free on {limit.name}"
     takes = f" ({_size(size)})" if size else ""
-    return ConfigError(f"there is no memory for {what}{takes}: {bound}; {' or '.join(ways) or 'free some'}", setting)
+    return NoMemoryError(f"there is no memory for {what}{takes}: {bound}; {' or '.join(ways) or 'free some'}", setting)

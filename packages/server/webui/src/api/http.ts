@@ -8,6 +8,7 @@ export interface ErrorInfo {
   message: string;
   status?: number;
   param?: string;
+  code?: string; // the server's word for what it is, for programs
 }
 
 export class ApiError extends Error {
@@ -81,13 +82,14 @@ async function failureOf(response: Response): Promise<ApiError> {
   return new ApiError(info);
 }
 
-/** Message and parameter of OpenAI's error body. */
-export function describeError(body: unknown): { message: string; param?: string } {
+/** Message, parameter and code of OpenAI's error body. */
+export function describeError(body: unknown): Pick<ErrorInfo, "message" | "param" | "code"> {
   const error = (body as { error?: unknown } | null)?.error;
   if (typeof error === "string") return { message: shortened(error) };
-  const { message, param } = (error ?? {}) as { message?: unknown; param?: unknown };
-  const described: { message: string; param?: string } = { message: shortened(message) };
+  const { message, param, code } = (error ?? {}) as { message?: unknown; param?: unknown; code?: unknown };
+  const described: ReturnType<typeof describeError> = { message: shortened(message) };
   if (typeof param === "string" && param) described.param = param.slice(0, 200);
+  if (typeof code === "string" && code) described.code = code.slice(0, 200);
   return described;
 }
 

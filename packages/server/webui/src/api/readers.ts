@@ -87,6 +87,8 @@ export function readModel(data: unknown): ModelCard[] {
     const value = given[name];
     if (value === null || typeof value === "string") card[name] = value;
   }
+  const failure = text(given.failure);
+  if (failure !== undefined) card.failure = failure;
   const { what, percent } = fields(given.loading);
   if (typeof what === "string") card.loading = { what, percent: number(percent) ?? null };
   const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);

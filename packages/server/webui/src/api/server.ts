@@ -12,6 +12,13 @@ async function listOf<T>(path: string, read: (data: unknown) => T[]): Promise<T[
   return data.flatMap(read);
 }
 
+/** Why models could not be loaded, in the server's words, by their first names; for who holds its management key. */
+export async function listFailures(): Promise<Record<string, string>> {
+  const { models } = fields(await getJson("v1/models/status"));
+  const failed = (Array.isArray(models) ? models : []).map(fields).filter(({ id, error }) => text(id) && text(error));
+  return Object.fromEntries(failed.map(({ id, error }) => [id, error]));
+}
+
 export const loadModel = (id: string): Promise<unknown> => postJson("v1/models/load", { model: id });
 
 export const unloadModel = (id: string): Promise<unknown> => postJson("v1/models/unload", { model: id });

@@ -5,6 +5,7 @@ export interface ModelCard {
   status: string;
   default: boolean;
   loading?: LoadProgress;
+  failure?: string; // of what kind it is
   root?: string;
   max_model_len?: number;
   tool_parser?: string | null;

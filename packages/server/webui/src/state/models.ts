@@ -2,7 +2,7 @@
 
 import { computed, signal } from "@preact/signals";
 import { ApiError, errorInfo, type ErrorInfo } from "../api/http.ts";
-import { listModels, loadModel, unloadModel } from "../api/server.ts";
+import { listFailures, listModels, loadModel, unloadModel } from "../api/server.ts";
 import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
 import { announce } from "./notices.ts";
@@ -17,6 +17,9 @@ export const connectionError = signal<ErrorInfo | null>(null);
 /** What is being done to a model by this page, by its id. */
 export const working = signal<Readonly<Record<string, "loading" | "unloading">>>({});
 
+/** Why models could not be loaded, as the server tells it to who may know. */
+export const failures = signal<Readonly<Record<string, string>>>({});
+
 const LOADING = new Set(["waiting", "loading"]);
 const BUSY = new Set([...LOADING, "draining", "unloading"]);
 const BUSY_MS = 1000; // while something changes
@@ -28,7 +31,7 @@ const SOON_MS = 150; // for the server to begin what it was asked
 
 let polling: ReturnType<typeof setTimeout> | undefined;
 let asked = 0;
-let failures = 0;
+let misses = 0; // in a row
 
 export const defaultModel = computed<ModelCard | undefined>(
   () => models.value.find((card) => card.default) ?? models.value[0],
@@ -51,7 +54,7 @@ export async function refreshModels(): Promise<void> {
   try {
     const listed = await listModels();
     if (mine !== asked) return; // somebody has asked later, with another key perhaps
-    failures = 0;
+    misses = 0;
     take(listed);
     connection.value = "ready";
     connectionError.value = null;
@@ -60,7 +63,7 @@ export async function refreshModels(): Promise<void> {
     const status = error instanceof ApiError ? error.info.status : undefined;
     connection.value = status === 401 || status === 403 ? "locked" : "unreachable";
     connectionError.value = errorInfo(error);
-    if (connection.value === "unreachable") failures++;
+    if (connection.value === "unreachable") misses++;
   }
   again(pause());
 }
@@ -77,7 +80,7 @@ function again(ms: number): void {
 
 function pause(): number {
   if (document.hidden) return HIDDEN_MS;
-  if (connection.value === "unreachable") return Math.min(CALM_MS, RETRY_MS * 2 ** (failures - 1));
+  if (connection.value === "unreachable") return Math.min(CALM_MS, RETRY_MS * 2 ** (misses - 1));
   if (connection.value === "locked") return LOCKED_MS;
   return models.value.some(isBusy) ? BUSY_MS : CALM_MS;
 }
@@ -89,6 +92,15 @@ function take(listed: readonly ModelCard[]): void {
     if (before && before.status !== card.status) sayChange(card);
   }
   models.value = listed;
+  if (listed.some(({ status }) => status === "failed")) void refreshFailures();
+}
+
+async function refreshFailures(): Promise<void> {
+  try {
+    failures.value = await listFailures();
+  } catch {
+    failures.value = {}; // the kind of each failure is known all the same
+  }
 }
 
 function sayChange({ id, status }: ModelCard): void {

@@ -15,7 +15,7 @@ import { newId } from "../store/ids.ts";
 import { FrameQueue } from "./frames.ts";
 import { isLeaving } from "./leaving.ts";
 import { allowAlways, isAllowed, toolsOf } from "./mcp.ts";
-import { cardFor, refreshModels, refreshSoon } from "./models.ts";
+import { cardFor, changeModel, refreshModels, refreshSoon } from "./models.ts";
 import { announce, notify } from "./notices.ts";
 import { callToolFromPage } from "./page-key.ts";
 import { preferences } from "./preferences.ts";
@@ -104,6 +104,14 @@ export class OpenChat {
   /** Goes on where an answer stopped; what failed is tried again. */
   goOn(id: string): void {
     if (!this.isBusy) void this.turnOf(id)?.run(true);
+  }
+
+  /** Tries again what failed; a model that could not be loaded is loaded first, since the server pauses before it does. */
+  retry(id: string): void {
+    const message = this.nodes.get(id)?.peek();
+    const isUnloaded = message?.role === "assistant" && message.error?.code === "model_load_failed";
+    const loaded = isUnloaded ? changeModel(message.model, "loading").catch(() => undefined) : Promise.resolve();
+    void loaded.then(() => this.goOn(id)); // which says what is still wrong
   }
 
   decide(id: string, callId: string, decision: Decision): void {

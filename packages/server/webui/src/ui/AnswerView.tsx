@@ -1,13 +1,14 @@
 // What the model said: thoughts, text, tool calls, and the numbers.
 
 import { useState } from "preact/hooks";
+import type { ErrorInfo } from "../api/http.ts";
 import { type AssistantMessage, type Step, textOf } from "../chat/types.ts";
 import { formatSeconds, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
 import { isLoading, models } from "../state/models.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { CopyButton } from "./CopyButton.tsx";
-import { describe } from "./errors.ts";
+import { describe, NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { Logprobs } from "./Logprobs.tsx";
 import { memo } from "./memo.ts";
@@ -37,13 +38,7 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
         <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
       ))}
       {isSilent && <Silence model={message.model} />}
-      {message.error && (
-        <div class="notice error" role="alert">
-          <Icon name="warning" />
-          <p>{describe(message.error)}{message.error.param && <> <code>{message.error.param}</code></>}</p>
-          <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.retry}</button>
-        </div>
-      )}
+      {message.error && <Failure chat={chat} message={message} error={message.error} />}
       {!isWriting && <Ending chat={chat} message={message} isLast={isLast} />}
       <footer class="message-tools">
         <Siblings chat={chat} id={message.id} />
@@ -74,6 +69,24 @@ function Silence({ model }: { model: string }) {
   const card = models.value.find((one) => one.id === model);
   if (card && isLoading(card)) return <LoadingLine card={card} />;
   return <p class="waiting-dots" role="img" aria-label={t.value.answering}><span /><span /><span /></p>;
+}
+
+interface FailureProps {
+  chat: OpenChat;
+  message: AssistantMessage;
+  error: ErrorInfo;
+}
+
+function Failure({ chat, message, error }: FailureProps) {
+  const card = models.value.find(({ id }) => id === message.model);
+  if (error.code === NOT_LOADED && card && isLoading(card)) return <LoadingLine card={card} />; // it is tried again
+  return (
+    <div class="notice error" role="alert">
+      <Icon name="warning" />
+      <p>{describe(error, message.model)}{error.param && <> <code>{error.param}</code></>}</p>
+      <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.retry(message.id)}>{t.value.retry}</button>
+    </div>
+  );
 }
 
 /** Says why an answer is not whole, and offers to go on. */

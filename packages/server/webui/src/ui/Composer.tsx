@@ -7,8 +7,9 @@ import { cardFor, connection, isLoading } from "../state/models.ts";
 import { sendMessage, shownStart } from "../state/new-chat.ts";
 import { notify } from "../state/notices.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
+import { NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
-import { LoadingLine } from "./ModelState.tsx";
+import { FailureNote, LoadingLine } from "./ModelState.tsx";
 import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
@@ -76,6 +77,8 @@ function Note({ chat }: { chat: OpenChat | null }) {
   if (connection.value === "unreachable") return <p class="composer-note">{t.value.reconnecting}</p>;
   if (connection.value === "connecting") return <p class="composer-note">{t.value.connecting}</p>;
   if (connection.value === "ready" && isWaiting && card && isLoading(card)) return <div class="composer-note"><LoadingLine card={card} /></div>;
+  const isSaid = chat?.lastAnswer?.error?.code === NOT_LOADED;
+  if (connection.value === "ready" && isWaiting && card?.status === "failed" && !isSaid) return <FailureNote card={card} />;
   return <p class="composer-note">{t.value.mayBeWrong}</p>;
 }
 

@@ -1,16 +1,13 @@
 // The models: which one answers, and loading and unloading them.
 
 import { useEffect, useState } from "preact/hooks";
-import { errorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
-import { cardFor, changeModel, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
+import { cardFor, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
-import { notify } from "../state/notices.ts";
 import { prefer } from "../state/preferences.ts";
-import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
-import { LoadingBar, stateText } from "./ModelState.tsx";
+import { change, FailureNote, LoadingBar, stateText } from "./ModelState.tsx";
 import { Popover } from "./Popover.tsx";
 
 export function ModelPicker() {
@@ -43,9 +40,6 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
   const status = statusOf(card);
   const busy = isBusy(card);
   const isAlias = card.root !== undefined && models.value.some((one) => one !== card && one.root === card.root && models.value.indexOf(one) < models.value.indexOf(card));
-  const change = (work: "loading" | "unloading") => {
-    changeModel(card.id, work).catch((error) => notify("error", `${card.id}: ${describe(errorInfo(error))}`));
-  };
   return (
     <li class="model-row">
       <button type="button" class="model-choice" aria-pressed={isChosen} onClick={onChoose}>
@@ -60,10 +54,11 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
       </button>
       {isChosen && <Icon name="check" />}
       {!busy && !isAlias && (status === "ready" ? (
-        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={() => change("unloading")}>{t.value.unload}</button>
-      ) : (
-        <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change("loading")}>{t.value.load}</button>
+        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={() => change(card.id, "unloading")}>{t.value.unload}</button>
+      ) : status !== "failed" && (
+        <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change(card.id, "loading")}>{t.value.load}</button>
       ))}
+      {status === "failed" && <FailureNote card={card} />}
     </li>
   );
 }

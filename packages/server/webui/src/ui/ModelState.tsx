@@ -1,8 +1,12 @@
-// What the page says of a model that cannot answer yet: what is done with it, and how much of that.
+// What the page says of a model that cannot answer yet: what is done with it, how much of that, or why it failed.
 
+import { errorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
 import { formatNumber, named, t } from "../i18n/index.ts";
-import { statusOf } from "../state/models.ts";
+import { changeModel, failures, statusOf } from "../state/models.ts";
+import { notify } from "../state/notices.ts";
+import { describe, describeFailure, NOT_LOADED, sayable } from "./errors.ts";
+import { Icon } from "./Icon.tsx";
 
 /** What is done with a model now, as "loading the weights, 43 %". */
 export function stateText(card: ModelCard): string {
@@ -27,4 +31,27 @@ export function LoadingLine({ card }: { card: ModelCard }) {
       <LoadingBar card={card} />
     </div>
   );
+}
+
+/** Why a model could not be loaded, and another try. */
+export function FailureNote({ card }: { card: ModelCard }) {
+  const said = sayable(failures.value[card.id]);
+  return (
+    <div class="notice error" role="group" aria-label={t.value.couldNotLoad(card.id)}>
+      <Icon name="warning" />
+      <div>
+        <p>{describeFailure(card)}</p>
+        {said && <details class="small"><summary>{t.value.serverSays}</summary><p>{said}</p></details>}
+      </div>
+      <button type="button" class="button small" aria-label={t.value.loadAgain(card.id)} onClick={() => change(card.id, "loading")}>{t.value.retry}</button>
+    </div>
+  );
+}
+
+/** Loads or unloads a model. That it could not be loaded, its card says from then on; other failures are said here. */
+export function change(id: string, work: "loading" | "unloading"): void {
+  changeModel(id, work).catch((error) => {
+    const info = errorInfo(error);
+    if (info.code !== NOT_LOADED) notify("error", `${id}: ${describe(info)}`, () => change(id, work));
+  });
 }

@@ -1,13 +1,10 @@
 // What stands where no message is yet.
 
-import { errorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
-import { cardFor, changeModel, connection, isBusy } from "../state/models.ts";
+import { cardFor, connection, isBusy } from "../state/models.ts";
 import { shownStart } from "../state/new-chat.ts";
-import { notify } from "../state/notices.ts";
-import { describe } from "./errors.ts";
-import { LoadingLine } from "./ModelState.tsx";
+import { change, FailureNote, LoadingLine } from "./ModelState.tsx";
 
 export function Welcome() {
   const card = cardFor(shownStart.value.model);
@@ -39,13 +36,11 @@ function State({ card }: { card: ModelCard }) {
     );
   }
   if (card.status === "ready") return <p>{t.value.welcomeModel(card.id)}</p>;
-  const load = () => {
-    changeModel(card.id, "loading").catch((error) => notify("error", `${card.id}: ${describe(errorInfo(error))}`));
-  };
+  if (card.status === "failed") return <FailureNote card={card} />;
   return (
     <>
       <p class="faint">{t.value.notLoaded(card.id)}</p>
-      <button type="button" class="button" onClick={load}>{t.value.loadNow}</button>
+      <button type="button" class="button" onClick={() => change(card.id, "loading")}>{t.value.loadNow}</button>
     </>
   );
 }

@@ -16,7 +16,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, give_back
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
@@ -83,7 +83,7 @@ def build_on_gpu(
         runner.allocate(plan.num_blocks)
     except torch.OutOfMemoryError as error:
         size = plan.num_blocks * plan.block_bytes // MIB
-        raise ConfigError(
+        raise NoMemoryError(
             f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set --mem "
             f"{size * 3 // 4}, or --kv-fraction to a smaller share, or --disable-cuda-graph",
             "kv_cache_memory",
@@ -126,7 +126,7 @@ def _peak(work: Work, stream: DeviceStream) -> int:
     return max(0, peak)
 
 
-def _too_little(budget: int, sequences: int, device: Device) -> ConfigError:
+def _too_little(budget: int, sequences: int, device: Device) -> NoMemoryError:
     free, total = (size // MIB for size in torch.cuda.mem_get_info(device))
     ways = []
     if budget > sequences:
@@ -134,7 +134,7 @@ def _too_little(budget: int, sequences: int, device: Device) -> ConfigError:
     if sequences > 1:
         ways.append(f"--max-num-seqs {max(1, sequences // 4)}")
     ways.append("a smaller model, or one with fewer bits")
-    return ConfigError(
+    return NoMemoryError(
         f"the GPU's memory is too small for steps of {budget} tokens and {sequences} sequences beside the weights: "
         f"{free} of {total} MiB are free; try {' or '.join(ways)}",
         "max_num_batched_tokens",

@@ -11,13 +11,36 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import model_validator
 
+from candle_vllm.core.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidFileError,
+    ModelNotFoundError,
+    NoMemoryError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.openai import ModelCard
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
+from candle_vllm.server.models.switcher import NoRoomError
 
 MAX_ERROR = 2000  # characters
+FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+    (NoMemoryError, "memory"),
+    (NoRoomError, "memory"),
+    (MemoryError, "memory"),
+    (ModelNotFoundError, "not_found"),
+    (UnsupportedModelError, "unsupported"),
+    (InvalidFileError, "damaged"),
+    (WeightsError, "damaged"),
+    (ConfigError, "settings"),
+    (EngineDeadError, "died"),
+    (Exception, "other"),
+)
+"""What kinds of failure clients are told of; what the failure itself says may hold paths, and is for operators."""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +60,7 @@ class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         loading: what is being done, while it is loaded.
+        failure: of what kind it is, where the model could not be loaded, or died; one of `FAILURES`.
     """
 
     id: str
@@ -47,6 +71,7 @@ class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "model"
     owned_by: str = "candle-vllm"
     loading: LoadProgress | UnsetType = UNSET
+    failure: str | UnsetType = UNSET
 
 
 class LoadedCard(ModelCard, frozen=True, kw_only=True):
@@ -125,6 +150,7 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
                 status=slot.state.value,
                 default=default,
                 loading=load_progress(slot) or UNSET,
+                failure=failure_of(slot) or UNSET,
             )
             for name in slot.entry.names
         ]
@@ -162,6 +188,13 @@ def load_progress(slot: ModelSlot) -> LoadProgress | None:
     """How far a model is that is being loaded; None of any other."""
     progress = slot.progress if slot.state is ModelState.LOADING else None
     return None if progress is None else LoadProgress(what=str(progress), percent=progress.percent)
+
+
+def failure_of(slot: ModelSlot) -> str | None:
+    """Of what kind a model's failure is; None of a model that has not failed."""
+    if slot.state is not ModelState.FAILED:
+        return None
+    return next(kind for failure, kind in FAILURES if isinstance(slot.error, failure))
 
 
 def status(manager: ModelManager) -> ManagerStatus:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import SETTINGS
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.server.models.admission import Admission
@@ -137,7 +137,7 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     on_gpu = device.type == "cuda"  # where caches take their memory at once
     most = free_memory(device) + sum(each.memory if on_gpu else each.engine.model_info.weight_bytes for each in beside)
     if need > most:
-        raise ConfigError(
+        raise NoMemoryError(
             f"{settings.model} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model: "
             "take a smaller --mem, or a model with fewer bits"
         )
