@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 import pydantic
@@ -13,6 +14,7 @@ import pytest
 
 from candle_vllm.core import SamplingParams, StructuredOutputsParams
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.json_schema import checked_schema
 from candle_vllm.core.sampling.structured import KINDS, parsed_json
 
 ONE_OF_EACH: dict[str, Any] = {
@@ -108,6 +110,27 @@ def test_a_class_of_pydantics_stands_for_its_schema() -> None:
     form = StructuredOutputsParams(json=Thing)
     assert form == StructuredOutputsParams(json=Thing.model_json_schema())
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(form), type=StructuredOutputsParams) == form
+
+
+class Point(TypedDict):
+    x: float
+    label: NotRequired[str]
+
+
+@dataclasses.dataclass
+class Line:
+    points: list[Point]
+
+
+class Drawing(msgspec.Struct):
+    lines: list[Line]
+
+
+@pytest.mark.parametrize("model", [Point, Line, Drawing])
+def test_so_do_other_classes_with_fields(model: Any) -> None:
+    form = StructuredOutputsParams(json=model)
+    assert form == StructuredOutputsParams(json=msgspec.json.schema(model))
+    assert "properties" in checked_schema(parsed_json("json", msgspec.json.schema(model)))["$defs"][model.__name__]
 
 
 def test_other_classes_are_refused() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypedDict
 
+import msgspec
 import pydantic
 import pytest
 from openai.lib._parsing import type_to_response_format_param
@@ -91,6 +94,48 @@ def test_what_the_official_client_makes_of_a_pydantic_model_is_accepted() -> Non
     assert structured is not None
     assert isinstance(structured.json, dict)
     assert list(structured.json["properties"]) == ["name", "size"]
+
+
+class Town(pydantic.BaseModel):
+    name: str
+    size: int | None = None
+
+
+class Route(TypedDict):
+    towns: list[str]
+
+
+@dataclasses.dataclass
+class Stop:
+    route: Route
+    minutes: int
+
+
+@pytest.mark.parametrize("model", [Town, Route, Stop])
+def test_a_class_is_the_form_of_its_schema(model: Any) -> None:
+    schema = model.model_json_schema() if model is Town else msgspec.json.schema(model)
+    whole: Any = {"type": "json_schema", "json_schema": {"name": model.__name__, "schema": schema}}
+    for form in ({"response_format": model}, {"structured_outputs": {"json": model}}):
+        for parse, rest in ((parse_chat_request, {"messages": HI}), (parse_completion_request, {"prompt": "hi"})):
+            told = parse({**rest, **form})
+            assert told.structured() == StructuredOutputsParams(json=schema)
+            assert told.structured() == parse({**rest, "response_format": whole}).structured()
+    whole["json_schema"]["schema"] = model
+    assert parse_chat_request({"messages": HI, "response_format": whole}).structured() == told.structured()
+
+
+def test_a_class_without_a_schema_is_refused_by_its_field() -> None:
+    class Odd(pydantic.BaseModel):
+        call: Callable[[int], int]
+
+    for field, form in (
+        ("response_format", {"response_format": int}),
+        ("response_format", {"response_format": Odd}),
+        ("structured_outputs.json", {"structured_outputs": {"json": Odd}}),
+    ):
+        with pytest.raises(RequestError, match=f"^{field} cannot be used: json") as caught:
+            parse_chat_request({"messages": HI, **form})
+        assert caught.value.param == field
 
 
 def nested(levels: int) -> dict[str, Any]:

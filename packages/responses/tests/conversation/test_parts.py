@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any
 
+import pydantic
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
@@ -242,3 +244,17 @@ def test_options_have_types_and_limits(name: str, value: object, told: str) -> N
     with pytest.raises(InvalidParameterError, match=f"{name} {told}") as caught:
         ConversationOptions(**{name: value})  # pyright: ignore[reportArgumentType]
     assert caught.value.param == name
+
+
+class Answer(pydantic.BaseModel):
+    text: str
+
+
+def test_a_class_as_the_form_of_the_answers_is_its_schema_for_every_model() -> None:
+    options = ConversationOptions(request={"response_format": Answer, "seed": 1})
+    asked = ChatTranscript([{"role": "user", "content": "hi"}]).request(options.request, (), (), first=True)
+    assert json.loads(json.dumps(asked)) == asked  # as a server gets it
+    assert asked["seed"] == 1
+    assert asked["response_format"]["json_schema"] == {"name": "Answer", "schema": Answer.model_json_schema()}
+    with pytest.raises(InvalidParameterError, match="response_format cannot be used: json is the class int"):
+        ConversationOptions(request={"response_format": int})

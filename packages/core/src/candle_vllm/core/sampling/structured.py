@@ -9,6 +9,7 @@ import json as _json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 from msgspec.structs import force_setattr
 
 from candle_vllm.core.arguments import ExplainedStruct
@@ -23,6 +24,7 @@ MAX_CHOICE_CHARACTERS = 1 << 20  # of all choices together
 MAX_WHITESPACE_PATTERN = 256  # characters
 MAX_REASONING_MARK = 256  # characters
 _PARAM = "structured_outputs"
+_MARKS = ("__dataclass_fields__", "__total__", "__struct_fields__")  # of dataclasses, TypedDicts, msgspec's structs
 
 
 class HasJsonSchema(Protocol):
@@ -32,7 +34,7 @@ class HasJsonSchema(Protocol):
 
 
 if TYPE_CHECKING:
-    Schema = str | Mapping[str, Any] | bool | HasJsonSchema
+    Schema = str | Mapping[str, Any] | bool | HasJsonSchema | type
 else:
     Schema = str | Mapping[str, Any] | bool  # what crosses to another process
 
@@ -43,8 +45,8 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
     The form wins over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
 
     Attributes:
-        json: a JSON schema, as a mapping, as its text, or true for any JSON value. A class with `model_json_schema`, as
-            pydantic's models have it, stands for what that returns.
+        json: a JSON schema, as a mapping, as its text, or true for any JSON value. A class of pydantic's, a
+            dataclass, a TypedDict or a Struct of msgspec stands for its schema.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
         choice: the texts of which one is said.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
@@ -77,7 +79,7 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
 
     def __post_init__(self) -> None:
         if isinstance(self.json, type):
-            force_setattr(self, "json", _schema_of(self.json))
+            force_setattr(self, "json", schema_of(self.json))
         given = [name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ()))]
         if len(given) != 1:
             what = f"it has {' and '.join(given)}" if given else "it has none"
@@ -135,12 +137,20 @@ def refused(message: str) -> InvalidParameterError:
     return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
 
 
-def _schema_of(model: Any) -> Mapping[str, Any]:
-    """The schema of a class of pydantic's kind, which is not imported for it."""
-    if not callable(getattr(model, "model_json_schema", None)):
-        raise refused(f"json is the class {model.__name__:.80}, which has no model_json_schema: give a JSON schema")
+def schema_of(model: Any) -> Mapping[str, Any]:
+    """The JSON schema of a class: one of pydantic's, which is not imported for it, or of another kind with fields.
+
+    Raises:
+        InvalidParameterError: the class has no such schema.
+    """
+    pydantics = callable(getattr(model, "model_json_schema", None))
+    if not pydantics and not any(hasattr(model, mark) for mark in _MARKS):
+        raise refused(
+            f"json is the class {model.__name__:.80}, which has no model_json_schema and is no dataclass, TypedDict or "
+            "Struct of msgspec: give a JSON schema"
+        )
     try:
-        return model.model_json_schema()
+        return model.model_json_schema() if pydantics else msgspec.json.schema(model)
     except Exception as error:  # of a class with a field that JSON has no form for
         raise refused(f"json: {model.__name__:.80} has no JSON schema: {error!s:.300}") from error
 

@@ -5,18 +5,19 @@ Both become core's `StructuredOutputsParams`, whose caps and whose grammar compi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import structured as core
 from candle_vllm.core.sampling.structured import KINDS, StructuredOutputsParams
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.fields import Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName, Schema, check_depth
+from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import FunctionName, Schema, check_depth, plain_schema
 
 _Choice = Annotated[str, Field(min_length=1)]
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")
@@ -115,6 +116,14 @@ def _format(value: Any) -> str:
     return f"<{kind}>" if isinstance(kind, str) and kind in _FORMATS else "<text>"
 
 
+def format_of(given: Any) -> Any:
+    """A class as the `response_format` of its schema; anything else as it is."""
+    if not isinstance(given, type):
+        return given
+    name = re.sub(r"[^a-zA-Z0-9_-]", "_", given.__name__)[:MAX_TOOL_NAME]
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": plain_schema(given)}}
+
+
 # Tags in angle brackets are left out of the paths in error messages.
 ResponseFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
@@ -122,6 +131,7 @@ ResponseFormat = Annotated[
     | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
     | Annotated[StructuralTagFormat, Tag("<structural_tag>")],
     Discriminator(_format),
+    BeforeValidator(format_of),
 ]
 
 
@@ -129,7 +139,7 @@ class StructuredOutputs(WireModel):
     """vLLM's way to constrain an answer: exactly one of the first six fields.
 
     Attributes:
-        json_value: a JSON schema, as an object or as JSON text.
+        json_value: a JSON schema, as an object or as JSON text; in a library a class with one, too.
         disable_fallback: there is one backend, so nothing is ever left to another one.
     """
 
@@ -155,6 +165,7 @@ class StructuredOutputs(WireModel):
                 value = decode_json(value, "the text")
             except InvalidBodyError as error:
                 raise invalid("", f"must be an object, or one as JSON text, but {error}") from None
+        value = plain_schema(value) if info.field_name == "json_value" else value
         schema_without_object = isinstance(value, bool) and info.field_name == "json_value"
         if value is not None and not isinstance(value, dict) and not schema_without_object:
             raise invalid("", "must be an object, or one as JSON text")

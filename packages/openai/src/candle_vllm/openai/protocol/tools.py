@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
@@ -18,7 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_rules import arguments_fault, in_json_types
+from candle_vllm.core.sampling.structured import schema_of
 from candle_vllm.openai.json_body import is_deeper
 from candle_vllm.openai.protocol.fields import (
     MAX_SCHEMA_DEPTH,
@@ -77,7 +80,17 @@ def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Schema = Annotated[dict[str, Any], AfterValidator(check_depth)]
+def plain_schema(given: Any) -> Any:
+    """A class, which a library may give, as its schema; anything else as it is."""
+    if not isinstance(given, type):
+        return given
+    try:
+        return dict(schema_of(given))
+    except InvalidParameterError as error:
+        raise invalid("", f"cannot be used: {str(error).removeprefix('structured_outputs: ')}") from None
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(plain_schema), AfterValidator(check_depth)]
 ArgumentsSchema = Annotated[dict[str, Any], AfterValidator(check_arguments)]
 
 

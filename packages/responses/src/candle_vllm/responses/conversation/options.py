@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.protocol.structured import format_of
+from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
@@ -88,6 +91,10 @@ class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
             limit.check(getattr(self, limit.name))
         if not isinstance(self.request, Mapping):
             raise InvalidParameterError(f"request must be an object, not {self.request!r:.40}", "request")
+        form = self.request.get("response_format")
+        if isinstance(form, type):  # of which a server at the other end knows nothing
+            with rules_below("response_format"):
+                force_setattr(self, "request", {**self.request, "response_format": format_of(form)})
         taken = OWN_FIELDS & set(self.request)
         if taken:
             raise InvalidParameterError(f"request must not set {', '.join(sorted(taken))}: the session does", "request")
