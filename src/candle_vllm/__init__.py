@@ -4,11 +4,15 @@ The packages are `core` (the engine), `openai`, `responses` and `server`; they a
 without this file, which then is no package's.
 """
 
-from importlib import import_module
-from pkgutil import extend_path
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+import os
+import sys
+
+TYPE_CHECKING = False  # typing's takes as long to import as all else before a command hears Ctrl+C
 if TYPE_CHECKING:
+    from typing import Any
+
     from candle_vllm.core import (
         CandleVllmError,
         ChatTemplateError,
@@ -103,7 +107,11 @@ _NOT_OF_CORE = {
 }
 
 # Packages that are installed from a checkout stand in folders of their own. The list is the module's spec's as well.
-__path__[:] = extend_path(__path__, __name__)
+__path__ += [
+    part
+    for part in (os.path.join(folder, __name__) for folder in sys.path if isinstance(folder, str))
+    if part not in __path__ and os.path.isdir(part)
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -112,6 +120,8 @@ def __getattr__(name: str) -> Any:
 
         return version("candle-vllm")
     if name in __all__:
+        from importlib import import_module
+
         return getattr(import_module(f"{__name__}.{_NOT_OF_CORE.get(name, 'core')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

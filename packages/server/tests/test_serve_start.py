@@ -162,6 +162,40 @@ def test_ctrl_c_while_kernels_are_compiled_ends_both_processes(
         time.sleep(0.05)
 
 
+_INTERRUPTED = """
+import os, signal, sys
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Sender())
+from candle_vllm.server.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["candle_vllm.server.interrupts", "contextlib", "candle_vllm.core.errors", "candle_vllm.server.settings"]
+)
+def test_ctrl_c_while_a_command_begins_is_one_line(name: str) -> None:
+    code = "import sys\nfor name in ('contextlib', 'typing', 're'):\n    sys.modules.pop(name, None)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + _INTERRUPTED.format(name=name), "config"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr in ("candle-vllm: stopped\n", "candle-vllm: stopped while it started\n")
+
+
+def test_hardly_anything_is_imported_before_ctrl_c_is_heard() -> None:
+    code = "import sys; before = {*sys.modules}; import candle_vllm.server.cli; print(*({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ours = {"candle_vllm", "candle_vllm.server", "candle_vllm.server.cli"}
+    assert {*done.stdout.split()} <= {*ours, "__future__"}
+
+
 def _compiled(cache: Path) -> int:
     """How many kernels a first start has kept so far."""
     return sum(path.suffix != ".tmp" for path in cache.glob("candle-vllm/kernels/*/*"))

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, which a command would import before it hears Ctrl+C
 if TYPE_CHECKING:
+    from typing import Any
+
     from candle_vllm.server.app import create_app
     from candle_vllm.server.settings import Settings
     from candle_vllm.server.settings.configuration import load_settings

@@ -1,18 +1,19 @@
 """The `candle-vllm` command: serve, generate, chat, agent, bench, quantize, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
-the traceback is shown only with `--log-level debug`. What takes a while to import is imported where Ctrl+C is heard.
+the traceback is shown only with `--log-level debug`. Nothing but the interpreter's own is imported where Ctrl+C is not
+heard yet, so that hardly any time passes there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any
 
-from candle_vllm.server.interrupts import EXIT_INTERRUPTED, leave, leaving_at_once, say_stopped
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from candle_vllm.server.settings import Settings
     from candle_vllm.server.settings.configuration import Configuration
@@ -27,13 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     `agent` has 1 as well, where the request was not carried out. Without `argv` the process is all ours, and ends here
     where threads still work.
     """
-    return leave(_run(sys.argv[1:])) if argv is None else _run(argv)
+    try:
+        from candle_vllm.server.interrupts import leave
+
+        return leave(_run(sys.argv[1:])) if argv is None else _run(argv)
+    except KeyboardInterrupt:
+        os.write(2, b"candle-vllm: stopped\n")
+        return 130  # EXIT_INTERRUPTED, which may not be there yet
 
 
 def _run(argv: Sequence[str]) -> int:
+    from candle_vllm.server.interrupts import EXIT_INTERRUPTED, leaving_at_once, say_stopped
+
     with leaving_at_once(lambda: "it started"):
         import io
-        import os
         from pathlib import Path
 
         from candle_vllm.core.errors import CandleVllmError
@@ -73,6 +81,8 @@ def _run(argv: Sequence[str]) -> int:
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Runs one command."""
+    from candle_vllm.server.interrupts import leaving_at_once
+
     with leaving_at_once(lambda: "it started"):
         if command != "agent":  # whose model may be the name of one elsewhere
             from candle_vllm.server.settings.derived import refuse_missing
