@@ -24,10 +24,19 @@ from candle_vllm.server import cli
 from candle_vllm.server.commands import {command} as module
 left = {texts!r}
 engine = PacedEngine(lambda _: left.pop(0), pause={pause})
-module.load_engine = lambda settings, **_: engine if settings.model != "missing" else refuse()
-def refuse():
-    from candle_vllm.core.errors import ModelNotFoundError
-    raise ModelNotFoundError("there is no model missing")
+def load(settings, **_):
+    if settings.model == "missing":
+        from candle_vllm.core.errors import ModelNotFoundError
+        raise ModelNotFoundError("there is no model missing")
+    if settings.model == "slow":
+        import time
+        from candle_vllm.core.progress import tell
+        print("loading the slow one", flush=True)
+        for _ in range(6000):
+            tell("loading")
+            time.sleep(0.01)
+    return engine
+module.load_engine = load
 sys.exit(cli.main({arguments!r}))
 """
 

@@ -105,6 +105,18 @@ class TestOnATerminal:
         assert re.findall(r"value_(\d+) = \1\b", terminal.screen) == [str(number) for number in range(60)]
         assert re.search(r"\(\d+ tokens, [\d.]+ a second\)", terminal.screen)
 
+    def test_ctrl_c_while_a_model_loads_goes_back_to_the_one_before(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "Still here.")
+        terminal.wait_for_prompt()
+        terminal.type("/model slow\r")
+        terminal.wait_for("loading the slow one")
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped); going back to the model before")
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for("Still here.")
+        assert saved(terminal, tmp_path)[1]["content"] == "Still here."
+
     def test_without_colour_the_text_is_as_it_was_written(self, tmp_path: Path) -> None:
         terminal = Terminal(tmp_path, ["chat"], "Some **bold** text.\n", environment={"NO_COLOR": "1"})
         terminal.wait_for_prompt()
@@ -243,6 +255,23 @@ class TestCommands:
         assert "error: there is no model missing; going back" in out
         assert "no.gguf" in out
         assert "error: the memory ran out; going back" in out
+
+    def test_the_model_before_may_be_gone_as_well(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = iter([True, False, False, True])
+
+        def load(settings: Settings, **_: object) -> PacedEngine:
+            if not next(given):
+                raise ModelNotFoundError(f"there is no model {settings.model}")
+            return engine
+
+        monkeypatch.setattr(chat_module, "load_engine", load)
+        out = talk(monkeypatch, capsys, "/model second", "A", "/model", "/save t.json", "/model third", "B")
+        assert out.count("error: no model is loaded: /model MODEL loads one") == 3
+        assert "there is no model second; going back" in out
+        assert "there is no model first; no model is loaded" in out
+        assert asked(engine) == [["S", "B"]]
 
     def test_a_conversation_is_kept_and_taken_up(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

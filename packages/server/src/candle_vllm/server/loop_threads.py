@@ -1,14 +1,19 @@
-"""Long work in threads of its own, for an event loop that waits for it or gives up (beside step 1)."""
+"""Long work in threads of its own, for an event loop that waits for it, gives up or stops it (beside step 1)."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from candle_vllm.core.progress import Progress, heard_by
+
 logger = logging.getLogger(__name__)
+
+_STOPPING = 30.0  # seconds that work may take to end, before what follows begins beside it
 
 T = TypeVar("T")
 
@@ -35,6 +40,34 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
 
     threading.Thread(target=run, name=f"candle-vllm-{name}", daemon=True).start()
     return await result
+
+
+def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, discard: Callable[[T], object]) -> T:
+    """Runs work that tells how far it is, as loading a model, and waits for it; the rest as in `in_thread`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C was pressed, and the work has ended where it next told how far it was.
+    """
+    stopped, ended = threading.Event(), threading.Event()
+
+    def hear(_: Progress) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+
+    def run() -> T:
+        try:
+            with heard_by(hear):
+                return function()
+        finally:
+            ended.set()
+
+    try:
+        return runner.run(in_thread(run, name, discard))
+    except KeyboardInterrupt:
+        stopped.set()
+        with contextlib.suppress(KeyboardInterrupt):  # once more: nobody waits for the end
+            ended.wait(_STOPPING)
+        raise
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:

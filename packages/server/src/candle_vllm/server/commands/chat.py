@@ -1,6 +1,7 @@
 """`candle-vllm chat`: a conversation on the terminal.
 
-Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said.
+Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said;
+while another model loads, it brings back the one before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.commands.interactive import answer_display, line_reader
 from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
+from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import MAX_TOKENS
 from candle_vllm.server.settings.derived import load_engine, refuse_missing
@@ -30,6 +32,7 @@ from candle_vllm.server.settings.sources import convert
 from candle_vllm.server.settings.table import OPTIONS
 
 _MAX_SAVED = 64 << 20  # bytes of a saved conversation
+_NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
     ("weight_path", "weight_file", "revision", "tokenizer", "chat_template", "tool_parser", "reasoning_parser")
@@ -90,8 +93,13 @@ class Chat:
 
     @property
     def name(self) -> str:
-        """The model's name."""
-        assert self._engine is not None
+        """The model's name.
+
+        Raises:
+            UsageError: none is loaded.
+        """
+        if self._engine is None:
+            raise UsageError(_NO_MODEL)
         return self._engine.model_info.name
 
     def close(self) -> None:
@@ -107,6 +115,12 @@ class Chat:
 
     def take(self, line: str) -> None:
         """Carries out one input: a command, or a text for the model."""
+        try:
+            self._carry_out(line)
+        except UsageError as error:
+            self.say(f"error: {error}")
+
+    def _carry_out(self, line: str) -> None:
         if not line.startswith("/"):
             if line:
                 self._turn([*self._messages, {"role": "user", "content": line}])
@@ -117,16 +131,15 @@ class Chat:
             known = ", ".join(self._commands)
             self.say(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
             return
-        try:
-            command.run(rest.strip())
-        except UsageError as error:
-            self.say(f"error: {error}")
+        command.run(rest.strip())
 
     def _turn(self, messages: list[Message]) -> None:
         """One answer; a question that the engine refuses leaves the conversation as it was."""
+        if self._engine is None:
+            raise UsageError(_NO_MODEL)
         parts: list[str] = []
         try:
-            self._runner.run(self._answer(messages, parts))
+            self._runner.run(self._answer(self._engine, messages, parts))
         except RequestError as error:
             self.say(f"error: {error}")
             return
@@ -134,10 +147,9 @@ class Chat:
             self.say("(stopped)")
         self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
 
-    async def _answer(self, messages: list[Message], parts: list[str]) -> None:
-        assert self._engine is not None
+    async def _answer(self, engine: InferenceEngine, messages: list[Message], parts: list[str]) -> None:
         first: float | None = None
-        answer = answer_pieces(self._engine, messages, self._settings, self._max_tokens)
+        answer = answer_pieces(engine, messages, self._settings, self._max_tokens)
         with contextlib.closing(answer_display()) as display:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -199,22 +211,35 @@ class Chat:
             **{**_OTHER_MODEL, "model": str(whole) if whole.exists() else model},
             **({} if whole.exists() or not file else {"weight_file": file.strip()}),
         )
-        assert self._engine is not None
         try:
             refuse_missing(settings)
         except CandleVllmError as error:
             self.say(f"error: {error}")
             return
-        self._engine.close()
-        self._engine = None
-        try:
-            self._engine = load_engine(settings, max_num_seqs=1)
-        except (CandleVllmError, MemoryError) as error:
-            self.say(f"error: {str(error) or 'the memory ran out'}; going back to the model before")
-            self._engine = load_engine(self._settings, max_num_seqs=1)
+        if (failure := self._bring(settings)) is None:
+            self._settings = settings
+            self.say(f"{self.name} answers from here on")
             return
-        self._settings = settings
-        self.say(f"{self.name} answers from here on")
+        self.say(f"{failure}; going back to the model before")
+        if (failure := self._bring(self._settings)) is not None:
+            self.say(f"{failure}; {_NO_MODEL}")
+
+    def _bring(self, settings: Settings) -> str | None:
+        """Loads a model in the place of what is there; says why, where there is none then."""
+        old, self._engine = self._engine, None
+
+        def load() -> InferenceEngine:
+            if old is not None:
+                old.close()
+            return load_engine(settings, max_num_seqs=1)
+
+        try:
+            self._engine = run_stoppable(self._runner, load, "load", InferenceEngine.close)
+        except (CandleVllmError, MemoryError) as error:
+            return f"error: {str(error) or 'the memory ran out'}"
+        except KeyboardInterrupt:
+            return "(stopped)"
+        return None
 
     def _save(self, rest: str) -> None:
         path = _path(rest, "/save")
