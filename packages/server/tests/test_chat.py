@@ -105,6 +105,32 @@ class TestOnATerminal:
         assert re.findall(r"value_(\d+) = \1\b", terminal.screen) == [str(number) for number in range(60)]
         assert re.search(r"\(\d+ tokens, [\d.]+ a second\)", terminal.screen)
 
+    @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}], ids=["colour", "plain"])
+    def test_a_sign_of_life_until_the_text_begins(self, environment: dict[str, str], tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "Yes", pause=0.8, environment=environment)
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for(" reading")
+        assert "reading" in terminal.screen
+        terminal.wait_for("a second)")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        assert re.fullmatch(r"[^>]*> Go\nYes\n\(4 tokens, [\d.]+ a second\)\n>", terminal.screen)
+        assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")  # the cursor is there again
+
+    def test_ctrl_c_before_the_text_leaves_no_sign(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "Never", "Short", pause=60.0)
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for(" reading")
+        terminal.type(CTRL_C)
+        terminal.wait_for("(stopped)")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        assert "reading" not in terminal.screen
+
     def test_ctrl_c_while_a_model_loads_goes_back_to_the_one_before(self, tmp_path: Path) -> None:
         terminal = Terminal(tmp_path, ["chat"], "Still here.")
         terminal.wait_for_prompt()

@@ -21,7 +21,7 @@ import msgspec
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.setting_kinds import nearest
-from candle_vllm.server.commands.interactive import answer_display, line_reader
+from candle_vllm.server.commands.interactive import answer_display, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
@@ -150,10 +150,12 @@ class Chat:
     async def _answer(self, engine: InferenceEngine, messages: list[Message], parts: list[str]) -> None:
         first: float | None = None
         answer = answer_pieces(engine, messages, self._settings, self._max_tokens)
-        with contextlib.closing(answer_display()) as display:
+        with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
                     first = first or time.perf_counter()
+                    if piece.text:
+                        no_more()
                     if not piece.thought:
                         parts.append(piece.text)
                     display.show(piece)

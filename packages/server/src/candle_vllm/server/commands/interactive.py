@@ -1,14 +1,15 @@
-"""What a person at a terminal has and a pipe has not: a line that is edited and kept, and answers in colour.
+"""What a person at a terminal has and a pipe has not: a line that is edited and kept, a sign of life, and colour.
 
 Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported for a terminal only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -23,6 +24,8 @@ HISTORY_FILE = ".candle-vllm/chat_history"
 MAX_HISTORY = 1 << 20  # bytes of the file; a start that finds more keeps the newer half
 _MAX_ENTRY = 1 << 16  # characters; what is longer is not kept
 _QUOTES = '"""'
+
+_PATIENCE = 0.15  # seconds until a sign of life is shown; most answers begin before
 
 ReadLine = Callable[[], str | None]
 
@@ -44,6 +47,34 @@ def has_colour(stream: TextIO) -> bool:
 
     console = colour_console(stream)
     return console.is_terminal and not console.no_color and not console.is_dumb_terminal
+
+
+@contextlib.contextmanager
+def sign_of_life() -> Iterator[Callable[[], None]]:
+    """Inside, a terminal shows that something is done, until what is given is called; nothing stays of it.
+
+    For an event loop that waits for the first piece of an answer.
+    """
+    if not sys.stdout.isatty():
+        yield lambda: None
+        return
+    from candle_vllm.server.commands.markdown import colour_console
+
+    console = colour_console(sys.stdout)
+    if console.is_dumb_terminal:
+        yield lambda: None
+        return
+    status = console.status("reading", spinner="line" if console.options.ascii_only else "dots")
+    shown = asyncio.get_running_loop().call_later(_PATIENCE, status.start)
+
+    def end() -> None:
+        shown.cancel()
+        status.stop()
+
+    try:
+        yield end
+    finally:
+        end()
 
 
 def line_reader(home: Path) -> ReadLine:
