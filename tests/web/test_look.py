@@ -51,7 +51,7 @@ def test_axe_finds_nothing_serious(
     page.locator(".reasoning summary").click()
     assert findings(page, axe) == []
     page.keyboard.press("Control+,")
-    for tab in ("This chat", "All chats", "Data"):
+    for tab in ("This chat", "All chats", "Access", "Data"):
         page.get_by_role("tab", name=tab).click()
         assert findings(page, axe) == [], tab
     page.keyboard.press("Escape")

@@ -84,7 +84,7 @@ export const de: Texts = {
 
   chatSettings: "Einstellungen dieses Chats", chatSettingsText: "Nur für diese Unterhaltung. Leere Felder folgen den Einstellungen für alle Chats.",
   generalText: "Für alle Chats. Leere Felder bleiben dem Modell und dem Server überlassen.", answers: "Antworten",
-  tabs: { chat: "Dieser Chat", general: "Alle Chats", data: "Daten" },
+  tabs: { chat: "Dieser Chat", general: "Alle Chats", access: "Zugang", data: "Daten" },
   theme: "Farben", themes: { system: "Wie das System", light: "Hell", dark: "Dunkel" }, language: "Sprache", browserLanguage: "Wie der Browser",
   titles: "Das Modell benennt Unterhaltungen", titlesHint: "Mit einer kurzen Anfrage nach der ersten Antwort. Sonst ist die erste Zeile deiner Nachricht der Name.",
   resetAll: "Alles zurücksetzen", resetOf: (name) => `${name} zurücksetzen`, modelDefault: "Vorgabe", on: "An", off: "Aus",
@@ -106,7 +106,11 @@ export const de: Texts = {
   },
   placeholders: { system: "Du bist ein hilfreicher Assistent.", schema: '{"type": "object", "properties": {"city": {"type": "string"}}}' },
   notASchema: "Das ist noch kein JSON-Objekt; es wird nicht verwendet.",
-  apiKey: "API-Schlüssel", rememberKey: "Auf diesem Gerät merken", keyNeeded: "Dieser Server braucht einen API-Schlüssel.",
+  apiKey: "API-Schlüssel", rememberKey: "Auf diesem Gerät merken", show: "Zeigen", hide: "Verbergen", showKey: "Schlüssel zeigen", forgetKey: "Schlüssel vergessen",
+  accessText: "Ein Server kann einen Schlüssel verlangen. Wer ihn betreibt, gibt dir einen.",
+  keyInTab: "Bleibt in diesem Tab, bis er geschlossen wird, geht nur an diesen Server und steht in keinem Export.",
+  keyOnDevice: "Bleibt in diesem Browser, bis du ihn herausnimmst; wer diesen Browser benutzt, kann ihn lesen. Geht nur an diesen Server und steht in keinem Export.",
+  keyNeeded: "Dieser Server braucht einen API-Schlüssel.",
   export: "Exportieren", exportText: "Eine JSON-Datei mit Nachrichten, Zweigen und Einstellungen.", exportAll: (count) => `Alle exportieren (${count})`, exportThis: "Diesen Chat exportieren",
   import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
   imported: ({ added, grown, same, broken }) =>

@@ -87,7 +87,7 @@ export const en = {
 
   chatSettings: "Settings of this chat", chatSettingsText: "For this conversation alone. Empty fields follow the settings for all chats.",
   generalText: "For all chats. Empty fields are left to the model and the server.", answers: "Answers",
-  tabs: { chat: "This chat", general: "All chats", data: "Data" },
+  tabs: { chat: "This chat", general: "All chats", access: "Access", data: "Data" },
   theme: "Theme", themes: { system: "Like the system", light: "Light", dark: "Dark" }, language: "Language", browserLanguage: "Like the browser",
   titles: "Conversations are named by the model", titlesHint: "A short request after the first answer. Otherwise the first line of your message is the name.",
   resetAll: "Reset all", resetOf: (name: string) => `Reset ${name}`, modelDefault: "default", on: "On", off: "Off",
@@ -109,7 +109,11 @@ export const en = {
   },
   placeholders: { system: "You are a helpful assistant.", schema: '{"type": "object", "properties": {"city": {"type": "string"}}}' },
   notASchema: "This is not a JSON object yet; it is not used.",
-  apiKey: "API key", rememberKey: "Remember on this device", keyNeeded: "This server needs an API key.",
+  apiKey: "API key", rememberKey: "Remember on this device", show: "Show", hide: "Hide", showKey: "Show the key", forgetKey: "Forget the key",
+  accessText: "A server may ask for a key. Who runs it gives you one.",
+  keyInTab: "Kept in this tab until it is closed, sent to this server alone, and in no export.",
+  keyOnDevice: "Kept in this browser until you take it out, where everybody who uses this browser can read it. Sent to this server alone, and in no export.",
+  keyNeeded: "This server needs an API key.",
   export: "Export", exportText: "One JSON file with messages, branches and settings.", exportAll: (count: number) => `Export all (${count})`, exportThis: "Export this chat",
   import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
   imported: ({ added, grown, same, broken }: Imported) =>

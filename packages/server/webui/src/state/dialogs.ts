@@ -9,8 +9,10 @@ export interface Question {
   onConfirm: () => void;
 }
 
+export type SettingsTab = "chat" | "general" | "access" | "data";
+
 export type Open =
-  | { kind: "settings"; tab: "chat" | "general" | "data" }
+  | { kind: "settings"; tab: SettingsTab }
   | { kind: "shortcuts" }
   | { kind: "confirm"; question: Question };
 

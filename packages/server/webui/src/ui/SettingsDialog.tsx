@@ -1,11 +1,11 @@
-// Settings: of this conversation, of all, and what is done with the data.
+// Settings: of this conversation, of all, the key, and what is done with the data.
 
 import type { ComponentChildren } from "preact";
 import { useState } from "preact/hooks";
 import { served } from "../chat/settings.ts";
 import type { ChatSettings } from "../chat/types.ts";
 import { LANGUAGES, t } from "../i18n/index.ts";
-import { close } from "../state/dialogs.ts";
+import { close, type SettingsTab } from "../state/dialogs.ts";
 import { cardFor } from "../state/models.ts";
 import { changeChatSettings, shownStart } from "../state/new-chat.ts";
 import { prefer, preferences } from "../state/preferences.ts";
@@ -15,11 +15,10 @@ import { Dialog } from "./Dialog.tsx";
 import { KeyForm } from "./KeyForm.tsx";
 import { SettingsFields } from "./SettingsFields.tsx";
 
-type Tab = "chat" | "general" | "data";
-const TABS: readonly Tab[] = ["chat", "general", "data"];
+const TABS: readonly SettingsTab[] = ["chat", "general", "access", "data"];
 
-export function SettingsDialog({ tab: first }: { tab: Tab }) {
-  const [tab, show] = useState<Tab>(first);
+export function SettingsDialog({ tab: first }: { tab: SettingsTab }) {
+  const [tab, show] = useState<SettingsTab>(first);
   const move = (event: KeyboardEvent) => {
     const by = event.key === "ArrowRight" ? 1 : event.key === "ArrowLeft" ? -1 : 0;
     if (!by) return;
@@ -40,6 +39,7 @@ export function SettingsDialog({ tab: first }: { tab: Tab }) {
       <div role="tabpanel" id={`panel-${tab}`} aria-labelledby={`tab-${tab}`} class="panel">
         {tab === "chat" && <ChatTab />}
         {tab === "general" && <GeneralTab />}
+        {tab === "access" && <><p class="faint">{t.value.accessText}</p><KeyForm /></>}
         {tab === "data" && <DataTab />}
       </div>
     </Dialog>
@@ -81,7 +81,6 @@ function GeneralTab() {
         <input type="checkbox" checked={preferences.value.titles} onChange={(event) => prefer({ titles: event.currentTarget.checked })} />
         <span>{t.value.titles}<br /><span class="hint">{t.value.titlesHint}</span></span>
       </label>
-      <KeyForm />
       <h3>{t.value.answers}</h3>
       <Lead text={t.value.generalText} onReset={Object.keys(settings).length ? () => change({}) : undefined} />
       <SettingsFields settings={settings} defaults={served(cardFor(shownStart.value.model)?.default_sampling)} onChange={change} />
