@@ -109,9 +109,7 @@ def test_a_load_that_failed_is_explained_and_tried_again(loader: SteppedLoader, 
         page.get_by_text("tensor 7 ends behind the file").wait_for()
         page.keyboard.press("Escape")
         refusal.get_by_text("Its files are damaged or incomplete.").wait_for()
-        refusal.get_by_role(
-            "button", name="Try again"
-        ).click()  # at once, though the server pauses
+        refusal.get_by_role("button", name="Try again").click()  # at once, though the server pauses
         loader.steps.put(("loading the weights", 1, 2))
         page.locator(".answer").get_by_text("loading the weights, 50 %").wait_for()
         loader.steps.put(None)

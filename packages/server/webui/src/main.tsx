@@ -1,10 +1,11 @@
 // The beginning: stored things are read, the server is asked, the page is drawn.
 
+import { effect, untracked } from "@preact/signals";
 import { render } from "preact";
 import { startChats } from "./state/chats.ts";
 import { watchLeaving } from "./state/leaving.ts";
 import { refreshMcp } from "./state/mcp.ts";
-import { refreshModels } from "./state/models.ts";
+import { arrivals, watchServer } from "./state/models.ts";
 import { followPageKey } from "./state/page-key.ts";
 import { applyPreferences } from "./state/preferences.ts";
 import { followAddress } from "./state/route.ts";
@@ -18,7 +19,9 @@ followAddress();
 listenForShortcuts();
 render(<App />, document.getElementById("app")!);
 void startChats();
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) void refreshModels().then(() => refreshMcp().catch(() => undefined));
+watchServer();
+const askForTools = () => void refreshMcp().catch(() => undefined);
+document.addEventListener("visibilitychange", () => document.hidden || askForTools());
+effect(() => {
+  if (arrivals.value) untracked(askForTools);
 });
-void refreshModels().then(() => refreshMcp().catch(() => undefined));

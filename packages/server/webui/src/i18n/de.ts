@@ -125,7 +125,8 @@ export const de: Texts = {
 
   unreachable: "Der Server ist nicht erreichbar. Läuft er?", dropped: "Die Verbindung ist abgerissen. Was ankam, bleibt erhalten.",
   httpError: (status) => `Der Server antwortete mit Status ${status}.`, streamError: "Die Antwort brach ab.",
-  reconnecting: "Keine Verbindung. Die Seite versucht es von selbst weiter; was du schreibst, bleibt.",
+  reconnecting: "Die Seite versucht es von selbst weiter; was du schreibst, bleibt.", noConnection: "Keine Verbindung zum Server.", reconnected: "Der Server ist wieder da.",
+  otherModels: (name) => `Der Server hat andere Modelle als zuvor. Es antwortet ${name}, solange du kein anderes wählst.`,
   notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",
 };

@@ -128,7 +128,8 @@ export const en = {
 
   unreachable: "The server cannot be reached. Is it running?", dropped: "The connection was lost. What had arrived is kept.",
   httpError: (status: number) => `The server answered with status ${status}.`, streamError: "The answer broke off.",
-  reconnecting: "No connection. The page goes on trying by itself; what you write is kept.",
+  reconnecting: "The page goes on trying by itself; what you write is kept.", noConnection: "No connection to the server.", reconnected: "The server is there again.",
+  otherModels: (name: string) => `The server has other models than before. Answers come from ${name}, unless you choose another one.`,
   notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",
 };

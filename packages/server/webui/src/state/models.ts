@@ -5,7 +5,7 @@ import { ApiError, errorInfo, type ErrorInfo } from "../api/http.ts";
 import { listFailures, listModels, loadModel, unloadModel } from "../api/server.ts";
 import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
-import { announce } from "./notices.ts";
+import { announce, notify } from "./notices.ts";
 import { preferences } from "./preferences.ts";
 
 export type Connection = "connecting" | "ready" | "unreachable" | "locked";
@@ -13,6 +13,9 @@ export type Connection = "connecting" | "ready" | "unreachable" | "locked";
 export const models = signal<readonly ModelCard[]>([]);
 export const connection = signal<Connection>("connecting");
 export const connectionError = signal<ErrorInfo | null>(null);
+
+/** Rises when a server answers that was not there before, or is another one: what else it said is old then. */
+export const arrivals = signal(0);
 
 /** What is being done to a model by this page, by its id. */
 export const working = signal<Readonly<Record<string, "loading" | "unloading">>>({});
@@ -56,8 +59,7 @@ export async function refreshModels(): Promise<void> {
     if (mine !== asked) return; // somebody has asked later, with another key perhaps
     misses = 0;
     take(listed);
-    connection.value = "ready";
-    connectionError.value = null;
+    arrive();
   } catch (error) {
     if (mine !== asked) return;
     const status = error instanceof ApiError ? error.info.status : undefined;
@@ -66,6 +68,21 @@ export async function refreshModels(): Promise<void> {
     if (connection.value === "unreachable") misses++;
   }
   again(pause());
+}
+
+/** Asks at once when the page is seen again, or the machine has a network again. */
+export function watchServer(): void {
+  const ask = () => void (document.hidden || refreshModels());
+  document.addEventListener("visibilitychange", ask);
+  for (const name of ["online", "offline", "pageshow"]) addEventListener(name, ask);
+  ask();
+}
+
+function arrive(): void {
+  if (connection.value === "unreachable") announce(t.value.reconnected);
+  if (connection.value !== "ready") arrivals.value++;
+  connection.value = "ready";
+  connectionError.value = null;
 }
 
 /** Asks a little later: a request is on its way that makes the server load a model. */
@@ -91,7 +108,12 @@ function take(listed: readonly ModelCard[]): void {
     const before = models.value.find((one) => one.id === card.id);
     if (before && before.status !== card.status) sayChange(card);
   }
+  const isOther = models.value.length > 0 && names(listed) !== names(models.value);
   models.value = listed;
+  if (isOther) {
+    arrivals.value++;
+    if (defaultModel.value) notify("info", t.value.otherModels(defaultModel.value.id));
+  }
   if (listed.some(({ status }) => status === "failed")) void refreshFailures();
 }
 
@@ -102,6 +124,8 @@ async function refreshFailures(): Promise<void> {
     failures.value = {}; // the kind of each failure is known all the same
   }
 }
+
+const names = (cards: readonly ModelCard[]): string => cards.map(({ id }) => id).sort().join("\n");
 
 function sayChange({ id, status }: ModelCard): void {
   if (status === "loading" || status === "ready" || status === "failed") announce(`${id}: ${t.value.modelStates[status]}`);

@@ -74,7 +74,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
 function Note({ chat }: { chat: OpenChat | null }) {
   const isWaiting = chat !== null && chat.path.value.length > 0 && !chat.isBusy; // else it is said where the answer will be
   const card = cardFor(shownStart.value.model);
-  if (connection.value === "unreachable") return <p class="composer-note">{t.value.reconnecting}</p>;
+  if (connection.value === "unreachable") return <p class="composer-note">{t.value.noConnection}</p>;
   if (connection.value === "connecting") return <p class="composer-note">{t.value.connecting}</p>;
   if (connection.value === "ready" && isWaiting && card && isLoading(card)) return <div class="composer-note"><LoadingLine card={card} /></div>;
   const isSaid = chat?.lastAnswer?.error?.code === NOT_LOADED;

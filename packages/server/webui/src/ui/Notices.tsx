@@ -14,7 +14,7 @@ export function Notices() {
       {connection.value === "unreachable" && connectionError.value && (
         <div class="notice error" role="alert">
           <Icon name="warning" />
-          <p>{describe(connectionError.value)}</p>
+          <p>{describe(connectionError.value)} {t.value.reconnecting}</p>
           <button type="button" class="button small" onClick={() => void refreshModels()}>{t.value.retry}</button>
         </div>
       )}

@@ -5,7 +5,7 @@ import { ApiError, errorInfo } from "../api/http.ts";
 import { rate, type Sample, sampleOf } from "../api/metrics.ts";
 import { readMetrics, serverVersion } from "../api/server.ts";
 import { formatNumber, formatSeconds, named, t } from "../i18n/index.ts";
-import { models, refreshModels } from "../state/models.ts";
+import { connection, models, refreshModels } from "../state/models.ts";
 import { Chart } from "./Chart.tsx";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
@@ -21,7 +21,7 @@ export function ServerPage() {
     <>
       <header class="page-head"><SidebarButton /><h1>{t.value.server}</h1><span class="spring" />{version && <span class="faint small">candle-vllm {version}</span>}</header>
       <div class="scroller"><div class="page">
-        {failure && <div class="notice error" role="alert"><Icon name="warning" /><p>{failure}</p></div>}
+        {failure && connection.value !== "unreachable" && <div class="notice error" role="alert"><Icon name="warning" /><p>{failure}</p></div>}
         {samples.length > 0 ? <Charts samples={samples} /> : !failure && <p class="faint">{t.value.connecting}</p>}
         <Models />
       </div></div>
