@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from candle_vllm.core import InferenceEngine
+from candle_vllm.core import CandleVllmError, InferenceEngine
 from candle_vllm.responses import ConversationOptions, ConversationResult, ResponsesSession
 
 City = Literal["Oslo", "Cairo", "Lima"]
@@ -69,4 +69,7 @@ def show(result: ConversationResult) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    asyncio.run(main(*sys.argv[1:]))
+    try:
+        asyncio.run(main(*sys.argv[1:]))
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

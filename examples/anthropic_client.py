@@ -8,7 +8,7 @@ MODEL is a name that the server lists, or `default`, which always means the serv
 
 import sys
 
-from anthropic import Anthropic, APIConnectionError
+from anthropic import Anthropic, APIConnectionError, APIStatusError
 from anthropic.types import MessageParam
 
 
@@ -30,3 +30,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except APIConnectionError as error:
         sys.exit(f"no server answers at {error.request.url}: start one with `candle-vllm`")
+    except APIStatusError as error:  # a model that the server does not have, for example
+        sys.exit(error.message)

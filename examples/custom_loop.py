@@ -8,7 +8,7 @@ MODEL is `demo`, a Hugging Face id, a folder or a .gguf file.
 import sys
 from collections import defaultdict
 
-from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 
 PARAMS = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 
@@ -37,4 +37,7 @@ def main(model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from candle_vllm.core import InferenceEngine
+from candle_vllm.core import CandleVllmError, InferenceEngine
 
 TEXTS = [
     "Bread is made of flour, water, salt and yeast.",
@@ -36,4 +36,7 @@ def main(model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

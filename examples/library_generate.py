@@ -7,7 +7,7 @@ MODEL is `demo`, a Hugging Face id, a folder or a .gguf file.
 
 import sys
 
-from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 
 PROMPTS = ["The capital of France is", "Once upon a time", "Water is made of"]
 
@@ -22,4 +22,7 @@ def main(model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

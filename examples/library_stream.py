@@ -8,7 +8,7 @@ MODEL is `demo`, a Hugging Face id, a folder or a .gguf file, with a chat templa
 import asyncio
 import sys
 
-from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 
 QUESTIONS = ["Name three colours.", "What is the capital of France?"]
 
@@ -33,4 +33,7 @@ async def main(model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    asyncio.run(main(sys.argv[1]))
+    try:
+        asyncio.run(main(sys.argv[1]))
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

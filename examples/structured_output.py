@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
+from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams, StructuredOutputsParams
 
 PERSON = {
     "type": "object",
@@ -39,4 +39,7 @@ def main(model: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from candle_vllm.core import InferenceEngine
+from candle_vllm.core import CandleVllmError, InferenceEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter
 
 TOOL = {
@@ -83,4 +83,7 @@ def main(model: str, *flags: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(f"name a model, for example: python {sys.argv[0]} demo")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except CandleVllmError as error:  # a file that is not there, for example
+        sys.exit(str(error))

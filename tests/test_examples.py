@@ -55,6 +55,20 @@ def test_without_a_model_or_a_server_it_is_a_sentence(name: str, run: Callable[.
     assert str(end.value.code).startswith(words)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_with_a_wrong_model_it_is_a_sentence(
+    name: str, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(ScriptedEngine("Paris.", name="scripted")) as url:
+        clients = {"openai_client": ["no", f"{url}/v1"], "anthropic_client": ["no", url]}
+        with pytest.raises(SystemExit) as end:
+            run(name, *clients.get(name, ["no.gguf"]))
+    assert "'no" in str(end.value.code)
+    assert "\n" not in str(end.value.code)
+
+
 def test_library_generate(run: Callable[..., str], toy_model: Path) -> None:
     lines = run("library_generate", str(toy_model)).splitlines()
     assert len(lines) == 3
