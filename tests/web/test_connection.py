@@ -1,13 +1,17 @@
-"""A server that goes, comes back, or is another one then: the page notices by itself."""
+"""A server that goes, comes back, or is another one then: the page notices by itself. What it refuses is explained."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from actions import ask, button, said
+import pytest
+from actions import ask, button, said, say
 from ui_server import Site, ui_server
 
+ROOT = Path(__file__).parents[2]
 SOON = 20_000  # ms: far more than the page takes, on a busy machine too
 
 
@@ -66,6 +70,54 @@ def test_a_network_that_is_back_is_noticed_at_once(chat: Any) -> None:
     chat.clock.pause_at(chat.evaluate("Date.now()") + 1000)  # from now on no timer ends
     chat.context.set_offline(False)
     chat.get_by_role("alert").wait_for(state="detached")
+
+
+REFUSALS = [
+    (400, "context_length_exceeded", "prompt", "set a larger --max-model-len", "longer than what the model can read"),
+    (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Set Most tokens lower"),
+    (400, "invalid_request", "messages", "x has no chat template: pass one (--chat-template)", "not made for chats"),
+    (400, "unsupported_parameter", "priority", "unless it is started with --some-flag", "The server refused this."),
+    (401, "invalid_api_key", None, "send the header `Authorization: Bearer <key>` with a key", "needs an API key"),
+    (
+        404,
+        "model_not_found",
+        "model",
+        "The model 'x' does not exist here; served: y.",
+        "does not have that model any more",
+    ),
+    (413, "request_too_large", None, "Send less, or raise --max-body-mb.", "more than the server takes at once"),
+    (503, "overloaded", None, "12 sequences are running (--max-queued-requests)", "The server is busy."),
+    (504, "timeout", None, "The request took longer (--request-timeout).", "took longer than this server allows"),
+    (400, "invalid_value", "temperature", "temperature must be at most 2", "temperature must be at most 2"),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "param", "message", "words"), REFUSALS)
+def test_refusals_are_in_words_of_the_page(
+    chat: Any, status: int, code: str, param: str | None, message: str, words: str
+) -> None:
+    error = {"message": message, "type": "x", "param": param, "code": code}
+    chat.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, json={"error": error}))
+    say(chat, "Hello")
+    alert = chat.locator(".answer").get_by_role("alert")
+    alert.get_by_text(words).wait_for()
+    assert " --" not in alert.inner_text()
+    assert alert.locator("code").all_inner_texts() == (["temperature"] if message == words else [])
+
+
+def test_texts_have_no_flags() -> None:
+    for path in sorted((ROOT / "packages/server/webui/src/i18n").glob("*.ts")):
+        assert not re.search(r"--[a-z]", path.read_text("utf-8")), path
+
+
+def test_refusals_have_the_codes_of_the_server() -> None:
+    sources = [path.read_text("utf-8") for name in ("server", "openai") for path in
+               (ROOT / "packages" / name / "src").rglob("*.py")]  # fmt: skip
+    text = (ROOT / "packages/server/webui/src/i18n/en.ts").read_text("utf-8")
+    words = re.search(r"  refusals: \{(.*?)\n  \}", text, re.DOTALL)
+    assert words is not None
+    for code in re.findall(r"(\w+): \"", words[1]):
+        assert any(f'"{code}"' in source for source in sources), code
 
 
 def test_a_first_page_without_the_server_s_models_says_so_and_goes_on(

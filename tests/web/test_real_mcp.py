@@ -96,10 +96,10 @@ def test_without_the_key_the_page_says_where_the_address_is(
         tools_on(page)
         say(page, "Ask the clock")
         button(page, "Allow once").click()
-        page.locator(".answer").get_by_text("open the address that the server printed").wait_for()
+        page.locator(".answer").get_by_text("open this page at its full address").wait_for()
         button(page, "Allow once").wait_for()  # the call still waits
         page.get_by_role("link", name="Tools").click()
-        page.get_by_text("It ends in #key=").wait_for()
+        page.get_by_text("which ends in #key=").last.wait_for()
         page.go_back()
         page.evaluate("(hash) => { location.hash = hash; }", address.split("/")[-1])  # pasted into the open page
         button(page, "Allow once").click()

@@ -95,6 +95,12 @@ export function describeError(body: unknown): Pick<ErrorInfo, "message" | "param
 
 const shortened = (message: unknown): string => (typeof message === "string" ? message.slice(0, MAX_MESSAGE) : "");
 
+const OF_A_COMMAND = /(^|[^\w-])--[a-z]/; // as --mem, which nobody can set on a page
+
+/** What the server says, where it speaks of nothing that is done on a command line. */
+export const sayable = (said: string | undefined): string =>
+  said === undefined || OF_A_COMMAND.test(said) ? "" : said;
+
 /** The server lets nobody without a key (or from another page) do this, and has not done it. */
 export const isRefusal = (error: unknown): boolean =>
   error instanceof ApiError && (error.info.status === 401 || error.info.status === 403);

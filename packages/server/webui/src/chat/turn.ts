@@ -2,7 +2,7 @@
 //
 // All that a turn knows stands in its message, so that a page that was reloaded can take it up again.
 
-import { errorInfo, isAbort, isRefusal } from "../api/http.ts";
+import { errorInfo, isAbort, isRefusal, sayable } from "../api/http.ts";
 import type { ChatChunk, McpResult, McpTool } from "../api/types.ts";
 import { StepWriter } from "./accumulate.ts";
 import { readArguments } from "./arguments.ts";
@@ -183,7 +183,7 @@ export class Turn {
       }
       call.seconds = (this.host.now() - started) / 1000;
       if (isAbort(error)) lose(call);
-      else fail(call, `The tool could not be run: ${errorInfo(error).message || "the server did not answer"}`);
+      else fail(call, `The tool could not be run: ${sayable(errorInfo(error).message) || "the server did not answer"}`);
     }
     this.host.changed();
     this.host.settled();

@@ -80,10 +80,11 @@ interface FailureProps {
 function Failure({ chat, message, error }: FailureProps) {
   const card = models.value.find(({ id }) => id === message.model);
   if (error.code === NOT_LOADED && card && isLoading(card)) return <LoadingLine card={card} />; // it is tried again
+  const said = describe(error, message.model);
   return (
     <div class="notice error" role="alert">
       <Icon name="warning" />
-      <p>{describe(error, message.model)}{error.param && <> <code>{error.param}</code></>}</p>
+      <p>{said}{error.param && said === error.message && <> <code>{error.param}</code></>}</p>
       <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.retry(message.id)}>{t.value.retry}</button>
     </div>
   );

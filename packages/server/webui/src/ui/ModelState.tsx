@@ -1,11 +1,11 @@
 // What the page says of a model that cannot answer yet: what is done with it, how much of that, or why it failed.
 
-import { errorInfo } from "../api/http.ts";
+import { errorInfo, sayable } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
 import { formatNumber, named, t } from "../i18n/index.ts";
 import { changeModel, failures, statusOf } from "../state/models.ts";
 import { notify } from "../state/notices.ts";
-import { describe, describeFailure, NOT_LOADED, sayable } from "./errors.ts";
+import { describe, describeFailure, NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 
 /** What is done with a model now, as "loading the weights, 43 %". */
@@ -27,7 +27,7 @@ export function LoadingBar({ card }: { card: ModelCard }) {
 export function LoadingLine({ card }: { card: ModelCard }) {
   return (
     <div class="loading-line">
-      <p><strong class="model-id">{card.id}</strong> <span>{stateText(card)}</span></p>
+      <p><strong class="model-id">{card.id}</strong>: {stateText(card)}</p>
       <LoadingBar card={card} />
     </div>
   );
