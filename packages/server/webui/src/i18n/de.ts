@@ -53,6 +53,12 @@ export const de: Texts = {
   copy: "Kopieren", copied: "Kopiert", copyFailed: "Kopieren ging nicht", copyCode: "Code kopieren", copyMessage: "Nachricht kopieren",
   edit: "Bearbeiten", editHint: "Senden beginnt einen neuen Zweig; der alte bleibt.", sendEdited: "Senden", answer: "Antworten",
   regenerate: "Neu antworten", goOn: "Weiter", source: "Quelltext", probabilities: "Wahrscheinlichkeiten",
+  actions: "Aktionen", numbersOf: "Zahlen dieser Antwort:",
+  tips: {
+    edit: "Bearbeiten. Senden beginnt einen neuen Zweig; der alte bleibt.", regenerate: "Neu antworten. Diese Antwort bleibt als Version.",
+    goOn: "Fortsetzen, wo diese Antwort aufhörte", source: "Den Text zeigen, wie das Modell ihn schrieb",
+    probabilities: "Zeigen, wie wahrscheinlich jedes Token war", numbers: "Alle Zahlen dieser Antwort zeigen",
+  },
   versions: "Fassungen", previousVersion: "Vorige Fassung", nextVersion: "Nächste Fassung", versionOf: (at, all) => `Fassung ${at} von ${all}`,
   deleteMessage: "Nachricht löschen", deleteMessageText: "Diese Nachricht wird gelöscht.", deleteBranchText: "Diese Nachricht und alles, was ihr folgt, wird gelöscht.",
   code: "Code", codeIn: (name) => (name ? `Code in ${name}` : "Code"), table: "Tabelle", image: "Bild", task: "Aufgabe",

@@ -7,12 +7,11 @@ import { formatSeconds, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
 import { isLoading, models } from "../state/models.ts";
 import type { OpenChat } from "../state/open-chat.ts";
-import { CopyButton } from "./CopyButton.tsx";
 import { describe, NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { Logprobs } from "./Logprobs.tsx";
 import { memo } from "./memo.ts";
-import { Siblings, removeButton } from "./MessageTools.tsx";
+import { CopyTool, MessageTools, RemoveTool, Toggle, Tool } from "./MessageTools.tsx";
 import { LoadingLine } from "./ModelState.tsx";
 import { Numbers } from "./Numbers.tsx";
 import { ToolCard } from "./ToolCard.tsx";
@@ -40,26 +39,20 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
       {isSilent && <Silence model={message.model} />}
       {message.error && <Failure chat={chat} message={message} error={message.error} />}
       {!isWriting && <Ending chat={chat} message={message} isLast={isLast} />}
-      <footer class="message-tools">
-        <Siblings chat={chat} id={message.id} />
-        {!isWriting && (
-          <>
-            <CopyButton quiet label={t.value.copyMessage} text={() => textOf(message)} />
-            <button type="button" class="icon-button" aria-label={t.value.regenerate} title={t.value.regenerate} disabled={chat.isBusy} onClick={() => chat.regenerate(message.id)}>
-              <Icon name="refresh" />
-            </button>
-            {isLast && message.state !== "waiting" && textOf(message) && (
-              <button type="button" class="icon-button" aria-label={t.value.goOn} title={t.value.goOn} disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>
-                <Icon name="play" />
-              </button>
-            )}
-            {removeButton(chat, message.id)}
-            <button type="button" class="text-button" aria-pressed={raw} onClick={() => setRaw(!raw)}>{t.value.source}</button>
-            {hasTokens && <button type="button" class="text-button" aria-pressed={tokens} onClick={() => setTokens(!tokens)}>{t.value.probabilities}</button>}
-          </>
-        )}
+      <MessageTools chat={chat} id={message.id} actions={!isWriting && (
+        <>
+          <CopyTool text={() => textOf(message)} />
+          <Tool icon="refresh" label={t.value.regenerate} tip={t.value.tips.regenerate} disabled={chat.isBusy} onClick={() => chat.regenerate(message.id)} />
+          {isLast && message.state !== "waiting" && textOf(message) && (
+            <Tool icon="play" label={t.value.goOn} tip={t.value.tips.goOn} disabled={chat.isBusy} onClick={() => chat.goOn(message.id)} />
+          )}
+          <RemoveTool chat={chat} id={message.id} />
+          <Toggle label={t.value.source} tip={t.value.tips.source} isOn={raw} onToggle={setRaw} />
+          {hasTokens && <Toggle label={t.value.probabilities} tip={t.value.tips.probabilities} isOn={tokens} onToggle={setTokens} />}
+        </>
+      )}>
         <Numbers message={message} isWriting={isWriting} />
-      </footer>
+      </MessageTools>
     </article>
   );
 }

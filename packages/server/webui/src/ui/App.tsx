@@ -14,6 +14,7 @@ import { SettingsDialog } from "./SettingsDialog.tsx";
 import { ShortcutSheet } from "./ShortcutSheet.tsx";
 import { Sidebar } from "./Sidebar.tsx";
 import { ToolsPage } from "./ToolsPage.tsx";
+import { Tooltip } from "./Tooltip.tsx";
 
 export function App() {
   const { page } = route.value;
@@ -34,6 +35,7 @@ export function App() {
         {page === "tools" && <ToolsPage />}
       </main>
       <OpenDialog />
+      <Tooltip />
       <div class="off-screen" role="status" aria-live="polite">{announcement.value}</div>
     </div>
   );

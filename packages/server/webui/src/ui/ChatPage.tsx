@@ -27,7 +27,7 @@ export function ChatPage() {
         <h1 class="off-screen">{chat?.info.value.title ?? t.value.newChat}</h1>
         <span class="spring" />
         <ContextGauge />
-        <button type="button" class="icon-button" aria-label={t.value.chatSettings} title={t.value.chatSettings}
+        <button type="button" class="icon-button" aria-label={t.value.chatSettings} data-tip={t.value.chatSettings}
           onClick={() => (open.value = { kind: "settings", tab: "chat" })}>
           <Icon name="settings" />
           {own > 0 && <span class="badge-dot" />}

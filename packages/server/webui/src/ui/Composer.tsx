@@ -55,11 +55,11 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
           <ToolsSwitch />
           <span class="spring" />
           {isBusy ? (
-            <button type="button" class="send" aria-label={t.value.stop} title={t.value.stop} onClick={() => { chat?.stop(); field.current?.focus(); }}>
+            <button type="button" class="send" aria-label={t.value.stop} data-tip={t.value.stop} onClick={() => { chat?.stop(); field.current?.focus(); }}>
               <Icon name="stop" />
             </button>
           ) : (
-            <button type="submit" class="send" aria-label={t.value.send} title={t.value.send} disabled={!text.trim() || connection.value === "locked"}>
+            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={!text.trim() || connection.value === "locked"}>
               <Icon name="send" />
             </button>
           )}

@@ -18,7 +18,7 @@ export function ContextGauge() {
   const text = t.value.contextOf(formatNumber(used), formatNumber(most));
   const kind = share > 0.9 ? "full" : share > 0.75 ? "filling" : "";
   return (
-    <span class={`gauge ${kind}`} role="img" aria-label={text} title={text}>
+    <span class={`gauge ${kind}`} role="img" aria-label={text} data-tip={text}>
       <svg viewBox="0 0 20 20" aria-hidden="true">
         <circle cx="10" cy="10" r="8" class="gauge-track" />
         <circle cx="10" cy="10" r="8" class="gauge-fill" stroke-dasharray={`${share * CIRCUMFERENCE} ${CIRCUMFERENCE}`} transform="rotate(-90 10 10)" />

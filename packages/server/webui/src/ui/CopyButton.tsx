@@ -4,7 +4,15 @@ import { useEffect, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import { Icon } from "./Icon.tsx";
 
-export function CopyButton({ text, label, quiet = false }: { text: () => string; label: string; quiet?: boolean }) {
+interface CopyProps {
+  text: () => string;
+  label: string;
+  look?: "icon" | "word" | "row"; // a row of a menu has the whole label, a word stands beside the icon elsewhere
+}
+
+const CLASSES = { icon: "icon-button", word: "icon-button copy", row: "menu-item" };
+
+export function CopyButton({ text, label, look = "word" }: CopyProps) {
   const [state, setState] = useState<"ready" | "copied" | "failed">("ready");
   useEffect(() => {
     if (state === "ready") return undefined;
@@ -14,9 +22,9 @@ export function CopyButton({ text, label, quiet = false }: { text: () => string;
   const said = { ready: label, copied: t.value.copied, failed: t.value.copyFailed }[state];
   const copy = async () => setState((await copyText(text())) ? "copied" : "failed");
   return (
-    <button type="button" class={quiet ? "icon-button" : "icon-button copy"} title={said} aria-label={said} onClick={copy}>
+    <button type="button" class={CLASSES[look]} data-tip={look === "icon" ? said : undefined} data-stays aria-label={said} onClick={copy}>
       <Icon name={state === "copied" ? "check" : "copy"} />
-      {!quiet && <span aria-hidden="true">{state === "ready" ? t.value.copy : said}</span>}
+      {look !== "icon" && <span aria-hidden="true">{state === "ready" && look === "word" ? t.value.copy : said}</span>}
     </button>
   );
 }

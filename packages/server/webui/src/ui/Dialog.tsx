@@ -33,7 +33,7 @@ export function Dialog({ title, onClose, children, wide = false }: DialogProps) 
       <div class="dialog-body">
         <header class="dialog-head">
           <h2 id={id}>{title}</h2>
-          <button type="button" class="icon-button" aria-label={t.value.close} title={t.value.close} onClick={onClose}>
+          <button type="button" class="icon-button" aria-label={t.value.close} data-tip={t.value.close} onClick={onClose}>
             <Icon name="close" />
           </button>
         </header>

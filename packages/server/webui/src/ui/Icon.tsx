@@ -25,6 +25,7 @@ const PATHS = {
   more: "M6 12h.01M12 12h.01M18 12h.01",
   keyboard: "M3 6h18v12H3zM7 10h.01M11 10h.01M15 10h.01M17 10h.01M8 14h8",
   power: "M12 4v8M7 7a7 7 0 1 0 10 0",
+  code: "M9 7l-5 5 5 5M15 7l5 5-5 5",
   chart: "M4 19h16M7 15l3-4 3 2 4-6",
 } as const;
 

@@ -30,7 +30,7 @@ export function MessageList({ chat }: { chat: OpenChat }) {
         </ol>
       </div>
       {!isAtEnd && (
-        <button type="button" class="to-end" aria-label={t.value.toEnd} title={t.value.toEnd} onClick={toEnd}><Icon name="down" /></button>
+        <button type="button" class="to-end" aria-label={t.value.toEnd} data-tip={t.value.toEnd} onClick={toEnd}><Icon name="down" /></button>
       )}
     </div>
   );

@@ -17,7 +17,8 @@ export function Numbers({ message, isWriting }: { message: AssistantMessage; isW
   ];
   return (
     <details class="numbers">
-      <summary title={lines.join("\n")}>
+      <summary data-tip={t.value.tips.numbers}>
+        <span class="off-screen">{t.value.numbersOf}</span>
         {tokensPerSecond !== undefined && !isWriting && <span>{formatNumber(tokensPerSecond, tokensPerSecond < 100 ? 1 : 0)} {t.value.perSecond}</span>}
         <span>{t.value.tokens(formatNumber(generated))}</span>
       </summary>

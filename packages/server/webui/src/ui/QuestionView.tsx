@@ -4,9 +4,7 @@ import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { UserMessage } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
-import { CopyButton } from "./CopyButton.tsx";
-import { Icon } from "./Icon.tsx";
-import { Siblings, removeButton } from "./MessageTools.tsx";
+import { CopyTool, MessageTools, RemoveTool, Tool } from "./MessageTools.tsx";
 
 const SHOWN = 10_000; // characters of a question at first
 
@@ -16,18 +14,17 @@ export function QuestionView({ chat, message, isLast }: { chat: OpenChat; messag
   return (
     <article class="question" aria-label={t.value.you}>
       <Bubble text={message.text} />
-      <footer class="message-tools">
-        <Siblings chat={chat} id={message.id} />
-        <button type="button" class="icon-button edit-question" aria-label={t.value.edit} title={t.value.edit} disabled={chat.isBusy}
-          onClick={() => setEditing(true)}>
-          <Icon name="edit" />
-        </button>
-        <CopyButton quiet label={t.value.copyMessage} text={() => message.text} />
-        {removeButton(chat, message.id)}
+      <MessageTools chat={chat} id={message.id} actions={
+        <>
+          <Tool kind="edit-question" icon="edit" label={t.value.edit} tip={t.value.tips.edit} disabled={chat.isBusy} onClick={() => setEditing(true)} />
+          <CopyTool text={() => message.text} />
+          <RemoveTool chat={chat} id={message.id} />
+        </>
+      }>
         {isLast && !chat.isBusy && (
           <button type="button" class="button small" onClick={() => chat.answer(message.id)}>{t.value.answer}</button>
         )}
-      </footer>
+      </MessageTools>
     </article>
   );
 }

@@ -43,7 +43,7 @@ function Reset({ name, settings, onChange }: FieldProps<keyof ChatSettings>) {
   if (settings[name] === undefined) return null;
   const label = t.value.resetOf(t.value.fields[name]);
   return (
-    <button type="button" class="icon-button reset" aria-label={label} title={label} onClick={() => onChange(without(settings, name))}>
+    <button type="button" class="icon-button reset" aria-label={label} data-tip={label} onClick={() => onChange(without(settings, name))}>
       <Icon name="refresh" />
     </button>
   );
