@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from actions import button, said, say
 from ui_server import ui_server
@@ -127,6 +128,26 @@ def test_a_failed_load_on_an_empty_page(loader: SteppedLoader, open_page: Callab
         loader.steps.put(None)
         button(page, "Noch einmal versuchen, first zu laden").click()
         page.get_by_text("first läuft auf deinem eigenen Server").wait_for()
+
+
+def test_the_picker_shows_what_a_model_is(loader: SteppedLoader, open_page: Callable[..., Any]) -> None:
+    with ui_server(manager=two_models(loader)) as site:
+        loader.steps.put(None)
+        page = open_page(site.url)
+        button(page, "Load it now").click()
+        page.get_by_text("first is running").wait_for()
+        loader.engines[0]._info = msgspec.structs.replace(
+            loader.engines[0].model_info, architecture="llama", num_parameters=134_515_008, quantization="Q4_1",
+            max_model_len=8192, weight_bytes=92 << 20, kv_cache_bytes=1536 << 20,
+        )  # fmt: skip
+        button(page, "Model: first").click()
+        first, second = (page.locator(".model-row").nth(number) for number in (0, 1))
+        first.get_by_text("llama · 135M parameters · Q4_1 · 8,192 tokens of context").wait_for()
+        assert first.locator(".model-choice").inner_text().split("\n") == [
+            "first", "ready", "llama · 135M parameters · Q4_1 · 8,192 tokens of context",
+            "Memory: weights 92 MiB, KV cache up to 1.5 GiB",
+        ]  # fmt: skip
+        assert second.locator(".model-choice").inner_text().split("\n") == ["second", "not loaded"]
 
 
 def test_every_kind_of_failure_has_words() -> None:

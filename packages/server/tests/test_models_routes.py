@@ -8,6 +8,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import msgspec
 import pytest
 from server_fakes import FakeLoader
 
@@ -71,7 +72,8 @@ def test_every_model_has_its_own_sampling_defaults(start) -> None:
 
 
 def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
-    running = start(_manager(FakeLoader()))
+    loader = FakeLoader()
+    running = start(_manager(loader))
     with running.http() as client:
         listed = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
         assert list(listed) == ["small", "tiny", "org/large", "broken"]
@@ -82,6 +84,14 @@ def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
         assert (card["status"], card["max_model_len"]) == ("ready", 4096)
         assert client.get("/v1/models/tiny").json()["status"] == "unloaded"
         assert client.get("/v1/models/none").status_code == 404
+        loader.engines[0]._info = msgspec.structs.replace(
+            loader.engines[0].model_info, num_parameters=135_000_000, quantization="Q4_1", dtype="f32", device="cpu",
+            weight_bytes=92 << 20, kv_cache_bytes=640 << 20,
+        )  # fmt: skip
+        card = client.get("/v1/models/org/large").json()
+        wanted = {"architecture": "scripted", "num_parameters": 135_000_000, "quantization": "Q4_1", "dtype": "f32"}
+        assert wanted.items() <= card.items()
+        assert (card["device"], card["weight_bytes"], card["kv_cache_bytes"]) == ("cpu", 92 << 20, 640 << 20)
     assert [model.id for model in running.openai().models.list()] == ["small", "tiny", "org/large", "broken"]
 
 

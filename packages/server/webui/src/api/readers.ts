@@ -87,8 +87,14 @@ export function readModel(data: unknown): ModelCard[] {
     const value = given[name];
     if (value === null || typeof value === "string") card[name] = value;
   }
-  const failure = text(given.failure);
-  if (failure !== undefined) card.failure = failure;
+  for (const name of ["failure", "architecture", "quantization", "dtype"] as const) {
+    const value = text(given[name]);
+    if (value) card[name] = value;
+  }
+  for (const name of ["num_parameters", "weight_bytes", "kv_cache_bytes"] as const) {
+    const value = number(given[name]);
+    if (value && value > 0) card[name] = value;
+  }
   const { what, percent } = fields(given.loading);
   if (typeof what === "string") card.loading = { what, percent: number(percent) ?? null };
   const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);

@@ -6,6 +6,12 @@ export interface ModelCard {
   default: boolean;
   loading?: LoadProgress;
   failure?: string; // of what kind it is
+  architecture?: string;
+  quantization?: string;
+  dtype?: string;
+  num_parameters?: number;
+  weight_bytes?: number;
+  kv_cache_bytes?: number;
   root?: string;
   max_model_len?: number;
   tool_parser?: string | null;

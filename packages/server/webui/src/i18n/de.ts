@@ -43,6 +43,7 @@ export const de: Texts = {
   },
   loadingOf: (name) => `${name} wird geladen`, loadNow: "Jetzt laden",
   writeAlready: "Du kannst schon schreiben: Die Antwort beginnt, sobald das Modell bereit ist.",
+  parameters: (count) => `${count} Parameter`, memoryOf: (weights, cache) => `Speicher: Gewichte ${weights}, KV-Cache bis ${cache}`, memoryOfWeights: (weights) => `Speicher: Gewichte ${weights}`,
   contextTokens: (count) => `${count} Token Kontext`, contextOf: (used, most) => `${used} von ${most} Token Kontext belegt`,
 
   messages: "Nachrichten", you: "Du", answerOf: (model) => (model ? `Antwort von ${model}` : "Antwort"), message: "Nachricht",

@@ -43,6 +43,7 @@ export const en = {
   },
   loadingOf: (name: string) => `Loading ${name}`, loadNow: "Load it now",
   writeAlready: "You can write already: the answer begins when the model is ready.",
+  parameters: (count: string) => `${count} parameters`, memoryOf: (weights: string, cache: string) => `Memory: weights ${weights}, KV cache up to ${cache}`, memoryOfWeights: (weights: string) => `Memory: weights ${weights}`,
   contextTokens: (count: string) => `${count} tokens of context`,
   contextOf: (used: string, most: string) => `${used} of ${most} tokens of context used`,
 

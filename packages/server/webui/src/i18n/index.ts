@@ -26,6 +26,15 @@ export function formatNumber(value: number, digits = 0, most = digits): string {
   return new Intl.NumberFormat(shownLanguage.value, { maximumFractionDigits: most, minimumFractionDigits: digits }).format(value);
 }
 
+/** A large number in short, as 135M. */
+export const formatCount = (value: number): string =>
+  new Intl.NumberFormat(shownLanguage.value, { notation: "compact", maximumSignificantDigits: 3 }).format(value);
+
+export function formatBytes(bytes: number): string {
+  const mebibytes = bytes / 2 ** 20;
+  return mebibytes < 1000 ? `${formatNumber(Math.ceil(mebibytes))} MiB` : `${formatNumber(mebibytes / 1024, 1)} GiB`;
+}
+
 export function formatSeconds(seconds: number): string {
   if (seconds < 0.9995) return `${formatNumber(seconds * 1000)} ms`;
   if (seconds < 60) return `${formatNumber(seconds, 1)} s`;

@@ -2,7 +2,7 @@
 
 import { useEffect, useState } from "preact/hooks";
 import type { ModelCard } from "../api/types.ts";
-import { formatNumber, t } from "../i18n/index.ts";
+import { formatBytes, formatCount, formatNumber, t } from "../i18n/index.ts";
 import { cardFor, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
 import { prefer } from "../state/preferences.ts";
@@ -47,9 +47,9 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
         <span class="model-facts">
           <StatusDot status={status} />
           {stateText(card)}
-          {card.max_model_len && ` · ${t.value.contextTokens(formatNumber(card.max_model_len))}`}
           {isAlias && ` · ${t.value.alias}`}
         </span>
+        {factsOf(card).map((line) => <span key={line} class="model-details">{line}</span>)}
         {busy && <LoadingBar card={card} />}
       </button>
       {isChosen && <Icon name="check" />}
@@ -61,6 +61,19 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
       {status === "failed" && <FailureNote card={card} />}
     </li>
   );
+}
+
+/** What is known of a loaded model, in lines. */
+function factsOf(card: ModelCard): string[] {
+  const { architecture, num_parameters: parameters, quantization, dtype, max_model_len: context, weight_bytes: weights, kv_cache_bytes: cache } = card;
+  const facts = [
+    architecture,
+    parameters && t.value.parameters(formatCount(parameters)),
+    quantization ?? dtype,
+    context && t.value.contextTokens(formatNumber(context)),
+  ];
+  const memory = weights && (cache ? t.value.memoryOf(formatBytes(weights), formatBytes(cache)) : t.value.memoryOfWeights(formatBytes(weights)));
+  return [facts.filter(Boolean).join(" · "), memory || ""].filter(Boolean);
 }
 
 function StatusDot({ status }: { status: string }) {

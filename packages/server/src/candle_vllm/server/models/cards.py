@@ -43,6 +43,9 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
 """What kinds of failure clients are told of; what the failure itself says may hold paths, and is for operators."""
 
 
+_KNOWN = ("architecture", "num_parameters", "quantization", "dtype", "device", "weight_bytes", "kv_cache_bytes")
+
+
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
     """What is being done while a model is loaded.
 
@@ -75,10 +78,25 @@ class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadedCard(ModelCard, frozen=True, kw_only=True):
-    """A served name whose model is loaded."""
+    """A served name whose model is loaded.
+
+    Attributes:
+        architecture, num_parameters: of the model.
+        quantization: the format of its weights; null where they are plain numbers.
+        dtype, device: what it computes in, and on.
+        weight_bytes: memory of the weights.
+        kv_cache_bytes: memory that is set aside for the KV cache; a CPU's is taken as it fills.
+    """
 
     status: str
     default: bool
+    architecture: str
+    num_parameters: int
+    quantization: str | None
+    dtype: str
+    device: str
+    weight_bytes: int
+    kv_cache_bytes: int
 
 
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,12 +172,14 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
             )
             for name in slot.entry.names
         ]
-    given = slot.entry.settings.default_sampling
+    given, info = slot.entry.settings.default_sampling, slot.model.engine.model_info
+    known = {name: getattr(info, name) for name in _KNOWN}
     return [
         LoadedCard(
             **{**msgspec.structs.asdict(card), "default_sampling": {**(card.default_sampling or {}), **given} or UNSET},
             status=slot.state.value,
             default=default,
+            **known,
         )
         for card in slot.model.adapter.models().data
     ]
