@@ -46,6 +46,13 @@ def tools_on(page: Any) -> None:
     page.keyboard.press("Escape")
 
 
+def act(page: Any, name: str, action: str) -> None:
+    """Chooses from the menu of a conversation or a folder."""
+    page.locator(".conversation", has_text=name).first.hover()
+    button(page, f"Actions for {name}").click()
+    page.get_by_role("menuitem", name=action).click()
+
+
 def import_file(page: Any, path: Path) -> None:
     """Imports a file through the settings."""
     page.keyboard.press("Control+,")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actions import archive, ask, button, conversation, import_file, said
+from actions import act, archive, ask, button, conversation, import_file, said
 from ui_server import Site, ui_server
 
 
@@ -36,13 +36,11 @@ def test_list_search_rename_delete(chat: Any) -> None:
     chat.get_by_text("Nothing found.").wait_for()
     chat.keyboard.press("Escape")
     chat.locator(".conversation").nth(2).wait_for()
-    chat.locator(".conversation").first.hover()
-    button(chat, "Rename Nothing").click()
+    act(chat, "Nothing", "Rename")
     chat.get_by_role("textbox", name="Rename").fill("Something <b>")
     chat.keyboard.press("Enter")
     chat.get_by_role("link", name="Something <b>").wait_for()
-    chat.locator(".conversation").first.hover()
-    button(chat, "Delete Something <b>").click()
+    act(chat, "Something <b>", "Delete")
     button(chat, "Delete").click()
     chat.locator(".conversation").nth(2).wait_for(state="detached")
     chat.reload()

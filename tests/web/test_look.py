@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from actions import ask, button, said, say
+from actions import act, ask, button, said, say
 from registry_packages import npm_file
 from ui_server import Site
 
@@ -57,6 +57,31 @@ def test_axe_finds_nothing_serious(
     page.keyboard.press("Escape")
     page.evaluate("location.hash = '#/server'")
     page.locator(".chart").first.wait_for()
+    assert findings(page, axe) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("phone", [False, True])
+def test_axe_finds_nothing_in_the_list(
+    site: Site, open_page: Callable[..., Any], axe: str, scheme: str, phone: bool
+) -> None:
+    page = open_page(site.url, color_scheme=scheme, reduced_motion="reduce", **(PHONE if phone else {}))
+    page.locator("#composer").fill("Hello")
+    button(page, "Send").click()
+    said(page, "You said: Hello")
+    if phone:
+        button(page, "Show conversations").tap()
+    button(page, "New folder").click()
+    page.get_by_label("Name of the folder").fill("Work")
+    assert findings(page, axe) == []
+    page.keyboard.press("Enter")
+    act(page, "Hello", "Pin")
+    page.locator(".conversation", has_text="Hello").hover()
+    button(page, "Actions for Hello").click()
+    page.get_by_role("menu").wait_for()
+    assert findings(page, axe) == []
+    page.get_by_role("menuitem", name="Move to folder").click()
+    page.get_by_role("textbox", name="New folder").wait_for()
     assert findings(page, axe) == []
 
 

@@ -2,13 +2,15 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { rate, sampleOf, sums } from "../src/api/metrics.ts";
 import { merged, RANGES, readNumber, readSettings, served, wireFields } from "../src/chat/settings.ts";
-import type { AssistantMessage, Conversation, UserMessage } from "../src/chat/types.ts";
+import type { AssistantMessage, Conversation, Folder, UserMessage } from "../src/chat/types.ts";
 import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
 import { MemoryStore } from "../src/store/database.ts";
+import { readConversation, readFolder } from "../src/store/records.ts";
 import { type Archive, exportText, ImportError, importText, missing } from "../src/store/transfer.ts";
 
-const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2" };
+const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2", pinned: true, folder: "f".repeat(32) };
+const folder: Folder = { id: "f".repeat(32), name: "Work", created: 5, isOpen: true };
 const question: UserMessage = { id: "u", role: "user", parent: null, created: 1, text: "q <script>" };
 const answer = (id: string, created: number): AssistantMessage => ({
   id, role: "assistant", parent: "u", created, model: "m", state: "done",
@@ -17,9 +19,9 @@ const answer = (id: string, created: number): AssistantMessage => ({
 });
 
 test("export and import keep everything but the ids", () => {
-  const text = exportText([{ conversation, messages: [question, answer("a1", 2), answer("a2", 3)] }]);
-  const { archives, broken } = importText(text);
-  assert.deepEqual([archives.length, broken], [1, 0]);
+  const text = exportText({ folders: [folder], archives: [{ conversation, messages: [question, answer("a1", 2), answer("a2", 3)] }] });
+  const { archives, folders, broken } = importText(text);
+  assert.deepEqual([archives.length, folders, broken], [1, [folder], 0]);
   const { conversation: read, messages } = archives[0]!;
   const [u, a1, a2] = messages;
   assert.deepEqual([a1!.parent, a2!.parent, read.leaf], [u!.id, u!.id, a2!.id]);
@@ -58,8 +60,12 @@ test("the store that stands in", async () => {
   assert.deepEqual((await store.messages("c")).map((one) => one.id), ["u"]);
   await store.deleteConversation("c");
   assert.deepEqual([await store.conversations(), await store.messages("c"), (await store.messages("other")).length], [[], [], 1]);
+  await store.putRecord("folders", folder);
+  await store.putRecord("folders", { ...folder, id: "g" });
+  await store.deleteRecord("folders", "g");
+  assert.deepEqual(await store.records("folders"), [folder]);
   await store.clear();
-  assert.deepEqual(await store.messages("other"), []);
+  assert.deepEqual([await store.messages("other"), await store.records("folders")], [[], []]);
 });
 
 test("settings", () => {
@@ -114,7 +120,7 @@ const chatOf = (leaf: string, ...messages: Archive["messages"]): Archive => ({ c
 /** Imports an export of one into the other, which knows the messages of both, and gives what is there then. */
 function imported(ours: Archive | undefined, theirs: Archive, ...elsewhere: string[]): Archive | undefined {
   const taken = new Set([...(ours?.messages ?? []).map((one) => one.id), ...elsewhere.map(hex)]);
-  const more = missing(ours, importText(exportText([theirs])).archives[0]!, (id) => taken.has(id));
+  const more = missing(ours, importText(exportText({ folders: [], archives: [theirs] })).archives[0]!, (id) => taken.has(id));
   return more && { conversation: more.conversation, messages: [...(ours?.messages ?? []), ...more.messages] };
 }
 const texts = (archive: Archive | undefined) => archive?.messages.map((one) => (one.role === "user" ? one.text : one.steps.at(-1)!.text));
@@ -169,4 +175,14 @@ test("messages come in with their conversation or not at all", async () => {
   await store.add(conversation, [question]);
   await assert.rejects(store.add({ ...conversation, id: "d" }, [answer("a1", 2), question]));
   assert.deepEqual([(await store.conversations()).length, await store.messageIds(), (await store.messages("d")).length], [1, ["u"], 0]);
+});
+
+test("what a database or a file holds of conversations and folders is read field by field", () => {
+  const id = "a".repeat(32);
+  const old = { id, title: "Old", renamed: false, created: 1, updated: 2, model: null, settings: {}, leaf: null }; // of version 1
+  assert.deepEqual(readConversation(old), { ...old, pinned: false, folder: null });
+  assert.deepEqual(readConversation({ ...old, pinned: "yes", folder: "../x", tools: ["a", 1] }), { ...old, pinned: false, folder: null, tools: ["a"] });
+  assert.equal(readConversation({ id }), undefined);
+  assert.deepEqual(readFolder({ id, name: ` ${"n".repeat(100)}`, created: "x", isOpen: 1, more: 1 }), [{ id, name: "n".repeat(80), created: 0, isOpen: false }]);
+  for (const wrong of [null, 5, { id }, { id, name: " " }, { id: "x", name: "n" }, { name: "n" }]) assert.deepEqual(readFolder(wrong), [], JSON.stringify(wrong));
 });

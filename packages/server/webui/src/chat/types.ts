@@ -80,6 +80,15 @@ export interface Conversation {
   settings: ChatSettings;
   tools?: readonly string[]; // names of the tools that are on; none until somebody turns them on
   leaf: string | null; // the last message of the branch that is shown
+  pinned: boolean;
+  folder: string | null; // the id of one
+}
+
+export interface Folder {
+  id: string;
+  name: string;
+  created: number;
+  isOpen: boolean;
 }
 
 export const emptyStep = (): Step => ({ reasoning: "", text: "", calls: [] });

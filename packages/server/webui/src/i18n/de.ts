@@ -9,7 +9,10 @@ export const de: Texts = {
   showSidebar: "Unterhaltungen einblenden", skipToInput: "Zum Eingabefeld springen",
   nothingFound: "Nichts gefunden.", noConversations: "Hier erscheinen deine Unterhaltungen.",
   periods: { today: "Heute", yesterday: "Gestern", week: "Letzte 7 Tage", earlier: "Früher" },
-  rename: "Umbenennen", renameOf: (title) => `${title} umbenennen`, delete: "Löschen", deleteOf: (title) => `${title} löschen`,
+  rename: "Umbenennen", delete: "Löschen", actionsOf: (title) => `Aktionen für ${title}`,
+  pin: "Anheften", unpin: "Loslösen", pinned: "Angeheftet", moveTo: "In Ordner verschieben…", moveTitle: (title) => `„${title}“ verschieben`, noFolder: "Kein Ordner",
+  newFolder: "Neuer Ordner", folderName: "Name des Ordners", create: "Anlegen", deleteFolder: "Ordner löschen?",
+  deleteFolderText: (name) => `„${name}“ wird gelöscht. Die Unterhaltungen darin bleiben.`,
   deleteChat: "Unterhaltung löschen?", deleteChatText: (title) => `„${title}“ und alle Nachrichten darin werden aus diesem Browser gelöscht.`,
   close: "Schließen", cancel: "Abbrechen", dismiss: "Ausblenden", retry: "Erneut versuchen", use: "Verwenden", more: "Mehr zeigen",
 
@@ -123,7 +126,7 @@ export const de: Texts = {
   imported: ({ added, grown, same, broken }) =>
     `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
   notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, fileNotText: (name) => `${name} ist keine Textdatei.`,
-  deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt jede Unterhaltung aus diesem Browser.",
+  deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt jede Unterhaltung und jeden Ordner aus diesem Browser.",
   deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung ist" : "Unterhaltungen sind"} dann endgültig weg. Exportiere sie vorher, wenn du sie noch brauchen könntest.`,
   keys: {
     send: "Nachricht senden", newLine: "Neue Zeile", stopKey: "Antwort anhalten, Offenes schließen", editLast: "Letzte Nachricht bearbeiten (im leeren Feld)",

@@ -9,7 +9,10 @@ export const en = {
   showSidebar: "Show conversations", skipToInput: "Skip to the message field",
   nothingFound: "Nothing found.", noConversations: "Your conversations will appear here.",
   periods: { today: "Today", yesterday: "Yesterday", week: "Last 7 days", earlier: "Earlier" },
-  rename: "Rename", renameOf: (title: string) => `Rename ${title}`, delete: "Delete", deleteOf: (title: string) => `Delete ${title}`,
+  rename: "Rename", delete: "Delete", actionsOf: (title: string) => `Actions for ${title}`,
+  pin: "Pin", unpin: "Unpin", pinned: "Pinned", moveTo: "Move to folder…", moveTitle: (title: string) => `Move “${title}”`, noFolder: "No folder",
+  newFolder: "New folder", folderName: "Name of the folder", create: "Create", deleteFolder: "Delete folder?",
+  deleteFolderText: (name: string) => `“${name}” will be deleted. The conversations in it stay.`,
   deleteChat: "Delete conversation?", deleteChatText: (title: string) => `“${title}” and all its messages will be deleted from this browser.`,
   close: "Close", cancel: "Cancel", dismiss: "Dismiss", retry: "Try again", use: "Use", more: "Show more",
 
@@ -126,7 +129,7 @@ export const en = {
   imported: ({ added, grown, same, broken }: Imported) =>
     `${added || "No new"} ${added === 1 ? "conversation" : "conversations"} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
   notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, fileNotText: (name: string) => `${name} is not a text file.`,
-  deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation from this browser.",
+  deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation and folder from this browser.",
   deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} will be gone for good. Export them first if you may want them again.`,
   keys: {
     send: "Send the message", newLine: "New line", stopKey: "Stop the answer, close what is open", editLast: "Edit the last message (in the empty field)",

@@ -3,42 +3,35 @@
 import { batch, computed, signal, type Signal } from "@preact/signals";
 import { titleOf } from "../chat/title.ts";
 import type { Conversation } from "../chat/types.ts";
-import { t } from "../i18n/index.ts";
-import { MemoryStore, openStore, type Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
-import { type Archive, exportText, type Imported, importText, missing } from "../store/transfer.ts";
-import { notify } from "./notices.ts";
 import { OpenChat } from "./open-chat.ts";
 import { go, route } from "./route.ts";
+import { startStorage, storage, unsaved } from "./storage.ts";
 
 const known = signal<ReadonlyMap<string, Signal<Conversation>>>(new Map());
 const opened = new Map<string, OpenChat>();
-let store: Store = new MemoryStore();
 
 /** The newest first. */
 export const conversations = computed<readonly Conversation[]>(() =>
   [...known.value.values()].map((one) => one.value).sort((a, b) => b.updated - a.updated),
 );
 export const current = signal<OpenChat | null>(null);
-export const isStoreReady = signal(false);
-export const isPersistent = signal(true);
 
-export async function startChats(): Promise<void> {
-  store = await openStore();
-  await readList().catch(() => {
-    store = new MemoryStore(); // what is there cannot be read: nothing of it is touched
-  });
-  isPersistent.value = store.persistent;
-  isStoreReady.value = true;
+/** Reads what is kept; `beside` reads what else there is, each time that another tab may have changed it. */
+export async function startChats(beside: () => Promise<void>): Promise<void> {
+  const read = async () => {
+    await Promise.all([readList(), beside()]);
+  };
+  await startStorage(read);
   await followRoute();
   route.subscribe(() => void followRoute());
   document.addEventListener("visibilitychange", () => {
-    if (!document.hidden) readList().then(reopenChanged, unsaved); // another tab may have changed it
+    if (!document.hidden) read().then(reopenChanged, unsaved);
   });
 }
 
-async function readList(): Promise<void> {
-  const stored = await store.conversations();
+export async function readList(): Promise<void> {
+  const stored = await storage().conversations();
   const map = new Map<string, Signal<Conversation>>();
   for (const conversation of stored) {
     const there = known.value.get(conversation.id);
@@ -59,7 +52,7 @@ async function reopenChanged(): Promise<void> {
 }
 
 /** Reads a conversation again where it is open and nothing is being written. */
-async function reopen(id: string): Promise<void> {
+export async function reopen(id: string): Promise<void> {
   if (opened.get(id)?.isBusy) return;
   opened.delete(id);
   if (current.value?.info.peek().id === id) current.value = (await openChat(id)) ?? null;
@@ -83,7 +76,7 @@ async function openChat(id: string): Promise<OpenChat | undefined> {
   if (there) return there;
   const info = known.value.get(id);
   if (!info) return undefined;
-  return adopt(info, new OpenChat(info, await store.messages(id), store, changed));
+  return adopt(info, new OpenChat(info, await storage().messages(id), storage(), changed));
 }
 
 function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
@@ -92,19 +85,17 @@ function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
   return chat;
 }
 
-const unsaved = (): void => notify("error", t.value.notSaved);
-
 function changed(conversation: Conversation): void {
-  store.putConversation(conversation).catch(unsaved);
+  storage().putConversation(conversation).catch(unsaved);
 }
 
 /** A new conversation with a first message. */
 export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">): OpenChat {
   const now = Date.now();
   const info = signal<Conversation>({
-    ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null,
+    ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
   });
-  const chat = adopt(info, new OpenChat(info, [], store, changed));
+  const chat = adopt(info, new OpenChat(info, [], storage(), changed));
   batch(() => {
     known.value = new Map(known.value).set(info.value.id, info);
     current.value = chat;
@@ -115,62 +106,35 @@ export function beginChat(text: string, start: Pick<Conversation, "model" | "set
 }
 
 export function rename(id: string, title: string): void {
+  if (title.trim()) organize(id, { title: title.trim().slice(0, 200), renamed: true });
+}
+
+/** Names, pins or moves a conversation. */
+export function organize(id: string, change: Partial<Pick<Conversation, "title" | "renamed" | "pinned" | "folder">>): void {
   const info = known.value.get(id);
-  if (!info || !title.trim()) return;
-  info.value = { ...info.value, title: title.trim().slice(0, 200), renamed: true };
+  if (!info) return;
+  info.value = { ...info.value, ...change };
   changed(info.value);
 }
 
 export async function deleteChat(id: string): Promise<void> {
   opened.get(id)?.discard();
   opened.delete(id);
-  await store.deleteConversation(id).catch(unsaved);
+  await storage().deleteConversation(id).catch(unsaved);
   const others = new Map(known.value);
   others.delete(id);
   known.value = others;
   if (current.value?.info.value.id === id) go({ page: "chat", id: null }, true);
 }
 
-export async function deleteAll(): Promise<void> {
+/** Forgets all conversations, and what else is stored. */
+export async function deleteChats(): Promise<void> {
   for (const chat of opened.values()) chat.discard();
   opened.clear();
-  await store.clear().catch(unsaved);
+  await storage().clear().catch(unsaved);
   known.value = new Map();
   current.value = null;
   go({ page: "chat", id: null }, true);
-}
-
-export async function exportChats(ids: readonly string[]): Promise<string> {
-  const archives = await Promise.all(ids.flatMap((id) => known.value.get(id)?.value ?? []).map(archiveOf));
-  return exportText(archives);
-}
-
-async function archiveOf(conversation: Conversation): Promise<Archive> {
-  const messages = await store.messages(conversation.id);
-  return { conversation, messages: messages.map(({ conversation: _, ...message }) => message) };
-}
-
-/** Adds what a file holds and is not here. Nothing that is here is changed or deleted. */
-export async function importChats(text: string): Promise<Imported> {
-  const { archives, broken } = importText(text);
-  const count: Imported = { added: 0, grown: 0, same: 0, broken };
-  await readList();
-  const here = new Map([...known.value].map(([id, info]) => [id, info.value]));
-  const taken = new Set(await store.messageIds());
-  const grown: string[] = [];
-  for (const theirs of archives) {
-    const ours = here.get(theirs.conversation.id);
-    const more = missing(ours && (await archiveOf(ours)), theirs, (id) => taken.has(id));
-    count[!ours ? "added" : more ? "grown" : "same"]++;
-    if (!more) continue;
-    await store.add(more.conversation, more.messages);
-    here.set(more.conversation.id, more.conversation);
-    for (const { id } of more.messages) taken.add(id);
-    if (ours) grown.push(ours.id);
-  }
-  await readList();
-  for (const id of grown) await reopen(id);
-  return count;
 }
 
 /** Conversations whose title or messages hold all words of a query, the newest first. */
@@ -185,7 +149,7 @@ export async function searchChats(query: string, signalled: AbortSignal): Promis
 }
 
 async function textOfChat(id: string): Promise<string> {
-  const messages = await store.messages(id);
+  const messages = await storage().messages(id);
   const texts = messages.map((one) => (one.role === "user" ? one.text : one.steps.map((step) => step.text).join("\n")));
   return texts.join("\n");
 }

@@ -1,6 +1,7 @@
 // IndexedDB: conversations, and their messages one by one. Where it cannot be had, a Map stands in for it.
 
 import type { Conversation, Message } from "../chat/types.ts";
+import { readConversation } from "./records.ts";
 
 export type StoredMessage = Message & { conversation: string };
 
@@ -15,12 +16,20 @@ export interface Store {
   add(conversation: Conversation, messages: readonly Message[]): Promise<void>;
   deleteMessages(ids: readonly string[]): Promise<void>;
   deleteConversation(id: string): Promise<void>;
+  /** Small things of one kind, as they were kept. */
+  records(kind: Kind): Promise<unknown[]>;
+  putRecord(kind: Kind, record: { id: string }): Promise<void>;
+  deleteRecord(kind: Kind, id: string): Promise<void>;
   clear(): Promise<void>;
 }
+
+export type Kind = "folders";
 
 const CHATS = "conversations";
 const MESSAGES = "messages";
 const BY_CHAT = "conversation";
+const FOLDERS = "folders";
+const VERSION = 2;
 
 export async function openStore(name = "candle-vllm"): Promise<Store> {
   try {
@@ -32,10 +41,13 @@ export async function openStore(name = "candle-vllm"): Promise<Store> {
 
 function openDatabase(name: string): Promise<IDBDatabase> {
   return new Promise((resolve, reject) => {
-    const opening = indexedDB.open(name, 1);
-    opening.onupgradeneeded = () => {
-      opening.result.createObjectStore(CHATS, { keyPath: "id" });
-      opening.result.createObjectStore(MESSAGES, { keyPath: "id" }).createIndex(BY_CHAT, BY_CHAT);
+    const opening = indexedDB.open(name, VERSION);
+    opening.onupgradeneeded = ({ oldVersion }) => {
+      if (oldVersion < 1) {
+        opening.result.createObjectStore(CHATS, { keyPath: "id" });
+        opening.result.createObjectStore(MESSAGES, { keyPath: "id" }).createIndex(BY_CHAT, BY_CHAT);
+      }
+      if (oldVersion < 2) opening.result.createObjectStore(FOLDERS, { keyPath: "id" });
     };
     opening.onsuccess = () => {
       opening.result.onversionchange = () => opening.result.close();
@@ -57,8 +69,9 @@ class DatabaseStore implements Store {
 
   constructor(private readonly database: IDBDatabase) {}
 
-  conversations(): Promise<Conversation[]> {
-    return answered(this.database.transaction(CHATS).objectStore(CHATS).getAll());
+  async conversations(): Promise<Conversation[]> {
+    const kept: unknown[] = await answered(this.database.transaction(CHATS).objectStore(CHATS).getAll());
+    return kept.map(readConversation).filter((one) => one !== undefined);
   }
 
   messages(conversation: string): Promise<StoredMessage[]> {
@@ -96,11 +109,21 @@ class DatabaseStore implements Store {
     }, false);
   }
 
+  records(kind: Kind): Promise<unknown[]> {
+    return answered(this.database.transaction(kind).objectStore(kind).getAll());
+  }
+
+  putRecord(kind: Kind, record: { id: string }): Promise<void> {
+    return this.change([kind], (at) => at(kind).put(record));
+  }
+
+  deleteRecord(kind: Kind, id: string): Promise<void> {
+    return this.change([kind], (at) => at(kind).delete(id));
+  }
+
   clear(): Promise<void> {
-    return this.change([CHATS, MESSAGES], (at) => {
-      at(CHATS).clear();
-      at(MESSAGES).clear();
-    });
+    const all = [CHATS, MESSAGES, FOLDERS];
+    return this.change(all, (at) => all.forEach((name) => at(name).clear()));
   }
 
   /** With `whole` nothing follows what `work` asks for: it is kept even where the page goes away at once. */
@@ -120,6 +143,7 @@ export class MemoryStore implements Store {
   readonly persistent = false;
   private readonly chats = new Map<string, Conversation>();
   private readonly kept = new Map<string, StoredMessage>();
+  private readonly small = new Map<Kind, Map<string, unknown>>();
 
   async conversations(): Promise<Conversation[]> {
     return [...this.chats.values()];
@@ -156,8 +180,21 @@ export class MemoryStore implements Store {
     for (const message of await this.messages(id)) this.kept.delete(message.id);
   }
 
+  async records(kind: Kind): Promise<unknown[]> {
+    return [...(this.small.get(kind)?.values() ?? [])];
+  }
+
+  async putRecord(kind: Kind, record: { id: string }): Promise<void> {
+    this.small.set(kind, new Map(this.small.get(kind)).set(record.id, structuredClone(record)));
+  }
+
+  async deleteRecord(kind: Kind, id: string): Promise<void> {
+    this.small.get(kind)?.delete(id);
+  }
+
   async clear(): Promise<void> {
     this.chats.clear();
     this.kept.clear();
+    this.small.clear();
   }
 }

@@ -2,10 +2,10 @@
 // what is here already is known again; nothing that is here gives way.
 
 import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
-import { readSettings } from "../chat/settings.ts";
 import { MessageTree } from "../chat/tree.ts";
-import type { AnswerState, AssistantMessage, CallState, Conversation, Message, Step, ToolCall } from "../chat/types.ts";
+import type { AnswerState, AssistantMessage, CallState, Conversation, Folder, Message, Step, ToolCall } from "../chat/types.ts";
 import { newId } from "./ids.ts";
+import { ownId, readConversation, readFolder, timeOf } from "./records.ts";
 
 export interface Archive {
   conversation: Conversation;
@@ -22,55 +22,53 @@ export interface Imported {
 const FORMAT = "candle-vllm-conversations";
 export const MAX_IMPORT_BYTES = 256 * 1024 * 1024;
 const MAX_CONVERSATIONS = 100_000;
+const MAX_FOLDERS = 10_000;
 
-export function exportText(archives: readonly Archive[]): string {
-  return JSON.stringify({ format: FORMAT, version: 1, conversations: archives }, null, 1);
+/** What a file holds. */
+export interface Exported {
+  folders: readonly Folder[];
+  archives: readonly Archive[];
+}
+
+export function exportText({ folders, archives }: Exported): string {
+  return JSON.stringify({ format: FORMAT, version: 1, folders, conversations: archives }, null, 1);
 }
 
 export class ImportError extends Error {}
 
 /** Reads an exported text; ImportError where it is none. Broken conversations are left out and counted. */
-export function importText(text: string): { archives: Archive[]; broken: number } {
+export function importText(text: string): Exported & { broken: number } {
   let document: unknown;
   try {
     document = JSON.parse(text);
   } catch {
     throw new ImportError("not JSON");
   }
-  const { format, version, conversations } = fields(document);
+  const { format, version, folders, conversations } = fields(document);
   if (format !== FORMAT || version !== 1 || !Array.isArray(conversations)) throw new ImportError("another format");
   const archives = conversations.slice(0, MAX_CONVERSATIONS).map(readArchive);
   const whole = archives.filter((archive) => archive !== undefined);
-  return { archives: whole, broken: conversations.length - whole.length };
+  const named = Array.isArray(folders) ? folders.slice(0, MAX_FOLDERS).flatMap(readFolder) : [];
+  return { folders: named, archives: whole, broken: conversations.length - whole.length };
 }
 
 function readArchive(data: unknown): Archive | undefined {
   const { conversation, messages } = fields(data);
-  const given = fields(conversation);
-  if (typeof given.title !== "string" || !Array.isArray(messages)) return undefined;
+  const read = readConversation(conversation);
+  if (!read || !Array.isArray(messages)) return undefined;
   const ids = new Map<string, string>();
   for (const message of messages) {
     const { id } = fields(message);
     if (typeof id === "string") ids.set(id, ownId(id));
   }
-  const read = messages.map((message) => readMessage(message, ids));
-  if (read.includes(undefined)) return undefined;
+  const whole = messages.map((message) => readMessage(message, ids));
+  if (whole.includes(undefined)) return undefined;
+  const { tools: _, ...others } = read; // are for here to be chosen
   return {
-    conversation: {
-      id: ownId(given.id),
-      title: given.title.slice(0, 500),
-      renamed: given.renamed === true,
-      created: timeOf(given.created) ?? Date.now(),
-      updated: timeOf(given.updated) ?? Date.now(),
-      model: text(given.model) ?? null,
-      settings: readSettings(given.settings),
-      leaf: ids.get(text(given.leaf) ?? "") ?? null,
-    },
-    messages: [...new Map((read as Message[]).map((one) => [one.id, one])).values()],
+    conversation: { ...others, leaf: ids.get(read.leaf ?? "") ?? null },
+    messages: [...new Map((whole as Message[]).map((one) => [one.id, one])).values()],
   };
 }
-
-const ownId = (id: unknown): string => (typeof id === "string" && /^[0-9a-f]{32}$/.test(id) ? id : newId());
 
 /**
  * What `theirs` has that is not in `ours`, the same conversation as it is here: the messages to add, and the
@@ -151,12 +149,6 @@ function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message |
     state: answerState(given.state),
   };
   return message;
-}
-
-// Not later than now: a clock that was wrong elsewhere would put a conversation at the head for good.
-function timeOf(value: unknown): number | undefined {
-  const time = number(value);
-  return time === undefined ? undefined : Math.min(Math.max(0, time), Date.now());
 }
 
 // An answer that is not at its end came from a page that no longer writes it.

@@ -1,10 +1,11 @@
 // The conversation that is shown: head, messages, input.
 
 import { t } from "../i18n/index.ts";
-import { current, isStoreReady } from "../state/chats.ts";
+import { current } from "../state/chats.ts";
 import { open } from "../state/dialogs.ts";
 import { shownStart } from "../state/new-chat.ts";
 import { route } from "../state/route.ts";
+import { isStoreReady } from "../state/storage.ts";
 import { Composer } from "./Composer.tsx";
 import { ContextGauge } from "./ContextGauge.tsx";
 import { Icon } from "./Icon.tsx";

@@ -2,8 +2,9 @@
 
 import { useRef, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
-import { conversations, current, deleteAll, exportChats, importChats } from "../state/chats.ts";
+import { conversations, current } from "../state/chats.ts";
 import { confirmFirst } from "../state/dialogs.ts";
+import { deleteAll, exportChats, importChats } from "../state/exchange.ts";
 import { ImportError, MAX_IMPORT_BYTES } from "../store/transfer.ts";
 
 export function DataTab() {

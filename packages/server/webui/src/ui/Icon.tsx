@@ -26,6 +26,10 @@ const PATHS = {
   keyboard: "M3 6h18v12H3zM7 10h.01M11 10h.01M15 10h.01M17 10h.01M8 14h8",
   power: "M12 4v8M7 7a7 7 0 1 0 10 0",
   code: "M9 7l-5 5 5 5M15 7l5 5-5 5",
+  pin: "M9 4h6l-1 6 3 3v2H7v-2l3-3zM12 15v6",
+  folder: "M3 6h6l2 2h10v11H3z",
+  folderPlus: "M3 6h6l2 2h10v11H3zM12 11v5M9.500 13.500h5",
+  download: "M12 4v11M7 11l5 5 5-5M5 20h14",
   chart: "M4 19h16M7 15l3-4 3 2 4-6",
 } as const;
 

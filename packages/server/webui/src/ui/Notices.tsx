@@ -3,7 +3,7 @@
 import { t } from "../i18n/index.ts";
 import { connection, connectionError, refreshModels } from "../state/models.ts";
 import { dismiss, notices } from "../state/notices.ts";
-import { isPersistent } from "../state/chats.ts";
+import { isPersistent } from "../state/storage.ts";
 import { Icon } from "./Icon.tsx";
 import { describe } from "./errors.ts";
 import { KeyForm } from "./KeyForm.tsx";

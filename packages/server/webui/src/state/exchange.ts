@@ -1,0 +1,56 @@
+// What goes out as a file, and what comes in.
+
+import type { Conversation, Folder } from "../chat/types.ts";
+import { type Archive, exportText, type Imported, importText, missing } from "../store/transfer.ts";
+import { conversations, deleteChats, readList, reopen } from "./chats.ts";
+import { addFolder, folders, readFolders } from "./folders.ts";
+import { storage } from "./storage.ts";
+
+export async function exportChats(ids: readonly string[]): Promise<string> {
+  const chosen = new Set(ids);
+  const wanted = conversations.peek().filter((one) => chosen.has(one.id));
+  const archives = await Promise.all(wanted.map(archiveOf));
+  return exportText({ folders: folders.peek().filter(({ id }) => wanted.some((one) => one.folder === id)), archives });
+}
+
+async function archiveOf(conversation: Conversation): Promise<Archive> {
+  const messages = await storage().messages(conversation.id);
+  return { conversation, messages: messages.map(({ conversation: _, ...message }) => message) };
+}
+
+/** Adds what a file holds and is not here. Nothing that is here is changed or deleted. */
+export async function importChats(text: string): Promise<Imported> {
+  const { archives, folders: named, broken } = importText(text);
+  const count: Imported = { added: 0, grown: 0, same: 0, broken };
+  await readList();
+  const here = new Map(conversations.peek().map((one) => [one.id, one]));
+  const taken = new Set(await storage().messageIds());
+  const grown: string[] = [];
+  for (const theirs of archives) {
+    const ours = here.get(theirs.conversation.id);
+    const more = missing(ours && (await archiveOf(ours)), theirs, (id) => taken.has(id));
+    count[!ours ? "added" : more ? "grown" : "same"]++;
+    if (!more) continue;
+    const conversation = ours ? more.conversation : { ...more.conversation, folder: folderHere(more.conversation.folder, named) };
+    await storage().add(conversation, more.messages);
+    here.set(conversation.id, conversation);
+    for (const { id } of more.messages) taken.add(id);
+    if (ours) grown.push(ours.id);
+  }
+  await readList();
+  for (const id of grown) await reopen(id);
+  return count;
+}
+
+/** The folder here that a conversation of a file comes into: the same, one of that name, or a new one. */
+function folderHere(id: string | null, named: readonly Folder[]): string | null {
+  const there = named.find((one) => one.id === id);
+  if (!there) return null;
+  const known = folders.peek().find((one) => one.id === id) ?? folders.peek().find((one) => one.name === there.name);
+  return known?.id ?? addFolder(there.name, there.id);
+}
+
+export async function deleteAll(): Promise<void> {
+  await deleteChats();
+  await readFolders();
+}

@@ -1,0 +1,95 @@
+// A button with a menu above everything else. Arrow keys, Home and End move in it; Escape, Tab or a click elsewhere close it.
+
+import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { Icon, type IconName } from "./Icon.tsx";
+
+export interface MenuItem {
+  icon: IconName;
+  label: string;
+  run: () => void;
+}
+
+export function Menu({ label, items }: { label: string; items: readonly MenuItem[] }) {
+  const [isOpen, setOpen] = useState(false);
+  const opener = useRef<HTMLButtonElement>(null);
+  const id = useId();
+  const close = () => {
+    setOpen(false);
+    opener.current?.focus({ preventScroll: true });
+  };
+  return (
+    <span class="menu-frame">
+      <button ref={opener} type="button" class="icon-button" aria-label={label} title={label} aria-haspopup="menu" aria-expanded={isOpen}
+        aria-controls={isOpen ? id : undefined} onClick={() => setOpen(!isOpen)}>
+        <Icon name="more" />
+      </button>
+      {isOpen && <List id={id} label={label} items={items} opener={opener.current} onClose={close} onLeave={() => setOpen(false)} />}
+    </span>
+  );
+}
+
+interface ListProps {
+  id: string;
+  label: string;
+  items: readonly MenuItem[];
+  opener: HTMLElement | null;
+  onClose: () => void; // back to the button
+  onLeave: () => void; // to something else
+}
+
+function List({ id, label, items, opener, onClose, onLeave }: ListProps) {
+  const frame = useRef<HTMLDivElement>(null);
+  useLayoutEffect(() => {
+    const menu = frame.current;
+    if (!menu || !opener) return;
+    menu.showPopover();
+    place(menu, opener.getBoundingClientRect());
+    menu.querySelector("button")?.focus({ preventScroll: true });
+  }, []);
+  useEffect(() => {
+    const outside = (event: Event) => {
+      if (!frame.current?.contains(event.target as Node) && !opener?.contains(event.target as Node)) onLeave();
+    };
+    const movedAway = (event: Event) => {
+      if ((event.target as Node).contains(opener)) onClose();
+    };
+    addEventListener("pointerdown", outside);
+    addEventListener("scroll", movedAway, { capture: true, passive: true });
+    addEventListener("resize", onClose);
+    return () => {
+      removeEventListener("pointerdown", outside);
+      removeEventListener("scroll", movedAway, { capture: true });
+      removeEventListener("resize", onClose);
+    };
+  }, []);
+  const onKey = (event: KeyboardEvent) => {
+    const all = [...(frame.current?.querySelectorAll("button") ?? [])];
+    const at = all.findIndex((one) => one === document.activeElement);
+    const wanted = { ArrowDown: (at + 1) % all.length, ArrowUp: (at + all.length - 1) % all.length, Home: 0, End: all.length - 1 }[event.key];
+    if (wanted !== undefined) all[wanted]?.focus();
+    else if (event.key === "Escape" || event.key === "Tab") onClose();
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  };
+  return (
+    <div ref={frame} id={id} class="menu" role="menu" aria-label={label} popover="manual" onKeyDown={onKey}>
+      {items.map(({ icon, label: name, run }) => (
+        <button key={name} type="button" role="menuitem" tabIndex={-1} class="nav-item" onClick={() => { onClose(); run(); }}>
+          <Icon name={icon} />{name}
+        </button>
+      ))}
+    </div>
+  );
+}
+
+const GAP = 4;
+
+/** Below its button, or above it where there is no room; never outside of the window. */
+function place(menu: HTMLElement, button: DOMRect): void {
+  const { offsetWidth: width, offsetHeight: height } = menu;
+  const below = button.bottom + GAP;
+  const top = below + height < innerHeight ? below : Math.max(GAP, button.top - GAP - height);
+  menu.style.top = `${top}px`;
+  menu.style.left = `${Math.max(GAP, Math.min(button.left, innerWidth - width - GAP))}px`;
+}
