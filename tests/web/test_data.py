@@ -228,6 +228,28 @@ def test_a_server_that_is_gone(open_page: Callable[..., Any]) -> None:
         said(page, "You said: Hello")
 
 
+def test_charts_have_axes_from_the_first_value_on(chat: Any) -> None:
+    chat.get_by_text("demo-model is running").wait_for()
+    chat.clock.install()
+    chat.get_by_role("link", name="Server").click()
+    first = chat.locator(".chart").first
+    first.get_by_role("img", name="Running requests, the last minute: now 0, lowest 0, highest 0").wait_for()
+    assert first.locator(".value-axis span").all_inner_texts() == ["2", "1", "0"]
+    assert first.locator(".time-axis span").all_inner_texts() == ["−1 min", "−30 s", "now"]
+    box, dot = (first.locator(name).bounding_box() for name in ("svg", ".last-point"))
+    assert abs(dot["x"] + dot["width"] / 2 - box["x"] - box["width"]) < 4  # at the right end, now
+    share = chat.locator(".chart").nth(2)
+    assert share.locator(".value-axis span").all_inner_texts() == ["100 %", "50 %", "0 %"]
+    speed = chat.locator(".chart").nth(4)
+    assert speed.locator(".value-axis span").all_inner_texts() == ["10 tok/s", "5 tok/s", "0 tok/s"]
+    speed.get_by_role("img", name="Generated: nothing is known yet").wait_for()  # a rate needs two samples
+    for _ in range(45):
+        chat.clock.run_for(2000)
+        chat.wait_for_timeout(20)
+    chat.get_by_role("img", name="Running requests, the last 2 minutes").wait_for()
+    assert speed.locator(".time-axis span").all_inner_texts() == ["−2 min", "−1 min", "now"]
+
+
 def test_the_server_page(chat: Any) -> None:
     ask(chat, "Hello")
     chat.get_by_role("link", name="Server").click()

@@ -43,11 +43,11 @@ export function sampleOf(text: string, at: number): Sample {
   };
 }
 
-/** What a counter rose by per second between two samples; 0 after a restart of the server. */
-export function rate(samples: readonly Sample[], name: keyof Sample): number[] {
+/** What a counter rose by per second up to each sample but the first; 0 after a restart of the server. */
+export function rate(samples: readonly Sample[], name: keyof Sample): { at: number; value: number }[] {
   return samples.slice(1).map((sample, index) => {
     const before = samples[index]!;
     const seconds = (sample.at - before.at) / 1000;
-    return seconds > 0 ? Math.max(0, sample[name] - before[name]) / seconds : 0;
+    return { at: sample.at, value: seconds > 0 ? Math.max(0, sample[name] - before[name]) / seconds : 0 };
   });
 }

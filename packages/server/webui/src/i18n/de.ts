@@ -90,6 +90,10 @@ export const de: Texts = {
 
   running: "Laufende Anfragen", waitingRequests: "Wartende Anfragen", kvCache: "KV-Cache belegt", prefixHits: "Treffer im Präfix-Cache",
   generation: "Erzeugt", promptWork: "Eingaben gelesen", allGenerated: "Erzeugte Token", allPrompt: "Token der Eingaben", meanFirst: "Mittlere Zeit bis zum ersten Token",
+  lastMinutes: (count) => (count === 1 ? "letzte Minute" : `letzte ${count} Minuten`),
+  ago: (seconds) => (seconds === 0 ? "jetzt" : seconds < 60 ? `−${seconds} s` : `−${seconds / 60} min`),
+  chartText: (title, period, now, least, most) => `${title}, ${period}: jetzt ${now}, mindestens ${least}, höchstens ${most}`,
+  chartEmpty: (title) => `${title}: noch nichts bekannt`,
   metricsLocked: "Die Zahlen des Servers brauchen seinen Verwaltungsschlüssel.", name: "Name", state: "Zustand", context: "Kontext", toolFormat: "Werkzeugaufrufe", reasoningFormat: "Gedanken",
 
   chatSettings: "Einstellungen dieses Chats", chatSettingsText: "Nur für diese Unterhaltung. Leere Felder folgen den Einstellungen für alle Chats.",

@@ -93,6 +93,10 @@ export const en = {
 
   running: "Running requests", waitingRequests: "Waiting requests", kvCache: "KV cache in use", prefixHits: "Prefix-cache hit rate",
   generation: "Generated", promptWork: "Prompts read", allGenerated: "Tokens generated", allPrompt: "Prompt tokens", meanFirst: "Mean time to first token",
+  lastMinutes: (count: number) => (count === 1 ? "the last minute" : `the last ${count} minutes`),
+  ago: (seconds: number) => (seconds === 0 ? "now" : seconds < 60 ? `−${seconds} s` : `−${seconds / 60} min`),
+  chartText: (title: string, period: string, now: string, least: string, most: string) => `${title}, ${period}: now ${now}, lowest ${least}, highest ${most}`,
+  chartEmpty: (title: string) => `${title}: nothing is known yet`,
   metricsLocked: "The server's counts need its management key.", name: "Name", state: "State", context: "Context", toolFormat: "Tool calls", reasoningFormat: "Reasoning",
 
   chatSettings: "Settings of this chat", chatSettingsText: "For this conversation alone. Empty fields follow the settings for all chats.",

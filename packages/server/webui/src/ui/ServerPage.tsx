@@ -6,13 +6,13 @@ import { rate, type Sample, sampleOf } from "../api/metrics.ts";
 import { readMetrics, serverVersion } from "../api/server.ts";
 import { formatNumber, formatSeconds, named, t } from "../i18n/index.ts";
 import { connection, models, refreshModels } from "../state/models.ts";
-import { Chart } from "./Chart.tsx";
+import { Chart, LONGEST, spanFor } from "./Chart.tsx";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { SidebarButton } from "./SidebarButton.tsx";
 
 const EVERY_MS = 2000;
-const MAX_SAMPLES = 150; // five minutes
+const MAX_SAMPLES = 1 + LONGEST / EVERY_MS;
 
 export function ServerPage() {
   const { samples, failure } = useSamples();
@@ -67,23 +67,22 @@ function useVersion(): string {
 }
 
 function Charts({ samples }: { samples: readonly Sample[] }) {
-  const last = samples.at(-1)!;
-  const of = (name: keyof Sample) => samples.map((sample) => sample[name]);
-  const generated = rate(samples, "generatedTokens");
-  const prompt = rate(samples, "promptTokens");
-  const hitRate = samples.map((one) => (one.prefixQueries ? one.prefixHits / one.prefixQueries : 0));
+  const [first, last] = [samples[0]!, samples.at(-1)!];
+  const axis = { now: last.at, span: spanFor(last.at - first.at) };
+  const of = (value: (sample: Sample) => number) => samples.map((sample) => ({ at: sample.at, value: value(sample) }));
+  const hitRate = (one: Sample) => (one.prefixQueries ? one.prefixHits / one.prefixQueries : 0);
   const whole = (value: number) => formatNumber(value);
-  const percent = (value: number) => `${formatNumber(value * 100)} %`;
-  const perSecond = (value: number) => `${formatNumber(value, value > 0 && value < 10 ? 1 : 0)} ${t.value.perSecond}`;
+  const percent = (value: number) => `${formatNumber(value * 100, value > 0 && value < 0.1 ? 1 : 0)} %`;
+  const perSecond = (value: number) => `${formatNumber(value, value > 0 && value < 10 && value % 1 ? 1 : 0)} ${t.value.perSecond}`;
   return (
     <>
       <div class="charts">
-        <Chart title={t.value.running} values={of("running")} format={whole} least={1} />
-        <Chart title={t.value.waitingRequests} values={of("waiting")} format={whole} least={1} />
-        <Chart title={t.value.kvCache} values={of("kvUsage")} format={percent} most={1} />
-        <Chart title={t.value.prefixHits} values={hitRate} format={percent} most={1} />
-        <Chart title={t.value.generation} values={generated} format={perSecond} least={1} />
-        <Chart title={t.value.promptWork} values={prompt} format={perSecond} least={1} />
+        <Chart {...axis} title={t.value.running} points={of((one) => one.running)} format={whole} least={2} />
+        <Chart {...axis} title={t.value.waitingRequests} points={of((one) => one.waiting)} format={whole} least={2} />
+        <Chart {...axis} title={t.value.kvCache} points={of((one) => one.kvUsage)} format={percent} most={1} />
+        <Chart {...axis} title={t.value.prefixHits} points={of(hitRate)} format={percent} most={1} />
+        <Chart {...axis} title={t.value.generation} points={rate(samples, "generatedTokens")} format={perSecond} least={10} />
+        <Chart {...axis} title={t.value.promptWork} points={rate(samples, "promptTokens")} format={perSecond} least={10} />
       </div>
       <dl class="totals">
         <div><dt>{t.value.allGenerated}</dt><dd>{whole(last.generatedTokens)}</dd></div>
