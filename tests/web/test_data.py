@@ -107,6 +107,32 @@ def test_an_import_brings_only_what_is_not_here(site: Site, open_page: Callable[
     assert json.loads(export_all(second, tmp_path / "back.json").read_text()) == json.loads(late.read_text())
 
 
+def test_a_conversation_as_markdown(chat: Any) -> None:
+    ask(chat, "think of it")
+    button(chat, "Answer again").click()
+    chat.get_by_label("version 2 of 2").wait_for()
+    chat.locator(".answer[aria-busy=true]").wait_for(state="detached")
+    act(chat, "think of it", "Export")
+    chat.get_by_label("With the thoughts, folded").uncheck()
+    with chat.expect_download() as download:
+        button(chat, "Download").click()
+    assert download.value.suggested_filename.endswith(".md")
+    plain = "# think of it\n\n## You\n\nthink of it\n\n## Answer of demo-model\n\nThe number is 42.\n"
+    assert Path(download.value.path()).read_text() == plain
+    chat.keyboard.press("Control+,")
+    chat.get_by_role("tab", name="Data").click()
+    button(chat, "Export this chat…").click()
+    with chat.expect_download() as download:
+        button(chat, "Download").click()
+    folded = "<details>\n<summary>Thoughts</summary>\n\nThe user wants a number. I take 42.\n\n</details>"
+    assert folded in Path(download.value.path()).read_text()
+    act(chat, "think of it", "Export")
+    chat.get_by_role("radio", name="JSON").check()
+    with chat.expect_download() as download:
+        button(chat, "Download").click()
+    assert len(json.loads(Path(download.value.path()).read_text())["conversations"][0]["messages"]) == 3
+
+
 def test_a_file_that_is_no_export(chat: Any, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1}')
     chat.keyboard.press("Control+,")

@@ -83,6 +83,10 @@ def test_axe_finds_nothing_in_the_list(
     page.get_by_role("menuitem", name="Move to folder").click()
     page.get_by_role("textbox", name="New folder").wait_for()
     assert findings(page, axe) == []
+    page.keyboard.press("Escape")
+    act(page, "Hello", "Export")
+    button(page, "Download").wait_for()
+    assert findings(page, axe) == []
 
 
 def background(page: Any) -> str:

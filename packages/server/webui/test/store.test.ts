@@ -83,8 +83,8 @@ test("Prometheus' text", () => {
   const text = '# HELP x\nvllm:num_requests_running{model_name="a",engine="0"} 2.0\nvllm:num_requests_running{model_name="b } c",engine="0"} 1\nvllm:kv_cache_usage_perc 0.25\nvllm:generation_tokens_total 1e3\nbad line\nx NaN\n';
   assert.equal(sums(text).get("vllm:num_requests_running"), 3);
   const [first, second] = [sampleOf(text, 0), sampleOf(text.replace("1e3", "1500"), 2000)];
-  assert.deepEqual([first.running, first.kvUsage, rate([first, second], "generatedTokens")], [3, 0.25, [250]]);
-  assert.deepEqual(rate([second, first].map((one, at) => ({ ...one, at: at * 1000 })), "generatedTokens"), [0]);
+  assert.deepEqual([first.running, first.kvUsage, rate([first, second], "generatedTokens")], [3, 0.25, [{ at: 2000, value: 250 }]]);
+  assert.deepEqual(rate([second, first].map((one, at) => ({ ...one, at: at * 1000 })), "generatedTokens"), [{ at: 1000, value: 0 }]);
 });
 
 test("the languages have the same texts", () => {

@@ -125,7 +125,10 @@ export const de: Texts = {
   keyInTab: "Bleibt in diesem Tab, bis er geschlossen wird, geht nur an diesen Server und steht in keinem Export.",
   keyOnDevice: "Bleibt in diesem Browser, bis du ihn herausnimmst; wer diesen Browser benutzt, kann ihn lesen. Geht nur an diesen Server und steht in keinem Export.",
   keyNeeded: "Dieser Server braucht einen API-Schlüssel.",
-  export: "Exportieren", exportText: "Eine JSON-Datei mit Nachrichten, Zweigen und Einstellungen.", exportAll: (count) => `Alle exportieren (${count})`, exportThis: "Diesen Chat exportieren",
+  export: "Exportieren", exportText: "Eine JSON-Datei mit Nachrichten, Zweigen und Einstellungen.", exportAll: (count) => `Alle exportieren (${count})`, exportThis: "Diesen Chat exportieren…", exportOne: "Exportieren…",
+  exportOf: (title) => `„${title}“ exportieren`, fileFormat: "Format", formats: { md: "Markdown", json: "JSON" },
+  formatHints: { md: "Was gezeigt wird, zum Lesen und Weitergeben.", json: "Alle Zweige und Einstellungen, um sie wieder zu importieren." },
+  withThoughts: "Mit den Gedanken, eingeklappt", download: "Herunterladen", toolCallWord: "Werkzeugaufruf",
   import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
   imported: ({ added, grown, same, broken }) =>
     `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,

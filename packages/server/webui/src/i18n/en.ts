@@ -128,7 +128,10 @@ export const en = {
   keyInTab: "Kept in this tab until it is closed, sent to this server alone, and in no export.",
   keyOnDevice: "Kept in this browser until you take it out, where everybody who uses this browser can read it. Sent to this server alone, and in no export.",
   keyNeeded: "This server needs an API key.",
-  export: "Export", exportText: "One JSON file with messages, branches and settings.", exportAll: (count: number) => `Export all (${count})`, exportThis: "Export this chat",
+  export: "Export", exportText: "One JSON file with messages, branches and settings.", exportAll: (count: number) => `Export all (${count})`, exportThis: "Export this chat…", exportOne: "Export…",
+  exportOf: (title: string) => `Export “${title}”`, fileFormat: "Format", formats: { md: "Markdown", json: "JSON" },
+  formatHints: { md: "What is shown, to read and to pass on.", json: "All branches and settings, to import it again." },
+  withThoughts: "With the thoughts, folded", download: "Download", toolCallWord: "Tool call",
   import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
   imported: ({ added, grown, same, broken }: Imported) =>
     `${added || "No new"} ${added === 1 ? "conversation" : "conversations"} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,

@@ -14,6 +14,7 @@ export type SettingsTab = "chat" | "general" | "access" | "data";
 export type Open =
   | { kind: "settings"; tab: SettingsTab }
   | { kind: "shortcuts" }
+  | { kind: "export"; id: string }
   | { kind: "move"; id: string | null } // a conversation into a folder, or none into a new one
   | { kind: "confirm"; question: Question };
 

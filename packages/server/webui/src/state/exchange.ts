@@ -1,6 +1,9 @@
 // What goes out as a file, and what comes in.
 
+import { asMarkdown } from "../chat/as-markdown.ts";
+import { MessageTree } from "../chat/tree.ts";
 import type { Conversation, Folder } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
 import { type Archive, exportText, type Imported, importText, missing } from "../store/transfer.ts";
 import { conversations, deleteChats, readList, reopen } from "./chats.ts";
 import { addFolder, folders, readFolders } from "./folders.ts";
@@ -11,6 +14,14 @@ export async function exportChats(ids: readonly string[]): Promise<string> {
   const wanted = conversations.peek().filter((one) => chosen.has(one.id));
   const archives = await Promise.all(wanted.map(archiveOf));
   return exportText({ folders: folders.peek().filter(({ id }) => wanted.some((one) => one.folder === id)), archives });
+}
+
+/** The branch that is shown, with its thoughts folded in or without them. */
+export async function exportMarkdown({ id, title, leaf }: Conversation, thoughts: boolean): Promise<string> {
+  const messages = new Map((await storage().messages(id)).map((one) => [one.id, one]));
+  const path = new MessageTree(messages.values()).path(leaf).map((one) => messages.get(one)!);
+  const words = { you: t.value.you, model: t.value.answerOf, thoughts: t.value.thought(""), toolCall: t.value.toolCallWord, result: t.value.result };
+  return asMarkdown(title, path, words, thoughts);
 }
 
 async function archiveOf(conversation: Conversation): Promise<Archive> {

@@ -8,6 +8,7 @@ import { announcement } from "../state/notices.ts";
 import { route } from "../state/route.ts";
 import { ChatPage } from "./ChatPage.tsx";
 import { Confirm } from "./Dialog.tsx";
+import { ExportDialog } from "./ExportDialog.tsx";
 import { MoveDialog } from "./MoveDialog.tsx";
 import { Notices } from "./Notices.tsx";
 import { ServerPage } from "./ServerPage.tsx";
@@ -52,6 +53,7 @@ function OpenDialog() {
   if (!shown) return null;
   if (shown.kind === "settings") return <SettingsDialog tab={shown.tab} />;
   if (shown.kind === "shortcuts") return <ShortcutSheet />;
+  if (shown.kind === "export") return <ExportDialog id={shown.id} />;
   if (shown.kind === "move") return <MoveDialog id={shown.id} />;
   return <Confirm {...shown.question} onClose={close} />;
 }

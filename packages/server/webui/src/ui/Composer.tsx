@@ -1,6 +1,7 @@
 // The input: Enter sends, Shift+Enter begins a line, Escape stops.
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import { fenced } from "../chat/as-markdown.ts";
 import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { cardFor, connection, isLoading } from "../state/models.ts";
@@ -109,7 +110,5 @@ async function readFile(file: File): Promise<string> {
     notify("error", t.value.fileNotText(file.name));
     return "";
   }
-  const longest = Math.max(2, ...[...text.matchAll(/`+/g)].map((one) => one[0].length));
-  const fence = "`".repeat(longest + 1);
-  return `\n${file.name}:\n${fence}${file.name.split(".").at(-1) ?? ""}\n${text}\n${fence}\n`;
+  return `\n${file.name}:\n${fenced(text, file.name.split(".").at(-1))}\n`;
 }

@@ -174,6 +174,7 @@ function Item({ conversation }: { conversation: Conversation }) {
         { icon: "pin", label: pinned ? t.value.unpin : t.value.pin, run: () => organize(id, { pinned: !pinned }) },
         { icon: "edit", label: t.value.rename, run: () => setRenaming(true) },
         { icon: "folder", label: t.value.moveTo, run: () => (open.value = { kind: "move", id }) },
+        { icon: "download", label: t.value.exportOne, run: () => (open.value = { kind: "export", id }) },
         { icon: "trash", label: t.value.delete, run: remove },
       ]} />
     </li>

@@ -3,9 +3,10 @@
 import { useRef, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import { conversations, current } from "../state/chats.ts";
-import { confirmFirst } from "../state/dialogs.ts";
+import { confirmFirst, open } from "../state/dialogs.ts";
 import { deleteAll, exportChats, importChats } from "../state/exchange.ts";
 import { ImportError, MAX_IMPORT_BYTES } from "../store/transfer.ts";
+import { download } from "./download.ts";
 
 export function DataTab() {
   const [said, say] = useState<Said>({ text: "" });
@@ -24,8 +25,8 @@ export function DataTab() {
         <h3>{t.value.export}</h3>
         <p class="faint">{t.value.exportText}</p>
         <div class="field-row">
-          <button type="button" class="button" disabled={!all} onClick={() => void download(conversations.value.map((one) => one.id), "conversations")}>{t.value.exportAll(all)}</button>
-          <button type="button" class="button" disabled={!chat} onClick={() => chat && void download([chat.id], fileName(chat.title))}>{t.value.exportThis}</button>
+          <button type="button" class="button" disabled={!all} onClick={() => void downloadAll()}>{t.value.exportAll(all)}</button>
+          <button type="button" class="button" disabled={!chat} onClick={() => chat && (open.value = { kind: "export", id: chat.id })}>{t.value.exportThis}</button>
         </div>
       </section>
       <section>
@@ -62,13 +63,6 @@ async function importFile(file: File): Promise<Said> {
   }
 }
 
-async function download(ids: readonly string[], name: string): Promise<void> {
-  const address = URL.createObjectURL(new Blob([await exportChats(ids)], { type: "application/json" }));
-  const link = document.createElement("a");
-  link.href = address;
-  link.download = `candle-vllm-${name}-${new Date().toISOString().slice(0, 10)}.json`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+async function downloadAll(): Promise<void> {
+  download(await exportChats(conversations.peek().map((one) => one.id)), "conversations", "json");
 }
-
-const fileName = (title: string): string => title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "conversation";

@@ -19,7 +19,7 @@ export function Menu({ label, items }: { label: string; items: readonly MenuItem
   };
   return (
     <span class="menu-frame">
-      <button ref={opener} type="button" class="icon-button" aria-label={label} title={label} aria-haspopup="menu" aria-expanded={isOpen}
+      <button ref={opener} type="button" class="icon-button" aria-label={label} data-tip={label} aria-haspopup="menu" aria-expanded={isOpen}
         aria-controls={isOpen ? id : undefined} onClick={() => setOpen(!isOpen)}>
         <Icon name="more" />
       </button>

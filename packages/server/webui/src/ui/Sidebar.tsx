@@ -19,7 +19,7 @@ export function Sidebar() {
       <nav class={`sidebar${shown ? "" : " hidden"}${over ? " over" : ""}`} aria-label={t.value.conversations}>
         <header class="sidebar-head">
           <span class="brand"><img src="icon.svg" alt="" width="24" height="24" />candle-vllm</span>
-          <button type="button" class="icon-button" aria-label={t.value.hideSidebar} title={t.value.hideSidebar}
+          <button type="button" class="icon-button" aria-label={t.value.hideSidebar} data-tip={t.value.hideSidebar}
             onClick={() => (over ? (isSidebarOver.value = false) : prefer({ sidebar: false }))}>
             <Icon name={over ? "close" : "sidebar"} />
           </button>
@@ -28,7 +28,7 @@ export function Sidebar() {
           <a class="button new-chat" href={hashOf({ page: "chat", id: null })} onClick={follow({ page: "chat", id: null })}>
             <Icon name="plus" />{t.value.newChat}
           </a>
-          <button type="button" class="icon-button" aria-label={t.value.newFolder} title={t.value.newFolder} onClick={() => (open.value = { kind: "move", id: null })}>
+          <button type="button" class="icon-button" aria-label={t.value.newFolder} data-tip={t.value.newFolder} onClick={() => (open.value = { kind: "move", id: null })}>
             <Icon name="folderPlus" />
           </button>
         </div>
