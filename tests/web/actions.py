@@ -53,6 +53,18 @@ def act(page: Any, name: str, action: str) -> None:
     page.get_by_role("menuitem", name=action).click()
 
 
+def findings(page: Any, axe: str) -> list[str]:
+    """What axe-core finds, of whatever weight, in short; by all its rules but those that it calls experimental."""
+    if page.evaluate("typeof axe") == "undefined":
+        page.evaluate(f"() => {{ {axe}; window.axe = axe; }}")
+    result = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    return [
+        f"{one['id']} ({one['impact']}): {node['html'][:200]} ({node.get('failureSummary', '')[:200]})"
+        for one in result["violations"]
+        for node in one["nodes"][:2]
+    ]
+
+
 def import_file(page: Any, path: Path) -> None:
     """Imports a file through the settings."""
     page.keyboard.press("Control+,")

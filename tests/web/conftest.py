@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from registry_packages import npm_file
 
 sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
 
@@ -37,6 +39,15 @@ def browser() -> Iterator[Any]:
         chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """axe-core's program."""
+    with tarfile.open(npm_file("axe-core@4.14.1", "axe-core-4.14.1.tgz")) as archive:
+        program = archive.extractfile("package/axe.min.js")
+        assert program is not None
+        return program.read().decode()
 
 
 @pytest.fixture(scope="session")

@@ -1,63 +1,15 @@
-"""Themes, phone, keyboard, languages, and what axe-core says of every view."""
+"""Themes, phone, keyboard, languages."""
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from actions import act, ask, button, said, say
-from registry_packages import npm_file
+from actions import act, ask, button, findings, said, say
 from ui_server import Site
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="session")
-def axe() -> str:
-    """axe-core's program."""
-    with tarfile.open(npm_file("axe-core@4.14.1", "axe-core-4.14.1.tgz")) as archive:
-        program = archive.extractfile("package/axe.min.js")
-        assert program is not None
-        return program.read().decode()
-
-
-def findings(page: Any, axe: str) -> list[str]:
-    """What axe-core finds serious or critical, in short."""
-    if page.evaluate("typeof axe") == "undefined":
-        page.evaluate(f"() => {{ {axe}; window.axe = axe; }}")
-    result = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
-    return [
-        f"{one['id']}: {one['nodes'][0]['html'][:200]} ({one['nodes'][0].get('failureSummary', '')[:200]})"
-        for one in result["violations"]
-        if one["impact"] in ("serious", "critical")
-    ]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("phone", [False, True])
-def test_axe_finds_nothing_serious(
-    site: Site, open_page: Callable[..., Any], axe: str, scheme: str, phone: bool
-) -> None:
-    page = open_page(site.url, color_scheme=scheme, reduced_motion="reduce", **(PHONE if phone else {}))
-    page.get_by_text("What can I help with?").wait_for()
-    assert findings(page, axe) == []
-    for text in ("markdown please", "think"):
-        page.locator("#composer").fill(text)
-        button(page, "Send").click()
-        page.locator(".answer[aria-busy=true]").wait_for(state="detached")
-    said(page, "The number is 42.")
-    page.locator(".reasoning summary").click()
-    assert findings(page, axe) == []
-    page.keyboard.press("Control+,")
-    for tab in ("This chat", "All chats", "Access", "Data"):
-        page.get_by_role("tab", name=tab).click()
-        assert findings(page, axe) == [], tab
-    page.keyboard.press("Escape")
-    page.evaluate("location.hash = '#/server'")
-    page.locator(".chart").first.wait_for()
-    assert findings(page, axe) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -58,6 +58,7 @@ $$
 CALL = '<tool_call>\n{"name": "clock__now", "arguments": {"zone": "Europe/Berlin"}}\n</tool_call>'
 THOUGHTS = "<think>The user wants a number. I take 42.</think>The number is 42."
 SLOW = " ".join(f"word{number}" for number in range(400))
+HEADINGS = "### Skips two\n\n# Top\n\n###### Skips more\n\n> # quoted\n\n- # item\n\nend"
 XSS = """<script>window.pwned = 1</script><img src=x onerror="window.pwned = 2"><svg onload="window.pwned = 3"></svg>
 
 [click](javascript:window.pwned=4) [data](data:text/html,<script>1</script>) <a href="javascript:window.pwned=5">x</a>
@@ -89,6 +90,7 @@ def answer(prompt: str) -> str:
         return " and it goes on."
     for word, said in (
         ("markdown", MARKDOWN), ("clock", CALL), ("think", THOUGHTS), ("slowly", SLOW), ("hostile", XSS),
+        ("headings", HEADINGS),
     ):  # fmt: skip
         if word in asked:
             return said

@@ -1,5 +1,6 @@
 // Draws nodes without a page: what the components would make, as plain objects and as text.
 
+import type { Tokens } from "marked";
 import type { ComponentChildren, VNode } from "preact";
 import { blockNode } from "../src/markdown/Markdown.tsx";
 import { readBlocks } from "../src/markdown/blocks.ts";
@@ -28,7 +29,7 @@ export function draw(node: ComponentChildren): (Drawn | string)[] {
   return draw((type as (props: unknown) => ComponentChildren)(props));
 }
 
-export const drawMarkdown = (source: string): (Drawn | string)[] => readBlocks(source).flatMap((block) => draw(blockNode(block, false)));
+export const drawMarkdown = (source: string): (Drawn | string)[] => readBlocks(source).flatMap((block) => draw(blockNode(block, false, block.type === "heading" ? (block as Tokens.Heading).depth : undefined)));
 
 export function every(nodes: readonly (Drawn | string)[]): Drawn[] {
   return nodes.flatMap((node) => (typeof node === "string" ? [] : [node, ...every(node.children)]));

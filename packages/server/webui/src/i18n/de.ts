@@ -6,7 +6,7 @@ export const de: Texts = {
   languageName: "Deutsch",
   newChat: "Neuer Chat", conversations: "Unterhaltungen", search: "Unterhaltungen durchsuchen", settings: "Einstellungen",
   server: "Server", tools: "Werkzeuge", shortcuts: "Tastenkürzel", hideSidebar: "Unterhaltungen ausblenden",
-  showSidebar: "Unterhaltungen einblenden", skipToInput: "Zum Eingabefeld springen",
+  showSidebar: "Unterhaltungen einblenden", skipToInput: "Zum Eingabefeld springen", skipToContent: "Zum Inhalt springen",
   nothingFound: "Nichts gefunden.", noConversations: "Hier erscheinen deine Unterhaltungen.",
   periods: { today: "Heute", yesterday: "Gestern", week: "Letzte 7 Tage", earlier: "Früher" },
   rename: "Umbenennen", delete: "Löschen", actionsOf: (title) => `Aktionen für ${title}`,

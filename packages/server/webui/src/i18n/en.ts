@@ -6,7 +6,7 @@ export const en = {
   languageName: "English",
   newChat: "New chat", conversations: "Conversations", search: "Search conversations", settings: "Settings",
   server: "Server", tools: "Tools", shortcuts: "Keyboard shortcuts", hideSidebar: "Hide conversations",
-  showSidebar: "Show conversations", skipToInput: "Skip to the message field",
+  showSidebar: "Show conversations", skipToInput: "Skip to the message field", skipToContent: "Skip to the content",
   nothingFound: "Nothing found.", noConversations: "Your conversations will appear here.",
   periods: { today: "Today", yesterday: "Yesterday", week: "Last 7 days", earlier: "Earlier" },
   rename: "Rename", delete: "Delete", actionsOf: (title: string) => `Actions for ${title}`,

@@ -18,12 +18,16 @@ export function Markdown({ source, open = false }: { source: string; open?: bool
   const blocks = useRef<GrowingBlocks>(null);
   if (isTooMuch(source)) return <div class="markdown plain">{source}</div>;
   const read = (blocks.current ??= new GrowingBlocks()).update(source, !open);
-  const groups: (readonly Block[])[] = [];
-  for (let at = 0; at < read.length; at += GROUP) groups.push(read.slice(at, at + GROUP));
+  const groups: Omit<GroupProps, "open">[] = [];
+  for (let at = 0, after = 0; at < read.length; at += GROUP) {
+    const blocks = read.slice(at, at + GROUP);
+    groups.push({ blocks, after });
+    after = blocks.reduce(rankAfter, after);
+  }
   return (
     <div class="markdown">
-      {groups.map((blocks, index) => (
-        <Group key={index} blocks={blocks} open={open && index === groups.length - 1} />
+      {groups.map((group, index) => (
+        <Group key={index} {...group} open={open && index === groups.length - 1} />
       ))}
     </div>
   );
@@ -31,34 +35,41 @@ export function Markdown({ source, open = false }: { source: string; open?: bool
 
 interface GroupProps {
   blocks: readonly Block[];
+  after: number; // the rank of the heading before
   open: boolean;
 }
 
 // Blocks in groups: a long answer that grows has a few of them to look at, and not every block.
 const Group = memo(
-  ({ blocks, open }: GroupProps) => <div class="blocks">{children(blocks, open)}</div>,
+  ({ blocks, after, open }: GroupProps) => <div class="blocks">{children(blocks, open, after)}</div>,
   (before, after) =>
     before.open === after.open &&
+    before.after === after.after &&
     before.blocks.length === after.blocks.length &&
     before.blocks.every((block, index) => block === after.blocks[index]),
 );
 
+/** The rank of the last heading: one that skips ranks, as models write them, stands right below the one before. */
+const rankAfter = (rank: number, block: Block): number =>
+  block.type === "heading" ? Math.min((block as Tokens.Heading).depth, rank + 1) : rank;
+
 interface BlockProps {
   block: Block;
+  rank?: number | undefined; // of a heading; none inside another block
   open: boolean;
 }
 
 // A block is the same as long as its text is: the last one alone changes while an answer is written.
 const BlockView = memo(
-  ({ block, open }: BlockProps) => blockNode(block, open),
+  ({ block, rank, open }: BlockProps) => blockNode(block, open, rank),
   (before, after) =>
-    before.open === after.open && (before.block === after.block || (after.open && before.block.raw === after.block.raw)),
+    before.open === after.open && before.rank === after.rank && (before.block === after.block || (after.open && before.block.raw === after.block.raw)),
 );
 
-export function blockNode(block: Block, open: boolean): VNode | null {
+export function blockNode(block: Block, open: boolean, rank?: number): VNode | null {
   switch (block.type) {
     case "heading":
-      return heading(block as Tokens.Heading);
+      return heading(block as Tokens.Heading, rank);
     case "paragraph":
       return <p>{inline((block as Tokens.Paragraph).tokens)}</p>;
     case "text":
@@ -85,15 +96,17 @@ export function blockNode(block: Block, open: boolean): VNode | null {
   }
 }
 
-function children(tokens: readonly Block[], open: boolean): ComponentChildren {
-  return tokens.map((token, index) => (
-    <BlockView key={index} block={token} open={open && index === tokens.length - 1} />
-  ));
+function children(tokens: readonly Block[], open: boolean, after?: number): ComponentChildren {
+  let rank = after;
+  return tokens.map((token, index) => {
+    if (rank !== undefined) rank = rankAfter(rank, token);
+    return <BlockView key={index} block={token} rank={token.type === "heading" ? rank : undefined} open={open && index === tokens.length - 1} />;
+  });
 }
 
-// Headings of an answer stand below those of the page.
-function heading({ depth, tokens }: Tokens.Heading): VNode {
-  const Name = (["h3", "h4", "h5", "h6", "h6", "h6"] as const)[depth - 1] ?? "h6";
+// Headings of an answer stand below its own; what looks like one in a quotation or a list is none of the page's.
+function heading({ depth, tokens }: Tokens.Heading, rank: number | undefined): VNode {
+  const Name = rank === undefined ? "p" : ((["h3", "h4", "h5"] as const)[rank - 1] ?? "h6");
   return <Name class={`level-${depth}`}>{inline(tokens)}</Name>;
 }
 

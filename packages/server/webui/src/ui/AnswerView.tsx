@@ -32,7 +32,8 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
   const last = message.steps.length - 1;
   const isSilent = isWriting && !message.steps[last]?.text && !message.steps[last]?.reasoning && !message.steps[last]?.calls.length;
   return (
-    <article class="answer" aria-label={t.value.answerOf(message.model)} aria-busy={isWriting}>
+    <article class="answer" aria-labelledby={`answer-${message.id}`} aria-busy={isWriting}>
+      <h2 class="off-screen" id={`answer-${message.id}`}>{t.value.answerOf(message.model)}</h2>
       {message.steps.map((step, index) => (
         <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
       ))}

@@ -28,24 +28,25 @@ export function App() {
   }, [title, shownLanguage.value]);
   return (
     <div class="app">
-      <a class="skip" href="#composer" onClick={skip}>{t.value.skipToInput}</a>
+      <a class="skip" href={page === "chat" ? "#composer" : "#main"} onClick={skip}>{page === "chat" ? t.value.skipToInput : t.value.skipToContent}</a>
       <Sidebar />
-      <main class="main" inert={isSidebarOver.value}>
+      <main class="main" id="main" tabIndex={-1} inert={isSidebarOver.value}>
         <Notices />
         {page === "chat" && <ChatPage />}
         {page === "server" && <ServerPage />}
         {page === "tools" && <ToolsPage />}
+        <Tooltip />
       </main>
       <OpenDialog />
-      <Tooltip />
       <div class="off-screen" role="status" aria-live="polite">{announcement.value}</div>
     </div>
   );
 }
 
+// The address stays what it is: what stands in it after # says which page is shown.
 function skip(event: Event): void {
   event.preventDefault();
-  document.getElementById("composer")?.focus();
+  (document.getElementById("composer") ?? document.getElementById("main"))?.focus();
 }
 
 function OpenDialog() {
