@@ -10,12 +10,14 @@
 Shapes: `one` stream of 128 + 512 tokens, `batch` of 32 streams of 64 + 64, `prompt` of 1,024 tokens and one more. A
 figure is the median over the rounds of tokens per second over the whole time: output tokens, and for `prompt` those of
 the prompt. A busy loop is a process that only computes, with the priority of the engines; loops are stopped while they
-are not wanted. In a round every engine runs once beside every number of loops.
+are not wanted. In a round every engine runs beside every number of loops and quiet again behind the last, so that its
+own quiet speed lies on both sides of what is compared with it: a machine's speed wanders within minutes.
 
 `share` is the speed as a part of what would be fair: with T threads of an engine and n loops on C cores, C / (T + n) of
-the quiet speed. `cpu` is how many cores the engine computed on, where it is ours; what it lacks of T * C / (T + n) was
-slept through, and what it has without speed was waited away. `foreign` is how many cores computed for anybody else: a
-figure with more than a tenth of a core of that is taken again, three times at most.
+the round's quiet speed; `shares` are those of the rounds, whose median it is. `cpu` is how many cores the engine had,
+where it is ours; what it lacks of T * C / (T + n) was slept through, and what it has without speed was waited away.
+`foreign` is how many cores computed for anybody else: a figure with more than a tenth of a core of that is taken again,
+three times at most.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class Run(NamedTuple):
 
 Measure = Callable[[Shape], Run]
 MOST_FOREIGN = 0.1  # cores
+Found = defaultdict[tuple[str, str, int], list[list[Run]]]  # the runs of each round, by engine, shape and loops
 
 OPENVINO = """
 import json, sys, time
@@ -302,35 +305,43 @@ def main() -> None:
         for measure in engines.values():
             for shape in options.shapes:
                 measure(SHAPES[shape])  # not counted: pages are touched, caches filled
-        found: defaultdict[tuple[str, str, int], list[Run]] = defaultdict(list)
-        for _ in range(options.rounds):
+        found: Found = defaultdict(lambda: [[] for _ in range(options.rounds)])
+        again = [0] if 0 in options.loops and any(options.loops) else []
+        for turn in range(options.rounds):
             for shape in options.shapes:
-                for count in options.loops:
-                    for name, measure in engines.items():
+                for name, measure in engines.items():
+                    for count in options.loops + again:
                         with loops.running(count):
                             run = watched(measure, SHAPES[shape])
-                        found[name, shape, count].append(run)
+                        found[name, shape, count][turn].append(run)
                         told = f"{name}, {shape}, beside {count}: {run.rate:.1f} tok/s, foreign {run.foreign:.2f}"
                         print(told, file=sys.stderr, flush=True)
         show(found, options)
 
 
-def show(found: dict[tuple[str, str, int], list[Run]], options: argparse.Namespace) -> None:
+def show(found: Found, options: argparse.Namespace) -> None:
     """A line for each engine, shape and number of loops."""
     cores = len(os.sched_getaffinity(0))
-    for (name, shape, count), runs in found.items():
-        rate = statistics.median(run.rate for run in runs)
-        row = {"engine": name, "shape": shape, "loops": count, "tok_s": round(rate, 1)}
+    for (name, shape, count), turns in found.items():
+        runs = [run for turn in turns for run in turn]
+        row = {"engine": name, "shape": shape, "loops": count}
+        row["tok_s"] = round(statistics.median(run.rate for run in runs), 1)
         row["all"] = [round(run.rate, 1) for run in runs]
         row["cpu"] = round(statistics.median(run.cores for run in runs), 2)
         row["foreign"] = [round(run.foreign, 2) for run in runs]
-        quiet = found.get((name, shape, 0))
-        if quiet:
+        if quiet := found.get((name, shape, 0)):
             fair = min(1.0, cores / (options.threads + count)) if count else 1.0
-            row["share"] = round(rate / statistics.median(run.rate for run in quiet) / fair, 3)
+            pairs = zip(turns, quiet, strict=True)
+            shares = [round(mean_rate(ours) / mean_rate(alone) / fair, 3) for ours, alone in pairs]
+            row |= {"share": round(statistics.median(shares), 3), "shares": shares}
         print(
             json.dumps(row) if options.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True
         )
+
+
+def mean_rate(runs: list[Run]) -> float:
+    """Of a round's runs: of all their tokens over all their time, as they have equally many."""
+    return statistics.harmonic_mean([run.rate for run in runs])
 
 
 if __name__ == "__main__":

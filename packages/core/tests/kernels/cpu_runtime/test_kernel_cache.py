@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime import kernel_cache as cache_module
 from candle_vllm.core.kernels.cpu_runtime import operation as operation_module
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address, kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level
-from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_first, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, compile_first, is_coming, operation
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.progress import Progress, heard_by
@@ -184,6 +185,38 @@ def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, mon
     compile_first(ask)
     assert operation(ASKED[0]) != 0
     assert ASKED[0] in kept(root)
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare, names = "rms_norm.cpu:make_head_norm", compiled_now(monkeypatch)
+    compile_first(ask, later=(f"{rare},1",))
+    assert kept(root) >= set(ASKED)
+    assert not is_coming(rare)  # asked for by another name
+    begun = time.monotonic()
+    while is_coming(f"{rare},1"):
+        assert time.monotonic() < begun + 120
+        time.sleep(0.05)
+    assert f"{rare}.1" in kept(root)
+    names.clear()
+    assert operation(rare, 1) != 0
+    assert names == []
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_garbage_is_looked_for_again_behind_compiling(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = operation_module._address, list[bool]()
+
+    def noted(code: str, *constants: int) -> int:
+        seen.append(gc.isenabled())
+        return real(code, *constants)
+
+    monkeypatch.setattr(operation_module, "_address", noted)
+    compile_first(ask)
+    assert seen == [False] * len(ASKED)
+    assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("_nothing_loaded")

@@ -61,7 +61,7 @@ class RecordedRunner(StepwiseRunner):
             decoder.logits(hidden)
             return hidden, *ends
 
-        _compile_first(lambda: record(Recorder(limits, recorder.isa)), *sampling.CODE)
+        _compile_first(lambda: record(Recorder(limits, recorder.isa)), sampling.CODE, sampling.RARE_CODE)
         self._hidden, head_start, layer_rows = record(recorder)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
@@ -138,15 +138,15 @@ class RecordedRunner(StepwiseRunner):
         return self._draw_rows(controls)
 
 
-def _compile_first(record: Callable[[], object], *more: str) -> None:
+def _compile_first(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
     """Has what a plan needs compiled side by side at a machine's first start."""
 
     def ask() -> None:
         record()
-        for code in (*team.CODE, *more):
+        for code in (team.CODE, *more):
             operation(code)
 
-    compile_first(ask)
+    compile_first(ask, later)
 
 
 class RecordedEncoderRunner(EncoderRunner):

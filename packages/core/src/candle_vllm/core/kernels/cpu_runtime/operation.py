@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import importlib
+import os
 import platform
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
+from threading import Thread
 from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
@@ -70,7 +74,7 @@ _Named: TypeAlias = tuple[Any, ...]  # code and constants of an operation
 _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
 
 
-def compile_first(ask: Callable[[], object]) -> None:
+def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     """Compiles operations in two processes, where nothing has been compiled on this machine yet; else does nothing.
 
     They take what is left from both ends, so that one is compiled twice at most. A second process that cannot be
@@ -78,6 +82,7 @@ def compile_first(ask: Callable[[], object]) -> None:
 
     Args:
         ask: asks for them as usual, but gets 0 for every address.
+        later: what is not waited for: the second process goes on with it. See `is_coming`.
     """
     if getattr(sys, "frozen", False) or not is_first_start():  # frozen: `sys.executable` is some program, not Python
         return
@@ -87,22 +92,57 @@ def compile_first(ask: Callable[[], object]) -> None:
     finally:
         _ASKED.reset(token)
     wanted = list(dict.fromkeys(asked))
-    names = [",".join(map(str, named)) for named in reversed(wanted)]
+    names = [*(",".join(map(str, named)) for named in reversed(wanted)), *later]
     program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
     try:
         quiet = subprocess.DEVNULL
         # It ends with this process, however that ends: by the other end of its standard input.
         helper = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     except OSError:
-        return
+        helper = None
     token = WANTED.set(tuple(named_function(*named)[0] for named in wanted))
     try:
-        for named in wanted:
-            _address(*named)
+        with without_collection():
+            for named in wanted:
+                _address(*named)
+    except BaseException:
+        if helper is not None:
+            helper.kill()
+            helper.communicate()
+        raise
     finally:
         WANTED.reset(token)
-        helper.terminate()
-        helper.communicate()
+    if helper is not None:
+        with suppress(OSError, AttributeError):  # it may have ended; Windows has no such call
+            os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
+        _COMING.update(dict.fromkeys(later, helper))
+        Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
+
+
+def _await_end(helper: subprocess.Popen[bytes]) -> None:
+    helper.wait()
+    if helper.stdin is not None:
+        helper.stdin.close()
+
+
+_COMING: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def is_coming(code: str) -> bool:
+    """Whether the second process of `compile_first` is still at work, and this is part of it."""
+    return code in _COMING and _COMING[code].poll() is None
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keeps Python from looking for garbage: a compiler's many small objects make that a sixth of its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:

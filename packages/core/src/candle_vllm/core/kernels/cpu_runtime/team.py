@@ -28,7 +28,7 @@ WORKER_BYTES = 4 * 64
 _KEPT_PLANS = 8
 
 
-CODE = ("cpu_runtime.walk:run", "cpu_runtime.walk:work")
+CODE = "cpu_runtime.walk:take_part"
 """The compiled side."""
 
 
@@ -48,11 +48,13 @@ class ThreadTeam:
         self._word(JOB).value = 1  # odd while there is none
         self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
         self.threads = threads if self._make_semaphores(threads) else 1
-        self._enter = c_function(CODE[0], 4)
-        helper = c_function(CODE[1], 3)
+        self._take_part = c_function(CODE, 5)
         self._helpers = [
             threading.Thread(
-                target=helper, args=(self._shared, number, self.threads), name=f"candle-vllm-cpu-{number}", daemon=True
+                target=self._take_part,
+                args=(0, 0, self._shared, number, self.threads),
+                name=f"candle-vllm-cpu-{number}",
+                daemon=True,
             )
             for number in range(1, self.threads)
         ]
@@ -65,12 +67,12 @@ class ThreadTeam:
             if len(self._plans) == _KEPT_PLANS:
                 self._forget_plans()
             known = self._plans[id(plan)] = plan, address_of(plan)
-        self._enter(known[1], rows, self._shared, self.threads)
+        self._take_part(known[1], rows, self._shared, 0, self.threads)
 
     def close(self) -> None:
         """Ends the helpers and waits for them."""
         self._word(STOP).value = 1
-        self._enter(0, 0, self._shared, self.threads)  # a job without rows, which wakes them
+        self._take_part(0, 0, self._shared, 0, self.threads)  # a job without rows, which wakes them
         for helper in self._helpers:
             if helper.ident is not None:
                 helper.join()

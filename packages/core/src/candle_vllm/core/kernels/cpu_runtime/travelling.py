@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_level
-from candle_vllm.core.kernels.cpu_runtime.operation import named_function
+from candle_vllm.core.kernels.cpu_runtime.operation import named_function, without_collection
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
@@ -37,8 +37,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
     for code in (
         "column_order.cpu:column_order",
-        "cpu_runtime.walk:run",
-        "cpu_runtime.walk:work",
+        "cpu_runtime.walk:take_part",
         "embedding.cpu:add",
         "kv_write.cpu:rotate_and_write",
         "moe.cpu:combine",
@@ -82,11 +81,12 @@ def keep_here(named: Sequence[str]) -> None:
     """Compiles operations for this machine, as far as they are not kept: code and constants, with commas between."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
-    for text in named:
-        code, *constants = text.split(",")
-        name, make = named_function(code, *map(int, constants))
-        if folder is not None and not (folder / name).exists():
-            kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), host_level()))
+    with without_collection():
+        for text in named:
+            code, *constants = text.split(",")
+            name, make = named_function(code, *map(int, constants))
+            if folder is not None and not (folder / name).exists():
+                kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), host_level()))
 
 
 def _end_with_parent() -> None:

@@ -131,7 +131,7 @@ def _completes(shared: int, done: int, total: int) -> bool:
     return done != 0 and fetch_add(shared + DONE, done) + done == total
 
 
-@njit(inline="always")
+@njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, thread: int, threads: int) -> None:
     """Runs the operations of a plan in order; a row begins with the address and the length of its arguments.
 
@@ -172,7 +172,16 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
 # ---- the two sides ---------------------------------------------------------------------------------------------------
 
 
-def run(plan: int, rows: int, shared: int, threads: int) -> None:
+def take_part(plan: int, rows: int, shared: int, thread: int, threads: int) -> None:
+    """A thread's part, in one function, so that the walk is compiled once: the caller's, 0, is a step."""
+    if thread == 0:
+        _run(plan, rows, shared, threads)
+    else:
+        _work(shared, thread, threads)
+
+
+@njit(inline="always")
+def _run(plan: int, rows: int, shared: int, threads: int) -> None:
     """The caller's side of a step."""
     if threads == 1:
         at = plan
@@ -193,7 +202,8 @@ def run(plan: int, rows: int, shared: int, threads: int) -> None:
     fetch_add(shared + JOB, 1)
 
 
-def work(shared: int, thread: int, threads: int) -> None:
+@njit(inline="always")
+def _work(shared: int, thread: int, threads: int) -> None:
     """A helper's life: wait for a job, walk its plan, until told to stop."""
     inside = shared + WORKERS + thread * WORKER_BYTES + INSIDE
     seen = 0

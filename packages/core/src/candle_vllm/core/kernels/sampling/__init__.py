@@ -28,7 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, c_function, operation, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import (
+    StepNumber,
+    address_of,
+    c_function,
+    is_coming,
+    operation,
+    plan_row,
+)
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.contract import (
@@ -54,7 +61,8 @@ _DRAW, _STAND, _ADJUST = _FUNCTIONS = (
     ("sampling.cpu:stand", 11),
     ("sampling.cpu:adjust", 15),
 )
-CODE = tuple(code for code, _ in _FUNCTIONS)
+CODE, RARE_CODE = (_DRAW[0],), (_STAND[0], _ADJUST[0])
+"""What every answer needs, and what log-probabilities, penalties and masks do."""
 
 
 def compiled() -> bool:
@@ -66,7 +74,8 @@ def prepare() -> None:
     """Compiles what the CPU needs, or loads it, so that the first request does not wait for it."""
     if compiled():
         for function in _FUNCTIONS:
-            c_function(*function)
+            if not is_coming(function[0]):
+                c_function(*function)
 
 
 def host_rows(logits: Value) -> NDArray[np.float32] | None:
