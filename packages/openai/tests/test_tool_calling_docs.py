@@ -16,7 +16,7 @@ from candle_vllm.openai.formats.table import TOOL_FORMATS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "tool-calling.md").read_text(encoding="utf-8")
 REFUSED: dict[str, Any] = {
-    "`uniqueItems` of texts": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+    "`uniqueItems` of fractions": {"type": "array", "items": {"type": "number"}, "uniqueItems": True},
     "the opposite of a pattern": {"not": {"pattern": "a+"}},
     "of `multipleOf`": {"if": {"multipleOf": 2}, "then": {"minimum": 1}},
     'of "an integer"': {"not": {"type": "integer"}},
@@ -39,6 +39,7 @@ HELD: dict[str, Any] = {
     "`contains`": {"type": "array", "contains": {"type": "string"}},
     "`propertyNames`": {"type": "object", "propertyNames": {"pattern": "^a"}},
     "`uniqueItems` of few values": {"items": {"enum": ["a", "b"]}, "uniqueItems": True},
+    "`uniqueItems` of texts": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
     "anchors and ids of the same document": {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "type": "null"}}},
     "unknown keywords": {"type": "string", "maxLenght": 3, "format": "no-such-format"},
 }

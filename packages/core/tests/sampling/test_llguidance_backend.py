@@ -436,7 +436,7 @@ def test_a_refused_token_ends_this_grammar_alone(backend: LlguidanceBackend) -> 
 def test_what_was_compiled_is_kept_within_bounds(vocabulary: SmallVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = LlguidanceBackend(vocabulary, vocabulary.vocab_size, vocabulary.ends)
     backend.compile(StructuredOutputsParams(regex="a"))
-    compiler = backend._built()[0]
+    compiler = backend._built()
     compiled: list[str] = []
     compile_one = compiler.compile
 
@@ -488,7 +488,7 @@ def test_equal_forms_at_the_same_time_are_compiled_once(
     vocabulary: SmallVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = LlguidanceBackend(vocabulary, vocabulary.vocab_size, vocabulary.ends)
-    compiler = backend._built()[0]
+    compiler = backend._built()
     begun, go_on, count, compile_one = threading.Event(), threading.Event(), [0], compiler.compile
 
     def slow(spec: StructuredOutputsParams) -> Any:

@@ -39,23 +39,27 @@ class _Written(str):
     __slots__ = ()
 
 
-def in_known_keywords(root: Schema, remarks: Remarks) -> Schema:
+def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = False) -> tuple[Schema, bool]:
     """The schema in llguidance's keywords, its references as `#`, `#/$defs/...` or `#/definitions/...`.
 
     Args:
         root: as `json.loads` gives it.
         remarks: get what the user should know.
+        may_compare: elements of arrays may be compared while they are written; given back is whether they must be.
 
     Raises:
         InvalidParameterError: it is wrong, or something cannot be guaranteed.
     """
-    return _Cases(root, remarks).run()
+    cases = _Cases(root, remarks, may_compare)
+    return cases.run(), cases.compared
 
 
 class _Cases:
-    def __init__(self, root: Schema, remarks: Remarks) -> None:
+    def __init__(self, root: Schema, remarks: Remarks, may_compare: bool) -> None:
         self.root = root
         self.remarks = remarks
+        self.may_compare = may_compare
+        self.compared = False
         self.references = References(root)
         self.facts = Facts(self.references, lambda pattern: taker({"pattern": pattern}))
         self.names: dict[str, _Written] = {"#": _Written("#")}  # pointer, with "not" before it -> reference

@@ -15,6 +15,7 @@ from candle_vllm.core.sampling.json_dialect import Remarks, taker
 from candle_vllm.core.sampling.json_facts import TYPES, Facts, Place, canonical, type_names, types_of, values_of
 from candle_vllm.core.sampling.json_opposites import ASSERTING
 from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.unique_sites import compares
 
 Schema = dict[str, Any]
 
@@ -57,6 +58,8 @@ class Cases(Protocol):
 
     facts: Facts
     remarks: Remarks
+    may_compare: bool
+    compared: bool
 
     def own(self, schema: Schema, at: At) -> Schema:
         """A copy that may be changed, of the right shape, in today's dialect."""
@@ -125,7 +128,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
 
 
 def _unique(cases: Cases, own: Schema, at: At) -> Any:
-    """Every array of different values, where those are few."""
+    """Every array of different values, where those are few; else they are compared while they are written."""
     longest = own.get("maxItems", math.inf)
     if own["uniqueItems"] is not True or longest < 2 or "array" not in types_of(own):
         return None
@@ -137,12 +140,16 @@ def _unique(cases: Cases, own: Schema, at: At) -> Any:
             return None
     domains = [cases.facts.domain(one) for one in (*first, others)]
     values = [domain[0] for domain in domains if domain is not None]
+    arrays = _different(values, own.get("minItems", 0), longest) if len(values) == len(domains) else None
+    if arrays is None and cases.may_compare and compares(cases.facts, own, at.base):
+        cases.compared = True
+        return None
     if len(values) < len(domains):
         raise refused(
             f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): it can be guaranteed for "
-            "elements of few values, as of an enum"
+            "elements of few values, as of an enum, and, in an answer that is JSON alone, for texts, integers, booleans"
+            ' and null, as by "items": {"type": "string"}'
         )
-    arrays = _different(values, own.get("minItems", 0), longest)
     if arrays is None:
         raise refused(
             f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): there are more than "

@@ -55,11 +55,15 @@ class Budget:
     Attributes:
         counts: of what, and how many.
         multiples: every multipleOf without its decimal point, added up.
+        may_compare: whoever follows the text compares elements of arrays that shall differ.
+        compared: and must, for no grammar says that they do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_compare: bool = False) -> None:
         self.counts: Counter[str] = Counter()
         self.multiples = 0
+        self.may_compare = may_compare
+        self.compared = False
 
 
 class Compilable(NamedTuple):
@@ -69,11 +73,13 @@ class Compilable(NamedTuple):
         schema: in llguidance's keywords.
         any_escape: whether texts may have `\\u`: any character, or a control character where a pattern holds them.
         remarks: what the user should know.
+        compared: see `Budget`.
     """
 
     schema: dict[str, Any]
     any_escape: bool
     remarks: list[str]
+    compared: bool
 
 
 def checked_schema(schema: Any, budget: Budget | None = None) -> dict[str, Any]:
@@ -96,22 +102,24 @@ def compilable_schema(schema: Any, budget: Budget | None = None) -> Compilable:
     if not isinstance(schema, dict):
         raise refused("the JSON schema must be an object or true")
     remarks = Remarks()
-    known = in_known_keywords(schema, remarks)
-    check = _Check(known, budget or Budget(), remarks)
+    budget = budget or Budget()
+    known, compared = in_known_keywords(schema, remarks, may_compare=budget.may_compare)
+    check = _Check(known, budget, remarks, compared)
     check.run()
-    return Compilable(known, check.any_escape(), remarks.texts)
+    return Compilable(known, check.any_escape(), remarks.texts, compared)
 
 
 def schema_remarks(schema: Schema) -> list[str]:
     """What the user of a schema should know that is followed; raises what `compilable_schema` raises."""
-    return compilable_schema(parsed_json("json", schema)).remarks
+    return compilable_schema(parsed_json("json", schema), Budget(may_compare=True)).remarks
 
 
 class _Check:
     """One walk over what can be reached from the root, in the order of the text, each definition once."""
 
-    def __init__(self, root: dict[str, Any], budget: Budget, remarks: Remarks) -> None:
+    def __init__(self, root: dict[str, Any], budget: Budget, remarks: Remarks, compared: bool) -> None:
         self.root = root
+        self.compared = compared
         self.budget = budget
         self.remarks = remarks
         self.counts: Counter[str] = Counter()
@@ -142,7 +150,12 @@ class _Check:
             )
 
     def any_escape(self) -> bool:
-        """Whether texts may have `\\u`: a key that is named could be said again, spelt so, where others may come."""
+        """Whether texts may have `\\u`: a key that is named could be said again, spelt so, where others may come.
+
+        So could an element that must differ.
+        """
+        if self.compared:
+            return False
         named = [node for node, _ in self.nodes if {"properties", "required"} & node.keys()]
         patterns = any("patternProperties" in node for node, _ in self.nodes)
         return not any(patterns or node.get("additionalProperties", True) is not False for node in named)

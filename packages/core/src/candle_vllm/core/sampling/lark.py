@@ -213,6 +213,7 @@ def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Bu
 
 def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> dict[str, Any]:
     checked = compilable_schema(schema, budget)
+    budget.compared |= checked.compared
     for remark in checked.remarks:
         logger.warning("%s", remark)
     options: dict[str, Any] = {

@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
-from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
+from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie, Vocabulary
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
-    from candle_vllm.core.sampling.llguidance_compiler import Compiler
+    from candle_vllm.core.sampling.llguidance_compiler import Compiled, Compiler
 
 MAX_CACHED = 64  # compiled grammars
 MAX_CACHED_CHARACTERS = 4 << 20  # of their descriptions; a large one takes some 30 bytes of memory for each
@@ -45,10 +43,10 @@ class LlguidanceBackend:
         self._eos_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._lock = threading.Lock()  # guards what is kept and what is under way
         self._building = threading.Lock()
-        self._compiler: tuple[Compiler, TokenTrie] | None = None
+        self._compiler: Compiler | None = None
         self._workers: ThreadPoolExecutor | None = None
-        self._compiled: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
-        self._under_way: dict[bytes, Future[LLMatcher]] = {}
+        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._under_way: dict[bytes, Future[Compiled]] = {}
         self._closed = False
 
     @property
@@ -61,30 +59,30 @@ class LlguidanceBackend:
                 self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "candle-vllm-grammar")
             return self._workers
 
-    def compile(self, spec: StructuredOutputsParams) -> LlguidanceGrammar:
+    def compile(self, spec: StructuredOutputsParams) -> Grammar:
         """See `GrammarBackend`."""
-        compiler, trie = self._built()
+        compiler = self._built()
         key = hashlib.blake2b(_described(spec)).digest()
         with self._lock:
             known = self._compiled.get(key)
             if known is not None:
                 self._compiled.move_to_end(key)
-                return LlguidanceGrammar(known[0], trie)
-            mine: Future[LLMatcher] = Future()
+                return compiler.grammar(known)
+            mine: Future[Compiled] = Future()
             other = self._under_way.setdefault(key, mine)
         if other is not mine:
-            return LlguidanceGrammar(_awaited(other), trie)
+            return compiler.grammar(_awaited(other))
         try:
-            matcher, size = compiler.compile(spec)
-            self._keep(key, matcher, size)
-            mine.set_result(matcher)
+            compiled = compiler.compile(spec)
+            self._keep(key, compiled)
+            mine.set_result(compiled)
         except BaseException as error:
             mine.set_exception(error)
             raise
         finally:
             with self._lock:
                 del self._under_way[key]
-        return LlguidanceGrammar(matcher, trie)
+        return compiler.grammar(compiled)
 
     def close(self) -> None:
         """Ends the threads, and lets go of what was compiled."""
@@ -94,29 +92,28 @@ class LlguidanceBackend:
         if workers is not None:
             workers.shutdown()
 
-    def _built(self) -> tuple[Compiler, TokenTrie]:
+    def _built(self) -> Compiler:
         with self._building:
             if self._compiler is None:
                 from candle_vllm.core.sampling.llguidance_compiler import Compiler
 
-                trie = TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids)
-                compiler = Compiler(trie)
+                compiler = Compiler(TokenTrie(self._tokenizer, self._vocab_size, self._eos_ids))
                 compiler.compile(StructuredOutputsParams(json_object=True))  # what the first mask makes is made now
-                self._compiler = compiler, trie
+                self._compiler = compiler
             return self._compiler
 
-    def _keep(self, key: bytes, matcher: LLMatcher, size: int) -> None:
+    def _keep(self, key: bytes, compiled: Compiled) -> None:
         with self._lock:
-            self._compiled[key] = (matcher, size)
+            self._compiled[key] = compiled
             while len(self._compiled) > 1 and not self._fits():
                 self._compiled.popitem(last=False)
 
     def _fits(self) -> bool:
-        size = sum(size for _, size in self._compiled.values())
+        size = sum(compiled.size for compiled in self._compiled.values())
         return len(self._compiled) <= MAX_CACHED and size <= MAX_CACHED_CHARACTERS
 
 
-def _awaited(other: Future[LLMatcher]) -> LLMatcher:
+def _awaited(other: Future[Compiled]) -> Compiled:
     """What another thread compiles of the same form; its refusal is raised anew, for each thread adds its own trace."""
     try:
         return other.result()

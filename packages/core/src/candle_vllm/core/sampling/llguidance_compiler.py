@@ -9,19 +9,38 @@ from __future__ import annotations
 
 import json
 from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from candle_vllm.core.sampling import lark
+from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.json_schema import Budget
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar, shortened
 from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
+if TYPE_CHECKING:
+    from candle_vllm.core.sampling.unique_grammar import Compared
+
 _OPTIONS = '%llguidance {"no_forcing": true}'
 _NAMES = MappingProxyType({"json": "JSON schema", "json_object": "JSON object", "structural_tag": "structural tag"})
+
+
+class Compiled(NamedTuple):
+    """A form for one vocabulary.
+
+    Attributes:
+        matcher: at the start of a text.
+        size: characters of its description.
+        compared: what must differ in its texts, beside what the matcher holds.
+    """
+
+    matcher: LLMatcher
+    size: int
+    compared: Compared | None
 
 
 class Compiler:
@@ -30,8 +49,8 @@ class Compiler:
     def __init__(self, trie: TokenTrie) -> None:
         self._trie = trie
 
-    def compile(self, spec: StructuredOutputsParams) -> tuple[LLMatcher, int]:
-        """A matcher at the start of a text, and the characters of its description.
+    def compile(self, spec: StructuredOutputsParams) -> Compiled:
+        """A matcher at the start of a text.
 
         Raises:
             InvalidParameterError: see `GrammarBackend`.
@@ -39,7 +58,9 @@ class Compiler:
         if spec.whitespace_pattern is not None:
             self._check_whitespace(spec.whitespace_pattern)
         name = _NAMES.get(spec.kind, spec.kind)
-        text = json.dumps({"grammars": self._grammars(spec)}, ensure_ascii=False)
+        budget = Budget(may_compare=spec.kind == "json" and spec.around is None and self._are_plain(spec))
+        grammars = self._grammars(spec, budget)
+        text = json.dumps({"grammars": grammars}, ensure_ascii=False)
         matcher = LLMatcher(self._trie.ll, text, log_level=0, limits=_limits())
         if matcher.is_error():
             raise refused(f"the {name} is not supported or wrong: {shortened(matcher.get_error())}")
@@ -48,7 +69,36 @@ class Compiler:
             raise refused(f"the {name} is not supported as it is: {shortened(' '.join(warnings))}")
         if not self._may_begin(matcher):
             raise refused(f"no text that this model can write has the form of the {name}, but for the empty one")
-        return matcher, len(text)
+        compared = self._compared(spec, grammars[1]) if budget.compared else None
+        return Compiled(matcher, len(text) if compared is None else 2 * len(text), compared)
+
+    def grammar(self, compiled: Compiled) -> Grammar:
+        """What was compiled, at the start of a text."""
+        grammar = LlguidanceGrammar(compiled.matcher, self._trie)
+        if compiled.compared is None:
+            return grammar
+        from candle_vllm.core.sampling.unique_grammar import ComparedGrammar
+
+        return ComparedGrammar(grammar, compiled.compared, self._trie)
+
+    def _compared(self, spec: StructuredOutputsParams, form: lark.Grammar) -> Compared:
+        from candle_vllm.core.sampling.unique_grammar import Compared
+        from candle_vllm.core.sampling.unique_sites import Sites
+
+        assert spec.json is not None
+        alone = [{"name": "top", "lark_grammar": f"{_OPTIONS}\nstart: @form"}, form]
+        twin = LLMatcher(LLTokenizer("byte"), json.dumps({"grammars": alone}), log_level=0, limits=_limits())
+        marks = (None if mark is None else self._mark(mark) for mark in (spec.reasoning_start, spec.reasoning_end))
+        return Compared(Sites(parsed_json("json", spec.json)), twin, *marks)
+
+    def _mark(self, mark: str) -> bytes | int:
+        (piece,) = self._trie.literals.pieces(mark)
+        return int(piece[2:-2]) if lark.is_token(piece) else mark.encode()
+
+    def _are_plain(self, spec: StructuredOutputsParams) -> bool:
+        """Whether the marks of the reasoning are a text or a token each."""
+        marks = filter(None, (spec.reasoning_start, spec.reasoning_end))
+        return all(len(self._trie.literals.pieces(mark)) == 1 for mark in marks)
 
     def _may_begin(self, matcher: LLMatcher) -> bool:
         """Whether any token but an end token may come first.
@@ -73,8 +123,7 @@ class Compiler:
         if not matcher.is_error():  # it is one where nothing may come
             raise refused("whitespace_pattern may match nothing but spaces, tabs and newlines, as in [ \\n]{0,4}")
 
-    def _grammars(self, spec: StructuredOutputsParams) -> list[lark.Grammar]:
-        budget = Budget()
+    def _grammars(self, spec: StructuredOutputsParams, budget: Budget) -> list[lark.Grammar]:
         grammars = self._form(spec, budget)
         if spec.around is not None:
             grammars.append(lark.user_grammar("around", spec.around, spec, budget))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
     from candle_vllm.core.sampling.lark import Literals
+    from candle_vllm.core.sampling.unique_tokens import Neighbours
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
 # Tokens that are text of a JSON string, by length: whole groups of them are allowed or forbidden at once, which keeps
@@ -86,6 +87,13 @@ class TokenTrie:
     def __call__(self, text: str) -> list[int]:
         """Token ids of a text without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """The tokens in the order of their bytes."""
+        from candle_vllm.core.sampling.unique_tokens import Neighbours
+
+        return Neighbours(self.tokens[: self.vocab_size], self.special, -(-self.vocab_size // 32))
 
     @cached_property
     def literals(self) -> Literals:

@@ -1,0 +1,267 @@
+"""Arrays that say nothing twice (`uniqueItems` of open values): which tokens would repeat an element (step 7 of ten).
+
+No grammar remembers what was said, so the text is followed here beside it: by the schemas that may hold at each place,
+it is known which arrays are meant, and the elements of each are kept as a trie of bytes (`Elements`). A byte is
+forbidden where all that can follow it was said already, which is decided exactly: a twin of the grammar, over single
+bytes, says how many ways there are on from each place of the trie, and a place without one more is dead, as is the end
+of each element. Elements are texts, integers, booleans and null, which the grammar spells in one way each; an integer
+is never -0. Tokens that hold more than one element are forbidden, but for those that end one and open the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.sampling.llguidance_grammar import shortened
+from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.unique_sites import Site, Sites
+from candle_vllm.core.sampling.unique_tokens import WHITE, Neighbours
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_STOPS = frozenset(b",]} \t\r\n")  # what ends a number or a name
+_END = 256  # in the trie, for any of them
+
+
+class Elements:
+    """What was said in one array, as a trie of bytes; place 0 is before an element.
+
+    Attributes:
+        next: the places behind each place, by byte.
+        dead: all that can follow was said.
+    """
+
+    def __init__(self, ways: int) -> None:
+        self.next: list[dict[int, int]] = [{}]
+        self.dead = [False]
+        self._before = [0]
+        self._ways = [ways]  # bytes that may come behind a place; 0 where that is not known yet
+        self._closed = [0]  # of these, the ones that lead to dead places
+        minus = self.add(0, ord("-"))
+        self.dead[self.add(minus, ord("0"))] = True
+        self._closed[minus] = 1
+
+    def add(self, place: int, byte: int) -> int:
+        """A new place behind another one."""
+        new = self.next[place][byte] = len(self.next)
+        self.next.append({})
+        self.dead.append(False)
+        self._before.append(place)
+        self._ways.append(0)
+        self._closed.append(0)
+        return new
+
+    def enter(self, place: int, ways: int) -> None:
+        """A text has come to a place, from where there are so many ways."""
+        self._ways[place] = ways
+
+    def close(self, place: int) -> None:
+        """An element has ended at this place."""
+        while not self.dead[place]:
+            self.dead[place] = True
+            if place == 0:
+                break
+            place = self._before[place]
+            self._closed[place] += 1
+            if self._closed[place] < self._ways[place]:
+                break
+
+    def is_last(self, place: int, above: int = 0) -> bool:
+        """Whether no element is left behind the place `above` when the one that has come to this place ends there."""
+        while self._closed[place] + 1 >= self._ways[place]:
+            if place in (0, above):
+                return place == above
+            place = self._before[place]
+        return False
+
+
+class _Frame(NamedTuple):
+    """An array or an object that is open."""
+
+    is_array: bool
+    site: Site
+    before: int  # elements before the one that comes or has begun
+    elements: Elements | None
+
+
+class Unrepeated:
+    """The arrays of one text.
+
+    Args:
+        sites: of the schema.
+        twin: the grammar at the start of the text, over single bytes; it is copied.
+        neighbours: the vocabulary.
+    """
+
+    def __init__(self, sites: Sites, twin: LLMatcher, neighbours: Neighbours) -> None:
+        self._sites = sites
+        self._twin = twin.deep_copy()
+        self._tokens = neighbours
+        self._stack: list[_Frame] = []
+        self._site = sites.root  # of the value that comes or has begun
+        self._mode = "value"  # or key, colon, string, name, after
+        self._escaped = False
+        self._key: bytearray | None = None  # of the string, where it is one
+        self._place = 0  # of the element
+
+    def say(self, text: bytes) -> None:
+        """Goes on behind a text that was said.
+
+        Raises:
+            InvalidParameterError: the twin met a limit of its own.
+        """
+        for byte in text:
+            if not self._twin.consume_token(byte):
+                raise refused(f"the grammar cannot go on here: {shortened(self._twin.get_error())}")
+            self._take(byte)
+
+    def keep(self, bits: NDArray[np.int32]) -> None:
+        """Takes out the tokens that would repeat an element.
+
+        Args:
+            bits: as in `Grammar.fill_mask`.
+        """
+        elements = self._elements
+        if self._mode == "string":
+            table = self._tokens.in_string(escaped=self._escaped, element=self._in_element)
+        else:
+            table = self._tokens.outside(self._mode if elements is not None else "free")
+        np.bitwise_and(bits, table, out=bits)
+        if elements is None or (self._mode == "string" and not self._in_element):
+            return
+        self._tokens.take_out(bits, self._repeating(elements))
+        if self._mode in ("string", "name") and not self._escaped:
+            if elements.is_last(self._place):
+                np.bitwise_and(bits, self._tokens.not_going_on(self._mode), out=bits)
+            texts = elements.next[0].get(ord('"'), 0)
+            if texts and (elements.dead[texts] or elements.is_last(self._place, texts)):
+                np.bitwise_and(bits, self._tokens.not_opening(self._mode), out=bits)
+
+    @property
+    def _elements(self) -> Elements | None:
+        return self._stack[-1].elements if self._stack else None
+
+    @property
+    def _in_element(self) -> bool:
+        return self._key is None and self._elements is not None
+
+    # ---- the text ----------------------------------------------------------------------------------------------------
+
+    def _take(self, byte: int) -> None:
+        mode = self._mode
+        if mode == "string":
+            self._in_string(byte)
+        elif mode == "name" and byte not in _STOPS:
+            self._step(byte)
+        elif byte in WHITE and mode != "name":
+            return
+        elif mode == "value" and byte != ord("]"):
+            self._begin(byte)
+        elif mode == "key" and byte == ord('"'):
+            self._mode, self._key = "string", bytearray()
+        elif mode == "colon":
+            self._mode = "value"
+        else:
+            self._between(byte)
+
+    def _begin(self, byte: int) -> None:
+        """A value begins."""
+        if byte in b"[{":
+            if self._stack and self._elements is not None:  # another alternative than the one whose elements are plain
+                self._stack[-1] = self._stack[-1]._replace(elements=None)
+            is_array = byte == ord("[")
+            elements = Elements(self._ways(before=True)) if is_array and self._site.differs else None
+            self._stack.append(_Frame(is_array, self._site, 0, elements))
+            self._mode = "value" if is_array else "key"
+            if is_array:
+                self._site = self._sites.element(self._site, 0)
+            return
+        self._mode, self._key, self._place = ("string" if byte == ord('"') else "name"), None, 0
+        self._step(byte)
+
+    def _in_string(self, byte: int) -> None:
+        ends = byte == ord('"') and not self._escaped
+        self._escaped = byte == ord("\\") and not self._escaped
+        if self._key is None:
+            self._step(byte, ends=ends)
+            self._mode = "after" if ends else "string"
+        elif ends:
+            key = json.loads(b'"' + bytes(self._key) + b'"')
+            self._site, self._mode, self._key = self._sites.member(self._stack[-1].site, key), "colon", None
+        else:
+            self._key.append(byte)
+
+    def _between(self, byte: int) -> None:
+        """What stands between values, and ends a name before it."""
+        if self._mode == "name":
+            if (elements := self._elements) is not None:
+                elements.close(elements.next[self._place].get(_END) or elements.add(self._place, _END))
+            self._mode = "after"
+        if byte == ord(","):
+            frame = self._stack[-1]
+            self._mode = "value" if frame.is_array else "key"
+            if frame.is_array:
+                self._stack[-1] = frame._replace(before=frame.before + 1)
+                self._site = self._sites.element(frame.site, frame.before + 1)
+        elif byte in b"]}":
+            self._stack.pop()
+            self._mode = "after"
+
+    def _step(self, byte: int, *, ends: bool = False) -> None:
+        """One more byte of an element."""
+        elements = self._elements
+        if elements is None:
+            return
+        self._place = elements.next[self._place].get(byte) or elements.add(self._place, byte)
+        if ends:
+            elements.close(self._place)
+        else:
+            elements.enter(self._place, self._ways())
+
+    def _ways(self, before: bool = False) -> int:
+        """How many bytes may come next: those that begin an element, or go on in one or end it."""
+        bits = np.frombuffer(self._twin.compute_bitmask(), np.uint8)[:32]
+        allowed = set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
+        if before:
+            return len(allowed - _STOPS)
+        if self._mode == "name":
+            return len(allowed - _STOPS) + bool(allowed & _STOPS)
+        return len(allowed)
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def _repeating(self, elements: Elements) -> Iterator[tuple[int, int]]:
+        """Spans of tokens that lead to a dead place."""
+        tokens = self._tokens
+        if self._mode == "value":
+            yield from self._before_element(elements, b"", tokens.whole)
+        elif self._mode != "after":
+            yield from self._within(elements, self._place, b"", tokens.whole)
+        else:
+            for white in tokens.leading:
+                said = white + b","
+                inside = tokens.behind(said, tokens.whole)
+                if inside and elements.dead[0]:
+                    yield inside
+                elif inside:
+                    yield from self._before_element(elements, said, inside)
+
+    def _before_element(self, elements: Elements, said: bytes, span: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        for white in self._tokens.leading:
+            if inside := self._tokens.behind(said + white, span):
+                yield from self._within(elements, 0, said + white, inside)
+
+    def _within(self, elements: Elements, place: int, said: bytes, span: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        for byte, behind in elements.next[place].items():
+            for one in _STOPS if byte == _END else (byte,):
+                inside = self._tokens.behind(said + bytes([one]), span)
+                if inside and elements.dead[behind]:
+                    yield inside
+                elif inside:
+                    yield from self._within(elements, behind, said + bytes([one]), inside)

@@ -1,0 +1,122 @@
+"""Where in the texts of a JSON schema arrays must not repeat themselves (`uniqueItems`), for `unique_items`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from candle_vllm.core.sampling.json_facts import TYPES, Facts, Place, type_of, types_of, values_of
+from candle_vllm.core.sampling.json_references import References
+
+_PLAIN = frozenset({"string", "integer", "boolean", "null"})
+_MAX_DEPTH = 8
+
+
+def compares(facts: Facts, schema: dict[str, Any], base: str) -> bool:
+    """Whether the elements of arrays of this schema are of the kinds that can be compared while they are written."""
+    if {"prefixItems", "contains"} & schema.keys() or isinstance(schema.get("items"), list):
+        return False
+    return _types_at(facts, Place(schema.get("items", True), base)) <= _PLAIN
+
+
+def _types_at(facts: Facts, place: Place, depth: int = 0) -> frozenset[str]:
+    """Types that values at a place may have, alternatives looked into."""
+    found = TYPES
+    for schema, base in facts.parts(place):
+        if schema is False:
+            return frozenset()
+        found &= types_of(schema)
+        if (values := values_of(schema)) is not None:
+            found &= frozenset(map(type_of, values))
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list) and depth < _MAX_DEPTH:
+                found &= frozenset[str]().union(
+                    *(_types_at(facts, Place(one, base), depth + 1) for one in schema[name])
+                )
+    return found
+
+
+class Site:
+    """What may hold at a place of the text, and whether an array there says nothing twice."""
+
+    def __init__(self, places: Sequence[Place], differs: bool) -> None:
+        self.places = places
+        self.differs = differs
+        self.inside: dict[str | int | None, Site] = {}
+
+
+class Sites:
+    """The places of texts that follow a schema.
+
+    Args:
+        root: the schema, as it was sent; it has been checked.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._references = References(root if isinstance(root, dict) else {})
+        self._facts = Facts(self._references, lambda _: lambda _: True)
+        self.root = self._site([Place(root, "")])
+
+    def member(self, site: Site, key: str) -> Site:
+        """Where the value of a key is."""
+        known = key if any(key in schema.get("properties", ()) for schema, _ in site.places) else None
+        if known not in site.inside:
+            places = [Place(one, base) for schema, base in site.places for one in _of_key(schema, key)]
+            site.inside[known] = self._site(places)
+        return site.inside[known]
+
+    def element(self, site: Site, index: int) -> Site:
+        """Where an element of an array is."""
+        first = max((len(_first(schema)) for schema, _ in site.places), default=0)
+        index = min(index, first)
+        if index not in site.inside:
+            places = [Place(one, base) for schema, base in site.places for one in _of_index(schema, index)]
+            site.inside[index] = self._site(places)
+        return site.inside[index]
+
+    def _site(self, waiting: list[Place]) -> Site:
+        found: dict[tuple[int, str], Place] = {}
+        while waiting:
+            schema, base = waiting.pop()
+            if not isinstance(schema, dict):
+                continue
+            base = self._references.base(schema, base)
+            if (id(schema), base) in found:
+                continue
+            found[id(schema), base] = Place(schema, base)
+            if "$ref" in schema:
+                target = self._references.resolve(schema["$ref"], base, "#")
+                waiting.append(Place(target.schema, target.base))
+            for name in ("allOf", "anyOf", "oneOf"):
+                waiting += [Place(one, base) for one in schema.get(name, ())]
+            for name in ("dependentSchemas", "dependencies"):
+                waiting += [Place(one, base) for one in schema.get(name, {}).values()]
+            waiting += [Place(schema[name], base) for name in ("then", "else") if name in schema]
+        places = list(found.values())
+        differs = any(one.get("uniqueItems") is True and compares(self._facts, one, base) for one, base in places)
+        return Site(places, differs)
+
+
+def _first(schema: dict[str, Any]) -> list[Any]:
+    items = schema.get("items")
+    return items if isinstance(items, list) else schema.get("prefixItems", [])
+
+
+def _of_index(schema: dict[str, Any], index: int) -> Iterator[Any]:
+    first = _first(schema)
+    if index < len(first):
+        yield first[index]
+    else:
+        others = ("additionalItems" if isinstance(schema.get("items"), list) else "items", "unevaluatedItems")
+        yield from (schema[name] for name in others if name in schema)
+    if "contains" in schema:
+        yield schema["contains"]
+
+
+def _of_key(schema: dict[str, Any], key: str) -> Iterator[Any]:
+    properties = schema.get("properties", {})
+    if key in properties:
+        yield properties[key]
+    else:
+        yield from (schema[name] for name in ("additionalProperties", "unevaluatedProperties") if name in schema)
+    yield from schema.get("patternProperties", {}).values()

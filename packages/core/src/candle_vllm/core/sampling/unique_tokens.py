@@ -1,0 +1,135 @@
+"""The tokens of a vocabulary in the order of their bytes, and those that hold more than one element of an array.
+
+For arrays that say nothing twice (`unique_items`), made once for a model that is asked for one.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+WHITE = b" \t\r\n"
+
+_SPACE = rb"[ \t\r\n]*"
+_TEXT = rb'"(?:[^"\\]|\\.)*"'
+_NAME = rb"[-+.0-9A-Za-z]+"
+_ELEMENT = rb"(?:" + _TEXT + rb"|" + _NAME + rb")"
+_LEADING = re.compile(rb'(?:\A|,)([ \t\r\n]*)(?=[-0-9A-Za-z",])')
+_OPENS = re.compile(rb"\[.*,", re.DOTALL)  # an array, and perhaps an element with a comma behind it
+_IN_STRING = re.compile(rb'(?:[^"\\]|\\.)*"', re.DOTALL)  # the rest of a string
+_COMMA = re.compile(_SPACE + rb",")
+_OPENS_NEXT = re.compile(_SPACE + rb"," + _SPACE + rb'"?')
+_BEFORE = re.compile(_SPACE + _ELEMENT + _SPACE + rb",", re.DOTALL)
+_AFTER = re.compile(_SPACE + rb"," + _SPACE + _ELEMENT + _SPACE + rb",", re.DOTALL)
+_NAME_ENDS = re.compile(rb"[-+.0-9A-Za-z]*" + _SPACE + rb",")
+
+
+class Neighbours:
+    """Tokens by their bytes.
+
+    Args:
+        tokens: the bytes of each; those with none are left out.
+        special: ids that are no text.
+        words: int32 words of a mask.
+
+    Attributes:
+        whole: the span of all tokens in their order.
+        leading: white space, or none, before what begins or parts elements in a token, also behind a comma in it.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], special: Iterable[int], words: int) -> None:
+        ids = sorted({token for token, text in enumerate(tokens) if text} - set(special), key=tokens.__getitem__)
+        self._texts = [tokens[token] for token in ids]
+        self._ids = np.array(ids, np.int64)
+        self._words = words
+        self.whole = (0, len(ids))
+        self.leading = sorted({white for text in self._texts for white in _LEADING.findall(text)})
+        self._with_comma = [(token, tokens[token]) for token in ids if b"," in tokens[token]]
+        free, value, after, name = map(self._without, (_opens, _repeats_before, _repeats_after, _repeats_behind_name))
+        self._outside = {"free": free, "key": free, "colon": free, "value": value, "after": after, "name": name}
+        self._string = {
+            (escaped, element): self._without(partial(_repeats_behind_text, escaped=escaped, element=element))
+            for escaped in (False, True)
+            for element in (False, True)
+        }
+        self._not_going_on = {mode: self._without(partial(_goes_on, mode=mode)) for mode in ("string", "name")}
+        self._not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
+
+    def outside(self, mode: str) -> NDArray[np.int32]:
+        """[words] a bit for each token that may come outside of strings."""
+        return self._outside[mode]
+
+    def in_string(self, *, escaped: bool, element: bool) -> NDArray[np.int32]:
+        """[words] a bit for each token that may come in a string, behind a backslash or not, of an element or not."""
+        return self._string[escaped, element]
+
+    def not_going_on(self, mode: str) -> NDArray[np.int32]:
+        """[words] a bit for each token but those that end an element and ask for another one."""
+        return self._not_going_on[mode]
+
+    def not_opening(self, mode: str) -> NDArray[np.int32]:
+        """[words] a bit for each token but those that end an element and open a text."""
+        return self._not_opening[mode]
+
+    def behind(self, said: bytes, span: tuple[int, int]) -> tuple[int, int] | None:
+        """Of a span of tokens, those that begin with some bytes; None where there is none."""
+        first = bisect_left(self._texts, said, *span)
+        if first == span[1] or not self._texts[first].startswith(said):
+            return None
+        most = said.rstrip(b"\xff")  # the next text that does not begin so
+        last = bisect_left(self._texts, most[:-1] + bytes([most[-1] + 1]), first, span[1]) if most else span[1]
+        return first, last
+
+    def take_out(self, bits: NDArray[np.int32], spans: Iterable[tuple[int, int]]) -> None:
+        """Clears the bits of spans of tokens."""
+        for first, last in spans:
+            self._clear(bits, self._ids[first:last])
+
+    def _without(self, forbids: Callable[[bytes], bool]) -> NDArray[np.int32]:
+        bits = np.full(self._words, -1, np.int32)
+        self._clear(bits, np.array([token for token, text in self._with_comma if forbids(text)], np.int64))
+        return bits
+
+    @staticmethod
+    def _clear(bits: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
+        np.bitwise_and.at(bits.view(np.uint32), ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+
+
+def _goes_on(text: bytes, mode: str) -> bool:
+    return (mode == "name" or text[:1] == b'"') and _COMMA.match(text, mode == "string") is not None
+
+
+def _opens_text(text: bytes, mode: str) -> bool:
+    return _goes_on(text, mode) and text[1:].endswith(b'"')
+
+
+def _opens(text: bytes) -> bool:
+    return _OPENS.search(text) is not None
+
+
+def _repeats_before(text: bytes) -> bool:
+    return _BEFORE.match(text) is not None or _opens(text)
+
+
+def _repeats_after(text: bytes) -> bool:
+    return _AFTER.match(text) is not None or _opens(text)
+
+
+def _repeats_behind_name(text: bytes) -> bool:
+    return _opens(text) or (_NAME_ENDS.match(text) is not None and _OPENS_NEXT.fullmatch(text) is None)
+
+
+def _repeats_behind_text(text: bytes, *, escaped: bool, element: bool) -> bool:
+    end = _IN_STRING.match(text, 1 if escaped else 0)
+    if end is None:
+        return False
+    if _OPENS.search(text, end.end()) is not None:
+        return True
+    if not element or _COMMA.match(text, end.end()) is None:
+        return False
+    return escaped or end.end() > 1 or _OPENS_NEXT.fullmatch(text, 1) is None
