@@ -45,7 +45,7 @@ def test_every_icon_says_what_it_does_at_hovering(chat: Any) -> None:
         box = chat.locator(".tip").bounding_box()
         icon = chat.locator(".answer").get_by_role("button", name=name).bounding_box()
         assert box["x"] >= 0
-        assert 0 < icon["y"] - box["y"] - box["height"] < 10
+        assert 0 < box["y"] - icon["y"] - icon["height"] < 10
     chat.keyboard.press("Escape")
     chat.locator(".tip").wait_for(state="hidden")
     chat.locator(".answer .numbers summary").hover()

@@ -71,15 +71,32 @@ def test_every_file_is_served_with_its_type(client: Any) -> None:
 
 def test_the_policy_is_strict(client: Any) -> None:
     for name in bundle_names():
+        if name == "preview.html":
+            continue
         headers = client.get(path_of(name)).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
         assert policy == {
             "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' data: blob:",
-            "connect-src": "'self'", "font-src": "'self'", "base-uri": "'none'", "form-action": "'none'",
+            "connect-src": "'self'", "font-src": "'self'", "frame-src": "'self'",
+            "base-uri": "'none'", "form-action": "'none'",
             "frame-ancestors": "'none'", "require-trusted-types-for": "'script'", "trusted-types": "'none'",
         }  # fmt: skip
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_code_in_a_preview_reaches_nothing(client: Any) -> None:
+    headers = client.get("/preview.html").headers
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy == {
+        "default-src": "'none'", "script-src": "'unsafe-inline'", "style-src": "'unsafe-inline'",
+        "img-src": "data: blob:", "font-src": "data:", "media-src": "data: blob:", "connect-src": "'none'",
+        "frame-src": "'none'", "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'self'",
+        "sandbox": "allow-scripts",
+    }  # fmt: skip
+    assert headers["connection-allowlist"] == "()"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
 
 
 def test_what_may_be_kept(client: Any) -> None:

@@ -41,7 +41,7 @@ async function bundle(folder) {
     .replace("%APP%", `assets/${named("src/main.tsx")}`)
     .replace("%STYLE%", `assets/${named("src/styles/index.css")}`);
   await writeFile(join(folder, "index.html"), page);
-  await cp(join(here, "icon.svg"), join(folder, "icon.svg"));
+  for (const name of ["icon.svg", "preview.html"]) await cp(join(here, name), join(folder, name));
   await writeFile(join(folder, "licenses.txt"), await licenses());
   await writeFile(join(folder, "manifest.json"), JSON.stringify(await manifest(folder), null, 2) + "\n");
 }
@@ -60,7 +60,7 @@ async function licenses() {
 }
 
 async function manifest(folder) {
-  const names = ["index.html", "icon.svg", "licenses.txt"];
+  const names = ["index.html", "icon.svg", "licenses.txt", "preview.html"];
   for (const name of (await readdir(join(folder, "assets"))).sort()) names.push(`assets/${name}`);
   const files = {};
   for (const name of names) {

@@ -65,7 +65,7 @@ export const de: Texts = {
   },
   versions: "Fassungen", previousVersion: "Vorige Fassung", nextVersion: "Nächste Fassung", versionOf: (at, all) => `Fassung ${at} von ${all}`,
   deleteMessage: "Nachricht löschen", deleteMessageText: "Diese Nachricht wird gelöscht.", deleteBranchText: "Diese Nachricht und alles, was ihr folgt, wird gelöscht.",
-  code: "Code", codeIn: (name) => (name ? `Code in ${name}` : "Code"), table: "Tabelle", image: "Bild", task: "Aufgabe",
+  code: "Code", preview: "Vorschau", codeIn: (name) => (name ? `Code in ${name}` : "Code"), table: "Tabelle", image: "Bild", task: "Aufgabe",
   thinking: "Denkt nach…", thought: (time) => (time ? `Hat ${time} nachgedacht` : "Gedanken"),
   tokens: (count) => `${count} Token`, perSecond: "Tok/s",
   promptTokens: (count, cached) => `Eingabe: ${count} Token, davon ${cached} aus dem Zwischenspeicher`,

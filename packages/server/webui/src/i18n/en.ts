@@ -68,7 +68,7 @@ export const en = {
   versionOf: (at: number, all: number) => `version ${at} of ${all}`,
   deleteMessage: "Delete message", deleteMessageText: "This message will be deleted.",
   deleteBranchText: "This message and everything that follows it will be deleted.",
-  code: "code", codeIn: (name: string) => (name ? `Code in ${name}` : "Code"), table: "Table", image: "Image", task: "Task",
+  code: "code", preview: "Preview", codeIn: (name: string) => (name ? `Code in ${name}` : "Code"), table: "Table", image: "Image", task: "Task",
   thinking: "Thinking…", thought: (time: string) => (time ? `Thought for ${time}` : "Thoughts"),
   tokens: (count: string) => `${count} tokens`, perSecond: "tok/s",
   promptTokens: (count: string, cached: string) => `Prompt: ${count} tokens, ${cached} of them from the cache`,

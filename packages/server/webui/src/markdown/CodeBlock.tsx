@@ -1,9 +1,11 @@
-// A block of code: label, copy button, colours once it is whole.
+// A block of code: label, buttons, colours once it is whole.
 
 import { useEffect, useState } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import { CopyButton } from "../ui/CopyButton.tsx";
+import { Icon } from "../ui/Icon.tsx";
 import type { Coloured } from "./highlight.ts";
+import { Preview, previewOf } from "./Preview.tsx";
 
 const MAX_COLOURED = 40_000; // characters
 const CHUNK = 64; // lines that are laid out together
@@ -11,15 +13,22 @@ const CHUNK = 64; // lines that are laid out together
 export function CodeBlock({ text, language, closed }: { text: string; language: string; closed: boolean }) {
   const name = language.trim().split(/[\s,{:]/)[0]!.slice(0, 32);
   const coloured = useColours(text, name, closed);
+  const [isPreviewed, setPreviewed] = useState(false);
+  const preview = closed ? previewOf(name, text) : undefined;
   return (
     <figure class="code">
       <figcaption>
         <span class="language">{name || t.value.code}</span>
+        <span class="spring" />
+        {preview !== undefined && (
+          <button type="button" class="icon-button copy" aria-pressed={isPreviewed} onClick={() => setPreviewed(!isPreviewed)}><Icon name="eye" />{t.value.preview}</button>
+        )}
         <CopyButton text={() => text} label={t.value.copyCode} />
       </figcaption>
       <pre tabIndex={0} aria-label={t.value.codeIn(name)}>
         <code>{coloured ? nodes(coloured) : <Lines text={text} />}</code>
       </pre>
+      {isPreviewed && preview !== undefined && <Preview source={preview} />}
     </figure>
   );
 }

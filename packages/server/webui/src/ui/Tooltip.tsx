@@ -60,12 +60,13 @@ function follow(tip: HTMLElement): () => void {
   };
 }
 
-/** Above what it belongs to, or below where there is no room, and always within the window. */
+/** Below what it belongs to, or above where there is no room, and always within the window. */
 function place(tip: HTMLElement, at: DOMRect): void {
   tip.style.left = "0"; // where it was last it may have less room, and be higher for that
   const { offsetWidth: width, offsetHeight: height } = tip;
-  const above = at.top - height - GAP;
+  const { clientWidth, clientHeight } = document.documentElement;
+  const below = at.bottom + GAP;
   const left = at.left + at.width / 2 - width / 2;
-  tip.style.top = `${above >= GAP ? above : at.bottom + GAP}px`;
-  tip.style.left = `${Math.max(GAP, Math.min(left, document.documentElement.clientWidth - width - GAP))}px`;
+  tip.style.top = `${below + height <= clientHeight ? below : at.top - height - GAP}px`;
+  tip.style.left = `${Math.max(GAP, Math.min(left, clientWidth - width - GAP))}px`;
 }

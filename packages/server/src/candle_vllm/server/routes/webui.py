@@ -22,12 +22,27 @@ _ROOT = files("candle_vllm.server") / "static"
 _POLICY: Mapping[str, str] = {
     "img-src": "'self' data: blob:",
     "font-src": "'self'",
+    "frame-src": "'self'",
     "require-trusted-types-for": "'script'",
     "trusted-types": "'none'",
 }
+_PREVIEW_POLICY: Mapping[str, str] = {
+    "script-src": "'unsafe-inline'",
+    "style-src": "'unsafe-inline'",
+    "img-src": "data: blob:",
+    "font-src": "data:",
+    "media-src": "data: blob:",
+    "connect-src": "'none'",
+    "frame-src": "'none'",
+    "frame-ancestors": "'self'",
+    "sandbox": "allow-scripts",
+}
+"""What a model's code may do in a preview: run, and reach nothing. Its frame lies in this document and inherits it."""
+_NO_CONNECTIONS = {"connection-allowlist": "()"}  # also what a content policy does not cover: WebRTC, names looked up
 _CHECKED = "no-cache"  # kept, but asked about each time
 _FOREVER = "public, max-age=31536000, immutable"  # their names change with their content
 _INDEX = "index.html"
+_PREVIEW = "preview.html"
 
 
 def bundle_names() -> tuple[str, ...]:
@@ -46,7 +61,9 @@ def read_bundle() -> dict[str, PageFile]:
     for name in bundle_names():
         cache = _FOREVER if name.startswith("assets/") else _CHECKED
         content = _ROOT.joinpath(*name.split("/")).read_bytes()
-        bundle[name] = PageFile(name, content, page_headers(cache, _POLICY))
+        is_preview = name == _PREVIEW
+        headers = page_headers(cache, _PREVIEW_POLICY if is_preview else _POLICY)
+        bundle[name] = PageFile(name, content, {**headers, **_NO_CONNECTIONS} if is_preview else headers)
     return bundle
 
 
@@ -85,6 +102,11 @@ def web_ui_router() -> APIRouter:
         if found is None:
             raise HTTPException(404)
         return found.answer(request)
+
+    @router.get("/preview.html", include_in_schema=False)
+    async def preview(request: Request) -> Response:
+        """An empty document that shows the code which the page sends it, and can reach nothing."""
+        return bundle[_PREVIEW].answer(request)
 
     @router.get("/icon.svg", include_in_schema=False)
     async def icon(request: Request) -> Response:
