@@ -3,7 +3,11 @@
 # ruff: noqa: E501 - a sample is one text
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+from messages import Parsed, parse, parser
 
 TOOLS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -568,3 +572,28 @@ SHORT: tuple[Sample, ...] = (
     Sample("llama3_json", _json(key="parameters")[1], TWO[1:]),
     Sample("pythonic", "[f2(city='x')]", TWO[1:]),
 )
+
+
+def read(sample: Sample, pieces: Iterable[str], whole: bool = True) -> Parsed:
+    engine = parser(sample.tools, TOOLS, sample.reasoning, in_reasoning=sample.prefilled)
+    return parse(engine, pieces, whole)
+
+
+def cut(text: str, places: Iterable[int]) -> list[str]:
+    """The text in pieces that end at these places."""
+    ends = sorted(places)
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+
+
+def chunked(sample: Sample, times: int) -> str:
+    """What goes wrong in random chunkings of a sample; "" where nothing does."""
+    text = sample.text
+    expected = read(sample, [text])
+    if (expected.content, expected.values) != (sample.content, sample.calls):
+        return f"{sample.tools}: {expected}"
+    rng = random.Random(sample.tools)
+    for _ in range(times):
+        places = [rng.randrange(len(text) + 1) for _ in range(rng.randrange(1, 5))]
+        if read(sample, cut(text, places)) != expected:
+            return f"{sample.tools}, cut at {places}: {read(sample, cut(text, places))}"
+    return ""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import Parsed, parse, parser
-from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
+from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample, chunked, cut, read
 
 from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
@@ -26,17 +26,6 @@ FORMATS = [row.name for row in TOOL_FORMATS]
 by_text = pytest.mark.parametrize(
     "sample", [pytest.param(one, id=f"{place}-{one.tools}") for place, one in enumerate(SAMPLES)]
 )
-
-
-def read(sample: Sample, pieces: Iterable[str], whole: bool = True) -> Parsed:
-    engine = parser(sample.tools, TOOLS, sample.reasoning, in_reasoning=sample.prefilled)
-    return parse(engine, pieces, whole)
-
-
-def cut(text: str, places: Iterable[int]) -> list[str]:
-    """The text in pieces that end at these places."""
-    ends = sorted(places)
-    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
 
 
 @by_text
@@ -102,20 +91,6 @@ def test_every_format_has_a_sample() -> None:
     assert {sample.tools for sample in SAMPLES if sample.calls} == set(FORMATS)
     assert sorted(sample.tools for sample in SHORT) == sorted(FORMATS)
     assert {sample.reasoning for sample in SAMPLES} == {row.name for row in REASONING_FORMATS}
-
-
-def chunked(sample: Sample, times: int) -> str:
-    """What goes wrong in random chunkings of a sample; "" where nothing does."""
-    text = sample.text
-    expected = read(sample, [text])
-    if (expected.content, expected.values) != (sample.content, sample.calls):
-        return f"{sample.tools}: {expected}"
-    rng = random.Random(sample.tools)
-    for _ in range(times):
-        places = [rng.randrange(len(text) + 1) for _ in range(rng.randrange(1, 5))]
-        if read(sample, cut(text, places)) != expected:
-            return f"{sample.tools}, cut at {places}: {read(sample, cut(text, places))}"
-    return ""
 
 
 @pytest.mark.parametrize("sample", [pytest.param(one, id=one.tools) for one in SHORT])
