@@ -39,6 +39,21 @@ def test_axe_finds_nothing_in_the_list(
     act(page, "Hello", "Export")
     button(page, "Download").wait_for()
     assert findings(page, axe) == []
+    page.keyboard.press("Escape")
+    page.locator(".sidebar").get_by_role("button", name="Prompts").click()
+    button(page, "New prompt").click()
+    page.get_by_label("Name", exact=True).fill("Sum up")
+    page.get_by_label("Text", exact=True).fill("Sum up.")
+    assert findings(page, axe) == []
+    button(page, "Save").click()
+    button(page, "Edit Sum up").wait_for()
+    assert findings(page, axe) == []
+    page.keyboard.press("Escape")
+    if phone:
+        button(page, "Hide conversations").tap()
+    page.locator("#composer").press_sequentially("/")
+    page.get_by_role("option").wait_for()
+    assert findings(page, axe) == []
 
 
 def background(page: Any) -> str:

@@ -240,7 +240,7 @@ def test_a_database_of_version_1_is_kept(site: Site, open_page: Callable[..., An
     page.get_by_role("link", name="Old").wait_for()
     assert listed(page) == [("Work 1", ["Old"])]
     said(page, "Answer 1")
-    assert page.evaluate("indexedDB.databases().then((all) => all[0].version)") == 2
+    assert page.evaluate("indexedDB.databases().then((all) => all[0].version)") == 3
 
 
 def test_a_menu_stays_while_an_answer_is_written(slow_site: Site, open_page: Callable[..., Any]) -> None:

@@ -3,7 +3,7 @@
 import { effect, untracked } from "@preact/signals";
 import { render } from "preact";
 import { startChats } from "./state/chats.ts";
-import { readFolders } from "./state/folders.ts";
+import { readLibrary } from "./state/exchange.ts";
 import { watchLeaving } from "./state/leaving.ts";
 import { refreshMcp } from "./state/mcp.ts";
 import { arrivals, watchServer } from "./state/models.ts";
@@ -19,7 +19,7 @@ followPageKey();
 followAddress();
 listenForShortcuts();
 render(<App />, document.getElementById("app")!);
-void startChats(readFolders);
+void startChats(readLibrary);
 watchServer();
 const askForTools = () => void refreshMcp().catch(() => undefined);
 document.addEventListener("visibilitychange", () => document.hidden || askForTools());

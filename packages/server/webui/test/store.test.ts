@@ -2,15 +2,16 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { rate, sampleOf, sums } from "../src/api/metrics.ts";
 import { merged, RANGES, readNumber, readSettings, served, wireFields } from "../src/chat/settings.ts";
-import type { AssistantMessage, Conversation, Folder, UserMessage } from "../src/chat/types.ts";
+import type { AssistantMessage, Conversation, Folder, Prompt, UserMessage } from "../src/chat/types.ts";
 import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
 import { MemoryStore } from "../src/store/database.ts";
-import { readConversation, readFolder } from "../src/store/records.ts";
-import { type Archive, exportText, ImportError, importText, missing } from "../src/store/transfer.ts";
+import { readConversation, readFolder, readPrompt } from "../src/store/records.ts";
+import { type Archive, exportText, ImportError, importText, missing, newPrompts } from "../src/store/transfer.ts";
 
 const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2", pinned: true, folder: "f".repeat(32) };
 const folder: Folder = { id: "f".repeat(32), name: "Work", created: 5, isOpen: true };
+const prompt: Prompt = { id: "b".repeat(32), name: "Sum up", kind: "message", text: "Sum up {{text}}", updated: 5 };
 const question: UserMessage = { id: "u", role: "user", parent: null, created: 1, text: "q <script>" };
 const answer = (id: string, created: number): AssistantMessage => ({
   id, role: "assistant", parent: "u", created, model: "m", state: "done",
@@ -19,9 +20,9 @@ const answer = (id: string, created: number): AssistantMessage => ({
 });
 
 test("export and import keep everything but the ids", () => {
-  const text = exportText({ folders: [folder], archives: [{ conversation, messages: [question, answer("a1", 2), answer("a2", 3)] }] });
-  const { archives, folders, broken } = importText(text);
-  assert.deepEqual([archives.length, folders, broken], [1, [folder], 0]);
+  const text = exportText({ folders: [folder], prompts: [prompt], archives: [{ conversation, messages: [question, answer("a1", 2), answer("a2", 3)] }] });
+  const { archives, folders, prompts, broken } = importText(text);
+  assert.deepEqual([archives.length, folders, prompts, broken], [1, [folder], [prompt], 0]);
   const { conversation: read, messages } = archives[0]!;
   const [u, a1, a2] = messages;
   assert.deepEqual([a1!.parent, a2!.parent, read.leaf], [u!.id, u!.id, a2!.id]);
@@ -120,7 +121,7 @@ const chatOf = (leaf: string, ...messages: Archive["messages"]): Archive => ({ c
 /** Imports an export of one into the other, which knows the messages of both, and gives what is there then. */
 function imported(ours: Archive | undefined, theirs: Archive, ...elsewhere: string[]): Archive | undefined {
   const taken = new Set([...(ours?.messages ?? []).map((one) => one.id), ...elsewhere.map(hex)]);
-  const more = missing(ours, importText(exportText({ folders: [], archives: [theirs] })).archives[0]!, (id) => taken.has(id));
+  const more = missing(ours, importText(exportText({ folders: [], prompts: [], archives: [theirs] })).archives[0]!, (id) => taken.has(id));
   return more && { conversation: more.conversation, messages: [...(ours?.messages ?? []), ...more.messages] };
 }
 const texts = (archive: Archive | undefined) => archive?.messages.map((one) => (one.role === "user" ? one.text : one.steps.at(-1)!.text));
@@ -185,4 +186,18 @@ test("what a database or a file holds of conversations and folders is read field
   assert.equal(readConversation({ id }), undefined);
   assert.deepEqual(readFolder({ id, name: ` ${"n".repeat(100)}`, created: "x", isOpen: 1, more: 1 }), [{ id, name: "n".repeat(80), created: 0, isOpen: false }]);
   for (const wrong of [null, 5, { id }, { id, name: " " }, { id: "x", name: "n" }, { name: "n" }]) assert.deepEqual(readFolder(wrong), [], JSON.stringify(wrong));
+});
+
+test("prompts are read field by field, and come in once", () => {
+  assert.deepEqual(readPrompt({ ...prompt, kind: "other", more: 1 }), [prompt]);
+  for (const wrong of [null, 5, { ...prompt, id: "x" }, { ...prompt, name: " " }, { ...prompt, text: "" }, { ...prompt, text: 5 }]) {
+    assert.deepEqual(readPrompt(wrong), [], JSON.stringify(wrong));
+  }
+  assert.deepEqual(newPrompts([], [prompt, prompt]), [prompt]);
+  const older = { ...prompt, text: "older", updated: 4 };
+  const newer = { ...prompt, text: "newer", updated: 6 };
+  assert.deepEqual(newPrompts([prompt], [prompt, older, { ...prompt, id: "c".repeat(32) }]), []);
+  const [beside, ...more] = newPrompts([prompt], [newer]);
+  assert.deepEqual([beside!.text, beside!.id === prompt.id, more.length], ["newer", false, 0]);
+  assert.deepEqual(newPrompts([prompt, beside!], [newer]), []);
 });

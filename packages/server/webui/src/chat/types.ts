@@ -91,6 +91,15 @@ export interface Folder {
   isOpen: boolean;
 }
 
+/** A text that is kept for use again: a message to write, or the system prompt of a chat. */
+export interface Prompt {
+  id: string;
+  name: string;
+  kind: "message" | "system";
+  text: string;
+  updated: number;
+}
+
 export const emptyStep = (): Step => ({ reasoning: "", text: "", calls: [] });
 
 /** The text of an answer without thoughts and tools. */

@@ -13,6 +13,15 @@ export const de: Texts = {
   pin: "Anheften", unpin: "Loslösen", pinned: "Angeheftet", moveTo: "In Ordner verschieben…", moveTitle: (title) => `„${title}“ verschieben`, noFolder: "Kein Ordner",
   newFolder: "Neuer Ordner", folderName: "Name des Ordners", create: "Anlegen", deleteFolder: "Ordner löschen?",
   deleteFolderText: (name) => `„${name}“ wird gelöscht. Die Unterhaltungen darin bleiben.`,
+  deleteOf: (name) => `${name} löschen`, editOf: (name) => `${name} bearbeiten`, save: "Speichern", replace: "Ersetzen", text: "Text",
+  prompts: "Prompts", newPrompt: "Neuer Prompt", editPrompts: "Prompts bearbeiten…", noPrompts: "Texte, die du immer wieder brauchst, können hier aufbewahrt werden.",
+  promptsText: "Bleiben in diesem Browser. Tippe / am Anfang einer Nachricht, um einen zu wählen.", promptKind: "Verwendung",
+  promptKinds: { message: "Nachricht", system: "System-Prompt" },
+  promptHints: { message: "Kommt in das Nachrichtenfeld. Ein Teil wie {{Thema}} ist dort ausgewählt, um überschrieben zu werden.", system: "Wird der System-Prompt des Chats." },
+  deletePrompt: "Prompt löschen?", deletePromptText: (name) => `„${name}“ wird aus diesem Browser gelöscht.`,
+  promptsFound: (count) => `${count} ${count === 1 ? "Prompt" : "Prompts"}. Wähle mit Pfeiltasten und Enter.`,
+  systemSet: (name) => `„${name}“ ist jetzt der System-Prompt dieses Chats.`, replaceSystem: "System-Prompt ersetzen?",
+  replaceSystemText: (name) => `Dieser Chat hat einen anderen System-Prompt. „${name}“ tritt an seine Stelle.`,
   deleteChat: "Unterhaltung löschen?", deleteChatText: (title) => `„${title}“ und alle Nachrichten darin werden aus diesem Browser gelöscht.`,
   close: "Schließen", cancel: "Abbrechen", dismiss: "Ausblenden", retry: "Erneut versuchen", use: "Verwenden", more: "Mehr zeigen",
 
@@ -130,13 +139,13 @@ export const de: Texts = {
   formatHints: { md: "Was gezeigt wird, zum Lesen und Weitergeben.", json: "Alle Zweige und Einstellungen, um sie wieder zu importieren." },
   withThoughts: "Mit den Gedanken, eingeklappt", download: "Herunterladen", toolCallWord: "Werkzeugaufruf",
   import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
-  imported: ({ added, grown, same, broken }) =>
-    `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
+  imported: ({ added, grown, same, broken, prompts }) =>
+    `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"}${prompts ? ` und ${prompts} ${prompts === 1 ? "Prompt" : "Prompts"}` : ""} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
   notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, fileNotText: (name) => `${name} ist keine Textdatei.`,
-  deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt jede Unterhaltung und jeden Ordner aus diesem Browser.",
-  deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung ist" : "Unterhaltungen sind"} dann endgültig weg. Exportiere sie vorher, wenn du sie noch brauchen könntest.`,
+  deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt alle Unterhaltungen, Ordner und Prompts aus diesem Browser.",
+  deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung" : "Unterhaltungen"} und alle Ordner und Prompts sind dann endgültig weg. Exportiere vorher, was du noch brauchen könntest.`,
   keys: {
-    send: "Nachricht senden", newLine: "Neue Zeile", stopKey: "Antwort anhalten, Offenes schließen", editLast: "Letzte Nachricht bearbeiten (im leeren Feld)",
+    send: "Nachricht senden", newLine: "Neue Zeile", stopKey: "Antwort anhalten, Offenes schließen", editLast: "Letzte Nachricht bearbeiten (im leeren Feld)", promptKey: "Prompt wählen (im leeren Feld)",
     searchKey: "Unterhaltungen durchsuchen", newChatKey: "Neuer Chat", sidebarKey: "Unterhaltungen ein- oder ausblenden", settingsKey: "Einstellungen", sheetKey: "Diese Übersicht",
   },
 

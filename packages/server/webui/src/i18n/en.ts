@@ -13,6 +13,15 @@ export const en = {
   pin: "Pin", unpin: "Unpin", pinned: "Pinned", moveTo: "Move to folder…", moveTitle: (title: string) => `Move “${title}”`, noFolder: "No folder",
   newFolder: "New folder", folderName: "Name of the folder", create: "Create", deleteFolder: "Delete folder?",
   deleteFolderText: (name: string) => `“${name}” will be deleted. The conversations in it stay.`,
+  deleteOf: (name: string) => `Delete ${name}`, editOf: (name: string) => `Edit ${name}`, save: "Save", replace: "Replace", text: "Text",
+  prompts: "Prompts", newPrompt: "New prompt", editPrompts: "Edit prompts…", noPrompts: "Texts that you use again and again can be kept here.",
+  promptsText: "Kept in this browser. Type / at the beginning of a message to choose one.", promptKind: "Use",
+  promptKinds: { message: "Message", system: "System prompt" },
+  promptHints: { message: "Is written into the message field. A part such as {{topic}} is selected there, to be written over.", system: "Becomes the system prompt of the chat." },
+  deletePrompt: "Delete prompt?", deletePromptText: (name: string) => `“${name}” will be deleted from this browser.`,
+  promptsFound: (count: number) => `${count} ${count === 1 ? "prompt" : "prompts"}. Choose with the arrow keys and Enter.`,
+  systemSet: (name: string) => `“${name}” is now the system prompt of this chat.`, replaceSystem: "Replace the system prompt?",
+  replaceSystemText: (name: string) => `This chat has another system prompt. “${name}” takes its place.`,
   deleteChat: "Delete conversation?", deleteChatText: (title: string) => `“${title}” and all its messages will be deleted from this browser.`,
   close: "Close", cancel: "Cancel", dismiss: "Dismiss", retry: "Try again", use: "Use", more: "Show more",
 
@@ -133,13 +142,13 @@ export const en = {
   formatHints: { md: "What is shown, to read and to pass on.", json: "All branches and settings, to import it again." },
   withThoughts: "With the thoughts, folded", download: "Download", toolCallWord: "Tool call",
   import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
-  imported: ({ added, grown, same, broken }: Imported) =>
-    `${added || "No new"} ${added === 1 ? "conversation" : "conversations"} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
+  imported: ({ added, grown, same, broken, prompts }: Imported) =>
+    `${added || "No new"} ${added === 1 ? "conversation" : "conversations"}${prompts ? ` and ${prompts} ${prompts === 1 ? "prompt" : "prompts"}` : ""} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
   notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, fileNotText: (name: string) => `${name} is not a text file.`,
-  deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation and folder from this browser.",
-  deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} will be gone for good. Export them first if you may want them again.`,
+  deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation, folder and prompt from this browser.",
+  deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} and all folders and prompts will be gone for good. Export them first if you may want them again.`,
   keys: {
-    send: "Send the message", newLine: "New line", stopKey: "Stop the answer, close what is open", editLast: "Edit the last message (in the empty field)",
+    send: "Send the message", newLine: "New line", stopKey: "Stop the answer, close what is open", editLast: "Edit the last message (in the empty field)", promptKey: "Choose a prompt (in the empty field)",
     searchKey: "Search conversations", newChatKey: "New chat", sidebarKey: "Show or hide conversations", settingsKey: "Settings", sheetKey: "This sheet",
   },
 

@@ -7,6 +7,7 @@ export interface Question {
   text: string;
   action: string;
   onConfirm: () => void;
+  back?: Open; // what is shown afterwards
 }
 
 export type SettingsTab = "chat" | "general" | "access" | "data";
@@ -14,6 +15,7 @@ export type SettingsTab = "chat" | "general" | "access" | "data";
 export type Open =
   | { kind: "settings"; tab: SettingsTab }
   | { kind: "shortcuts" }
+  | { kind: "prompts" }
   | { kind: "export"; id: string }
   | { kind: "move"; id: string | null } // a conversation into a folder, or none into a new one
   | { kind: "confirm"; question: Question };

@@ -4,16 +4,18 @@ import { asMarkdown } from "../chat/as-markdown.ts";
 import { MessageTree } from "../chat/tree.ts";
 import type { Conversation, Folder } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
-import { type Archive, exportText, type Imported, importText, missing } from "../store/transfer.ts";
+import { type Archive, exportText, type Imported, importText, missing, newPrompts } from "../store/transfer.ts";
 import { conversations, deleteChats, readList, reopen } from "./chats.ts";
 import { addFolder, folders, readFolders } from "./folders.ts";
+import { keepPrompt, prompts, readPrompts } from "./prompts.ts";
 import { storage } from "./storage.ts";
 
-export async function exportChats(ids: readonly string[]): Promise<string> {
+/** The conversations and, with all of them, the prompts. */
+export async function exportChats(ids: readonly string[], isAll = false): Promise<string> {
   const chosen = new Set(ids);
   const wanted = conversations.peek().filter((one) => chosen.has(one.id));
   const archives = await Promise.all(wanted.map(archiveOf));
-  return exportText({ folders: folders.peek().filter(({ id }) => wanted.some((one) => one.folder === id)), archives });
+  return exportText({ folders: folders.peek().filter(({ id }) => wanted.some((one) => one.folder === id)), prompts: isAll ? prompts.peek() : [], archives });
 }
 
 /** The branch that is shown, with its thoughts folded in or without them. */
@@ -31,9 +33,11 @@ async function archiveOf(conversation: Conversation): Promise<Archive> {
 
 /** Adds what a file holds and is not here. Nothing that is here is changed or deleted. */
 export async function importChats(text: string): Promise<Imported> {
-  const { archives, folders: named, broken } = importText(text);
-  const count: Imported = { added: 0, grown: 0, same: 0, broken };
-  await readList();
+  const { archives, folders: named, prompts: theirPrompts, broken } = importText(text);
+  await Promise.all([readList(), readLibrary()]);
+  const unknown = newPrompts(prompts.peek(), theirPrompts);
+  unknown.forEach(keepPrompt);
+  const count: Imported = { added: 0, grown: 0, same: 0, broken, prompts: unknown.length };
   const here = new Map(conversations.peek().map((one) => [one.id, one]));
   const taken = new Set(await storage().messageIds());
   const grown: string[] = [];
@@ -63,5 +67,10 @@ function folderHere(id: string | null, named: readonly Folder[]): string | null 
 
 export async function deleteAll(): Promise<void> {
   await deleteChats();
-  await readFolders();
+  await readLibrary();
+}
+
+/** Reads what there is besides conversations. */
+export async function readLibrary(): Promise<void> {
+  await Promise.all([readFolders(), readPrompts()]);
 }

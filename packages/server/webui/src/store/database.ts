@@ -23,13 +23,14 @@ export interface Store {
   clear(): Promise<void>;
 }
 
-export type Kind = "folders";
+export type Kind = "folders" | "prompts";
 
 const CHATS = "conversations";
 const MESSAGES = "messages";
 const BY_CHAT = "conversation";
 const FOLDERS = "folders";
-const VERSION = 2;
+const PROMPTS = "prompts";
+const VERSION = 3;
 
 export async function openStore(name = "candle-vllm"): Promise<Store> {
   try {
@@ -48,6 +49,7 @@ function openDatabase(name: string): Promise<IDBDatabase> {
         opening.result.createObjectStore(MESSAGES, { keyPath: "id" }).createIndex(BY_CHAT, BY_CHAT);
       }
       if (oldVersion < 2) opening.result.createObjectStore(FOLDERS, { keyPath: "id" });
+      if (oldVersion < 3) opening.result.createObjectStore(PROMPTS, { keyPath: "id" });
     };
     opening.onsuccess = () => {
       opening.result.onversionchange = () => opening.result.close();
@@ -122,7 +124,7 @@ class DatabaseStore implements Store {
   }
 
   clear(): Promise<void> {
-    const all = [CHATS, MESSAGES, FOLDERS];
+    const all = [CHATS, MESSAGES, FOLDERS, PROMPTS];
     return this.change(all, (at) => all.forEach((name) => at(name).clear()));
   }
 

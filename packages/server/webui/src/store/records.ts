@@ -1,12 +1,12 @@
-// What is kept of conversations and folders, read field by field: from the database, where an older page may have
+// What is kept of conversations, folders and prompts, read field by field: from the database, where an older page may have
 // written it, and from files.
 
 import { fields, number, text } from "../api/readers.ts";
 import { readSettings } from "../chat/settings.ts";
-import type { Conversation, Folder } from "../chat/types.ts";
+import type { Conversation, Folder, Prompt } from "../chat/types.ts";
 import { newId } from "./ids.ts";
 
-export const MAX_NAME = 80; // of a folder
+export const MAX_NAME = 80; // of a folder or a prompt
 
 export const isId = (id: unknown): id is string => typeof id === "string" && /^[0-9a-f]{32}$/.test(id);
 
@@ -45,4 +45,12 @@ export function readFolder(data: unknown): Folder[] {
   const name = text(given.name)?.trim().slice(0, MAX_NAME);
   if (!name || !isId(given.id)) return [];
   return [{ id: given.id, name, created: timeOf(given.created) ?? 0, isOpen: given.isOpen === true }];
+}
+
+/** A prompt, or nothing. */
+export function readPrompt(data: unknown): Prompt[] {
+  const given = fields(data);
+  const [name, said] = [text(given.name)?.trim().slice(0, MAX_NAME), text(given.text)];
+  if (!name || !said?.trim() || !isId(given.id)) return [];
+  return [{ id: given.id, name, kind: given.kind === "system" ? "system" : "message", text: said, updated: timeOf(given.updated) ?? 0 }];
 }

@@ -3,9 +3,9 @@
 
 import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
 import { MessageTree } from "../chat/tree.ts";
-import type { AnswerState, AssistantMessage, CallState, Conversation, Folder, Message, Step, ToolCall } from "../chat/types.ts";
+import type { AnswerState, AssistantMessage, CallState, Conversation, Folder, Message, Prompt, Step, ToolCall } from "../chat/types.ts";
 import { newId } from "./ids.ts";
-import { ownId, readConversation, readFolder, timeOf } from "./records.ts";
+import { ownId, readConversation, readFolder, readPrompt, timeOf } from "./records.ts";
 
 export interface Archive {
   conversation: Conversation;
@@ -17,21 +17,23 @@ export interface Imported {
   grown: number; // that were here with fewer messages
   same: number;
   broken: number;
+  prompts: number; // that were not here
 }
 
 const FORMAT = "candle-vllm-conversations";
 export const MAX_IMPORT_BYTES = 256 * 1024 * 1024;
 const MAX_CONVERSATIONS = 100_000;
-const MAX_FOLDERS = 10_000;
+const MAX_RECORDS = 10_000; // folders, and prompts
 
 /** What a file holds. */
 export interface Exported {
   folders: readonly Folder[];
+  prompts: readonly Prompt[];
   archives: readonly Archive[];
 }
 
-export function exportText({ folders, archives }: Exported): string {
-  return JSON.stringify({ format: FORMAT, version: 1, folders, conversations: archives }, null, 1);
+export function exportText({ folders, prompts, archives }: Exported): string {
+  return JSON.stringify({ format: FORMAT, version: 1, folders, prompts, conversations: archives }, null, 1);
 }
 
 export class ImportError extends Error {}
@@ -44,12 +46,14 @@ export function importText(text: string): Exported & { broken: number } {
   } catch {
     throw new ImportError("not JSON");
   }
-  const { format, version, folders, conversations } = fields(document);
+  const { format, version, folders, prompts, conversations } = fields(document);
   if (format !== FORMAT || version !== 1 || !Array.isArray(conversations)) throw new ImportError("another format");
   const archives = conversations.slice(0, MAX_CONVERSATIONS).map(readArchive);
   const whole = archives.filter((archive) => archive !== undefined);
-  const named = Array.isArray(folders) ? folders.slice(0, MAX_FOLDERS).flatMap(readFolder) : [];
-  return { folders: named, archives: whole, broken: conversations.length - whole.length };
+  const records = <T>(given: unknown, read: (data: unknown) => T[]) => (Array.isArray(given) ? given.slice(0, MAX_RECORDS).flatMap(read) : []);
+  return {
+    folders: records(folders, readFolder), prompts: records(prompts, readPrompt), archives: whole, broken: conversations.length - whole.length,
+  };
 }
 
 function readArchive(data: unknown): Archive | undefined {
@@ -190,3 +194,23 @@ function readCall(data: unknown): ToolCall {
   if (Array.isArray(given.content)) call.content = given.content.map(readContent);
   return call;
 }
+
+/**
+ * The prompts of a file that are not in `ours`. One that was changed here since stays as it is; one that was changed
+ * elsewhere comes in beside it.
+ */
+export function newPrompts(ours: readonly Prompt[], theirs: readonly Prompt[]): Prompt[] {
+  const contents = new Set(ours.map(promptContent));
+  const here = new Map(ours.map((one) => [one.id, one.updated]));
+  const added: Prompt[] = [];
+  for (const one of theirs) {
+    const since = here.get(one.id);
+    if (contents.has(promptContent(one)) || (since !== undefined && since >= one.updated)) continue;
+    added.push(since === undefined ? one : { ...one, id: newId() });
+    contents.add(promptContent(one));
+    here.set(one.id, one.updated);
+  }
+  return added;
+}
+
+const promptContent = ({ name, kind, text: said }: Prompt): string => JSON.stringify([name, kind, said]);

@@ -3,7 +3,7 @@
 import { useEffect } from "preact/hooks";
 import { shownLanguage, t } from "../i18n/index.ts";
 import { current } from "../state/chats.ts";
-import { close, isSidebarOver, open } from "../state/dialogs.ts";
+import { isSidebarOver, open } from "../state/dialogs.ts";
 import { announcement } from "../state/notices.ts";
 import { route } from "../state/route.ts";
 import { ChatPage } from "./ChatPage.tsx";
@@ -11,6 +11,7 @@ import { Confirm } from "./Dialog.tsx";
 import { ExportDialog } from "./ExportDialog.tsx";
 import { MoveDialog } from "./MoveDialog.tsx";
 import { Notices } from "./Notices.tsx";
+import { PromptsDialog } from "./PromptsDialog.tsx";
 import { ServerPage } from "./ServerPage.tsx";
 import { SettingsDialog } from "./SettingsDialog.tsx";
 import { ShortcutSheet } from "./ShortcutSheet.tsx";
@@ -56,5 +57,7 @@ function OpenDialog() {
   if (shown.kind === "shortcuts") return <ShortcutSheet />;
   if (shown.kind === "export") return <ExportDialog id={shown.id} />;
   if (shown.kind === "move") return <MoveDialog id={shown.id} />;
-  return <Confirm {...shown.question} onClose={close} />;
+  if (shown.kind === "prompts") return <PromptsDialog />;
+  const { back = null, ...question } = shown.question;
+  return <Confirm {...question} onClose={() => (open.value = back)} />;
 }

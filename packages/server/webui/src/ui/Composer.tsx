@@ -2,6 +2,7 @@
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { fenced } from "../chat/as-markdown.ts";
+import type { Prompt } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { cardFor, connection, isLoading } from "../state/models.ts";
@@ -11,6 +12,7 @@ import { readDraft, writeDraft } from "../store/preferences.ts";
 import { NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { FailureNote, LoadingLine } from "./ModelState.tsx";
+import { PromptMenu, setSystemPrompt, useSuggestions } from "./PromptPicker.tsx";
 import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
@@ -35,7 +37,26 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     write("");
     sendMessage(said);
   };
+  const insert = (more: string, from: number, to: number) => {
+    const area = field.current;
+    if (!area) return;
+    write(area.value = text.slice(0, from) + more + text.slice(to));
+    const variable = /\{\{[^{}\n]{1,80}\}\}/.exec(more); // is there to be written over
+    area.focus();
+    area.setSelectionRange(from + (variable?.index ?? more.length), from + (variable ? variable.index + variable[0].length : more.length));
+  };
+  const take = (isQuery: boolean) => (prompt: Prompt) => {
+    const { selectionStart, selectionEnd } = field.current ?? { selectionStart: text.length, selectionEnd: text.length };
+    const [from, to] = isQuery ? [0, text.length] : [selectionStart, selectionEnd];
+    if (prompt.kind === "message") insert(prompt.text, from, to);
+    else {
+      if (isQuery) write("");
+      setSystemPrompt(prompt);
+    }
+  };
+  const suggestions = useSuggestions(text, take(true));
   const onKey = (event: KeyboardEvent) => {
+    if (suggestions.onKey(event)) return;
     const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
     if (sends && !matchMedia("(pointer: coarse)").matches) {
       event.preventDefault();
@@ -50,9 +71,11 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   return (
     <div class="composer-frame" onDrop={(event) => dropped(event, (more) => write(text + more))} onDragOver={(event) => event.preventDefault()}>
       <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
+        {suggestions.list}
         <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
-          onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} />
+          onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} {...suggestions.attributes} />
         <div class="composer-row">
+          <PromptMenu onChoose={take(false)} />
           <ToolsSwitch />
           <span class="spring" />
           {isBusy ? (

@@ -5,6 +5,8 @@ import { t } from "../i18n/index.ts";
 import { conversations, current } from "../state/chats.ts";
 import { confirmFirst, open } from "../state/dialogs.ts";
 import { deleteAll, exportChats, importChats } from "../state/exchange.ts";
+import { folders } from "../state/folders.ts";
+import { prompts } from "../state/prompts.ts";
 import { ImportError, MAX_IMPORT_BYTES } from "../store/transfer.ts";
 import { download } from "./download.ts";
 
@@ -19,13 +21,14 @@ export function DataTab() {
     if (file.current) file.current.value = "";
   };
   const all = conversations.value.length;
+  const isEmpty = !all && !prompts.value.length && !folders.value.length;
   return (
     <div class="data">
       <section>
         <h3>{t.value.export}</h3>
         <p class="faint">{t.value.exportText}</p>
         <div class="field-row">
-          <button type="button" class="button" disabled={!all} onClick={() => void downloadAll()}>{t.value.exportAll(all)}</button>
+          <button type="button" class="button" disabled={isEmpty} onClick={() => void downloadAll()}>{t.value.exportAll(all)}</button>
           <button type="button" class="button" disabled={!chat} onClick={() => chat && (open.value = { kind: "export", id: chat.id })}>{t.value.exportThis}</button>
         </div>
       </section>
@@ -39,7 +42,7 @@ export function DataTab() {
       <section>
         <h3>{t.value.deleteAll}</h3>
         <p class="faint">{t.value.deleteAllText}</p>
-        <button type="button" class="button danger" disabled={!all}
+        <button type="button" class="button danger" disabled={isEmpty}
           onClick={() => confirmFirst({ title: t.value.deleteAll, text: t.value.deleteAllSure(all), action: t.value.deleteAll, onConfirm: () => void deleteAll() })}>
           {t.value.deleteAll}
         </button>
@@ -64,5 +67,5 @@ async function importFile(file: File): Promise<Said> {
 }
 
 async function downloadAll(): Promise<void> {
-  download(await exportChats(conversations.peek().map((one) => one.id)), "conversations", "json");
+  download(await exportChats(conversations.peek().map((one) => one.id), true), "conversations", "json");
 }

@@ -6,10 +6,11 @@ import { Icon, type IconName } from "./Icon.tsx";
 export interface MenuItem {
   icon: IconName;
   label: string;
+  key?: string; // where labels may be the same
   run: () => void;
 }
 
-export function Menu({ label, items }: { label: string; items: readonly MenuItem[] }) {
+export function Menu({ label, icon = "more", items }: { label: string; icon?: IconName; items: readonly MenuItem[] }) {
   const [isOpen, setOpen] = useState(false);
   const opener = useRef<HTMLButtonElement>(null);
   const id = useId();
@@ -21,7 +22,7 @@ export function Menu({ label, items }: { label: string; items: readonly MenuItem
     <span class="menu-frame">
       <button ref={opener} type="button" class="icon-button" aria-label={label} data-tip={label} aria-haspopup="menu" aria-expanded={isOpen}
         aria-controls={isOpen ? id : undefined} onClick={() => setOpen(!isOpen)}>
-        <Icon name="more" />
+        <Icon name={icon} />
       </button>
       {isOpen && <List id={id} label={label} items={items} opener={opener.current} onClose={close} onLeave={() => setOpen(false)} />}
     </span>
@@ -73,10 +74,10 @@ function List({ id, label, items, opener, onClose, onLeave }: ListProps) {
     event.stopPropagation();
   };
   return (
-    <div ref={frame} id={id} class="menu" role="menu" aria-label={label} popover="manual" onKeyDown={onKey}>
-      {items.map(({ icon, label: name, run }) => (
-        <button key={name} type="button" role="menuitem" tabIndex={-1} class="nav-item" onClick={() => { onClose(); run(); }}>
-          <Icon name={icon} />{name}
+    <div ref={frame} id={id} class="action-menu" role="menu" aria-label={label} popover="manual" onKeyDown={onKey}>
+      {items.map(({ icon, label: name, key = name, run }) => (
+        <button key={key} type="button" role="menuitem" tabIndex={-1} class="nav-item" onClick={() => { onClose(); run(); }}>
+          <Icon name={icon} /><span>{name}</span>
         </button>
       ))}
     </div>

@@ -9,6 +9,7 @@ const KEYS = [
   ["newLine", "Shift + Enter"],
   ["stopKey", "Esc"],
   ["editLast", "↑"],
+  ["promptKey", "/"],
   ["searchKey", "Ctrl + K"],
   ["newChatKey", "Ctrl + Shift + O"],
   ["sidebarKey", "Ctrl + B"],

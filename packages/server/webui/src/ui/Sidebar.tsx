@@ -42,6 +42,9 @@ export function Sidebar() {
         <footer class="sidebar-foot">
           {mcpServers.value && <PageLink icon="tool" label={t.value.tools} to={{ page: "tools" }} />}
           <PageLink icon="chart" label={t.value.server} to={{ page: "server" }} />
+          <button type="button" class="nav-item" onClick={() => (open.value = { kind: "prompts" })}>
+            <Icon name="prompt" />{t.value.prompts}
+          </button>
           <button type="button" class="nav-item" onClick={() => (open.value = { kind: "settings", tab: "general" })}>
             <Icon name="settings" />{t.value.settings}
           </button>
