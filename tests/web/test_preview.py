@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from actions import ask, button
+from actions import ask, button, findings
 from ui_server import Site, ui_server
 
 SETTLED = 900  # milliseconds after which everything that is tried has been tried
@@ -194,6 +194,15 @@ def test_it_reaches_neither_the_page_nor_what_is_kept(page: Any) -> None:
         "database SecurityError, peers ReferenceError"
     )
     assert ask(page, "a page")  # the page is where it was
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page: Any, axe: str, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    preview(page, "a page").get_by_text("2", exact=True).wait_for()
+    page.locator(".answer").get_by_role("button", name="Answer again").hover()
+    page.locator(".tip").wait_for()
+    assert findings(page, axe) == []
 
 
 @pytest.mark.parametrize("half", [0, 1])  # a page draws the last thirty messages
