@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import archive, ask, button, conversation, import_file, said, say, wait_idle
+from actions import act, archive, ask, button, conversation, import_file, said, say, wait_idle
 from ui_server import Site
 
 ROUTES = ("v1/models", "v1/mcp/servers", "v1/mcp/tools", "metrics", "version")
@@ -61,8 +61,7 @@ def test_storage_that_is_blocked_or_full(site: Site, open_page: Callable[..., An
         page.get_by_text("could not save this").wait_for()
     else:
         page.get_by_text("keeps nothing for this page").wait_for()
-    page.locator(".conversation").hover()
-    button(page, "Delete Hello").click()
+    act(page, "Hello", "Delete")
     button(page, "Delete").click()
     page.locator(".conversation").wait_for(state="detached")
 
@@ -77,8 +76,7 @@ def test_another_tab_goes_on_and_deletes(chat: Any) -> None:
     said(chat, "You said: second")
     assert ask(chat, "third") == "You said: third"
     assert chat.locator(".bubble").all_inner_texts() == ["first", "second", "third"]
-    other.locator(".conversation").hover()
-    button(other, "Delete first").click()
+    act(other, "first", "Delete")
     button(other, "Delete").click()
     other.locator(".conversation").wait_for(state="detached")
     chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")

@@ -74,7 +74,8 @@ export async function refreshModels(): Promise<void> {
 export function watchServer(): void {
   const ask = () => void (document.hidden || refreshModels());
   document.addEventListener("visibilitychange", ask);
-  for (const name of ["online", "offline", "pageshow"]) addEventListener(name, ask);
+  for (const name of ["online", "offline"]) addEventListener(name, ask);
+  addEventListener("pageshow", ({ persisted }) => persisted && ask()); // the browser had kept the page aside
   ask();
 }
 

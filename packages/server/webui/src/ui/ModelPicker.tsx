@@ -69,12 +69,16 @@ function factsOf(card: ModelCard): string[] {
   const facts = [
     architecture,
     parameters && t.value.parameters(formatCount(parameters)),
-    quantization ?? dtype,
+    (quantization && mainType(quantization)) ?? dtype,
     context && t.value.contextTokens(formatNumber(context)),
   ];
   const memory = weights && (cache ? t.value.memoryOf(formatBytes(weights), formatBytes(cache)) : t.value.memoryOfWeights(formatBytes(weights)));
   return [facts.filter(Boolean).join(" · "), memory || ""].filter(Boolean);
 }
+
+/** Of "F32 x 61, Q4_1 x 40" the type that most of its weights have: plain numbers are norms and biases. */
+const mainType = (types: string): string | undefined =>
+  types.split(", ").map((type) => type.split(" x ", 1)[0]!).find((type) => !/^(B?F(16|32|64)|I64)$/.test(type));
 
 function StatusDot({ status }: { status: string }) {
   const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" ? "off" : "busy";
