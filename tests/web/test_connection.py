@@ -72,6 +72,29 @@ def test_a_network_that_is_back_is_noticed_at_once(chat: Any) -> None:
     chat.get_by_role("alert").wait_for(state="detached")
 
 
+def test_the_page_asks_seldom_while_nobody_looks(chat: Any) -> None:
+    asked: list[str] = []
+    chat.on("request", lambda request: asked.append(request.url) if request.url.endswith("/v1/models") else None)
+    chat.get_by_text("demo-model is running").wait_for()
+    chat.clock.install()
+    look = "(hidden) => Object.defineProperty(document, 'hidden', { value: hidden, configurable: true })"
+    chat.evaluate(look, True)
+    chat.locator(".model-button").click()
+    chat.wait_for_timeout(300)
+    before = len(asked)
+    assert before > 0
+    chat.clock.run_for(25_000)
+    chat.wait_for_timeout(300)
+    assert len(asked) == before
+    chat.clock.run_for(6_000)
+    chat.wait_for_timeout(300)
+    assert len(asked) == before + 1
+    chat.evaluate(look, False)
+    chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    chat.wait_for_timeout(300)
+    assert len(asked) == before + 2
+
+
 REFUSALS = [
     (400, "context_length_exceeded", "prompt", "set a larger --max-model-len", "longer than what the model can read"),
     (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Set Most tokens lower"),

@@ -138,7 +138,8 @@ def test_the_picker_shows_what_a_model_is(loader: SteppedLoader, open_page: Call
         page.get_by_text("first is running").wait_for()
         loader.engines[0]._info = msgspec.structs.replace(
             loader.engines[0].model_info, architecture="llama", num_parameters=134_515_008,
-            quantization="F32 x 61, Q4_1 x 40, Q8_0 x 1", max_model_len=8192, weight_bytes=92 << 20, kv_cache_bytes=1536 << 20,
+            quantization="F32 x 61, Q4_1 x 40, Q8_0 x 1", max_model_len=8192,
+            weight_bytes=92 << 20, kv_cache_bytes=1536 << 20,
         )  # fmt: skip
         button(page, "Model: first").click()
         first, second = (page.locator(".model-row").nth(number) for number in (0, 1))
