@@ -16,7 +16,8 @@ from candle_vllm.openai.formats.table import TOOL_FORMATS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "tool-calling.md").read_text(encoding="utf-8")
 REFUSED: dict[str, Any] = {
-    "`uniqueItems` of fractions": {"type": "array", "items": {"type": "number"}, "uniqueItems": True},
+    "`uniqueItems` of arrays and objects": {"items": {"type": "array"}, "uniqueItems": True},
+    "of fractions under bounds": {"items": {"type": "number", "minimum": 0}, "uniqueItems": True},
     "the opposite of a pattern": {"not": {"pattern": "a+"}},
     "of `multipleOf`": {"if": {"multipleOf": 2}, "then": {"minimum": 1}},
     'of "an integer"': {"not": {"type": "integer"}},

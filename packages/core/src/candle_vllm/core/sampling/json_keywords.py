@@ -12,10 +12,19 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from candle_vllm.core.sampling.json_dialect import Remarks, taker
-from candle_vllm.core.sampling.json_facts import TYPES, Facts, Place, canonical, type_names, types_of, values_of
+from candle_vllm.core.sampling.json_facts import (
+    FRACTION,
+    TYPES,
+    Facts,
+    Place,
+    canonical,
+    type_names,
+    types_of,
+    values_of,
+)
 from candle_vllm.core.sampling.json_opposites import ASSERTING
 from candle_vllm.core.sampling.structured import refused
-from candle_vllm.core.sampling.unique_sites import compares
+from candle_vllm.core.sampling.unique_sites import compared
 
 Schema = dict[str, Any]
 
@@ -141,14 +150,18 @@ def _unique(cases: Cases, own: Schema, at: At) -> Any:
     domains = [cases.facts.domain(one) for one in (*first, others)]
     values = [domain[0] for domain in domains if domain is not None]
     arrays = _different(values, own.get("minItems", 0), longest) if len(values) == len(domains) else None
-    if arrays is None and cases.may_compare and compares(cases.facts, own, at.base):
+    if arrays is None and cases.may_compare and (types := compared(cases.facts, own, at.base)):
         cases.compared = True
+        if FRACTION in types:
+            cases.remarks.add(
+                f"the numbers of an array with 'uniqueItems' (at {at.place}) have 15 digits at most and no exponent"
+            )
         return None
     if len(values) < len(domains):
         raise refused(
             f"the JSON schema keyword 'uniqueItems' is not supported here (at {at.place}): it can be guaranteed for "
             "elements of few values, as of an enum, and, in an answer that is JSON alone, for texts, integers, booleans"
-            ' and null, as by "items": {"type": "string"}'
+            ', null, and numbers without bounds, as by "items": {"type": "string"}'
         )
     if arrays is None:
         raise refused(

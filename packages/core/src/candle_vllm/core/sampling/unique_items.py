@@ -4,8 +4,10 @@ No grammar remembers what was said, so the text is followed here beside it: by t
 it is known which arrays are meant, and the elements of each are kept as a trie of bytes (`Elements`). A byte is
 forbidden where all that can follow it was said already, which is decided exactly: a twin of the grammar, over single
 bytes, says how many ways there are on from each place of the trie, and a place without one more is dead, as is the end
-of each element. Elements are texts, integers, booleans and null, which the grammar spells in one way each; an integer
-is never -0. Tokens that hold more than one element are forbidden, but for those that end one and open the next.
+of each element. Elements are texts, integers, booleans and null, which the grammar spells in one way each, but for -0,
+which is never said; and numbers, which are said in one way each: as decimals of few digits, which floats tell apart,
+without an exponent or zeros behind. Tokens that hold more than one element are forbidden, but for those that end one
+and open the next.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.sampling.json_facts import FRACTION
 from candle_vllm.core.sampling.llguidance_grammar import shortened
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import Site, Sites
-from candle_vllm.core.sampling.unique_tokens import WHITE, Neighbours
+from candle_vllm.core.sampling.unique_tokens import WHITE, Neighbours, is_plain_number
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -35,17 +38,20 @@ class Elements:
     Attributes:
         next: the places behind each place, by byte.
         dead: all that can follow was said.
+        fractions: numbers with fractions are among the elements.
     """
 
-    def __init__(self, ways: int) -> None:
+    def __init__(self, ways: int, *, fractions: bool = False) -> None:
+        self.fractions = fractions
         self.next: list[dict[int, int]] = [{}]
         self.dead = [False]
         self._before = [0]
         self._ways = [ways]  # bytes that may come behind a place; 0 where that is not known yet
         self._closed = [0]  # of these, the ones that lead to dead places
-        minus = self.add(0, ord("-"))
-        self.dead[self.add(minus, ord("0"))] = True
-        self._closed[minus] = 1
+        if not fractions:
+            minus = self.add(0, ord("-"))
+            self.dead[self.add(minus, ord("0"))] = True
+            self._closed[minus] = 1
 
     def add(self, place: int, byte: int) -> int:
         """A new place behind another one."""
@@ -109,6 +115,7 @@ class Unrepeated:
         self._escaped = False
         self._key: bytearray | None = None  # of the string, where it is one
         self._place = 0  # of the element
+        self._number = b""  # that has begun, where the array has such with fractions
 
     def say(self, text: bytes) -> None:
         """Goes on behind a text that was said.
@@ -136,6 +143,8 @@ class Unrepeated:
         if elements is None or (self._mode == "string" and not self._in_element):
             return
         self._tokens.take_out(bits, self._repeating(elements))
+        if elements.fractions and self._mode != "string":
+            self._tokens.take_out_numbers(bits, self._mode, self._number)
         if self._mode in ("string", "name") and not self._escaped:
             if elements.is_last(self._place):
                 np.bitwise_and(bits, self._tokens.not_going_on(self._mode), out=bits)
@@ -176,7 +185,8 @@ class Unrepeated:
             if self._stack and self._elements is not None:  # another alternative than the one whose elements are plain
                 self._stack[-1] = self._stack[-1]._replace(elements=None)
             is_array = byte == ord("[")
-            elements = Elements(self._ways(before=True)) if is_array and self._site.differs else None
+            differing = self._site.differing if is_array else ()
+            elements = Elements(self._ways(before=True), fractions=FRACTION in differing) if differing else None
             self._stack.append(_Frame(is_array, self._site, 0, elements))
             self._mode = "value" if is_array else "key"
             if is_array:
@@ -202,7 +212,7 @@ class Unrepeated:
         if self._mode == "name":
             if (elements := self._elements) is not None:
                 elements.close(elements.next[self._place].get(_END) or elements.add(self._place, _END))
-            self._mode = "after"
+            self._mode, self._number = "after", b""
         if byte == ord(","):
             frame = self._stack[-1]
             self._mode = "value" if frame.is_array else "key"
@@ -219,6 +229,8 @@ class Unrepeated:
         if elements is None:
             return
         self._place = elements.next[self._place].get(byte) or elements.add(self._place, byte)
+        if elements.fractions and self._mode == "name" and (self._number or byte in b"-0123456789"):
+            self._number += bytes([byte])
         if ends:
             elements.close(self._place)
         else:
@@ -230,9 +242,13 @@ class Unrepeated:
         allowed = set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
         if before:
             return len(allowed - _STOPS)
-        if self._mode == "name":
-            return len(allowed - _STOPS) + bool(allowed & _STOPS)
-        return len(allowed)
+        if self._mode != "name":
+            return len(allowed)
+        on, may_end = allowed - _STOPS, bool(allowed & _STOPS)
+        if self._number:
+            on = {byte for byte in on if is_plain_number(self._number + bytes([byte]))}
+            may_end &= is_plain_number(self._number, ends=True)
+        return len(on) + may_end
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 

@@ -5,43 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from candle_vllm.core.sampling.json_facts import TYPES, Facts, Place, type_of, types_of, values_of
+from candle_vllm.core.sampling.json_facts import FRACTION, TYPES, Facts, Place, type_of, types_of, values_of
 from candle_vllm.core.sampling.json_references import References
 
-_PLAIN = frozenset({"string", "integer", "boolean", "null"})
+_PLAIN = frozenset({"string", "integer", FRACTION, "boolean", "null"})
+_NARROWING = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"})
 _MAX_DEPTH = 8
 
 
-def compares(facts: Facts, schema: dict[str, Any], base: str) -> bool:
-    """Whether the elements of arrays of this schema are of the kinds that can be compared while they are written."""
+def compared(facts: Facts, schema: dict[str, Any], base: str) -> frozenset[str]:
+    """The types of elements of arrays of this schema, where they can be compared while they are written; else none.
+
+    Fractions can, where every one may stand there: how each is spelt is up to us then.
+    """
     if {"prefixItems", "contains"} & schema.keys() or isinstance(schema.get("items"), list):
-        return False
-    return _types_at(facts, Place(schema.get("items", True), base)) <= _PLAIN
+        return frozenset()
+    types, narrow = _types_at(facts, Place(schema.get("items", True), base))
+    return types if types <= _PLAIN and not (narrow and FRACTION in types) else frozenset()
 
 
-def _types_at(facts: Facts, place: Place, depth: int = 0) -> frozenset[str]:
-    """Types that values at a place may have, alternatives looked into."""
-    found = TYPES
+def _types_at(facts: Facts, place: Place, depth: int = 0) -> tuple[frozenset[str], bool]:
+    """Types that values at a place may have, alternatives looked into, and whether not every fraction may be there."""
+    found, narrow = TYPES, False
     for schema, base in facts.parts(place):
         if schema is False:
-            return frozenset()
+            return frozenset(), False
         found &= types_of(schema)
+        narrow |= FRACTION in types_of(schema) and not _NARROWING.isdisjoint(schema)
         if (values := values_of(schema)) is not None:
             found &= frozenset(map(type_of, values))
         for name in ("anyOf", "oneOf"):
             if isinstance(schema.get(name), list) and depth < _MAX_DEPTH:
-                found &= frozenset[str]().union(
-                    *(_types_at(facts, Place(one, base), depth + 1) for one in schema[name])
-                )
-    return found
+                options = [_types_at(facts, Place(one, base), depth + 1) for one in schema[name]]
+                found &= frozenset[str]().union(*(types for types, _ in options))
+                narrow |= any(one for _, one in options)
+    return found, narrow
 
 
 class Site:
-    """What may hold at a place of the text, and whether an array there says nothing twice."""
+    """What may hold at a place of the text.
 
-    def __init__(self, places: Sequence[Place], differs: bool) -> None:
+    Attributes:
+        places: the schemas.
+        differing: types of the elements that an array may not say twice there; none where it may.
+        inside: places inside it, by key or number, as far as they were asked for.
+    """
+
+    def __init__(self, places: Sequence[Place], differing: frozenset[str]) -> None:
         self.places = places
-        self.differs = differs
+        self.differing = differing
         self.inside: dict[str | int | None, Site] = {}
 
 
@@ -93,8 +105,8 @@ class Sites:
                 waiting += [Place(one, base) for one in schema.get(name, {}).values()]
             waiting += [Place(schema[name], base) for name in ("then", "else") if name in schema]
         places = list(found.values())
-        differs = any(one.get("uniqueItems") is True and compares(self._facts, one, base) for one, base in places)
-        return Site(places, differs)
+        kinds = [compared(self._facts, one, base) for one, base in places if one.get("uniqueItems") is True]
+        return Site(places, frozenset[str]().union(*kinds))
 
 
 def _first(schema: dict[str, Any]) -> list[Any]:

@@ -28,6 +28,15 @@ _BEFORE = re.compile(_SPACE + _ELEMENT + _SPACE + rb",", re.DOTALL)
 _AFTER = re.compile(_SPACE + rb"," + _SPACE + _ELEMENT + _SPACE + rb",", re.DOTALL)
 _NAME_ENDS = re.compile(rb"[-+.0-9A-Za-z]*" + _SPACE + rb",")
 
+_NUMBER = rb"([-+.0-9eE]*)(?=[ \t\r\n,\]}]|\Z)"
+_LEADS = {
+    "value": re.compile(_SPACE + rb"(?=[-0-9])" + _NUMBER),
+    "after": re.compile(_SPACE + rb"," + _SPACE + rb"(?=[-0-9])" + _NUMBER),
+    "name": re.compile(_NUMBER),
+}
+_EXPONENT = re.compile(rb"[eE+]")
+_MAX_DIGITS = 15  # any two decimals of so many are different floats
+
 
 class Neighbours:
     """Tokens by their bytes.
@@ -57,6 +66,7 @@ class Neighbours:
             for escaped in (False, True)
             for element in (False, True)
         }
+        self._numbers = {mode: self._with_number(lead) for mode, lead in _LEADS.items()}
         self._not_going_on = {mode: self._without(partial(_goes_on, mode=mode)) for mode in ("string", "name")}
         self._not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
 
@@ -90,14 +100,44 @@ class Neighbours:
         for first, last in spans:
             self._clear(bits, self._ids[first:last])
 
+    def take_out_numbers(self, bits: NDArray[np.int32], mode: str, begun: bytes) -> None:
+        """Clears the bits of tokens that would spell a number in another way than its plain one.
+
+        Args:
+            bits: of a mask.
+            mode: value, after or name.
+            begun: what of the number was said, where the mode is name; b"" in a name that is no number.
+        """
+        if mode == "name" and not begun:
+            return
+        wrong = [token for token, text, ends in self._numbers[mode] if not is_plain_number(begun + text, ends=ends)]
+        self._clear(bits, np.array(wrong, np.int64))
+
     def _without(self, forbids: Callable[[bytes], bool]) -> NDArray[np.int32]:
         bits = np.full(self._words, -1, np.int32)
         self._clear(bits, np.array([token for token, text in self._with_comma if forbids(text)], np.int64))
         return bits
 
+    def _with_number(self, lead: re.Pattern[bytes]) -> list[tuple[int, bytes, bool]]:
+        """Tokens with a part of a number behind some marks: id, part, whether it ends there."""
+        found = list[tuple[int, bytes, bool]]()
+        for token, text in zip(self._ids.tolist(), self._texts):
+            if (match := lead.match(text)) is not None and (match[1] or match.end() == match.start(1) < len(text)):
+                found.append((token, match[1], match.end() < len(text)))
+        return found
+
     @staticmethod
     def _clear(bits: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
         np.bitwise_and.at(bits.view(np.uint32), ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+
+
+def is_plain_number(text: bytes, *, ends: bool = False) -> bool:
+    """Whether a number, or the beginning of one, is a decimal of at most 15 digits as it is spelt here."""
+    digits = len(text) - text.count(b"-") - text.count(b".")
+    if _EXPONENT.search(text) is not None or digits > _MAX_DIGITS:
+        return False
+    open_end = b"." in text and text[-1:] in b"0."  # which something else than 0 must follow
+    return not (text == b"-0" or open_end) if ends else not (open_end and digits == _MAX_DIGITS)
 
 
 def _goes_on(text: bytes, mode: str) -> bool:
