@@ -110,8 +110,21 @@ top.postMessage({ all: "of them" }, "*");
 </script>"""
 PAGE = "<!doctype html><p id=said>waiting</p><script>document.getElementById('said').textContent = 1 + 1;</script>"
 PICTURE = '<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><circle r="4"/></svg>'
+LINKS = """<a href="#place">down</a> <a href="https://example.org/">away</a> <a href="#" id=own>own</a>
+<p id=said></p><p id=place>place</p><script>
+const show = (text) => { document.getElementById("said").textContent = text; };
+addEventListener("hashchange", () => show("at " + location.hash));
+document.getElementById("own").onclick = (event) => { event.preventDefault(); show("handled"); };
+</script>"""
+FORM = """<form><label>Name <input required></label><button value=Add>Add</button></form><p id=said></p><script>
+document.forms[0].onsubmit = (event) => {
+  event.preventDefault();
+  document.getElementById("said").textContent = event.target[0].value + " by " + event.submitter.value;
+};
+</script>"""
 BLOCKS = {
     "a page": ("html", PAGE), "a picture": ("svg", PICTURE), "some xml": ("xml", PICTURE),
+    "links": ("html", LINKS), "a form": ("html", FORM),
     "other xml": ("xml", "<a/>"), "python": ("python", "print(1)"), "reach": ("html", REACH),
 }  # fmt: skip
 
@@ -176,6 +189,25 @@ def test_code_runs_on_a_click_alone(page: Any) -> None:
     button(page, "Preview").click()
     page.locator(".preview").wait_for(state="detached")
     assert len(page.frames) == 1
+
+
+def test_links_lead_within_the_code(page: Any) -> None:
+    inside = preview(page, "links")
+    inside.get_by_text("down").click()
+    inside.get_by_text("at #place").wait_for()
+    inside.get_by_text("away").click()
+    inside.get_by_text("own", exact=True).click()
+    inside.get_by_text("handled").wait_for()
+
+
+def test_a_form_is_heard_of_and_sent_nowhere(page: Any) -> None:
+    inside = preview(page, "a form")
+    inside.get_by_label("Name").press("Enter")
+    page.wait_for_timeout(100)
+    assert inside.locator("#said").inner_text() == ""  # the field is empty, and has to be filled
+    inside.get_by_label("Name").fill("Ada")
+    inside.get_by_label("Name").press("Enter")
+    inside.get_by_text("Ada by Add").wait_for()
 
 
 def test_what_has_a_preview(page: Any) -> None:
