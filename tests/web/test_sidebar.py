@@ -252,3 +252,12 @@ def test_a_menu_stays_while_an_answer_is_written(slow_site: Site, open_page: Cal
     page.wait_for_timeout(1200)  # the messages scroll
     assert len(page.locator(".answer .step").inner_text()) > len(before) + 50
     assert page.get_by_role("menuitem", name="Pin").is_visible()
+
+
+def test_a_page_whose_database_is_taken_over_says_so(chat: Any) -> None:
+    chat.get_by_text("What can I help with?").wait_for()
+    chat.evaluate("""() => new Promise((resolve) => {
+        const opening = indexedDB.open("candle-vllm", 99);
+        opening.onsuccess = () => resolve(opening.result.close());
+    })""")
+    chat.get_by_text("Another tab has a newer version of this page.").wait_for()

@@ -7,7 +7,7 @@ import { de } from "../src/i18n/de.ts";
 import { en } from "../src/i18n/en.ts";
 import { MemoryStore } from "../src/store/database.ts";
 import { readConversation, readFolder, readPrompt } from "../src/store/records.ts";
-import { type Archive, exportText, ImportError, importText, missing, newPrompts } from "../src/store/transfer.ts";
+import { type Archive, exportText, ImportError, importText, missing, newPrompts, Places } from "../src/store/transfer.ts";
 
 const conversation: Conversation = { id: "c", title: "Title", renamed: true, created: 1, updated: 2, model: "m", settings: { temperature: 0.5, system: "s" }, leaf: "a2", pinned: true, folder: "f".repeat(32) };
 const folder: Folder = { id: "f".repeat(32), name: "Work", created: 5, isOpen: true };
@@ -200,4 +200,12 @@ test("prompts are read field by field, and come in once", () => {
   const [beside, ...more] = newPrompts([prompt], [newer]);
   assert.deepEqual([beside!.text, beside!.id === prompt.id, more.length], ["newer", false, 0]);
   assert.deepEqual(newPrompts([prompt, beside!], [newer]), []);
+});
+
+test("a folder of a file is the same, the one of its name, or a new one", () => {
+  const make = (letter: string, name: string): Folder => ({ ...folder, id: letter.repeat(32), name });
+  const [work, theirWork, art, art2] = [make("a", "Work"), make("b", "Work"), make("c", "Art"), make("d", "Art")];
+  const places = new Places([work, make("e", "Renamed")], [theirWork, art, art2, make("e", "Old name")]);
+  assert.deepEqual([work, theirWork, art, art2, make("e", "")].map((one) => places.of(one.id)?.[0]), [undefined, "a", "c", "c", "e"]);
+  assert.deepEqual([places.of(art.id), places.of(null), places.added], [art.id, null, [art]]);
 });

@@ -2,12 +2,12 @@
 
 import { asMarkdown } from "../chat/as-markdown.ts";
 import { MessageTree } from "../chat/tree.ts";
-import type { Conversation, Folder } from "../chat/types.ts";
+import type { Conversation } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
-import { type Archive, exportText, type Imported, importText, missing, newPrompts } from "../store/transfer.ts";
+import { type Archive, exportText, type Imported, importText, missing, newPrompts, Places } from "../store/transfer.ts";
 import { conversations, deleteChats, readList, reopen } from "./chats.ts";
-import { addFolder, folders, readFolders } from "./folders.ts";
-import { keepPrompt, prompts, readPrompts } from "./prompts.ts";
+import { folders, keepFolders, readFolders } from "./folders.ts";
+import { keepPrompts, prompts, readPrompts } from "./prompts.ts";
 import { storage } from "./storage.ts";
 
 /** The conversations and, with all of them, the prompts. */
@@ -36,17 +36,18 @@ export async function importChats(text: string): Promise<Imported> {
   const { archives, folders: named, prompts: theirPrompts, broken } = importText(text);
   await Promise.all([readList(), readLibrary()]);
   const unknown = newPrompts(prompts.peek(), theirPrompts);
-  unknown.forEach(keepPrompt);
+  keepPrompts(unknown);
   const count: Imported = { added: 0, grown: 0, same: 0, broken, prompts: unknown.length };
   const here = new Map(conversations.peek().map((one) => [one.id, one]));
   const taken = new Set(await storage().messageIds());
   const grown: string[] = [];
+  const place = new Places(folders.peek(), named);
   for (const theirs of archives) {
     const ours = here.get(theirs.conversation.id);
     const more = missing(ours && (await archiveOf(ours)), theirs, (id) => taken.has(id));
     count[!ours ? "added" : more ? "grown" : "same"]++;
     if (!more) continue;
-    const conversation = ours ? more.conversation : { ...more.conversation, folder: folderHere(more.conversation.folder, named) };
+    const conversation = ours ? more.conversation : { ...more.conversation, folder: place.of(more.conversation.folder) };
     await storage().add(conversation, more.messages);
     here.set(conversation.id, conversation);
     for (const { id } of more.messages) taken.add(id);
@@ -54,15 +55,8 @@ export async function importChats(text: string): Promise<Imported> {
   }
   await readList();
   for (const id of grown) await reopen(id);
+  keepFolders(place.added);
   return count;
-}
-
-/** The folder here that a conversation of a file comes into: the same, one of that name, or a new one. */
-function folderHere(id: string | null, named: readonly Folder[]): string | null {
-  const there = named.find((one) => one.id === id);
-  if (!there) return null;
-  const known = folders.peek().find((one) => one.id === id) ?? folders.peek().find((one) => one.name === there.name);
-  return known?.id ?? addFolder(there.name, there.id);
 }
 
 export async function deleteAll(): Promise<void> {

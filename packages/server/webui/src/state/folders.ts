@@ -19,19 +19,21 @@ const show = (all: readonly Folder[]): void => {
 };
 
 /** Makes a folder; gives its id. */
-export function addFolder(name: string, id = newId()): string {
-  keep({ id, name: name.trim().slice(0, MAX_NAME), created: Date.now(), isOpen: true });
+export function addFolder(name: string): string {
+  const id = newId();
+  keepFolders([{ id, name: name.trim().slice(0, MAX_NAME), created: Date.now(), isOpen: true }]);
   return id;
 }
 
 export function changeFolder(id: string, change: Partial<Pick<Folder, "name" | "isOpen">>): void {
   const there = folders.peek().find((one) => one.id === id);
-  if (there && change.name?.trim() !== "") keep({ ...there, ...change });
+  if (there && change.name?.trim() !== "") keepFolders([{ ...there, ...change }]);
 }
 
-function keep(folder: Folder): void {
-  show([...folders.peek().filter((one) => one.id !== folder.id), folder]);
-  storage().putRecord("folders", folder).catch(unsaved);
+/** Adds folders, or changes those of their ids. */
+export function keepFolders(kept: readonly Folder[]): void {
+  show([...new Map([...folders.peek(), ...kept].map((one) => [one.id, one])).values()]);
+  for (const folder of kept) storage().putRecord("folders", folder).catch(unsaved);
 }
 
 /** Deletes a folder; its conversations stay. */

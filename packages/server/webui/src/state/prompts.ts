@@ -16,10 +16,10 @@ const show = (all: readonly Prompt[]): void => {
   prompts.value = [...all].sort((a, b) => a.name.localeCompare(b.name) || a.updated - b.updated);
 };
 
-/** Adds a prompt, or changes the one of that id. */
-export function keepPrompt(prompt: Prompt): void {
-  show([...prompts.peek().filter((one) => one.id !== prompt.id), prompt]);
-  storage().putRecord("prompts", prompt).catch(unsaved);
+/** Adds prompts, or changes those of their ids. */
+export function keepPrompts(kept: readonly Prompt[]): void {
+  show([...new Map([...prompts.peek(), ...kept].map((one) => [one.id, one])).values()]);
+  for (const prompt of kept) storage().putRecord("prompts", prompt).catch(unsaved);
 }
 
 export function deletePrompt(id: string): void {

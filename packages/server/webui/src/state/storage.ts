@@ -16,7 +16,7 @@ export const unsaved = (): void => notify("error", t.value.notSaved);
 
 /** Opens the database; `read` is what is read of it first. */
 export async function startStorage(read: () => Promise<void>): Promise<void> {
-  store = await openStore();
+  store = await openStore(() => notify("error", t.value.replaced));
   await read().catch(() => {
     store = new MemoryStore(); // what is there cannot be read: nothing of it is touched
   });

@@ -32,15 +32,16 @@ const FOLDERS = "folders";
 const PROMPTS = "prompts";
 const VERSION = 3;
 
-export async function openStore(name = "candle-vllm"): Promise<Store> {
+/** `onReplaced` is called when a newer page has taken the database over: nothing can be kept here any more. */
+export async function openStore(onReplaced: () => void, name = "candle-vllm"): Promise<Store> {
   try {
-    return new DatabaseStore(await openDatabase(name));
+    return new DatabaseStore(await openDatabase(name, onReplaced));
   } catch {
     return new MemoryStore(); // private windows of some browsers, or a full disk
   }
 }
 
-function openDatabase(name: string): Promise<IDBDatabase> {
+function openDatabase(name: string, onReplaced: () => void): Promise<IDBDatabase> {
   return new Promise((resolve, reject) => {
     const opening = indexedDB.open(name, VERSION);
     opening.onupgradeneeded = ({ oldVersion }) => {
@@ -52,7 +53,10 @@ function openDatabase(name: string): Promise<IDBDatabase> {
       if (oldVersion < 3) opening.result.createObjectStore(PROMPTS, { keyPath: "id" });
     };
     opening.onsuccess = () => {
-      opening.result.onversionchange = () => opening.result.close();
+      opening.result.onversionchange = () => {
+        opening.result.close();
+        onReplaced();
+      };
       resolve(opening.result);
     };
     opening.onerror = () => reject(opening.error);

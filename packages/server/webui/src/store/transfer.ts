@@ -195,6 +195,31 @@ function readCall(data: unknown): ToolCall {
   return call;
 }
 
+/** The folders that conversations of a file come into: the same, those of their names, or new ones. */
+export class Places {
+  readonly added: Folder[] = [];
+  private readonly known: Map<string, string>; // ids here by the file's
+  private readonly byName: Map<string, string>;
+  private readonly named: Map<string, Folder>;
+
+  constructor(here: readonly Folder[], theirs: readonly Folder[]) {
+    this.known = new Map(here.map(({ id }) => [id, id]));
+    this.byName = new Map(here.map(({ id, name }) => [name, id]));
+    this.named = new Map(theirs.map((one) => [one.id, one]));
+  }
+
+  of(folder: string | null): string | null {
+    const there = this.named.get(folder ?? "");
+    if (!there) return null;
+    const { id, name } = there;
+    const place = this.known.get(id) ?? this.byName.get(name) ?? id;
+    if (place === id && !this.known.has(id)) this.added.push(there);
+    this.known.set(id, place);
+    this.byName.set(name, place);
+    return place;
+  }
+}
+
 /**
  * The prompts of a file that are not in `ours`. One that was changed here since stays as it is; one that was changed
  * elsewhere comes in beside it.

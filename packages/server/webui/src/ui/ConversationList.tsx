@@ -66,12 +66,13 @@ export function ConversationList({ query }: { query: string }) {
 }
 
 function grouped(all: readonly Conversation[]): Group[] {
-  const known = new Set(folders.value.map(({ id }) => id));
-  const inFolder = (one: Conversation) => one.folder !== null && known.has(one.folder);
+  const members = new Map<string | null, Conversation[]>(folders.value.map(({ id }) => [id, []]));
+  const [pinned, others]: [Conversation[], Conversation[]] = [[], []];
+  for (const one of all) (one.pinned ? pinned : (members.get(one.folder) ?? others)).push(one);
   return [
-    { name: t.value.pinned, members: all.filter((one) => one.pinned) },
-    ...folders.value.map((folder) => ({ name: folder.name, folder, members: all.filter((one) => !one.pinned && one.folder === folder.id) })),
-    ...byAge(all.filter((one) => !one.pinned && !inFolder(one))),
+    { name: t.value.pinned, members: pinned },
+    ...folders.value.map((folder) => ({ name: folder.name, folder, members: members.get(folder.id)! })),
+    ...byAge(others),
   ];
 }
 

@@ -4,7 +4,7 @@ import { useId, useState } from "preact/hooks";
 import type { Prompt } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { close, confirmFirst } from "../state/dialogs.ts";
-import { deletePrompt, keepPrompt, prompts } from "../state/prompts.ts";
+import { deletePrompt, keepPrompts, prompts } from "../state/prompts.ts";
 import { newId } from "../store/ids.ts";
 import { MAX_NAME } from "../store/records.ts";
 import { Dialog } from "./Dialog.tsx";
@@ -49,7 +49,7 @@ function PromptForm({ prompt, onDone }: { prompt: Prompt; onDone: () => void }) 
   const save = (event: Event) => {
     event.preventDefault();
     if (!isWhole) return;
-    keepPrompt({ ...draft, name: draft.name.trim(), updated: Date.now() });
+    keepPrompts([{ ...draft, name: draft.name.trim(), updated: Date.now() }]);
     onDone();
   };
   return (
