@@ -35,7 +35,7 @@ export function Notices() {
           <Icon name={kind === "error" ? "warning" : "info"} />
           <p>{text}</p>
           {retry && <button type="button" class="button small" onClick={() => { dismiss(id); retry(); }}>{t.value.retry}</button>}
-          <button type="button" class="icon-button" aria-label={t.value.dismiss} title={t.value.dismiss} onClick={() => dismiss(id)}>
+          <button type="button" class="icon-button" aria-label={t.value.dismiss} data-tip={t.value.dismiss} onClick={() => dismiss(id)}>
             <Icon name="close" />
           </button>
         </div>

@@ -8,7 +8,7 @@ import { toggleSidebar } from "./shortcuts.ts";
 export function SidebarButton() {
   return (
     <button type="button" class={`icon-button sidebar-button${preferences.value.sidebar ? " narrow-only" : ""}`}
-      aria-label={t.value.showSidebar} title={t.value.showSidebar} onClick={toggleSidebar}>
+      aria-label={t.value.showSidebar} data-tip={t.value.showSidebar} onClick={toggleSidebar}>
       <Icon name="menu" />
     </button>
   );
