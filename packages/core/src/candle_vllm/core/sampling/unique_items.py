@@ -23,12 +23,12 @@ from candle_vllm.core.sampling.json_facts import FRACTION
 from candle_vllm.core.sampling.llguidance_grammar import shortened
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.unique_sites import Site, Sites
-from candle_vllm.core.sampling.unique_tokens import WHITE, Neighbours, is_plain_number
+from candle_vllm.core.sampling.unique_tokens import STOPS, WHITE, Neighbours, is_plain_number
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_STOPS = frozenset(b",]} \t\r\n")  # what ends a number or a name
+_STOPS = frozenset(STOPS)
 _END = 256  # in the trie, for any of them
 
 

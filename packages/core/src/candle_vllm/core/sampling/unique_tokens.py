@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WHITE = b" \t\r\n"
+STOPS = b",]}" + WHITE  # what ends a number or a name
 
 _SPACE = rb"[ \t\r\n]*"
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
@@ -34,6 +35,7 @@ _LEADS = {
     "after": re.compile(_SPACE + rb"," + _SPACE + rb"(?=[-0-9])" + _NUMBER),
     "name": re.compile(_NUMBER),
 }
+_DIGITS = [bytes([digit]) for digit in b"0123456789"]
 _EXPONENT = re.compile(rb"[eE+]")
 _MAX_DIGITS = 15  # any two decimals of so many are different floats
 
@@ -66,6 +68,7 @@ class Neighbours:
             for escaped in (False, True)
             for element in (False, True)
         }
+        self._plain: dict[tuple[str, int, bool, bytes], NDArray[np.int32]] = {}
         self._numbers = {mode: self._with_number(lead) for mode, lead in _LEADS.items()}
         self._not_going_on = {mode: self._without(partial(_goes_on, mode=mode)) for mode in ("string", "name")}
         self._not_opening = {mode: self._without(partial(_opens_text, mode=mode)) for mode in ("string", "name")}
@@ -110,8 +113,15 @@ class Neighbours:
         """
         if mode == "name" and not begun:
             return
-        wrong = [token for token, text, ends in self._numbers[mode] if not is_plain_number(begun + text, ends=ends)]
-        self._clear(bits, np.array(wrong, np.int64))
+        digits, fraction = sum(map(begun.count, _DIGITS)), b"." in begun
+        key = mode, digits, fraction, begun[:2] if len(begun) <= 2 else b""  # all that the rule looks at
+        if key not in self._plain:
+            wrong = [token for token, text, ends in self._numbers[mode] if not is_plain_number(begun + text, ends=ends)]
+            self._plain[key] = np.full(self._words, -1, np.int32)
+            self._clear(self._plain[key], np.array(wrong, np.int64))
+        np.bitwise_and(bits, self._plain[key], out=bits)
+        if mode == "name" and not is_plain_number(begun, ends=True):
+            self.take_out(bits, filter(None, (self.behind(bytes([stop]), self.whole) for stop in STOPS)))
 
     def _without(self, forbids: Callable[[bytes], bool]) -> NDArray[np.int32]:
         bits = np.full(self._words, -1, np.int32)
@@ -122,7 +132,7 @@ class Neighbours:
         """Tokens with a part of a number behind some marks: id, part, whether it ends there."""
         found = list[tuple[int, bytes, bool]]()
         for token, text in zip(self._ids.tolist(), self._texts):
-            if (match := lead.match(text)) is not None and (match[1] or match.end() == match.start(1) < len(text)):
+            if (match := lead.match(text)) is not None and match[1]:
                 found.append((token, match[1], match.end() < len(text)))
         return found
 
