@@ -15,7 +15,7 @@ from ui_server import ui_server
 
 from server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
 
-from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, NoMemoryError
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError, NoMemoryError, UnsupportedModelError
 from candle_vllm.core.progress import tell
 from candle_vllm.server import Settings
 from candle_vllm.server.models.cards import FAILURES
@@ -128,6 +128,27 @@ def test_a_failed_load_on_an_empty_page(loader: SteppedLoader, open_page: Callab
         loader.steps.put(None)
         button(page, "Noch einmal versuchen, first zu laden").click()
         page.get_by_text("first läuft auf deinem eigenen Server").wait_for()
+
+
+def test_without_the_management_key_the_kind_of_a_failure_is_known(
+    loader: SteppedLoader, open_page: Callable[..., Any]
+) -> None:
+    with ui_server(manager=two_models(loader), api_key=("sesame",), management_key=("boss",)) as site:
+        page = open_page(site.url)
+        page.get_by_label("API key", exact=True).fill("sesame")
+        button(page, "Use").click()
+        button(page, "Load it now").click()
+        page.get_by_role("alert").get_by_text("first: Only who has the management key of this server").wait_for()
+        button(page, "Dismiss").click()
+        say(page, "Hello")
+        loader.steps.put(("loading the weights", 1, 4))
+        page.locator(".answer").get_by_text("loading the weights, 25 %").wait_for()
+        loader.steps.put(UnsupportedModelError("no such architecture in /models/secret"))
+        refusal = page.locator(".answer").get_by_role("alert")
+        refusal.get_by_text("first could not be loaded. Models of this kind are not supported.").wait_for()
+        assert "secret" not in page.content()
+        refusal.get_by_role("button", name="Try again").click()
+        refusal.get_by_text("first could not be loaded. Models of this kind are not supported.").wait_for()
 
 
 def test_the_picker_shows_what_a_model_is(loader: SteppedLoader, open_page: Callable[..., Any]) -> None:
