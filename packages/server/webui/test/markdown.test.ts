@@ -5,6 +5,7 @@ import { GrowingBlocks, isFenceClosed, isTooMuch, readBlocks } from "../src/mark
 import { safeLink, safePicture } from "../src/markdown/links.ts";
 import { escapeUnseen } from "../src/markdown/unseen.ts";
 import { drawMarkdown, every, outline, textOf } from "./nodes.ts";
+import { previewOf } from "../src/markdown/Preview.tsx";
 
 const SAMPLES = [
   "# One\n\ntext *a* **b** `c`\nmore\n\n## Two\n\n- a\n- b\n\n  c\n- d\n\n1. x\n\n2. y\n\n3. z\n\nend",
@@ -209,4 +210,15 @@ test("a paragraph full of marks is read in time that grows with its length", () 
 
 test("characters that nobody sees are written out", () => {
   assert.equal(escapeUnseen("a\u202eb\u200bc\u0000\u{e0041}\n\t ü 🙂"), "a\\u{202e}b\\u{200b}c\\u{0}\\u{e0041}\n\t ü 🙂");
+});
+
+test("pages and pictures have a preview, nothing else has, and hostile beginnings are read fast", () => {
+  assert.equal(previewOf("HTML", "<p>x"), "<p>x");
+  for (const text of ["<svg></svg>", '<?xml version="1.0"?>\n<!-- a -->\n<!DOCTYPE svg>\n<SVG >']) {
+    for (const language of ["svg", "xml"]) assert.ok(previewOf(language, text)?.endsWith(text), text);
+  }
+  for (const [language, text] of [["xml", "<a><svg/></a>"], ["svg", "text"], ["js", "<svg/>"], ["", "<svg/>"], ["xml", "<svgx/>"]] as const) assert.equal(previewOf(language, text), undefined);
+  const started = performance.now();
+  for (const text of ["<!---->".repeat(100_000), "<!".repeat(100_000), " ".repeat(100_000), "<?".repeat(100_000)]) assert.equal(previewOf("svg", text), undefined);
+  assert.ok(performance.now() - started < 500);
 });
