@@ -7,6 +7,7 @@ texts become token ids, prompts become requests, pieces become outputs. No torch
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from candle_vllm.core.engine.request import (
 from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, raise_failure, run_all
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
-from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import ChatTemplateError, EngineDeadError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -62,6 +63,7 @@ class EngineFront(ABC):
 
     config: EngineConfig
     _info: ModelInfo
+    _owner: int  # the process that made it
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
 
@@ -105,7 +107,7 @@ class EngineFront(ABC):
 
     def stats(self) -> EngineStats:
         """Counters since the start and gauges of now."""
-        return self._require()[0].stats()
+        return self._working().stats()
 
     @explained()
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -358,7 +360,7 @@ class EngineFront(ABC):
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
         with watched_submit(watcher, info) as watch:
             request = self._request(prompt, params, request_id, priority, add_special_tokens)
-            prepared = self._require()[0].prepare(request)
+            prepared = self._working().prepare(request)
             thread = self._running_thread()
             inbox = Inbox(asyncio.get_running_loop())
             thread.submit(prepared, inbox)
@@ -383,7 +385,7 @@ class EngineFront(ABC):
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
         """
         request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
-        prepared = self._require()[0].prepare(request)
+        prepared = self._working().prepare(request)
         return TokenIterator(self._running_thread(), request, prepared)
 
     def chat_stream(
@@ -418,13 +420,29 @@ class EngineFront(ABC):
     def _require(self) -> tuple[StepEngine, Texts]:
         """The engine and its texts; raises `EngineDeadError` once it is closed."""
 
+    def _working(self) -> StepEngine:
+        """The engine, in the process where its threads are: a child that was forked off has the memory alone.
+
+        Raises:
+            EngineDeadError: it is closed, or this is a forked child.
+        """
+        if self._is_elsewhere:
+            raise EngineDeadError(
+                f"the engine belongs to another process ({self._owner}), from which this one was forked without its "
+                "threads: make an engine here, or start processes by 'spawn'"
+            )
+        return self._require()[0]
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        return os.getpid() != self._owner
+
     @abstractmethod
     def _running_thread(self) -> EngineThread:
         """The thread that drives the engine, started on first use."""
 
     def _pooling(self) -> PoolingCalls:
-        engine, loaded = self._require()
-        return PoolingCalls(engine, self._running_thread, loaded.tokenizer, self._info)
+        return PoolingCalls(self._working(), self._running_thread, self._require()[1].tokenizer, self._info)
 
     def _check_generates(self) -> None:
         """Refuses work that an encoder cannot do before its input is looked at."""
@@ -472,7 +490,7 @@ class EngineFront(ABC):
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
-        return [(request, self._require()[0].prepare(request)) for request in requests]
+        return [(request, self._working().prepare(request)) for request in requests]
 
 
 def _one_conversation(messages: Sequence[Message]) -> list[Message]:

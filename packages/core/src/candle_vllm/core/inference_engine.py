@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class InferenceEngine(EngineFront):
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
+        self._owner = os.getpid()
         device = choose_device(config.device)
         LOADING_THREADS.set(config.threads)
 
@@ -73,13 +75,14 @@ class InferenceEngine(EngineFront):
         self._manual = False
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps
         self._lock = threading.Lock()  # guards how the engine is driven
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
         self._info = model_info(loaded, self._engine)
 
     @property
     def is_alive(self) -> bool:
         """False once the engine is closed or has failed for good."""
-        return self._engine is not None and (self._thread is None or self._thread.is_alive)
+        alive = self._engine is not None and (self._thread is None or self._thread.is_alive)
+        return alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Never calls: an engine in this process does not die by itself."""
@@ -87,6 +90,7 @@ class InferenceEngine(EngineFront):
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `EngineFront`."""
         self._check_generates()
+        self._working()
         self._require()[0].check_structured_outputs(params)
 
     # ---- a loop of your own ------------------------------------------------------------------------------------------
@@ -120,10 +124,11 @@ class InferenceEngine(EngineFront):
     @property
     def has_unfinished_requests(self) -> bool:
         """True while `step` has something to do."""
-        return bool(self._ended) or self._require()[0].has_work
+        return bool(self._ended) or self._working().has_work
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
+        self._working()
         if self._thread is not None:
             self._thread.abort(request_id)
         else:
@@ -133,6 +138,10 @@ class InferenceEngine(EngineFront):
 
     def close(self) -> None:
         """Aborts what is running, ends the thread, and lets go of model and cache. Closing twice is fine."""
+        if self._is_elsewhere:  # where nobody may hold the lock, and the threads are not
+            self._finalizer.detach()
+            self._engine = self._loaded = self._thread = None
+            return
         with self._lock:
             self._finalizer()
             self._engine = self._loaded = self._thread = None
@@ -147,6 +156,7 @@ class InferenceEngine(EngineFront):
         return self._engine, self._loaded
 
     def _running_thread(self) -> EngineThread:
+        self._working()  # before the lock, which a fork may have left taken
         with self._lock:
             engine = self._require()[0]
             if self._manual:
@@ -155,13 +165,14 @@ class InferenceEngine(EngineFront):
                 with room_for("the engine", 0):
                     self._thread = self._make_thread(engine)
                 self._finalizer.detach()
-                self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine)
+                self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine, self._owner)
             return self._thread
 
     def _make_thread(self, engine: Engine) -> EngineThread:
         return EngineThread(engine, self.config.max_queued_requests)
 
     def _own_loop(self) -> StepEngine:
+        self._working()
         with self._lock:
             if self._thread is not None:
                 raise EngineDeadError("this engine runs in its own thread: use generate or stream, or another engine")
@@ -169,6 +180,9 @@ class InferenceEngine(EngineFront):
             return self._require()[0]
 
 
-def _shut_down(thread: EngineThread, engine: Engine) -> None:
-    thread.close()
+def _shut_down(thread: EngineThread | None, engine: Engine, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child has none of the threads, and must not wait for them
+        return
+    if thread is not None:
+        thread.close()
     engine.close()

@@ -7,6 +7,7 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, Encoder
-from candle_vllm.core.sampling.sampler import Sampler, drawn_tokens
+from candle_vllm.core.sampling.sampler import Draw, Sampler, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -68,7 +69,7 @@ class RecordedRunner(StepwiseRunner):
         self._team = ThreadTeam(limits.threads)
         self._arrays = arrays = recorder.arrays
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self._team, arrays)
-        self._sampler = Sampler(self._draw, self._draw_rows.controls)
+        self._sampler = Sampler(_drawing(self), self._draw_rows.controls)
         self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
         self._num_rows = recorder.num_rows
         self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
@@ -130,12 +131,19 @@ class RecordedRunner(StepwiseRunner):
         self._team.run(plan, num_rows)
         return self._wanted
 
-    def _draw(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
+    def draw_rows(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
         """As `kernels.draw`; by the team, but for copies of some rows."""
         if logits is not self._wanted:
             return draw(logits, controls)
         self._arrays.moved_on = True
         return self._draw_rows(controls)
+
+
+def _drawing(runner: RecordedRunner) -> Draw:
+    """What the runner's sampler draws by. It does not keep the runner: weights and cache go when nobody asks for them
+    any more, not when garbage is looked for."""
+    weakly = weakref.proxy(runner)
+    return lambda logits, controls: weakly.draw_rows(logits, controls)
 
 
 def _compile_first(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:

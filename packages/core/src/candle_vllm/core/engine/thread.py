@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -141,6 +142,7 @@ class EngineThread:
         self._wake = threading.Condition()  # guards everything above that callers touch
         self._closing = False
         self._dead: EngineDeadError | None = None
+        self._owner = os.getpid()
         self._thread = threading.Thread(target=self._run, name="candle-vllm-engine", daemon=True)
         with deep_stacks():
             self._thread.start()
@@ -179,6 +181,8 @@ class EngineThread:
 
         With `sink`, only if the request is still the one that `sink` belongs to: an id may be used again.
         """
+        if os.getpid() != self._owner:  # a stream that a forked child drops
+            return
         with self._wake:
             client = self._clients.get(request_id)
             if client is not None and sink in (None, client.sink):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class RemoteEngine(EngineFront):
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
+        self._owner = os.getpid()
         process = EngineProcess(config)
         try:
             ready = process.greeting()
@@ -56,7 +58,7 @@ class RemoteEngine(EngineFront):
         self._process = process
         self._lock = threading.Lock()  # guards closing
         self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill)
-        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._link, process)
+        self._finalizer = weakref.finalize(self, _shut_down, self._thread, self._link, process, self._owner)
 
     @property
     def pid(self) -> int:
@@ -66,7 +68,7 @@ class RemoteEngine(EngineFront):
     @property
     def is_alive(self) -> bool:
         """False once the engine is closed, or its process has ended."""
-        return self._texts is not None and self._thread.is_alive
+        return self._texts is not None and self._thread.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, when the process ends without being told to; at once where it has.
@@ -85,7 +87,7 @@ class RemoteEngine(EngineFront):
             EngineDeadError: the process has ended.
         """
         self._check_generates()
-        self._require()
+        self._working()
         self._thread.check(params)
 
     def abort(self, request_id: str) -> None:
@@ -94,6 +96,10 @@ class RemoteEngine(EngineFront):
 
     def close(self) -> None:
         """Aborts what is running and ends the process, by force after 10 s. Closing twice is fine."""
+        if self._is_elsewhere:  # the process is the parent's
+            self._finalizer.detach()
+            self._texts = None
+            return
         with self._lock:
             self._finalizer()
             self._texts = None
@@ -104,7 +110,7 @@ class RemoteEngine(EngineFront):
         return self._link, self._texts
 
     def _running_thread(self) -> EngineThread:
-        self._require()
+        self._working()
         return self._thread
 
 
@@ -129,7 +135,9 @@ def _tokenizer(parts: TokenizerParts) -> Tokenizer:
     return tokenizer
 
 
-def _shut_down(thread: RemoteThread, link: RemoteLink, process: EngineProcess) -> None:
+def _shut_down(thread: RemoteThread, link: RemoteLink, process: EngineProcess, owner: int) -> None:
+    if os.getpid() != owner:
+        return
     thread.close()
     link.close()
     process.close()
