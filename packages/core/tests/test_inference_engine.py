@@ -431,6 +431,24 @@ def test_times_are_in_order(engine: InferenceEngine) -> None:
     assert times.arrival_time <= times.first_scheduled_time < times.first_token_time < times.finished_time
 
 
+def test_the_first_step_is_part_of_the_prompts_time(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from candle_vllm.core.engine.eager_runner import EagerRunner
+
+    real = EagerRunner.run
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return real(*arguments)
+
+    with make(toy_model) as engine:
+        monkeypatch.setattr(EagerRunner, "run", slow)
+        times = engine.generate([[1]], GREEDY, use_tqdm=False)[0].metrics
+    assert times is not None
+    assert times.first_scheduled_time is not None
+    assert times.first_token_time is not None
+    assert times.first_token_time - times.first_scheduled_time >= 0.05
+
+
 def test_an_aborted_generate_says_so(toy_model: Path) -> None:
     engine = make(toy_model)
 

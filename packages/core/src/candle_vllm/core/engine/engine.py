@@ -139,6 +139,7 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
+        began = time.monotonic()
         before = self._flight.batch.drawing if self._flight is not None else ()
         try:
             batch = self._batches.build(scheduled, before)
@@ -163,7 +164,7 @@ class Engine:
             for state in states:
                 state.num_ahead += 1  # of drafts nothing is known ahead: a sequence with them waits for its step
         if batch.num_decodes < len(scheduled):
-            pieces += self._read_prompts(batch)
+            pieces += self._read_prompts(batch, began)
         return _Flight(scheduled, batch, lives, launched, ahead)
 
     def _land(self) -> list[TokenOutput]:
@@ -264,15 +265,18 @@ class Engine:
         live = self._live[sequence]
         return self._finish(live, _failed(live, error))
 
-    def _read_prompts(self, batch: Batch) -> list[TokenOutput]:
-        """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed."""
+    def _read_prompts(self, batch: Batch, began: float) -> list[TokenOutput]:
+        """What some sequences want of their prompts' rows in this step beside a token; pieces of what failed.
+
+        Args:
+            began: when the step did.
+        """
         failed, first = [], batch.num_decodes
-        now = time.monotonic()
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)
             if live is None:  # it ended when the step before was settled
                 continue
-            live.scheduled(now)
+            live.scheduled(began)
             try:
                 live.read_rows(run, offset, self.runner)
             except self.runner.fatal:

