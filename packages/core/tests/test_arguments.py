@@ -91,24 +91,49 @@ def test_methods(engine: InferenceEngine, method: str, name: str, said: str) -> 
     [
         ("max_tokens", "it is a field of SamplingParams"),
         ("max_new_tokens", "it is called max_tokens"),
-        ("chat_template_kwargs", "arguments of chat themselves"),
+        ("tool_choice", "calls are held to a choice"),
+        ("functions", "it is called tools"),
+        ("reasoning_effort", "and the model's template does not read it; chat_template_kwargs may"),
+        ("foo", "and the model's template does not read it"),
+        ("chat_template_content_format", "parts of a content are always joined"),
+        ("tokenize", "engine.tokenize"),
         ("add_generation_promt", "did you mean add_generation_prompt?"),
     ],
 )
-@pytest.mark.parametrize("method", ["chat", "chat_stream"])
+@pytest.mark.parametrize("method", ["chat", "chat_stream", "achat_stream", "apply_chat_template"])
 def test_parameters_are_not_lost_in_a_template(engine: InferenceEngine, method: str, name: str, said: str) -> None:
     """They would be variables that no template reads."""
     with pytest.raises(TypeError, match=rf"^{method} has no argument '{name}'.*{said}"):
         getattr(engine, method)(MESSAGES, **{name: 1})
 
 
-def test_a_variable_that_another_template_reads_is_let_by(engine: InferenceEngine) -> None:
+def test_variables_for_whatever_template_there_is(engine: InferenceEngine) -> None:
+    """As servers get them, and programs that do not know the model."""
     params = SamplingParams(temperature=0, max_tokens=2)
-    assert engine.chat(MESSAGES, params, enable_thinking=False).token_ids == engine.chat(MESSAGES, params).token_ids
+    plain = engine.chat(MESSAGES, params).token_ids
+    assert engine.chat(MESSAGES, params, chat_template_kwargs={"enable_thinking": False}).token_ids == plain
+    reads = "{{ mood }}{{ messages[0].content }}"
+    for given in ({"mood": "so "}, {"chat_template_kwargs": {"mood": "so "}}):
+        assert engine.apply_chat_template(MESSAGES, chat_template=reads, **given) == "so hi"
+    for wrong, said in ((5, "must be variables"), ({"tools": []}, "has 'tools', which is an argument of its own")):
+        with pytest.raises(InvalidParameterError, match=said):
+            engine.chat(MESSAGES, params, chat_template_kwargs=wrong)
+
+
+def test_a_priority_goes_where_one_is_taken(engine: InferenceEngine) -> None:
+    with pytest.raises(TypeError, match="chat has no argument 'priority': agenerate, achat, stream"):
+        engine.chat(MESSAGES, priority=3)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    assert engine.chat_stream(MESSAGES, params, priority=3, request_id="a").request.priority == 3
 
 
 def test_explained_methods_keep_their_signatures_and_stay_awaitable(engine: InferenceEngine) -> None:
-    assert list(inspect.signature(engine.generate).parameters) == ["prompts", "sampling_params", "use_tqdm"]
+    assert list(inspect.signature(engine.generate).parameters) == [
+        "prompts",
+        "sampling_params",
+        "use_tqdm",
+        "add_special_tokens",
+    ]
     assert len(asyncio.run(engine.agenerate("hi", SamplingParams(max_tokens=2, ignore_eos=True))).token_ids) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import (
+    ChatTemplateError,
     EngineDeadError,
     InferenceEngine,
     InvalidParameterError,
+    PromptTooLongError,
     RequestAbortedError,
+    RequestError,
     SamplingParams,
 )
 
@@ -159,3 +163,156 @@ def test_a_closed_engine_ends_the_pieces(toy_model: Path) -> None:
     assert list(stream) == []
     with pytest.raises(EngineDeadError):
         engine.generate_stream("abc", LONG)
+
+
+PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]}
+ASKED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "42"}
+WRITES = (
+    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content + '' }}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}]{% endfor %}"
+)
+
+
+def test_messages_as_clients_send_them(engine: InferenceEngine) -> None:
+    developer = {"role": "developer", "content": "s"}
+    answer = {"role": "assistant", "content": "No", "refusal": "never", "annotations": [], "audio": None}
+    text = engine.apply_chat_template([developer, PARTS, ASKED, RESULT, answer], chat_template=WRITES)
+    assert text == "[system: s][user: a\nb][assistant: f(1)][tool f: 42][assistant: No\nnever]"
+    assert engine.chat([PARTS, ASKED, RESULT], GREEDY).token_ids
+    null = {**ASKED, "content": None}
+    assert engine.apply_chat_template([null, RESULT], chat_template=WRITES) == "[assistant: f(1)][tool f: 42]"
+    assert ASKED["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'  # type: ignore[index]
+
+
+def test_arguments_of_calls_are_as_the_template_wants_them(engine: InferenceEngine) -> None:
+    as_text = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}"
+        "{% endfor %}{% endfor %}"
+    )
+    assert engine.apply_chat_template([ASKED, RESULT], chat_template=as_text) == 'f{"x": 1}42'
+    broken = {**ASKED, "tool_calls": [{"id": "c1", "function": {"name": "f", "arguments": '{"x": '}}]}
+    assert engine.apply_chat_template([broken, RESULT], chat_template=as_text) == 'f{"x": 42'
+
+
+@pytest.mark.parametrize(
+    ("message", "place", "said"),
+    [
+        (
+            {"role": "sytem", "content": "x"},
+            "messages[1].role",
+            "'sytem' is none (did you mean system?); the roles are",
+        ),
+        ({"role": "function", "content": "x"}, "messages[1].role", "'function' is none; the roles are"),
+        ({"role": "user", "content": "y", "contnt": "x"}, "messages[1].contnt", "a message has no 'contnt'"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1].function_call", "a message has no"),
+        ({"role": "user", "content": [{"type": "x", "text": "x"}]}, "messages[1].content[0]", "is of type 'x'"),
+        ({"role": "user", "content": [{"type": "text", "text": "", "b": 1}]}, "messages[1].content[0].b", "a part has"),
+        ({"role": "user", "content": [{"type": "refusal"}]}, "messages[1].content[0].refusal", "must be a text"),
+        ({**CALL, "tool_calls": [{"function": "f"}]}, "messages[1].tool_calls[0].function", "must be an object"),
+    ],
+)
+def test_what_nobody_reads_in_a_message_is_refused(
+    engine: InferenceEngine, message: Any, place: str, said: str
+) -> None:
+    for call in (engine.chat, engine.chat_stream, engine.apply_chat_template):
+        with pytest.raises(InvalidParameterError) as caught:
+            call([USER, message])  # type: ignore[operator]
+        assert str(caught.value).startswith(f"{place}: {said}")
+        assert caught.value.param == place
+
+
+def test_a_template_may_know_more_roles_and_keys(engine: InferenceEngine) -> None:
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'critic' %}{{ m['stars'] }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    critic = {"role": "critic", "content": "x", "stars": 5}
+    assert engine.apply_chat_template([critic], chat_template=source) == "5x"
+    with pytest.raises(InvalidParameterError, match=r"messages\[0\].role"):
+        engine.apply_chat_template([{"role": "stars", "content": "x"}], chat_template=source)
+
+
+def test_a_template_of_the_call_is_checked_and_read(engine: InferenceEngine) -> None:
+    source = "{{ tone }}{{ messages[0].content }}"
+    prompt = engine.apply_chat_template([USER], chat_template=source, tone="kindly ")
+    assert prompt == "kindly hi"
+    whole = engine.generate({"prompt_token_ids": engine.tokenize(prompt, False)}, GREEDY, use_tqdm=False)[0]
+    assert engine.chat([USER], GREEDY, chat_template=source, tone="kindly ").token_ids == whole.token_ids
+    for wrong, said in (("{{ messages[0", "has an error in line 1"), (5, "must be Jinja source, not int")):
+        with pytest.raises(InvalidParameterError, match=said) as caught:
+            engine.chat([USER], GREEDY, chat_template=wrong)
+        assert caught.value.param == "chat_template"
+
+
+def test_tools_that_no_template_shows_are_refused(engine: InferenceEngine) -> None:
+    with pytest.raises(ChatTemplateError, match="does not read tools") as caught:
+        engine.chat([USER], GREEDY, chat_template="{{ messages[0].content }}", tools=[{"type": "function"}])
+    assert caught.value.param == "tools"
+
+
+def test_a_chat_in_an_event_loop(engine: InferenceEngine) -> None:
+    whole = engine.chat([USER], GREEDY)
+
+    async def ask() -> None:
+        answer = await engine.achat([USER], GREEDY, request_id="mine", priority=1)
+        assert (answer.request_id, answer.token_ids, answer.prompt) == ("mine", whole.token_ids, whole.prompt)
+        pieces = [piece async for piece in engine.achat_stream([USER], GREEDY)]
+        assert "".join(piece.text for piece in pieces) == whole.text
+        with pytest.raises(TypeError, match="achat has no argument 'max_tokens': it is a field of SamplingParams"):
+            await engine.achat([USER], max_tokens=3)
+        with pytest.raises(TypeError, match="an event loop has stream and achat_stream"):
+            async for _ in engine.chat_stream([USER], GREEDY):  # type: ignore[attr-defined]
+                pass
+
+    asyncio.run(ask())
+
+
+def test_answers_say_what_was_asked(engine: InferenceEngine) -> None:
+    other = [{"role": "user", "content": "what?"}]
+    outputs = engine.chat([[USER], other], GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == [engine.apply_chat_template(each) for each in ([USER], other)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "place"),
+    [
+        (["a", "", "b"], GREEDY, "prompts[1]: the prompt is empty"),
+        (["a", "b" * 600], GREEDY, "prompts[1]: the prompt has"),
+        (["a", [1, 1 << 30]], GREEDY, "prompts[1]: the prompt has token ids outside"),
+        (["a", 5], GREEDY, "prompts[1]: a prompt is a text or a list"),
+        (["a", {"prompt": "b", "cache_salt": "x"}], GREEDY, "prompts[1]: a prompt has no 'cache_salt': it is a field"),
+        ([USER], GREEDY, "this is a message of a conversation: use chat"),
+        (b"abc", GREEDY, "prompts are texts or lists of token ids, not bytes"),
+        (["a", b"abc"], GREEDY, "prompts[1]: a prompt is a text or a list"),
+        ({"text": "a"}, GREEDY, "a prompt has no 'text'"),
+        ({"prompt": 5}, GREEDY, "a prompt that is an object has a text"),
+        ("a", {"max_tokens": 5}, "sampling_params must be SamplingParams, not dict: write SamplingParams(max_tokens="),
+        ("a", 5, "sampling_params must be SamplingParams, not int"),
+        (["a", "b"], [GREEDY, 5], "prompts[1]: sampling_params must be SamplingParams, not int"),
+    ],
+)
+def test_a_wrong_prompt_is_named(engine: InferenceEngine, prompts: Any, params: Any, place: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        engine.generate(prompts, params, use_tqdm=False)
+    assert str(caught.value).startswith(place)
+
+
+def test_a_wrong_conversation_of_several_is_named(engine: InferenceEngine) -> None:
+    long = [{"role": "user", "content": "x" * 600}]
+    with pytest.raises(PromptTooLongError, match=r"^messages\[1\]: ") as caught:
+        engine.chat([[USER], long], GREEDY, use_tqdm=False)
+    assert caught.value.param == "messages[1]"
+
+
+def test_vllms_prompts_are_taken(engine: InferenceEngine) -> None:
+    ids = engine.tokenize("abc")
+    given: list[Any] = ["abc", {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "abc", "prompt_token_ids": ids}]
+    outputs = engine.generate(given, GREEDY, use_tqdm=False)
+    assert len({output.token_ids for output in outputs}) == 1
+    assert [output.prompt for output in outputs] == ["abc", "abc", None, "abc"]
+    assert engine.generate({"prompt": "abc"}, GREEDY, use_tqdm=False)[0].token_ids == outputs[0].token_ids
+    bare = engine.generate("abc", GREEDY, use_tqdm=False, add_special_tokens=False)[0]
+    assert list(bare.prompt_token_ids) == engine.tokenize("abc", add_special_tokens=False)

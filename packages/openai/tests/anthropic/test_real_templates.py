@@ -64,7 +64,8 @@ class TemplateEngine(ScriptedEngine):
         self._template = ChatTemplate(source, NAMES)
 
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        return self._template.render(messages, **options)
+        variables = options.pop("chat_template_kwargs", {})
+        return self._template.render(messages, **options, **variables)
 
 
 async def test_all_that_is_said_is_in_the_prompt(llama_cpp_models: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, template_needs
 from candle_vllm.openai.formats.choice import choose_layout
 from candle_vllm.openai.formats.json_calls import JsonCalls
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, open_mark, template_needs
 
 # What other servers call formats. Those that we do not have are refused: inkling, k2_horizon, gigachat35, and
 # minimax_m2_append_think, which puts thoughts into content.

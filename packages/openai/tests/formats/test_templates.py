@@ -13,10 +13,11 @@ from messages import parse
 
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.template_needs import split
 from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.template_needs import open_mark, split
+from candle_vllm.openai.formats.reasoning_table import open_mark
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ENDS = (  # of messages with calls, where those have ends of their own; and what stands behind a message

@@ -14,8 +14,7 @@ from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.template_needs import open_mark
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.requests import read_chat
 

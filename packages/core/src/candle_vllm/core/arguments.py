@@ -7,7 +7,6 @@ to that.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,7 +106,14 @@ _ARGUMENTS: tuple[tuple[str, str], ...] = (
     ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
     ("lora_request", _LORA),
     ("progress show_progress", "use_tqdm"),
-    ("chat_template_kwargs", "the template's variables are arguments of chat themselves (enable_thinking=False)"),
+    ("functions", "tools"),
+    ("tool_choice parallel_tool_calls tool_parser",
+     "chat shows tools and gives the text; calls are held to a choice and read by candle_vllm.openai's OpenAIAdapter"),
+    ("chat_template_content_format", "parts of a content are always joined to one text"),
+    ("tokenize return_tensors return_dict",
+     "a conversation's token ids are engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False)"),
+    ("priority request_id watcher",
+     "agenerate, achat, stream, achat_stream, generate_stream and chat_stream have priority and request_id"),
 )  # fmt: skip
 
 
@@ -201,9 +207,7 @@ def refuse_lost(
     variables: Iterable[str],
     within: Mapping[str, Iterable[str]],
 ) -> None:
-    """Refuses variables of a template that it does not read, and that look like something else.
-
-    What looks like nothing else is let by: programs set a variable for whatever model they are given.
+    """Refuses variables that a template does not read: they would be lost.
 
     Args:
         owner: the method that takes them.
@@ -216,10 +220,12 @@ def refuse_lost(
         TypeError: one is lost.
     """
     taken = {*known, *variables}
-    meant = {*foreign_names(owner), *(name for other in within for name in (*within[other], *foreign_names(other)))}
-    for name in set(given) - taken:
-        if name in meant or difflib.get_close_matches(name[:60], taken, n=1, cutoff=0.8):
-            raise TypeError(unknown_name(owner, name, taken, within))
+    for name in given:
+        if name not in taken:
+            said = unknown_name(owner, name, taken, within)
+            if not said.startswith(f"{owner} has no argument {name[:60]!r}:"):
+                said += ", and the model's template does not read it; chat_template_kwargs may have what others read"
+            raise TypeError(said)
 
 
 def _told(rows: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:

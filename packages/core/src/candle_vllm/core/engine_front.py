@@ -10,7 +10,7 @@ import asyncio
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, overload
 
 import msgspec
@@ -32,15 +32,34 @@ from candle_vllm.core.engine.request import (
 from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, raise_failure, run_all
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
-from candle_vllm.core.errors import ChatTemplateError, EngineDeadError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import (
+    ChatTemplateError,
+    EngineDeadError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedModelError,
+)
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.prompts import Message, Prompt, as_conversations, as_prompts, as_token_ids
+from candle_vllm.core.text.prompts import (
+    Message,
+    Prompt,
+    as_conversations,
+    as_prompts,
+    one_conversation,
+    read_prompt,
+    template_messages,
+)
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
 from candle_vllm.core.text.tokenizer import Tokenizer
 
+_CHAT_OPTIONS = (
+    "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+)  # fmt: skip
 _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 
 
@@ -64,6 +83,7 @@ class EngineFront(ABC):
     config: EngineConfig
     _info: ModelInfo
     _owner: int  # the process that made it
+    _known_needs: tuple[ChatTemplate, TemplateNeeds] | None = None
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
 
@@ -84,9 +104,7 @@ class EngineFront(ABC):
             InvalidParameterError: they are none.
         """
         if not isinstance(params, (SamplingParams, type(None))):
-            raise InvalidParameterError(
-                f"sampling_params must be SamplingParams, not {type(params).__name__}", "sampling_params"
-            )
+            raise _no_params(params)
         return (params or SamplingParams()).filled(self._info.default_sampling)
 
     @property
@@ -136,22 +154,74 @@ class EngineFront(ABC):
         """The conversation as one prompt text, by the model's own template.
 
         Args:
-            messages: dicts with `role` and `content`.
-            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, and anything that the
-                template itself understands (`enable_thinking`, ...).
+            messages: dicts with `role` and `content`, as in OpenAI's API: texts or lists of text parts, calls and what
+                answers them. They become what the template wants (`template_messages`).
+            options: `tools`, `documents`, `add_generation_prompt`, `continue_final_message`, anything that the template
+                itself reads (`enable_thinking`, ...), `chat_template` (Jinja source in the place of the model's), and
+                `chat_template_kwargs`: variables that a template may leave unread, for programs that do not know it.
 
         Raises:
-            InvalidParameterError: a message is wrong; the error names its place.
+            InvalidParameterError: a message or the template is wrong; the error names its place.
             ChatTemplateError: the model has no template, or it refused the conversation.
+            TypeError: an option is none, and the template does not read it.
         """
-        return self._template().render(_one_conversation(messages), **options)
+        return self._rendered("apply_chat_template", messages, options)[0]
 
-    def _template(self) -> ChatTemplate:
+    def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
+        template = self._template(options.get("chat_template"))
+        return self._texts(method, [one_conversation(messages, template)], template, options)
+
+    def _texts(
+        self,
+        method: str,
+        conversations: Sequence[Sequence[Message]],
+        template: ChatTemplate,
+        options: Mapping[str, Any],
+    ) -> list[str]:
+        """The prompts of conversations that were checked."""
+        refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, _SAMPLING)
+        variables = options.get("chat_template_kwargs") or {}
+        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+            raise InvalidParameterError("chat_template_kwargs must be variables by name", "chat_template_kwargs")
+        given = {name: value for name, value in options.items() if not name.startswith("chat_template")}
+        twice = variables.keys() & {*given, *_CHAT_OPTIONS, "messages"}
+        if twice:
+            raise InvalidParameterError(
+                f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
+            )
+        # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
+        if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
+            raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
+        made = [template_messages(each) for each in conversations]
+        if any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
+            needs = self._needs_of(template)
+            for each in made:
+                fit(each, needs)
+        return [template.render(each, **given, **variables) for each in made]
+
+    def _template(self, source: str | None = None) -> ChatTemplate:
+        """The model's template, or what `source` is."""
         self._check_generates()
-        template = self._require()[1].template
-        if template is None:
-            raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (--chat-template)", "messages")
-        return template
+        texts = self._require()[1]
+        if source is not None:
+            if not isinstance(source, str):
+                said = f"chat_template must be Jinja source, not {type(source).__name__}"
+                raise InvalidParameterError(said, "chat_template")
+            try:
+                return ChatTemplate(source, texts.tokenizer.special_tokens)
+            except UnsupportedModelError as error:
+                raise InvalidParameterError(f"chat_template cannot be used: {error}", "chat_template") from None
+        if texts.template is None:
+            raise ChatTemplateError(
+                f"{self._info.name} has no chat template: pass one (chat_template, --chat-template)", "messages"
+            )
+        return texts.template
+
+    def _needs_of(self, template: ChatTemplate) -> TemplateNeeds:
+        known = self._known_needs
+        if known is None or known[0] is not template:
+            known = self._known_needs = template, template_needs(TemplateProbe(template))
+        return known[1]
 
     @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
@@ -173,21 +243,25 @@ class EngineFront(ABC):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        add_special_tokens: bool = True,
     ) -> list[GenerationOutput]:
         """Continues every prompt; outputs in the order of the prompts.
 
         Args:
-            prompts: one prompt or a list; a prompt is a text or a list of token ids.
+            prompts: one prompt or a list; a prompt is a text, a list of token ids, or vLLM's object with `prompt` or
+                `prompt_token_ids`.
             sampling_params: one for all, or one each. What they leave open is the model's (`default_sampling_params`);
                 16 tokens where they leave `max_tokens` open.
-            use_tqdm: show a progress bar.
+            use_tqdm: show a progress bar, on a terminal.
+            add_special_tokens: texts begin with the token that the model asks for.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong; nothing has run then.
+            RequestError: a prompt or its parameters are wrong, with its place in a list (`prompts[50]`); nothing has
+                run then.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
-        todo = self._requests(as_prompts(prompts), sampling_params)
+        todo = self._requests("prompts", as_prompts(prompts), sampling_params, add_special_tokens)
         return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
 
     @overload
@@ -226,21 +300,23 @@ class EngineFront(ABC):
             messages: the messages of one conversation, or a list of conversations.
             sampling_params: one for all, or one each, as of `generate`.
             use_tqdm: show a progress bar for a list.
-            options: as of `apply_chat_template`.
+            options: as of `apply_chat_template`; `documents`, `tools` and variables are those of all conversations.
 
         Raises:
             RequestError: a conversation or its parameters are wrong, with the place of the fault (`messages[2].content:
                 ...`); nothing has run then.
-            TypeError: an option is a field of `SamplingParams`, or a misspelt name.
+            TypeError: an option is none, and the template does not read it.
             RequestAbortedError, CandleVllmError: as of `generate`.
         """
-        conversations, several = as_conversations(messages)
-        prompts = [self._chat_prompt("chat", each, options) for each in conversations]
+        template = self._template(options.get("chat_template"))
+        conversations, several = as_conversations(messages, template)
+        prompts = [self._chat_prompt(text) for text in self._texts("chat", conversations, template, options)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = self._chat_params(sampling_params)
         else:
-            params = [self._chat_params(each) for each in sampling_params]
-        outputs = self.generate(prompts, params, use_tqdm=use_tqdm and several)
+            params = [self._chat_params(each) for each in _each_params(sampling_params)]
+        todo = self._requests("messages", prompts, params, False)
+        outputs = [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm and several))]
         return outputs if several else outputs[0]
 
     @explained(**_SAMPLING)
@@ -254,17 +330,25 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
     ) -> GenerationOutput:
         """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
-        stream = self.stream(
-            prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        return await _whole(
+            self.stream(
+                prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            )
         )
-        collector = OutputCollector(stream.request)
-        try:
-            async for piece in stream:
-                raise_failure(piece)
-                collector.add(piece)
-        finally:
-            await stream.aclose()
-        return collector.result()
+
+    async def achat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **options: Any,
+    ) -> GenerationOutput:
+        """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
+        prompt = self._chat_prompt(*self._rendered("achat", messages, options))
+        params = self._chat_params(sampling_params)
+        return await _whole(self.stream(prompt, params, request_id=request_id, priority=priority))
 
     # ---- vectors and scores ------------------------------------------------------------------------------------------
 
@@ -389,11 +473,31 @@ class EngineFront(ABC):
         return TokenIterator(self._running_thread(), request, prepared)
 
     def chat_stream(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **options: Any,
     ) -> TokenIterator:
         """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt("chat_stream", _one_conversation(messages), options)
-        return self.generate_stream(prompt, self._chat_params(sampling_params))
+        prompt = self._chat_prompt(*self._rendered("chat_stream", messages, options))
+        params = self._chat_params(sampling_params)
+        return self.generate_stream(prompt, params, request_id=request_id, priority=priority)
+
+    def achat_stream(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **options: Any,
+    ) -> TokenStream:
+        """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`."""
+        prompt = self._chat_prompt(*self._rendered("achat_stream", messages, options))
+        return self.stream(prompt, self._chat_params(sampling_params), request_id=request_id, priority=priority)
 
     def __repr__(self) -> str:
         info: ModelInfo | None = getattr(self, "_info", None)
@@ -449,12 +553,9 @@ class EngineFront(ABC):
         if "generate" not in self._info.tasks:
             check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
 
-    def _chat_prompt(self, method: str, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
-        """Token ids of a conversation that was checked."""
-        template = self._template()
-        known = ("tools", "documents", "add_generation_prompt", "continue_final_message", "sampling_params", "use_tqdm")
-        refuse_lost(method, options, known, template.variables, _SAMPLING)
-        return self.tokenize(template.render(messages, **options), add_special_tokens=False)
+    def _chat_prompt(self, text: str) -> Prompt:
+        """The prompt of a conversation, which has its special tokens already."""
+        return {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
 
     def _chat_params(self, params: SamplingParams | None) -> SamplingParams:
         filled = self._filled(params)
@@ -470,8 +571,9 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
     ) -> GenerationRequest:
         self._check_generates()
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else as_token_ids(prompt)
+        text, ids = read_prompt(prompt)
+        if ids is None:
+            ids = self.tokenize(text or "", add_special_tokens)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
@@ -481,20 +583,57 @@ class EngineFront(ABC):
         )
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        field: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        add_special_tokens: bool,
     ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
+        """Requests that were checked; of several prompts the error says which one is wrong, as a place in `field`."""
+        engine = self._working()
         if params is None or isinstance(params, SamplingParams):
             each: list[SamplingParams | None] = [params] * len(prompts)
         else:
-            each = list(params)
+            each = _each_params(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
-        requests = [self._request(prompt, one) for prompt, one in zip(prompts, each)]
-        return [(request, self._working().prepare(request)) for request in requests]
+        todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
+        for number, (prompt, one) in enumerate(zip(prompts, each)):
+            try:
+                request = self._request(prompt, one, add_special_tokens=add_special_tokens)
+                todo.append((request, engine.prepare(request)))
+            except RequestError as error:
+                if len(prompts) == 1:
+                    raise
+                place = f"{field}[{number}]"
+                param = place if error.param in (None, "prompt", "messages") else error.param
+                raise type(error)(f"{place}: {error}", param) from None
+        return todo
 
 
-def _one_conversation(messages: Sequence[Message]) -> list[Message]:
-    conversations, several = as_conversations(messages)
-    if several:
-        raise InvalidParameterError("messages: must be one conversation, not a list of them", "messages")
-    return conversations[0]
+def _each_params(params: Any) -> list[SamplingParams | None]:
+    """One for each prompt, of a list of them."""
+    if isinstance(params, (str, Mapping)) or not isinstance(params, Iterable):
+        raise _no_params(params)
+    return list(params)
+
+
+def _no_params(given: Any) -> InvalidParameterError:
+    hint = ""
+    if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+        hint = f": write SamplingParams({', '.join(f'{name:.40}=...' for name in list(given)[:3])})"
+    return InvalidParameterError(
+        f"sampling_params must be SamplingParams, not {type(given).__name__}{hint}", "sampling_params"
+    )
+
+
+async def _whole(stream: TokenStream) -> GenerationOutput:
+    """The pieces of a stream as one output; cancelling it aborts the request."""
+    collector = OutputCollector(stream.request)
+    try:
+        async for piece in stream:
+            raise_failure(piece)
+            collector.add(piece)
+    finally:
+        await stream.aclose()
+    return collector.result()

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import RequestError
+from candle_vllm.core.text.template_needs import TemplateNeeds, fit
 from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
-from candle_vllm.openai.formats.template_needs import TemplateNeeds
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
-
-_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
@@ -28,7 +23,7 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
     names = {call.id: call.name for message in messages for call in message.calls}
     rendered = [_template_message(message, names) for message in messages]
     if needs is not None:
-        _fit(rendered, needs)
+        fit(rendered, needs)
     return rendered
 
 
@@ -73,27 +68,6 @@ def _arguments(text: str) -> dict[str, Any] | str:
     if value is None:
         return {}
     return value if isinstance(value, dict) else text
-
-
-def _fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    for message in rendered:
-        if needs.content_forbidden and "tool_calls" in message and not message["content"]:
-            message["content"] = None
-        if needs.short_ids and "tool_call_id" in message:
-            message["tool_call_id"] = short_id(message["tool_call_id"])
-        for call in message.get("tool_calls", ()):
-            if needs.short_ids:
-                call["id"] = short_id(call["id"])
-            arguments = call["function"]["arguments"]
-            if needs.arguments_as_text and not isinstance(arguments, str):
-                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-
-
-def short_id(given: str) -> str:
-    """Nine letters and digits for an id: itself where it is so already, else always the same ones."""
-    if _SHORT_ID.fullmatch(given):
-        return given
-    return hashlib.blake2s(given.encode(), digest_size=8).hexdigest()[:9]
 
 
 _ANSWER = Message(role="assistant", parts=(TextPart("Yes."),))

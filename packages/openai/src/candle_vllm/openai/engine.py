@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, ModelInfo, TokenOutput
@@ -52,7 +52,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         documents: Any = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str: ...
 
     def stream(

@@ -23,7 +23,7 @@ from candle_vllm.openai.formats.elsewhere import COMMON
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.reader import SPACE
-from candle_vllm.openai.formats.template_needs import open_mark
+from candle_vllm.openai.formats.reasoning_table import open_mark
 from candle_vllm.openai.task import Task, ToolUse
 
 logger = logging.getLogger(__name__)

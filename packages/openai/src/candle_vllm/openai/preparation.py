@@ -188,14 +188,15 @@ class TaskPreparation:
             "documents": task.documents,
             "add_generation_prompt": not task.continued if task.opens_answer is None else task.opens_answer,
             "continue_final_message": task.continued,
-            **task.variables,
         }
         if (tools := task.tools.as_template()) is not None:
             options["tools"] = tools
         messages = template_messages(task.messages, self._planner.choice.needs)
         if task.chat_template is None:
+            if task.variables:
+                options["chat_template_kwargs"] = task.variables
             return self._engine.apply_chat_template(messages, **options)
-        return self._own_template(task.chat_template).render(messages, **options)
+        return self._own_template(task.chat_template).render(messages, **options, **task.variables)
 
     def _own_template(self, source: str) -> ChatTemplate:
         if not self._allow_chat_template:

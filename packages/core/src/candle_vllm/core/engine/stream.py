@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from candle_vllm.core.engine.request import (
     FinishReason,
@@ -186,6 +186,10 @@ class TokenIterator(Iterator[TokenOutput]):
 
     def __iter__(self) -> Self:
         return self
+
+    def __aiter__(self) -> NoReturn:
+        """Says what an event loop uses."""
+        raise TypeError("these are pieces for `for`: an event loop has stream and achat_stream for `async for`")
 
     def __next__(self) -> TokenOutput:
         if not self._unfinished:

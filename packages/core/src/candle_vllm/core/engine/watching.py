@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -40,7 +40,9 @@ class RequestInfo:
 
     def prompt(self, most: int) -> str:
         """The first characters of the first text; of pairs nothing."""
-        first = "" if self.operation == "score" else next(iter(as_prompts(self.inputs)), "")
+        first: Any = "" if self.operation == "score" else next(iter(as_prompts(self.inputs)), "")
+        if isinstance(first, Mapping):
+            first = first.get("prompt") or first.get("prompt_token_ids") or ""
         return first[:most] if isinstance(first, str) else self.detokenize(first[:most], False)[:most]
 
 

@@ -156,6 +156,7 @@ class ScriptedEngine(ScriptedVectors):
         self._check_generates()
         if not self._info.has_chat_template:
             raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
+        options |= options.pop("chat_template_kwargs", None) or {}
         self.template_calls.append(TemplateCall([dict(message) for message in messages], options))
         text = "".join(map(_chatml, messages))
         if options.get("continue_final_message"):

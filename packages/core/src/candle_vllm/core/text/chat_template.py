@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import TemplateError
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
@@ -33,6 +33,8 @@ class ChatTemplate:
     Attributes:
         supports_tools: the template reads `tools`.
         source: as given.
+        roles: that messages are asked for.
+        words: keys of messages and parts that it may look at, and every other text in its code.
 
     Raises:
         UnsupportedModelError: a template is too long or has a syntax error.
@@ -45,6 +47,7 @@ class ChatTemplate:
         self._templates: dict[str, Any] = {}
         self.supports_tools = "tool_use" in self._sources
         self._reads: dict[str, set[str]] = {}  # variables that each template looks at
+        self.roles, self.words = set[str](), set[str]()
         sandbox = Sandbox()
         for name, text in self._sources.items():
             self._compile(sandbox, name, text)
@@ -114,6 +117,7 @@ class ChatTemplate:
         try:
             tree = sandbox.parse(text)
             self._reads[name] = meta.find_undeclared_variables(tree)
+            self._note_words(tree)
             self.supports_tools = self.supports_tools or "tools" in self._reads[name]
             self._templates[name] = sandbox.compile_template(tree)
         except TemplateSyntaxError as error:
@@ -126,6 +130,25 @@ class ChatTemplate:
             ) from None
         finally:
             current_budget.reset(token)
+
+    def _note_words(self, tree: nodes.Node) -> None:
+        left = [tree]
+        while left:
+            node = left.pop()
+            left.extend(node.iter_child_nodes())
+            if isinstance(node, nodes.Const) and isinstance(node.value, str):
+                self.words.add(node.value)
+            elif isinstance(node, nodes.Getattr):
+                self.words.add(node.attr)
+            elif isinstance(node, nodes.Compare):
+                sides = [node.expr, *(each.expr for each in node.ops)]
+                if any(map(_is_role, sides)):
+                    values = [value for side in sides for value in (side, *side.iter_child_nodes())]
+                    self.roles |= {
+                        value.value
+                        for value in values
+                        if isinstance(value, nodes.Const) and isinstance(value.value, str) and value.value != "role"
+                    }
 
     def _choose(self, tools: object, documents: object) -> str:
         for name, wanted in (("tool_use", tools), ("rag", documents)):
@@ -155,6 +178,17 @@ class ChatTemplate:
             raise ChatTemplateError(f"the model's chat template failed: {reason:.500}", "messages") from error
         finally:
             current_budget.reset(token)
+
+
+def _is_role(side: nodes.Node) -> bool:
+    """Whether a side of a comparison is a message's role."""
+    while isinstance(side, nodes.Filter) and side.node is not None:
+        side = side.node
+    if isinstance(side, nodes.Getitem):
+        return isinstance(side.arg, nodes.Const) and side.arg.value == "role"
+    return "role" in (
+        side.attr if isinstance(side, nodes.Getattr) else side.name if isinstance(side, nodes.Name) else ""
+    )
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:

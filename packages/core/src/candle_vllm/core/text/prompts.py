@@ -1,25 +1,66 @@
-"""What a caller of the library may pass as prompts (step 1 of a request's life)."""
+"""What a caller of the library may pass as prompts and messages, and what a template gets of these (steps 1 and 3)."""
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.core.text.chat_template import ChatTemplate
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
+         "refusal", "parsed")  # fmt: skip
+_PART_KEYS = ("type", "text", "refusal", "cache_control", "prompt_cache_breakpoint")
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # kinds of parts
 _MEDIA = ("image", "video", "audio", "file")
-_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+_WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning", "refusal")
+_OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
+_PROMPT_KEYS = {
+    "cache_salt": "it is a field of SamplingParams",
+    "multi_modal_data": "models read text alone here",
+    "mm_processor_kwargs": "models read text alone here",
+    "prompt_embeds": "a prompt is a text or token ids",
+}
+
+
+def read_prompt(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its token ids, one of which may be missing.
+
+    Args:
+        prompt: a text, a list of token ids (a numpy array as well), or vLLM's objects with `prompt`, with
+            `prompt_token_ids`, or with both, where the ids count.
+
+    Raises:
+        InvalidParameterError: it is something else.
+    """
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, Mapping):
+        return None, as_token_ids(prompt)
+    if "role" in prompt:
+        raise InvalidParameterError("this is a message of a conversation: use chat", "prompt")
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    for name in prompt:
+        if name not in ("prompt", "prompt_token_ids") and prompt[name] is not None:
+            said = _PROMPT_KEYS.get(name, "a prompt has prompt or prompt_token_ids")
+            raise InvalidParameterError(f"a prompt has no {name!r:.60}: {said}", "prompt")
+    if not isinstance(text, (str, type(None))) or (text is None and ids is None):
+        raise InvalidParameterError("a prompt that is an object has a text as prompt, or prompt_token_ids", "prompt")
+    return text, None if ids is None else as_token_ids(ids)
 
 
 def as_token_ids(prompt: Any) -> list[int]:
     """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
     try:
-        if isinstance(prompt, (bytes, Mapping)) or any(isinstance(token, bool) for token in prompt):
+        if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
             raise TypeError
         return [operator.index(token) for token in prompt]
     except TypeError:
@@ -28,16 +69,20 @@ def as_token_ids(prompt: Any) -> list[int]:
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
-        raise InvalidParameterError("prompts are texts or lists of token ids", "prompts")
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+        raise InvalidParameterError(f"prompts are texts or lists of token ids, not {_kind(prompts)}", "prompts")
     items = list(prompts)
     return [items] if items and all(isinstance(item, Integral) for item in items) else items  # type: ignore[list-item]
 
 
-def as_conversations(messages: Any) -> tuple[list[list[Message]], bool]:
+def as_conversations(messages: Any, template: ChatTemplate | None = None) -> tuple[list[list[Message]], bool]:
     """Conversations whose messages were looked at, and whether a list of them was given rather than one.
+
+    Args:
+        messages: of one conversation, or of several.
+        template: may know more roles and keys than those of OpenAI's API.
 
     Raises:
         InvalidParameterError: a message is wrong; the error begins with its place, `messages[2].content`.
@@ -46,49 +91,135 @@ def as_conversations(messages: Any) -> tuple[list[list[Message]], bool]:
     if not items:
         raise _wrong("messages", "must hold at least one message")
     if isinstance(items[0], (str, bytes, Mapping)) or not isinstance(items[0], Iterable):
-        return [_conversation("messages", items)], False
+        return [_conversation("messages", items, template)], False
     return [
-        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, "messages"))
+        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, "messages"), template)
         for place, each in enumerate(items)
     ], True
 
 
-def _conversation(place: str, messages: list[Any]) -> list[Message]:
+def one_conversation(messages: Any, template: ChatTemplate | None = None) -> list[Message]:
+    """`as_conversations` where one is taken."""
+    conversations, several = as_conversations(messages, template)
+    if several:
+        raise InvalidParameterError("messages: must be one conversation, not a list of them", "messages")
+    return conversations[0]
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages of OpenAI's API, which were looked at, as templates expect them.
+
+    Text parts become one text, on lines of their own; a message of calls has a content, if an empty one; arguments of
+    calls that are the JSON text of an object become that object, and what answers a call has the function's name.
+    """
+    names: dict[Any, Any] = {}
+    made: list[dict[str, Any]] = []
+    for message in messages:
+        new = dict(message)
+        if new["role"] == "developer":
+            new["role"] = "system"
+        texts = _texts(new.get("content"))
+        if texts is not None:
+            new["content"] = "\n".join(filter(None, (*texts, refusal)) if (refusal := new.get("refusal")) else texts)
+        new.pop("refusal", None)
+        new.pop("parsed", None)
+        if new.get("tool_calls"):
+            new["tool_calls"] = [_template_call(call) for call in new["tool_calls"]]
+            names |= {call.get("id"): call["function"].get("name") for call in new["tool_calls"]}
+        if new["role"] == "tool" and new.get("name") is None and new.get("tool_call_id") in names:
+            new["name"] = names[new["tool_call_id"]]
+        made.append(new)
+    return made
+
+
+def _texts(content: Any) -> list[str] | None:
+    """What a content says; None where there are parts that only the template knows."""
+    if content is None:
+        return [""]
+    if isinstance(content, str):
+        return [content]
+    parts = [{"text": part} if isinstance(part, str) else part for part in content]
+    if not all(part.get("type", "text") in _TEXTS for part in parts):
+        return None
+    return [part["refusal"] if part.get("type") == "refusal" else part["text"] for part in parts]
+
+
+def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function") or {name: call[name] for name in ("name", "arguments") if name in call})
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments.strip() or "{}", parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            value = arguments
+        function["arguments"] = {} if value is None else value if isinstance(value, dict) else arguments
+    named = {name: call[name] for name in call if name not in ("name", "arguments", "index")}
+    return {**named, "type": call.get("type") or "function", "function": function}
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _conversation(place: str, messages: list[Any], template: ChatTemplate | None) -> list[Message]:
     if not messages:
         raise _wrong(place, "must hold at least one message")
     for number, message in enumerate(messages):
-        _check_message(f"{place}[{number}]", message)
+        _check_message(f"{place}[{number}]", message, template)
     return messages
 
 
-def _check_message(place: str, message: Any) -> None:
+def _check_message(place: str, message: Any, template: ChatTemplate | None) -> None:
+    roles, words = (set[str](), set[str]()) if template is None else (template.roles, template.words)
     if not isinstance(message, Mapping):
         raise _wrong(place, f"must be an object with role and content, not {_kind(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         said = f"must be a text, not {_kind(role)}" if role else "is missing"
         raise _wrong(f"{place}.role", f"{said}: system, user, assistant or tool")
+    if role not in ROLES and role not in roles:
+        known = f"the roles are {', '.join(ROLES[:-1])} and {ROLES[-1]}"
+        raise _wrong(f"{place}.role", f"{role!r:.60} is none{nearest(role[:60], ROLES)}; {known}")
+    _check_keys(place, message, (*_KEYS, *words), "message")
     if content is None:
         if not any(message.get(name) for name in _WITHOUT_CONTENT):
             raise _wrong(f"{place}.content", "is missing, and there are no tool_calls either")
     elif not isinstance(content, str):
         for number, part in enumerate(_list_of(f"{place}.content", content, "parts, or a text")):
-            _check_part(f"{place}.content[{number}]", part)
+            _check_part(f"{place}.content[{number}]", part, words)
     for number, call in enumerate(_list_of(f"{place}.tool_calls", message.get("tool_calls") or (), "calls")):
         if not isinstance(call, Mapping):
             raise _wrong(f"{place}.tool_calls[{number}]", f"must be an object, not {_kind(call)}")
+        if not isinstance(call.get("function") or call, Mapping):
+            raise _wrong(f"{place}.tool_calls[{number}].function", f"must be an object, not {_kind(call['function'])}")
 
 
-def _check_part(place: str, part: Any) -> None:
+def _check_keys(place: str, given: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
+    """Refuses keys that no template would see; clients send answers back with empty ones."""
+    known = frozenset(known)
+    for key, value in given.items():
+        if key not in known and value is not None and value != []:
+            name = str(key)[:60]
+            said = (
+                _OLD.get(name) or f"neither the API's messages nor the model's template have it{nearest(name, known)}"
+            )
+            raise _wrong(f"{place}.{name}", f"a {what} has no {name!r}: {said}")
+
+
+def _check_part(place: str, part: Any, words: set[str]) -> None:
     if isinstance(part, str):
         return
     if not isinstance(part, Mapping):
         raise _wrong(place, f"must be an object with type and text, not {_kind(part)}")
     kind = part.get("type", "text")
-    if kind == "text" and not isinstance(part.get("text"), str):
-        raise _wrong(f"{place}.text", f"must be a text, not {_kind(part.get('text'))}")
-    if isinstance(kind, str) and kind.removeprefix("input_").startswith(_MEDIA):
-        raise _wrong(place, f"is of type {kind[:40]!r}, and models read text alone here")
+    if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
+        raise _wrong(place, f"is of type {kind!r:.60}, and models read text alone here")
+    if kind not in _TEXTS and kind not in words:
+        raise _wrong(place, f"is of type {kind!r:.60}: parts are of type 'text'")
+    name = "refusal" if kind == "refusal" else "text"
+    if kind in _TEXTS and not isinstance(part.get(name), str):
+        raise _wrong(f"{place}.{name}", f"must be a text, not {_kind(part.get(name))}")
+    _check_keys(place, part, (*_PART_KEYS, *words), "part")
 
 
 def _list_of(place: str, value: Any, what: str) -> list[Any]:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from candle_vllm.core.errors import ConfigError, UnsupportedModelError
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, template_needs
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
 from candle_vllm.openai.formats.table import TOOL_FORMATS, reasoning_names, tool_names
-from candle_vllm.openai.formats.template_needs import TemplateNeeds, TemplateProbe, template_needs
 from candle_vllm.openai.formats.template_rows import (
     marked_reasoning,
     marked_tools,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony
 from candle_vllm.openai.formats.layout import ReasoningFormat
+from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.shapes import COHERE_STRAYS, K3_STRAYS, MUSE, SOLAR_STRAYS, words
 
 REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
@@ -119,3 +122,28 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         "muse", "to=self<|message|>", "<|eom|>", flow=MUSE, aliases=("muse_glimmer",), model_types=("muse_glimmer",)
     ),
 )
+
+
+def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
+    """The mark by which a prompt leaves the thoughts open, so that the model begins within them; "" where it does not.
+
+    Args:
+        prompt_tail: the end of the prompt, at least from the answer's beginning on.
+        reasoning: how the model writes thoughts.
+        continued: the prompt ends with the beginning of an answer that the model is to go on with, so that thoughts may
+            have been written already.
+    """
+    found, last = "", -1
+    for opening, ends in _ends(reasoning).items() if reasoning else ():
+        place = prompt_tail.rfind(opening)
+        rest = prompt_tail[place + len(opening) :]
+        if place > last and (not any(end in rest for end in ends) if continued else not rest.strip(SPACE)):
+            found, last = opening, place
+    return found
+
+
+def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
+    """Opening mark -> the marks that end the thoughts behind it."""
+    if reasoning.flow is not None:
+        return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
+    return {opening: (closing,) for opening, closing in reasoning.pairs.items()}

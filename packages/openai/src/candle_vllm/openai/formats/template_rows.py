@@ -15,24 +15,23 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from candle_vllm.openai.formats.events import CallArguments, CallStart, TextPiece
-from candle_vllm.openai.formats.gemma import Gemma
-from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, NAME_KEYS, JsonCalls
-from candle_vllm.openai.formats.layout import Body, Layout, ReasoningFormat, ToolFormat
-from candle_vllm.openai.formats.named_calls import NamedJson
-from candle_vllm.openai.formats.parser import OutputParser
-from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS
-from candle_vllm.openai.formats.table import TOOL_FORMATS
-from candle_vllm.openai.formats.tagged import Tagged
-from candle_vllm.openai.formats.template_needs import (
+from candle_vllm.core.text.template_needs import (
     ARGUMENTS,
     NAME,
     SCHEMA,
     THOUGHTS,
     TemplateProbe,
     Written,
-    open_mark,
 )
+from candle_vllm.openai.formats.events import CallArguments, CallStart, TextPiece
+from candle_vllm.openai.formats.gemma import Gemma
+from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, NAME_KEYS, JsonCalls
+from candle_vllm.openai.formats.layout import Body, Layout, ReasoningFormat, ToolFormat
+from candle_vllm.openai.formats.named_calls import NamedJson
+from candle_vllm.openai.formats.parser import OutputParser
+from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
+from candle_vllm.openai.formats.table import TOOL_FORMATS
+from candle_vllm.openai.formats.tagged import Tagged
 
 _COMMON = frozenset({"```json", "functools"})  # too common in texts to tell of a format
 _SHORT = 3

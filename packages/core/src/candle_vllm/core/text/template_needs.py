@@ -4,6 +4,7 @@ when a model is loaded."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import time
@@ -12,8 +13,6 @@ from typing import Any
 
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.openai.formats.layout import ReasoningFormat
-from candle_vllm.openai.formats.reader import SPACE
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -33,6 +32,7 @@ _TOOLS = [{"type": "function", "function": {"name": NAME, "description": "Finds 
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
 _MOST_LAST = 64  # characters of what opens an answer
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
 
 
@@ -210,31 +210,6 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     )
 
 
-def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
-    """The mark by which a prompt leaves the thoughts open, so that the model begins within them; "" where it does not.
-
-    Args:
-        prompt_tail: the end of the prompt, at least from the answer's beginning on.
-        reasoning: how the model writes thoughts.
-        continued: the prompt ends with the beginning of an answer that the model is to go on with, so that thoughts may
-            have been written already.
-    """
-    found, last = "", -1
-    for opening, ends in _ends(reasoning).items() if reasoning else ():
-        place = prompt_tail.rfind(opening)
-        rest = prompt_tail[place + len(opening) :]
-        if place > last and (not any(end in rest for end in ends) if continued else not rest.strip(SPACE)):
-            found, last = opening, place
-    return found
-
-
-def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
-    """Opening mark -> the marks that end the thoughts behind it."""
-    if reasoning.flow is not None:
-        return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
-    return {opening: (closing,) for opening, closing in reasoning.pairs.items()}
-
-
 def _as_text(probe: TemplateProbe) -> bool | None:
     """How arguments must be given; None where calls are not written either way."""
     given = probe.calls()
@@ -244,3 +219,25 @@ def _as_text(probe: TemplateProbe) -> bool | None:
     if text is not None and _CITY in text.text:
         return True
     return False if given is not None and _CITY in given.text else None
+
+
+def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
+    """Changes messages, in place, to what a template needs; what fits already stays."""
+    for message in rendered:
+        if needs.content_forbidden and "tool_calls" in message and not message["content"]:
+            message["content"] = None
+        if needs.short_ids and "tool_call_id" in message:
+            message["tool_call_id"] = short_id(message["tool_call_id"])
+        for call in message.get("tool_calls", ()):
+            if needs.short_ids:
+                call["id"] = short_id(call["id"])
+            arguments = call["function"]["arguments"]
+            if needs.arguments_as_text and not isinstance(arguments, str):
+                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+
+
+def short_id(given: str) -> str:
+    """Nine letters and digits for an id: itself where it is so already, else always the same ones."""
+    if _SHORT_ID.fullmatch(given):
+        return given
+    return hashlib.blake2s(given.encode(), digest_size=8).hexdigest()[:9]
