@@ -80,6 +80,33 @@ def test_a_signal_while_the_model_loads_ends_the_server_in_peace(tmp_path: Path,
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--mailbox=sqlite", "cannot write the mailbox {home}/.candle-vllm/mailbox.sqlite: "),
+        ("--responses-store=sqlite", "cannot write the store of responses {home}/.candle-vllm/responses.sqlite: "),
+        (
+            "--mailbox=sqlite:///{home}/a/b/r.db",
+            "cannot write the mailbox {home}/a/b/r.db: there is no folder {home}/a",
+        ),
+    ],
+)
+def test_a_store_that_cannot_be_written_is_told_in_one_line(option: str, said: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".candle-vllm").write_text("a file where a folder should be")
+    arguments = ["serve", "--p", "0", "--log-level", "warning", option.format(home=home)]
+    command = [sys.executable, "-m", "candle_vllm.server.cli", *arguments]
+    environment = {**os.environ, "HOME": str(home)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"candle-vllm: error: {said.format(home=home)}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in home.iterdir()] == [".candle-vllm"]
+
+
 # ---- Ctrl+C at any moment --------------------------------------------------------------------------------------------
 
 AT_IMPORT = """

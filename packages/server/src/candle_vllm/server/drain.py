@@ -29,6 +29,12 @@ _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
 _LOOK_SECONDS = 0.05
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether nobody else says what uvicorn logs: the command tells why it cannot start, where that has a sentence."""
+    told = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
+    return not told or "\n" in record.getMessage()  # a traceback
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, with another end and another failure to start.
 
@@ -39,6 +45,10 @@ class DrainingServer(uvicorn.Server):
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None
     """What runs beside the server from its start on."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:

@@ -180,8 +180,14 @@ def _sqlite(url: URL, place: Place) -> Engine:
             place.setting,
         )
     path = Path(url.database).expanduser()
+    if not path.parent.parent.is_dir():  # a typing error would be hidden by folders that are made for it
+        raise ConfigError(
+            f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name another "
+            "place",
+            place.setting,
+        )
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # other users read no answers
     except OSError as error:
         raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None

@@ -189,11 +189,7 @@ def mailbox_options(
 
 
 def _located(url: str, home: Path) -> str:
-    if url != SQLITE:
-        return url
-    folder = home / ".candle-vllm"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return f"sqlite:///{folder / MAILBOX_FILE}"
+    return f"sqlite:///{home / '.candle-vllm' / MAILBOX_FILE}" if url == SQLITE else url
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
