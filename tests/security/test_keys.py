@@ -1,4 +1,4 @@
-"""Keys: nothing but /health answers without one, however a request is spelled; operators' routes have their own."""
+"""Keys: nothing but /health and /ready answers without one, however a request is spelled; operators have their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.http.auth import MANAGEMENT_PATHS
+from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PUBLIC_PATHS
 from candle_vllm.server.settings import Settings as AllSettings
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
@@ -107,9 +107,10 @@ def test_every_route_is_behind_the_key(locked: Guarded) -> None:
     assert known | MANAGEMENT_PATHS <= set(paths)
     with locked.http() as client:
         for path, method in product([*paths, "/redoc", "/nothing", "/static/x"], METHODS):
-            if path != "/health":
+            if path not in PUBLIC_PATHS:
                 assert client.request(method, path).status_code == 401, (method, path)
         assert client.get("/health").content == HEALTH
+        assert client.get("/ready").content == b'{"status":"ready"}'
 
 
 def test_unauthenticated_management(locked: Guarded) -> None:

@@ -1,4 +1,4 @@
-"""API keys guard every route but /health; CORS opens nothing else."""
+"""API keys guard every route but /health and /ready; CORS opens nothing else."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from candle_vllm.core.progress import Progress
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
 from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.settings.options import UsageError
 
 KEYS = ("first-key", "second-key")
@@ -39,14 +41,28 @@ def test_nothing_is_reached_without_a_key(start) -> None:
                 assert error.get("code", error["type"]) in ("invalid_api_key", "authentication_error")
 
 
-def test_the_routes_are_known_and_only_health_is_public() -> None:
-    assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/ready", "/"} <= set(ROUTES)
-    assert {"/health"} == PUBLIC_PATHS
+def test_the_routes_are_known_and_only_two_are_public() -> None:
+    assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/"} <= set(ROUTES)
+    assert {"/health", "/ready"} == PUBLIC_PATHS
 
 
 def test_health_needs_no_key(start) -> None:
     with start(api_key=KEYS).http() as client:
         assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "wrong", "first-key", "operator"])
+def test_ready_is_open_and_tells_strangers_no_more_than_its_status(key: str | None) -> None:
+    app = create_app(PacedEngine(), Settings(api_key=KEYS, management_key=("operator",)))
+    with TestClient(app) as client:
+        slot = app.state.manager.slots[app.state.manager.active]
+        slot.state, slot.progress = ModelState.LOADING, Progress("reading secret.gguf")
+        response = client.get("/ready", headers={} if key is None else {"authorization": f"Bearer {key}"})
+        slot.state = ModelState.READY
+    assert response.status_code == 503
+    assert response.json()["status"] == "loading"
+    assert ("loading" in response.json()) == (key in ("first-key", "operator"))
+    assert ("secret" in response.text) == (key in ("first-key", "operator"))
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -128,7 +144,9 @@ def test_routes_of_operators_want_their_own_key(start) -> None:
             for key in (*KEYS, "wrong"):
                 assert client.get(path, headers={"authorization": f"Bearer {key}"}).status_code == 401, path
             assert client.get(path, headers={"authorization": "Bearer operator"}).status_code != 401, path
-        assert client.get("/v1/models", headers={"authorization": "Bearer operator"}).status_code == 401
+        refused = client.get("/v1/models", headers={"authorization": "Bearer operator"})
+        assert refused.status_code == 401
+        assert refused.json()["error"]["message"].startswith("This route wants an API key (--api-key)")
 
 
 def test_a_management_key_alone_leaves_the_other_routes_open(start) -> None:

@@ -1,4 +1,4 @@
-"""API keys: pure ASGI middleware before every route but /health.
+"""API keys: pure ASGI middleware before every route but /health and /ready.
 
 The pages for people are guarded too. A browser cannot send a key from its address bar, so these take it as the
 password of HTTP Basic as well.
@@ -26,7 +26,8 @@ from candle_vllm.server.http.failures import refusal
 from candle_vllm.server.http.routing import Caller, route_path
 from candle_vllm.server.settings.options import UsageError
 
-PUBLIC_PATHS = frozenset({"/health"})
+READY = "/ready"
+PUBLIC_PATHS = frozenset({"/health", READY})
 MANAGEMENT_PATHS = frozenset(
     {"/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage"}
 )
@@ -42,7 +43,7 @@ class _Key(NamedTuple):
 class ApiKeyMiddleware:
     """Lets a request pass when it carries a key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    Who it comes from is known afterwards (`caller_of`).
+    Who it comes from is known afterwards (`caller_of`), and at `/ready` whether it is a stranger (`is_stranger`).
 
     Args:
         keys: those of clients; without any, routes for clients are open.
@@ -72,16 +73,21 @@ class ApiKeyMiddleware:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif not keys or path in self._public:
+            if path == READY and keys and _matching(self._keys + self._management_keys, scope, page=False) is None:
+                scope.setdefault("state", {})["stranger"] = True
             await self._app(scope, receive, send)
         elif (caller := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
             scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
         else:
             which = "management key" if manages else "key"
+            header = "send the header `Authorization: Bearer <key>`"
+            message = f"Missing or wrong API key: {header} with a {which} of this server."
+            if not manages and _matching(self._management_keys, scope, page) is not None:
+                message = "This route wants an API key (--api-key): a management key opens operators' routes alone."
             error = HttpError(
                 401,
-                f"Missing or wrong API key: send the header `Authorization: Bearer <key>` with a {which} of this "
-                "server.",
+                message,
                 "invalid_api_key",
                 {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"},
             )

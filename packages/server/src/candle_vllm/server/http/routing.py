@@ -60,3 +60,8 @@ NOBODY = Caller()
 def caller_of(scope: Scope) -> Caller:
     """Who a request comes from, once it has passed."""
     return scope.get("state", {}).get("caller", NOBODY)
+
+
+def is_stranger(scope: Scope) -> bool:
+    """Whether a request to an open route brought no key to a server that has some."""
+    return scope.get("state", {}).get("stranger", False)

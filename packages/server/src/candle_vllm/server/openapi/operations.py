@@ -390,6 +390,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="server",
         summary="200 while a request for the default model would be answered at once",
         answers={200: (Readiness,), 503: (Readiness,)},
+        public=True,
     ),
     ("GET", "/version"): Operation(
         id="version", tag="server", summary="The server's version", answers={200: (Version,)}

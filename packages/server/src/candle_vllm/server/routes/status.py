@@ -1,7 +1,7 @@
 """Whether the server can answer, and what it has done so far: `/health`, `/ready`, `/metrics` and their like.
 
-Outside the ten steps: asked by load balancers, Prometheus and people. `/health` needs no key and says nothing but its
-status.
+Outside the ten steps: asked by load balancers, Prometheus and people. `/health` and `/ready` need no
+key, and say nothing but their status to strangers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from candle_vllm.server.http.routing import is_stranger
 from candle_vllm.server.models.cards import load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
@@ -47,7 +48,10 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """200 while a request for the default model would be answered at once, 503 before and after, with the reason."""
+    """200 while a request for the default model would be answered at once, 503 before and after, with the reason.
+
+    Strangers are told the status alone, for what is being loaded may have names of files in it.
+    """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
         return JSONResponse({"status": "stopping"}, status_code=503)
@@ -58,7 +62,7 @@ async def ready(request: Request) -> JSONResponse:
     # A model that was unloaded because nobody used it is loaded when it is asked for.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
     content: dict[str, object] = {"status": slot.state.value}
-    if (loading := load_progress(slot)) is not None:
+    if not is_stranger(request.scope) and (loading := load_progress(slot)) is not None:
         content["loading"] = msgspec.structs.asdict(loading)
     return JSONResponse(content, status_code=200 if rested else 503)
 
