@@ -3,9 +3,9 @@
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
 writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
-whatever this machine is, and says how far it is. It takes about a minute and a half for each. What is not in the list below is compiled where
-it is first needed. A change of any kernel's source makes the code useless: it lies in a folder that is named by a hash
-of the sources, which nothing then looks for; so it is made again before wheels are built.
+whatever this machine is, and says how far it is. It takes about a minute and a half for each. What is not in the list
+below is compiled where it is first needed. A change of any kernel's source makes the code useless: it lies in a folder
+that is named by a hash of the sources, which nothing then looks for; so it is made again before wheels are built.
 """
 
 from __future__ import annotations
