@@ -406,6 +406,30 @@ def test_config_refuses_what_serving_would(
     assert message in error.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", [["serve", "--p", "0"], ["generate", "hi"]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reasoning-parser", "deepsek"], "no format; the nearest are deepseek"),
+        (["--max-model-len", "99999"], "is beyond the model's context"),
+    ],
+)
+def test_what_shows_without_weights_is_refused_before_they_are_read(
+    command: list[str],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filled: list[object] = []
+    monkeypatch.setattr("candle_vllm.core.assembly.model.fill", lambda *given: filled.append(given))
+    model = ["--m", str(write_toy_model(tmp_path / "toy"))]
+    assert main([*command, "--device", "cpu", *model, *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not filled
+
+
 def test_version_from_a_process() -> None:
     done = _run("--version")
     assert (done.returncode, done.stderr) == (0, "")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from candle_vllm.server.settings.derived import load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError
 from candle_vllm.server.settings.sources import convert
 from candle_vllm.server.settings.table import OPTIONS
+
+logger = logging.getLogger(__name__)
 
 _MAX_SAVED = 64 << 20  # bytes of a saved conversation
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
@@ -117,8 +121,13 @@ class Chat:
         """Carries out one input: a command, or a text for the model."""
         try:
             self._carry_out(line)
-        except UsageError as error:
+        except BrokenPipeError:
+            raise  # nobody reads any more
+        except CandleVllmError as error:
             self.say(f"error: {error}")
+        except Exception as error:  # whatever it is: the conversation is worth more
+            logger.debug("this input failed", exc_info=True)
+            self.say(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
 
     def _carry_out(self, line: str) -> None:
         if not line.startswith("/"):
@@ -206,13 +215,14 @@ class Chat:
         if not rest:
             self.say(self.name)
             return
-        model, _, file = rest.partition(" ")
         whole = Path(rest).expanduser()  # a path may have blanks
-        settings = dataclasses.replace(
-            self._settings,
-            **{**_OTHER_MODEL, "model": str(whole) if whole.exists() else model},
-            **({} if whole.exists() or not file else {"weight_file": file.strip()}),
-        )
+        model, *file = [str(whole)] if whole.exists() else _words(rest, 2, "/model takes MODEL and FILE")
+        if not model:
+            raise UsageError("/model takes a model: an id, a folder or a .gguf file")
+        if model.startswith("~"):
+            model = str(Path(model).expanduser())
+        other = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
+        settings = dataclasses.replace(self._settings, **other)
         try:
             refuse_missing(settings)
         except CandleVllmError as error:
@@ -299,6 +309,19 @@ def read_saved(path: Path) -> list[Message]:
 
 
 def _path(text: str, command: str) -> Path:
-    if not text:
+    """A path as it was typed, with its blanks, in quotes or without."""
+    path = _words(text, 1, f"{command} takes one file")[0] if text[:1] in ("'", '"') else text
+    if not path:
         raise UsageError(f"{command} needs the name of a file")
-    return Path(text).expanduser()
+    return Path(path).expanduser()
+
+
+def _words(text: str, most: int, wanted: str) -> list[str]:
+    """What was typed as a shell would split it."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise UsageError(f"{wanted}: a quotation mark or a backslash has no partner") from None
+    if len(words) > most:
+        raise UsageError(f"{wanted}: put a name with blanks between quotation marks")
+    return words or [""]
