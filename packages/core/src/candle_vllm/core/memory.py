@@ -92,12 +92,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
     """
-    if config.max_model_len is not None and config.max_model_len > model.max_position:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is beyond the model's context of {model.max_position} tokens: "
-            f"set --max-model-len {model.max_position} or leave it out",
-            "max_model_len",
-        )
+    refuse_longer(config, model)
     available, share = room.available, config.kv_fraction or room.share
     if config.kv_cache_memory is not None and config.kv_cache_memory > available:
         raise NoMemoryError(
@@ -125,6 +120,16 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context:,}"
     )
     return CachePlan(num_blocks, block_bytes, context, message)
+
+
+def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises a ConfigError where a longer context was asked for than the model has."""
+    if config.max_model_len is not None and config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the model's context of {model.max_position} tokens: "
+            f"set --max-model-len {model.max_position} or leave it out",
+            "max_model_len",
+        )
 
 
 def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: int) -> int:

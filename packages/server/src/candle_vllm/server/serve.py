@@ -39,6 +39,7 @@ from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         CandleVllmError: the address or the first model cannot be had.
     """
     settings = configuration.settings
+    for entry in configuration.catalogue.entries:
+        refuse_wrong_formats(entry.settings)
     mcp = open_mcp(settings)
     listener = bind(settings.address)
     warn_of_missing(configuration.catalogue)

@@ -32,6 +32,7 @@ from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, places
+from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
@@ -137,6 +138,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     """All of a model but its weights: it comes first, so that a model that cannot be served is refused early.
 
     Raises:
+        ConfigError: a longer context was asked for than it has.
         ModelLoadError: its files cannot be used; the message names the file.
     """
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
@@ -144,6 +146,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     with naming(described):
         family, model_config = _describe(files, checkpoint, metadata)
     model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
+    refuse_longer(config, model_config)
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
     generation = _generation_config(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ def choose_layout(
         chat_template: `template`, where it was compiled already; otherwise that is done here.
 
     Raises:
-        ConfigError: no format has that name; the message has the names that there are.
+        ConfigError: no format has that name; the message has the nearest names, or all.
     """
     text = _text(template)
     probe = _probe(template, chat_template)
@@ -164,8 +165,12 @@ def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
         return None
     found = next((row for name, row in names.items() if _plain(name) == plain), None)
     if found is None:
-        known = ", ".join(sorted({*names, _AUTO, _OFF[0]}))
-        raise ConfigError(f"{setting} is {option!r:.100}, which is no format; the formats are {known}", setting)
+        near = difflib.get_close_matches(option.lower(), names, n=3, cutoff=0.5)
+        known = ", ".join(near or sorted({row.name for row in names.values()}))
+        what = "the nearest are" if near else "the formats are"
+        raise ConfigError(
+            f"{setting} is {option!r:.100}, which is no format; {what} {known} (and {_AUTO}, {_OFF[0]})", setting
+        )
     return found
 
 

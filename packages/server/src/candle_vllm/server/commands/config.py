@@ -26,14 +26,13 @@ from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
-from candle_vllm.openai.formats.choice import choose_layout
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.server.http.auth import read_keys
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, store_options
+from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
 from candle_vllm.server.settings.options import GROUPS, Option
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS
@@ -112,7 +111,7 @@ def check(configuration: Configuration) -> None:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
             engine_config(settings)
-        choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
+        refuse_wrong_formats(settings)
     settings = configuration.settings
     store_options(settings)
     mcp_options(settings)

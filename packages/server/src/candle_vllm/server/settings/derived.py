@@ -81,6 +81,13 @@ def refuse_missing(settings: Settings) -> None:
         resolve(model)
 
 
+def refuse_wrong_formats(settings: Settings) -> None:
+    """Raises a ConfigError where the names of the formats of calls and thoughts are none, before a model is loaded."""
+    from candle_vllm.openai.formats.choice import choose_layout
+
+    choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
+
+
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
     """The engine's configuration; a setting that was not given is left to `EngineConfig`'s own default."""
     from candle_vllm.core import EngineConfig
@@ -108,6 +115,8 @@ def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
 
     with leaving_at_once(lambda: f"the model loaded ({latest})"), heard_by(hear):
         from candle_vllm.core import InferenceEngine
+
+        refuse_wrong_formats(settings)
 
         return InferenceEngine(engine_config(settings, **changes))
 
