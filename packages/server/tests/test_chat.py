@@ -282,6 +282,40 @@ class TestCommands:
         assert "no.gguf" in out
         assert "error: the memory ran out; going back" in out
 
+    def test_a_model_and_its_file(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        asked_for: list[tuple[str | None, str | None]] = []
+
+        def load(settings: Settings, **_: object) -> PacedEngine:
+            asked_for.append((settings.model, settings.weight_file))
+            return engine
+
+        monkeypatch.setattr(chat_module, "load_engine", load)
+        (tmp_path / "my models").mkdir()
+        path = tmp_path / "my models" / "a b.gguf"
+        path.write_bytes(b"x")
+        lines = ["/model org/name q4.gguf", f"/model {path}", f'/model "{path}"', "/model '~/my models/a b.gguf'"]
+        out = talk(monkeypatch, capsys, *lines, "/model org/name", "/model a b c", '/model "open', '/model ""')
+        assert asked_for == [
+            ("first", None),
+            ("org/name", "q4.gguf"),
+            *[(str(path), None)] * 3,
+            ("org/name", None),
+        ]
+        assert out.count("error: /model takes MODEL and FILE: ") == 2
+        assert "error: /model takes a model" in out
+
+    def test_nothing_typed_ends_the_chat_with_a_traceback(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fails(*_: object) -> list[dict[str, str]]:
+            raise ZeroDivisionError("two\nlines")
+
+        monkeypatch.setattr(chat_module, "read_saved", fails)
+        assert "error: two lines (ZeroDivisionError)\n" in talk(monkeypatch, capsys, "/load x", "A")
+        assert asked(engine) == [["S", "A"]]
+
     def test_the_model_before_may_be_gone_as_well(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -312,6 +346,12 @@ class TestCommands:
         assert "/save needs the name of a file" in out
         assert "cannot read nowhere: No such file" in out
         assert "other.txt is no conversation of /save" in out
+
+    def test_a_quoted_file_name(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        talk(monkeypatch, capsys, "A", '/save "q r.json"', "/save '~/s t.json'", "/save u v.json")
+        assert sorted(path.name for path in tmp_path.glob("*.json")) == ["q r.json", "s t.json", "u v.json"]
 
     @pytest.mark.parametrize(
         "messages",
