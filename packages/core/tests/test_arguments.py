@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import (
+    ConfigError,
     EngineConfig,
     InferenceEngine,
     InvalidParameterError,
@@ -57,6 +58,7 @@ def test_settings(make: Callable[..., object], name: str, said: str) -> None:
         (SamplingParams, "temperatur", "did you mean temperature?"),
         (SamplingParams, "guided_json", r"structured_outputs=StructuredOutputsParams\(json="),
         (SamplingParams, "num_beams", "no beam search"),
+        (SamplingParams, "stop_strings", "it is called stop"),
         (SamplingParams, "n_ctx", "setting of the engine"),
         (PoolingParams, "dimension", "did you mean dimensions?"),
         (StructuredOutputsParams, "jsn", "did you mean json?"),
@@ -155,3 +157,20 @@ def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
         assert meant <= set(called), "an answer of one word is a name of ours"
     ours = [name for name, answer in foreign_names("EngineConfig").items() if answer.startswith("requests have it")]
     assert set(ours) - {"max_new_tokens"} <= tables["SamplingParams"]
+
+
+def test_positions_of_parameters_have_no_meaning() -> None:
+    with pytest.raises(TypeError, match=r"^SamplingParams takes its arguments by name \(n, temperature, top_p, top_k"):
+        SamplingParams(0.5)  # type: ignore[misc]
+
+
+def test_a_key_that_is_no_token_is_named_as_a_key() -> None:
+    for wrong in ("a", True):
+        with pytest.raises(InvalidParameterError, match=r"logit_bias maps token ids.*no token id"):
+            SamplingParams(logit_bias={wrong: 1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("model", [None, "", 5])
+def test_what_is_no_model_is_said(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^model"):
+        InferenceEngine(model)

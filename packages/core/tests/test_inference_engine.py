@@ -584,7 +584,7 @@ def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
 
 def sampled(engine: InferenceEngine, params: SamplingParams | None) -> SamplingParams:
     """The parameters that a prompt runs with."""
-    (request, _) = next(iter(engine._requests([[1]], params)))
+    (request, _) = next(iter(engine._requests("prompts", [[1]], params, True)))
     return request.params
 
 

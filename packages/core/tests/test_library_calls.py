@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,11 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
 
 
 def test_a_list_of_conversations_gives_a_list_of_outputs(
-    engine: InferenceEngine, capsys: pytest.CaptureFixture[str]
+    engine: InferenceEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine.chat([[USER]], GREEDY)
+    assert capsys.readouterr().err == "", "a bar is for terminals"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     conversations = [[USER], [{"role": "system", "content": "s"}, {"role": "user", "content": "what?"}]]
     prompts = [engine.tokenize(engine.apply_chat_template(each), False) for each in conversations]
     outputs = engine.chat(conversations, [GREEDY, SamplingParams(max_tokens=3, seed=1, ignore_eos=True)])
@@ -316,3 +320,26 @@ def test_vllms_prompts_are_taken(engine: InferenceEngine) -> None:
     assert engine.generate({"prompt": "abc"}, GREEDY, use_tqdm=False)[0].token_ids == outputs[0].token_ids
     bare = engine.generate("abc", GREEDY, use_tqdm=False, add_special_tokens=False)[0]
     assert list(bare.prompt_token_ids) == engine.tokenize("abc", add_special_tokens=False)
+
+
+def test_wrong_kinds_are_our_own_errors(engine: InferenceEngine) -> None:
+    given: Any = engine
+    with pytest.raises(InvalidParameterError, match="must be a text, not int"):
+        given.tokenize(5)
+    for wrong in ("abc", [None], 5):
+        with pytest.raises(InvalidParameterError, match="a list of token ids"):
+            given.detokenize(wrong)
+    with pytest.raises(RuntimeError, match="use generate_stream or chat_stream"):
+        engine.stream("x")
+    with pytest.raises(TypeError, match=r"^score takes pairs, use_tqdm: score\(\) takes 2"):
+        given.score("a", ["b"])
+
+
+def test_a_character_that_the_end_cuts_off_is_said_alike_in_pieces_and_whole(engine: InferenceEngine) -> None:
+    """Of one token each byte, the first of a character alone: U+FFFD, as `detokenize` says it."""
+    first = engine.tokenize("\U0001f389", add_special_tokens=False)[0]
+    params = SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[first], ignore_eos=True)
+    whole = engine.generate("a", params)[0]
+    pieces = list(engine.generate_stream("a", params))
+    assert whole.text == "".join(piece.text for piece in pieces) == engine.detokenize(whole.token_ids) == "\ufffd"
+    assert whole.token_ids == (first,)

@@ -399,3 +399,20 @@ def test_access_that_ends_with_the_listing(hub: Hub) -> None:
     fake.download_error = refusal(GatedRepoError, 403)
     with pytest.raises(ModelNotFoundError, match="gated"):
         resolve("org/name")
+
+
+def test_a_folder_that_takes_the_demo_models_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve("demo")
+    assert f"{tmp_path / 'demo'} was taken, for it has the demo model's name" in str(caught.value)
+
+
+def test_who_did_not_ask_to_be_offline_is_not_told_to_stop(hub: Hub) -> None:
+    hub(SAFETENSORS).listing_error = HTTPError("no route")
+    for offline, said, not_said in ((True, "leave out offline", "connect"), (False, "connect to", "leave out")):
+        with pytest.raises(ModelNotFoundError) as caught:
+            resolve("org/name", offline=offline)
+        assert said in str(caught.value)
+        assert not_said not in str(caught.value)

@@ -362,3 +362,13 @@ def test_errors_keep_their_class(remote: RemoteEngine) -> None:
         remote.apply_chat_template([{"role": "user", "content": "x"}], documents=[{"title": "a", "text": "b"}])
     with pytest.raises(PromptTooLongError):
         remote.tokenize("x" * 10_000_000)
+
+
+def test_a_chat_of_another_process(remote: RemoteEngine) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    answer = remote.chat(messages, params)
+    assert answer.prompt == remote.apply_chat_template(messages)
+    assert asyncio.run(remote.achat(messages, params)).token_ids == answer.token_ids
+    with pytest.raises(TypeError, match="chat has no argument 'foo'"):
+        remote.chat(messages, params, foo=1)

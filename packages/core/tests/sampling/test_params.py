@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import (
+    DEFAULT_SAMPLING,
     MAX_ALLOWED_TOKENS,
     MAX_LOGPROBS,
     MAX_SEQUENCES,
@@ -136,3 +139,27 @@ def test_unknown_fields_and_changes_are_refused() -> None:
         msgspec.convert({"best_of": 2}, SamplingParams)
     with pytest.raises(AttributeError):
         SamplingParams().n = 2  # type: ignore[misc]
+
+
+def test_what_is_open_stays_open_in_json_and_in_copies() -> None:
+    params = SamplingParams(seed=1, temperature=1.0)
+    text = msgspec.json.encode(params)
+    assert text == b'{"temperature":1.0,"seed":1}'
+    again = msgspec.json.decode(text, type=SamplingParams)
+    assert again == params
+    assert again.leaves_open("top_p")
+    assert not again.leaves_open("temperature")
+    for copied in (copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
+        assert copied == params
+        assert msgspec.json.decode(msgspec.json.encode(copied), type=SamplingParams) == params
+    assert msgspec.structs.replace(params, seed=2) == SamplingParams(seed=2, temperature=1.0)
+
+
+def test_equal_parameters_sample_alike() -> None:
+    assert SamplingParams() == SamplingParams()
+    assert SamplingParams() != SamplingParams(temperature=1.0)
+    assert SamplingParams(temperature=1.0) == SamplingParams(temperature=1)
+    assert SamplingParams(max_tokens=16) != SamplingParams()
+    assert SamplingParams() != 5
+    assert hash(SamplingParams(seed=1)) == hash(SamplingParams(seed=1))
+    assert SamplingParams(seed=1).filled(DEFAULT_SAMPLING) == SamplingParams(seed=1).filled(DEFAULT_SAMPLING)

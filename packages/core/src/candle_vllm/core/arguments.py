@@ -77,7 +77,7 @@ _PARAMETERS: tuple[tuple[str, str], ...] = (
     ("temp", "temperature"),
     ("repeat_penalty", "repetition_penalty"),
     ("num_return_sequences num_samples num_completions", "n"),
-    ("stop_sequences stop_words", "stop"),
+    ("stop_sequences stop_words stop_strings", "stop"),
     ("eos_token_id stop_tokens", "stop_token_ids"),
     ("random_seed manual_seed", "seed"),
     ("bad_words_ids", "bad_words, which are texts"),
@@ -159,10 +159,14 @@ class _Explaining(type):
             try:
                 return super().__call__(*arguments, **named)
             except TypeError:
-                known = getattr(cls, "__struct_fields__", None) or inspect.signature(cls.__init__).parameters
+                fields = getattr(cls, "__struct_fields__", None)
+                known = fields or inspect.signature(cls.__init__).parameters
                 for name in named:
                     if name not in known:
                         raise TypeError(unknown_name(cls.__name__, name, known)) from None
+                if fields and arguments:
+                    names = ", ".join(fields[:4])
+                    raise TypeError(f"{cls.__name__} takes its arguments by name ({names}, ...)") from None
                 raise
 
 
@@ -193,11 +197,28 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
             for name in named:
                 if name not in known:
                     raise TypeError(unknown_name(method.__name__, name, known, within))
-            return method(*arguments, **named)
+            try:
+                return method(*arguments, **named)
+            except TypeError as error:
+                if not _is_call_error(method, arguments, named):
+                    raise
+                said = f"{method.__name__} takes {', '.join(known)}: {error}".replace(
+                    method.__qualname__, method.__name__
+                )
+                raise TypeError(said) from None
 
         return call
 
     return decorate
+
+
+def _is_call_error(method: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Whether a method cannot be called with these, whatever it does with them."""
+    try:
+        inspect.signature(method).bind(*arguments, **named)
+    except TypeError:
+        return True
+    return False
 
 
 def refuse_lost(

@@ -134,6 +134,8 @@ class EngineFront(ABC):
         Raises:
             PromptTooLongError: the text is longer than any prompt could be; it is refused before work is spent on it.
         """
+        if not isinstance(text, str):
+            raise InvalidParameterError(f"the text to tokenize must be a text, not {type(text).__name__}", "prompt")
         tokenizer = self._require()[1].tokenizer
         most = self._info.max_model_len * tokenizer.longest_token
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
@@ -147,8 +149,15 @@ class EngineFront(ABC):
 
     @explained()
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
-        return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        """Text of token ids.
+
+        Raises:
+            InvalidParameterError: they are none, or one is not in the vocabulary.
+        """
+        try:
+            return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except TypeError:
+            raise InvalidParameterError("detokenize takes a list of token ids", "token_ids") from None
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as one prompt text, by the model's own template.
@@ -169,9 +178,9 @@ class EngineFront(ABC):
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template = self._template(options.get("chat_template"))
-        return self._texts(method, [one_conversation(messages, template)], template, options)
+        return self._prompt_texts(method, [one_conversation(messages, template)], template, options)
 
-    def _texts(
+    def _prompt_texts(
         self,
         method: str,
         conversations: Sequence[Sequence[Message]],
@@ -310,7 +319,7 @@ class EngineFront(ABC):
         """
         template = self._template(options.get("chat_template"))
         conversations, several = as_conversations(messages, template)
-        prompts = [self._chat_prompt(text) for text in self._texts("chat", conversations, template, options)]
+        prompts = [self._chat_prompt(text) for text in self._prompt_texts("chat", conversations, template, options)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = self._chat_params(sampling_params)
         else:
@@ -438,7 +447,9 @@ class EngineFront(ABC):
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+            RuntimeError: there is no event loop here.
         """
+        loop = _running_loop()
         params = self._filled(sampling_params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
@@ -446,7 +457,7 @@ class EngineFront(ABC):
             request = self._request(prompt, params, request_id, priority, add_special_tokens)
             prepared = self._working().prepare(request)
             thread = self._running_thread()
-            inbox = Inbox(asyncio.get_running_loop())
+            inbox = Inbox(loop)
             thread.submit(prepared, inbox)
         return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
 
@@ -609,6 +620,15 @@ class EngineFront(ABC):
                 param = place if error.param in (None, "prompt", "messages") else error.param
                 raise type(error)(f"{place}: {error}", param) from None
         return todo
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "stream and achat_stream are for programs with an event loop: use generate_stream or chat_stream"
+        ) from None
 
 
 def _each_params(params: Any) -> list[SamplingParams | None]:

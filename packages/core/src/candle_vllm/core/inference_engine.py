@@ -52,7 +52,7 @@ class InferenceEngine(EngineFront):
     def __init__(
         self, model: str | EngineConfig, *, on_progress: Callable[[int, int], object] | None = None, **settings: Any
     ) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=str(model), **settings)
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=model, **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import queue
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -254,8 +255,8 @@ def run_all(
 
 @contextmanager
 def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """A progress bar where one is shown; what it gives moves it on by one."""
-    if not shown:
+    """A progress bar where one is shown, on a terminal; what it gives moves it on by one."""
+    if not (shown and sys.stderr.isatty()):
         yield lambda: None
         return
     from tqdm import tqdm  # whoever streams shows none

