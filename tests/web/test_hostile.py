@@ -83,6 +83,64 @@ def test_another_tab_goes_on_and_deletes(chat: Any) -> None:
     chat.get_by_text("What can I help with?").wait_for()
 
 
+def test_a_tab_writes_what_it_changed(chat: Any) -> None:
+    chat.add_init_script("delete window.BroadcastChannel")  # neither tab hears of the other
+    chat.reload()
+    ask(chat, "first")
+    other = chat.context.new_page()
+    other.add_init_script("delete window.BroadcastChannel")
+    other.goto(chat.url)
+    said(other, "You said: first")
+    act(chat, "first", "Rename")
+    chat.get_by_role("textbox", name="Rename").fill("Renamed")
+    chat.keyboard.press("Enter")
+    act(chat, "Renamed", "Pin")
+    ask(other, "second")
+    chat.reload()
+    chat.get_by_role("heading", name="Pinned").wait_for()
+    assert chat.locator(".conversation-link").all_text_contents() == ["Renamed"]
+    said(chat, "You said: second")
+    act(chat, "Renamed", "Delete")
+    button(chat, "Delete").click()
+    chat.locator(".conversation").wait_for(state="detached")
+    say(other, "third")
+    other.get_by_text("This conversation was deleted in another tab.").wait_for()
+    other.locator(".conversation").wait_for(state="detached")
+    chat.reload()
+    chat.get_by_text("Your conversations will appear here.").wait_for()
+    assert chat.evaluate(STORED) == 0
+
+
+STORED = """
+() => new Promise((resolve) => {
+  indexedDB.open("candle-vllm").onsuccess = ({ target }) => {
+    const database = target.result;
+    database.transaction("messages").objectStore("messages").count().onsuccess = (event) => {
+      database.close();
+      resolve(event.target.result);
+    };
+  };
+})
+"""
+
+
+def test_tabs_tell_each_other(chat: Any) -> None:
+    ask(chat, "first")
+    other = chat.context.new_page()
+    other.goto(chat.url)
+    said(other, "You said: first")
+    ask(other, "second")
+    said(chat, "You said: second")
+    act(other, "first", "Rename")
+    other.get_by_role("textbox", name="Rename").fill("Renamed")
+    other.keyboard.press("Enter")
+    chat.get_by_role("link", name="Renamed").wait_for()
+    act(other, "Renamed", "Delete")
+    button(other, "Delete").click()
+    chat.get_by_text("This conversation was deleted in another tab.").wait_for()
+    chat.get_by_text("What can I help with?").wait_for()
+
+
 def test_a_clock_that_goes_back_keeps_the_order(chat: Any) -> None:
     ask(chat, "one")
     chat.evaluate("Date.now = () => 1000")

@@ -56,11 +56,13 @@ test("broken conversations are left out, hostile ones are made harmless", () => 
 
 test("the store that stands in", async () => {
   const store = new MemoryStore();
-  await store.putConversation(conversation);
-  await store.putMessages([{ ...question, conversation: "c" }, { ...answer("a1", 2), conversation: "other" }]);
+  await store.add(conversation, [question]);
+  await store.add({ ...conversation, id: "other" }, [answer("a1", 2)]);
   assert.deepEqual((await store.messages("c")).map((one) => one.id), ["u"]);
   await store.deleteConversation("c");
-  assert.deepEqual([await store.conversations(), await store.messages("c"), (await store.messages("other")).length], [[], [], 1]);
+  assert.deepEqual([(await store.conversations()).length, await store.messages("c"), (await store.messages("other")).length], [1, [], 1]);
+  assert.deepEqual([await store.changeConversation("c", { title: "x" }), await store.putMessage({ ...question, conversation: "c" }), await store.messages("c")], [false, false, []]);
+  assert.deepEqual([await store.changeConversation("other", { leaf: "a1" }), (await store.conversations())[0]], [true, { ...conversation, id: "other", leaf: "a1" }]);
   await store.putRecord("folders", folder);
   await store.putRecord("folders", { ...folder, id: "g" });
   await store.deleteRecord("folders", "g");

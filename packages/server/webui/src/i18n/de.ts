@@ -168,6 +168,7 @@ export const de: Texts = {
     origin_not_allowed: "Von dieser Adresse aus laufen keine Werkzeuge. Öffne die Seite unter der eigenen Adresse des Servers.",
   },
   notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
+  deletedElsewhere: "Diese Unterhaltung wurde in einem anderen Tab gelöscht.",
   replaced: "Ein anderer Tab hat eine neuere Version dieser Seite. Lade diese neu: Was du hier schreibst, wird nicht mehr aufbewahrt.",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",
 };

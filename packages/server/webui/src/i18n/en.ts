@@ -171,6 +171,7 @@ export const en = {
     origin_not_allowed: "Tools cannot be run from this address. Open the page at the server's own address.",
   },
   notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
+  deletedElsewhere: "This conversation was deleted in another tab.",
   replaced: "Another tab has a newer version of this page. Reload this one: what you write here is not kept any more.",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",
 };

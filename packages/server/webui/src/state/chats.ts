@@ -3,13 +3,18 @@
 import { batch, computed, signal, type Signal } from "@preact/signals";
 import { titleOf } from "../chat/title.ts";
 import type { Conversation } from "../chat/types.ts";
+import { t } from "../i18n/index.ts";
 import { newId } from "../store/ids.ts";
+import { notify } from "./notices.ts";
 import { OpenChat } from "./open-chat.ts";
 import { go, route } from "./route.ts";
 import { startStorage, storage, unsaved } from "./storage.ts";
+import { listen, tell } from "./tabs.ts";
 
 const known = signal<ReadonlyMap<string, Signal<Conversation>>>(new Map());
 const opened = new Map<string, OpenChat>();
+const unkept = new Set<string>(); // what could not be stored is not gone either
+const changedElsewhere = new Set<string>(); // while they were being written here
 
 /** The newest first. */
 export const conversations = computed<readonly Conversation[]>(() =>
@@ -28,15 +33,20 @@ export async function startChats(beside: () => Promise<void>): Promise<void> {
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) read().then(reopenChanged, unsaved);
   });
+  listen((ids) => void read().then(() => reopenTold(ids), unsaved));
 }
 
 export async function readList(): Promise<void> {
+  const before = new Map([...known.peek()].map(([id, one]) => [id, one.peek()]));
   const stored = await storage().conversations();
-  const map = new Map<string, Signal<Conversation>>();
+  const now = known.peek(); // what was begun, changed or deleted here meanwhile is newer than what was read
+  const map = new Map([...now].filter(([id]) => !before.has(id) || unkept.has(id)));
   for (const conversation of stored) {
-    const there = known.value.get(conversation.id);
-    if (there && !opened.get(conversation.id)?.isBusy) there.value = conversation;
-    map.set(conversation.id, there ?? signal(conversation));
+    const { id } = conversation;
+    const there = now.get(id);
+    if (!there && before.has(id)) continue;
+    if (there && there.peek() === before.get(id) && !opened.get(id)?.isBusy) there.value = conversation;
+    map.set(id, there ?? signal(conversation));
   }
   known.value = map;
 }
@@ -46,16 +56,35 @@ async function reopenChanged(): Promise<void> {
   const chat = current.value;
   if (!chat || chat.isBusy) return;
   const id = chat.info.peek().id;
-  if (known.value.has(id) && chat.hasLeaf) return;
-  await reopen(id);
-  if (!current.value && route.value.page === "chat") go({ page: "chat", id: null }, true);
+  if (!known.value.has(id)) gone(id);
+  else if (!chat.hasLeaf) await reopen(id);
+}
+
+/** Reads the conversations again that another tab has written; one that is being written here when that is done. */
+async function reopenTold(ids: readonly string[]): Promise<void> {
+  for (const id of ids) {
+    if (opened.get(id)?.isBusy) changedElsewhere.add(id);
+    else await reopen(id);
+  }
+  const shown = current.value?.info.peek().id;
+  if (shown && !known.value.has(shown)) gone(shown);
+}
+
+/** Leaves a conversation that another tab has deleted: nothing more of it is written. */
+function gone(id: string): void {
+  if (!known.value.has(id) && !opened.has(id) && current.value?.info.peek().id !== id) return;
+  if (unkept.has(id)) return unsaved();
+  forget(id);
+  notify("info", t.value.deletedElsewhere);
 }
 
 /** Reads a conversation again where it is open and nothing is being written. */
 export async function reopen(id: string): Promise<void> {
   if (opened.get(id)?.isBusy) return;
   opened.delete(id);
-  if (current.value?.info.peek().id === id) current.value = (await openChat(id)) ?? null;
+  if (current.value?.info.peek().id !== id) return;
+  const read = await openChat(id);
+  if (read && current.value?.info.peek().id === id) current.value = read;
 }
 
 async function followRoute(): Promise<void> {
@@ -76,7 +105,7 @@ async function openChat(id: string): Promise<OpenChat | undefined> {
   if (there) return there;
   const info = known.value.get(id);
   if (!info) return undefined;
-  return adopt(info, new OpenChat(info, await storage().messages(id), storage(), changed));
+  return adopt(info, new OpenChat(info, await storage().messages(id), storage(), changed, gone));
 }
 
 function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
@@ -85,8 +114,13 @@ function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
   return chat;
 }
 
-function changed(conversation: Conversation): void {
-  storage().putConversation(conversation).catch(unsaved);
+function changed(id: string, change: Partial<Conversation>): void {
+  storage().changeConversation(id, change).then((isThere) => {
+    if (!isThere) return gone(id);
+    if (opened.get(id)?.isBusy) return tell(); // what is half written is shown where it is written
+    if (changedElsewhere.delete(id)) void reopen(id);
+    return tell(id);
+  }, unsaved);
 }
 
 /** A new conversation with a first message. */
@@ -95,7 +129,11 @@ export function beginChat(text: string, start: Pick<Conversation, "model" | "set
   const info = signal<Conversation>({
     ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
   });
-  const chat = adopt(info, new OpenChat(info, [], storage(), changed));
+  storage().add(info.value, []).catch(() => {
+    unkept.add(info.peek().id);
+    unsaved();
+  });
+  const chat = adopt(info, new OpenChat(info, [], storage(), changed, gone));
   batch(() => {
     known.value = new Map(known.value).set(info.value.id, info);
     current.value = chat;
@@ -114,24 +152,31 @@ export function organize(id: string, change: Partial<Pick<Conversation, "title" 
   const info = known.value.get(id);
   if (!info) return;
   info.value = { ...info.value, ...change };
-  changed(info.value);
+  changed(id, change);
 }
 
 export async function deleteChat(id: string): Promise<void> {
   opened.get(id)?.discard();
+  await storage().deleteConversation(id).then(() => tell(id), unsaved);
+  forget(id);
+}
+
+function forget(id: string): void {
+  opened.get(id)?.discard();
   opened.delete(id);
-  await storage().deleteConversation(id).catch(unsaved);
   const others = new Map(known.value);
   others.delete(id);
   known.value = others;
-  if (current.value?.info.value.id === id) go({ page: "chat", id: null }, true);
+  if (current.value?.info.value.id !== id) return;
+  current.value = null;
+  if (route.value.page === "chat") go({ page: "chat", id: null }, true);
 }
 
 /** Forgets all conversations, and what else is stored. */
 export async function deleteChats(): Promise<void> {
   for (const chat of opened.values()) chat.discard();
   opened.clear();
-  await storage().clear().catch(unsaved);
+  await storage().clear().then(() => tell(), unsaved);
   known.value = new Map();
   current.value = null;
   go({ page: "chat", id: null }, true);

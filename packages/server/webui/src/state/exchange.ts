@@ -9,6 +9,7 @@ import { conversations, deleteChats, readList, reopen } from "./chats.ts";
 import { folders, keepFolders, readFolders } from "./folders.ts";
 import { keepPrompts, prompts, readPrompts } from "./prompts.ts";
 import { storage } from "./storage.ts";
+import { tell } from "./tabs.ts";
 
 /** The conversations and, with all of them, the prompts. */
 export async function exportChats(ids: readonly string[], isAll = false): Promise<string> {
@@ -56,6 +57,7 @@ export async function importChats(text: string): Promise<Imported> {
   await readList();
   for (const id of grown) await reopen(id);
   keepFolders(place.added);
+  tell(...grown);
   return count;
 }
 

@@ -6,6 +6,7 @@ import { newId } from "../store/ids.ts";
 import { MAX_NAME, readFolder } from "../store/records.ts";
 import { conversations, organize } from "./chats.ts";
 import { storage, unsaved } from "./storage.ts";
+import { tell } from "./tabs.ts";
 
 /** By name. */
 export const folders = signal<readonly Folder[]>([]);
@@ -33,12 +34,12 @@ export function changeFolder(id: string, change: Partial<Pick<Folder, "name" | "
 /** Adds folders, or changes those of their ids. */
 export function keepFolders(kept: readonly Folder[]): void {
   show([...new Map([...folders.peek(), ...kept].map((one) => [one.id, one])).values()]);
-  for (const folder of kept) storage().putRecord("folders", folder).catch(unsaved);
+  for (const folder of kept) storage().putRecord("folders", folder).then(() => tell(), unsaved);
 }
 
 /** Deletes a folder; its conversations stay. */
 export function deleteFolder(id: string): void {
   for (const one of conversations.peek()) if (one.folder === id) organize(one.id, { folder: null });
   folders.value = folders.peek().filter((one) => one.id !== id);
-  storage().deleteRecord("folders", id).catch(unsaved);
+  storage().deleteRecord("folders", id).then(() => tell(), unsaved);
 }

@@ -38,7 +38,8 @@ export class OpenChat {
     readonly info: Signal<Conversation>,
     messages: readonly Message[],
     private readonly store: Store,
-    private readonly changed: (conversation: Conversation) => void,
+    private readonly changed: (id: string, change: Partial<Conversation>) => void,
+    private readonly gone: (id: string) => void, // what was to be kept belongs to nothing any more
   ) {
     this.tree = new MessageTree(messages);
     for (const message of messages) {
@@ -151,7 +152,7 @@ export class OpenChat {
 
   update(change: Partial<Conversation>): void {
     this.info.value = { ...this.info.value, ...change };
-    if (!this.deleted) this.changed(this.info.value);
+    if (!this.deleted) this.changed(this.info.value.id, change);
   }
 
   private get model(): string | null {
@@ -275,10 +276,10 @@ export class OpenChat {
   }
 
   private save(message: Message): void {
-    if (!this.deleted && !isLeaving()) this.keep(this.store.putMessages([{ ...message, conversation: this.info.value.id }]));
+    if (!this.deleted && !isLeaving()) this.keep(this.store.putMessage({ ...message, conversation: this.info.value.id }));
   }
 
-  private keep(work: Promise<void>): void {
-    work.catch(() => notify("error", t.value.notSaved));
+  private keep(work: Promise<unknown>): void {
+    work.then((isKept) => isKept === false && this.gone(this.info.peek().id), () => notify("error", t.value.notSaved));
   }
 }

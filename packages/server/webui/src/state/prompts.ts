@@ -4,6 +4,7 @@ import { signal } from "@preact/signals";
 import type { Prompt } from "../chat/types.ts";
 import { readPrompt } from "../store/records.ts";
 import { storage, unsaved } from "./storage.ts";
+import { tell } from "./tabs.ts";
 
 /** By name. */
 export const prompts = signal<readonly Prompt[]>([]);
@@ -19,12 +20,12 @@ const show = (all: readonly Prompt[]): void => {
 /** Adds prompts, or changes those of their ids. */
 export function keepPrompts(kept: readonly Prompt[]): void {
   show([...new Map([...prompts.peek(), ...kept].map((one) => [one.id, one])).values()]);
-  for (const prompt of kept) storage().putRecord("prompts", prompt).catch(unsaved);
+  for (const prompt of kept) storage().putRecord("prompts", prompt).then(() => tell(), unsaved);
 }
 
 export function deletePrompt(id: string): void {
   prompts.value = prompts.peek().filter((one) => one.id !== id);
-  storage().deleteRecord("prompts", id).catch(unsaved);
+  storage().deleteRecord("prompts", id).then(() => tell(), unsaved);
 }
 
 /** Those whose name holds all words of a query. */

@@ -9,8 +9,9 @@ export interface Store {
   readonly persistent: boolean;
   conversations(): Promise<Conversation[]>;
   messages(conversation: string): Promise<StoredMessage[]>;
-  putConversation(conversation: Conversation): Promise<void>;
-  putMessages(messages: readonly StoredMessage[]): Promise<void>;
+  /** Puts what was changed onto what is kept. Here and below false: the conversation is gone, and nothing was written. */
+  changeConversation(id: string, change: Partial<Conversation>): Promise<boolean>;
+  putMessage(message: StoredMessage): Promise<boolean>;
   messageIds(): Promise<readonly string[]>;
   /** A conversation with messages that are new: together or not at all. Fails where a message is there already. */
   add(conversation: Conversation, messages: readonly Message[]): Promise<void>;
@@ -84,12 +85,12 @@ class DatabaseStore implements Store {
     return answered(this.database.transaction(MESSAGES).objectStore(MESSAGES).index(BY_CHAT).getAll(conversation));
   }
 
-  putConversation(conversation: Conversation): Promise<void> {
-    return this.change([CHATS], (at) => at(CHATS).put(conversation));
+  changeConversation(id: string, change: Partial<Conversation>): Promise<boolean> {
+    return this.changeWhereThere(id, (at, kept) => at(CHATS).put({ ...kept, ...change }));
   }
 
-  putMessages(messages: readonly StoredMessage[]): Promise<void> {
-    return this.change([MESSAGES], (at) => messages.forEach((message) => at(MESSAGES).put(message)));
+  putMessage(message: StoredMessage): Promise<boolean> {
+    return this.changeWhereThere(message.conversation, (at) => at(MESSAGES).put(message));
   }
 
   async messageIds(): Promise<readonly string[]> {
@@ -132,14 +133,32 @@ class DatabaseStore implements Store {
     return this.change(all, (at) => all.forEach((name) => at(name).clear()));
   }
 
+  /** One transaction, so that no other tab comes between the reading and the writing. */
+  private async changeWhereThere(id: string, work: (at: (name: string) => IDBObjectStore, kept: Conversation) => unknown): Promise<boolean> {
+    let isThere = false;
+    await this.change([CHATS, MESSAGES], (at, transaction) => {
+      const reading: IDBRequest<Conversation | undefined> = at(CHATS).get(id);
+      reading.onsuccess = () => {
+        isThere = reading.result !== undefined;
+        try {
+          if (reading.result) work(at, reading.result);
+          transaction.commit();
+        } catch {
+          transaction.abort();
+        }
+      };
+    }, false);
+    return isThere;
+  }
+
   /** With `whole` nothing follows what `work` asks for: it is kept even where the page goes away at once. */
-  private change(names: string[], work: (at: (name: string) => IDBObjectStore) => unknown, whole = true): Promise<void> {
+  private change(names: string[], work: (at: (name: string) => IDBObjectStore, transaction: IDBTransaction) => unknown, whole = true): Promise<void> {
     return new Promise((resolve, reject) => {
       const transaction = this.database.transaction(names, "readwrite");
       transaction.oncomplete = () => resolve();
       transaction.onerror = () => reject(transaction.error);
       transaction.onabort = () => reject(transaction.error);
-      work((name) => transaction.objectStore(name));
+      work((name) => transaction.objectStore(name), transaction);
       if (whole) transaction.commit();
     });
   }
@@ -159,12 +178,16 @@ export class MemoryStore implements Store {
     return [...this.kept.values()].filter((message) => message.conversation === conversation);
   }
 
-  async putConversation(conversation: Conversation): Promise<void> {
-    this.chats.set(conversation.id, structuredClone(conversation));
+  async changeConversation(id: string, change: Partial<Conversation>): Promise<boolean> {
+    const kept = this.chats.get(id);
+    if (kept) this.chats.set(id, structuredClone({ ...kept, ...change }));
+    return kept !== undefined;
   }
 
-  async putMessages(messages: readonly StoredMessage[]): Promise<void> {
-    for (const message of messages) this.kept.set(message.id, structuredClone(message));
+  async putMessage(message: StoredMessage): Promise<boolean> {
+    const isThere = this.chats.has(message.conversation);
+    if (isThere) this.kept.set(message.id, structuredClone(message));
+    return isThere;
   }
 
   async messageIds(): Promise<readonly string[]> {
@@ -173,8 +196,8 @@ export class MemoryStore implements Store {
 
   async add(conversation: Conversation, messages: readonly Message[]): Promise<void> {
     if (messages.some(({ id }) => this.kept.has(id))) throw new Error("a message is there already");
-    await this.putConversation(conversation);
-    await this.putMessages(messages.map((message) => ({ ...message, conversation: conversation.id })));
+    this.chats.set(conversation.id, structuredClone(conversation));
+    for (const message of messages) await this.putMessage({ ...message, conversation: conversation.id });
   }
 
   async deleteMessages(ids: readonly string[]): Promise<void> {
