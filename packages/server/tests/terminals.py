@@ -94,6 +94,21 @@ class Terminal:
         cursor = self._screen.cursor
         self._wait(lambda: cursor.x == 2 and self._screen.display[cursor.y].rstrip() == ">")
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed by itself."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
+
+    def set_echo(self) -> None:
+        """Has the terminal show what is typed."""
+        now = termios.tcgetattr(self._ours)
+        now[3] |= termios.ECHO
+        termios.tcsetattr(self._ours, termios.TCSANOW, now)
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Reads until something is so."""
+        self._wait(happened)
+
     def _wait(self, happened: Callable[[], bool]) -> None:
         end = time.monotonic() + 20
         while not happened():
@@ -117,14 +132,16 @@ class Terminal:
         """Presses keys."""
         os.write(self._ours, text.encode())
 
-    def end(self) -> int:
-        """Waits for the command's end, and gives its exit status."""
+    def end(self, holds: Callable[[], bool] = lambda: True) -> int:
+        """Waits for the command's end, and gives its exit status; the terminal then is as it should be."""
         try:
             limit = time.monotonic() + 30
             while time.monotonic() < limit and (self.process.poll() is None or self._waits()):
                 if self._waits() and not self._read():
                     break
-            return self.process.wait(max(1.0, limit - time.monotonic()))
+            status = self.process.wait(max(1.0, limit - time.monotonic()))
+            assert holds()
+            return status
         finally:
             os.close(self._ours)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -85,6 +87,37 @@ class TestOnATerminal:
         assert question["content"] == "One"
         assert answer["content"].startswith("word word")
         assert "Traceback" not in terminal.shown
+
+    def test_keys_typed_while_an_answer_runs_wait_for_the_prompt(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "word " * 60, "Second.", pause=0.01)
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        terminal.wait_for("word word")
+        assert not terminal.echoes
+        terminal.type("ahead")
+        os.kill(terminal.process.pid, signal.SIGSTOP)
+        terminal.set_echo()  # as a shell does
+        os.kill(terminal.process.pid, signal.SIGCONT)
+        terminal.wait_until(lambda: not terminal.echoes)
+        terminal.wait_for("> ahead")
+        assert terminal.screen.count("ahead") == 1
+        assert terminal.screen.count("word") == 60
+        terminal.type(CTRL_C + CTRL_D)
+        assert terminal.end(lambda: terminal.echoes) == 0
+
+    @pytest.mark.parametrize("end", [CTRL_C, "failure"])
+    def test_keys_are_seen_again_behind_an_answer(self, end: str, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], *["word " * 2000] * (end == CTRL_C), pause=0.01)
+        terminal.wait_until(lambda: "/help says" in terminal.shown)
+        terminal.wait_for_prompt()
+        terminal.type("Go\r")
+        if end == CTRL_C:
+            terminal.wait_for("word word")
+            terminal.type(CTRL_C)
+        terminal.wait_for("(stopped)" if end == CTRL_C else "error:")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end(lambda: terminal.echoes) == 0
 
     def test_markdown_is_coloured_and_whole(self, tmp_path: Path) -> None:
         code = "\n".join(f"value_{number} = {number}" for number in range(60))

@@ -23,7 +23,7 @@ import msgspec
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.setting_kinds import nearest
-from candle_vllm.server.commands.interactive import answer_display, line_reader, sign_of_life
+from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
@@ -49,7 +49,8 @@ def chat(settings: Settings, system: str | None = None, max_tokens: int | None =
         read = line_reader(Path.home())
         talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
         while (line := read()) is not None and line != "/exit":
-            talk.take(line)
+            with keys_unseen():
+                talk.take(line)
     return 0
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from candle_vllm.server.commands.terminal import Display
@@ -77,6 +80,49 @@ def sign_of_life() -> Iterator[Callable[[], None]]:
         end()
 
 
+@contextlib.contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Inside, a terminal does not show what is typed, which would stand in the midst of an answer; a prompt gets it.
+
+    Whoever stops the process (Ctrl+Z) has the terminal as it was; where it goes on, the keys are unseen again.
+    """
+    try:
+        import termios  # not on every system
+    except ImportError:
+        yield
+        return
+    if not sys.stdin.isatty() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    shown = termios.ECHO | termios.ECHONL
+
+    def put(echo: bool) -> None:
+        if os.tcgetpgrp(descriptor) == os.getpgrp():  # in the background the terminal is another's
+            now = termios.tcgetattr(descriptor)
+            now[3] = now[3] & ~shown | (before[3] & shown if echo else 0)
+            termios.tcsetattr(descriptor, termios.TCSANOW, now)  # what was typed stays
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler takes
+        put(echo=True)
+        if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            os.write(1, b"\x1b[?25h")  # the cursor, which a drawing hides
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, stop)
+
+    handlers = {signal.SIGTSTP: stop, signal.SIGCONT: lambda *_: put(echo=False)}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        put(echo=False)
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        put(echo=True)
+
+
 def line_reader(home: Path) -> ReadLine:
     """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before."""
     if not sys.stdin.isatty():
@@ -101,6 +147,7 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
         prompt_continuation="... ",
         input=source,
         output=output,
+        enable_suspend=True,
     )
 
     def read() -> str | None:
