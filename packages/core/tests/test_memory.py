@@ -206,6 +206,37 @@ def test_the_cache_is_said_in_words_that_do_not_frighten(toy_model: Path, caplog
     assert "reserved now and taken from the machine only as it fills" in line
 
 
+def test_a_context_that_is_cut_is_a_warning_with_what_all_of_it_takes(
+    toy_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "the control group (container)"
+    monkeypatch.setattr("candle_vllm.core.memory.tightest_limit", lambda: Limit(128 * MIB + 50_000, name, 1 << 30))
+    with caplog.at_level("WARNING"), InferenceEngine(str(toy_model), block_size=16) as engine:
+        length = engine.model_info.max_model_len
+    (line,) = [message for message in caplog.messages if "does not fit" in message]
+    assert re.fullmatch(
+        rf"the model's context of [\d,]+ tokens does not fit and is cut to {length:,}: all of it takes 1 MiB more "
+        rf"than the 49 KiB that are free of the control group \(container\), 128 MiB "
+        rf"put aside; where that is meant, set max_model_len to {length} \(--max-model-len {length}\)",
+        line,
+    ), line
+    caplog.clear()
+    with caplog.at_level("WARNING"), InferenceEngine(str(toy_model), block_size=16, max_model_len=length):
+        pass
+    assert not caplog.messages  # it is meant
+
+
+def test_a_container_without_room_for_the_servers_own_work_is_refused(
+    toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = Limit(121 * MIB, "the control group (container)", 286 * MIB)
+    monkeypatch.setattr("candle_vllm.core.memory.tightest_limit", lambda: limit)
+    with pytest.raises(
+        NoMemoryError, match=r"0 KiB of the control group \(container\), 121 MiB put aside: try to raise"
+    ):
+        InferenceEngine(str(toy_model))
+
+
 PROGRAM = """
 import resource, sys
 from candle_vllm.core import InferenceEngine, SamplingParams

@@ -20,6 +20,9 @@ MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
 """What a raised limit leaves for the rest: a step's rows, requests, what threads take, and what they only reserve."""
 _FOR_STEPS = 64 * MIB
+_FOR_A_SERVER = 128 * MIB
+"""What a control group has to leave beside cache and weights, for it ends the process where more is taken: with the
+smallest models a start takes 70 MiB after the cache was planned, and six requests at once 30 more."""
 _SHORT = 96 * MIB  # a library may take so much
 
 
@@ -37,12 +40,14 @@ class CachePlan:
         block_bytes: bytes of one block, all layers, keys and values.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
+        warning: that the model's context was cut, and what all of it takes; empty where it was not.
     """
 
     num_blocks: int
     block_bytes: int
     max_model_len: int
     message: str
+    warning: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,11 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     """
     limit = tightest_limit()
     limit = limit._replace(left=max(0, limit.left - weights))
-    aside = min(limit.left // 2, threads * STACK_BYTES + _FOR_STEPS) if limit.unit else 0
+    aside = 0
+    if limit.unit:
+        aside = min(limit.left // 2, threads * STACK_BYTES + _FOR_STEPS)
+    elif limit.allowed:
+        aside = min(limit.left, _FOR_A_SERVER)
     kept = f" of {limit.name}, {_size(aside)} put aside" if aside else ""
     return Room(limit.left - aside, share, kept, limit if limit.allowed else None, as_it_fills=True)
 
@@ -119,7 +128,19 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
         f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context:,}"
     )
-    return CachePlan(num_blocks, block_bytes, context, message)
+    cut = ""
+    if context < model.max_position:
+        whole_bytes = per_sequence * block_bytes
+        if config.kv_cache_memory:
+            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget)}"
+        else:
+            missing = -(-int(whole_bytes / share - available) // MIB)
+            more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
+        cut = (
+            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
+            f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
+        )
+    return CachePlan(num_blocks, block_bytes, context, message, cut)
 
 
 def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
@@ -161,7 +182,7 @@ def _shrunk_context(
     if needed > room.available and room.limit is not None:
         ways.append(f"to {room.limit.raised_by(needed - room.available)}")
     raise NoMemoryError(
-        f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}: "
+        f"a context of {context} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}{room.kept}: "
         f"try {' or '.join(ways)}",
         "max_model_len" if config.max_model_len is not None else "kv_cache_memory",
     )

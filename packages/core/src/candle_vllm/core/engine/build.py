@@ -173,6 +173,8 @@ def _build_on_cpu(
     placement = loaded.placement
     plan = _plan_on_cpu(config, loaded, sequences, share)
     logger.info(plan.message)
+    if plan.warning:
+        logger.warning(plan.warning)
     loaded.decoder.prepare(plan.max_model_len)
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerRunner

@@ -79,6 +79,8 @@ def build_on_gpu(
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
     plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept))
     logger.info(plan.message)
+    if plan.warning:
+        logger.warning(plan.warning)
     try:
         runner.allocate(plan.num_blocks)
     except torch.OutOfMemoryError as error:
