@@ -180,7 +180,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None) -> N
     if role not in ROLES and role not in roles:
         known = f"the roles are {', '.join(ROLES[:-1])} and {ROLES[-1]}"
         raise _wrong(f"{place}.role", f"{role!r:.60} is none{nearest(role[:60], ROLES)}; {known}")
-    _check_keys(place, message, (*_KEYS, *words), "message")
+    _check_keys(place, message, _KEYS, words, "message")
     if content is None:
         if not any(message.get(name) for name in _WITHOUT_CONTENT):
             raise _wrong(f"{place}.content", "is missing, and there are no tool_calls either")
@@ -194,11 +194,10 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None) -> N
             raise _wrong(f"{place}.tool_calls[{number}].function", f"must be an object, not {_kind(call['function'])}")
 
 
-def _check_keys(place: str, given: Mapping[Any, Any], known: Iterable[str], what: str) -> None:
+def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], words: set[str], what: str) -> None:
     """Refuses keys that no template would see; clients send answers back with empty ones."""
-    known = frozenset(known)
     for key, value in given.items():
-        if key not in known and value is not None and value != []:
+        if key not in known and key not in words and value is not None and value != []:
             name = str(key)[:60]
             said = (
                 _OLD.get(name) or f"neither the API's messages nor the model's template have it{nearest(name, known)}"
@@ -219,7 +218,7 @@ def _check_part(place: str, part: Any, words: set[str]) -> None:
     name = "refusal" if kind == "refusal" else "text"
     if kind in _TEXTS and not isinstance(part.get(name), str):
         raise _wrong(f"{place}.{name}", f"must be a text, not {_kind(part.get(name))}")
-    _check_keys(place, part, (*_PART_KEYS, *words), "part")
+    _check_keys(place, part, _PART_KEYS, words, "part")
 
 
 def _list_of(place: str, value: Any, what: str) -> list[Any]:
