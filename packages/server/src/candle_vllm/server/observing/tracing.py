@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from candle_vllm.core.errors import with_extra
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.settings.options import UsageError
 
@@ -108,7 +109,7 @@ def otlp_tracing(endpoint: str) -> Tracing:
 
 def missing_telemetry() -> UsageError:
     """What is said where the extra is not installed."""
-    return UsageError("--otlp-endpoint needs OpenTelemetry: pip install 'candle-vllm[telemetry]'")
+    return UsageError(f"--otlp-endpoint needs OpenTelemetry: {with_extra('telemetry')}")
 
 
 def span_attributes(request: FinishedRequest) -> dict[str, Any]:
