@@ -37,6 +37,23 @@ def test_a_server_that_comes_back_is_noticed_without_a_reload(open_page: Callabl
         assert page.evaluate("window.same")
 
 
+def test_nothing_is_said_to_be_ready_while_the_server_is_gone(open_page: Callable[..., Any]) -> None:
+    with ui_server() as site:
+        page = open_page(site.url)
+        page.get_by_text("demo-model is running").wait_for()
+        button(page, "Model: demo-model").click()
+        button(page, "Unload demo-model").wait_for()
+        assert page.locator(".dot.good").count() > 0
+    page.get_by_role("alert").get_by_text("The server cannot be reached.").wait_for(timeout=SOON)
+    row = page.locator(".model-row").first
+    row.get_by_text("no connection").wait_for()
+    assert page.locator(".dot.good").count() == 0
+    assert page.get_by_role("button", name=re.compile("^(Unload|Load)")).count() == 0
+    page.get_by_role("link", name="Server").click()
+    page.get_by_role("cell", name="no connection").first.wait_for()
+    assert page.get_by_role("cell", name="ready").count() == 0
+
+
 def test_a_server_that_was_started_with_another_model_is_noticed(open_page: Callable[..., Any]) -> None:
     with ui_server() as site:
         page = open_page(site.url)

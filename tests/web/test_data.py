@@ -232,7 +232,8 @@ def test_a_key_is_asked_for(open_page: Callable[..., Any]) -> None:
         page.get_by_text("This server needs an API key.").wait_for()
         page.get_by_label("API key", exact=True).fill("wrong")
         button(page, "Use").click()
-        page.get_by_text("This server needs an API key.").wait_for()
+        page.get_by_role("alert").get_by_text("This key was not accepted.").wait_for()
+        assert page.get_by_text("This server needs an API key.").count() == 0
         page.get_by_label("API key", exact=True).fill("sesame")
         button(page, "Use").click()
         page.get_by_text("demo-model is running").wait_for()

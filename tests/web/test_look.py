@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from actions import act, ask, button, findings, said, say
+from actions import act, ask, button, findings, said, say, wait_idle
 from ui_server import Site
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -140,6 +140,30 @@ def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:
     page.get_by_role("heading", name="Keyboard shortcuts").wait_for(state="detached")
     page.keyboard.press("Control+b")
     page.locator(".sidebar").wait_for(state="hidden")
+
+
+def test_the_focus_stays_where_the_work_is(chat: Any) -> None:
+    ask(chat, "Hello")
+    chat.keyboard.press("ArrowUp")
+    chat.keyboard.press("Escape")
+    assert focused(chat) == "Message"
+    edit = chat.locator(".question").get_by_role("button", name="Edit")
+    edit.focus()
+    chat.keyboard.press("Enter")
+    chat.keyboard.press("Escape")
+    assert focused(chat) == "Edit"
+    chat.keyboard.press("Enter")
+    chat.keyboard.type(" you")
+    chat.keyboard.press("Enter")
+    said(chat, "You said: Hello you")
+    wait_idle(chat)
+    assert focused(chat) == "Message"
+    again = chat.get_by_role("button", name="Answer again")
+    again.focus()
+    chat.keyboard.press("Enter")
+    chat.get_by_label("version 2 of 2").last.wait_for()
+    wait_idle(chat)
+    assert focused(chat) == "Message"
 
 
 def test_the_focus_goes_everywhere(chat: Any) -> None:

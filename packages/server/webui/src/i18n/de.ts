@@ -39,7 +39,7 @@ export const de: Texts = {
   loadOf: (name) => `${name} laden`, unloadOf: (name) => `${name} entladen`, alias: "dasselbe Modell",
   modelStates: {
     ready: "bereit", unloaded: "nicht geladen", loading: "lädt…", waiting: "wartet aufs Laden…", draining: "wird fertig…",
-    unloading: "wird entladen…", failed: "fehlgeschlagen",
+    unloading: "wird entladen…", failed: "fehlgeschlagen", away: "keine Verbindung",
   },
   loadingSteps: {
     importing: "der Motor startet", reading: "liest die Dateien des Modells", downloading: "wird heruntergeladen", loading: "lädt die Gewichte",
@@ -133,7 +133,7 @@ export const de: Texts = {
   accessText: "Ein Server kann einen Schlüssel verlangen. Wer ihn betreibt, gibt dir einen.",
   keyInTab: "Bleibt in diesem Tab, bis er geschlossen wird, geht nur an diesen Server und steht in keinem Export.",
   keyOnDevice: "Bleibt in diesem Browser, bis du ihn herausnimmst; wer diesen Browser benutzt, kann ihn lesen. Geht nur an diesen Server und steht in keinem Export.",
-  keyNeeded: "Dieser Server braucht einen API-Schlüssel.",
+  keyNeeded: "Dieser Server braucht einen API-Schlüssel.", keyWrong: "Dieser Schlüssel wurde nicht angenommen.",
   export: "Exportieren", exportText: "Eine JSON-Datei mit Nachrichten, Zweigen und Einstellungen.", exportAll: (count) => `Alle exportieren (${count})`, exportThis: "Diesen Chat exportieren…", exportOne: "Exportieren…",
   exportOf: (title) => `„${title}“ exportieren`, fileFormat: "Format", formats: { md: "Markdown", json: "JSON" },
   formatHints: { md: "Was gezeigt wird, zum Lesen und Weitergeben.", json: "Alle Zweige und Einstellungen, um sie wieder zu importieren." },

@@ -39,7 +39,7 @@ export const en = {
   loadOf: (name: string) => `Load ${name}`, unloadOf: (name: string) => `Unload ${name}`, alias: "same model",
   modelStates: {
     ready: "ready", unloaded: "not loaded", loading: "loading…", waiting: "waiting to load…", draining: "finishing…",
-    unloading: "unloading…", failed: "failed",
+    unloading: "unloading…", failed: "failed", away: "no connection",
   },
   loadingSteps: {
     importing: "starting the engine", reading: "reading the model's files", downloading: "downloading", loading: "loading the weights",
@@ -136,7 +136,7 @@ export const en = {
   accessText: "A server may ask for a key. Whoever runs it gives you one.",
   keyInTab: "Kept in this tab until it is closed, sent to this server alone, and in no export.",
   keyOnDevice: "Kept in this browser until you take it out, where everybody who uses this browser can read it. Sent to this server alone, and in no export.",
-  keyNeeded: "This server needs an API key.",
+  keyNeeded: "This server needs an API key.", keyWrong: "This key was not accepted.",
   export: "Export", exportText: "One JSON file with messages, branches and settings.", exportAll: (count: number) => `Export all (${count})`, exportThis: "Export this chat…", exportOne: "Export…",
   exportOf: (title: string) => `Export “${title}”`, fileFormat: "Format", formats: { md: "Markdown", json: "JSON" },
   formatHints: { md: "What is shown, to read and to pass on.", json: "All branches and settings, to import it again." },

@@ -6,13 +6,16 @@ import { listFailures, listModels, loadModel, unloadModel } from "../api/server.
 import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
 import { announce, notify } from "./notices.ts";
-import { preferences } from "./preferences.ts";
+import { apiKey, preferences } from "./preferences.ts";
 
 export type Connection = "connecting" | "ready" | "unreachable" | "locked";
 
 export const models = signal<readonly ModelCard[]>([]);
 export const connection = signal<Connection>("connecting");
 export const connectionError = signal<ErrorInfo | null>(null);
+
+/** Whether the key that was sent is what the server does not accept. */
+export const isKeyWrong = signal(false);
 
 /** Rises when a server answers that was not there before, or is another one: what else it said is old then. */
 export const arrivals = signal(0);
@@ -46,7 +49,8 @@ export function cardFor(name: string | null): ModelCard | undefined {
   return named(name) ?? named(preferences.value.model) ?? defaultModel.value;
 }
 
-export const statusOf = (card: ModelCard): string => working.value[card.id] ?? card.status;
+export const statusOf = (card: ModelCard): string =>
+  connection.value === "unreachable" ? "away" : (working.value[card.id] ?? card.status); // nobody knows while the server is gone
 export const isLoading = (card: ModelCard): boolean => LOADING.has(statusOf(card));
 export const isBusy = (card: ModelCard): boolean => BUSY.has(statusOf(card));
 
@@ -54,6 +58,7 @@ export const isBusy = (card: ModelCard): boolean => BUSY.has(statusOf(card));
 export async function refreshModels(): Promise<void> {
   clearTimeout(polling);
   const mine = ++asked;
+  const { key } = apiKey.peek();
   try {
     const listed = await listModels();
     if (mine !== asked) return; // somebody has asked later, with another key perhaps
@@ -65,6 +70,7 @@ export async function refreshModels(): Promise<void> {
     const status = error instanceof ApiError ? error.info.status : undefined;
     connection.value = status === 401 || status === 403 ? "locked" : "unreachable";
     connectionError.value = errorInfo(error);
+    isKeyWrong.value = status === 401 && key !== "";
     if (connection.value === "unreachable") misses++;
   }
   again(pause());
@@ -83,6 +89,7 @@ function arrive(): void {
   if (connection.value === "unreachable") announce(t.value.reconnected);
   if (connection.value !== "ready") arrivals.value++;
   connection.value = "ready";
+  isKeyWrong.value = false;
   connectionError.value = null;
 }
 

@@ -14,6 +14,7 @@ import { memo } from "./memo.ts";
 import { CopyTool, MessageTools, RemoveTool, Toggle, Tool } from "./MessageTools.tsx";
 import { LoadingLine } from "./ModelState.tsx";
 import { Numbers } from "./Numbers.tsx";
+import { focusInput } from "./shortcuts.ts";
 import { ToolCard } from "./ToolCard.tsx";
 
 const WORTH_SAYING_MS = 100; // of thinking
@@ -30,6 +31,11 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
   const isWriting = chat.active.value === message.id;
   const hasTokens = message.steps.some((step) => step.logprobs?.length);
   const last = message.steps.length - 1;
+  const ending = endingOf(message);
+  const goOn = () => {
+    focusInput(); // the button goes
+    chat.goOn(message.id);
+  };
   const isSilent = isWriting && !message.steps[last]?.text && !message.steps[last]?.reasoning && !message.steps[last]?.calls.length;
   return (
     <article class="answer" aria-labelledby={`answer-${message.id}`} aria-busy={isWriting}>
@@ -39,13 +45,18 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
       ))}
       {isSilent && <Silence model={message.model} />}
       {message.error && <Failure chat={chat} message={message} error={message.error} />}
-      {!isWriting && <Ending chat={chat} message={message} isLast={isLast} />}
+      {!isWriting && ending && (
+        <p class="ending">
+          <span>{ending.why}</span>
+          {isLast && ending.goesOn && <button type="button" class="button small" disabled={chat.isBusy} onClick={goOn}>{t.value.goOn}</button>}
+        </p>
+      )}
       <MessageTools chat={chat} id={message.id} actions={!isWriting && (
         <>
           <CopyTool text={() => textOf(message)} />
-          <Tool icon="refresh" label={t.value.regenerate} tip={t.value.tips.regenerate} disabled={chat.isBusy} onClick={() => chat.regenerate(message.id)} />
-          {isLast && message.state !== "waiting" && textOf(message) && (
-            <Tool icon="play" label={t.value.goOn} tip={t.value.tips.goOn} disabled={chat.isBusy} onClick={() => chat.goOn(message.id)} />
+          <Tool icon="refresh" label={t.value.regenerate} tip={t.value.tips.regenerate} disabled={chat.isBusy} onClick={() => { focusInput(); chat.regenerate(message.id); }} />
+          {isLast && message.state !== "waiting" && !ending?.goesOn && textOf(message) && (
+            <Tool icon="play" label={t.value.goOn} tip={t.value.tips.goOn} disabled={chat.isBusy} onClick={goOn} />
           )}
           <RemoveTool chat={chat} id={message.id} />
           <Toggle label={t.value.source} tip={t.value.tips.source} isOn={raw} onToggle={setRaw} />
@@ -79,23 +90,17 @@ function Failure({ chat, message, error }: FailureProps) {
     <div class="notice error" role="alert">
       <Icon name="warning" />
       <p>{said}{error.param && said === error.message && <> <code>{error.param}</code></>}</p>
-      <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.retry(message.id)}>{t.value.retry}</button>
+      <button type="button" class="button small" disabled={chat.isBusy} onClick={() => { focusInput(); chat.retry(message.id); }}>{t.value.retry}</button>
     </div>
   );
 }
 
-/** Says why an answer is not whole, and offers to go on. */
-function Ending({ chat, message, isLast }: AnswerProps) {
+/** Why an answer is not whole, and whether it can go on. */
+function endingOf(message: AssistantMessage): { why: string; goesOn: boolean } | undefined {
   const finish = message.steps.at(-1)?.finish;
   const isEmpty = message.state === "done" && message.steps.every((step) => !step.text && !step.calls.length);
   const why = message.state === "stopped" ? t.value.stopped : finish === "length" ? t.value.cutOff : isEmpty ? t.value.emptyAnswer : undefined;
-  if (!why || message.error) return null;
-  return (
-    <p class="ending">
-      <span>{why}</span>
-      {isLast && !isEmpty && <button type="button" class="button small" disabled={chat.isBusy} onClick={() => chat.goOn(message.id)}>{t.value.goOn}</button>}
-    </p>
-  );
+  return why && !message.error ? { why, goesOn: !isEmpty } : undefined;
 }
 
 interface StepProps {

@@ -19,7 +19,7 @@ export function MessageList({ chat }: { chat: OpenChat }) {
   const top = useEarlier(scroller, first > 0, () => setCount(count + PAGE), count);
   return (
     <div class="scroller-frame">
-      <div ref={scroller} class="scroller" tabIndex={-1}>
+      <div ref={scroller} class="scroller messages-frame" tabIndex={-1}>
         <ol class="messages" aria-label={t.value.messages}>
           {first > 0 && (
             <li ref={top} class="earlier">

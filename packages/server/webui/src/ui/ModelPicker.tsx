@@ -55,7 +55,7 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
       {isChosen && <Icon name="check" />}
       {!busy && !isAlias && (status === "ready" ? (
         <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={() => change(card.id, "unloading")}>{t.value.unload}</button>
-      ) : status !== "failed" && (
+      ) : status !== "failed" && status !== "away" && (
         <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change(card.id, "loading")}>{t.value.load}</button>
       ))}
       {status === "failed" && <FailureNote card={card} />}
@@ -81,7 +81,7 @@ const mainType = (types: string): string | undefined =>
   types.split(", ").map((type) => type.split(" x ", 1)[0]!).find((type) => !/^(B?F(16|32|64)|I64)$/.test(type));
 
 function StatusDot({ status }: { status: string }) {
-  const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" ? "off" : "busy";
+  const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" || status === "away" ? "off" : "busy";
   return <span class={`dot ${kind}`} aria-hidden="true" />;
 }
 

@@ -1,7 +1,7 @@
 // Banners at the head of the page: what happened, and what can be done about it.
 
 import { t } from "../i18n/index.ts";
-import { connection, connectionError, refreshModels } from "../state/models.ts";
+import { connection, connectionError, isKeyWrong, refreshModels } from "../state/models.ts";
 import { dismiss, notices } from "../state/notices.ts";
 import { isPersistent } from "../state/storage.ts";
 import { Icon } from "./Icon.tsx";
@@ -22,7 +22,7 @@ export function Notices() {
         <div class="notice" role="alert">
           <Icon name="info" />
           <div>
-            <p>{t.value.keyNeeded}</p>
+            <p>{isKeyWrong.value ? t.value.keyWrong : t.value.keyNeeded}</p>
             <KeyForm />
           </div>
         </div>

@@ -5,7 +5,7 @@ import { ApiError, errorInfo } from "../api/http.ts";
 import { rate, type Sample, sampleOf } from "../api/metrics.ts";
 import { readMetrics, serverVersion } from "../api/server.ts";
 import { formatNumber, formatSeconds, named, t } from "../i18n/index.ts";
-import { connection, models, refreshModels } from "../state/models.ts";
+import { connection, models, refreshModels, statusOf } from "../state/models.ts";
 import { Chart, LONGEST, spanFor } from "./Chart.tsx";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
@@ -104,7 +104,7 @@ function Models() {
             {models.value.map((card) => (
               <tr key={card.id}>
                 <td>{card.id}</td>
-                <td>{named(t.value.modelStates, card.status) ?? card.status}</td>
+                <td>{named(t.value.modelStates, statusOf(card)) ?? card.status}</td>
                 <td>{card.max_model_len ? formatNumber(card.max_model_len) : "–"}</td>
                 <td>{card.tool_parser ?? "–"}</td>
                 <td>{card.reasoning_parser ?? "–"}</td>

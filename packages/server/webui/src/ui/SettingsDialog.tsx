@@ -6,7 +6,7 @@ import { served } from "../chat/settings.ts";
 import type { ChatSettings } from "../chat/types.ts";
 import { LANGUAGES, t } from "../i18n/index.ts";
 import { close, type SettingsTab } from "../state/dialogs.ts";
-import { cardFor } from "../state/models.ts";
+import { cardFor, isKeyWrong } from "../state/models.ts";
 import { changeChatSettings, shownStart } from "../state/new-chat.ts";
 import { prefer, preferences } from "../state/preferences.ts";
 import type { Theme } from "../store/preferences.ts";
@@ -39,7 +39,7 @@ export function SettingsDialog({ tab: first }: { tab: SettingsTab }) {
       <div role="tabpanel" id={`panel-${tab}`} aria-labelledby={`tab-${tab}`} class="panel">
         {tab === "chat" && <ChatTab />}
         {tab === "general" && <GeneralTab />}
-        {tab === "access" && <><p class="faint">{t.value.accessText}</p><KeyForm /></>}
+        {tab === "access" && <><p class="faint">{t.value.accessText}</p>{isKeyWrong.value && <p class="hint wrong" role="alert">{t.value.keyWrong}</p>}<KeyForm /></>}
         {tab === "data" && <DataTab />}
       </div>
     </Dialog>

@@ -4,6 +4,7 @@ import { sayable, type ErrorInfo } from "../api/http.ts";
 import type { ModelCard } from "../api/types.ts";
 import { named, t } from "../i18n/index.ts";
 import { models } from "../state/models.ts";
+import { apiKey } from "../state/preferences.ts";
 
 export const NOT_LOADED = "model_load_failed"; // the server's code
 
@@ -13,7 +14,7 @@ export function describe({ kind, status, message, code, param }: ErrorInfo, mode
   if (kind === "dropped") return t.value.dropped;
   if (kind === "format") return t.value.notUnderstood;
   if (code === NOT_LOADED) return describeFailure(models.value.find(({ id }) => id === model) ?? model);
-  if (status === 401) return message.includes("management key") ? t.value.managementKeyNeeded : t.value.keyNeeded;
+  if (status === 401) return message.includes("management key") ? t.value.managementKeyNeeded : apiKey.peek().key ? t.value.keyWrong : t.value.keyNeeded;
   const own = ownWords(code, param, message);
   if (own) return own;
   if (sayable(message)) return message;

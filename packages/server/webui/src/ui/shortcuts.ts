@@ -28,6 +28,12 @@ function focus(id: string): void {
   }
 }
 
+/** Where the next message is written, or, where a keyboard would come up for that, the messages. */
+export function focusInput(): void {
+  const name = matchMedia("(pointer: coarse)").matches ? ".messages-frame" : "#composer";
+  document.querySelector<HTMLElement>(name)?.focus({ preventScroll: true });
+}
+
 function newChat(): void {
   go({ page: "chat", id: null });
   focus("composer");
